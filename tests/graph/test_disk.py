@@ -428,14 +428,17 @@ def test_what_is_put_on_disk_is_one_state_of_an_index_that_others_change(tmp_pat
     """One that adds waits until it is written: links to what came later led beyond the end of arrays."""
     made = HNSW(DIM, M=8, ef_construction=40, workers=1)
     made.add(VECTORS[:600])
-    others, sample = [], making._sample
+    others, searches, sample = [], [], making._sample
 
     def and_others_come(*asked):
-        # As searches do, which are let in before the first change.
-        assert made.search(QUERIES, 5)[0].shape == (len(QUERIES), 5)
         others.append(begun(lambda: made.add(VECTORS[600:])))
         others.append(begun(lambda: made.update(np.arange(50), VECTORS[600:650])))
         wanted(made._lock, 2)
+        # Searches do not wait behind these.
+        for query in (QUERIES, QUERIES[0]):
+            reader = begun(lambda query=query: searches.append(made.search(query, 5)[0]))
+            reader.join(WAIT_S)
+        assert len(searches) == 2
         return sample(*asked)
 
     monkeypatch.setattr(making, "_sample", and_others_come)

@@ -9,6 +9,7 @@ from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import check_header, described, whole
 from anabranch.graph.hnsw import HNSW, ShardedHNSW
+from anabranch.graph.hnsw.changing import MOST
 from anabranch.graph.names import Names, read_names, write_names
 from anabranch.graph.rank import GRank, Item, Peer
 from anabranch.graph.rows import SparseRows
@@ -127,6 +128,9 @@ def drawn(count=60):
 META = [
     (("drawn",), -1),
     (("drawn",), 2**70),
+    (("drawn",), 2**63 - 1),
+    (("changed",), 2**63 - 1),
+    (("copies",), 2**63 - 1),
     (("next_id",), -5),
     (("next_id",), 59),
     (("next_id",), 2**63 + 1),
@@ -156,6 +160,25 @@ def test_what_an_index_says_of_itself(tmp_path, at, value):
     for mmap in (False, True):
         with pytest.raises(DataError, match="is damaged"):
             HNSW.load(path, mmap=mmap)
+
+
+@pytest.mark.parametrize("name", ["drawn", "changed", "copies", "next_id"])
+def test_the_largest_that_a_file_may_say_is_said_again(tmp_path, name):
+    """One more, and what was written could not be read."""
+    path = tmp_path / "index"
+    for count in (0, 60):
+        index = HNSW(4, M=4, ef_construction=8)
+        index.add(drawn()[:count])
+        index.save(path)
+        header, body = parts(path)
+        header["meta"][name] = 2**63 if name == "next_id" else MOST
+        put(path, header, body)
+        loaded = HNSW.load(path)
+        loaded.add(drawn()[:1], [1000])
+        loaded.add(drawn()[:9] + 1, np.arange(2000, 2009))
+        loaded.update([1000], drawn()[:1] + 2)
+        loaded.save(path)
+        assert len(HNSW.load(path)) == count + 10
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A single element comes beside searches: the same bytes as alone, nobody kept out but for its last step, and all or nothing."""
 
+import pickle
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock
+from anabranch.graph.hnsw.storage import Storage
 from hnsw_checks import WAIT_S, check_graph, drawn, graph_bytes, thread, waits, wanted
 
 VECTORS = drawn(300, 16, 5)
@@ -141,7 +143,7 @@ def test_who_wants_it_whole_waits_until_it_has_come(monkeypatch, tmp_path):
 
     def prepare(self, slot_1):
         savers.append(thread(lambda: index.save(tmp_path / "x.anb")))
-        waits(index._lock, 1)
+        wanted(index._lock, 1)
         return whole(self, slot_1)
 
     monkeypatch.setattr(Linker, "prepare", prepare)
@@ -205,6 +207,74 @@ def test_a_writer_beside_readers_keeps_them_out_for_a_moment():
     holder.join(WAIT_S)
     assert order == ["inside", "beside", "gone", "alone", "still alone", "late", "end"]
     assert lock.gate.tolist() == [0, 0]
+
+
+def test_beside_who_changes_nothing_all_read_and_nobody_writes():
+    lock, order = ReadWriteLock(), []
+
+    def hold(name, how, **options):
+        with how(**options):
+            order.append(name)
+
+    with lock.still():
+        writers = [
+            thread(lambda name=name, how=how: hold(name, how))
+            for name, how in (("w", lock.write), ("b", lock.write_beside))
+        ]
+        wanted(lock, 2)
+        for name, whole in (("part", False), ("whole", True)):
+            reader = thread(lambda name=name, whole=whole: hold(name, lock.read, whole=whole))
+            reader.join(WAIT_S)
+        # Nor do searches in compiled code wait.
+        assert lock.gate.tolist() == [0, 0]
+        order.append("end")
+    for one in writers:
+        one.join(WAIT_S)
+    assert order[:3] == ["part", "whole", "end"]
+    assert sorted(order[3:]) == ["b", "w"]
+    # One that waits for it comes in when it begins.
+    with lock.write():
+        keeper = thread(lambda: hold("still", lock.still))
+        wanted(lock, 1)
+        reader = thread(lambda: hold("late", lock.read, whole=True))
+        waits(lock, 1)
+    for one in (keeper, reader):
+        one.join(WAIT_S)
+    assert sorted(order[5:]) == ["late", "still"]
+    assert (lock._is_owned, lock._is_still, lock._readers, lock.gate.tolist()) == (False, False, 0, [0, 0])
+
+
+@pytest.mark.parametrize("how", ["save", "pickle"])
+def test_searches_go_on_while_it_is_written_and_changes_wait(how, monkeypatch, tmp_path):
+    """They stood still for as long as it took, behind the first change that waited."""
+    index, seen, others, whole = made(200), [], [], Storage.arrays
+
+    def arrays(self):
+        others.append(thread(lambda: index.add(VECTORS[200:210])))
+        others.append(thread(lambda: index.add(VECTORS[210])))
+        wanted(index._lock, 2)
+        for ask in (
+            lambda: index.search(VECTORS[7], 1),
+            lambda: index.search(VECTORS[:9], 1),
+            lambda: index.ids,
+            index.stats,
+        ):
+            reader = thread(lambda ask=ask: seen.append(ask()))
+            reader.join(WAIT_S)
+        assert len(seen) == 4
+        assert index._storage.count == 200
+        return whole(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "arrays", arrays)
+        if how == "save":
+            index.save(tmp_path / "x.anb")
+        else:
+            (tmp_path / "x.pickle").write_bytes(pickle.dumps(index))
+    for one in others:
+        one.join(WAIT_S)
+    again = HNSW.load(tmp_path / "x.anb") if how == "save" else pickle.loads((tmp_path / "x.pickle").read_bytes())
+    assert (len(again), len(index)) == (200, 211)
 
 
 def test_writers_of_both_kinds_go_in_the_order_in_which_they_came():

@@ -13,7 +13,11 @@ from anabranch.graph.hnsw.coded import PQ
 from hnsw_checks import WAIT_S, check_graph, drawn, graph_bytes, naive, recall, thread
 
 # Vectors lie far from all others on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:row .* of vectors holds a number")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:row .* of vectors holds a number"),
+    pytest.mark.filterwarnings("ignore:row .* of vectors and others, .* are rounded"),
+    pytest.mark.filterwarnings("ignore:.* elements came when others lay about another centre"),
+]
 
 KINDS = (
     *({"dtype": dtype, "rerank": rerank} for dtype in ("f16", "i8") for rerank in (True, False)),
@@ -151,9 +155,9 @@ def test_when_those_that_codes_were_learned_from_go_others_are_learned(kind, way
     ids = np.arange(5000, 7600)
     index.add(far, ids=ids)
     index.add(VECTORS[:700], ids=np.arange(700))
-    # Not enough for a middle; "pq" has learned them beside the others.
+    # They had a centre of their own; "pq" has learned them beside the others.
     if kind in (KINDS[2], KINDS[4]):
-        assert found(index, rows=VECTORS[:700]) < 0.6
+        assert found(index, rows=VECTORS[:700]) > 0.9
     index.remove(ids)
     if way == "compact":
         index.compact()

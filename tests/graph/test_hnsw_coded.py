@@ -64,7 +64,12 @@ def test_half_bytes_are_measured_as_numpy_does(dim, seed, metric):
         np.rint(x / np.abs(x).max(1, keepdims=True) * most) for x, most in ((held, 7), (asked, 127))
     )
     product = asked_codes @ held_codes.T * (np.abs(asked).max(1)[:, None] / 127) * (np.abs(held).max(1) / 7)
-    wanted = 1 - product if metric == "ip" else (asked**2).sum(1)[:, None] + (held**2).sum(1) - 2 * product
+    # Between what codes stand for, so that errors do not grow with how far both lie off.
+    square_Q, square_N = (
+        ((codes * np.abs(x).max(1, keepdims=True) / most) ** 2).sum(1)
+        for codes, x, most in ((asked_codes, asked, 127), (held_codes, held, 7))
+    )
+    wanted = 1 - product if metric == "ip" else square_Q[:, None] + square_N - 2 * product
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
 
 

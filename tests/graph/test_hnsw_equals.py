@@ -199,3 +199,37 @@ def test_the_one_that_makes_room_is_led_to_by_the_one_it_makes_room_for():
     index = HNSW(16, M=2, ef_construction=10, workers=1)
     index.add(np.ones((300, 16), np.float32))
     assert index.stats()["unreachable"] == 0
+
+
+@pytest.mark.parametrize("M", [3, 8])
+@pytest.mark.parametrize("cut", [1, 10])
+def test_what_moves_onto_copies_can_be_reached(M, cut, tmp_path):
+    """What is taken out, too, cuts groups off: hundreds could not be reached, and only those that came were counted."""
+    base = drawn_for({}, 60)
+    vectors = base[np.random.default_rng(5).integers(0, 60, 600)]
+    index = HNSW(16, M=M, ef_construction=16, workers=1)
+    index.add(drawn_for({}, 600, 7))
+    for begin in range(0, 600, cut):
+        ids = np.arange(begin, begin + cut)
+        index.add(vectors[ids], ids, update=True)
+        if begin % 50 == 0:
+            assert index.stats()["unreachable"] == 0
+            assert not index._changes.is_crowded
+    assert (index.search(vectors, 1, 700)[1] == 0).all()
+    check_graph(index)
+    # Where a call is not to look, the next does, also of what a file holds.
+    index.update(np.arange(300), base[np.arange(300) % 7], repair=False)
+    index.save(tmp_path / "i.anb")
+    for held in (index, HNSW.load(tmp_path / "i.anb")):
+        assert held._changes.is_crowded
+        held.add(drawn_for({}, 1, 9))
+        assert held.stats()["unreachable"] == 0
+
+
+def test_moves_among_different_vectors_are_not_looked_at(monkeypatch):
+    index = HNSW(16, M=8, ef_construction=30, workers=1)
+    index.add(drawn(300, 16, 3))
+    monkeypatch.setattr(index._linker, "reached", None)
+    index.add(drawn(20, 16, 4), np.arange(20), update=True)
+    index.update(np.arange(20), drawn(20, 16, 5), repair=False)
+    assert not index._linker.is_cut

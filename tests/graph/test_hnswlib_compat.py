@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 import anabranch.graph.hnswlib_compat as hnswlib
+from anabranch.errors import CapacityError
+from anabranch.graph.array_file import write_arrays
+from anabranch.graph.hnsw.storage import Storage
 from anabranch.graph.hnswlib_compat import brute
 from hnsw_checks import WAIT_S, check_graph, drawn, naive, recall, wanted
 from hnsw_checks import thread as begun
@@ -322,6 +325,49 @@ def test_brute_force_changes_and_errors(tmp_path):
     index.save_index(tmp_path / "exact")
     with pytest.raises(RuntimeError, match="not of 9 numbers"):
         hnswlib.BFIndex("l2", 9).load_index(tmp_path / "exact")
+
+
+def test_labels_go_on_where_they_were_after_an_error(monkeypatch):
+    index = hnswlib.BFIndex("l2", 8)
+    index.init_index(max_elements=4)
+    index.add_items(VECTORS[:2])
+    for labels in ([7, 7, 8, 9], None):
+        with pytest.raises(RuntimeError, match="exceeds the specified limit"):
+            index.add_items(VECTORS[:4], labels)
+    index.delete_vector(1)
+
+    def none(*_):
+        raise CapacityError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "_resize", none)
+        with pytest.raises(CapacityError):
+            index.add_items(VECTORS[:3], [5, 6, 7])
+    assert index.get_current_count() == 1
+    index.add_items(VECTORS[2:5])
+    assert index.knn_query(VECTORS[[0, 2, 3, 4]], k=1)[0][:, 0].tolist() == [0, 2, 3, 4]
+    assert index.get_current_count() == 4
+
+
+@pytest.mark.parametrize(
+    ("vectors", "labels", "most"),
+    [
+        (VECTORS[:4], np.array([0, 1, 1, 2]), 10),
+        (VECTORS[:4], np.array([0, 1, 2, -3]), 10),
+        (VECTORS[:4], np.array([0, 1, 2, 2**64 - 1], np.uint64), 10),
+        (VECTORS[:4] * np.float32(np.nan), np.arange(4), 10),
+        (VECTORS[:4] * np.float32(1e19), np.arange(4), 10),
+        (VECTORS[:4], np.arange(4), 3),
+    ],
+)
+def test_files_of_brute_force_that_nothing_writes(tmp_path, vectors, labels, most):
+    write_arrays(tmp_path / "x", brute.KIND, {"vectors": vectors, "labels": labels}, {"max_elements": most})
+    index = hnswlib.BFIndex("l2", 8)
+    index.init_index(9)
+    index.add_items(VECTORS[:2])
+    with pytest.raises(RuntimeError, match="corrupted or unsupported"):
+        index.load_index(tmp_path / "x")
+    assert index.get_current_count() == 2
 
 
 def test_zero_vectors_are_taken_in_cosine_space_as_there():

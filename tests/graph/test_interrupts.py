@@ -529,3 +529,45 @@ def test_a_fork_in_the_middle_of_a_change_is_told_so():
         leave.set()
         thread.join()
     assert index.search(VECTORS[0], 1)[0].tolist() == [[0]]
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_fork_beside_one_that_comes_alone(is_last, monkeypatch):
+    """Nothing is half changed before its last step, so a child has the index as it was."""
+    index, inside, leave = HNSW(8, M=6, ef_construction=30, workers=1), threading.Event(), threading.Event()
+    index.add(VECTORS[:300])
+    name = "take" if is_last else "prepare"
+    whole = getattr(Linker, name)
+
+    def wait(self, *asked):
+        found = whole(self, *asked)
+        inside.set()
+        leave.wait(20)
+        return found
+
+    def work():
+        monkeypatch.undo()
+        added = index.add(VECTORS[300:302]).tolist() + index.add(VECTORS[302]).tolist()
+        return added, index.search(VECTORS[301], 1)[0].tolist(), len(index.ids), index.stats()["unreachable"]
+
+    monkeypatch.setattr(Linker, name, wait)
+    thread = threading.Thread(target=lambda: index.add(VECTORS[310]))
+    thread.start()
+    inside.wait(20)
+    try:
+        found = in_a_fork(work)
+    finally:
+        leave.set()
+        thread.join()
+    if is_last:
+        assert found.startswith("DataError: this process was forked while another thread changed the index")
+    else:
+        assert found == "([300, 301, 302], [[301]], 303, 0)"
+    assert len(index) == 301
+
+
+def test_a_fork_beside_one_that_writes_a_file_has_the_index():
+    index = HNSW(8, M=6, ef_construction=30, workers=1)
+    index.add(VECTORS[:300])
+    with index._lock.still():
+        assert in_a_fork(lambda: index.add(VECTORS[300]).tolist()) == "[300]"

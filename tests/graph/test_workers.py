@@ -186,7 +186,14 @@ def test_indexes_take_the_former_name(tmp_path, call):
 
 def test_the_former_name_is_the_number_that_counts(tmp_path):
     index = filled(tmp_path)
-    assert HNSW(8, num_threads=3).workers == ShardedHNSW(8, num_threads=3).workers == 3
+    for made in (HNSW(8, num_threads=3), ShardedHNSW(8, num_threads=3)):
+        assert made.workers == made.num_threads == 3
+        made.num_threads = None
+        assert made.workers is None
+        made.num_threads = 2
+        assert made.workers == 2
+        with pytest.raises(InputError, match="num_threads is 0; it must be an integer of at least 1"):
+            made.num_threads = 0
     assert HNSW.load(tmp_path / "index.anb", num_threads=3).workers == 3
     assert LiveIndex.open(tmp_path / "index.anb", num_threads=3).index.workers == 3
     with DiskIndex(tmp_path / "disk.anb", num_threads=3) as held:

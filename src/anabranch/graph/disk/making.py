@@ -169,7 +169,7 @@ def from_hnsw(
 ) -> DiskIndex:
     """Put an index on disk that was built in memory (or is mapped from its file), with its links and ids; and open it.
 
-    It is one state of the index: changes wait until it is written, and so do searches that come after one that waits.
+    It is one state of the index: changes wait until it is written. Searches go on meanwhile.
 
     Args:
         index: without deleted elements (`HNSW.compact`), and not empty. Its vectors of the highest precision are kept.
@@ -181,7 +181,7 @@ def from_hnsw(
     check_system()
     if index.metric not in METRICS:
         raise InputError(f"an index on disk measures {', '.join(METRICS)}, not {index.metric!r}")
-    with index._lock.read(whole=True) as interrupts:
+    with index._lock.still() as interrupts:
         memory = _put(index, Path(path), memory, code_bytes, workers, interrupts)
     return DiskIndex(path, memory=memory, workers=workers)
 

@@ -8,6 +8,7 @@ import numpy as np
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.centres import better_centre, spread_places
+from anabranch.graph.hnsw.coarse import count_worse
 from anabranch.graph.hnsw.coded import LOOKED_AT, SAMPLE
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
@@ -20,6 +21,9 @@ WORTH = 4096
 
 # Elements are linked anew in so many parts.
 PARTS = 8
+
+# Levels drawn and changes are counted up to here: whatever is counted, a file says what one that is read may say.
+MOST = 2**62
 
 # One copy of another in so many elements makes a look at all lists worth it.
 COPIES = 8
@@ -49,6 +53,8 @@ class Changes:
         self.drawn = self.next_id = self.changed = 0
         # Whether codes are to be looked at.
         self._look = False
+        # Elements that keep errors of a centre that they were rounded about before, and nobody was told of yet.
+        self._num_worse = 0
 
     def following(self, count: int) -> np.ndarray:
         """Ids after the largest so far. Raises InputError where there are none left."""
@@ -86,14 +92,20 @@ class Changes:
             return None
         id_1 = self.following(1) if id_1 is None else id_1
         prepared = self._linker.prepare(held.write_behind(vector_1D, id_1, level_1))
+        # All of it: a process that is forked finds everything as before, or this half done (`lock`).
         with self._lock.exclusive():
             held.admit(level_1)
             self._linker.take(prepared)
             self._slots.put(id_1, prepared[0])
-        self.drawn += 1
-        self.changed += 1
-        self.next_id = max(self.next_id, int(id_1[0]) + 1)
+            self._count(1, 1)
+            self.next_id = max(self.next_id, int(id_1[0]) + 1)
         return id_1
+
+    def _count(self, drawn: int, changed: int) -> None:
+        """Count levels that were drawn, and changes."""
+        # Round, and no farther: nobody counts so far.
+        self.drawn = (self.drawn + drawn) % (MOST + 1)
+        self.changed = min(self.changed + changed, MOST)
 
     def _is_due(self, more: int) -> bool:
         """Whether what rows and codes are rounded about, if they are, wants another look with so many more."""
@@ -131,9 +143,8 @@ class Changes:
             if done < count:
                 done = self._linker.num_done if len(slot_S) == count else 0
                 self._take_back(slot_S[done:], count - again, workers)
-            self.drawn += max(done - again, 0)
             # Those that a look has seen do not count.
-            self.changed += 0 if is_due else max(done - again, 0)
+            self._count(max(done - again, 0), 0 if is_due else max(done - again, 0))
             if done:
                 self.next_id = max(self.next_id, int(id_N[:done].max()) + 1)
             if done < count:
@@ -152,7 +163,7 @@ class Changes:
             dead_S = np.flatnonzero(~self._slots.live() & (held.level[: held.count] >= 0))
             self._linker.take_out(dead_S, workers)
             held.vacate(dead_S)
-            self.changed += len(dead_S)
+            self._count(0, len(dead_S))
             if held.graph[layout.ENTRY] >= 0:
                 self._linker.repair()
         return min(count, len(held.vacant_S))
@@ -182,7 +193,7 @@ class Changes:
         """Give slots other vectors."""
         if not len(slot_S):
             return
-        self.changed += len(slot_S)
+        self._count(0, len(slot_S))
         is_anew = self._is_due(0) and self._settle(vector_SD, workers, slot_S)
         self._storage.own()
         # Before anything is taken out: there may be no memory for it.
@@ -195,8 +206,15 @@ class Changes:
             # Whatever came between, they come in again.
             self._linker.link_again(slot_S, workers)
             raise
+        # Where copies are about, what was taken out may have been all that led to some.
+        self._linker.is_cut = self._linker.is_cut or self._linker.num_copies > 0
         if is_anew:
             self._linker.repair()
+
+    def take_worse(self) -> int:
+        """How many elements keep errors of a centre of before, since this was asked."""
+        number, self._num_worse = self._num_worse, 0
+        return number
 
     def delete(self, id_N: np.ndarray) -> None:
         """Mark elements as deleted. Raises InputError for unknown ids, and then marks none."""
@@ -243,7 +261,7 @@ class Changes:
         return len(dead)
 
     def _settle(self, vector_ND: np.ndarray, workers: Workers, moved_S: np.ndarray | None = None) -> bool:
-        """Round all rows about another centre where one is far better for those that are there and these that come; whether it was.
+        """Round all rows about another centre, or others, where that is far better for those that stay and these that come; whether it was.
 
         Codes are looked at, too, when all is done (`learn_if_due`). Slots of ``moved_S`` have others of the vectors soon: what they hold
         now does not count, and they are not linked anew.
@@ -259,13 +277,17 @@ class Changes:
         place_S = spread_places(len(live_S) + len(vector_ND))
         old_S, new_S = place_S[place_S < len(live_S)], place_S[place_S >= len(live_S)] - len(live_S)
         with self._lock.open_to_readers():
-            centre_D = better_centre(encoding.centre_D, np.concatenate([held.decode(live_S[old_S]), vector_ND[new_S]]))
-        if centre_D is None:
+            sample_SD = np.concatenate([held.decode(live_S[old_S]), vector_ND[new_S]])
+            centres = better_centre(encoding.centres, sample_SD, encoding.worth)
+        if centres is None:
             return False
         held.own()
         # It reads rows alone, and makes others beside those that searches use.
         with self._lock.open_to_readers():
-            recoded = held.recoded(centre_D)
+            recoded = held.recoded(centres)
+            if not held.rerank:
+                before, after = ((rows[live_S], aux[live_S]) for rows, aux in ((held.rows, held.aux), recoded[1:]))
+                self._num_worse += count_worse(before, after, encoding.dtype)
         held.take_recoded(*recoded)
         # They were linked by distances that said little. A part at a time, so that searches find the others.
         for part_S in np.array_split(live_S, PARTS):
@@ -292,15 +314,15 @@ class Changes:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether an eighth of the elements came as copies of others since it was looked whether all can be reached."""
-        return self._linker.num_copies * COPIES > self._storage.count
+        """Whether an eighth of the elements came as copies of others since it was looked whether all can be reached, or some moved then."""
+        return self._linker.is_cut or self._linker.num_copies * COPIES > self._storage.count
 
     def repair_if_due(self) -> None:
         """`repair` where that `is_crowded`: what copies find near are copies, and they may have put out the only link to another group."""
         held, linker = self._storage, self._linker
         if not self.is_crowded:
             return
-        linker.num_copies = 0
+        linker.num_copies, linker.is_cut = 0, False
         # A look at few takes no longer than to let searches in and out.
         with self._lock.open_to_readers() if held.count > LOOKED_BESIDE else nullcontext():
             is_whole = bool((linker.reached() | (held.level[: held.count] < 0)).all())

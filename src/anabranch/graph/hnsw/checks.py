@@ -155,7 +155,7 @@ def warn_of_rounding(vector_ND: np.ndarray, metric: str, dtype: str, centre_D: n
                 f"row {row} of {what} is shorter than {MIN_PRODUCT_LENGTH:g}, and the longest: 1 - inner product of such vectors is "
                 "rounded to a few 32-bit numbers, so that they are hardly told apart; scale all vectors up"
             )
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
     if dtype != "f16":
         return
     largest = 0.0
@@ -168,14 +168,14 @@ def warn_of_rounding(vector_ND: np.ndarray, metric: str, dtype: str, centre_D: n
                 f"row {first + int(np.argmax(far_P > HALF_MOST))} of {what} holds a number that lies {far_P.max():.3g} from the centre, "
                 f"and 16 bits reach {HALF_MOST:g}: such numbers are cut off; scale all vectors down, or use dtype 'i8'"
             )
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
             return
     if 0 < largest < HALF_LEAST:
         message = (
             f"row 0 of {what} and all others hold numbers below {HALF_LEAST:.2g} alone, of which 16 bits keep little; scale all vectors "
             "up, or use dtype 'i8'"
         )
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
 
 
 def normalized(vector_ND: np.ndarray, what: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Codes: a walk measures a few bytes in place of each vector, and the best of what it finds are measured again by the vectors themselves.
 
     "pq"      product quantisation (`anabranch.graph.codes`): a byte for each of some parts, distances by look-up
-    "int4"    half a byte for each number: round(x / s) with s = max |x| / 7 of that vector, beside them s and |x|^2
+    "int4"    half a byte for each number: c = round(x / s) with s = max |x| / 7 of that vector, beside them s and |s c|^2
 
 Vectors stay as float32 rows beside the codes, and the graph is linked by them, so it is the graph of an index without codes. Mapped from a
 file, rows stay on the disk, and a search reads those of the candidates that it measures again. What codes stand for is learned from a
@@ -19,10 +19,12 @@ from anabranch.graph.codes import CENTRES, ProductCodes
 from anabranch.graph.guarded import held
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.arrays import aligned, grown
-from anabranch.graph.hnsw.centres import better_centre, centre_of
+from anabranch.graph.hnsw.centres import better_centre, centres_of
 from anabranch.graph.hnsw.encoding import padded, short_stride
-from anabranch.graph.hnsw.raw import IP_I4, IP_PQ, L2_I4, L2_PQ
-from anabranch.graph.hnsw.soundness import Wanted
+from anabranch.graph.hnsw.groups import queries_for, rows_of
+from anabranch.graph.hnsw.measuring import HEAD
+from anabranch.graph.hnsw.raw import IP_I4, IP_PQ, L2_I4, L2_I4_GROUPS, L2_PQ
+from anabranch.graph.hnsw.soundness import Wanted, check_groups, wanted_groups
 
 QUANTIZATIONS = ("pq", "int4")
 
@@ -47,6 +49,9 @@ SHARE = 4
 
 # Bytes that are unpacked at once, to twice as many numbers.
 NIBBLES = 32
+
+# Groups of vectors have centres of their own where numbers of "int4" are so many times smaller then: of 4 bits, more than one.
+WORTH = 3.0
 
 # Bytes of tables that one thread works out at once: they should still be near when they are looked up.
 TABLES = 1 << 18
@@ -122,25 +127,40 @@ class PQ:
         """Shapes of these."""
         return {"code_centres": ((self.num_parts, -(-self.dim // self.num_parts), CENTRES), np.float32)}
 
+    def optional(self, arrays: dict[str, np.ndarray]) -> Wanted:
+        """None of those that there may be."""
+        return {}
+
     def take_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Know what was learned. Raises DataError for numbers that are none."""
         self.codes = ProductCodes(self.dim, np.array(arrays["code_centres"]))
 
 
 class Int4:
-    """Four bits for each number of an index's vectors; what is learned is a centre (`centres`), which is taken off for squared L2."""
+    """Four bits for each number of an index's vectors; what is learned is a centre, or one for each group of vectors (`centres`).
+
+    They are taken off for squared L2.
+    """
 
     def __init__(self, dim: int, metric: str) -> None:
         self.dim, self.metric = dim, metric
         self.stride = max(NIBBLES, short_stride(-(-dim // 2)))
-        self.width, self.kind = self.stride, L2_I4 if metric == "l2" else IP_I4
+        self.width = self.stride
         self.has_aux = True
         self.centre_D: np.ndarray | None = None
+        self.centre_GD: np.ndarray | None = None
+
+    @property
+    def kind(self) -> int:
+        """Of distance (`layout`)."""
+        if self.metric != "l2":
+            return IP_I4
+        return L2_I4 if self.centre_GD is None else L2_I4_GROUPS
 
     @property
     def query_bytes(self) -> int:
         """Of a query as kernels take it."""
-        return 2 * self.stride
+        return 2 * self.stride if self.centre_GD is None else len(self.centre_GD) * (HEAD + 2 * self.stride)
 
     @property
     def is_trained(self) -> bool:
@@ -150,48 +170,70 @@ class Int4:
     def trained(self, vector_SD: np.ndarray, seed: int, workers: int) -> "Int4":
         """Another one that has learned from vectors."""
         made = Int4(self.dim, self.metric)
-        made.centre_D = centre_of(vector_SD) if self.metric == "l2" else np.zeros(self.dim, np.float32)
+        if self.metric != "l2":
+            made.centre_D = np.zeros(self.dim, np.float32)
+            return made
+        centres = centres_of(vector_SD, WORTH)
+        made.centre_D, made.centre_GD = (centres, None) if centres.ndim == 1 else (centres[0], centres[1:])
         return made
 
     def is_worn(self, vector_SD: np.ndarray) -> bool:
         """Whether these vectors have gone so far from the centre that their codes say little."""
         assert self.centre_D is not None
-        return self.metric == "l2" and better_centre(self.centre_D, vector_SD) is not None
+        held = self.centre_D if self.centre_GD is None else np.concatenate([self.centre_D[None], self.centre_GD])
+        return self.metric == "l2" and better_centre(held, vector_SD, WORTH) is not None
 
     def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows, uint8 [N, STRIDE], and float32 [N, 2] of scale and squared norm."""
-        code_ND, aux = _rounded(vector_ND - self.centre_D, 7)
+        if self.centre_GD is None:
+            return self._coded(vector_ND - self.centre_D)
+        return rows_of(vector_ND, self.centre_GD, self._coded)
+
+    def _coded(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        code_ND, aux = _rounded(vector_ND, 7)
         half = padded((code_ND + 8).astype(np.uint8), 2 * self.stride).reshape(len(code_ND), -1, 2, NIBBLES)
         return (half[:, :, 0] | half[:, :, 1] << 4).reshape(len(code_ND), self.stride), aux
 
     def encode_queries(self, vector_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Queries of a whole byte for each number, int8 as bytes, zeros beyond them; and their aux."""
-        code_QD, aux = _rounded(vector_QD - self.centre_D, 127)
+        """Queries of a whole byte for each number, int8 as bytes, zeros beyond them, about each centre; and their aux."""
+        if self.centre_GD is None:
+            return self._coded_query(vector_QD - self.centre_D)
+        return queries_for(vector_QD, self.centre_GD, self._coded_query), np.zeros((len(vector_QD), 2), np.float32)
+
+    def _coded_query(self, vector_QD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        code_QD, aux = _rounded(vector_QD, 127)
         return padded(code_QD.astype(np.int8), 2 * self.stride).view(np.uint8), aux
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What was learned, by name."""
         assert self.centre_D is not None
-        return {"code_centre": self.centre_D}
+        grouped = {} if self.centre_GD is None else {"code_groups": self.centre_GD}
+        return {"code_centre": self.centre_D, **grouped}
 
     def wanted(self) -> Wanted:
         """Shapes of these."""
         return {"code_centre": ((self.dim,), np.float32)}
+
+    def optional(self, arrays: dict[str, np.ndarray]) -> Wanted:
+        """Of those that there may be."""
+        return wanted_groups(arrays, "code_groups", self.dim) if self.metric == "l2" else {}
 
     def take_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Know what was learned. Raises DataError for numbers that are none."""
         self.centre_D = np.array(arrays["code_centre"])
         if not np.isfinite(self.centre_D).all():
             raise DataError("the centre of codes is not finite")
+        self.centre_GD = np.array(arrays["code_groups"]) if "code_groups" in arrays else None
 
 
 def _rounded(vector_ND: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers as multiples -most ... most of a scale, and float32 [N, 2] of that and the squared norm."""
+    """Numbers as multiples -most ... most of a scale, and float32 [N, 2] of that and the squared norm of these (`queries.code_row`)."""
     aux = np.empty((len(vector_ND), 2), np.float32)
     aux[:, 0] = np.abs(vector_ND).max(1, initial=0.0) / most
-    aux[:, 1] = np.einsum("nd,nd->n", vector_ND, vector_ND)
     scale = np.where(aux[:, :1] > 0, aux[:, :1], 1)
-    return np.clip(np.rint(vector_ND / scale), -most, most), aux
+    code_ND = np.clip(np.rint(vector_ND / scale), -most, most)
+    aux[:, 1] = np.einsum("nd,nd->n", code_ND, code_ND, dtype=np.float64).astype(np.float32) * aux[:, 0] ** 2
+    return code_ND, aux
 
 
 class Coded:
@@ -297,12 +339,18 @@ class Coded:
         beside: Wanted = {"code_aux": ((count, 2), np.float32)} if self.coder.has_aux else {}
         return {"codes": ((count, self.coder.stride), np.uint8), **beside, **self.coder.wanted()}
 
+    def optional(self, arrays: dict[str, np.ndarray]) -> Wanted:
+        """Shapes of those that there may be beside."""
+        return self.coder.optional(arrays)
+
     def take_arrays(self, arrays: dict[str, np.ndarray], source: str) -> None:
         """Hold what `arrays` gave. Raises DataError for numbers that are none."""
         try:
             self.coder.take_arrays(arrays)
         except DataError as error:
             raise DataError(f"{source} is damaged: {error}") from None
+        if "code_groups" in arrays:
+            check_groups(arrays["code_groups"], arrays["code_aux"], source)
         count = len(arrays["codes"])
         self.rows = grown(arrays["codes"], count, count)
         if self.coder.has_aux:

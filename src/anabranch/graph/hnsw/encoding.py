@@ -1,24 +1,30 @@
 """Vectors as rows that kernels measure, and back: float32, float16 or int8, padded with zeros to whole lines; or bits.
 
 For squared L2, short rows hold x minus a centre of the vectors (`centres`): distances do not change by that, and their precision goes where
-the data is. It is that of the first vectors added; whether another is better is looked at as they become twice as many, and when some go.
+the data is. It is that of the first vectors added; whether another is better is looked at whenever one in 8 has come, moved or gone. Rows
+of int8 with float32 vectors beside them have several centres where vectors are of groups far from each other (`groups`); the graph is
+linked by the float32 vectors then.
 """
-# Shapes: N vectors, D dimension, Q queries
+# Shapes: N vectors, D dimension, Q queries, G groups
 
 from copy import copy
 
 import numpy as np
 
 from anabranch.graph.guarded import held
-from anabranch.graph.hnsw.centres import centre_of
+from anabranch.graph.hnsw.centres import centres_of
+from anabranch.graph.hnsw.groups import groups_in, queries_for, rows_of
 from anabranch.graph.hnsw.queries import code_rows
-from anabranch.graph.hnsw.raw import HAMMING, LINE
+from anabranch.graph.hnsw.raw import HAMMING, L2_I8_GROUPS, LINE
 
 PRECISIONS = ("f32", "f16", "i8")
 # Of packed bits, with the metric "hamming".
 BITS = "b1"
 WORD = 8  # bytes
 ITEM = {"f32": 4, "f16": 2, "i8": 1}
+
+# Groups have centres of their own where numbers are so many times smaller then: half of their 8 bits say where a group is.
+WORTH = 16.0
 
 # Scale and norm of a query that has none; kernels only read it.
 _ONE_ZERO = np.zeros((1, 2), np.float32)
@@ -34,6 +40,7 @@ class Encoding:
         full_stride: bytes of a float32 row that results are measured again by.
         rerank: whether these are kept beside.
         centre_D: what is taken off before rows are shortened, float32 [D]; None for nothing.
+        centre_GD: what is, from rows of each group, float32 [G, D]; None where there are none, and that is ``centre_D`` of all rows.
     """
 
     def __init__(self, dim: int, metric: str, dtype: str, rerank: bool) -> None:
@@ -42,11 +49,13 @@ class Encoding:
         self.stride = lines(dim * ITEM[dtype])
         self.width = self.stride // ITEM[dtype]
         self.full_stride = lines(4 * dim)
-        self.centre_D: np.ndarray | None = None
+        self.take_centres(None)
 
     @property
     def kind(self) -> int:
         """Of distance (`layout`)."""
+        if self.centre_GD is not None:
+            return L2_I8_GROUPS
         return 2 * PRECISIONS.index(self.dtype) + (self.metric != "l2")
 
     @property
@@ -54,16 +63,39 @@ class Encoding:
         """Whether `settle` has nothing to take."""
         return self.centre_D is not None or self.metric != "l2" or self.dtype == "f32"
 
-    def settle(self, vector_ND: np.ndarray) -> None:
-        """Take the centre of the first vectors."""
-        if not self.is_settled:
-            self.centre_D = centre_of(vector_ND)
+    @property
+    def worth(self) -> float | None:
+        """How many times smaller numbers must be for groups to have centres of their own; None: they never have."""
+        return WORTH if self.metric == "l2" and self.dtype == "i8" and self.rerank else None
 
-    def with_centre(self, centre_D: np.ndarray) -> "Encoding":
-        """The same with another centre."""
+    @property
+    def centres(self) -> np.ndarray | None:
+        """The centre, or centres, as `centres.centres_of` gives them."""
+        if self.centre_D is None or self.centre_GD is None:
+            return self.centre_D
+        return np.concatenate([self.centre_D[None], self.centre_GD])
+
+    def settle(self, vector_ND: np.ndarray) -> None:
+        """Take the centre, or centres, of the first vectors."""
+        if not self.is_settled:
+            self.take_centres(centres_of(vector_ND, self.worth))
+
+    def take_centres(self, centres: np.ndarray | None) -> None:
+        """Take the centre, or centres, that `centres.centres_of` gives; None for none."""
+        self.centre_D: np.ndarray | None = centres if centres is None or centres.ndim == 1 else centres[0].copy()
+        self.centre_GD: np.ndarray | None = None if centres is None or centres.ndim == 1 else centres[1:].copy()
+
+    def with_centre(self, centres: np.ndarray) -> "Encoding":
+        """The same with another centre, or others."""
         made = copy(self)
-        made.centre_D = centre_D
+        made.take_centres(centres)
         return made
+
+    def error_of(self, vector_ND: np.ndarray) -> np.ndarray:
+        """How far vectors lie from what rows of them say, float32 [N]."""
+        rows, aux, _ = self.encode(vector_ND)
+        off_ND = vector_ND - self.decode(rows, aux)
+        return np.sqrt(np.einsum("nd,nd->n", off_ND, off_ND))
 
     def encode(self, vector_ND: np.ndarray) -> Encoded:
         """Rows as they are searched (uint8 [N, STRIDE]), their aux, and full rows (float32; empty where rows are final)."""
@@ -77,6 +109,8 @@ class Encoding:
             # Beyond its range: its ends.
             half = np.clip(half, np.finfo(np.float16).min, np.finfo(np.float16).max)
             return padded(half, self.width).view(np.uint8), np.zeros((len(full), 2), np.float32), kept
+        if self.centre_GD is not None:
+            return *rows_of(vector_ND, self.centre_GD, self._coded), kept
         return *self._codes(vector_ND), kept
 
     def encode_queries(self, vector_QD: np.ndarray) -> Encoded:
@@ -87,6 +121,8 @@ class Encoding:
             return full.view(np.uint8), aux, full
         if self.dtype == "f16":
             return padded(self._centred(vector_QD), self.width).view(np.uint8), aux, full
+        if self.centre_GD is not None:
+            return queries_for(vector_QD, self.centre_GD, self._coded), aux, full
         return *self._codes(vector_QD), full
 
     def decode(self, rows: np.ndarray, aux: np.ndarray) -> np.ndarray:
@@ -97,16 +133,22 @@ class Encoding:
             found = rows.view(np.float16)[:, : self.dim].astype(np.float32)
         else:
             found = rows.view(np.int8)[:, : self.dim] * aux[:, :1]
+        if self.centre_GD is not None:
+            return found + self.centre_GD[groups_in(aux)]
         return found if self.centre_D is None else found + self.centre_D
 
     def _centred(self, vector_ND: np.ndarray) -> np.ndarray:
         return vector_ND if self.centre_D is None else vector_ND - self.centre_D
 
     def _codes(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int8 codes as rows (uint8 [N, STRIDE]), and float32 [N, 2] of scale and squared norm."""
+        """int8 codes of vectors less the centre as rows (uint8 [N, STRIDE]), and float32 [N, 2] of scale and squared norm."""
+        return self._coded(vector_ND, self.centre_D)
+
+    def _coded(self, vector_ND: np.ndarray, centre_D: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The same less a centre, or of the vectors themselves."""
         count, vector_ND = len(vector_ND), held(np.ascontiguousarray(vector_ND, np.float32))
         rows, aux = held(np.zeros((count, self.stride), np.uint8)), np.empty((count, 2), np.float32)
-        centre_D = None if self.centre_D is None else held(self.centre_D)
+        centre_D = None if centre_D is None else held(centre_D)
         code_rows(vector_ND.ctypes.data, 0 if centre_D is None else centre_D.ctypes.data, count, self.dim, rows, aux)
         return rows, aux
 
@@ -119,7 +161,7 @@ class BitEncoding(Encoding):
         self.stride = short_stride(dim // 8)
         self.width = self.stride // WORD
         self.full_stride = 0
-        self.centre_D = None
+        self.take_centres(None)
 
     @property
     def kind(self) -> int:

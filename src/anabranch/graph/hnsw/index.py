@@ -1,11 +1,11 @@
-"""`HNSW`: the index as users see it. The kernels are in `search` and `build`, the arrays in `storage`, files and pickles in `kept`."""
+"""`HNSW`: the index as users see it. What it is asked is in `finding`, files and pickles in `kept`, kernels in `search` and `build`."""
 # Shapes: N vectors, D dimension, Q queries, K neighbours, S slots
 
 from typing import Any
 
 import numpy as np
 
-from anabranch.errors import CapacityError, InputError
+from anabranch.errors import InputError
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.checks import (
@@ -17,23 +17,24 @@ from anabranch.graph.hnsw.checks import (
     warn_of_rounding,
     warn_of_short,
 )
+from anabranch.graph.hnsw.coarse import warn_of_coarse, warn_of_worse
 from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.figures import figures
-from anabranch.graph.hnsw.filters import Filter
+from anabranch.graph.hnsw.finding import Finding
 from anabranch.graph.hnsw.kept import Kept
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.options import MAX_EF, MAX_RERANK, check_options
-from anabranch.graph.hnsw.ranges import Ranges, Within, as_radius
+from anabranch.graph.hnsw.ranges import Ranges
 from anabranch.graph.hnsw.searching import Searcher
 from anabranch.graph.hnsw.single import Single
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage
-from anabranch.graph.workers import Workers, asked_workers
+from anabranch.graph.workers import asked_workers
 
 
-class HNSW(Kept):
+class HNSW(Kept, Finding):
     """Approximate nearest neighbours of vectors, by a walk through a hierarchy of small-world graphs.
 
     Any number of threads may search at once, and beside one that changes the index: a search waits for single steps of it, never for the
@@ -144,6 +145,15 @@ class HNSW(Kept):
         return self.dim // 8 if self.metric == "hamming" else self.dim
 
     @property
+    def num_threads(self) -> int | None:
+        """The former name of ``workers``."""
+        return self.workers
+
+    @num_threads.setter
+    def num_threads(self, number: int | None) -> None:
+        self.workers = None if number is None else as_positive(number, "num_threads")
+
+    @property
     def rerank(self) -> bool | int:
         """Whether results are measured again by float32 vectors, or how many of the best."""
         return self._rerank if self._storage.rerank or self.quantization is not None else False
@@ -206,7 +216,9 @@ class HNSW(Kept):
 
         Warns (UserWarning), with the row, of a vector for "l2" that is not zero and shorter than 1e-18 (`MIN_LENGTH`): squared distances
         between such ones are 0, so that they are not told apart. And of vectors that are rounded to too little: for "ip" where all are
-        shorter than 1e-3, with "f16" where numbers lie over 65,504 from the centre, or are all below 6.1e-5.
+        shorter than 1e-3, with "f16" where numbers lie over 65,504 from the centre, or are all below 6.1e-5, with "f16" and "i8" where many
+        are rounded by as much as they lie from each other. With ``rerank=False``, when rows are rounded about another centre, of elements
+        that keep errors of the one before.
 
         Raises:
             InputError: vectors of another dimension, with numbers that are not finite or too long to be squared (`MAX_LENGTH`), ids that do
@@ -223,7 +235,7 @@ class HNSW(Kept):
                 if self._changes.is_crowded:
                     with self._lock.write():
                         self._changes.repair_if_due()
-                warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
+                self._tell(vector_ND)
                 return id_1
         with self._lock.write() as interrupts, self._pool(workers, former, "add") as pool:
             id_N = self._changes.following(len(vector_ND)) if given is None else given
@@ -241,7 +253,7 @@ class HNSW(Kept):
                 self._changes.repair()
             self._changes.repair_if_due()
             self._changes.learn_if_due(pool)
-        warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
+        self._tell(vector_ND)
         return id_N
 
     def train(self, vectors: Any = None, *, workers: int | None = None, **former: Any) -> None:
@@ -278,7 +290,7 @@ class HNSW(Kept):
             if repair:
                 self._changes.repair()
             self._changes.learn_after_loss(pool)
-        warn_of_rounding(vector_ND, self.metric, self.dtype, self._storage.encoding.centre_D, "vectors")
+        self._tell(vector_ND)
 
     def remove(self, ids: Any) -> None:
         """Delete elements: searches walk over them and do not return them, until `compact` takes them out.
@@ -298,6 +310,7 @@ class HNSW(Kept):
                 # Some room stays for what comes next.
                 if 4 * self._storage.count < 3 * self._storage.capacity:
                     self._storage.shrink()
+        self._tell(None)
 
     def restore(self, ids: Any) -> None:
         """Undo `remove` for elements that were not compacted since, and whose places `add` did not take.
@@ -318,7 +331,8 @@ class HNSW(Kept):
             self._changes.learn_after_loss(pool)
             if not self._storage.is_mapped:
                 self._storage.shrink()
-            return found
+        self._tell(None)
+        return found
 
     def repair(self) -> int:
         """Link every element that cannot be reached on level 0 from the entry point; how many there were.
@@ -327,145 +341,6 @@ class HNSW(Kept):
         """
         with self._lock.write():
             return self._changes.repair()
-
-    # Searching
-
-    def search(
-        self,
-        queries: Any,
-        k: int = 10,
-        ef: int | None = None,
-        filter: Any = None,
-        *,
-        workers: int | None = None,
-        **former: Any,
-    ) -> tuple[Any, Any]:
-        """The k nearest of each query.
-
-        Args:
-            queries: [Q, D], or [D] for one; a numpy array, or a torch tensor on any device. For "hamming" packed bits, as of `add`.
-            k: how many.
-            ef: how many to hold during the walk, at least k; more finds more. Default 64.
-            filter: only elements that it lets through: a mask by id (bool, an entry for every id up to the largest), a list of ids, or what
-                `prepare_filter` made of one. Few matches (at most 2 ef, or 1%) are measured one by one, exactly.
-            workers: for this call; None for the index's own.
-
-        Returns:
-            ids, int64 [Q, K], and distances, float32 [Q, K], the nearest first, those at one distance by id; -1 and infinity behind the
-            last where there are fewer. Tensors, on their device, where queries are.
-
-        Raises:
-            InputError: queries of another dimension or with numbers that are not finite; k or ef below 1; a filter of another kind.
-            CapacityError: memory does not hold the results.
-        """
-        if former:
-            workers = asked_workers(workers, former, "search")
-        if filter is None or type(filter) is Filter:
-            found = self._single.search(queries, k, ef, filter)
-            if found is not None:
-                return found
-        k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
-        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        try:
-            id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
-        except (MemoryError, ValueError) as error:
-            raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
-        with self._pool(workers, {}, "search") as pool:
-            self._searcher.all(query_QD, ef, filter, id_QK, distance_QK, pool, self._lock)
-        return like(id_QK, queries), like(distance_QK, queries)
-
-    def range_search(
-        self,
-        queries: Any,
-        radius: Any,
-        ef: int | None = None,
-        filter: Any = None,
-        *,
-        exact: bool = False,
-        workers: int | None = None,
-        **former: Any,
-    ) -> Within:
-        """All within a radius of each query.
-
-        What is returned is within it, with the distance that `search` gives (but of codes with ``rerank=False``, where `search` tells
-        distances of codes: here those of the vectors count). What may be missing is what `search` misses with an ``ef`` of
-        at least twice as many as are within: the walk holds ``ef``, then twice as many and so on, until at most half of them are. Where
-        that would be more than a sixteenth of all elements, and with ``exact``, every distance is measured and nothing is missing.
-
-        Args:
-            queries: as of `search`.
-            radius: the largest distance that counts, as the metric gives it (squared for "l2"), as a 32-bit number; one, or [Q]. May be
-                infinite.
-            ef: how many the first walk holds; more finds more. Default 64.
-            filter: as of `search`.
-            exact: measure every distance.
-            workers: for this call; None for the index's own.
-
-        Returns:
-            `Within`: ``indptr``, int64 [Q + 1], ``ids``, int64, and ``distances``, float32: those of query q are from ``indptr[q]`` to
-            ``indptr[q + 1]``, the nearest first, those at one distance by id. Tensors, on their device, where queries are.
-
-        Raises:
-            InputError: as `search`; a radius that is no number.
-            CapacityError: memory does not hold the results.
-            DataError: a distance is no number, since a mapped file was damaged.
-        """
-        ef = 64 if ef is None else as_positive(ef, "ef")
-        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        radius_Q = as_radius(radius, len(query_QD))
-        try:
-            with self._pool(workers, former, "range_search") as pool:
-                rows, _ = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), pool, self._lock)
-            found = Within.of(rows)
-        except MemoryError as error:
-            raise CapacityError(
-                f"no memory for all within the radius of {len(query_QD):,} queries; ask for fewer, or for a smaller one"
-            ) from error
-        return Within(*(like(array, queries) for array in found))
-
-    def nearest_within(
-        self,
-        queries: Any,
-        radius: Any,
-        k: int = 10,
-        ef: int | None = None,
-        filter: Any = None,
-        *,
-        exact: bool = False,
-        workers: int | None = None,
-    ) -> tuple[Any, Any, Any]:
-        """The k nearest within a radius of each query, and how many are within: as `range_search`, without holding all of these.
-
-        Args and errors are those of `search` and `range_search`.
-
-        Returns:
-            ids, int64 [Q, K], and distances, float32 [Q, K], as `search`; and how many are within, int64 [Q]. Tensors, on their device,
-            where queries are.
-        """
-        k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
-        query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        radius_Q = as_radius(radius, len(query_QD))
-        try:
-            id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
-            with self._pool(workers, {}, "nearest_within") as pool:
-                rows, number_Q = self._ranges.many(
-                    query_QD, radius_Q, ef, filter, bool(exact), pool, self._lock, most=k
-                )
-        except (MemoryError, ValueError) as error:
-            raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
-        for number, (ids, distances) in enumerate(rows):
-            id_QK[number, : len(ids)], distance_QK[number, : len(ids)] = ids, distances
-        return like(id_QK, queries), like(distance_QK, queries), like(number_Q, queries)
-
-    def prepare_filter(self, ids_or_mask: Any) -> Filter:
-        """A filter for many searches: what it lets through is worked out once, and again only when the index has changed.
-
-        Raises InputError for what is no list of ids and no mask, and for a mask that ends before the largest id.
-        """
-        made = Filter(ids_or_mask)
-        with self._lock.read():
-            made.on(self._slots)
-        return made
 
     def stats(self) -> dict[str, Any]:
         """What the index looks like, and what the last search cost.
@@ -481,6 +356,11 @@ class HNSW(Kept):
 
     # Inside
 
-    def _pool(self, workers: int | None, former: dict[str, Any], call: str) -> Workers:
-        workers = asked_workers(workers, former, call)
-        return Workers(self.workers if workers is None else as_positive(workers, "workers"))
+    def _tell(self, vector_ND: np.ndarray | None) -> None:
+        """Warn of vectors that came of which little is kept, and of elements that keep errors."""
+        encoding = self._storage.encoding
+        if vector_ND is not None:
+            warn_of_rounding(vector_ND, self.metric, self.dtype, encoding.centre_D, "vectors")
+            warn_of_coarse(vector_ND, encoding, "vectors")
+        if number := self._changes.take_worse():
+            warn_of_worse(number, len(self))

@@ -7,7 +7,7 @@ import numpy as np
 
 from anabranch.graph.header import described, whole
 from anabranch.graph.hnsw import layout, storage
-from anabranch.graph.hnsw.changing import Changes
+from anabranch.graph.hnsw.changing import MOST, Changes
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.slots import Slots
@@ -32,8 +32,11 @@ class Kept:
     _changes: Changes
 
     def save(self, path: str | Path) -> None:
-        """Write the index into one checked file (`anabranch.graph.array_file`), all or nothing."""
-        with self._lock.read(whole=True):
+        """Write the index into one checked file (`anabranch.graph.array_file`), all or nothing: one state of it, with changes kept waiting.
+
+        Searches go on meanwhile.
+        """
+        with self._lock.still():
             storage.save(self._storage, path, self._facts())
 
     @classmethod
@@ -58,7 +61,7 @@ class Kept:
 
     def _state(self, *, copy: bool) -> dict[str, Any]:
         """What a pickle holds. Without ``copy`` arrays are the index's own: whoever writes them keeps changes out meanwhile."""
-        with self._lock.read(whole=True):
+        with self._lock.still():
             held = self._storage.arrays()
             arrays = {name: np.array(array) for name, array in held.items()} if copy else held
             graph = self._storage.graph
@@ -81,6 +84,7 @@ class Kept:
             "next_id": self._changes.next_id,
             "changed": self._changes.changed,
             "copies": self._linker.num_copies,
+            "cut": self._linker.is_cut,
         }
 
     @classmethod
@@ -89,11 +93,12 @@ class Kept:
     ) -> Self:
         with described(source, "an index"):
             made = cls(**{**meta["options"], "workers": workers})
-            drawn, next_id = whole(meta["drawn"], "drawn"), whole(meta["next_id"], "next_id", most=2**63)
+            drawn, next_id = whole(meta["drawn"], "drawn", most=MOST), whole(meta["next_id"], "next_id", most=2**63)
             entry, top = whole(meta["entry"], "entry", -1), whole(meta["top"], "top", -1)
             # Files of earlier releases do not say so.
-            made._changes.changed = whole(meta.get("changed", 0), "changed")
-            made._linker.num_copies = whole(meta.get("copies", 0), "copies")
+            made._changes.changed = whole(meta.get("changed", 0), "changed", most=MOST)
+            made._linker.num_copies = whole(meta.get("copies", 0), "copies", most=MOST)
+            made._linker.is_cut = meta.get("cut") is True
             if made._storage.coded is not None:
                 made._storage.coded.trained_on = whole(meta["trained_on"], "trained_on")
             if next_id <= (largest := int(arrays["label"].max(initial=-1))):

@@ -4,9 +4,9 @@ Kinds of distance are 2 * precision + metric: precision 0 float32, 1 float16, 2 
 `HAMMING`, how many differ; a row is then of words of 64, whose number is WIDTH. Codes (`coded`) are only searched: half bytes, where WIDTH
 is bytes of a row, and bytes to look up, where it is their number.
 
-A row of int8 holds round(x / s) with s = max |x| / 127 of that row; beside it stand s and |x|^2 ("aux"). Then
+A row of int8 holds c = round(x / s) with s = max |x| / 127 of that row; beside it stand s and |s c|^2 ("aux"). Then
 
-    <q, x> ~ s_q s_x <codes of q, codes of x>          |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>
+    <q, x> ~ s_q s_x <c_q, c_x>          |q - x|^2 ~ |s_q c_q|^2 + |s_x c_x|^2 - 2 s_q s_x <c_q, c_x>
 """
 # Shapes: N slots, C capacity; a slot is the number of an element within the arrays
 

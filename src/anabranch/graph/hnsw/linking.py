@@ -6,18 +6,9 @@ from collections.abc import Callable
 import numpy as np
 
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.build import (
-    bridge,
-    come_prepared,
-    insert_singly,
-    link_back,
-    link_new,
-    points_at,
-    prepare_singly,
-    reach,
-    repair_links,
-)
+from anabranch.graph.hnsw.build import come_prepared, insert_singly, link_back, link_new, prepare_singly
 from anabranch.graph.hnsw.lock import ReadWriteLock
+from anabranch.graph.hnsw.mending import bridge, points_at, reach, repair_links
 from anabranch.graph.hnsw.storage import Storage
 from anabranch.graph.interrupts import Interrupts
 from anabranch.graph.workers import Workers
@@ -45,12 +36,14 @@ class Linker:
     Attributes:
         linked: how many elements are in the graph.
         num_copies: how many came since the last `repair` that lead to equals of theirs.
+        is_cut: whether some were taken out among such ones since.
         num_done: how many of those that `link` was last given are.
     """
 
     def __init__(self, held: Storage, lock: ReadWriteLock) -> None:
         self._storage, self._lock = held, lock
         self.linked = self.num_done = self.num_copies = 0
+        self.is_cut = False
 
     def link(self, slot_S: np.ndarray, workers: Workers, interrupts: Interrupts | None = None) -> int:
         """Insert slots that no list points at, and whose own lists are empty, into the graph, in their order; how many.
@@ -80,10 +73,8 @@ class Linker:
 
     def _link_singly(self, slot_S: np.ndarray, count: int) -> None:
         """Insert the first so many, one after the other."""
-        graph = self._storage.graph
-        if len(slot_S) > 1 or graph[layout.ENTRY] < 0:
-            with Marks(self._storage) as marks:
-                self.num_copies += insert_singly(graph, marks, slot_S, 0, count)
+        if len(slot_S) > 1 or self._storage.graph[layout.ENTRY] < 0:
+            self._one_by_one(slot_S, 0, count)
             self.linked += count
             return
         # Nearly all of the work, and nothing leads there yet.
@@ -91,9 +82,16 @@ class Linker:
             prepared = self.prepare(slot_S)
         self.take(prepared)
 
+    def _one_by_one(self, slot_S: np.ndarray, begin: int, end: int) -> None:
+        """Insert some slots, one after the other, with nobody beside."""
+        row = self._storage.linked_by()
+        with Marks(self._storage) as marks:
+            self.num_copies += insert_singly(row, marks, slot_S, begin, end)
+        self._storage.take_entry(row)
+
     def prepare(self, slot_1: np.ndarray) -> Prepared:
         """Write the links of one element, and work out the lists that are to lead to it; searches may go on, and see nothing of it."""
-        held, graph = self._storage, self._storage.graph
+        held, graph = self._storage, self._storage.linked_by()
         most = 2 * held.M + held.M * int(graph[layout.TOP])
         target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, 2 * held.M), np.int32)
         with Marks(held) as marks:
@@ -108,16 +106,15 @@ class Linker:
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
         """Insert a batch side by side; of equal vectors the first, then the others one by one, each of which finds those before."""
-        held, is_first_B = self._storage, self._storage.are_first(batch_B)
+        is_first_B = self._storage.are_first(batch_B)
         self._link_beside(batch_B[is_first_B], workers)
         again_B = batch_B[~is_first_B]
         for begin in range(0, len(again_B), EQUALS):
-            with Marks(held) as marks:
-                self.num_copies += insert_singly(held.graph, marks, again_B, begin, min(begin + EQUALS, len(again_B)))
+            self._one_by_one(again_B, begin, min(begin + EQUALS, len(again_B)))
             self._lock.make_room()
 
     def _link_beside(self, batch_B: np.ndarray, workers: Workers) -> None:
-        held, graph = self._storage, self._storage.graph
+        held, graph = self._storage, self._storage.linked_by()
         copies: list[int] = []
 
         def forward(begin: int, end: int) -> None:
@@ -133,7 +130,7 @@ class Linker:
 
     def _link_back(self, base_S: np.ndarray, level: int, workers: Workers) -> None:
         """Add new elements to the lists of those that they link to."""
-        held, graph = self._storage, self._storage.graph
+        held, graph = self._storage, self._storage.linked_by()
         links = held.links[base_S] if level == 0 else held.upper[held.first[base_S] + level - 1]
         target_P, source_P = links[links >= 0].astype(np.int64), np.repeat(base_S, (links >= 0).sum(1))
         # By target, then as they came.
@@ -183,7 +180,7 @@ class Linker:
 
     def _mend(self, gone_N: np.ndarray, level: int, workers: Workers) -> None:
         """Select the lists of a level that point at what goes anew."""
-        held, graph, is_hit_N = self._storage, self._storage.graph, np.zeros(self._storage.count, np.uint8)
+        held, graph, is_hit_N = self._storage, self._storage.linked_by(), np.zeros(self._storage.count, np.uint8)
         with self._lock.open_to_readers():
             workers.run(lambda begin, end: points_at(graph, level, gone_N, begin, end, is_hit_N), held.count, 4096)
         target_T = np.flatnonzero(is_hit_N)
@@ -196,14 +193,14 @@ class Linker:
 
     def repair(self) -> int:
         """Link what level 0 does not lead to, by `repair_links`; how many."""
-        self.num_copies = 0
+        self.num_copies, self.is_cut = 0, False
         if self._storage.graph[layout.ENTRY] < 0:
             # Nothing leads anywhere, since memory ended while all were taken out.
             self.linked = 0
             with Workers(1) as workers:
                 return self.link(np.flatnonzero(self._storage.level[: self._storage.count] >= 0), workers)
         with Marks(self._storage) as marks:
-            linked, _ = repair_links(self._storage.graph, marks, np.zeros(self._storage.count, np.uint8))
+            linked, _ = repair_links(self._storage.linked_by(), marks, np.zeros(self._storage.count, np.uint8))
         return int(linked)
 
     def reached(self) -> np.ndarray:

@@ -48,7 +48,8 @@ class ReadWriteLock:
     one. Nobody else comes in while a writer waits for a reader that is in, so one that reads for long looks whether it does (`is_wanted`).
     A writer may let readers in while it only reads itself (`open_to_readers`), or between two steps (`make_room`): it keeps other writers
     out all the time. One that does nearly all of its work where nobody looks begins beside readers (`write_beside`), and keeps them out
-    for a moment (`exclusive`). Writers go in the order in which they came.
+    for a moment (`exclusive`). Who reads for long what must not change meanwhile comes as a writer that changes nothing (`still`), beside
+    whom all read. Writers go in the order in which they came.
 
     Attributes:
         gate: where readers in compiled code come in and go out (`gate`), as long as one that comes now would be let in at once. A writer
@@ -67,17 +68,22 @@ class ReadWriteLock:
         self._is_owned = self._is_exclusive = self._is_closing = False
         # To the end of its work.
         self._is_alone = False
+        # What it has begun to change may be half changed; it changes nothing.
+        self._is_half = self._is_still = False
         self._is_torn = False
         self.gate = new_gate()
         _LOCKS.add(self)
 
     def after_fork(self) -> None:
-        """In a process that was forked: other threads are not there. What one of them was changing stays half changed, and is refused."""
+        """In a process that was forked: other threads are not there. What one of them had begun to change stays so, and is refused.
+
+        Who was beside readers had changed nothing, but within `exclusive`.
+        """
         self._changed = threading.Condition()
-        self._is_torn = self._is_torn or self._is_owned
+        self._is_torn = self._is_torn or self._is_half
         self._readers = self._due = 0
         self._queue, self._writers = [], []
-        self._is_owned = self._is_exclusive = self._is_closing = self._is_alone = False
+        self._is_owned = self._is_exclusive = self._is_closing = self._is_alone = self._is_half = self._is_still = False
         # In place: whoever holds it keeps it.
         self.gate[:] = self._is_torn, 0
 
@@ -147,7 +153,7 @@ class ReadWriteLock:
     def _is_free(self, whole: bool) -> bool:
         """For a reader that comes now."""
         if self._is_owned:
-            return not (whole or self._is_exclusive or self._is_closing)
+            return not ((whole and not self._is_still) or self._is_exclusive or self._is_closing)
         return not self._writers
 
     @contextmanager
@@ -160,10 +166,11 @@ class ReadWriteLock:
         with Interrupts() as interrupts:
             while not self._own(interrupts):
                 interrupts.tell()
-            self._is_alone = alone
+            self._is_alone, self._is_half = alone, True
             try:
                 yield interrupts
             finally:
+                self._is_half = False
                 self._give_up()
 
     @contextmanager
@@ -176,6 +183,15 @@ class ReadWriteLock:
                 yield interrupts
             finally:
                 self._give_up()
+
+    @contextmanager
+    def still(self) -> Iterator[Interrupts]:
+        """Hold it without writers, and change nothing: whoever reads comes in, also who wants things whole; interrupts as in `write`."""
+        with self.write_beside() as interrupts:
+            with self._changed:
+                self._is_still = True
+                self._let_in()
+            yield interrupts
 
     def _own(self, interrupts: Interrupts, *, beside: bool = False) -> bool:
         """Wait as a writer and have it then; False where an interrupt came before."""
@@ -206,7 +222,7 @@ class ReadWriteLock:
 
     def _give_up(self) -> None:
         with self._changed:
-            self._is_owned = False
+            self._is_owned = self._is_still = False
             self._let_in()
 
     @contextmanager
@@ -228,9 +244,11 @@ class ReadWriteLock:
         """For the writer beside readers: wait for them to go, and keep others out for as long as this is entered."""
         with self._changed:
             self._close()
+        self._is_half = True
         try:
             yield
         finally:
+            self._is_half = False
             with self._changed:
                 self._let_in()
 
@@ -251,7 +269,7 @@ class ReadWriteLock:
     def _let_in(self) -> None:
         self._is_exclusive = False
         for reader in self._queue:
-            if not (reader.is_let_in or (self._is_owned and reader.whole)):
+            if not (reader.is_let_in or (self._is_owned and reader.whole and not self._is_still)):
                 reader.is_let_in = True
                 self._due += 1
         self._turn_gate()

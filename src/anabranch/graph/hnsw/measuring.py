@@ -23,6 +23,8 @@ from anabranch.graph.hnsw.raw import (
     IP_I4,
     IP_PQ,
     L2_I4,
+    L2_I4_GROUPS,
+    L2_I8_GROUPS,
     L2_PQ,
     LANES,
     VECTOR,
@@ -34,6 +36,9 @@ from anabranch.graph.hnsw.raw import (
 )
 
 SUMS = 4
+
+# Of a query for rows of groups (`groups`): bytes before its codes for each group, and how many groups there are at most, a power of two.
+HEAD, MOST = 64, 16
 
 # Rows that are measured side by side.
 AT_ONCE = 4
@@ -124,6 +129,11 @@ def _byte_products(builder: Any, query: Any, rows: list[Any], width: Any) -> lis
     zero = ir.Constant(INTS, [0] * LANES)
     half = builder.udiv(width, ir.Constant(I64, 2))
     return [total_of(builder, value) for value in _summed(builder, half, len(rows), step, zero, builder.add)]
+
+
+def _nibble_products(builder: Any, query: Any, rows: list[Any], width: Any) -> list[Any]:
+    """Dot products of signed bytes and half bytes less 8, one after the other."""
+    return [_nibble_product(builder, query, row, width) for row in rows]
 
 
 def _nibble_product(builder: Any, query: Any, row: Any, width: Any) -> Any:
@@ -221,12 +231,31 @@ def _write_other(builder: Any, row: tuple[Any, Any], given: Given, done: Done) -
     for numbers, block in (((L2_PQ, IP_PQ), codes), ((L2_I4, IP_I4), nibbles)):
         for number in numbers:
             choice.add_case(ir.Constant(I64, number), block)
+    for number, products, share in ((L2_I8_GROUPS, _byte_products, 1), (L2_I4_GROUPS, _nibble_products, 2)):
+        block = function.append_basic_block(f"groups{share}")
+        choice.add_case(ir.Constant(I64, number), block)
+        builder.position_at_end(block)
+        asked = _for_group(builder, row[1], given, share)
+        _end_scaled(builder, [row], products(builder, asked["query"], [row[0]], width), asked, done)
     builder.position_at_end(bits)
     done(builder, [builder.uitofp(_different_bits(builder, query, row[0], width), F32)])
     builder.position_at_end(codes)
     done(builder, [_looked_up(builder, query, row[0], width)])
     builder.position_at_end(nibbles)
-    _end_scaled(builder, [row], [_nibble_product(builder, query, row[0], width)], given, done)
+    _end_scaled(builder, [row], _nibble_products(builder, query, [row[0]], width), given, done)
+
+
+def _for_group(builder: Any, slot: Any, given: Given, share: int) -> Given:
+    """What is given, of that part of a query which is for the group of a slot (`groups`): of so many bytes for each byte of a row."""
+    beside = builder.add(builder.mul(slot, ir.Constant(I64, 2)), ir.Constant(I64, 1))
+    norm = builder.load(element(builder, given["aux"], beside, 4), typ=I32)
+    group = builder.zext(builder.and_(norm, ir.Constant(I32, MOST - 1)), I64)
+    size = builder.add(builder.mul(given["width"], ir.Constant(I64, share)), ir.Constant(I64, HEAD))
+    begin = builder.add(given["query"], builder.mul(group, size))
+    found = {**given, "query": builder.add(begin, ir.Constant(I64, HEAD))}
+    for place, name in enumerate(("scale", "norm")):
+        found[name] = builder.load(element(builder, begin, ir.Constant(I64, place), 4), typ=F32)
+    return found
 
 
 def _end_scaled(builder: Any, rows: list[tuple[Any, Any]], exact: list[Any], given: Given, done: Done) -> None:

@@ -46,14 +46,20 @@ def largest_of(vector, centre, dim):
 
 @helper
 def code_row(vector, centre, dim, codes):
-    """Write the int8 codes of a vector less the centre at an address; its scale and squared norm."""
+    """Write the int8 codes of a vector less the centre at an address; its scale, and the squared norm of what the codes stand for.
+
+    Not that of the vector: distances are then those between vectors that codes stand for, and errors of rounding are no longer multiplied
+    by how far both lie from the centre. Codes that are equal lie at distance 0, to the bit.
+    """
     scale = largest_of(vector, centre, dim) / LAST
-    by = scale if scale > ZERO else ONE
+    by, total = scale if scale > ZERO else ONE, np.int64(0)
     for place in range(dim):
         # Beyond 127 where the scale is too small to be exact.
-        code = min(max(np.rint(less_centre(vector, centre, place) / by), -LAST), LAST)
-        set_i8(codes, place, np.int8(code))
-    return scale, squares(vector, centre, dim)
+        code = np.int8(min(max(np.rint(less_centre(vector, centre, place) / by), -LAST), LAST))
+        set_i8(codes, place, code)
+        total += np.int64(code) * np.int64(code)
+    # As `measuring` works out a product.
+    return scale, np.float32(total) * (scale * scale)
 
 
 @helper
@@ -82,8 +88,9 @@ def take_query(graph, full, short):
         ``short`` is room for a row of a shorter precision, zeros behind too; of bits, the query itself.
     """
     dim, kind, nowhere = graph[DIM], graph[KIND], np.int64(0)
-    if kind == HAMMING:
-        return True, short, ZERO, ZERO
+    # Rows of groups are left to those who search for many (`searching`): a query of them is many.
+    if kind >= HAMMING:
+        return kind == HAMMING, short, ZERO, ZERO
     # What is no number is not below anything.
     if not squares(full, nowhere, dim) <= MAX_SQUARE or (graph[COSINE] != 0 and not scale_to_one(full, dim)):
         return False, full, ZERO, ZERO

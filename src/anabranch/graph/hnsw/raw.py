@@ -29,6 +29,9 @@ helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # Kinds of distance beyond those of whole numbers and floats (`layout`): half bytes, look-up by code, bits that differ.
 L2_I4, IP_I4, L2_PQ, IP_PQ, HAMMING = range(6, 11)
 
+# Of int8 and half bytes about the centres of groups (`groups`); even, as all of squared L2.
+L2_I8_GROUPS, L2_I4_GROUPS = 12, 14
+
 LINE = 64  # bytes
 LANES = 16
 

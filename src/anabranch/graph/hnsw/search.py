@@ -36,6 +36,7 @@ from anabranch.graph.hnsw.layout import (
 from anabranch.graph.hnsw.measuring import AT_ONCE, distance, distances, room_for_some
 from anabranch.graph.hnsw.raw import (
     L2_I4,
+    L2_I4_GROUPS,
     LANES,
     address,
     count_not_above,
@@ -326,7 +327,7 @@ def sort_ties(distance_R, slot_R, count, labels):
 @helper
 def at_least_zero(kind, found_d, count):
     """Raise squared distances to zero that came out below it: of rows of few bits they are sums of products, which do not quite cancel."""
-    if kind == L2_I8 or kind == L2_I4:
+    if kind == L2_I8 or kind == L2_I4 or kind == L2_I4_GROUPS:
         for place in range(count):
             if found_d[place] < np.float32(0.0):
                 found_d[place] = np.float32(0.0)

@@ -43,6 +43,15 @@ class ShardedHNSW:
         self.shards = [HNSW(dim, metric, **options, workers=1) for _ in range(self.num_shards)]
         self.dim, self.metric = self.shards[0].dim, metric
 
+    @property
+    def num_threads(self) -> int | None:
+        """The former name of ``workers``."""
+        return self.workers
+
+    @num_threads.setter
+    def num_threads(self, number: int | None) -> None:
+        self.workers = None if number is None else as_positive(number, "num_threads")
+
     def __len__(self) -> int:
         return sum(map(len, self.shards))
 

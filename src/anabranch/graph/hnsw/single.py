@@ -1,7 +1,7 @@
 """Searches of one query, which are over in less time than the interpreter takes to get ready for many.
 
 Everything from the lock to the labels is one call of a kernel, on arrays that are kept from search to search. What is not the plain case
-(another type, numbers that are not finite, an empty index) is left to `HNSW.search`, which has the words for it.
+(another type, numbers that are not finite, nothing there, rows of groups) is left to `HNSW.search`, which has the words for it.
 """
 # Shapes: D dimension, K neighbours, S slots in use
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import DataError
+from anabranch.graph.hnsw.groups import groups_in
+from anabranch.graph.hnsw.measuring import MOST
 from anabranch.graph.hnsw.raw import get_i32, kernel
 
 MAX_LEVEL = 64
@@ -24,6 +26,21 @@ def check_shapes(arrays: dict[str, np.ndarray], wanted: Wanted, optional: Wanted
             raise DataError(f"{source} is damaged: {name!r} is {found}, not {np.dtype(dtype)} {list(shape)}")
     if "centre" in arrays and not np.isfinite(arrays["centre"]).all():
         raise DataError(f"{source} is damaged: its centre is not finite")
+
+
+def wanted_groups(arrays: dict[str, np.ndarray], name: str, dim: int) -> Wanted:
+    """What an array of the centres of groups, if there is one, must be: 2 to `MOST` of them."""
+    found = arrays.get(name)
+    count = len(found) if found is not None and found.ndim == 2 else 0
+    return {name: ((min(max(count, 2), MOST), dim), np.float32)}
+
+
+def check_groups(centre_GD: np.ndarray, aux: np.ndarray, source: str) -> None:
+    """Raise DataError naming ``source`` unless rows are of groups that there are: kernels look for that part of a query without asking."""
+    if not np.isfinite(centre_GD).all():
+        raise DataError(f"{source} is damaged: its centre is not finite")
+    if groups_in(aux).max(initial=0) >= len(centre_GD):
+        raise DataError(f"{source} is damaged: a row is of a group that is not there; build the index again")
 
 
 def check_links(arrays: dict[str, np.ndarray], entry: int, top: int, source: str) -> None:

@@ -25,7 +25,14 @@ from anabranch.graph.hnsw.arrays import aligned, grown
 from anabranch.graph.hnsw.coded import Coded
 from anabranch.graph.hnsw.encoding import Encoded, Encoding, encoding_of
 from anabranch.graph.hnsw.raw import kernel
-from anabranch.graph.hnsw.soundness import MAX_LEVEL, Wanted, check_links, check_shapes
+from anabranch.graph.hnsw.soundness import (
+    MAX_LEVEL,
+    Wanted,
+    check_groups,
+    check_links,
+    check_shapes,
+    wanted_groups,
+)
 from anabranch.graph.random import next_bits, stream, to_unit
 
 KIND = "hnsw index"
@@ -54,7 +61,6 @@ class Storage:
         self.M, self.rerank = M, self.encoding.rerank
         self.stride, self.full_stride = self.encoding.stride, self.encoding.full_stride
         self.graph = np.zeros(layout.FIELDS, np.int64)
-        self.graph[layout.KIND] = self.encoding.kind
         self.graph[layout.STRIDE], self.graph[layout.WIDTH] = self.stride, self.encoding.width
         self.graph[layout.FULL_STRIDE], self.graph[layout.FULL_WIDTH] = self.full_stride, self.full_stride // 4
         self.graph[layout.CAP0], self.graph[layout.CAP], self.graph[layout.EF] = 2 * M, M, ef_construction
@@ -66,7 +72,7 @@ class Storage:
     def reset(self) -> None:
         """Hold nothing."""
         self.count = self.capacity = self.num_upper = 0
-        self.encoding.centre_D = None
+        self.encoding.take_centres(None)
         self.rows = aligned((0, self.stride), np.uint8)
         self.aux = aligned((0, 2), np.float32)
         self.full = aligned((0, self.full_stride // 4), np.float32)
@@ -96,6 +102,7 @@ class Storage:
         """Bring addresses and counts up to date."""
         graph = self.graph
         graph[layout.VERSION] += 1
+        graph[layout.KIND] = self.encoding.kind
         graph[layout.ROWS], graph[layout.AUX] = self.rows.ctypes.data, self.aux.ctypes.data
         graph[layout.FULL] = self.full.ctypes.data if self.rerank else 0
         graph[layout.LINKS], graph[layout.UPPER] = self.links.ctypes.data, self.upper.ctypes.data
@@ -104,6 +111,22 @@ class Storage:
         graph[layout.LABEL], graph[layout.CAPACITY] = self.label.ctypes.data, self.capacity
         centre_D = self.encoding.centre_D
         graph[layout.CENTRE] = 0 if centre_D is None else centre_D.ctypes.data
+
+    def linked_by(self) -> np.ndarray:
+        """The row that describes the index to kernels that link it: `graph` itself, or one of the float32 vectors where rows are of groups.
+
+        What they write into such a one is for `take_entry`.
+        """
+        if self.encoding.centre_GD is None:
+            return self.graph
+        row = self.graph.copy()
+        row[layout.KIND], row[layout.ROWS], row[layout.FULL] = layout.L2_F32, self.full.ctypes.data, 0
+        row[layout.STRIDE], row[layout.WIDTH] = self.full_stride, self.full_stride // 4
+        return row
+
+    def take_entry(self, row: np.ndarray) -> None:
+        """Begin walks where a row of `linked_by` says."""
+        self.graph[layout.ENTRY], self.graph[layout.TOP] = row[layout.ENTRY], row[layout.TOP]
 
     # Vectors
 
@@ -121,14 +144,14 @@ class Storage:
             return self.full[slot_S, : self.encoding.dim]
         return self.encoding.decode(self.rows[slot_S], self.aux[slot_S])
 
-    def recoded(self, centre_D: np.ndarray) -> tuple[Encoding, np.ndarray, np.ndarray]:
-        """An encoding with another centre, and rows and aux of all slots by it; nothing changes.
+    def recoded(self, centres: np.ndarray) -> tuple[Encoding, np.ndarray, np.ndarray]:
+        """An encoding with another centre (or others: `centres_of`), and rows and aux of all slots by it; nothing changes.
 
         They are made of the vectors where these are kept (``rerank``), else of what the rows that there are still say.
 
         Raises CapacityError where memory does not suffice.
         """
-        made = self.encoding.with_centre(centre_D)
+        made = self.encoding.with_centre(centres)
         try:
             rows, aux = (aligned(array.shape, array.dtype) for array in (self.rows, self.aux))
             for begin in range(0, self.count, PIECE):
@@ -183,6 +206,10 @@ class Storage:
         is_settled = self.encoding.is_settled and not self.is_mapped
         room = len(self.upper) - self.num_upper
         return is_settled and self.count + len(level_N) <= self.capacity and int(level_N.sum()) <= room
+
+    def reserve(self, number: int) -> None:
+        """Make room behind the last for so many elements, on level 0 alone. Raises CapacityError where memory does not suffice."""
+        self._reserve(self.count + number, self.num_upper)
 
     def write_behind(self, vector_ND: np.ndarray, label_N: np.ndarray, level_N: np.ndarray) -> np.ndarray:
         """Write elements behind the last, where there is room and nobody looks until `admit`; their slots."""
@@ -379,6 +406,8 @@ class Storage:
             found["full"] = self.full[:count]
         if self.encoding.centre_D is not None:
             found["centre"] = self.encoding.centre_D
+        if self.encoding.centre_GD is not None:
+            found["groups"] = self.encoding.centre_GD
         return found if self.coded is None else {**found, **self.coded.arrays(count)}
 
     def take_arrays(self, arrays: dict[str, np.ndarray], entry: int, top: int, *, mapped: bool, source: str) -> None:
@@ -395,7 +424,10 @@ class Storage:
                 )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
-        self.encoding.centre_D = np.array(arrays["centre"]) if "centre" in arrays else None
+        centres = np.array(arrays["centre"]) if "centre" in arrays else None
+        if centres is not None and "groups" in arrays:
+            centres = np.concatenate([centres[None], arrays["groups"]])
+        self.encoding.take_centres(centres)
         if self.coded is not None and "codes" in arrays:
             self.coded.take_arrays(arrays, source)
         self.graph[layout.ENTRY], self.graph[layout.TOP] = entry, top
@@ -421,7 +453,14 @@ class Storage:
             wanted["full"] = ((count, self.full_stride // 4), np.float32)
         if self.coded is not None and "codes" in arrays:
             wanted |= self.coded.wanted(count)
-        check_shapes(arrays, wanted, {"centre": ((self.encoding.dim,), np.float32)}, source)
+        optional: Wanted = {"centre": ((self.encoding.dim,), np.float32)}
+        if self.encoding.worth is not None and "centre" in arrays:
+            optional |= wanted_groups(arrays, "groups", self.encoding.dim)
+        if self.coded is not None and "codes" in arrays:
+            optional |= self.coded.optional(arrays)
+        check_shapes(arrays, wanted, optional, source)
+        if "groups" in arrays:
+            check_groups(arrays["groups"], arrays["aux"], source)
         check_links(arrays, entry, top, source)
 
 

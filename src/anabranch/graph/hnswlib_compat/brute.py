@@ -9,6 +9,7 @@ import numpy as np
 from anabranch.errors import DataError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described, whole
+from anabranch.graph.hnsw.checks import too_long
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.search import scan_many
 from anabranch.graph.hnsw.storage import Storage
@@ -48,15 +49,18 @@ class BFIndex(Base):
             self._add(self._made(), vector_ND, ids)
 
     def _add(self, held: Storage, vector_ND: np.ndarray, ids: Any) -> None:
-        label_N = labels_of(ids, len(vector_ND), self._next)
-        self._next += len(label_N)
+        rows = len(vector_ND)
+        label_N = labels_of(ids, rows, self._next)
         chosen = last_of_each(label_N)
         vector_ND, label_N = vector_ND[chosen], label_N[chosen]
         is_known = np.array([label in self._slots for label in label_N.tolist()], bool)
         if len(self._slots) + int((~is_known).sum()) > self._max_elements:
-            self._next -= len(chosen)
             raise RuntimeError(FULL)
-        num_free = min(len(self._free), int((~is_known).sum()))
+        num_new = int((~is_known).sum())
+        num_free = min(len(self._free), num_new)
+        # Before anything changes: there may be no memory for it.
+        held.reserve(num_new - num_free)
+        self._next += rows
         # The places of deleted ones.
         for row in np.flatnonzero(~is_known)[:num_free].tolist():
             self._slots[int(label_N[row])] = self._free.pop()
@@ -149,6 +153,7 @@ class BFIndex(Base):
                 most = whole(found.meta["max_elements"], "max_elements")
                 if vectors.dtype != np.float32 or labels.dtype.kind not in "iu" or labels.ndim != 1:
                     raise ValueError(f"vectors are {vectors.dtype}, labels {labels.dtype}")
+                self._check(vectors, labels, most)
         except DataError as error:
             raise RuntimeError(f"Index seems to be corrupted or unsupported: {error}") from error
         if vectors.shape != (len(labels), self._dim):
@@ -159,9 +164,21 @@ class BFIndex(Base):
             self._take(vectors, labels)
             self._max_elements, self._next = most, len(labels)
 
+    def _check(self, vectors: np.ndarray, labels: np.ndarray, most: int) -> None:
+        """Raise ValueError for what no `save_index` writes: labels that are none or stand there twice, more than fit, and no numbers."""
+        if len(labels) > most:
+            raise ValueError(f"there are {len(labels)} elements, and {most} fit")
+        if labels.size and (labels.min() < 0 or labels.max() > np.iinfo(np.int64).max):
+            raise ValueError(f"labels are 0 to {np.iinfo(np.int64).max}, and there is one that is not")
+        if len(np.unique(labels)) < len(labels):
+            raise ValueError("a label stands there twice")
+        is_finite = bool(np.isfinite(vectors).all())
+        if not is_finite or (self._space != "cosine" and vectors.ndim == 2 and too_long(vectors) is not None):
+            raise ValueError("there is a vector that is not finite, or too long")
+
     def _take(self, vectors: np.ndarray, labels: np.ndarray) -> None:
         """Hold these in place of what there is."""
-        held = self._empty()
+        held, labels = self._empty(), labels.astype(np.int64)
         slots = held.append(vectors, labels, np.zeros(len(labels), np.int32)) if len(labels) else np.empty(0, np.int64)
         self._storage, self._slots, self._free = held, dict(zip(labels.tolist(), slots.tolist(), strict=True)), []
 
