@@ -535,7 +535,9 @@ def test_a_fork_in_the_middle_of_a_change_is_told_so():
 def test_a_fork_beside_one_that_comes_alone(is_last, monkeypatch):
     """Nothing is half changed before its last step, so a child has the index as it was."""
     index, inside, leave = HNSW(8, M=6, ef_construction=30, workers=1), threading.Event(), threading.Event()
-    index.add(VECTORS[:300])
+    index.add(VECTORS[:299])
+    # Now there is room for the next.
+    index.add(VECTORS[299])
     name = "take" if is_last else "prepare"
     whole = getattr(Linker, name)
 

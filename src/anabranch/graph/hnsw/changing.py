@@ -267,8 +267,8 @@ class Changes:
         now does not count, and they are not linked anew.
         """
         held, self.changed, self._look = self._storage, 0, True
-        encoding = held.encoding
-        if encoding.centre_D is None or not held.count:
+        encoding, before = held.encoding, held.encoding.centres
+        if before is None or not held.count:
             return False
         is_live_S = held.deleted[: held.count] == 0
         if moved_S is not None:
@@ -278,7 +278,7 @@ class Changes:
         old_S, new_S = place_S[place_S < len(live_S)], place_S[place_S >= len(live_S)] - len(live_S)
         with self._lock.open_to_readers():
             sample_SD = np.concatenate([held.decode(live_S[old_S]), vector_ND[new_S]])
-            centres = better_centre(encoding.centres, sample_SD, encoding.worth)
+            centres = better_centre(before, sample_SD, encoding.worth)
         if centres is None:
             return False
         held.own()
@@ -286,8 +286,8 @@ class Changes:
         with self._lock.open_to_readers():
             recoded = held.recoded(centres)
             if not held.rerank:
-                before, after = ((rows[live_S], aux[live_S]) for rows, aux in ((held.rows, held.aux), recoded[1:]))
-                self._num_worse += count_worse(before, after, encoding.dtype)
+                was, now = ((rows[live_S], aux[live_S]) for rows, aux in ((held.rows, held.aux), recoded[1:]))
+                self._num_worse += count_worse(was, now, encoding.dtype)
         held.take_recoded(*recoded)
         # They were linked by distances that said little. A part at a time, so that searches find the others.
         for part_S in np.array_split(live_S, PARTS):

@@ -141,11 +141,11 @@ def warn_of_short(vector_ND: np.ndarray, metric: str, what: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
-def warn_of_rounding(vector_ND: np.ndarray, metric: str, dtype: str, centre_D: np.ndarray | None, what: str) -> None:
+def warn_of_rounding(vector_ND: np.ndarray, metric: str, dtype: str, centre_D: np.ndarray | None, what: str) -> bool:
     """Tell of rows of which distances ("ip"), or short rows about a centre ("f16"), keep little. Ranks suffer, so it is no error.
 
     For "ip" where the longest is shorter than `MIN_PRODUCT_LENGTH`; for "f16" of the first that holds a number beyond `HALF_MOST`, and
-    where all numbers are below `HALF_LEAST`. Vectors that are all zero are as good as any.
+    where all numbers are below `HALF_LEAST`. Vectors that are all zero are as good as any. Whether of 16 bits something was told.
     """
     if metric == "ip" and len(vector_ND):
         square_N = np.einsum("nd,nd->n", vector_ND, vector_ND, dtype=np.float64)
@@ -157,7 +157,7 @@ def warn_of_rounding(vector_ND: np.ndarray, metric: str, dtype: str, centre_D: n
             )
             warnings.warn(message, stacklevel=4)
     if dtype != "f16":
-        return
+        return False
     largest = 0.0
     for first in range(0, len(vector_ND), _LOOKED_AT):
         part_PD = vector_ND[first : first + _LOOKED_AT]
@@ -169,13 +169,15 @@ def warn_of_rounding(vector_ND: np.ndarray, metric: str, dtype: str, centre_D: n
                 f"and 16 bits reach {HALF_MOST:g}: such numbers are cut off; scale all vectors down, or use dtype 'i8'"
             )
             warnings.warn(message, stacklevel=4)
-            return
+            return True
     if 0 < largest < HALF_LEAST:
         message = (
             f"row 0 of {what} and all others hold numbers below {HALF_LEAST:.2g} alone, of which 16 bits keep little; scale all vectors "
             "up, or use dtype 'i8'"
         )
         warnings.warn(message, stacklevel=4)
+        return True
+    return False
 
 
 def normalized(vector_ND: np.ndarray, what: str) -> np.ndarray:

@@ -360,7 +360,8 @@ class HNSW(Kept, Finding):
         """Warn of vectors that came of which little is kept, and of elements that keep errors."""
         encoding = self._storage.encoding
         if vector_ND is not None:
-            warn_of_rounding(vector_ND, self.metric, self.dtype, encoding.centre_D, "vectors")
-            warn_of_coarse(vector_ND, encoding, "vectors")
+            is_told = warn_of_rounding(vector_ND, self.metric, self.dtype, encoding.centre_D, "vectors")
+            if not is_told:
+                warn_of_coarse(vector_ND, encoding, "vectors")
         if number := self._changes.take_worse():
             warn_of_worse(number, len(self))
