@@ -11,6 +11,7 @@ import pytest
 from anabranch.errors import DataError, InputError
 from anabranch.graph.rank import NONE, Defences, GossipServer, Peer, Row, run_swarm
 from anabranch.graph.rank.rows import Ranges
+from anabranch.graph.rank.transport import _ending
 
 
 def peer(name, clicks=(), **others):
@@ -184,6 +185,27 @@ def test_answers_that_nobody_reads_are_let_go_of():
                 assert (await other.pull(server.address)).added == 800
 
     asyncio.run(run())
+
+
+def test_the_last_bytes_are_waited_for_too():
+    """A transport asks to pause from 64 KiB on only; what is closed with less left would stay for ever."""
+
+    async def run():
+        ours, theirs = socket.socketpair()
+        with theirs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            _, writer = await asyncio.open_connection(sock=ours)
+
+            async def say():
+                async with asyncio.timeout(0.2), _ending(writer):
+                    writer.write(b"x" * 60_000)
+                    await writer.drain()
+
+            with pytest.raises(TimeoutError):
+                await say()
+            assert writer.transport.get_write_buffer_size() == 0
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_a_question_that_nobody_reads_ends_in_time():

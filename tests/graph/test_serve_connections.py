@@ -134,10 +134,14 @@ def test_who_is_silent_is_let_go_of(server, said):
     assert (b" 200 OK" in heard) == (b"healthz" in said)
 
 
-def test_one_who_drips_a_head_is_let_go_of(server):
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_who_drips_a_head_is_let_go_of(server, is_first):
     with connected(server) as made:
         began = time.monotonic()
         with contextlib.suppress(OSError):
+            if not is_first:
+                made.sendall(head("/healthz", method="GET"))
+                assert b" 200 OK" in made.recv(1 << 16)
             made.sendall(b"GET /healthz HTTP/1.1\r\n")
             while time.monotonic() < began + 20:
                 made.sendall(b"x: y\r\n")
