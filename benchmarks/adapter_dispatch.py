@@ -1,14 +1,15 @@
 """How long does a layer of routed LoRA experts take, against peft's Arrow and against a loop over experts?
 
     arrow      what 8 or 32 adapters add beside a matrix, each token to the two whose prototypes it is nearest to: peft's own layer in its
-               evaluation mode, eager and compiled, against a `RoutedLowRank` that computes the same, to 1e-5, which is checked first.
-               bars: 8 times at 8 experts, 30 times at 32
+               evaluation mode, eager as peft runs it and compiled by torch (a row each), against a `RoutedLowRank`, eager, that computes
+               the same, to 1e-5, which is checked first. bars, of both rows: 8 times at 8 experts, 30 times at 32
     base and arrow    the same with the product of the matrix itself on both sides: no bar
     hybrid     DynMoLE's layer on tokens whose routers are decided (at most 2.5 experts each), against the dense loop of its reference:
                every expert on every token, then weighed. bars: 2 times at 8 experts, 5 times at 32
     soft       the same layer where all tokens are undecided, so that all experts run: no bar
 
-One layer of 576 inputs and 1,536 outputs (SmolLM2-135M), rank 16, 512 tokens, float32, forward alone.
+One layer of 576 inputs and 1,536 outputs (SmolLM2-135M), rank 16, 512 tokens, float32, forward alone; with one thread in the processor's
+time.
 
     python benchmarks/adapter_dispatch.py --threads 1 --json benchmarks/results/adapter_dispatch.json
 
@@ -18,6 +19,7 @@ peft and transformers must be installed for the rows of Arrow; without them thes
 
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +108,11 @@ def inputs() -> Tensor:
     return torch.randn(1, TOKENS, IN_DIM, generator=torch.Generator().manual_seed(1))
 
 
+def clock() -> Callable[[], float]:
+    """The processor's time where one thread works, which other work on the machine does not change as much; else that of the clock."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def quiet(call: Callable[[], Any]) -> Callable[[], None]:
     def work() -> None:
         with torch.no_grad():
@@ -144,11 +151,10 @@ def arrow_rows(experts: int, rounds: int) -> list[dict[str, Any]]:
         with torch.no_grad():
             for peer in (other, compiled):
                 check(case, mine(x), peer(x))
-        peers = {
-            "peft Arrow": quiet(lambda other=other: other(x)),
-            "peft Arrow, compiled": quiet(lambda compiled=compiled: compiled(x)),
-        }
-        rows.append(compare(case, quiet(lambda mine=mine: mine(x)), peers, rounds=rounds))
+        for name, peer in (("peft Arrow", other), ("peft Arrow, compiled", compiled)):
+            peers = {name: quiet(lambda peer=peer: peer(x))}
+            told = f"{case}{', compiled' * (peer is compiled)}"
+            rows.append(compare(told, quiet(lambda mine=mine: mine(x)), peers, rounds=rounds, clock=clock()))
     return rows
 
 
@@ -191,7 +197,7 @@ def hybrid_row(experts: int, decided: bool, rounds: int) -> dict[str, Any]:
     if decided and active > MOST_ACTIVE:
         raise SystemExit(f"{case}: tokens use {active:.2f} experts, more than {MOST_ACTIVE}")
     peers = {"dense loop": quiet(lambda: dense_loop(layer, x_NC))}
-    row = compare(case, quiet(lambda: layer(x_NC, RoutingContext())), peers, rounds=rounds)
+    row = compare(case, quiet(lambda: layer(x_NC, RoutingContext())), peers, rounds=rounds, clock=clock())
     return {**row, "active": round(active, 3)}
 
 

@@ -42,13 +42,16 @@ class _Segmented(torch.autograd.Function):
     def forward(ctx: Any, x_NC: Tensor, weight_NK: Tensor, a_EQC: Tensor, b_EOQ: Tensor, plan: DispatchPlan) -> Tensor:
         ends = plan.offset_E.tolist()
         item_R = plan.item_R[: ends[-1]]
-        weight_R1 = _of_rows(weight_NK, plan, ends[-1]).to(x_NC.dtype)
-        z_RQ = x_NC.new_empty(ends[-1], a_EQC.shape[1])
+        active = _active(ends)
+        # Taken apart at once: each piece that is cut out alone costs as much as its product.
+        items = item_R.split([end - start for _, start, end in active])
+        rows_RC, z_RQ = x_NC.index_select(0, item_R), x_NC.new_empty(ends[-1], a_EQC.shape[1])
+        for expert, start, end in active:
+            torch.mm(rows_RC[start:end], a_EQC[expert].t(), out=z_RQ[start:end])
+        weighed_RQ = z_RQ * _of_rows(weight_NK, plan, ends[-1]).to(x_NC.dtype)
         y_NO = x_NC.new_zeros(plan.num_items, b_EOQ.shape[1])
-        for expert, start, end in _active(ends):
-            item = item_R[start:end]
-            torch.mm(x_NC[item], a_EQC[expert].t(), out=z_RQ[start:end])
-            y_NO.index_add_(0, item, torch.mm(z_RQ[start:end] * weight_R1[start:end], b_EOQ[expert].t()))
+        for (expert, start, end), item in zip(active, items, strict=True):
+            y_NO.index_add_(0, item, torch.mm(weighed_RQ[start:end], b_EOQ[expert].t()))
         ctx.save_for_backward(x_NC, weight_NK, a_EQC, b_EOQ, z_RQ)
         ctx.plan, ctx.ends = plan, ends
         return y_NO
