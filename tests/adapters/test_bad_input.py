@@ -291,6 +291,7 @@ CALLS = {
     "no layers": (lambda place, model: catalogue.apply(model, "lora", targets=()), "targets is empty"),
     "biases that there are not": (lambda place, model: catalogue.apply(model, "bitfit"), "this model has no biases"),
     "every layer dropped": (lambda place, model: catalogue.apply(model, "adapter-drop", drop=9), "no linear layer is left"),
+    "more active than there are": (lambda place, model: catalogue.apply(model, "mixlora", number=2, active=3), "top_k"),
     "a method of others": (lambda place, model: catalogue.apply(model, "vera"), "not one of our own methods"),
     "a method on an adapter": (
         lambda place, model: catalogue.apply(own(model, lambda m: load_peft(place / "a", m)), "lora"), "take that off first"

@@ -68,13 +68,6 @@ class Bottleneck(Linear, kind="bottleneck"):
         low = ACTIVATIONS[self.config.activation](F.linear(x.to(self.down.dtype), self.down, self.down_bias))
         return F.linear(low, self.up, self.up_bias) * self.config.scale
 
-    def begin(self, device: torch.device, generator: torch.Generator) -> None:
-        """Numbers to learn from, in float32 on ``device``: nothing is added yet."""
-        for name, parameter in list(self.named_parameters()):
-            setattr(self, name, nn.Parameter(torch.zeros(parameter.shape)))
-        draw_a(self.down.data, generator)
-        self.to(device)
-
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         width, in_dim = self.down.shape

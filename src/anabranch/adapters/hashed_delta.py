@@ -96,10 +96,6 @@ class HashedDelta(Linear, kind="hashed_delta"):
         """What is added to y. It is computed in the adapter's type, which may be wider than that of ``x``."""
         return F.linear(x.to(self.shared.z.dtype), self.delta())
 
-    def begin(self, device: torch.device, generator: torch.Generator) -> None:
-        """z of zeros, in float32 on ``device``: nothing is added yet."""
-        self.shared.z = nn.Parameter(torch.zeros(self.config.size, device=device))
-
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"in={self.in_dim}, out={self.out_dim}, size={self.config.size}"

@@ -104,12 +104,6 @@ class LowRank(Linear, kind="low_rank"):
         """What is added to y. It is computed in the adapter's type, which may be wider than that of ``x``."""
         return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b) * self.scale
 
-    def begin(self, device: torch.device, generator: torch.Generator) -> None:
-        """Numbers to learn from, in float32 on ``device``: nothing is added yet."""
-        a, b = torch.empty(self.a.shape), torch.zeros(self.b.shape)
-        draw_a(a, generator)
-        self.a, self.b = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
-
     def delta(self) -> Tensor:
         """delta_OC: what it adds to the matrix."""
         return self.pair().delta()

@@ -64,11 +64,6 @@ class SparseDelta(Linear, kind="sparse_delta"):
         """What is added to y. It is computed in the adapter's type, which may be wider than that of ``x``."""
         return F.linear(x.to(self.value.dtype), self.delta())
 
-    def begin(self, device: torch.device, generator: torch.Generator) -> None:
-        """Numbers to learn from, in float32 on ``device``, at places drawn at random: nothing is added yet."""
-        self.value = nn.Parameter(torch.zeros(self.config.entries, device=device))
-        self.index = self._drawn(generator).to(device)
-
     @torch.no_grad()
     def place(self, score_OC: Tensor) -> None:
         """Learn the entries of the greatest scores from here on, and add nothing at first."""

@@ -10,6 +10,7 @@ import torch
 from adapter_models import CONFIGS, drawn, make_base
 from anabranch.adapters import catalogue
 from anabranch.adapters.graft import layers_of
+from anabranch.adapters.tasks import task_rows
 from anabranch.errors import ConfigError
 from anabranch.lm import load_config, load_model, save_model
 from with_peft import needs_peft
@@ -29,6 +30,10 @@ OWN = {
     "fish-mask": {"rank": 2},
     "lt-sft": {"rank": 2},
     "intrinsic": {"size": 24},
+    "poly": {"rank": 4, "number": 3, "tasks": 2},
+    "mhr": {"rank": 4, "number": 3, "tasks": 2, "heads": 4},
+    "molora": {"rank": 4, "number": 3},
+    "mixlora": {"rank": 4, "number": 3},
     "bitfit": {},
     "ln-tuning": {},
     "attention-tuning": {},
@@ -70,9 +75,15 @@ THROUGH_PEFT = {
 }
 
 
+def told(model):
+    """What a pass is told: the task of each row, where a model routes by it."""
+    by_task = any(getattr(module, "routes_by_task", False) for module in model.modules())
+    return {"state": task_rows(model, ["0", "1"], TOKENS.shape[1])} if by_task else {}
+
+
 def logits(model):
     with torch.no_grad():
-        return model.eval()(TOKENS).logits_BLV
+        return model.eval()(TOKENS, **told(model)).logits_BLV
 
 
 def built(family):
@@ -116,7 +127,7 @@ def test_our_methods(id, bases, tmp_path):
     moved(applied)
     found = logits(model)
     assert not torch.equal(found, wanted)
-    model.train()(TOKENS, target_BL=TOKENS).loss.backward()
+    model.train()(TOKENS, target_BL=TOKENS, **told(model)).loss.backward()
     assert {name for name, one in model.named_parameters() if one.grad is not None} == set(applied.trainable)
     assert all(model.get_parameter(name).grad.abs().max() > 0 for name in applied.trainable)
     # It is the same again, alone and with the whole model.
@@ -137,8 +148,8 @@ def test_our_methods(id, bases, tmp_path):
         assert {name for name, one in again.model.named_parameters() if one.requires_grad} == set(
             dict(base.named_parameters())
         )
-    if card.merges == "no":
-        with pytest.raises(ConfigError, match="cannot be merged"):
+    if card.merges in ("no", "per task"):
+        with pytest.raises(ConfigError, match=r"cannot be merged|another adapter for each task"):
             applied.merge()
     else:
         torch.testing.assert_close(logits(applied.merge()), found, rtol=1e-5, atol=2e-5)

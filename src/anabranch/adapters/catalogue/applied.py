@@ -24,10 +24,13 @@ from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate, settings
 from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm
 from anabranch.adapters.catalogue.table import CARDS, find
-from anabranch.adapters.graft import check_pools, graft, layers_of, strip, with_layers
+from anabranch.adapters.graft import layers_of, patterns_of
 from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.low_rank import LowRank
+from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.adapters.nested import NestedLowRank
+from anabranch.adapters.put_on import added_names, put_on, take_off
+from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.sparse_delta import SparseDelta
 from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, ConfigError
@@ -37,6 +40,7 @@ from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import SafetensorsFiles, read_json, some
 from anabranch.nn import ExpertPool, Linear
 from anabranch.nn.linear import Added
+from anabranch.routing import Router, SwitchLoss, TopK
 
 __all__ = ["TABLE", "WEIGHTS", "Applied", "apply", "load_applied"]
 
@@ -80,9 +84,8 @@ class Applied:
 
     def state(self) -> dict[str, Tensor]:
         """What the method has made of the model, by the model's names: layers beside it, or the parameters that learn."""
-        names = set(self.trainable)
-        held = self.model.state_dict()
-        return {name: value for name, value in held.items() if name in names or _is_beside(name, self.card)}
+        names = set(self.trainable if self.card.trains_base else added_names(self.model))
+        return {name: value for name, value in self.model.state_dict().items() if name in names}
 
     def merge(self) -> Decoder:
         """Add what was learned to the matrices, take the layers off, and return the model, which is a plain one.
@@ -90,6 +93,10 @@ class Applied:
         Raises ConfigError for a method that cannot be merged, a matrix that is stored in few bits, and one whose type cannot hold the sum;
         the model is as it was then.
         """
+        if self.card.merges == "per task":
+            raise ConfigError(
+                f"{self.card.id} is another adapter for each task, and matrices can hold one; leave it beside"
+            )
         if self.card.merges == "no":
             raise ConfigError(
                 f"{self.card.id} cannot be merged: {self.card.limits or 'no matrix computes what it does'}"
@@ -122,10 +129,7 @@ class Applied:
 
     def _take_off(self, *, keeps_base: bool) -> None:
         if layers_of(self.model):
-            strip(self.model)
-        for name in [name for name in self.model.shared if name.startswith("hashed_delta_")]:
-            del self.model.shared[name]
-        self.model.config = self._config
+            take_off(self.model)
         named = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in ({} if keeps_base else self._base).items():
@@ -176,11 +180,13 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     chosen = [matrix for matrix in shape.matrices if matrix.part in set(found.matched)]
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config = model.config
-    made = None if card.trains_base else _made(model, card, chosen, found.options)
-    model.requires_grad_(False)
-    if made is not None:
-        _put_on(model, made, seed)
-    learns = {name for name, _ in model.named_parameters() if _learns(name, card, model, found.matched)}
+    if card.trains_base:
+        learns = {name for name in before if _is_trained(name, card)}
+    else:
+        parts = [matrix.part for matrix in shape.matrices]
+        layers = {matrix.part: _layer(card, matrix, found.options) for matrix in chosen}
+        put_on(model, patterns_of(layers, parts), seed=seed)
+        learns = {name for name in added_names(model) if card.id != "lora-fa" or name.endswith(".b")}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learns)
     kept = learns if card.id in _SMALL else ()
@@ -259,14 +265,6 @@ def _fingerprint(config: Decoder.Config) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _made(model: Decoder, card: Card, chosen: list[Matrix], options: Mapping[str, Any]) -> Decoder:
-    """An empty model with the method's layers. Raises ConfigError where something cannot stand beside a matrix of ``model``."""
-    parts = [matrix.part for matrix in Shape.of(model.config).matrices]
-    made = with_layers(model.config, {matrix.part: _layer(card, matrix, options) for matrix in chosen}, parts)
-    check_pools(model, made)
-    return made
-
-
 def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Config:
     """The config of the layer beside one matrix."""
     if card.id == "dylora":
@@ -277,6 +275,23 @@ def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Con
         return SparseDelta.Config(entries=min(options["rank"] * (matrix.in_dim + matrix.out_dim), matrix.size))
     if card.id == "intrinsic":
         return HashedDelta.Config(size=options["size"])
+    if card.id in ("molora", "mixlora"):
+        number = options["number"]
+        active = options.get("active", number)
+        # All of them by their softmax, or the best by theirs with a loss for balance.
+        balance = () if card.id == "molora" else (SwitchLoss.Config(alpha=0.01),)
+        router = Router.Config(select=TopK.Config(top_k=active, normalize="sum"), balance=balance)
+        return RoutedLowRank.Config(
+            ranks=(options["rank"],) * number, alphas=(float(options["alpha"]),) * number, router=router
+        )
+    if card.id in ("poly", "mhr"):
+        return MultiHeadRouted.Config(
+            tasks=tuple(map(str, range(options["tasks"]))),
+            skills=options["number"],
+            heads=options["heads"],
+            rank=options["rank"],
+            alpha=float(options["alpha"]),
+        )
     if card.id == "adapter-parallel":
         return Bottleneck.Config(
             width=options["width"], activation=options["activation"], scale=float(options["scale"])
@@ -284,36 +299,15 @@ def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Con
     raise AssertionError(f"{card.id} is said to be our own, and nothing builds it")
 
 
-def _put_on(model: Decoder, made: Decoder, seed: int) -> None:
-    device = model.embedding.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    for name, module in made.shared.items():
-        if name not in model.shared:
-            model.shared[name] = module
-    graft(model, made, lambda part, layer: layer.begin(device, generator))
-
-
-def _learns(name: str, card: Card, model: Decoder, matched: tuple[str, ...]) -> bool:
-    """Whether a parameter of the model is one that the method trains."""
-    if card.id == "full":
-        return True
+def _is_trained(name: str, card: Card) -> bool:
+    """Whether a method trains this parameter of the base."""
     if card.id == "bitfit":
         return is_bias(name)
     if card.id == "ln-tuning":
         return is_norm(name)
     if card.id == "attention-tuning":
         return ".attention." in name and name.endswith("weight") and not is_norm(name)
-    if card.id == "lora-fa":
-        return _is_beside(name, card) and name.endswith(".b")
-    return _is_beside(name, card)
-
-
-def _is_beside(name: str, card: Card) -> bool:
-    """Whether a tensor belongs to a layer that stands beside a matrix."""
-    if card.trains_base:
-        return False
-    words = name.split(".")
-    return "beside" in words or (words[:1] == ["shared"] and words[1].startswith("hashed_delta_")) or ".layers." in name
+    return True
 
 
 def _sum(matrix_OC: Tensor, layer: Any) -> Tensor:

@@ -130,6 +130,8 @@ class Card:
             forward = "0"
         else:
             forward = "not modelled" if self.work is None else self.work.told
+        if forward == "not modelled":
+            return {"forward": forward, "backward": forward, "merged": "0" if self.merges == "yes" else forward}
         merged = {"yes": "0", "is the base": "0", "per task": "0 for one task"}.get(self.merges, forward)
         backward = "twice the forward ones, less what need not reach below the first adapted layer"
         return {

@@ -1,8 +1,9 @@
 """Cards of what combines adapters: many LoRAs under a router, kinds of adapters together, and ways to make any of them cheaper."""
 
 from dataclasses import replace
+from typing import Any
 
-from anabranch.adapters.catalogue.card import Card, Options, Paper
+from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.low_rank import CARDS as _LOW_RANK
 from anabranch.adapters.catalogue.shape import Matrix
 from anabranch.adapters.catalogue.works import LOW_RANK, each, low_rank
@@ -18,8 +19,44 @@ def _many(matrix: Matrix, options: Options) -> int:
     return options["number"] * low_rank(matrix, options)
 
 
-def _routed(id: str, name: str, rule: str, paper: Paper, *, limits: str = "", merges: str = "no") -> Card:
+_TASKS = Work(
+    "2 r (C + O), and 2 K r (C + O) once per pass and task",
+    lambda matrix, options: [
+        Op(2 * options["rank"] * matrix.in_dim, per_call=2 * options["number"] * options["rank"] * matrix.in_dim),
+        Op(
+            2 * options["rank"] * matrix.out_dim,
+            takes_x=False,
+            per_call=2 * options["number"] * options["rank"] * matrix.out_dim,
+        ),
+    ],
+)
+
+
+_ROUTER = "a router chooses for each token, so it cannot be merged; DynMoLE and LoRA-Mixer are more of this kind"
+
+
+def _active(options: Options) -> int:
+    """How many LoRAs a token goes through."""
+    return options.get("active", options["number"])
+
+
+_ROUTED_WORK = Work(
+    "2 K C of the router, and 2 k r (C + O) of the k LoRAs that a token goes through",
+    lambda matrix, options: [
+        Op(2 * options["number"] * matrix.in_dim),
+        Op(2 * _active(options) * options["rank"] * matrix.in_dim),
+        Op(2 * _active(options) * options["rank"] * matrix.out_dim, takes_x=False),
+    ],
+)
+
+
+def _routed(id: str, name: str, rule: str, paper: Paper, **others: Any) -> Card:
     """K LoRAs of a layer and a router of K C weights."""
+    usual: dict[str, Any] = {
+        "limits": _ROUTER,
+        "options": {"rank": 8, "alpha": 16.0, "number": 4, "targets": _QV},
+        "work": _ROUTED_WORK,
+    }
     return Card(
         id,
         name,
@@ -28,12 +65,9 @@ def _routed(id: str, name: str, rule: str, paper: Paper, *, limits: str = "", me
         "beside each chosen linear layer",
         "K r (C + O) + K C of a router",
         (paper,),
-        backend="none",
-        options={"rank": 8, "number": 4, "targets": _QV},
         count=each(lambda matrix, options: _many(matrix, options) + options["number"] * matrix.in_dim),
-        merges=merges,  # type: ignore[arg-type]
         mixed="pool",
-        limits=limits or "the pool of this package (RoutedLowRank) runs and trains it: routed, so nothing to merge",
+        **(usual | others),
     )
 
 
@@ -47,15 +81,16 @@ def _tasks(id: str, name: str, rule: str, formula: str, paper: Paper, heads: int
         "beside each chosen linear layer",
         formula,
         (paper,),
+        backend="own",
         peft_type="POLY",
-        options={"rank": 8, "number": 4, "tasks": 1, "heads": heads, "targets": _QV},
+        options={"rank": 8, "alpha": 1.0, "number": 4, "tasks": 1, "heads": heads, "targets": _QV},
         count=each(
             lambda matrix, options: _many(matrix, options) + options["tasks"] * options["number"] * options["heads"]
         ),
-        starts_as_base=False,
+        work=_TASKS,
         merges="per task",
         mixed="pool",
-        limits="a task's mixture is one LoRA, which `adapters export` writes",
+        limits="each row of a batch names its task; `anabranch adapt --method` trains it",
     )
 
 
@@ -83,6 +118,7 @@ _ROUTED = (
             2023,
             "2309.05444",
         ),
+        backend="own",
     ),
     _routed(
         "mole",
@@ -99,6 +135,8 @@ _ROUTED = (
             2024,
             "2404.15159",
         ),
+        backend="own",
+        options={"rank": 8, "alpha": 16.0, "number": 4, "active": 2, "targets": ("gate", "up", "down")},
     ),
     _routed(
         "mola",

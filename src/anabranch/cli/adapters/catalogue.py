@@ -81,7 +81,7 @@ def show_card(card: Card, as_json: bool) -> None:
     fact("where", card.where)
     fact("learns", card.formula)
     flops = told["added_flops"]
-    fact("FLOPs", f"{flops['forward']} per token and layer; merged: {flops['merged']}")
+    fact("FLOPs", f"{flops['forward']} of a token and layer; merged: {flops['merged']}")
     fact("run by", {"own": "Anabranch", "peft": f"peft ({card.peft_type})", "none": "nobody here"}[card.backend])
     fact(
         "merges",
