@@ -144,3 +144,96 @@ def with_deltas(folder, base_folder, base, adapter, scales, whole=None):
 def logits(model):
     with torch.no_grad():
         return model.eval()(TOKENS).logits_BLV
+
+
+# Kinds that are no plain LoRA, by name; `make_kind` makes a folder with one.
+KINDS = ("dora", "ia3", "poly", "prompt", "prefix")
+TASKS, SKILLS, SPLITS, VIRTUAL = 3, 4, 2, 5
+
+
+def make_kind(folder, kind, base, family="llama", *, words=None, seed="", extra=None, **table):
+    """An adapter of this kind for the ``base`` of `make_base`; returns all its tensors. ``words`` are layers' last ones."""
+    is_mixture = any(".experts." in name for name in base)
+    usual = {"dora": ATTENTION, "ia3": ["k_proj", "v_proj", "o_proj" if is_mixture else "down_proj"], "poly": ATTENTION}
+    layers = linear_layers(base, words or usual.get(kind, []))
+    if kind == "dora":
+        lengths = {
+            f"{module}.lora_magnitude_vector": 1.5 + drawn(f"{seed}{module}.m", (outputs,))
+            for module, (_, outputs) in layers.items()
+        }
+        return make_adapter(folder, layers, seed=seed, extra={**lengths, **(extra or {})}, use_dora=True, **table)
+    made = {
+        "ia3": lambda: ia3_tensors(layers, seed),
+        "poly": lambda: poly_tensors(layers, seed),
+        "prompt": lambda: {"prompt_embeddings": drawn(f"{seed}prompt", (VIRTUAL, BODY["dim"]))},
+        "prefix": lambda: {"prompt_embeddings": drawn(f"{seed}prefix", (VIRTUAL, 2 * 2 * kept_width(family)))},
+    }[kind]()
+    prefix = "" if kind in ("prompt", "prefix") else "base_model.model."
+    tensors = {f"{prefix}{name}": tensor for name, tensor in {**made, **(extra or {})}.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    told = {**table_of_kind(kind, layers, family), "base_model_name_or_path": "base", "inference_mode": True, **table}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return tensors
+
+
+def ia3_tensors(layers, seed=""):
+    """Factors of outputs; of inputs where a layer is the last of its kind."""
+    return {
+        f"{module}.ia3_l": 1 + drawn(f"{seed}{module}.l", (1, inputs) if of_inputs(module) else (outputs, 1))
+        for module, (inputs, outputs) in layers.items()
+    }
+
+
+def of_inputs(module):
+    """Whether `make_kind` multiplies what a layer gets."""
+    return module.endswith(("down_proj", "o_proj"))
+
+
+def poly_tensors(layers, seed="", rank=3):
+    """Skills of layers, and what each task makes of them."""
+    made = {}
+    for module, (inputs, outputs) in layers.items():
+        made[f"{module}.poly_lora_A"] = drawn(f"{seed}{module}.A", (SPLITS, SKILLS, inputs // SPLITS, rank))
+        made[f"{module}.poly_lora_B"] = drawn(f"{seed}{module}.B", (SPLITS, SKILLS, rank, outputs // SPLITS))
+        made[f"{module}.poly_router.module_logits"] = 5 * drawn(f"{seed}{module}.t", (TASKS, SPLITS * SKILLS))
+    return made
+
+
+def kept_width(family):
+    """Numbers of the keys of one position."""
+    config = (CONFIGS | OTHERS)[family]()
+    return config.attention.kv_heads * config.attention.width(config.dim)
+
+
+def table_of_kind(kind, layers, family):
+    """What an adapter_config.json says of an adapter of `make_kind`."""
+    words = sorted({module.split(".")[-1] for module in layers})
+    heads = (CONFIGS | OTHERS)[family]().attention
+    front = {"num_virtual_tokens": VIRTUAL, "num_layers": 2, "num_transformer_submodules": 1}
+    kept = {"token_dim": kept_width(family), "num_attention_heads": heads.kv_heads, "prefix_projection": False}
+    return {
+        "task_type": "CAUSAL_LM",
+        **{
+            "ia3": {
+                "peft_type": "IA3",
+                "target_modules": words,
+                "feedforward_modules": [word for word in words if of_inputs(word)],
+            },
+            "poly": {
+                "peft_type": "POLY",
+                "target_modules": words,
+                "r": 3,
+                "n_tasks": TASKS,
+                "n_skills": SKILLS,
+                "n_splits": SPLITS,
+            },
+            "prompt": {
+                **front,
+                "peft_type": "PROMPT_TUNING",
+                "token_dim": BODY["dim"],
+                "num_attention_heads": getattr(heads, "num_heads", None),
+            },
+            "prefix": {**front, **kept, "peft_type": "PREFIX_TUNING"},
+        }[kind],
+    }

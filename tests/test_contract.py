@@ -121,11 +121,20 @@ def test_linear(config):
     check_linear(config)
 
 
-@pytest.mark.parametrize("config", defaults("streams"))
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(resolve("streams", kind).Config(), id=kind) for kind in kinds("streams") if kind != "front"],
+)
 @pytest.mark.parametrize("num_streams", [1, 3])
 @pytest.mark.parametrize("device", DEVICES)
 def test_streams(config, num_streams, device):
     check_streams(config.replace(num_streams=num_streams), device=device)
+
+
+@pytest.mark.slow  # tests/adapters has quick ones
+@pytest.mark.parametrize("of", ["embeddings", "keys"])
+def test_virtual_tokens(of):
+    check_streams(resolve("streams", "front").Config(of=of))
 
 
 def variants():

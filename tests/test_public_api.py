@@ -52,10 +52,11 @@ PUBLIC = {
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.adapters": """
-        Adapter Bottleneck Combined DynMoLE Exported HashedDelta Labelled LowRank LowRankPool MixedLowRank MixtureReport
-        MixtureTask NestedLowRank Pair RoutedLowRank SoftThenTopK SparseDelta SpecialisationLoss adapter_of add_layers
-        chosen_rows combine export_mixture fit_joint fit_router labelled_rows load_mixture load_peft load_pool lora_moe merge
-        mixture_report mola mu read_peft rows_for save_peft static_mixture unload unmerge write_peft
+        Adapter Bottleneck Combined Dora DynMoLE Exported Front HashedDelta Labelled LowRank LowRankPool MixedLowRank
+        MixtureReport MixtureTask NestedLowRank Pair RoutedLowRank Scaling SkilledLowRank SoftThenTopK SparseDelta
+        SpecialisationLoss adapter_of add_layers chosen_rows combine export_mixture fit_joint fit_router labelled_rows
+        load_mixture load_peft load_pool lora_moe merge mixture_report mola mu read_peft rows_for save_peft static_mixture
+        unload unmerge write_peft
     """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

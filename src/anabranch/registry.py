@@ -66,6 +66,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "linear": {
         "dense": "anabranch.nn.linear:Dense",
         "low_rank": "anabranch.adapters:LowRank",
+        "dora": "anabranch.adapters:Dora",
+        "scaling": "anabranch.adapters:Scaling",
+        "skilled_low_rank": "anabranch.adapters:SkilledLowRank",
         "routed_low_rank": "anabranch.adapters:RoutedLowRank",
         "mixed_low_rank": "anabranch.adapters:MixedLowRank",
         "multi_head_routed": "anabranch.adapters.mhr:MultiHeadRouted",
@@ -76,6 +79,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",
+        "front": "anabranch.adapters:Front",
     },
     "outcomes": {
         "store": "anabranch.gateway.store_outcomes:load_store",

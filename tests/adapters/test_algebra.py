@@ -254,3 +254,26 @@ def test_a_sum_that_its_type_cannot_hold_is_refused(method):
     message = r"the sum has numbers in \S+ that float32 cannot hold; give weights nearer to 0"
     with pytest.raises(ConfigError, match=message):
         combine([one] * 2, [3e38, 3e38], method)
+
+
+def test_svd_keeps_a_direction_that_is_small_and_real():
+    """Only what rounding leaves is dropped: of two directions one is a thousandth of the other."""
+    a_RC = torch.eye(2, 5, dtype=torch.float64)
+    b_OR = torch.eye(4, 2, dtype=torch.float64) * torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    one = Adapter({"peft_type": "LORA"}, {NAMES[0]: Pair(a_RC, b_OR, 2.0)})
+    made = combine([one], [1.0], "svd").adapter.pairs[NAMES[0]]
+    assert made.rank == 2
+    torch.testing.assert_close(made.delta(), one.pairs[NAMES[0]].delta())
+
+
+def test_what_a_config_says_of_one_training_is_not_said_of_a_sum():
+    told = {
+        "revision": "abc",
+        "init_lora_weights": "eva",
+        "loftq_config": {"bits": 4},
+        "eva_config": {},
+        "corda_config": {},
+    }
+    made = combine([adapter([1, 1, 1], **told, mine=1)], [1.0]).adapter.table
+    assert not told.keys() & made.keys()
+    assert made["mine"] == 1

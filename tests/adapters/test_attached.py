@@ -9,7 +9,7 @@ from anabranch.adapters.fits import check_fits
 from anabranch.adapters.names import names_of
 from anabranch.adapters.peft_config import LoraTable
 from anabranch.errors import CheckpointError, ConfigError, InputError
-from anabranch.lm import load_model
+from anabranch.lm import convert, export_huggingface, load_model, save_model
 from anabranch.nn.quantize import quantize
 
 
@@ -108,18 +108,57 @@ def test_which_modules_are_meant_is_asked_once_for_all(place, monkeypatch):
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("a", r"says lora_dropout 0\.05, and adapters learn without dropout here; say 0 in"),
-        ("s", r"brings lm_head\.weight whole, which does not learn here, as it does in peft"),
-    ],
-)
-def test_what_would_be_trained_otherwise_than_in_peft_is_refused(place, name, message):
-    model = opened(place)
-    with pytest.raises(ConfigError, match=message):
-        load_peft(place / name, model, trainable=True)
-    load_peft(place / name, model)  # nothing was put on
+def test_biases_that_peft_would_train_are_refused(place, tmp_path):
+    layers = linear_layers(make_base(tmp_path / "base", "qwen2"), ["q_proj"])
+    bias = {f"model.layers.{n}.self_attn.q_proj.base_layer.bias": drawn(f"bias {n}", (32,)) for n in (0, 1)}
+    make_adapter(tmp_path / "a", layers, extra=bias, bias="all")
+    model = load_model(tmp_path / "base")[0]
+    with pytest.raises(
+        ConfigError, match="says bias 'all', and biases of the base do not learn here; train it with 'none'"
+    ):
+        load_peft(tmp_path / "a", model, trainable=True)
+    load_peft(tmp_path / "a", model)  # nothing was put on
+
+
+def test_whole_tensors_learn_with_the_adapter_and_not_after_it(place, tmp_path):
+    """As in peft; a part of a fused matrix cannot alone."""
+    model = load_peft(place / "s", opened(place), trainable=True)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "head.weight" in learning
+    assert all(".beside." in name for name in learning - {"head.weight"})
+    model(TOKENS, TOKENS.roll(-1, 1)).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+    found = adapter_of(model).saved["lm_head.weight"]
+    assert not torch.equal(found, read_peft(place / "s").saved["lm_head.weight"])
+    save_peft(tmp_path / "learned", model)
+    assert torch.equal(read_peft(tmp_path / "learned").saved["lm_head.weight"], found)
+    unload(model)
+    assert torch.equal(logits(model), logits(opened(place)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    layers = linear_layers(make_base(tmp_path / "base", "llama"), ["q_proj"])
+    part = {"model.layers.0.mlp.gate_proj.weight": drawn("gate", (48, 32))}
+    make_adapter(tmp_path / "part", layers, extra=part, modules_to_save=["gate_proj"])
+    with pytest.raises(
+        ConfigError, match=r"brings model\.layers\.0\.mlp\.gate_proj\.weight whole, which is a part of a greater tensor"
+    ):
+        load_peft(tmp_path / "part", opened(place), trainable=True)
+
+
+def test_dropout_is_of_what_goes_into_the_adapter_while_it_learns(place):
+    """A share p is zero, the rest is divided by 1 - p; in evaluation, and where nothing learns, there is none."""
+    model = load_peft(place / "a", opened(place), trainable=True)
+    layer = model.blocks[0].attention.qkv.beside["q"]
+    assert layer.config.dropout == 0.05
+    x = torch.ones(2000, 32)
+    torch.manual_seed(0)
+    dropped = layer.train().dropped(x)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 1 / 0.95])
+    assert (dropped == 0).float().mean() == pytest.approx(0.05, abs=0.005)
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer(x), 2 * dropped @ layer.a.T @ layer.b.T)
+    assert torch.equal(layer.eval().dropped(x), x)
+    still = load_peft(place / "a", opened(place))
+    assert still.blocks[0].attention.qkv.beside["q"].config.dropout == 0
 
 
 def test_a_merge_that_the_type_of_the_model_cannot_hold_changes_nothing(place, tmp_path):
@@ -149,3 +188,65 @@ def test_a_mixture_whose_file_lost_the_experts_of_a_layer_is_refused(tmp_path):
         target_modules=["q_proj", "up_proj"],
     )
     load_peft(tmp_path / "none", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_far_greater_than_the_matrices_leaves_the_base_to_the_bit(place, tmp_path, dtype):
+    """Sums of numbers of another size do not hold the lesser ones, so what was there is kept."""
+    layers = linear_layers(make_base(tmp_path / "base", "llama"), ["q_proj", "down_proj"])
+    make_adapter(tmp_path / "great", layers, lora_alpha=1e9)
+    model = load_model(place / "base", dtype=dtype)[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    load_peft(tmp_path / "great", model)
+    adapted = logits(model)
+    merge(model)
+    assert not torch.equal(model.blocks[0].attention.qkv.weight, before["blocks.0.attention.qkv.weight"])
+    unmerge(model)
+    assert torch.equal(logits(model), adapted)
+    merge(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unload(model).state_dict().items())
+
+
+def test_a_merge_that_keeps_nothing_leaves_a_plain_model(place):
+    model, other = load_peft(place / "a", opened(place)), load_peft(place / "a", opened(place))
+    merge(model, keep=False)
+    merge(other)
+    assert torch.equal(logits(model), logits(other))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ConfigError, match="no adapter that load_peft put onto it"):
+        unmerge(model)
+    load_peft(place / "b", model)  # another may come
+
+
+def test_a_sum_is_made_in_the_wider_type_and_rounded_once(place):
+    """W + delta of a model in bfloat16: not of a delta that was rounded before."""
+    model = load_model(place / "base", dtype=torch.bfloat16)[0]
+    before = model.blocks[1].feed_forward.w2.weight.detach().clone()
+    load_peft(place / "a", model)
+    pair = model.blocks[1].feed_forward.w2.beside["down"].pair()
+    merge(model)
+    found = model.blocks[1].feed_forward.w2.weight
+    assert torch.equal(found, (before.float() + pair.delta()).bfloat16())
+    assert not torch.equal(found, before + pair.delta().bfloat16())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_put_on_trains_or_not_as_the_model_does(place, training):
+    model = load_peft(place / "learns", opened(place).train(training), trainable=True)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_a_model_with_an_adapter_is_not_written_for_transformers(place, tmp_path):
+    """And what to do is said: before, a list of fields that no family has."""
+    model = load_peft(place / "a", opened(place))
+    save_model(tmp_path / "native", model)
+    for call in (
+        lambda: convert(tmp_path / "native", tmp_path / "hf", "huggingface"),
+        lambda: export_huggingface(tmp_path / "hf", model),
+    ):
+        with pytest.raises(
+            CheckpointError,
+            match=r"the model has an adapter beside its matrices .*; merge it into them",
+        ):
+            call()
+    assert not (tmp_path / "hf").exists()

@@ -6,6 +6,7 @@ import pytest
 
 from anabranch.adapters.patterns import matching
 from anabranch.adapters.peft_config import LoraTable
+from anabranch.adapters.peft_tables import Ia3Table, PolyTable, PrefixTable, PromptTable, PTuningTable, table_of
 from anabranch.errors import CheckpointError
 
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.experts.3.up_proj")
@@ -96,7 +97,10 @@ def test_ranks_and_alphas_by_pattern():
         ({"modules_to_save": "lm_head"}, "modules_to_save in .* is 'lm_head'; it must be a list of names"),
         ({"layers_to_transform": [1.5]}, "layers_to_transform in .*; it must be a layer's number"),
         ({"layers_pattern": 3}, "layers_pattern in .*; it must be a name, or a list of them"),
-        ({"use_dora": True}, "use_dora in .* is True; DoRA cannot be computed here"),
+        ({"use_dora": 1}, "use_dora in .* is 1; it must be true or false"),
+        ({"lora_dropout": 1}, "lora_dropout in .* is 1; it must be a number from 0 to below 1"),
+        ({"lora_dropout": "none"}, "lora_dropout in .* is 'none'; it must be a number from 0"),
+        ({"lora_dropout": float("nan")}, "lora_dropout in .* is nan; it must be a number from 0"),
         ({"lora_bias": True}, "lora_bias in .*; biases of lora_B cannot"),
         ({"layer_replication": [[0, 2]]}, "layer_replication in .*; repeated layers cannot"),
         ({"target_parameters": "down_proj"}, "target_parameters in .*; it must be a list of names"),
@@ -111,9 +115,81 @@ def test_what_is_refused(fields, message):
     assert len(str(error.value)) < 500
 
 
+IA3 = {"peft_type": "IA3"}
+POLY = {"peft_type": "POLY"}
+PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"peft_type": "VERA"},
+            "peft_type in adapter_config.json is 'VERA'; LORA, IA3, POLY, PROMPT_TUNING, P_TUNING, PREFIX",
+        ),
+        ({}, "peft_type in .* is None; LORA, IA3"),
+        ({"peft_type": ["LORA"]}, r"peft_type in .* is \['LORA'\]; LORA, IA3"),
+        ({**IA3, "feedforward_modules": 3}, "feedforward_modules in .* is 3; it must be a list of names"),
+        ({**IA3, "target_modules": [1]}, "target_modules in .*; it must be a list of names"),
+        ({**POLY, "poly_type": "mhr"}, "poly_type in .* is 'mhr'; 'poly' is what can be computed here"),
+        ({**POLY, "r": 0}, "r in .* is 0; it must be a whole number, at least 1"),
+        ({**POLY, "n_tasks": True}, "n_tasks in .* is True; it must be a whole number"),
+        ({**POLY, "n_skills": 10**400}, "n_skills in .* is an integer of about 401 digits; it must be"),
+        ({**POLY, "n_splits": None}, "n_splits in .* is None; it must be a whole number"),
+        ({**PROMPT, "num_virtual_tokens": None}, "num_virtual_tokens in .* is None; it must be a whole number"),
+        ({**PROMPT, "token_dim": -1}, "token_dim in .* is -1; it must be a whole number"),
+        ({**PROMPT, "num_transformer_submodules": 2}, "num_transformer_submodules in .* is 2; it must be 1"),
+        ({**PREFIX, "num_layers": 1.5}, r"num_layers in .* is 1\.5; it must be a whole number"),
+        ({**PREFIX, "prefix_projection": "no"}, "prefix_projection in .* is 'no'; it must be true or false"),
+    ],
+)
+def test_what_is_refused_of_other_kinds(fields, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        table_of(fields, PLACE)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_the_kind_of_a_config_is_that_which_it_says():
+    kinds = {
+        "LORA": LoraTable,
+        "IA3": Ia3Table,
+        "POLY": PolyTable,
+        "PROMPT_TUNING": PromptTable,
+        "P_TUNING": PTuningTable,
+        "PREFIX_TUNING": PrefixTable,
+    }
+    for name, kind in kinds.items():
+        assert type(table_of({"peft_type": name, "num_virtual_tokens": 1}, PLACE)) is kind
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["up_proj"], of(ALL, "mlp.up_proj", "mlp.experts.3.up_proj")),
+        (["p_proj"], of(ALL, "mlp.up_proj", "mlp.experts.3.up_proj")),  # within a word too, as peft has it
+        (r".*layers\.1\.mlp\.up_proj", of([1], "mlp.up_proj")),
+        ([], set()),
+        (None, set()),
+    ],
+)
+def test_whose_inputs_ia3_multiplies(given, wanted):
+    assert Ia3Table({**IA3, "feedforward_modules": given}, PLACE).of_inputs(MODULES) == wanted
+
+
+def test_sizes_of_poly_have_those_of_peft_where_they_are_left_out():
+    found = PolyTable(POLY, PLACE)
+    assert (found.rank, found.num_tasks, found.num_skills, found.num_splits) == (8, 1, 4, 1)
+
+
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", None])
 def test_ways_to_start_that_leave_the_base_alone(start):
-    table(init_lora_weights=start)
+    """They say nothing of what is computed, and are kept."""
+    found = table(init_lora_weights=start, target_modules=["q_proj"])
+    assert found.table["init_lora_weights"] == start
+    assert found.targets(MODULES) == table(target_modules=["q_proj"]).targets(MODULES)
+    assert found.ranks(["lm_head"]) == {"lm_head": 4}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ DAMAGES = {
     ),
     "dora": (
         lambda f: change(f, **{f"{FIRST}.lora_magnitude_vector": torch.ones(6)}),
-        "holds .*: DoRA, which cannot be computed here",
+        r"holds .*: DoRA, which adapter_config.json does not say \(use_dora\)",
     ),
     "embedding": (
         lambda f: change(f, **{"model.embed_tokens.lora_embedding_A": torch.ones(4, 9)}),
@@ -131,7 +131,16 @@ DAMAGES = {
         lambda f: ((f / "adapter_model.safetensors").unlink(), (f / "adapter_model.bin").write_bytes(b"x")),
         "cannot read",
     ),
-    "ia3": (lambda f: retable(f, peft_type="IA3"), "peft_type in .* is 'IA3'"),
+    "a length lacking": (
+        lambda f: retable(f, use_dora=True),
+        f"lacks lora_magnitude_vector of {FIRST}, of which it has the rest",
+    ),
+    "vera": (lambda f: retable(f, peft_type="VERA"), "peft_type in .* is 'VERA'; LORA, IA3"),
+    "ia3": (lambda f: retable(f, peft_type="IA3"), "holds .*: parts of lora_A, which cannot be computed here"),
+    "a prompt": (
+        lambda f: retable(f, peft_type="PROMPT_TUNING", num_virtual_tokens=4),
+        "holds .*; PROMPT_TUNING of peft has prompt_embeddings alone",
+    ),
 }
 
 

@@ -172,3 +172,23 @@ def test_pairs_of_other_layers_are_refused():
     pool = LowRankPool(4, 4, [2], backend="native")
     with pytest.raises(Exception, match="kernels compute swiglu, not identity"):
         pool(torch.ones(1, 4), Routing(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.ones(1, 1)))
+
+
+def test_with_recompute_less_is_kept_for_the_backward_pass():
+    """Values and gradients are the same either way, see above."""
+    kept = {}
+    for recompute in (False, True):
+        pool = LowRankPool(32, 32, [8, 16], recompute=recompute, backend="torch")
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            pool(
+                torch.randn(64, 32, requires_grad=True),
+                Routing(torch.arange(64)[:, None] % 2, torch.ones(64, 1), torch.zeros(64, 2)),
+            )
+        kept[recompute] = sum(sizes)
+    assert kept[True] < kept[False]

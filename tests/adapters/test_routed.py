@@ -209,3 +209,20 @@ def test_rows_that_cannot_be(state, message):
 def test_configs_that_cannot_be(fields, message):
     with pytest.raises(ConfigError, match=message):
         RoutedLowRank.Config(**fields)
+
+
+def test_adapters_of_more_digits_keep_them():
+    """The widest of their types, in float32 at least."""
+    from anabranch.adapters import Pair
+    from anabranch.nn import BuildContext
+
+    context = BuildContext(4)
+    for dtypes, wanted in (
+        ((torch.float64, torch.float32), torch.float64),
+        ((torch.bfloat16, torch.float16), torch.float32),
+    ):
+        pairs = [Pair(torch.ones(1, 4, dtype=dtype) / 3, torch.ones(4, 1, dtype=dtype) / 3, 1.0) for dtype in dtypes]
+        layer = RoutedLowRank.config_of(pairs).build(context.projection("a", 4, 4), context)
+        layer.put(pairs)
+        assert layer.pool.a.dtype == layer.pool.b.dtype == wanted
+        assert torch.equal(layer.pool.a[0], pairs[0].a_RC.to(wanted))

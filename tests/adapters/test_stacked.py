@@ -243,3 +243,24 @@ def test_parameters_of_one_layer_alone_may_be_named(base, tmp_path):
         CheckpointError, match="lacks lora_A and lora_B of down_proj in layer 0, which target_parameters names"
     ):
         load_peft(tmp_path / "b", load_model(base[0])[0])
+
+
+@pytest.mark.parametrize("rank", [5, 24])
+def test_ranks_that_no_expert_has_a_share_of_are_told(base, tmp_path, rank):
+    """Of an adapter that has stacks alone, so that no other layer's rank is told first."""
+    make_adapter(
+        tmp_path / "a", {}, rank=RANK, extra=stacked([0, 1]), target_modules=None, target_parameters=TARGETS, r=rank
+    )
+    message = rf"lora_A of .*experts\.\w+ in .* has 12 rows, and adapter_config\.json says {rank} for each expert"
+    with pytest.raises(CheckpointError, match=message):
+        read_peft(tmp_path / "a")
+
+
+def test_pairs_of_experts_are_in_memory_as_matrices_are(base, tmp_path):
+    """Both layouts are cut out of greater tensors."""
+    write(tmp_path / "a", base)
+    for name, stack in read_peft(tmp_path / "a").stacks.items():
+        sizes = (HIDDEN, 32) if "down" in name else (32, 2 * HIDDEN)
+        for pair in stack.pairs(*sizes):
+            assert pair.a_RC.is_contiguous()
+            assert pair.b_OR.is_contiguous()

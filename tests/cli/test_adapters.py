@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapter_models import linear_layers, make_adapter, stacked
+from adapter_models import KINDS, linear_layers, make_adapter, make_kind, stacked
 from anabranch.adapters import load_peft, read_peft
 from anabranch.adapters.algebra import METHODS
 from anabranch.cli.adapters.merge import merge
@@ -162,6 +162,7 @@ def test_a_card(here, adapted):
     assert code == 0
     assert json.loads(out) == {
         "adapter": str(adapted / "first"),
+        "kind": "LoRA",
         "base": "base",
         "layers": 4,
         "stacked_layers": 0,
@@ -188,6 +189,76 @@ def test_a_card(here, adapted):
     assert "1 and 2 stacks of experts: down_proj, gate_up_proj, q_proj" in out
     assert "3   alpha 0.5 to 8, scale alpha / sqrt(rank)" in out
     assert "model.norm.weight" in out
+
+
+@pytest.fixture(scope="module")
+def kinds(adapted):
+    """Beside them an adapter of each kind."""
+    base = load_file(adapted / "base" / "model.safetensors")
+    for kind in KINDS:
+        make_kind(adapted / kind, kind, base, base_model_name_or_path="a base")
+    return adapted
+
+
+SAID = {
+    "dora": ("DoRA", {"ranks": [4], "alphas": [8.0], "rslora": False}, "rank   4   alpha 8, scale alpha / rank"),
+    "ia3": ("IA3", {"of_inputs": 2, "of_outputs": 4}, "factors   of what 2 layers get and 4 give"),
+    "poly": (
+        "Poly",
+        {"ranks": [3], "tasks": 3, "skills": 4, "splits": 2},
+        "tasks   3 tasks mix 4 skills of rank 3 in 2 splits",
+    ),
+    "prompt": ("prompt tuning", {"virtual_tokens": 5}, "tokens   5 virtual ones in front of every sequence"),
+    "prefix": ("prefix tuning", {"virtual_tokens": 5}, "tokens   5 virtual ones in front of every sequence"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_measured_told_and_not_summed(here, kinds, kind):
+    plain = measured(here, kinds / "base")
+    task = ["--task", 1] if kind == "poly" else []
+    found = measured(here, kinds / "base", "--adapter", kinds / kind, *task)
+    assert abs(found["nats_per_token"] - plain["nats_per_token"]) > 1e-5
+    cached = measured(here, kinds / "base", "--adapter", kinds / kind, *task, "--cached")
+    assert cached["nats_per_token"] == pytest.approx(found["nats_per_token"], rel=1e-5)
+    name, sizes, line = SAID[kind]
+    said = json.loads(here("adapters", "card", kinds / kind, "--json")[1])
+    assert {key: said[key] for key in ("kind", "base", *sizes)} == {"kind": name, "base": "a base", **sizes}
+    code, out, _ = here("adapters", "card", kinds / kind)
+    assert code == 0
+    assert f"{name} for 'a base'" in out
+    assert " ".join(line.split()) in " ".join(out.split())
+    code, out, err = here("adapters", "merge", kinds / kind, kinds / "first", "--out", kinds / "none")
+    assert (code, out) == (2, "")
+    assert err.strip().endswith(f"adapter 1 is {name}, and only plain LoRA has a sum")
+    assert not (kinds / "none").exists()
+
+
+def test_what_a_folder_says_of_its_base_does_not_reach_the_terminal(here, adapted):
+    make_adapter(
+        adapted / "sly", {"model.layers.0.self_attn.q_proj": (32, 32)}, base_model_name_or_path="\x1b[2J\x1b]0;hi\x07"
+    )
+    code, out, _ = here("adapters", "card", adapted / "sly")
+    assert code == 0
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "eval {0}/base --adapter {0}/poly",
+            "the model routes by task; name the text's with --task, one of ['0', '1', '2']",
+        ),
+        ("eval {0}/base --adapter {0}/poly --task 3", "task '3' is not one of the 3"),
+        ("eval {0}/base --adapter {0}/ia3 --task 0", "--task is '0', and the model does not route by task"),
+    ],
+)
+def test_tasks_that_cannot_be_are_one_line(here, kinds, line, message):
+    code, out, err = here(*line.format(kinds).split(), *EVAL)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert message in err
+    assert "fault inside" not in err
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ require("lm", by=__name__)
 from anabranch.adapters.algebra import Combined, combine
 from anabranch.adapters.attach import load_peft, unload
 from anabranch.adapters.bottleneck import Bottleneck
+from anabranch.adapters.dora import Dora
 from anabranch.adapters.dynmole import DynMoLE, lora_moe, mola
 from anabranch.adapters.export import Exported, export_mixture
 from anabranch.adapters.fresh import add_layers
+from anabranch.adapters.front import Front
 from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.lora_mixer import (
     Labelled,
@@ -31,6 +33,8 @@ from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.pooled import load_pool, rows_for
 from anabranch.adapters.routed import RoutedLowRank, chosen_rows
 from anabranch.adapters.saving import adapter_of, save_peft
+from anabranch.adapters.scaling import Scaling
+from anabranch.adapters.skills import SkilledLowRank
 from anabranch.adapters.sparse_delta import SparseDelta
 from anabranch.adapters.static import mu, static_mixture
 
@@ -38,8 +42,10 @@ __all__ = [
     "Adapter",
     "Bottleneck",
     "Combined",
+    "Dora",
     "DynMoLE",
     "Exported",
+    "Front",
     "HashedDelta",
     "Labelled",
     "LowRank",
@@ -50,6 +56,8 @@ __all__ = [
     "NestedLowRank",
     "Pair",
     "RoutedLowRank",
+    "Scaling",
+    "SkilledLowRank",
     "SoftThenTopK",
     "SparseDelta",
     "SpecialisationLoss",

@@ -217,6 +217,7 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
     if wrong:
         raise ConfigError(f"a weight is {wrong[0]}; it must be a finite number")
     for number, adapter in enumerate(adapters):
+        adapter.check_low_rank("only plain LoRA has a sum", f"adapter {number + 1}")
         if adapter.stacks:
             name = next(iter(adapter.stacks))
             raise ConfigError(

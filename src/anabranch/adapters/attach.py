@@ -7,51 +7,68 @@
     save_peft("copy", model)
     unload(model)                           # the base again
 
-The adapter stands beside matrices by the linear seam, so a model with one is a plain `Decoder` whose config names its `LowRank` layers.
+The adapter stands beside matrices by the linear seam, or in front of sequences as a stream, so a model with one is a plain `Decoder` whose
+config names its layers.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from anabranch.adapters.attached import ATTACHED, attached_on, begin, check_bare, configs_of, our_pairs, put_on
+from anabranch.adapters.attached import ATTACHED, attached_on, begin, check_bare, configs_of, our_layers, put_on
 from anabranch.adapters.fits import check_fits
+from anabranch.adapters.front import Front, front_of
 from anabranch.adapters.graft import check_pools, strip, with_layers
 from anabranch.adapters.merging import unmerge
-from anabranch.adapters.names import names_of
-from anabranch.adapters.peft_folder import Adapter, read_peft
+from anabranch.adapters.names import Names, names_of
+from anabranch.adapters.peft_folder import CONFIG, Adapter, read_peft
+from anabranch.adapters.peft_tables import table_of
+from anabranch.adapters.skills import Skills
 from anabranch.adapters.whole import HEAD, exchange, parts_head, tensor_of
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import build_empty
 
 __all__ = ["load_peft", "unload"]
 
 
-def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, trainable: bool = False) -> Decoder:
-    """Put the LoRA adapter in a folder of peft's onto ``model``, in place, and return the model.
+def load_peft(
+    folder: str | Path,
+    model: Decoder,
+    *,
+    family: str | None = None,
+    trainable: bool = False,
+    task: int | None = None,
+) -> Decoder:
+    """Put the adapter in a folder of peft's onto ``model``, in place, and return the model.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
         model: whose layers a family of Hugging Face's has; it may be quantised.
         family: the ``model_type`` that the adapter was made with, where several could be the model's.
-        trainable: whether the adapter learns. The base does not.
+        trainable: whether the adapter learns, with the dropout that its config says. The base does not.
+        task: of an adapter that has several tasks, that of rows which are told none; None where each must be told its own.
 
     Raises:
         CheckpointError: as `read_peft`, or the adapter is of another model: it has layers that this one lacks or widths that do not fit,
             or lacks layers that its config names.
-        ConfigError: the model has an adapter, or other ``linears``, already; ``trainable`` for one that has dropout, brings whole tensors
-            or adapts stacked experts, which do not learn here.
+        ConfigError: the model has an adapter, or other ``linears``, already; a ``task`` that the adapter has not; ``trainable`` for one
+            that peft would train otherwise: with biases, stacked experts, or a network that makes its virtual tokens.
     """
-    adapter = read_peft(folder)
+    adapter = _with_task(read_peft(folder), task, folder)
     check_bare(model)
+    if adapter.prompt_MW is not None:
+        return _put_in_front(adapter, model, Path(folder), family, trainable=trainable)
     unties = model.config.tie_embeddings and parts_head(adapter)
     config = model.config.replace(tie_embeddings=False) if unties else model.config
-    names = names_of(config, adapter.pairs, family)
+    names = names_of(config, adapter.layers, family)
     check_fits(adapter, names, config, Path(folder))
     if trainable:
-        _check_learns(adapter, folder)
-    pairs = our_pairs(names, adapter, config)
-    made = with_layers(config, configs_of(pairs), names.parts)
+        _check_learns(adapter, names, folder)
+    layers = our_layers(names, adapter, config)
+    made = with_layers(config, configs_of(adapter, layers, trainable=trainable), names.parts)
     check_pools(model, made)
     for name in adapter.saved:
         # A head that is the embedding still becomes one of its own.
@@ -60,8 +77,39 @@ def load_peft(folder: str | Path, model: Decoder, *, family: str | None = None, 
     attached = begin(model, {"default": adapter}, names, config)
     for name, tensor in adapter.saved.items():
         attached.before[name] = exchange(model, names, name, tensor)
+        tensor_of(model, names.tensors[name].tensor).requires_grad_(trainable)
     attached.trainable = trainable
-    put_on(model, made, pairs, trainable=trainable)
+    put_on(model, made, layers, trainable=trainable)
+    return model
+
+
+def _with_task(adapter: Adapter, task: int | None, folder: str | Path) -> Adapter:
+    """The adapter with the task of rows that are told none."""
+    if task is None:
+        return adapter
+    tasks = {len(one.logit_TX) for one in adapter.layers.values() if isinstance(one, Skills)}
+    if not tasks:
+        raise ConfigError(f"task is {task}, and {folder} is {adapter.what}, which has no tasks; leave it out")
+    if not 0 <= task < min(tasks):
+        raise ConfigError(f"task is {task}; {folder} has 0 to {min(tasks) - 1}")
+    layers: dict[str, Any] = {module: replace(one, task=task) for module, one in adapter.layers.items()}  # type: ignore[type-var]
+    return replace(adapter, layers=layers)
+
+
+def _put_in_front(adapter: Adapter, model: Decoder, folder: Path, family: str | None, *, trainable: bool) -> Decoder:
+    """Virtual tokens in front of every sequence."""
+    config = front_of(adapter, model.config, folder, family)
+    if trainable and table_of(adapter.table, folder / CONFIG).is_projected:
+        raise ConfigError(
+            f"{folder} has virtual tokens of a network that peft learns in their place, which is not in the file, so they cannot learn here"
+        )
+    streams = build_empty(config).streams
+    assert isinstance(streams, Front)
+    assert adapter.prompt_MW is not None
+    attached = begin(model, {"default": adapter}, Names("", {}, {}, ()), model.config)
+    attached.trainable = trainable
+    streams.put(adapter.prompt_MW, model.embedding.weight.device, trainable=trainable)
+    model.streams, model.config = streams.train(model.training), config
     return model
 
 
@@ -80,26 +128,26 @@ def unload(model: Decoder) -> Decoder:
     strip(model)
     for name, tensor in attached.before.items():
         exchange(model, attached.names, name, tensor)
-    model.head, model.config = attached.head, attached.config
-    for name in attached.learned:
-        model.get_parameter(name).requires_grad_(True)
+    model.head, model.config, model.streams = attached.head, attached.config, None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in attached.learned)
     object.__delattr__(model, ATTACHED)
     return model
 
 
-def _check_learns(adapter: Adapter, folder: str | Path) -> None:
+def _check_learns(adapter: Adapter, names: Names, folder: str | Path) -> None:
     """Raise ConfigError for what peft trains otherwise than we do: another training would be got than the config says."""
     if adapter.stacks:
         raise ConfigError(
             f"{folder} adapts experts that are stacked, whose gate and up share a matrix; such an adapter cannot learn here"
         )
-    if adapter.table.get("lora_dropout"):
+    bias = adapter.table.get("bias", "none")
+    if bias != "none":
         raise ConfigError(
-            f"{folder} says lora_dropout {adapter.table['lora_dropout']!r}, and adapters learn without dropout here; say 0 in its "
-            "adapter_config.json to train it so"
+            f"{folder} says bias {bias!r}, and biases of the base do not learn here; train it with 'none', or leave out trainable"
         )
-    if adapter.saved:
-        raise ConfigError(
-            f"{folder} brings {next(iter(adapter.saved))} whole, which does not learn here, as it does in peft; leave out trainable, or "
-            "train an adapter of linear layers alone"
-        )
+    for name in adapter.saved:
+        if names.tensors[name].piece.where:
+            raise ConfigError(
+                f"{folder} brings {name} whole, which is a part of a greater tensor here and does not learn alone; leave out trainable"
+            )

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from anabranch.adapters.graft import graft
-from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.names import Names
+from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.peft_folder import Adapter
 from anabranch.adapters.stacked import expanded
 from anabranch.adapters.whole import part_head
@@ -16,7 +16,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 
-__all__ = ["ATTACHED", "Attached", "attached_on", "begin", "check_bare", "configs_of", "our_pairs", "put_on"]
+__all__ = ["ATTACHED", "Attached", "attached_on", "begin", "check_bare", "configs_of", "our_layers", "put_on"]
 
 # How a model remembers what was put onto it.
 ATTACHED = "_attached_adapter"
@@ -33,7 +33,8 @@ class Attached:
         before: what stood where the adapter's whole tensors are now, by the names of transformers.
         learned: which parameters of the base learned before.
         head: of the model before.
-        merged: the adapter as it was added to the matrices; None where it stands beside them.
+        merged: the adapter that is in the matrices; None where it stands beside them.
+        base: the numbers that it took the place of: (tensor of ours, where in it, what was there).
         is_pool: whether rows choose from the adapters, be it one.
         trainable: whether the adapter learns while it stands beside.
     """
@@ -45,6 +46,7 @@ class Attached:
     learned: list[str] = field(default_factory=list)
     head: Any = None
     merged: Adapter | None = None
+    base: list[tuple[str, tuple[int | slice, ...], Tensor]] = field(default_factory=list)
     is_pool: bool = False
     trainable: bool = False
 
@@ -77,24 +79,22 @@ def begin(model: Decoder, adapters: Mapping[str, Adapter], names: Names, config:
     return attached
 
 
-def our_pairs(names: Names, adapter: Adapter, config: Decoder.Config) -> dict[str, Pair]:
-    """The pairs by our parts, with rows in our order; those of stacked experts one by one."""
-    own = {names.places[module].part: names.places[module].ours(pair) for module, pair in adapter.pairs.items()}
+def our_layers(names: Names, adapter: Adapter, config: Decoder.Config) -> dict[str, Numbers]:
+    """The numbers by our parts, with outputs in our order; those of stacked experts one by one."""
+    own = {names.places[module].part: names.places[module].ours(one) for module, one in adapter.layers.items()}
     return own | expanded(adapter.stacks, config, "the adapter")
 
 
-def configs_of(pairs: Mapping[str, Pair]) -> dict[str, Linear.Config]:
-    """The layers that hold them, by our parts."""
-    return {
-        part: LowRank.Config(rank=pair.rank, alpha=float(pair.alpha), rslora=pair.rslora)
-        for part, pair in pairs.items()
-    }
+def configs_of(adapter: Adapter, layers: Mapping[str, Numbers], *, trainable: bool = False) -> dict[str, Linear.Config]:
+    """The layers that hold the numbers of ``adapter``, by our parts; those that learn have its dropout."""
+    dropout = float(adapter.table.get("lora_dropout") or 0.0) if trainable else 0.0
+    return {part: numbers.config(dropout=dropout, learns=trainable) for part, numbers in layers.items()}
 
 
-def put_on(model: Decoder, made: Decoder, pairs: Mapping[str, Pair], *, trainable: bool = False) -> None:
-    """Put the layers of ``made`` beside the matrices of ``model``, with the numbers of ``pairs``."""
+def put_on(model: Decoder, made: Decoder, layers: Mapping[str, Numbers], *, trainable: bool = False) -> None:
+    """Put the layers of ``made`` beside the matrices of ``model``, with the numbers of ``layers``."""
     device = model.embedding.weight.device
-    graft(model, made, lambda part, layer: layer.put(pairs[part], device, trainable=trainable))
+    graft(model, made, lambda part, layer: layer.put(layers[part], device, trainable=trainable))
 
 
 def check_bare(model: Decoder) -> None:
@@ -105,4 +105,8 @@ def check_bare(model: Decoder) -> None:
         first = next(iter(model.config.linears))
         raise ConfigError(
             f"linears of the model has {first!r} already, and an adapter is put onto plain matrices alone"
+        )
+    if model.streams is not None:
+        raise ConfigError(
+            f"the model has streams ({model.streams.kind}) already, and an adapter is put onto a plain one"
         )

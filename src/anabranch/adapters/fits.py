@@ -4,9 +4,11 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.names import Names
-from anabranch.adapters.peft_config import LoraTable
+from anabranch.adapters.peft_config import TargetTable
 from anabranch.adapters.peft_folder import CONFIG, Adapter
+from anabranch.adapters.peft_tables import table_of
 from anabranch.adapters.stacked import PARAMETERS, expanded
 from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
@@ -19,35 +21,38 @@ _LAYER = re.compile(r"(?<=layers\.)\d+")
 
 def check_fits(adapter: Adapter, names: Names, config: Decoder.Config, folder: Path) -> None:
     """Raise CheckpointError unless the adapter is one of this model: no layer too many, none missing, all of the right widths."""
-    unknown = [module for module in adapter.pairs if module not in names.places]
+    unknown = [module for module in adapter.layers if module not in names.places]
     if unknown:
         raise CheckpointError(
             f"{folder} adapts {some(unknown)}, for which the model, a {names.family}, has no linear layer; is it another model's adapter?"
         )
-    for module, pair in adapter.pairs.items():
+    for module, numbers in adapter.layers.items():
         place = names.places[module]
-        given, wanted = (pair.a_RC.shape[1], pair.b_OR.shape[0]), (place.in_dim, place.out_dim)
-        if given != wanted:
+        given, wanted = numbers.sizes, (place.in_dim, place.out_dim)
+        if any(size not in (None, own) for size, own in zip(given, wanted, strict=True)):
+            said = [
+                f"{size} {name}" for size, name in zip(given, ("inputs", "outputs"), strict=True) if size is not None
+            ]
             raise CheckpointError(
-                f"{folder} adapts {module} with {given[0]} inputs and {given[1]} outputs, and the model's has {wanted[0]} and {wanted[1]}; "
-                "is it an adapter of another model?"
+                f"{folder} adapts {module} with {' and '.join(said)}, and the model's has {wanted[0]} and {wanted[1]}; is it an adapter of "
+                "another model?"
             )
     _check_saved(adapter, names, folder)
     _check_stacks(adapter, names, config, folder)
-    table = LoraTable(adapter.table, folder / CONFIG)
-    targets = table.targets(adapter.pairs)
-    outside = [module for module in adapter.pairs if module not in targets]
+    table: TargetTable = table_of(adapter.table, folder / CONFIG)
+    targets = table.targets(adapter.layers)
+    outside = [module for module in adapter.layers if module not in targets]
     if outside:
         raise CheckpointError(
             f"{folder} holds numbers for {some(outside)}, which target_modules in {table.path} does not name"
         )
-    missing = [module for module in sorted(table.targets(names.places)) if module not in adapter.pairs]
+    missing = [module for module in sorted(table.targets(names.places)) if module not in adapter.layers]
     # Single experts that the file has; the rest of what is named may lack, see below.
-    single = {module.rpartition(".")[2] for module in adapter.pairs if ".experts." in module}
+    single = {module.rpartition(".")[2] for module in adapter.layers if ".experts." in module}
     missing = [module for module in missing if not _is_left_out(module, table, single)]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks lora_A and lora_B of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
+            f"{folder} lacks {_holds(adapter)} of {some(missing)}, which target_modules in {table.path} names; copy it again, or is it an "
             "adapter of another model?"
         )
 
@@ -59,13 +64,13 @@ def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder
     homeless = [part for part in parts if part not in places]
     if homeless:
         raise CheckpointError(f"{folder} adapts {some(homeless)}, beside which nothing can stand in this model")
-    twice = [module for module in adapter.pairs if names.places[module].part in parts]
+    twice = [module for module in adapter.layers if names.places[module].part in parts]
     if twice:
         raise CheckpointError(
             f"{folder} adapts {some(twice)} alone and in a stack of all experts; it must be one of the two"
         )
     routed = {str(layer) for layer in range(config.num_layers) if config.feed_forward_of(layer).is_routed}
-    table = LoraTable(adapter.table, folder / CONFIG)
+    table: TargetTable = table_of(adapter.table, folder / CONFIG)
     for parameter in PARAMETERS:
         held = [name.removesuffix(f".{parameter}") for name in adapter.stacks if name.endswith(f".{parameter}")]
         layers = {module.split("layers.")[1].split(".")[0]: module for module in held}
@@ -82,6 +87,11 @@ def _check_stacks(adapter: Adapter, names: Names, config: Decoder.Config, folder
             )
 
 
+def _holds(adapter: Adapter) -> str:
+    """What the tensors of a layer are called."""
+    return next((numbers.holds for numbers in adapter.layers.values()), Pair.holds)
+
+
 def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
     for name, tensor in adapter.saved.items():
         if name not in names.tensors:
@@ -93,7 +103,7 @@ def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
             )
 
 
-def _is_left_out(module: str, table: LoraTable, single: Collection[str]) -> bool:
+def _is_left_out(module: str, table: TargetTable, single: Collection[str]) -> bool:
     """Whether a layer may lack though it is named: experts that peft saw as one stacked tensor, in which it adapts no single one.
 
     It does so in all layers of a model, so that no expert of the file has a layer of this last word, which ``single`` are.

@@ -7,13 +7,15 @@ The scale is alpha / rank, or alpha / sqrt(rank) where it is rank-stabilised (rs
 # Shapes: C inputs, O outputs, R rank; x is [..., C], y is [..., O]
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anabranch.adapters.numbers import Numbers, frozen_as
 from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
@@ -39,7 +41,7 @@ def draw_a(a: Tensor, generator: torch.Generator | None = None) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class Pair(Numbers):
     """One adapter of one linear layer: ``scale B A``.
 
     Attributes:
@@ -48,10 +50,18 @@ class Pair:
         alpha: see `scale_of`, as is ``rslora``.
     """
 
+    what: ClassVar[str] = "LoRA"
+    holds: ClassVar[str] = "lora_A and lora_B"
+
     a_RC: Tensor
     b_OR: Tensor
     alpha: float
     rslora: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(C, O)."""
+        return self.a_RC.shape[1], self.b_OR.shape[0]
 
     @property
     def rank(self) -> int:
@@ -68,6 +78,28 @@ class Pair:
         wide = torch.promote_types(torch.promote_types(self.a_RC.dtype, self.b_OR.dtype), torch.float32)
         return (self.b_OR.to(wide) @ self.a_RC.to(wide)) * self.scale
 
+    def tensors(self) -> dict[str, Tensor]:
+        """A and B."""
+        return {"lora_A.weight": self.a_RC, "lora_B.weight": self.b_OR}
+
+    def reordered(self, order: Callable[[Tensor], Tensor]) -> Self:
+        """With the rows of B in another order."""
+        return replace(self, b_OR=order(self.b_OR))
+
+    def config(self, *, dropout: float = 0.0, learns: bool = False) -> Linear.Config:
+        """A `LowRank` of this rank and scale."""
+        return LowRank.Config(rank=self.rank, alpha=float(self.alpha), rslora=self.rslora, dropout=dropout)
+
+    def merged(self, weight_OC: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + scale B A, summed in the wider type and rounded to that of W."""
+        return self.on(weight_OC).to(weight_OC.dtype), bias_O
+
+    def on(self, weight_OC: Tensor) -> Tensor:
+        """W + scale B A, in the wider type."""
+        delta_OC = self.delta()
+        wide = torch.promote_types(weight_OC.dtype, delta_OC.dtype)
+        return weight_OC.to(wide) + delta_OC.to(weight_OC.device, wide)
+
 
 class LowRank(Linear, kind="low_rank"):
     """scale B A x, which stands beside the matrix that it adapts."""
@@ -80,6 +112,7 @@ class LowRank(Linear, kind="low_rank"):
             rank: R.
             alpha: see `scale_of`.
             rslora: the scale is alpha / sqrt(rank).
+            dropout: share of what goes into A that is left out while it learns, the rest being as much greater.
         """
 
         is_added: ClassVar[bool] = True
@@ -87,6 +120,7 @@ class LowRank(Linear, kind="low_rank"):
         rank: Size = Field(default=8, ge=1)
         alpha: float = 8.0
         rslora: bool = False
+        dropout: float = Field(default=0.0, ge=0, lt=1)
 
         def count(self, projection: Projection, context: BuildContext) -> Count:
             """R (C + O) weights."""
@@ -102,7 +136,15 @@ class LowRank(Linear, kind="low_rank"):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """What is added to y. It is computed in the adapter's type, which may be wider than that of ``x``."""
-        return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b) * self.scale
+        return self.product(self.dropped(x))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What goes into A, in the adapter's type: x, of which a share is left out while it learns."""
+        return F.dropout(x.to(self.a.dtype), self.config.dropout, self.training)
+
+    def product(self, x: Tensor) -> Tensor:
+        """scale B A x."""
+        return F.linear(F.linear(x, self.a), self.b) * self.scale
 
     def delta(self) -> Tensor:
         """delta_OC: what it adds to the matrix."""
@@ -110,10 +152,11 @@ class LowRank(Linear, kind="low_rank"):
 
     def put(self, pair: Pair, device: torch.device | None = None, *, trainable: bool = False) -> None:
         """Take over the numbers of a pair of the same rank, on ``device``; those of 16 bits are kept in float32, as peft keeps them."""
-        for name, value in (("a", pair.a_RC), ("b", pair.b_OR)):
-            kind = torch.promote_types(value.dtype, torch.float32)
-            made = value.detach().to(device=device, dtype=kind, copy=True)
-            setattr(self, name, nn.Parameter(made, requires_grad=trainable))
+        self.a, self.b = (frozen_as(half, device, trainable=trainable) for half in (pair.a_RC, pair.b_OR))
+
+    def numbers(self) -> Numbers:
+        """As `pair`."""
+        return self.pair()
 
     def pair(self) -> Pair:
         """Its numbers as they are now."""

@@ -1,75 +1,92 @@
-"""`merge`: an adapter's numbers into the matrices that it stands beside, and `unmerge`: out of them again."""
+"""`merge`: what an adapter makes of the matrices that it stands beside, in their place; and `unmerge`: the matrices of before."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anabranch.adapters.attached import attached_on, configs_of, our_pairs, put_on
+from anabranch.adapters.attached import ATTACHED, Attached, attached_on, configs_of, our_layers, put_on
 from anabranch.adapters.graft import check_pools, layers_of, strip, with_layers
-from anabranch.adapters.names import Names, Place
+from anabranch.adapters.names import Place
+from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.saving import adapter_of
-from anabranch.adapters.whole import tensor_of
+from anabranch.adapters.whole import tensor_in
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 
 __all__ = ["merge", "unmerge"]
 
+# A tensor of ours, where in it, and what goes there.
+_Written = tuple[str, tuple[int | slice, ...], Tensor]
+
 
 @torch.no_grad()
-def merge(model: Decoder) -> Decoder:
-    """Add the adapter to the matrices that it stands beside, in place, in the types that they have; the layers beside them go.
+def merge(model: Decoder, *, keep: bool = True) -> Decoder:
+    """Let the matrices take in the adapter that stands beside them, in place, in the types that they have; the layers beside them go.
 
-    The model then runs, converts and saves as one that never had an adapter; `unmerge` takes the numbers out again, to the rounding of
-    the matrices' type.
+    The model then runs, converts and saves as one that never had an adapter.
 
-    What is added and taken out is rounded each time, relative to the greater of matrix and adapter: an adapter that is far greater than
-    the matrices leaves little of them.
+    Args:
+        model: with an adapter.
+        keep: keep what the matrices were, in as much memory again, so that `unmerge` gives it back to the bit. Where not, the model forgets
+            that it had an adapter.
 
-    Raises ConfigError where there is no adapter, it is merged already, a matrix is stored in few bits, its type cannot hold the sum, or
-    routers choose among adapters.
+    Raises ConfigError where there is no adapter, it is merged already, no matrix can take in its kind, routers choose among adapters, a
+    matrix is stored in few bits, or its type cannot hold what it would be; the model is as it was then.
     """
     _check_unrouted(model)
     attached = attached_on(model)
     if attached.merged is not None:
         raise ConfigError("the adapter is merged already")
     adapter = adapter_of(model)
-    pairs = our_pairs(attached.names, adapter, model.config)
-    _check_parts(model, attached.names, pairs)
-    for part, pair in pairs.items():
-        place = attached.names.of_part(part)
-        found = _sum(model, place, pair.delta())
-        if not found.isfinite().all():
-            kind = str(found.dtype).removeprefix("torch.")
+    layers = our_layers(attached.names, adapter, model.config)
+    if adapter.prompt_MW is not None or not all(numbers.merges for numbers in layers.values()):
+        raise ConfigError(f"the adapter is {adapter.what}, which no matrix can take in; leave it beside")
+    state = model.state_dict(keep_vars=True)
+    for name, _, made in _written(state, attached, layers):
+        if not made.isfinite().all():
+            kind = str(made.dtype).removeprefix("torch.")
             raise ConfigError(
-                f"{place.tensor} with the adapter in it has numbers that {kind} cannot hold; leave it beside, or load the model in float32"
+                f"{name} with the adapter in it has numbers that {kind} cannot hold; leave it beside, or load the model in float32"
             )
     strip(model)
-    for part, pair in pairs.items():
-        _add(model, attached.names.of_part(part), pair.delta())
+    attached.base = []
+    for name, where, made in _written(state, attached, layers):
+        target = tensor_in(state, name)[where]
+        if keep:
+            attached.base.append((name, where, target.detach().clone()))
+        target.copy_(made)
     attached.merged = adapter
+    if not keep:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in attached.learned)
+        object.__delattr__(model, ATTACHED)
     return model
 
 
 @torch.no_grad()
 def unmerge(model: Decoder) -> Decoder:
-    """Take what `merge` added out of the matrices, and put the adapter beside them again.
+    """Give the matrices what they were before `merge`, to the bit, and put the adapter beside them again.
 
-    Raises ConfigError where there is no adapter, it is not merged, or a matrix is stored in few bits by now; the model is as it was then.
+    What they have learned meanwhile is lost. Raises ConfigError where there is no adapter, it is not merged, or a matrix is stored in few
+    bits by now; the model is as it was then.
     """
     attached = attached_on(model)
     if attached.merged is None:
         raise ConfigError("the adapter is not merged")
-    names = attached.names
-    pairs = our_pairs(names, attached.merged, model.config)
-    _check_parts(model, names, pairs)
-    made = with_layers(model.config, configs_of(pairs), names.parts)
+    layers = our_layers(attached.names, attached.merged, model.config)
+    state = model.state_dict(keep_vars=True)
+    targets = [tensor_in(state, name)[where] for name, where, _ in attached.base]
+    made = with_layers(
+        model.config, configs_of(attached.merged, layers, trainable=attached.trainable), attached.names.parts
+    )
     check_pools(model, made)
-    for part, pair in pairs.items():
-        _add(model, names.of_part(part), -pair.delta())
-    put_on(model, made, pairs, trainable=attached.trainable)
-    attached.merged = None
+    for target, (_, _, before) in zip(targets, attached.base, strict=True):
+        target.copy_(before)
+    put_on(model, made, layers, trainable=attached.trainable)
+    attached.merged, attached.base = None, []
     return model
 
 
@@ -83,18 +100,25 @@ def _check_unrouted(model: Decoder) -> None:
             )
 
 
-def _check_parts(model: Decoder, names: Names, parts: Iterable[str]) -> None:
-    """Raise ConfigError where one of them cannot be added to, before any is."""
-    for part in parts:
-        tensor_of(model, names.of_part(part).tensor)
+def _written(state: Mapping[str, Any], attached: Attached, layers: Mapping[str, Numbers]) -> Iterator[_Written]:
+    """What becomes of each matrix, and of its bias where that changes, one after another.
+
+    Raises ConfigError, before the first, where one of them is stored in few bits.
+    """
+    places = {part: attached.names.of_part(part) for part in layers}
+    for place in places.values():
+        tensor_in(state, place.tensor)
+    for part, numbers in layers.items():
+        place = places[part]
+        weight_OC, (name, bias_O) = tensor_in(state, place.tensor)[place.where], _bias(state, place)
+        made_OC, made_O = numbers.merged(weight_OC, bias_O)
+        yield place.tensor, place.where, made_OC
+        if made_O is not None and made_O is not bias_O:
+            yield name, place.where, made_O
 
 
-def _add(model: Decoder, place: Place, delta_OC: Tensor) -> None:
-    tensor_of(model, place.tensor)[place.where].copy_(_sum(model, place, delta_OC))
-
-
-def _sum(model: Decoder, place: Place, delta_OC: Tensor) -> Tensor:
-    """What the matrix is with ``delta_OC``, summed in the wider type and rounded to its own."""
-    part = tensor_of(model, place.tensor)[place.where]
-    wide = torch.promote_types(part.dtype, delta_OC.dtype)
-    return (part.to(wide) + delta_OC.to(part.device, wide)).to(part.dtype)
+def _bias(state: Mapping[str, Any], place: Place) -> tuple[str, Tensor | None]:
+    """The bias of a matrix, of the same rows, and its name; None where it has none, as those of experts."""
+    name = f"{place.tensor.removesuffix('weight')}bias"
+    found = state.get(name, state.get(f"{place.tensor.removesuffix('weight')}matrix.bias"))
+    return name, None if found is None or not place.tensor.endswith(".weight") else found[place.where]

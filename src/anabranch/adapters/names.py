@@ -5,14 +5,14 @@ are a part of their own (``q`` of ``qkv``). Here the two are put together.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.low_rank import Pair
+from anabranch.adapters.numbers import Numbers
 from anabranch.config import configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
@@ -22,6 +22,8 @@ from anabranch.nn import BuildContext, Count, ExpertPool, Linear
 from anabranch.nn.linear import Added, Projection
 
 __all__ = ["Names", "Place", "Stored", "names_of", "projections_of"]
+
+N = TypeVar("N", bound=Numbers)
 
 # Our tensor, number of the expert in it, first row, rows.
 _Key = tuple[str, int | None, int, int]
@@ -45,13 +47,13 @@ class Place:
     where: tuple[int | slice, ...]
     change: Change | None = None
 
-    def ours(self, pair: Pair) -> Pair:
-        """The pair with the rows of B in our order."""
-        return pair if self.change is None else replace(pair, b_OR=self.change.read(pair.b_OR))
+    def ours(self, numbers: N) -> N:
+        """The numbers with outputs in our order."""
+        return numbers if self.change is None else numbers.reordered(self.change.read)
 
-    def theirs(self, pair: Pair) -> Pair:
+    def theirs(self, numbers: N) -> N:
         """What `ours` takes, of what it gives."""
-        return pair if self.change is None else replace(pair, b_OR=self.change.write(pair.b_OR))
+        return numbers if self.change is None else numbers.reordered(self.change.write)
 
 
 @dataclass(frozen=True)

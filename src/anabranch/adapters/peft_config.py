@@ -1,4 +1,4 @@
-"""adapter_config.json of the package peft, as far as plain LoRA needs it: which layers are adapted, with what rank and scale.
+"""adapter_config.json of the package peft: which layers are adapted (`TargetTable`), and for LoRA and DoRA with what rank and scale.
 
 Fields that are not named here are kept as they are. One that asks for something that is not computed is refused where it is set: what it
 asks for would be left out without a word.
@@ -8,18 +8,17 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from anabranch.adapters.patterns import ends_with, matching
 from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import CheckpointError
 
-__all__ = ["ALL_LINEAR", "LoraTable"]
+__all__ = ["ALL_LINEAR", "LoraTable", "PeftTable", "TargetTable"]
 
 ALL_LINEAR = "all-linear"
 # Set, they make an adapter something else than scale B A beside a matrix.
 _REFUSED = {
-    "use_dora": "DoRA",
     "lora_bias": "biases of lora_B",
     "layer_replication": "repeated layers",
     "kasa_config": "KaSA",
@@ -36,8 +35,8 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class LoraTable:
-    """adapter_config.json of a LoRA adapter, checked.
+class PeftTable:
+    """adapter_config.json, checked by the kind that it is of.
 
     Attributes:
         table: all of it, as it stands there.
@@ -47,30 +46,45 @@ class LoraTable:
     table: Mapping[str, Any]
     path: Path
 
+    peft_type: ClassVar[str]
+
     def __post_init__(self) -> None:
         kind = self.table.get("peft_type")
-        if kind != "LORA":
-            self._refuse("peft_type", kind, "'LORA' is what can be read")
-        for name, what in _REFUSED.items():
+        if kind != self.peft_type:
+            self._refuse("peft_type", kind, f"{self.peft_type!r} is what can be read")
+        self._check()
+
+    def _check(self) -> None:
+        """Raise CheckpointError for fields that this kind cannot have."""
+
+    def _refuse_set(self, fields: Mapping[str, str]) -> None:
+        """Raise CheckpointError for the first of ``fields`` that is set: what it asks for is not computed."""
+        for name, what in fields.items():
             if self.table.get(name):
                 self._refuse(name, self.table[name], f"{what} cannot be computed here")
-        start = self.table.get("init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            why = "it changed the base too; save the adapter with path_initial_model_for_weight_conversion, which makes it plain LoRA"
-            self._refuse("init_lora_weights", start, why)
-        self._rank("r", self.table.get("r", 8))
-        self._alpha("lora_alpha", self.table.get("lora_alpha", 8))
-        for name, check in (("rank_pattern", self._rank), ("alpha_pattern", self._alpha)):
-            for pattern, value in self._patterns(name).items():
-                check(f"{name}[{pattern!r}]", value)
-        if not isinstance(self.table.get("use_rslora", False), bool):
-            self._refuse("use_rslora", self.table["use_rslora"], "it must be true or false")
-        bias = self.table.get("bias", "none")
-        if bias not in ("none", "all", "lora_only"):
-            self._refuse("bias", bias, "it must be none, all or lora_only")
-        self._check_names()
 
-    def _check_names(self) -> None:
+    def _size(self, name: str, usual: int | None = None) -> int:
+        """A field that is a size."""
+        value = self.table.get(name, usual)
+        if type(value) is not int or not 1 <= value <= MOST_SIZE:
+            self._refuse(name, value, "it must be a whole number, at least 1")
+        return value
+
+    def _words(self, name: str) -> list[str]:
+        value = self.table.get(name)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            self._refuse(name, value, "it must be a list of names")
+        return value
+
+    def _refuse(self, name: str, value: Any, why: str) -> NoReturn:
+        raise CheckpointError(f"{name} in {self.path} is {shown(value)}; {why}")
+
+
+class TargetTable(PeftTable):
+    """The config of a kind that has numbers for linear layers."""
+
+    def _check(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             if not isinstance(self.table.get(name), str):
                 self._words(name)
@@ -83,11 +97,6 @@ class LoraTable:
             self._words("layers_pattern")
         elif not isinstance(self.table["layers_pattern"], str):
             self._refuse("layers_pattern", self.table["layers_pattern"], "it must be a name, or a list of them")
-
-    @property
-    def rslora(self) -> bool:
-        """Whether scales are alpha / sqrt(rank)."""
-        return self.table.get("use_rslora", False)
 
     @property
     def target_modules(self) -> list[str] | str | None:
@@ -104,14 +113,6 @@ class LoraTable:
         """Which of the ``known`` parameters of a module ``target_parameters`` names."""
         words = self._words("target_parameters")
         return [name for name in known if any(ends_with(f"{module}.{name}", word) for word in words)]
-
-    def ranks(self, modules: Collection[str]) -> dict[str, int]:
-        """The rank of each adapted module."""
-        return self._by_pattern("rank_pattern", modules, self.table.get("r", 8))
-
-    def alphas(self, modules: Collection[str]) -> dict[str, float]:
-        """The alpha of each adapted module."""
-        return self._by_pattern("alpha_pattern", modules, self.table.get("lora_alpha", 8))
 
     def targets(self, modules: Collection[str]) -> set[str]:
         """Which of ``modules``, the linear layers of a model, are adapted; all where the config does not say."""
@@ -154,6 +155,57 @@ class LoraTable:
     def _fitting(self, name: str, pattern: str, modules: Collection[str]) -> set[str]:
         return matching([pattern], modules, is_ending=False, what=f"{name} in {self.path}")[0]
 
+
+class LoraTable(TargetTable):
+    """The config of LoRA, and of DoRA (``use_dora``)."""
+
+    peft_type: ClassVar[str] = "LORA"
+
+    def _check(self) -> None:
+        self._refuse_set(_REFUSED)
+        start = self.table.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            why = "it changed the base too; save the adapter with path_initial_model_for_weight_conversion, which makes it plain LoRA"
+            self._refuse("init_lora_weights", start, why)
+        self._rank("r", self.table.get("r", 8))
+        self._alpha("lora_alpha", self.table.get("lora_alpha", 8))
+        for name, check in (("rank_pattern", self._rank), ("alpha_pattern", self._alpha)):
+            for pattern, value in self._patterns(name).items():
+                check(f"{name}[{pattern!r}]", value)
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(self.table.get(name), bool | None):
+                self._refuse(name, self.table[name], "it must be true or false")
+        dropout = self.table.get("lora_dropout", 0.0)
+        if dropout is not None and (type(dropout) not in (int, float) or not 0 <= dropout < 1):
+            self._refuse("lora_dropout", dropout, "it must be a number from 0 to below 1")
+        bias = self.table.get("bias", "none")
+        if bias not in ("none", "all", "lora_only"):
+            self._refuse("bias", bias, "it must be none, all or lora_only")
+        super()._check()
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether rows have lengths of their own."""
+        return bool(self.table.get("use_dora"))
+
+    @property
+    def dropout(self) -> float:
+        """Share of what goes into an adapter that is left out while it learns."""
+        return float(self.table.get("lora_dropout") or 0.0)
+
+    @property
+    def rslora(self) -> bool:
+        """Whether scales are alpha / sqrt(rank)."""
+        return bool(self.table.get("use_rslora"))
+
+    def ranks(self, modules: Collection[str]) -> dict[str, int]:
+        """The rank of each adapted module."""
+        return self._by_pattern("rank_pattern", modules, self.table.get("r", 8))
+
+    def alphas(self, modules: Collection[str]) -> dict[str, float]:
+        """The alpha of each adapted module."""
+        return self._by_pattern("alpha_pattern", modules, self.table.get("lora_alpha", 8))
+
     def _by_pattern(self, name: str, modules: Collection[str], usual: Any) -> dict[str, Any]:
         """The value of the first pattern that fits each module, else the usual one."""
         patterns = self._patterns(name)
@@ -169,13 +221,6 @@ class LoraTable:
             self._refuse(name, value, "it must be a table of patterns")
         return value
 
-    def _words(self, name: str) -> list[str]:
-        value = self.table.get(name)
-        value = [] if value is None else value
-        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            self._refuse(name, value, "it must be a list of names")
-        return value
-
     def _rank(self, name: str, value: Any) -> None:
         if type(value) is not int or not 1 <= value <= MOST_SIZE:
             self._refuse(name, value, "a rank must be a whole number, at least 1")
@@ -183,9 +228,6 @@ class LoraTable:
     def _alpha(self, name: str, value: Any) -> None:
         if type(value) not in (int, float) or not abs(value) < 1e30 or not math.isfinite(value):
             self._refuse(name, value, "it must be a finite number")
-
-    def _refuse(self, name: str, value: Any, why: str) -> NoReturn:
-        raise CheckpointError(f"{name} in {self.path} is {shown(value)}; {why}")
 
 
 def _is_index(value: Any) -> bool:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anabranch.adapters.attached import attached_on, begin, check_bare, our_pairs
+from anabranch.adapters.attached import attached_on, begin, check_bare, our_layers
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.graft import check_pools, graft, with_layers
 from anabranch.adapters.low_rank import Pair, scale_of
@@ -42,6 +43,7 @@ def load_pool(folders: Mapping[str, str | Path], model: Decoder, *, family: str 
     adapters = {name: read_peft(folder) for name, folder in folders.items()}
     check_bare(model)
     for name, adapter in adapters.items():
+        adapter.check_low_rank("rows choose among plain LoRA alone; load it alone, with load_peft", f"adapter {name!r}")
         if adapter.saved:
             raise ConfigError(
                 f"adapter {name!r} brings {next(iter(adapter.saved))} whole, which all rows would get; load it alone, with load_peft"
@@ -52,7 +54,7 @@ def load_pool(folders: Mapping[str, str | Path], model: Decoder, *, family: str 
     names = names_of(config, modules, family)
     for name, adapter in adapters.items():
         check_fits(adapter, names, config, Path(folders[name]))
-    own = [our_pairs(names, adapter, config) for adapter in adapters.values()]
+    own: list[dict[str, Any]] = [our_layers(names, adapter, config) for adapter in adapters.values()]
     pairs = {part: [one.get(part) for one in own] for part in dict.fromkeys(part for one in own for part in one)}
     made = with_layers(config, {part: RoutedLowRank.config_of(own) for part, own in pairs.items()}, names.parts)
     check_pools(model, made)

@@ -1,20 +1,25 @@
 """`save_peft`: the adapter on a model, as it is now, in a folder that peft reads."""
 
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
-from anabranch.adapters.attached import ATTACHED, Attached, attached_on
+from anabranch.adapters.attached import ATTACHED, attached_on
+from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.low_rank import LowRank
 from anabranch.adapters.names import names_of
-from anabranch.adapters.peft_folder import Adapter, described, write_peft
-from anabranch.adapters.whole import tensor_of
+from anabranch.adapters.numbers import Holder
+from anabranch.adapters.peft_described import described
+from anabranch.adapters.peft_folder import Adapter, write_peft
+from anabranch.adapters.whole import saved_now
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
 
 __all__ = ["adapter_of", "save_peft"]
+
+# What a config says of an adapter that was not read from a folder.
+_USUAL = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
 
 
 def adapter_of(model: Decoder) -> Adapter:
@@ -23,11 +28,14 @@ def adapter_of(model: Decoder) -> Adapter:
     only = attached.adapter
     if attached.merged is not None:
         return attached.merged
-    found = {name: layer.pair() for name, layer in layers_of(model).items()}
+    if only.prompt_MW is not None:
+        streams: Any = model.streams
+        return Adapter(only.table, {}, prompt_MW=streams.weight.detach())
+    found = {name: layer.numbers() for name, layer in layers_of(model).items()}
     places = attached.names.places
-    pairs = {module: places[module].theirs(found[places[module].part]) for module in only.pairs}
+    layers = {module: places[module].theirs(found[places[module].part]) for module in only.layers}
     # What is stacked does not learn.
-    return Adapter(only.table, pairs, _saved(model, attached), only.stacks)
+    return Adapter(only.table, layers, saved_now(model, attached.names, only), only.stacks)
 
 
 def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) -> None:
@@ -35,7 +43,7 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
 
     Args:
         folder: not there, empty, or with an adapter and nothing else, which is replaced.
-        model: one that `load_peft` was given, or that was built or loaded with `LowRank` layers.
+        model: one that `load_peft` was given, or that was built or loaded with layers of one kind of adapter.
         family: the ``model_type`` whose names are written, where the model has its layers not from `load_peft`.
 
     Raises:
@@ -43,39 +51,33 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
         CheckpointError: no family of Hugging Face's has such a model.
         DataError, CapacityError: as `write_peft`.
     """
-    if getattr(model, ATTACHED, None) is not None:
-        write_peft(folder, adapter_of(model))
-        return
-    layers = {part: layer for part, layer in layers_of(model).items() if isinstance(layer, LowRank)}
+    attached = getattr(model, ATTACHED, None) is not None
+    write_peft(folder, adapter_of(model) if attached else _built(model, family))
+
+
+def _built(model: Decoder, family: str | None) -> Adapter:
+    """The adapter of a model that was built or loaded with it."""
+    layers: dict[str, Any] = {part: layer for part, layer in layers_of(model).items() if isinstance(layer, Holder)}
+    if not layers and isinstance(model.streams, Front):
+        table = {**_USUAL, **model.streams.described(model.config)}
+        return Adapter(table, {}, prompt_MW=model.streams.weight.detach())
     if not layers:
         raise ConfigError("the model has no adapter to save; put one onto it with load_peft")
-    others = [kind for kind in model.config.linears.values() if not isinstance(kind, LowRank.Config)]
-    if others:
-        raise ConfigError(f"linears of the model has {others[0].owner.kind!r} too, which peft's LoRA has not")
+    others = [kind for kind in model.config.linears.values() if not issubclass(kind.owner, Holder)]
+    if others or model.streams is not None:
+        other = others[0].owner.kind if others else getattr(model.streams, "kind", None)
+        raise ConfigError(f"the model has {other!r} too, which no adapter of peft's has beside")
     names = names_of(model.config.replace(linears={}), (), family)
     modules = {place.part: module for module, place in names.places.items()}
     homeless = [part for part in layers if part not in modules]
     if homeless:
         raise CheckpointError(f"Hugging Face's {names.family} has no linear layer for {some(homeless)}")
-    pairs = {modules[part]: names.places[modules[part]].theirs(layer.pair()) for part, layer in layers.items()}
-    usual = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-    }
+    numbers = {modules[part]: names.places[modules[part]].theirs(layer.numbers()) for part, layer in layers.items()}
+    dropouts = {layer.config.dropout for layer in layers.values() if isinstance(layer, LowRank)}
+    if len(dropouts) > 1:
+        raise ConfigError(f"one adapter_config.json cannot say that layers have dropout {sorted(dropouts)}")
+    usual = {**_USUAL, "bias": "none", "lora_dropout": dropouts.pop()} if dropouts else _USUAL
     try:
-        table = described(usual, pairs)
+        return Adapter(described(usual, numbers), numbers)
     except ValueError as error:
         raise ConfigError(f"one adapter_config.json cannot say that {error}") from None
-    write_peft(folder, Adapter(table, pairs))
-
-
-def _saved(model: Decoder, attached: Attached) -> dict[str, Tensor]:
-    """The adapter's whole tensors as they are now."""
-    found = {}
-    for name in attached.adapter.saved:
-        stored = attached.names.tensors[name]
-        found[name] = stored.piece.write(tensor_of(model, stored.tensor)).detach()
-    return found

@@ -1,5 +1,8 @@
 """Tensors that an adapter brings whole (``modules_to_save``, biases): exchanged for those of the model, and given back."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +12,14 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 
-__all__ = ["EMBEDDING", "HEAD", "exchange", "part_head", "parts_head", "tensor_of"]
+__all__ = ["EMBEDDING", "HEAD", "exchange", "part_head", "parts_head", "saved_now", "tensor_in", "tensor_of"]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def parts_head(adapter: Adapter) -> bool:
     """Whether head and embedding, one matrix so far, are two with this adapter."""
-    return bool({HEAD, EMBEDDING} & adapter.saved.keys()) or "lm_head" in adapter.pairs
+    return bool({HEAD, EMBEDDING} & adapter.saved.keys()) or "lm_head" in adapter.layers
 
 
 @torch.no_grad()
@@ -28,14 +31,18 @@ def part_head(model: Decoder, config: Decoder.Config) -> None:
     model.config = config
 
 
-def tensor_of(model: Decoder, name: str) -> Tensor:
-    """One of our tensors by its name in a model without adapters. Raises ConfigError where it is stored in few bits."""
-    state = model.state_dict(keep_vars=True)
+def tensor_in(state: Mapping[str, Any], name: str) -> Tensor:
+    """One of the tensors of a state dict by its name in a model without adapters. Raises ConfigError where it is stored in few bits."""
     owner, _, leaf = name.rpartition(".")
     found = state.get(name, state.get(f"{owner}.matrix.{leaf}"))
     if found is None or not found.is_floating_point():
         raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
     return found
+
+
+def tensor_of(model: Decoder, name: str) -> Tensor:
+    """`tensor_in` the state of ``model``."""
+    return tensor_in(model.state_dict(keep_vars=True), name)
 
 
 @torch.no_grad()
@@ -46,3 +53,12 @@ def exchange(model: Decoder, names: Names, name: str, tensor: Tensor) -> Tensor:
     before = piece.write(target).detach().clone()
     target[piece.where].copy_(piece.read(tensor))
     return before
+
+
+def saved_now(model: Decoder, names: Names, adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's whole tensors as they are now."""
+    found = {}
+    for name in adapter.saved:
+        stored = names.tensors[name]
+        found[name] = stored.piece.write(tensor_of(model, stored.tensor)).detach()
+    return found

@@ -395,11 +395,21 @@ def quantization_of(found: Path) -> dict[str, Any] | None:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise CheckpointError for a model with quantised layers, which no format of Hugging Face's that we write has."""
+    """Raise CheckpointError for a model with quantised layers or an adapter, which no format of Hugging Face's that we write has."""
     if describe(model) is not None:
         raise CheckpointError(
             "the model is quantised, and Hugging Face folders are written in floating point; convert the one it was made from, "
             "or call anabranch.nn.quantize.dequantize first"
+        )
+    config: Any = getattr(model, "config", None)
+    added = [name for name, linear in getattr(config, "linears", {}).items() if linear.is_added]
+    streams = getattr(config, "streams", None)
+    if added or (streams is not None and streams.owner.kind == "front"):
+        where = f"beside its matrices ({added[0]!r})" if added else "in front of sequences (virtual tokens)"
+        merges = "merge it into them (anabranch.adapters.merge), or " if added else ""
+        raise CheckpointError(
+            f"the model has an adapter {where}, and Hugging Face keeps adapters in folders of their own; {merges}save it as one "
+            "(anabranch.adapters.save_peft) and convert the model that it was made for"
         )
 
 

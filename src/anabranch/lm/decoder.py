@@ -23,6 +23,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
+from anabranch.lm.virtual import entries_of
 from anabranch.nn.attention import Attention, SelfAttention, distinct
 from anabranch.nn.block import Block, PreNorm
 from anabranch.nn.context import BuildContext, Count, ForwardContext, recomputed
@@ -38,6 +39,7 @@ from anabranch.nn.linear import (
     takes_context,
 )
 from anabranch.nn.rotary import Rotary
+from anabranch.nn.shared_prefix import SharedPrefix
 from anabranch.nn.streams import Streams
 from anabranch.nn.visits import Path, check_path, on_rows, steps_of
 from anabranch.precision import autocast_dtype
@@ -304,7 +306,7 @@ class Decoder(Part, nn.Module):
         batch, length = token_BL.shape
         device = token_BL.device
         mask, is_causal = attention_mask(cache, token_mask_BL, length, device, num_prefix)
-        position_BL = _positions(cache, token_mask_BL, batch, length, device)
+        position_BL = _positions(cache, token_mask_BL, batch, length, device, self.first_position)
         return ForwardContext(
             item_mask_N=None if token_mask_BL is None else token_mask_BL.reshape(-1),
             sequence_length=length,
@@ -392,7 +394,7 @@ class Decoder(Part, nn.Module):
         if self.streams is None:
             return KeyValueCache(self.config.num_layers, max_length)
         with torch.no_grad():
-            prefix = Prefix(self.streams.prefixes(num_streams))
+            prefix = Prefix(self.prefixes(num_streams))
         return KeyValueCache(self.config.num_layers, max_length, num_streams=num_streams, prefix=prefix)
 
     @property
@@ -425,7 +427,19 @@ class Decoder(Part, nn.Module):
                     f"{wanted[1]}; make a new one with model.new_cache"
                 )
             return cache
-        return Prefix(self.streams.prefixes(num_streams)) if self.streams is not None and num_prefix else None
+        return Prefix(self.prefixes(num_streams)) if num_prefix else None
+
+    @property
+    def first_position(self) -> int:
+        """Position of the first token of a sequence."""
+        return 0 if self.streams is None else self.streams.first_position
+
+    def prefixes(self, num_streams: int | None = None) -> list[SharedPrefix]:
+        """(key_PHMD, value_PHMD) of each layer, in front of all sequences of so many streams (None: those in use); empty without."""
+        if self.streams is None:
+            return []
+        prompt_MW = self.streams.prompt_MW
+        return self.streams.prefixes(num_streams) if prompt_MW is None else entries_of(self, prompt_MW)
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         return autocast_dtype(device.type) or self.embedding.weight.dtype
@@ -448,11 +462,11 @@ def output_of(logits_BLV: Tensor, target_BL: Tensor | None, context: RoutingCont
 
 
 def _positions(
-    cache: KeyValueCache | None, token_mask_BL: Tensor | None, batch: int, length: int, device: torch.device
+    cache: KeyValueCache | None, token_mask_BL: Tensor | None, batch: int, length: int, device: torch.device, first: int
 ) -> Tensor:
-    """Position of each token among the real ones of its sequence."""
+    """Position of each token among the real ones of its sequence, of which the first has ``first``."""
     valid_BL = cache.valid_BL if cache is not None else token_mask_BL
     if valid_BL is None:
-        past = cache.length if cache is not None else 0
+        past = first + (cache.length if cache is not None else 0)
         return torch.arange(past, past + length, device=device).expand(batch, length)
-    return (valid_BL.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+    return (valid_BL.long().cumsum(1) - 1).clamp_min(0)[:, -length:] + first

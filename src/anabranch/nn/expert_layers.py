@@ -25,7 +25,7 @@ from anabranch.nn.count import Count
 from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.feed_forward import mlp_projections
 from anabranch.nn.items import no_rows, on_items
-from anabranch.nn.linear import Projection, add_beside, build_linear, call_linear, count_linear
+from anabranch.nn.linear import Product, Projection, add_beside, build_linear, call_linear, count_linear, start_beside
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import combine, dispatch, plan_dispatch
 
@@ -63,6 +63,14 @@ class ExpertLayers(nn.Module):
             made.append(nn.ModuleDict({number: layer for number, layer in built.items() if layer is not None}))
         self.w13, self.w2 = made
 
+    def start(self, w13_EZD: Tensor | None, w2_EDF: Tensor | None) -> None:
+        """Begin beside stacks with these numbers, see `Linear.start`."""
+        for layers, rows, stack in zip((self.w13, self.w2), self.rows, (w13_EZD, w2_EDF), strict=True):
+            if stack is None:
+                continue
+            for number, beside in layers.items():
+                start_beside(beside, rows, partial(stack.__getitem__, int(number)))
+
     def forward(
         self,
         x_ND: Tensor,
@@ -90,8 +98,10 @@ class ExpertLayers(nn.Module):
     ) -> Tensor:
         if weight is None:
             return call_linear(layers[str(number)], x, context)
-        y = F.linear(x, weight)
-        return add_beside(y, x, layers[str(number)], rows, context) if str(number) in layers else y
+        if str(number) not in layers:
+            return F.linear(x, weight)
+        product = Product(x, lambda x: F.linear(x, weight), lambda: (weight, None))
+        return add_beside(product, layers[str(number)], rows, context)
 
     def _gathered(self, experts: list[Any], x_ND: Tensor, routing: Routing, on_input: bool, context: Any) -> Tensor:
         """Each expert runs on its own rows."""

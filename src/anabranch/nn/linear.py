@@ -9,7 +9,7 @@ attention, ``gate`` and ``up`` of a feed-forward layer), and a pattern speaks of
 # Shapes: R rows (outputs), C columns (inputs); x is [..., C], y is [..., R]
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,13 +30,16 @@ __all__ = [
     "Added",
     "Dense",
     "Linear",
+    "Product",
     "Projection",
+    "Rows",
     "Split",
     "add_beside",
     "build_linear",
     "call_linear",
     "count_linear",
     "is_plain",
+    "numbers_of",
     "takes_context",
 ]
 
@@ -101,6 +104,73 @@ class Linear(Part, nn.Module, family="linear", default="dense"):
         """y."""
         raise NotImplementedError  # abstract
 
+    def around(self, rows: "Rows", context: Any = None) -> Tensor:
+        """y of the part that this layer stands beside: what the matrix makes of x, and added to it what the layer makes of x.
+
+        A layer that does not add says here what it does instead.
+        """
+        return rows.y + self(rows.x, context).to(rows.y.dtype)
+
+    def start(self, weight_RC: Tensor) -> None:
+        """Begin beside a matrix with these numbers, which a layer may start from; nothing unless it says so."""
+
+
+class Product:
+    """A matrix and what goes into it, as what stands beside its parts sees it; the product is made when it is first asked for.
+
+    Args:
+        x: what goes in.
+        run: makes y of an x.
+        numbers: gives ``(weight_RC, bias_R)``, see `numbers_of`.
+    """
+
+    def __init__(
+        self, x: Tensor, run: Callable[[Tensor], Tensor], numbers: Callable[[], tuple[Tensor, Tensor | None]]
+    ) -> None:
+        self.x, self.run, self.numbers = x, run, numbers
+        self._y: Tensor | None = None
+
+    @property
+    def y(self) -> Tensor:
+        """What the matrix makes of x."""
+        if self._y is None:
+            self._y = self.run(self.x)
+        return self._y
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one part of a `Product`; ``first`` and ``size`` are None for all."""
+
+    product: Product
+    first: int | None = None
+    size: int | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """What goes in."""
+        return self.product.x
+
+    @property
+    def y(self) -> Tensor:
+        """What these rows make of it."""
+        return self._of(self.product.y)
+
+    def of(self, x: Tensor) -> Tensor:
+        """What these rows make of another x."""
+        return self._of(self.product.run(x))
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        """(weight_RC, bias_R). Raises ConfigError where the matrix is none that can be read."""
+        weight, bias = self.product.numbers()
+        if self.first is None or self.size is None:
+            return weight, bias
+        own = slice(self.first, self.first + self.size)
+        return weight[own], None if bias is None else bias[own]
+
+    def _of(self, y: Tensor) -> Tensor:
+        return y if self.first is None or self.size is None else y.narrow(-1, self.first, self.size)
+
 
 class Dense(Linear, nn.Linear, kind="dense"):
     """y = W x + b, one matrix; with initial weights N(0, std) truncated at 3 std, bias zero."""
@@ -143,7 +213,7 @@ class Added(Linear):
 
     Attributes:
         matrix: the layer of before, whole.
-        beside: the layers that add, by part.
+        beside: the layers that add, or do otherwise (`Linear.around`), by part.
     """
 
     def __init__(self, matrix: nn.Module, beside: Mapping[str, nn.Module], rows: Mapping[str, int]) -> None:
@@ -151,20 +221,61 @@ class Added(Linear):
         self.matrix = matrix
         self.beside = nn.ModuleDict(beside)
         self.rows = dict(rows)
+        start_beside(self.beside, self.rows, lambda: numbers_of(matrix)[0])
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """y."""
-        return add_beside(call_linear(self.matrix, x, context), x, self.beside, self.rows, context)
+        product = Product(x, lambda x: call_linear(self.matrix, x, context), lambda: numbers_of(self.matrix))
+        return add_beside(product, self.beside, self.rows, context)
 
 
-def add_beside(y: Tensor, x: Tensor, beside: Any, rows: Mapping[str, int], context: Any) -> Tensor:
-    """``y`` with what the layers ``beside`` some of its parts make of ``x`` added to the rows of these parts; ``rows`` are of each part."""
+def add_beside(product: Product, beside: Any, rows: Mapping[str, int], context: Any) -> Tensor:
+    """y of a matrix with the layers ``beside`` some of its parts; ``rows`` are of each part."""
     if len(rows) == 1:
-        return y + call_linear(next(iter(beside.values())), x, context).to(y.dtype)
-    parts = dict(zip(rows, y.split(list(rows.values()), dim=-1), strict=True))
-    for name, layer in beside.items():
-        parts[name] = parts[name] + call_linear(layer, x, context).to(y.dtype)
-    return torch.cat(list(parts.values()), dim=-1)
+        return _around(next(iter(beside.values())), Rows(product), context)
+    made, first = [], 0
+    for name, size in rows.items():
+        part = Rows(product, first, size)
+        made.append(_around(beside[name], part, context) if name in beside else part.y)
+        first += size
+    return torch.cat(made, dim=-1)
+
+
+def _around(layer: nn.Module, rows: Rows, context: Any) -> Tensor:
+    """y of one part; what somebody put beside it may be any module, which adds."""
+    return layer.around(rows, context) if isinstance(layer, Linear) else rows.y + layer(rows.x).to(rows.y.dtype)
+
+
+def start_beside(beside: Any, rows: Mapping[str, int], weight_of: Callable[[], Tensor]) -> None:
+    """Tell the layers ``beside`` the parts of a matrix that start from its numbers what these are."""
+    first = 0
+    for name, size in rows.items():
+        layer = beside[name] if name in beside else None
+        if isinstance(layer, Linear) and type(layer).start is not Linear.start:
+            layer.start(weight_of()[first : first + size])
+        first += size
+
+
+def numbers_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight_RC, bias_R) of what makes the product of a matrix, as they count where they are stored in few bits.
+
+    Raises ConfigError for a layer that is no matrix.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.weight, layer.bias
+    if isinstance(layer, Split):
+        found = [numbers_of(part) for part in layer.parts.values()]
+        if all(bias is None for _, bias in found):
+            return torch.cat([weight for weight, _ in found]), None
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in found]
+        return torch.cat([weight for weight, _ in found]), torch.cat(biases)
+    unpacked = getattr(layer, "numbers", None)
+    if unpacked is None:
+        raise ConfigError(
+            f"a layer beside a {type(layer).__name__} needs the numbers of a matrix, and that has none to read"
+        )
+    found_now: tuple[Tensor, Tensor | None] = unpacked()
+    return found_now
 
 
 def build_linear(projection: Projection, context: "BuildContext") -> Any:

@@ -103,6 +103,8 @@ class ExpertPool(nn.Module):
             made = nn.Parameter(torch.zeros(num_experts, width, device=device, dtype=dtype)) if bias else None
             self.register_parameter(name, made)
         self.reset_parameters(init_std=init_std, w2_scale=w2_scale, generator=generator)
+        if layers is not None:
+            layers.start(self.w13, self.w2)
 
     w13: nn.Parameter | None
     w2: nn.Parameter | None

@@ -81,6 +81,10 @@ class QuantizedLinear(nn.Module):
         """N."""
         return self._like.rows
 
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        """(weight_NK, bias_N) as they count, in float32."""
+        return self.packed.unpack(torch.float32)[0], self.bias
+
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """``[..., K]`` to ``[..., N]`` in the dtype of ``x``."""
         x_CK = x.reshape(-1, x.shape[-1])

@@ -68,6 +68,16 @@ class Streams(Part, nn.Module, family="streams"):
         """M of a forward pass that does not say its P."""
         return self.num_prefix_of(self.num_streams)
 
+    @property
+    def first_position(self) -> int:
+        """Position of the first token of a sequence: entries in front may take those before."""
+        return 0
+
+    @property
+    def prompt_MW(self) -> Tensor | None:
+        """Embeddings of virtual tokens, where the prefixes are what the model's layers make of them; None where `prefixes` has them."""
+        return None
+
     def prefixes(self, num_streams: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(key_PHMD, value_PHMD) of each layer; they are not rotated and take no position. Empty if M is 0."""
         raise NotImplementedError  # abstract

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from adapter_models import LATENT, linear_layers, make_adapter, make_base
+from adapter_models import KINDS, LATENT, linear_layers, make_adapter, make_base, make_kind
 from anabranch.adapters import load_peft
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
@@ -83,3 +83,14 @@ def test_routes_are_recorded_and_paths_are_run(mixture):
     for number, one in enumerate(asked):
         [alone] = runs([one], path=(0, 1, 1))
         assert together[2 * number + 1].tokens == alone.tokens != outputs[number].tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_plain_lora_is_not_served_for_some_rows_alone(tmp_path, kind):
+    base = make_base(tmp_path / "base", "llama")
+    make_kind(tmp_path / kind, kind, base)
+    config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=(f"it={tmp_path / kind}",)))
+    with pytest.raises(
+        ConfigError, match=r"is (\w+|\w+ tuning), and requests choose among plain LoRA alone; serve a model that"
+    ):
+        Engine.of(load_model(tmp_path / "base")[0], config)

@@ -192,6 +192,8 @@ def _onto_module(
     if any(isinstance(module, Beside) for module in model.modules()):
         raise ConfigError("the model has a mixture already; start from one without")
     adapters = {name: read_peft(folder) for name, folder in folders.items()}
+    for name, adapter in adapters.items():
+        adapter.check_low_rank("routers choose among plain LoRA alone", f"adapter {name!r}")
     pairs: dict[str, list[Pair | None]] = {}
     for number, (name, adapter) in enumerate(adapters.items()):
         for place, pair in _placed(adapter, model, fused, folders[name]).items():

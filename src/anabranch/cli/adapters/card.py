@@ -2,14 +2,17 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.cli.adapters.catalogue import show_card
 from anabranch.cli.options import AsJson
-from anabranch.cli.output import fact, print_json, quantity, size
+from anabranch.cli.output import fact, print_json, quantity, shell_word, size
 from anabranch.extras import require
+
+if TYPE_CHECKING:
+    from anabranch.adapters import Adapter
 
 
 def card(
@@ -21,7 +24,7 @@ def card(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show what an adapter changes: which layers, of what rank and scale, and what it brings beside; or what a method is.
+    """Show what an adapter changes: of what kind it is, which layers it has, and what it brings beside; or what a method is.
 
     All numbers of an adapter are read, so one that is damaged is told. A folder goes before a method of the same name.
     """
@@ -33,19 +36,15 @@ def card(
         show_card(find(adapter), as_json)
         return
     found = read_peft(adapter)
-    layers: list[Any] = [*found.pairs.values(), *found.stacks.values()]
-    ranks, alphas = (sorted({getattr(layer, name) for layer in layers}) for name in ("rank", "alpha"))
-    targets = sorted({name.rpartition(".")[2] for name in (*found.pairs, *found.stacks)})
-    num_bytes = sum(path.stat().st_size for path in Path(adapter).glob("adapter_*"))
+    num_bytes = sum(path.stat().st_size for path in Path(adapter).glob("adapter_*") if path.is_file())
     told = {
         "adapter": adapter,
+        "kind": found.what,
         "base": found.table.get("base_model_name_or_path"),
-        "layers": len(found.pairs),
+        "layers": len(found.layers),
         "stacked_layers": len(found.stacks),
-        "targets": targets,
-        "ranks": ranks,
-        "alphas": alphas,
-        "rslora": any(layer.rslora for layer in layers),
+        "targets": sorted({name.rpartition(".")[2] for name in (*found.layers, *found.stacks)}),
+        **_sizes(found),
         "brings_whole": sorted(found.saved),
         "parameters": found.num_parameters,
         "size_bytes": num_bytes,
@@ -53,11 +52,15 @@ def card(
     if as_json:
         print_json(told)
         return
-    fact("adapter", f"{adapter}   LoRA for {told['base'] or 'a base that it does not name'}")
-    stacked = f" and {len(found.stacks)} stacks of experts" if found.stacks else ""
-    fact("layers", f"{len(found.pairs)}{stacked}: {', '.join(targets)}")
-    scaling = "alpha / sqrt(rank)" if told["rslora"] else "alpha / rank"
-    fact("rank", f"{_span(ranks)}   alpha {_span(alphas)}, scale {scaling}")
+    base = (
+        shell_word(told["base"]) if isinstance(told["base"], str) and told["base"] else "a base that it does not name"
+    )
+    fact("adapter", f"{adapter}   {found.what} for {base}")
+    if found.prompt_MW is None:
+        stacked = f" and {len(found.stacks)} stacks of experts" if found.stacks else ""
+        fact("layers", f"{len(found.layers)}{stacked}: {', '.join(told['targets'])}")
+    for name, line in _lines(told):
+        fact(name, line)
     if found.saved:
         fact("whole", ", ".join(sorted(found.saved)[:6]) + (" ..." if len(found.saved) > 6 else ""))
     fact("size", f"{quantity(found.num_parameters)} parameters, {size(num_bytes)}")
@@ -68,6 +71,35 @@ def _is_word(adapter: str) -> bool:
     from anabranch.adapters.catalogue import CARDS
 
     return bool(difflib.get_close_matches(adapter, CARDS, n=1, cutoff=0.6))
+
+
+def _sizes(found: "Adapter") -> dict[str, Any]:
+    """What there is to say of the numbers of its kind."""
+    layers: list[Any] = [*found.layers.values(), *found.stacks.values()]
+    if found.prompt_MW is not None:
+        return {"virtual_tokens": len(found.prompt_MW)}
+    if found.what == "IA3":
+        inputs = sum(one.is_input for one in layers)
+        return {"of_inputs": inputs, "of_outputs": len(layers) - inputs}
+    if found.what == "Poly":
+        first = layers[0]
+        splits, skills, _, rank = first.a_SKPR.shape
+        return {"ranks": [rank], "tasks": len(first.logit_TX), "skills": skills, "splits": splits}
+    ranks, alphas = (sorted({getattr(layer, name) for layer in layers}) for name in ("rank", "alpha"))
+    return {"ranks": ranks, "alphas": alphas, "rslora": any(layer.rslora for layer in layers)}
+
+
+def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
+    """`_sizes`, for people."""
+    if "virtual_tokens" in told:
+        return [("tokens", f"{told['virtual_tokens']} virtual ones in front of every sequence")]
+    if "of_inputs" in told:
+        return [("factors", f"of what {told['of_inputs']} layers get and {told['of_outputs']} give")]
+    if "tasks" in told:
+        mixed = f"{told['tasks']} tasks mix {told['skills']} skills of rank {told['ranks'][0]}"
+        return [("tasks", mixed + (f" in {told['splits']} splits" if told["splits"] > 1 else ""))]
+    scaling = "alpha / sqrt(rank)" if told["rslora"] else "alpha / rank"
+    return [("rank", f"{_span(told['ranks'])}   alpha {_span(told['alphas'])}, scale {scaling}")]
 
 
 def _span(values: list[float]) -> str:

@@ -49,6 +49,7 @@ class AdapterReader:
             ConfigError: it changes what cannot be changed for some rows alone: whole tensors, or experts.
         """
         adapter = read_peft(folder)
+        adapter.check_low_rank("requests choose among plain LoRA alone; serve a model that it was merged into", folder)
         if adapter.saved:
             raise ConfigError(
                 f"{folder} brings {next(iter(adapter.saved))} whole, which all requests would get; serve the model that it was merged into"

@@ -464,7 +464,7 @@ class ModelRunner:
 
     def _context(self, layout: StepLayout, token_1T: Tensor, chunks: Sequence[Chunk]) -> ForwardContext:
         names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
-        position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0)
+        position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0) + self.model.first_position
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
         variant = self._variant_of(chunks[0])
         streams = variant.num_streams
@@ -515,9 +515,7 @@ def _ids_of(rows: Sequence[int], chunks: Sequence[Chunk]) -> list[str]:
 @torch.no_grad()
 def _prefixes(model: Decoder, num_streams: int) -> list[tuple[Tensor, Tensor]]:
     """(key_PGMD, value_PGMD) of each layer, in front of all sequences of so many streams."""
-    if model.streams is None:
-        return []
-    return [(key.detach(), value.detach()) for key, value in model.streams.prefixes(num_streams)]
+    return [(key.detach(), value.detach()) for key, value in model.prefixes(num_streams)]
 
 
 def _tell_routes(

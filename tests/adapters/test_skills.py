@@ -1,0 +1,105 @@
+"""`SkilledLowRank`, Poly: tasks of rows, and how skills are mixed; what it computes is in test_kinds too."""
+
+import pytest
+import torch
+
+from adapter_kinds import close, opened, put_on, tasks_for
+from adapter_models import CONFIGS, TASKS, TOKENS, drawn, logits
+from anabranch.adapters import load_peft
+from anabranch.adapters.skills import SkilledLowRank
+from anabranch.adapters.tasks import on_tasks, told_tasks
+from anabranch.errors import ConfigError, InputError
+from anabranch.nn import BuildContext
+
+
+def test_each_row_has_its_task(places):
+    model = load_peft(places["llama"][0] / "poly", opened(places))
+    alone = [logits(put_on_task(places, task)) for task in range(TASKS)]
+    with torch.no_grad():
+        found = model(TOKENS, state=tasks_for(model, [2, 0], 6)).logits_BLV
+        cache = model.new_cache(6)
+        parts = [model(TOKENS[:, i : i + 3], cache=cache, state=tasks_for(model, [2, 0], 3)).logits_BLV for i in (0, 3)]
+    close(found, torch.stack((alone[2][0], alone[0][1])))
+    close(torch.cat(parts, dim=1), found)
+    assert (alone[0] - alone[1]).abs().max() > 0.01
+
+
+def test_tasks_are_told_by_name_to_what_knows_of_none(places):
+    model = load_peft(places["llama"][0] / "poly", opened(places))
+    with on_tasks(model, "1"):
+        close(logits(model), logits(put_on_task(places, 1)), 1e-6)
+
+
+def put_on_task(places, task):
+    return load_peft(places["llama"][0] / "poly", opened(places), task=task)
+
+
+def test_tasks_that_cannot_be_are_told(places):
+    folder = places["llama"][0] / "poly"
+    model = load_peft(folder, opened(places))
+    with pytest.raises(
+        InputError, match=r"the adapter has 3 tasks, and no row says which .* or load the adapter with a task"
+    ):
+        logits(model)
+    for task in (3, -1):
+        with pytest.raises(InputError, match=rf"task '{task}' is not one of the 3 that the model was trained for"):
+            tasks_for(model, [task, 0], 6)
+        with pytest.raises(InputError, match=rf"task {task} is told; the adapter has 0 to 2"):
+            model(TOKENS, state=told_tasks(torch.tensor([task, 0]), 6))
+    for tasks, length in (([0, 1, 2], 4), ([0], 6)):
+        with pytest.raises(InputError, match=r"tasks are told of \[\d, \d\] rows and tokens in a pass of \[2, 6\]"):
+            model(TOKENS, state=tasks_for(model, tasks, length))
+    for task in (3, -1):
+        with pytest.raises(ConfigError, match=f"task is {task}; .* has 0 to 2"):
+            load_peft(folder, opened(places), task=task)
+    with pytest.raises(ConfigError, match=r"task is 0, and .* is IA3, which has no tasks; leave it out"):
+        load_peft(places["llama"][0] / "ia3", opened(places), task=0)
+    with pytest.raises(ConfigError, match="no layer of the model routes by task"):
+        tasks_for(put_on(places, "dora"), [0, 0], 6)
+
+
+def test_skills_of_gathered_items_are_those_of_their_rows():
+    """Experts get items of several rows; each is mixed by the task of its own."""
+    config = CONFIGS["olmoe"]().replace(
+        linears={"*.experts.*.down": SkilledLowRank.Config(rank=2, num_tasks=2, num_skills=3, num_splits=2)}
+    )
+    model = config.build(seed=0).eval()
+    for name, parameter in model.named_parameters():
+        if ".b" in name or name.endswith("logits"):
+            parameter.data.copy_(drawn(name, parameter.shape) * 3)
+    with torch.no_grad():
+        together = model(TOKENS, state=told_tasks(torch.tensor([1, 0]), 6)).logits_BLV
+        rows = [
+            model(TOKENS[row : row + 1], state=told_tasks(torch.tensor([task]), 6)).logits_BLV
+            for row, task in enumerate([1, 0])
+        ]
+        same = model(TOKENS, state=told_tasks(torch.tensor([0, 0]), 6)).logits_BLV
+    close(together, torch.cat(rows))
+    assert not torch.allclose(together[0], same[0], atol=1e-4)
+
+
+def test_skills_are_drawn_anew_while_they_learn(places):
+    """Relaxed Bernoulli: about as much of each on average as in evaluation, for each row apart."""
+    layer = SkilledLowRank.Config(num_tasks=2, num_skills=4).build(*alone())
+    layer.logits.data.copy_(drawn("logits", (2, 4)))
+    torch.manual_seed(0)
+    drawn_w = layer.train().weights(torch.zeros(4000, dtype=torch.int64))
+    assert drawn_w.unique(dim=0).shape[0] == 4000
+    close(drawn_w.sum(-1), torch.ones(4000, 1))
+    still = layer.eval().weights(torch.zeros(1, dtype=torch.int64))
+    assert (drawn_w.mean(0) - still[0]).abs().max() < 0.05
+
+
+def alone():
+    context = BuildContext(8)
+    return context.projection("a", 8, 8), context
+
+
+def test_splits_that_do_not_divide_are_refused():
+    context = BuildContext(8)
+    with pytest.raises(ConfigError, match="num_splits is 3, which does not divide the 8 inputs of a"):
+        SkilledLowRank.Config(num_splits=3).build(context.projection("a", 8, 9), context)
+    with pytest.raises(ConfigError, match="num_splits is 2, which does not divide the 9 outputs of a"):
+        SkilledLowRank.Config(num_splits=2).build(context.projection("a", 8, 9), context)
+    with pytest.raises(ConfigError, match="task is 2; there are 0 to 1"):
+        SkilledLowRank.Config(num_tasks=2, task=2)
