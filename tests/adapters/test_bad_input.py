@@ -214,7 +214,7 @@ CALLS = {
         lambda place, model: load_peft(place / "a", catalogue_model()),
         "is it an adapter of another model?",
     ),
-    "training with dropout": (lambda place, model: load_peft(place / "b", model, trainable=True), "lora_dropout"),
+    "a task of one that has none": (lambda place, model: load_peft(place / "b", model, task=0), "which has no tasks"),
     "a family that there is not": (lambda place, model: load_peft(place / "a", model, family="gpt9"), "gpt9"),
     "nothing to take off": (lambda place, model: unload(model), "no adapter that load_peft put onto it"),
     "nothing to merge": (lambda place, model: merge(model), "no adapter that load_peft"),

@@ -194,8 +194,8 @@ class SkilledLowRank(Linear, kind="skilled_low_rank"):
         task = 0 if self.config.num_tasks == 1 else self.config.task
         if task is None:
             raise InputError(
-                f"the adapter has {self.config.num_tasks} tasks, and no row says which is its own; say state=task_rows(model, names, length), "
-                "or load the adapter with a task for all"
+                f"the adapter has {self.config.num_tasks} tasks, and no row says which is its own; say state=task_rows(...), or load the "
+                "adapter with a task for all"
             )
         return torch.full((rows if self.training else 1,), task, device=device)
 
