@@ -109,3 +109,75 @@ def test_mistakes_in_one_line(here, base, arguments, told):
     assert (code, out) == (2, "")
     assert len(err.strip().splitlines()) == 1
     assert re.search(told, err), err
+
+
+@pytest.fixture(scope="module")
+def routed(work, base, request):
+    """The folder of an adapter that routes by task."""
+    from anabranch.adapters.adapt import AdaptTask
+    from anabranch.adapters.mhr.method import Mhr
+    from anabranch.train import TaskRunConfig, TrainConfig, Trainer
+
+    method = Mhr.Config(skills=2, heads=2, rank=2, targets=("q", "down"))
+    task = AdaptTask.Config(model=str(base / "base"), data=str(base / "rows.jsonl"), method=method)
+    run = TaskRunConfig(task=task, train=TrainConfig(steps=5, batch_size=4, learning_rate=0.02, device="cpu"))
+    trainer = Trainer(run, base / "routed")
+    trainer.fit()
+    return trainer.task.write(base / "routed" / "adapter").folder
+
+
+EVAL = ["--data", "text/alpha", "--tokens", 128, "--sequence-length", 32, "--json", "--quiet"]
+
+
+def test_a_task_of_an_inventory_leaves_it_as_plain_lora(here, base, routed):
+    def measured(*arguments):
+        code, out, err = here("eval", base / "base", *arguments, *EVAL)
+        assert code == 0, err
+        return json.loads(out)["nats_per_token"]
+
+    found = {}
+    for task in ("one", "two"):
+        found[task] = measured("--adapter", routed, "--task", task)
+        code, out, err = here("adapters", "export", base / "base", routed, "--task", task, "--out", base / f"of-{task}")
+        assert code == 0, err
+        assert "anabranch eval" in out
+        assert measured("--adapter", base / f"of-{task}") == pytest.approx(found[task], rel=1e-5)
+    assert found["one"] != pytest.approx(found["two"], rel=1e-6)
+    code, out, err = here("adapters", "export", base / "base", routed, "--average", "--out", base / "mu", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["difference"] < 1e-5 * max(1, told["greatest_logit"])
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval {base} --adapter {routed} --data text/alpha", r"name the text's with --task, one of \['one', 'two'\]"),
+        ("eval {base} --adapter {routed} --task thre --data text/alpha", "task 'thre' is not one of the 2"),
+        ("eval {base} --task one --data text/alpha", "does not route by task"),
+        ("adapters export {base} {routed} --out z", "name one of .* with --task, or say --average"),
+        ("adapters export {base} {routed} --out z --task one --average", "not both"),
+        ("adapters export {base} {routed} --out z --task no", "task 'no' is not one of the 2"),
+        ("adapters export {base} {routed} --out z --task one --rank 2", "alone and without"),
+        ("adapters export {base} text --out z --task one", "routes by task, alone"),
+        ("eval {base} --adapter {routed}/../checkpoints --data text/alpha", "no adapter at"),
+        ("eval {routed}/.. --data text/alpha", "adapt"),
+    ],
+)
+def test_what_cannot_be_done_with_one(here, base, routed, command, told):
+    import re
+
+    code, out, err = here(*command.format(base=base / "base", routed=routed).split())
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1, err
+    assert re.search(told, err), err
+
+
+def test_new_tasks_with_the_skills_of_another_adapter(here, base, routed):
+    rows = (base / "rows.jsonl").read_text().replace('"one"', '"new"').replace('"two"', '"new"')
+    (base / "new.jsonl").write_text(rows)
+    given = ["--method", "mhr", "--from", routed, "--mode", "z", "--steps", 3, "--out", base / "z"]
+    told = adapted(here, base / "base", base / "new.jsonl", *given)
+    # Two targets in each of two blocks.
+    assert told["parameters"] == 4 * 2 * 2
+    assert told["tasks"] == 1

@@ -30,6 +30,7 @@ _TRAIN: dict[str, Any] = {
     "learning_rate": 1e-3,
     "weight_decay": 0.01,
     "eval_every": None,
+    "eval_tokens": 16384,
     "checkpoint_every": 50,
 }
 
@@ -135,6 +136,7 @@ def adapt(
     progress = Progress(config.train.steps, "step", quiet=quiet or not first)
     with progress:
         trainer = Trainer(config, out, resume=resume, on_event=lambda event: _show(event, progress))
+        _tell_rows(trainer, progress)
         if first and not quiet:
             _introduce(trainer)
         result = trainer.fit()
@@ -226,6 +228,12 @@ def _sizes(task: AdaptTask) -> tuple[int, int]:
     """(parameters that learn, all)."""
     parameters = list(task.base.parameters())
     return sum(each.numel() for each in parameters if each.requires_grad), sum(each.numel() for each in parameters)
+
+
+def _tell_rows(trainer: Trainer[Any], progress: Progress) -> None:
+    """Show how far an evaluation is: on a large base it takes as long as many steps."""
+    task: Any = trainer.task
+    task.on_rows = lambda done, total: progress.doing(f"held-out rows {done}/{total}")
 
 
 def _show(event: Event, progress: Progress) -> None:

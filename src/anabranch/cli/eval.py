@@ -115,7 +115,7 @@ def evaluate(
 
 def _task_of(network: Any, task: str | None) -> AbstractContextManager[None]:
     """The block in which the text is of ``task``. Raises ConfigError where a task is needed and not given, or the other way round."""
-    from anabranch.adapters.tasks import on_tasks, task_names
+    from anabranch.adapters.tasks import numbers_of, on_tasks, task_names
 
     routes = any(getattr(module, "routes_by_task", False) for module in network.modules())
     if routes and task is None:
@@ -123,7 +123,11 @@ def _task_of(network: Any, task: str | None) -> AbstractContextManager[None]:
         raise ConfigError(f"the model routes by task; name the text's with --task, one of {shown(list(names))}")
     if task is not None and not routes:
         raise ConfigError(f"--task is {task!r}, and the model does not route by task; leave it out")
-    return nullcontext() if task is None else on_tasks(network, task)
+    if task is None:
+        return nullcontext()
+    # Before anything is said of the measurement.
+    numbers_of([task], task_names(network))
+    return on_tasks(network, task)
 
 
 def read_path(text: str) -> list[int]:

@@ -69,6 +69,17 @@ class Progress:
             self._said, self._has_said = now, True
             say(f"{self._unit} {done:>{len(str(self._total))}}/{self._total}  {text}")
 
+    def doing(self, text: str) -> None:
+        """What is done between two units, which says nothing of the time that is left."""
+        if self._quiet:
+            return
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._show(lambda bar: bar.update(self._task, text=text))
+        elif now - self._said >= PLAIN_EVERY_S:
+            self._said, self._has_said = now, True
+            say(text)
+
     def set_total(self, total: int) -> None:
         """There are ``total`` units, which is known only now."""
         if total != self._total:

@@ -51,7 +51,7 @@ from anabranch.studies.adapter_bench import (
     write_rows,
 )
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.studies.paired import SIGNS_NEEDED, Verdict, t_probability
+from anabranch.studies.paired import SIGNS_NEEDED, Verdict, estimate, t_probability
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer
 
 MARGIN = 0.05
@@ -115,7 +115,7 @@ def make(full: bool = False, **changes: Any) -> Study:
     size = (Size() if full else Size(bench=small, steps=20, few_steps=4, new_tasks=2, learned_tasks=6)).replace(
         **changes
     )
-    arms = {
+    arms: dict[Literal["lora", "poly", "mhr"], str] = {
         "lora": "one adapter of rank K r",
         "poly": "K skills of rank r, weighed by task",
         "mhr": "the same with 8 heads",
@@ -295,13 +295,10 @@ def _claim(
     common = sorted(left.keys() & right.keys())
     if not common:
         return Claim.not_run(claim, paper)
-    from anabranch.studies.paired import estimate
-
     difference = estimate([left[seed] - right[seed] for seed in common])
-    means = [sum(values[seed] for seed in common) / len(common) for values in (right, left)]
-    return Claim(
-        claim, paper, *means, difference.mean, difference.interval, verdict, limit=means[0] + margin if margin else None
-    )
+    baseline, mean = (sum(values[seed] for seed in common) / len(common) for values in (right, left))
+    limit = baseline + margin if margin else None
+    return Claim(claim, paper, baseline, mean, difference.mean, difference.interval, verdict, limit=limit)
 
 
 def holm(differences: Mapping[int, list[float]]) -> dict[int, Verdict]:

@@ -117,3 +117,14 @@ def test_what_is_too_long_loses_the_front_of_its_prompt_and_then_the_end_of_its_
     assert made.token_NL.tolist() == [[99, 120, 121, eos], [99, 118, 119, 120]]
     assert made.start_N.tolist() == [1, 1]
     assert made.num_cut == 2
+
+
+def test_measured_rows_are_spread_over_tasks():
+    from anabranch.adapters.adapt.rows import spread_rows
+
+    rows = [Row(task, "x", "yy") for task in "aaaabb"]
+    made = encoded(rows, [0, 0, 0, 0, 1, 1], BYTES, "{prompt}", 16)  # 4 tokens each
+    assert spread_rows(made, None).tolist() == [0, 1, 2, 3, 4, 5]
+    assert spread_rows(made, 8).tolist() == [0, 4]
+    assert spread_rows(made, 17).tolist() == [0, 1, 4, 5]
+    assert spread_rows(made, 1).tolist() == [0]

@@ -24,7 +24,7 @@ from anabranch.data.reading import read_bytes
 from anabranch.errors import DataError
 from anabranch.files import parse_json
 
-__all__ = ["Encoded", "Row", "digest_of", "encoded", "parted", "read_rows"]
+__all__ = ["Encoded", "Row", "digest_of", "encoded", "parted", "read_rows", "spread_rows"]
 
 _BEFORE = ("definition", "instruction")
 _ASKED = ("input", "prompt", "question")
@@ -204,6 +204,23 @@ def encoded(
         token_NL[number, : len(row)] = torch.tensor(row, dtype=torch.int32)
     lengths = torch.tensor([len(row) for row in ids])
     return Encoded(token_NL, torch.tensor(starts), lengths, torch.tensor(list(numbers)), cut)
+
+
+def spread_rows(rows: Encoded, most_tokens: int | None) -> Tensor:
+    """row_N: the rows to measure on where ``most_tokens`` are enough: the first of each task, the second of each, and so on; sorted.
+
+    At least one row; all of them where None.
+    """
+    seen: dict[int, int] = {}
+    turns = []
+    for task in rows.task_N.tolist():
+        turns.append(seen.setdefault(task, 0))
+        seen[task] += 1
+    order_N = torch.tensor(turns).argsort(stable=True)
+    if most_tokens is not None:
+        within_N = rows.length_N[order_N].cumsum(0) <= most_tokens
+        order_N = order_N[: max(1, int(within_N.sum()))]
+    return order_N.sort().values
 
 
 def _texts(rows: Sequence[Row], template: str) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ Only what was put on learns and is kept in checkpoints; the base is read again f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.adapt.method import Method, Written
-from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows
+from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
 from anabranch.adapters.own_folder import load_numbers
 from anabranch.adapters.put_on import added_names
 from anabranch.adapters.tasks import numbers_of, told_tasks
@@ -107,6 +107,7 @@ class AdaptTask(Task, kind="adapt"):
         tokenizer: of the base, with ``model``.
 
     Attributes:
+        on_rows: called in an evaluation with the rows that are done, and all.
         before: the evaluation before the first step, None without rows that are held out.
         names: of the tasks, sorted; their numbers are their places.
         num_cut: rows that were longer than ``sequence_length``.
@@ -175,6 +176,8 @@ class AdaptTask(Task, kind="adapt"):
         self.held_out = self._encoded(held_out, length) if held_out else None
         self.num_cut = self.learned.num_cut + (self.held_out.num_cut if self.held_out else 0)
         self.before: dict[str, Any] | None = None
+        # Told how many of how many rows an evaluation has gone over.
+        self.on_rows: Callable[[int, int], None] = lambda done, total: None
         self._answers: Answers | None = None
         self._context: TaskContext | None = None
 
@@ -214,9 +217,12 @@ class AdaptTask(Task, kind="adapt"):
         return Examples(*self.learned.tensors, seed=context.settings.seed, **place)
 
     def validation_data(self, context: TaskContext) -> tuple[Tensor, ...] | None:
-        """All rows that are held out, in every process."""
+        """Rows that are held out, about ``train.eval_tokens`` of them spread over the tasks, in every process."""
         self._context = context
-        return None if self.held_out is None else self.held_out.tensors
+        if self.held_out is None:
+            return None
+        row_N = spread_rows(self.held_out, context.settings.eval_tokens)
+        return tuple(tensor[row_N] for tensor in self.held_out.tensors)
 
     def units_per_item(self, context: TaskContext) -> int:
         """Tokens of a row, on average."""
@@ -257,7 +263,10 @@ class AdaptTask(Task, kind="adapt"):
         """Nats per token of answers: of all, and of each task (``by_task``: nats_per_token, tokens, rows)."""
         # Rows of tasks that are not learned stand behind all others.
         totals = torch.zeros(3, len(self.names) + 1, dtype=torch.float64)
+        done = 0
         for row_B in data[2].argsort(stable=True).split(context.batch_size):
+            self.on_rows(done, len(data[2]))
+            done += len(row_B)
             given = _batch(*(tensor[row_B] for tensor in data))
             task_B = given.pop("task_B")
             nats_M, *_ = model(**given, task_B=task_B if self.method.needs_task else None)
@@ -282,8 +291,9 @@ class AdaptTask(Task, kind="adapt"):
         assert context is not None, "a trainer has asked for data"
         assert answers is not None, "a trainer has asked for the model"
         with evaluation_mode(answers), autocast(context.device, context.settings.precision):
-            data = tuple(tensor.to(context.device) for tensor in self.held_out.tensors)
-            self.before = self.evaluate(answers, data, context)
+            data = self.validation_data(context)
+            assert data is not None, "there are rows that are held out"
+            self.before = self.evaluate(answers, tuple(tensor.to(context.device) for tensor in data), context)
 
     # What is kept
 

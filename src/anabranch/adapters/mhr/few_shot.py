@@ -9,23 +9,28 @@ Export to plain LoRA, which any server loads: `to_single_lora` for one task, `mu
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from anabranch.adapters.attach import load_peft
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.mhr.layer import MultiHeadRouted, routed_layers
 from anabranch.adapters.mhr.table import tables_of
 from anabranch.adapters.names import names_of
-from anabranch.adapters.peft_folder import Adapter, described
+from anabranch.adapters.own_folder import read_own
+from anabranch.adapters.peft_folder import Adapter, described, write_peft
 from anabranch.adapters.put_on import put_on, take_off
+from anabranch.adapters.tasks import task_names, task_rows
+from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
 
-__all__ = ["MODES", "Mode", "adapt", "merge_task", "mu", "to_single_lora"]
+__all__ = ["MODES", "Mode", "adapt", "export_task", "merge_task", "mu", "to_single_lora"]
 
 Mode = Literal["full", "z", "mu", "random"]
 MODES: tuple[Mode, ...] = ("full", "z", "mu", "random")
@@ -158,6 +163,45 @@ def peft_adapter(model: Decoder, pairs: Mapping[str, Pair], family: str | None =
     theirs = {modules[part]: names.places[modules[part]].theirs(pair) for part, pair in pairs.items()}
     usual = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "bias": "none", "inference_mode": True}
     return Adapter(described({**usual, "lora_dropout": 0.0}, theirs), theirs)
+
+
+@torch.no_grad()
+def export_task(
+    out: str | Path, base: Decoder, folder: str | Path, task: str | None, *, is_average: bool
+) -> dict[str, float | str]:
+    """Write the adapter of one task out of a folder of ours as plain LoRA, and hold it against what it is of.
+
+    Args:
+        out: the new folder of peft's.
+        base: the model that the adapter is of; it is left with what was written.
+        folder: as `write_own` wrote it.
+        task: the task; None for the average of all skills, which ``is_average`` must say too.
+        is_average: likewise.
+
+    Returns the greatest difference of logits, and the greatest of them, over tokens drawn at random.
+
+    Raises ConfigError where neither or both are given, or the adapter does not route by task; InputError for a task that there is not;
+    others as `read_own` and `write_peft`.
+    """
+    read_own(folder, base)
+    names = task_names(base)
+    if (task is None) != is_average:
+        raise ConfigError(
+            f"{folder} routes by task; name one of {shown(list(names))} with --task, or say --average, not both"
+        )
+    adapter = mu(base) if task is None else to_single_lora(base, task)
+    token_BL = torch.randint(base.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    token_BL = token_BL.to(base.embedding.weight.device)
+    base.eval()
+    expected = base(token_BL, state=task_rows(base, [task, task], 16)).logits_BLV
+    write_peft(out, adapter)
+    load_peft(out, take_off(base))
+    difference = (base(token_BL).logits_BLV - expected).float().abs().max()
+    return {
+        "task": task or "average",
+        "difference": float(difference),
+        "greatest_logit": float(expected.float().abs().max()),
+    }
 
 
 def merge_task(model: Decoder, task: str | None) -> Decoder:

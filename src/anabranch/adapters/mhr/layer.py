@@ -18,7 +18,7 @@ from anabranch.adapters.mhr.inventory import AdapterInventory, check_heads
 from anabranch.adapters.mhr.penalties import Penalties
 from anabranch.adapters.mhr.table import Granularity, RoutingTable, bin_of
 from anabranch.adapters.mhr.weights import Weights
-from anabranch.adapters.tasks import TASK, Unknown, numbers_of
+from anabranch.adapters.tasks import AVERAGE, TASK, Unknown, numbers_of
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.nn import BuildContext, Count, Linear
@@ -147,11 +147,6 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
         """Names, in the order of their numbers."""
         return self.config.tasks
 
-    @property
-    def has_idle_parameters(self) -> bool:
-        """Whether parameters may have no part in a step: a table that nobody asks."""
-        return self.config.unknown == "average" and not self.config.uniform
-
     def on_step(self, step: int, fraction: float) -> None:
         """Anneal, near the end of a training."""
         if self.config.anneal:
@@ -163,8 +158,11 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
         task_BL = self._told(context, x)
         if context is not None and context.training:
             self._punish(context)
-        if task_BL is None or self.config.uniform:
+        if self.config.uniform:
             y_NO = self._one(x_NC, self._average(x_NC))
+        elif task_BL is None:
+            # Asked, so that the table has a gradient, of zero.
+            y_NO = self._one(x_NC, self.table(torch.full((1,), AVERAGE, device=x_NC.device)))
         elif self.config.mixes == "outputs":
             y_NO = self._mixed(x_NC, task_BL)
         else:

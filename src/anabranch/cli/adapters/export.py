@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.adapters.merge import read_weights
-from anabranch.cli.options import AsJson, Device, Dtype, Quiet, read_device, read_dtype
+from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -21,7 +21,8 @@ def export(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="ADAPTER...", help="Folders of peft's. Without them, what the model has in it is written."
+            metavar="ADAPTER...",
+            help="Folders of peft's, or one of anabranch adapt. Without them, what the model has in it is written.",
         ),
     ] = None,
     weights: Annotated[
@@ -36,6 +37,13 @@ def export(
             help="The nearest adapter of this rank. Default: all ranks together, which loses nothing.",
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of one ADAPTER that routes by task (poly, mhr): the task that is written."),
+    ] = None,
+    average: Annotated[
+        bool, typer.Option("--average", metavar=FLAG, help="Of such an ADAPTER: the average of all skills.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -61,9 +69,19 @@ def export(
     check_apart([out], [*folders, *(files_of(model) if Path(model).is_dir() else [model])])
     base, _ = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
     from anabranch.adapters import export_mixture, read_peft, save_peft
+    from anabranch.adapters.mhr.few_shot import export_task
+    from anabranch.adapters.own_folder import is_own
 
     told: dict[str, object] = {"folder": out, "model": model, "adapters": folders, "weights": numbers}
-    if folders:
+    routed = [folder for folder in folders if is_own(folder)]
+    if routed or task is not None or average:
+        if len(folders) != 1 or not routed or rank is not None or weights is not None:
+            raise ConfigError(
+                "--task and --average are for one ADAPTER of anabranch adapt that routes by task, alone and without --weights and --rank"
+            )
+        told |= export_task(out, base, folders[0], task, is_average=average)
+        made = read_peft(out)
+    elif folders:
         done = export_mixture(out, base, dict(zip(folders, numbers, strict=True)), rank=rank)
         made = done.made.adapter
         told |= {"error": done.made.error, "difference": done.difference, "greatest_logit": done.greatest}
@@ -86,5 +104,8 @@ def export(
         of_rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         fact("adapter", f"{len(made.pairs)} layers, {of_rank}, {quantity(made.num_parameters)} parameters")
         if folders:
-            fact("logits", f"{done.difference:.2g} from the mixture's at most, whose greatest is {done.greatest:.3g}")
+            fact(
+                "logits",
+                f"{told['difference']:.2g} from the mixture's at most, whose greatest is {told['greatest_logit']:.3g}",
+            )
         wrote(f"{out}   {size(num_bytes)}", f"anabranch eval {shell_word(model)} --adapter {shell_word(out)}")
