@@ -173,7 +173,9 @@ BUILTIN: dict[str, dict[str, str]] = {
         "adapt": "anabranch.adapters.adapt:AdaptTask",
     },
     "adapter_method": {
+        "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",
         "lora": "anabranch.adapters.adapt.lora:Lora",
+        "lora_mixer": "anabranch.adapters.adapt.mixtures:LoraMixer",
         "mhr": "anabranch.adapters.mhr.method:Mhr",
         "poly": "anabranch.adapters.mhr.method:Poly",
     },

@@ -183,6 +183,11 @@ def test_losses_come_out_once_where_parts_run_again(load_llama):
             output = model(TOKENS, use_cache=False).logits
             losses = seen.losses()
             (output.square().mean() + sum(losses.values())).backward()
+        # Of each of the four routers once, also of those that ran again.
+        assert {name: len(values) for name, values in seen.context.losses.items()} == {
+            "specialisation": 4,
+            "task_alignment": 4,
+        }
         found.append((losses, [layer.router.score.weight.grad.clone() for layer in mixed_layers(model).values()]))
     (plain, plain_grads), (again, again_grads) = found
     assert plain.keys() == {"specialisation", "task_alignment"}

@@ -8,7 +8,6 @@ from adapter_models import CONFIGS, TOKENS, make_base
 from anabranch.adapters import (
     DynMoLE,
     RoutedLowRank,
-    add_layers,
     load_peft,
     lora_moe,
     merge,
@@ -18,6 +17,7 @@ from anabranch.adapters import (
     read_peft,
     write_peft,
 )
+from anabranch.adapters.put_on import put_on
 from anabranch.config import from_dict, to_dict
 from anabranch.data import DataConfig, Files
 from anabranch.errors import ConfigError
@@ -316,7 +316,7 @@ def test_the_entropy_loss_makes_routers_decide(text, tmp_path):
     for coefficient in (0.0, 0.5):
         base = run_of(text).model.replace(linears={}).build(seed=1)
         before = {name: value.clone() for name, value in base.state_dict().items()}
-        model = add_layers(base, SMALL.replace(entropy_loss=coefficient).linears(2), seed=2)
+        model = put_on(base, SMALL.replace(entropy_loss=coefficient).linears(2), seed=2)
         run = run_of(text, steps=30).replace(model=model.config)
         trainer, lines = logged(run, tmp_path / str(coefficient), model=model)
         rows = [(batch.token_BL, None, None) for batch in trainer.task.validation_data(trainer._context)]
@@ -340,7 +340,7 @@ def _now(name, state):
 
 def test_routed_experts_are_not_merged_and_their_average_is(tmp_path):
     make_base(tmp_path / "base", "llama")
-    model = drawn(add_layers(load_model(tmp_path / "base")[0], SMALL.linears(2))).eval()
+    model = drawn(put_on(load_model(tmp_path / "base")[0], SMALL.linears(2))).eval()
     with pytest.raises(ConfigError, match=r"which experts a token has depends on the token.*mu\(model\)"):
         merge(model)
     write_peft(tmp_path / "mean", mu(model))

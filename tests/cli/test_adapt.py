@@ -181,3 +181,44 @@ def test_new_tasks_with_the_skills_of_another_adapter(here, base, routed):
     # Two targets in each of two blocks.
     assert told["parameters"] == 4 * 2 * 2
     assert told["tasks"] == 1
+
+
+def nats(here, base, *adapter):
+    given = ["--data", "text/alpha", "--tokens", 128, "--sequence-length", 32, "--json", "--quiet"]
+    return json.loads(here("eval", base / "base", *adapter, *given)[1])["nats_per_token"]
+
+
+def test_experts_that_a_router_chooses(here, base):
+    """New ones all or few by the entropy; and adapters that were trained before, whose router alone learns."""
+    plain = nats(here, base)
+    small = ["--method", "dynmole", "--rank", 2, "--set=method.experts=3", "--set=method.keep_top_k=1"]
+    told = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "dynmole", "--steps", 4, *small)
+    assert (told["method"], told["form"]) == ("dynmole", "anabranch")
+    assert nats(here, base, "--adapter", base / "dynmole" / "adapter") != plain
+    for name, seed in (("law", 1), ("sql", 2)):
+        options = ["--rank", seed, "--seed", seed, "--out", base / name, "--steps", 4]
+        adapted(here, base / "base", base / "rows.jsonl", *options)
+    folders = json.dumps([str(base / name / "adapter") for name in ("law", "sql")])
+    given = ["--method", "lora_mixer", f"--set=method.adapters={folders}", "--set=method.top_k=2"]
+    mixed = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "mixer", "--steps", 4, *given)
+    # Two blocks with a router for q, k and v and one for o, of two rows of 32 numbers.
+    assert (mixed["method"], mixed["parameters"]) == ("lora_mixer", 2 * 2 * 2 * 32)
+    assert nats(here, base, "--adapter", base / "mixer" / "adapter") not in (plain, told)
+    fresh = ["--method", "lora_mixer", "--rank", 2, "--set=method.experts=3"]
+    new = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "fresh", "--steps", 2, *fresh)
+    assert new["parameters"] > mixed["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "dynmole", "--set=method.keep_top_k=9"], "keep_top_k is 9, but there are 6 destinations"),
+        (["--method", "lora_mixer", '--set=method.adapters=["a"]'], "adapters has 1; a router needs at least 2"),
+        (["--method", "lora_mixer", "--set=method.top_k=9"], "top_k is 9, but there are 6 experts; use 1 to 6"),
+        (["--method", "lora_mixer", '--set=method.adapters=["a", "b"]'], "no adapter at a: it is not there"),
+    ],
+)
+def test_mixtures_that_cannot_be(here, base, options, message):
+    code, _, err = here("adapt", base / "base", base / "rows.jsonl", "--out", base / "none", *options, *QUICK)
+    assert (code, message in err) == (2, True), err
+    assert not (base / "none").exists()

@@ -84,6 +84,18 @@ def test_at_1_it_is_shannons(kind, gap):
     assert float(uncertainty(torch.tensor([GOLDEN[2][0]]), "shannon")) == pytest.approx(nats, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_leads_out_of_it_nowhere(kind):
+    """An even choice is 1 and a certain one 0, of any number of destinations; one of them would be 1 + 1e-7 in fp32 as it is summed."""
+    for number in range(2, 80):
+        even_NE = torch.ones(3, number).softmax(-1)
+        for q in (0.5, 1.1, 2.0):
+            found = uncertainty(torch.cat([even_NE, torch.eye(number)]), kind, q)
+            assert float(found.min()) >= 0
+            assert float(found.max()) <= 1
+            assert float(found[0]) == pytest.approx(1, abs=1e-5)
+
+
 def test_renyi_by_hand():
     share_NE = torch.tensor([[0.5, 0.25, 0.25]])
     expected = -math.log(0.25 + 0.125) / math.log(3)

@@ -10,7 +10,7 @@ from anabranch.adapters.bottleneck import Bottleneck
 from anabranch.adapters.dora import Dora
 from anabranch.adapters.dynmole import DynMoLE, lora_moe, mola
 from anabranch.adapters.export import Exported, export_mixture
-from anabranch.adapters.fresh import add_layers
+from anabranch.adapters.fresh import BESIDE as _BESIDE  # noqa: F401 - registers the recipe
 from anabranch.adapters.front import Front
 from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.lora_mixer import (
@@ -62,7 +62,6 @@ __all__ = [
     "SparseDelta",
     "SpecialisationLoss",
     "adapter_of",
-    "add_layers",
     "chosen_rows",
     "combine",
     "export_mixture",

@@ -8,7 +8,7 @@
     L = task + c_H mean(H) + c_B N sum_e mean(w_e) mean(p_e)       over the real tokens of all layers
 
     config = DynMoLE().on(Decoder.Config(...))          # its gate, up and down have experts
-    add_layers(model, DynMoLE().linears(num_layers))    # the same, in place, on a model that is trained, which is frozen
+    put_on(model, DynMoLE().linears(num_layers))        # the same, in place, on a model that is trained, which is frozen
 
 The routing is a `HybridEntropy` select, the losses are `UncertaintyLoss` and `SoftLoss`, and what is computed is a `LowRankPool`: rows go
 to their experts alone, or through all of them in two products where most tokens are soft. With ``policy`` other than ``hybrid`` it is

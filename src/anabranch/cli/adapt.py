@@ -52,7 +52,10 @@ def adapt(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="lora, poly, mhr, or another that is installed. Default: lora.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="lora, poly, mhr, dynmole, lora_mixer, or another that is installed. Default: lora."
+        ),
     ] = None,
     targets: Annotated[
         list[str] | None,
