@@ -91,13 +91,24 @@ class Run {
   }
   int64_t width_of(const Matrix& matrix, int64_t panel) const { return std::min<int64_t>(WIDE, matrix.rows - panel * WIDE); }
 
-  // What the adapters of a token add to y, an output of a matrix, by the input x that it had.
-  void adapt(int64_t layer, Site site, int64_t t, const float* x, int64_t depth, float* y) const {
-    for (int32_t use = s.use_first[t]; use < s.use_first[t + 1]; ++use) {
-      const Adapter& adapter = *s.adapters[use];
-      const int32_t* first = adapter.first + layer * SITES + site;
-      for (int32_t i = first[0]; i < first[1]; ++i) add_part(adapter.parts[i], s.use_weight[use], x, depth, y);
+  // What adapters add to y, the outputs of a matrix, by the inputs x that it had, of this thread's rows; `across` and `apart` are floats from
+  // row to row.
+  void adapt(int64_t layer, Site site, const float* x, int64_t across, int64_t depth, float* y, int64_t apart) const {
+    for (int64_t t = own.begin, rows; t < own.end; t += rows) {
+      for (rows = 1; t + rows < own.end && are_alike(t, t + rows);) ++rows;
+      for (int32_t use = s.use_first[t]; use < s.use_first[t + 1]; ++use) {
+        const Adapter& adapter = *s.adapters[use];
+        const int32_t* first = adapter.first + layer * SITES + site;
+        for (int32_t i = first[0]; i < first[1]; ++i)
+          add_part(adapter.parts[i], s.use_weight[use], x + t * across, across, depth, y + t * apart, apart, rows);
+      }
     }
+  }
+  // Whether two tokens use the same adapters with the same weights.
+  bool are_alike(int64_t t, int64_t u) const {
+    const int32_t one = s.use_first[t], other = s.use_first[u], count = s.use_first[t + 1] - one;
+    return s.use_first[u + 1] - other == count && std::equal(s.adapters + one, s.adapters + one + count, s.adapters + other) &&
+           std::equal(s.use_weight + one, s.use_weight + one + count, s.use_weight + other);
   }
 
   void attention(const Block& block, int64_t layer) {
@@ -105,8 +116,10 @@ class Run {
     Activations a = left_of(block.qkv);
     float* normed = scratch.get<float>(MIDDLE, m.D);
     for (int64_t t = own.begin; t < own.end; ++t) {
-      norm_row(row(t), block.attention_norm, m.D, m.norm_eps, normed);
-      put_row(a, t, normed);
+      // Adapters see all of them again.
+      float* to = s.use_first ? w.normed + t * m.D : normed;
+      norm_row(row(t), block.attention_norm, m.D, m.norm_eps, to);
+      put_row(a, t, to);
     }
 #pragma omp barrier
     times(block.qkv, a, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
@@ -115,13 +128,8 @@ class Run {
       for (int64_t c = 0; c < width; ++c) to[c] = out[c] + (block.qkv_bias ? block.qkv_bias[j * WIDE + c] : 0.f);
     });
 #pragma omp barrier
-    for (int64_t t = own.begin; t < own.end; ++t) {
-      if (s.use_first) {
-        norm_row(row(t), block.attention_norm, m.D, m.norm_eps, normed);
-        adapt(layer, QKV, t, normed, m.D, w.qkv + t * N);
-      }
-      place(block, t, w.qkv + t * N, Q, S);
-    }
+    if (s.use_first) adapt(layer, QKV, w.normed, m.D, m.D, w.qkv, N);
+    for (int64_t t = own.begin; t < own.end; ++t) place(block, t, w.qkv + t * N, Q, S);
 #pragma omp barrier
     const int64_t per = m.H / m.G;
     const bool together = s.T >= 4 * threads;  // all key heads of a token, which lie beside one another
@@ -148,7 +156,7 @@ class Run {
     });
 #pragma omp barrier
     // All that follows of a row, up to the next barrier, is its owner's.
-    for (int64_t t = own.begin; s.use_first && t < own.end; ++t) adapt(layer, OUT, t, w.y + t * Q, Q, row(t));
+    if (s.use_first) adapt(layer, OUT, w.y, Q, Q, s.x, m.D);
   }
 
   // Norms of queries and keys, clipping, rotation, scaling; keys and values to their slot.
@@ -208,16 +216,12 @@ class Run {
     hidden(w13, a, 0, s.T, layer >= 0);
 #pragma omp barrier
     Activations b = left_of(w2);
-    for (int64_t t = own.begin; t < own.end; ++t) {
-      float* unit = w.hidden + t * m.F;
-      if (layer >= 0) {
-        const float* normed = w.normed + t * m.D;
-        adapt(layer, GATE, t, normed, m.D, unit);
-        adapt(layer, UP, t, normed, m.D, w.up + t * m.F);
-        close(unit, w.up + t * m.F, w13.rows / 2);
-      }
-      put_row(b, t, unit);
+    if (layer >= 0) {
+      adapt(layer, GATE, w.normed, m.D, m.D, w.hidden, m.F);
+      adapt(layer, UP, w.normed, m.D, m.D, w.up, m.F);
+      for (int64_t t = own.begin; t < own.end; ++t) close(w.hidden + t * m.F, w.up + t * m.F, w13.rows / 2);
     }
+    for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.hidden + t * m.F);
 #pragma omp barrier
     times(w2, b, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
       float* to = row(t) + j * WIDE;
@@ -225,7 +229,7 @@ class Run {
       for (int64_t c = 0; c < width; ++c) to[c] += factor ? out[c] * factor[t] : out[c];
     });
 #pragma omp barrier
-    for (int64_t t = own.begin; layer >= 0 && t < own.end; ++t) adapt(layer, DOWN, t, w.hidden + t * m.F, w2.depth, row(t));
+    if (layer >= 0) adapt(layer, DOWN, w.hidden, m.F, w2.depth, s.x, m.D);
   }
 
   // Products of a recurrent router, whose states all are where the routers before left them.

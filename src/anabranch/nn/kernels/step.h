@@ -114,22 +114,45 @@ void keep_row(char* to, const float* from, int64_t W, bool half) {
   for (int64_t i = 0; i < W; i += VL) store((bf16*)to + i, load(from + i));
 }
 
-// y += weight scale B A x. A row at a time, so that no token meets another's adapter.
-void add_part(const Part& p, float weight, const float* x, int64_t depth, float* y) {
+// y += scale B A x of N rows, `across` floats apart in x and `apart` in y. Each row is summed in the same order whatever N is.
+template <int N>
+void add_rows(const Part& p, float scale, const float* x, int64_t across, int64_t depth, float* y, int64_t apart) {
+  constexpr int PAIR = 2;  // ranks at a time
+  for (int64_t r = 0; r < p.rank; r += PAIR) {
+    const bool is_pair = r + 1 < p.rank;
+    const float *a[PAIR] = {p.a + r * depth, p.a + (r + is_pair) * depth}, *b[PAIR] = {p.b + r * p.size, p.b + (r + is_pair) * p.size};
+    vec sum[N][PAIR] = {};
+    int64_t k = 0;
+    for (; k + VL <= depth; k += VL)
+      for (int i = 0; i < N; ++i)
+        for (int j = 0; j < PAIR; ++j) sum[i][j] = fused(load(x + i * across + k), load(a[j] + k), sum[i][j]);
+    float h[N][PAIR];
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < PAIR; ++j) {
+        h[i][j] = total(sum[i][j]);
+        for (int64_t rest = k; rest < depth; ++rest) h[i][j] += x[i * across + rest] * a[j][rest];
+        h[i][j] *= scale;
+      }
+    int64_t c = 0;
+    for (; c + VL <= p.size; c += VL)
+      for (int i = 0; i < N; ++i) {
+        vec made = fused(spread(h[i][0]), load(b[0] + c), load(y + i * apart + c));
+        store(y + i * apart + c, is_pair ? fused(spread(h[i][1]), load(b[1] + c), made) : made);
+      }
+    for (; c < p.size; ++c)
+      for (int i = 0; i < N; ++i) {
+        y[i * apart + c] += h[i][0] * b[0][c];
+        if (is_pair) y[i * apart + c] += h[i][1] * b[1][c];
+      }
+  }
+}
+
+// The same of `rows` rows that use the part with the same weight.
+void add_part(const Part& p, float weight, const float* x, int64_t across, int64_t depth, float* y, int64_t apart, int64_t rows) {
   const float scale = p.scale * weight;
   y += p.start;
-  for (int64_t r = 0; r < p.rank; ++r) {
-    const float *a = p.a + r * depth, *b = p.b + r * p.size;
-    vec sum{};
-    int64_t k = 0;
-    for (; k + VL <= depth; k += VL) sum = fused(load(x + k), load(a + k), sum);
-    float h = total(sum);
-    for (; k < depth; ++k) h += x[k] * a[k];
-    h *= scale;
-    const vec all = spread(h);
-    for (k = 0; k + VL <= p.size; k += VL) store(y + k, fused(all, load(b + k), load(y + k)));
-    for (; k < p.size; ++k) y[k] += h * b[k];
-  }
+  for (; rows >= 4; rows -= 4, x += 4 * across, y += 4 * apart) add_rows<4>(p, scale, x, across, depth, y, apart);
+  for (; rows; --rows, x += across, y += apart) add_rows<1>(p, scale, x, across, depth, y, apart);
 }
 
 // ---- routing of one token ----
