@@ -30,6 +30,7 @@ STUDIES = {
     "fully_ppr": "anabranch.studies.fully_ppr:make",
     "ic_cache": "anabranch.studies.ic_cache:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",
+    "dynmole": "anabranch.studies.dynmole:make",
     "mhr": "anabranch.studies.mhr:make",
     "nanoflow": "anabranch.studies.nanoflow:make",
     "parscale": "anabranch.studies.parscale:make",
