@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anabranch.adapters import catalogue
 from anabranch.adapters.catalogue.applied import WEIGHTS
+from anabranch.adapters.tasks import task_rows
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention, SwiGLU
@@ -39,6 +40,9 @@ CASES = {
     "adapter-parallel": {"width": 16},
     "shira": {"rank": 8},
     "intrinsic": {"size": 512},
+    "poly": {"rank": 8, "number": 3},
+    "mhr": {"rank": 8, "number": 3},
+    "molora": {"rank": 8, "number": 3},
     "bitfit": {},
     "ln-tuning": {},
     "attention-tuning": {},
@@ -51,6 +55,12 @@ def base():
     return CONFIG.build()
 
 
+def told(model, batch, length):
+    """What a pass is told where a model routes by task."""
+    by_task = any(getattr(module, "routes_by_task", False) for module in model.modules())
+    return {"state": task_rows(model, ["0"] * batch, length)} if by_task else {}
+
+
 def counted(model, *, backward):
     """FLOPs as torch counts them: of its own products, so in float64, which our kernels leave to it, and attention written out.
 
@@ -59,7 +69,7 @@ def counted(model, *, backward):
     model = copy.deepcopy(model).double()
     token_BL = torch.randint(96, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss = model.train()(token_BL, target_BL=token_BL).loss
+        loss = model.train()(token_BL, target_BL=token_BL, **told(model, BATCH, LENGTH)).loss
         if backward:
             loss.backward()
     return counter.get_total_flops()
@@ -80,7 +90,8 @@ def test_numbers_and_bytes(id, base, tmp_path):
         measured = sum(value.numel() * value.element_size() for value in applied.state().values())
         assert found.adapter_bytes == pytest.approx(measured, rel=0.15)
     optimizer = torch.optim.AdamW(learning)
-    model(torch.zeros(1, 4, dtype=torch.int64), target_BL=torch.ones(1, 4, dtype=torch.int64)).loss.backward()
+    token_BL = torch.arange(4).view(1, 4)
+    model(token_BL, target_BL=token_BL, **told(model, 1, 4)).loss.backward()
     gradients = sum(one.grad.numel() * one.grad.element_size() for one in learning)
     optimizer.step()
     moments = sum(
