@@ -161,6 +161,13 @@ def test_what_is_dropped_depends_on_the_seed_and_on_the_layer_alone(method):
     assert not torch.equal(another[NAMES[2]].delta(), made[NAMES[2]].delta())
 
 
+def test_layers_that_are_alike_lose_other_numbers():
+    pair = adapter([4, 0, 0]).pairs[NAMES[0]]
+    both = Adapter({"peft_type": "LORA"}, {NAMES[0]: pair, NAMES[1]: pair})
+    made = combine([both], [1.0], "dare").adapter.pairs
+    assert not torch.equal(made[NAMES[0]].a_RC, made[NAMES[1]].a_RC)
+
+
 def test_dare_is_dare_linear():
     adapters = [adapter([2, 2, 2]), adapter([2, 2, 2], seed=1)]
     first, second = (combine(adapters, [1, 1], name).adapter.pairs[NAMES[0]] for name in ("dare", "dare_linear"))

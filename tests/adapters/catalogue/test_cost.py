@@ -130,6 +130,9 @@ def test_flops_of_experts():
     found = estimated("lora", {"targets": ("mlp",), "rank": 8}, shape)
     assert found.trainable == 3 * 4 * 8 * (3 * (64 + 64))
     assert found.added_flops == pytest.approx(3 * 2 * 2 * 8 * (3 * (64 + 64)))
+    # Of the router too, which no matrix stands for.
+    full = estimated("full", {}, shape)
+    assert full.training_flops == pytest.approx(full.full_flops)
 
 
 def test_prompts_and_prefixes_make_sequences_longer():
