@@ -53,10 +53,10 @@ PUBLIC = {
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.adapters": """
         Adapter Bottleneck Combined Dora DynMoLE Exported Front HashedDelta Labelled LowRank LowRankPool MixedLowRank
-        MixtureReport MixtureTask NestedLowRank Pair RoutedLowRank Scaling SkilledLowRank SoftThenTopK SparseDelta
-        SpecialisationLoss adapter_of chosen_rows combine export_mixture fit_joint fit_router labelled_rows
-        load_mixture load_peft load_pool lora_moe merge mixture_report mola mu read_peft rows_for save_peft static_mixture
-        unload unmerge write_peft
+        MixtureReport MixtureTask NestedLowRank Pair RoutedLowRank ScaleShift Scaling SerialBottleneck SkilledLowRank
+        SoftThenTopK SparseDelta SpecialisationLoss adapter_of chosen_rows combine export_mixture fit_joint fit_router
+        labelled_rows load_mixture load_peft load_pool lora_moe merge mixture_report mola mu read_peft rows_for save_peft
+        static_mixture unload unmerge write_peft
     """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

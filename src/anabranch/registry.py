@@ -76,6 +76,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "bottleneck": "anabranch.adapters:Bottleneck",
         "sparse_delta": "anabranch.adapters:SparseDelta",
         "hashed_delta": "anabranch.adapters:HashedDelta",
+        "serial_bottleneck": "anabranch.adapters:SerialBottleneck",
+        "scale_shift": "anabranch.adapters:ScaleShift",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",

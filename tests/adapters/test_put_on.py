@@ -7,6 +7,7 @@ import torch
 
 from adapter_models import CONFIGS, TOKENS
 from anabranch.adapters import LowRank, RoutedLowRank
+from anabranch.adapters.dora import Dora
 from anabranch.adapters.own_folder import read_own, write_own
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.errors import CheckpointError, ConfigError
@@ -186,3 +187,14 @@ def test_moe_layers_that_cannot_have_any():
     with pytest.raises(ConfigError, match="nothing can stand beside"):
         put_on(model, {"*.down": LowRank.Config()})
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_begin_from_the_matrices_that_are_there():
+    """DoRA's lengths are those of the trained matrices, in experts too, so that the model computes what it did."""
+    model = CONFIGS["olmoe"]().build(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    before = logits(model)
+    put_on(model, {"*.attention.q": Dora.Config(rank=2), "*.up": Dora.Config(rank=2)}, seed=5)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)

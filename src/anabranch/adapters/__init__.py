@@ -4,6 +4,7 @@ from anabranch.extras import require
 
 require("lm", by=__name__)
 
+from anabranch.adapters.after import ScaleShift, SerialBottleneck
 from anabranch.adapters.algebra import Combined, combine
 from anabranch.adapters.attach import load_peft, unload
 from anabranch.adapters.bottleneck import Bottleneck
@@ -56,7 +57,9 @@ __all__ = [
     "NestedLowRank",
     "Pair",
     "RoutedLowRank",
+    "ScaleShift",
     "Scaling",
+    "SerialBottleneck",
     "SkilledLowRank",
     "SoftThenTopK",
     "SparseDelta",

@@ -7,17 +7,18 @@ seam builds them empty, and what it built is put around the matrices.
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 from anabranch.nn import ExpertPool, Linear
-from anabranch.nn.linear import Added
+from anabranch.nn.linear import Added, numbers_of, start_beside
 
-__all__ = ["check_pools", "graft", "layers_of", "patterns_of", "strip", "with_layers"]
+__all__ = ["check_pools", "graft", "layers_of", "patterns_of", "start_layers", "strip", "with_layers"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.[^.]*$)")
@@ -68,6 +69,19 @@ def graft(model: Decoder, made: Decoder, put: Callable[[str, Any], None]) -> Non
         pool: Any = model.get_submodule(name)
         pool.layers = layers.train(model.training)
     model.config = made.config
+
+
+def start_layers(model: Decoder) -> None:
+    """Let new layers begin from the matrices that they stand beside by now: what they were built beside had other numbers, or none."""
+    for module in model.modules():
+        if isinstance(module, Added):
+            start_beside(module.beside, module.rows, partial(_weight_of, module.matrix))
+        elif isinstance(module, ExpertPool) and module.layers is not None:
+            module.layers.start(module.w13, module.w2)
+
+
+def _weight_of(matrix: nn.Module) -> Tensor:
+    return numbers_of(matrix)[0]
 
 
 def strip(model: Decoder) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.graft import check_pools, graft, layers_of, strip
+from anabranch.adapters.graft import check_pools, graft, layers_of, start_layers, strip
 from anabranch.config import configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -84,6 +84,7 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
     model.requires_grad_(False)
     device = model.embedding.weight.device
     graft(model, made, lambda part, layer: layer.to(device))
+    start_layers(model)
     for name, module in made.shared.items():
         if name not in model.shared:
             model.shared[name] = module.to(device)

@@ -252,7 +252,10 @@ def start_beside(beside: Any, rows: Mapping[str, int], weight_of: Callable[[], T
     for name, size in rows.items():
         layer = beside[name] if name in beside else None
         if isinstance(layer, Linear) and type(layer).start is not Linear.start:
-            layer.start(weight_of()[first : first + size])
+            weight_RC = weight_of()
+            # A matrix that is only looked at has no numbers.
+            if not weight_RC.is_meta:
+                layer.start(weight_RC[first : first + size])
         first += size
 
 

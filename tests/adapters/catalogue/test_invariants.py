@@ -13,6 +13,7 @@ from anabranch.adapters.graft import layers_of
 from anabranch.adapters.tasks import task_rows
 from anabranch.errors import ConfigError
 from anabranch.lm import load_config, load_model, save_model
+from anabranch.nn import SelfAttention
 from with_peft import needs_peft
 
 TOKENS = torch.tensor([[3, 17, 60, 8, 8, 41, 7, 1], [0, 5, 22, 1, 59, 30, 2, 2]])
@@ -34,12 +35,18 @@ OWN = {
     "mhr": {"rank": 4, "number": 3, "tasks": 2, "heads": 4},
     "molora": {"rank": 4, "number": 3},
     "mixlora": {"rank": 4, "number": 3},
+    "dora": {"rank": 4},
+    "ia3": {},
+    "ssf": {"targets": ("attention",)},
+    "adapter-houlsby": {"width": 3},
+    "adapter-pfeiffer": {"width": 3},
     "bitfit": {},
     "ln-tuning": {},
     "attention-tuning": {},
     "full": {},
 }
-FAMILY = {"bitfit": "qwen2"}
+# Of these two the biases learn, or take in what was learned.
+FAMILY = {"bitfit": "qwen2", "ssf": "biased"}
 THROUGH_PEFT = {
     "lora": {"rank": 4},
     "rslora": {"rank": 4},
@@ -86,8 +93,11 @@ def logits(model):
         return model.eval()(TOKENS, **told(model)).logits_BLV
 
 
-def built(family):
-    model = CONFIGS[family]().build()
+BIASED = SelfAttention.Config(num_heads=4, num_kv_heads=2, qkv_bias=True, out_bias=True)
+
+
+def built(family, **fields):
+    model = CONFIGS[family]().replace(**fields).build()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(drawn(name, tensor.shape))
@@ -96,7 +106,8 @@ def built(family):
 
 @pytest.fixture(scope="module")
 def bases():
-    return {family: built(family) for family in ("llama", "qwen2", "olmoe")}
+    made = {family: built(family) for family in ("llama", "qwen2", "olmoe")}
+    return made | {"biased": built("qwen2", attention=BIASED)}
 
 
 def moved(applied):
@@ -157,11 +168,13 @@ def test_our_methods(id, bases, tmp_path):
         assert set(model.state_dict()) == set(base.state_dict())
 
 
-@pytest.mark.parametrize("id", ["lora", "adapter-parallel", "shira"])
+@pytest.mark.parametrize("id", ["lora", "adapter-parallel", "shira", "dora"])
 def test_experts_are_adapted_too(id, bases, tmp_path):
     model = copy.deepcopy(bases["olmoe"])
     wanted = logits(model)
-    applied = moved(catalogue.apply(model, id, targets=("up", "down", "q")))
+    applied = catalogue.apply(model, id, targets=("up", "down", "q"))
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    moved(applied)
     assert len(applied.matched) == 2 * (2 * 4 + 1)
     found = logits(model)
     assert not torch.equal(found, wanted)

@@ -19,18 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.after import ScaleShift, SerialBottleneck
 from anabranch.adapters.bottleneck import Bottleneck
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate, settings
 from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm
 from anabranch.adapters.catalogue.table import CARDS, find
+from anabranch.adapters.dora import Dora
 from anabranch.adapters.graft import layers_of, patterns_of
 from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.low_rank import LowRank
 from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.adapters.nested import NestedLowRank
+from anabranch.adapters.numbers import Holder
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.adapters.routed import RoutedLowRank
+from anabranch.adapters.scaling import Scaling
 from anabranch.adapters.sparse_delta import SparseDelta
 from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, ConfigError
@@ -102,16 +106,20 @@ class Applied:
                 f"{self.card.id} cannot be merged: {self.card.limits or 'no matrix computes what it does'}"
             )
         with torch.no_grad():
-            found = [(part, layer, _matrix(self.model, part)) for part, layer in layers_of(self.model).items()]
+            found = [(part, layer, *_matrix(self.model, part)) for part, layer in layers_of(self.model).items()]
             # All of them before any is changed.
-            for part, layer, matrix_OC in found:
-                if not _sum(matrix_OC, layer).isfinite().all():
-                    kind = str(matrix_OC.dtype).removeprefix("torch.")
-                    raise ConfigError(
-                        f"{part} with what was learned has numbers that {kind} cannot hold; leave it beside"
-                    )
-            for _, layer, matrix_OC in found:
-                matrix_OC.copy_(_sum(matrix_OC, layer))
+            for part, layer, weight_OC, bias_O in found:
+                for made in _merged(layer, weight_OC, bias_O):
+                    if made is not None and not made.isfinite().all():
+                        kind = str(made.dtype).removeprefix("torch.")
+                        raise ConfigError(
+                            f"{part} with what was learned has numbers that {kind} cannot hold; leave it beside"
+                        )
+            for _, layer, weight_OC, bias_O in found:
+                made_OC, made_O = _merged(layer, weight_OC, bias_O)
+                weight_OC.copy_(made_OC)
+                if bias_O is not None and made_O is not None:
+                    bias_O.copy_(made_O)
         self._take_off(keeps_base=True)
         return self.model
 
@@ -267,6 +275,14 @@ def _fingerprint(config: Decoder.Config) -> str:
 
 def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Config:
     """The config of the layer beside one matrix."""
+    if card.id == "dora":
+        return Dora.Config(rank=options["rank"], alpha=float(options["alpha"]), constant_norm=True)
+    if card.id == "ia3":
+        return Scaling.Config(of="input" if matrix.word in options["feedforward"] else "output")
+    if card.id == "ssf":
+        return ScaleShift.Config()
+    if card.id in ("adapter-houlsby", "adapter-pfeiffer"):
+        return SerialBottleneck.Config(width=options["width"])
     if card.id == "dylora":
         return NestedLowRank.Config(rank=options["rank"], alpha=float(options["alpha"]))
     if card.id in _LOW_RANK:
@@ -310,36 +326,42 @@ def _is_trained(name: str, card: Card) -> bool:
     return True
 
 
-def _sum(matrix_OC: Tensor, layer: Any) -> Tensor:
-    """What the matrix is with what the layer adds, summed in float32 at least and rounded to its type."""
-    wide = torch.promote_types(matrix_OC.dtype, torch.float32)
-    return (matrix_OC.to(wide) + layer.delta().to(wide)).to(matrix_OC.dtype)
+def _merged(layer: Any, weight_OC: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a matrix and its bias are with what the layer beside it learned, in their types."""
+    if isinstance(layer, Holder):
+        return layer.numbers().merged(weight_OC, bias_O)
+    if isinstance(layer, ScaleShift):
+        return layer.merged(weight_OC, bias_O)
+    wide = torch.promote_types(weight_OC.dtype, torch.float32)
+    return (weight_OC.to(wide) + layer.delta().to(wide)).to(weight_OC.dtype), bias_O
 
 
-def _matrix(model: Decoder, part: str) -> Tensor:
-    """The rows of a matrix that are a part. Raises ConfigError where it is stored in few bits."""
+def _matrix(model: Decoder, part: str) -> tuple[Tensor, Tensor | None]:
+    """The rows of a matrix that are a part, and of its bias. Raises ConfigError where it is stored in few bits."""
     owner, _, word = part.rpartition(".")
     for name, module in model.named_modules():
         if isinstance(module, Added) and name.rpartition(".")[0] == owner and word in module.rows:
-            weight, start = getattr(module.matrix, "weight", None), 0
-            for row_word, rows in module.rows.items():
-                if row_word == word:
-                    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                        raise ConfigError(
-                            f"{name} is stored in few bits, which cannot be added to; dequantise the model first"
-                        )
-                    return weight[start : start + rows]
-                start += rows
-        elif isinstance(module, ExpertPool) and module.layers is not None and owner.startswith(f"{name}."):
+            weight, bias = (getattr(module.matrix, kind, None) for kind in ("weight", "bias"))
+            if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
+            own = _rows(module.rows, word)
+            return weight[own], None if bias is None else bias[own]
+        if isinstance(module, ExpertPool) and module.layers is not None and owner.startswith(f"{name}."):
             number = int(owner.removeprefix(f"{name}."))
             if word == "down":
-                return _stack(module.w2)[number]
-            start = 0
-            for row_word, rows in module.layers.rows[0].items():
-                if row_word == word:
-                    return _stack(module.w13)[number, start : start + rows]
-                start += rows
+                return _stack(module.w2)[number], None
+            return _stack(module.w13)[number][_rows(module.layers.rows[0], word)], None
     raise ConfigError(f"the model has no matrix {part}")
+
+
+def _rows(rows: Mapping[str, int], word: str) -> slice:
+    """Where the rows of one part are."""
+    first = 0
+    for name, size in rows.items():
+        if name == word:
+            return slice(first, first + size)
+        first += size
+    raise KeyError(word)
 
 
 def _stack(weights: Tensor | None) -> Tensor:

@@ -275,7 +275,7 @@ class _Flow:
         total, inner = 2.0 * matrix.size * (takes + trains), takes
         for op in self.ops(matrix):
             needs = takes if op.takes_x else inner
-            total += op.flops * (op.trains + needs) + 2 * op.per_call / self.tokens
+            total += op.flops * (op.trains + needs) + 2 * op.per_call * op.trains / self.tokens
             inner = inner or needs or op.trains
         learns = trains or is_chosen or (self.card.needs_bias and matrix.word in ("q", "k", "v"))
         return total * matrix.share, takes or learns

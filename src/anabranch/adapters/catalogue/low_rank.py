@@ -208,7 +208,7 @@ CARDS = (
         "in each chosen linear layer",
         "r (C + O) + O",
         (Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, "2402.09353"),),
-        backend="peft",
+        backend="own",
         peft_type="LORA",
         options=dict(_RANK),
         count=each(lambda matrix, options: low_rank(matrix, options) + matrix.out_dim),
