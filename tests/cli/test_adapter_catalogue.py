@@ -25,9 +25,9 @@ def test_methods_are_listed(here):
 
 
 def test_a_card_of_a_method(here):
-    card = told(here, "card", "dora")
-    assert (card["name"], card["backend"], card["peft_type"]) == ("DoRA", "peft", "LORA")
-    assert card["papers"][0]["arxiv"] == "2402.09353"
+    card = told(here, "card", "vera")
+    assert (card["name"], card["backend"], card["peft_type"]) == ("VeRA", "peft", "VERA")
+    assert card["papers"][0]["arxiv"] == "2310.11454"
     code, out, _ = here("adapters", "card", "qlora")
     assert code == 0
     for part in (
