@@ -151,7 +151,7 @@ KINDS = ("dora", "ia3", "poly", "prompt", "prefix")
 TASKS, SKILLS, SPLITS, VIRTUAL = 3, 4, 2, 5
 
 
-def make_kind(folder, kind, base, family="llama", *, words=None, seed="", extra=None, **table):
+def make_kind(folder, kind, base, family="llama", *, words=None, seed="", extra=None, splits=SPLITS, **table):
     """An adapter of this kind for the ``base`` of `make_base`; returns all its tensors. ``words`` are layers' last ones."""
     is_mixture = any(".experts." in name for name in base)
     usual = {"dora": ATTENTION, "ia3": ["k_proj", "v_proj", "o_proj" if is_mixture else "down_proj"], "poly": ATTENTION}
@@ -164,7 +164,7 @@ def make_kind(folder, kind, base, family="llama", *, words=None, seed="", extra=
         return make_adapter(folder, layers, seed=seed, extra={**lengths, **(extra or {})}, use_dora=True, **table)
     made = {
         "ia3": lambda: ia3_tensors(layers, seed),
-        "poly": lambda: poly_tensors(layers, seed),
+        "poly": lambda: poly_tensors(layers, seed, splits=splits),
         "prompt": lambda: {"prompt_embeddings": drawn(f"{seed}prompt", (VIRTUAL, BODY["dim"]))},
         "prefix": lambda: {"prompt_embeddings": drawn(f"{seed}prefix", (VIRTUAL, 2 * 2 * kept_width(family)))},
     }[kind]()
@@ -172,6 +172,7 @@ def make_kind(folder, kind, base, family="llama", *, words=None, seed="", extra=
     tensors = {f"{prefix}{name}": tensor for name, tensor in {**made, **(extra or {})}.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    table = {"n_splits": splits, **table} if kind == "poly" else table
     told = {**table_of_kind(kind, layers, family), "base_model_name_or_path": "base", "inference_mode": True, **table}
     (folder / "adapter_config.json").write_text(json.dumps(told))
     return tensors
@@ -190,13 +191,13 @@ def of_inputs(module):
     return module.endswith(("down_proj", "o_proj"))
 
 
-def poly_tensors(layers, seed="", rank=3):
+def poly_tensors(layers, seed="", rank=3, splits=SPLITS):
     """Skills of layers, and what each task makes of them."""
     made = {}
     for module, (inputs, outputs) in layers.items():
-        made[f"{module}.poly_lora_A"] = drawn(f"{seed}{module}.A", (SPLITS, SKILLS, inputs // SPLITS, rank))
-        made[f"{module}.poly_lora_B"] = drawn(f"{seed}{module}.B", (SPLITS, SKILLS, rank, outputs // SPLITS))
-        made[f"{module}.poly_router.module_logits"] = 5 * drawn(f"{seed}{module}.t", (TASKS, SPLITS * SKILLS))
+        made[f"{module}.poly_lora_A"] = drawn(f"{seed}{module}.A", (splits, SKILLS, inputs // splits, rank))
+        made[f"{module}.poly_lora_B"] = drawn(f"{seed}{module}.B", (splits, SKILLS, rank, outputs // splits))
+        made[f"{module}.poly_router.module_logits"] = 5 * drawn(f"{seed}{module}.t", (TASKS, splits * SKILLS))
     return made
 
 

@@ -19,7 +19,7 @@ def test_virtual_tokens_are_held_once_and_not_recorded(places, kind):
     assert f"tokens={VIRTUAL}" in repr(model.streams)
     cache = model.new_cache(6)
     with record_routing(model) as recorder, torch.no_grad():
-        model(TOKENS, cache=cache)
+        model(TOKENS)  # layers see the virtual tokens in this pass
     assert cache.num_prefix == VIRTUAL
     assert cache.prefix.layers[0][0].shape == (1, 4, VIRTUAL, 8)
     trace = recorder.trace()

@@ -87,6 +87,7 @@ CASES = [
     ("llama", "p_tuning"),
     ("qwen3", "prefix"),
     ("deepseek_v2", "ia3"),
+    ("deepseek_v2", "dora"),
 ]
 # Of the rows of a batch, for Poly.
 OF_ROWS = [2, 1]
@@ -98,7 +99,7 @@ def make(root, family, name):
     if not isinstance(ADAPTERS[name][0], list):
         kind, options = (name, {}) if ADAPTERS[name] == name else ADAPTERS[name]
         if family == "deepseek_v2":
-            options = {"words": ["q_b_proj", "kv_b_proj", "o_proj"]}
+            options = {**options, "words": ["q_b_proj", "kv_b_proj", "o_proj"]}
         make_kind(root / "adapter", kind, base, family, **options)
         return root / "base", root / "adapter"
     words, options = ADAPTERS[name]

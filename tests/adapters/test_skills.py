@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapter_kinds import close, opened, put_on, tasks_for
-from adapter_models import CONFIGS, TASKS, TOKENS, drawn, logits
-from anabranch.adapters import load_peft
+from adapter_models import CONFIGS, TASKS, TOKENS, drawn, linear_layers, logits, make_base, make_kind, with_deltas
+from anabranch.adapters import load_peft, save_peft
 from anabranch.adapters.skills import SkilledLowRank
 from anabranch.adapters.tasks import on_tasks, told_tasks
 from anabranch.errors import ConfigError, InputError
+from anabranch.lm import load_model
 from anabranch.nn import BuildContext
 
 
@@ -103,3 +105,38 @@ def test_splits_that_do_not_divide_are_refused():
         SkilledLowRank.Config(num_splits=2).build(context.projection("a", 8, 9), context)
     with pytest.raises(ConfigError, match="task is 2; there are 0 to 1"):
         SkilledLowRank.Config(num_tasks=2, task=2)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_outputs_that_stand_in_another_order(splits, tmp_path):
+    """Rows of some matrices of DeepSeek-V2 do here: of one split the order is followed; several are of rows next to each other."""
+    base = make_base(tmp_path / "base", "deepseek_v2")
+    words = ["q_b_proj", "o_proj"]
+    made = make_kind(tmp_path / "a", "poly", base, "deepseek_v2", words=words, splits=splits)
+    model = load_model(tmp_path / "base")[0].eval()
+    before = logits(model)
+    if splits > 1:
+        with pytest.raises(
+            ConfigError, match="in another order here than in transformers, and 2 splits of them cannot"
+        ):
+            load_peft(tmp_path / "a", model)
+        assert torch.equal(logits(model), before)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        return
+    deltas = {}
+    for module in linear_layers(base, words):
+        a, b, mixed = (made[f"base_model.model.{module}.{name}"] for name in ENDINGS)
+        weight = mixed[1].sigmoid() / mixed[1].sigmoid().sum()
+        a_CR, b_RO = torch.einsum("k,kcr->cr", weight, a[0]), torch.einsum("k,kro->ro", weight, b[0])
+        deltas[f"base_model.model.{module}.lora_A.weight"] = a_CR.T
+        deltas[f"base_model.model.{module}.lora_B.weight"] = b_RO.T / 3
+    scales = dict.fromkeys(linear_layers(base, words), 1.0)
+    wanted = load_model(with_deltas(tmp_path / "changed", tmp_path / "base", base, deltas, scales))[0]
+    load_peft(tmp_path / "a", model, task=1)
+    close(logits(model), logits(wanted))
+    save_peft(tmp_path / "copy", model)
+    copy = load_file(tmp_path / "copy" / "adapter_model.safetensors")
+    assert all(torch.equal(copy[name], made[name]) for name in made)
+
+
+ENDINGS = ("poly_lora_A", "poly_lora_B", "poly_router.module_logits")

@@ -101,15 +101,9 @@ def _check_unrouted(model: Decoder) -> None:
 
 
 def _written(state: Mapping[str, Any], attached: Attached, layers: Mapping[str, Numbers]) -> Iterator[_Written]:
-    """What becomes of each matrix, and of its bias where that changes, one after another.
-
-    Raises ConfigError, before the first, where one of them is stored in few bits.
-    """
-    places = {part: attached.names.of_part(part) for part in layers}
-    for place in places.values():
-        tensor_in(state, place.tensor)
+    """What becomes of each matrix, and of its bias where that changes. Raises ConfigError for one that is stored in few bits."""
     for part, numbers in layers.items():
-        place = places[part]
+        place = attached.names.of_part(part)
         weight_OC, (name, bias_O) = tensor_in(state, place.tensor)[place.where], _bias(state, place)
         made_OC, made_O = numbers.merged(weight_OC, bias_O)
         yield place.tensor, place.where, made_OC
