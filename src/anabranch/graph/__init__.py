@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anabranch.extras import lazy
+from anabranch.graph import forking as forking
 from anabranch.places import cache_folder, can_write
 
 if TYPE_CHECKING:
