@@ -1,10 +1,11 @@
 """How long what containers hold of AAC and FLAC may last: both are played block by block, however many a sample or a frame holds."""
 
-from anabranch.gateway.sound_frames import FLAC_HEAD, FLAC_SYNC, flac_head
+from anabranch.gateway.sound_frames import FlacFrames, flac_frames
 from anabranch.gateway.sound_packets import AAC_RATES, LONGEST_S, pieces
 
 # Seconds of the longest frame of FLAC that players take, 65,535 samples of 8,000 a second; of one whose head says otherwise, that.
 FLAC_FRAME_S = 8.2
+_FLAC_RATE = 8_000
 
 # The mark of FLAC's own head within its file, and of the box that holds it in M4A; and bytes of each before the rate.
 _FLAC_TOLD = ((b"fLaC", 18), (b"dfLa", 22))
@@ -23,8 +24,10 @@ def config_rate(config: bytes) -> int:
     return AAC_RATES[mark] // slower if mark < len(AAC_RATES) else 0
 
 
-def flac_frame_s(data: bytes) -> float:
-    """Seconds of the longest frame of FLAC that a clip holds, wherever it stands; `FLAC_FRAME_S` where its rate is told nowhere.
+def flac_within(data: bytes) -> FlacFrames:
+    """The frames of FLAC in a container, wherever they stand, by their heads; none lasts over `LONGEST_S`.
+
+    Where the rate is told nowhere it is taken for the lowest that is used, and the longest frame for `FLAC_FRAME_S` at least.
 
     Raises ManyPiecesError.
     """
@@ -36,11 +39,6 @@ def flac_frame_s(data: bytes) -> float:
             if (rate := int.from_bytes(data[at + ahead : at + ahead + 3], "big") >> 4) > 0:
                 rates.append(rate)
             at = data.find(mark, at + 1)
-    told, longest = min(rates, default=0), FLAC_FRAME_S if not rates else 0.0
-    for found in FLAC_SYNC.finditer(data):
-        walked.add()
-        if (head := flac_head(data[found.start() : found.start() + FLAC_HEAD])) is not None and (
-            rate := head[1] or told
-        ):
-            longest = max(longest, head[0] / rate)
-    return min(longest, LONGEST_S)
+    found = flac_frames(data, min(rates, default=_FLAC_RATE))
+    longest_s = found.longest_s if rates else max(found.longest_s, FLAC_FRAME_S)
+    return found._replace(seconds=min(found.seconds, LONGEST_S), longest_s=min(longest_s, LONGEST_S))

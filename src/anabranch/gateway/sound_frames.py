@@ -6,8 +6,9 @@ Bytes that are of no frame are told too; whoever sets a limit takes them for the
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_LEAST, AAC_RATES, LONGEST_S, pieces
+from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_FEWEST, AAC_RATES, LONGEST_S, pieces
 
 # Bits of a second in thousands, by version (1, or 2 and 2.5) and layer, by the mark in a frame's head; 0 where it is not said.
 _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
@@ -22,9 +23,12 @@ _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
 # Samples of a second by version (the two bits of a frame's head).
 _SAMPLES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 
-# How frames of FLAC begin, bytes of the longest head of one, and by the marks in it the samples of a block and of a second.
-FLAC_SYNC, FLAC_HEAD = re.compile(rb"\xff[\xf8\xf9]"), 16
+# How frames of FLAC begin, bytes of the longest head of one with the first behind it, and by the marks in it the samples of a block and of
+# a second.
+_FLAC_SYNC, _FLAC_HEAD = re.compile(rb"\xff[\xf8\xf9]"), 17
 _FLAC_BLOCKS = (0, 192, *(576 << one for one in range(4)), 0, 0, *(256 << one for one in range(8)))
+# Kinds of what stands behind a head: one value, all as they are, predicted; others there are not.
+_FLAC_KINDS = frozenset({0, 1, *range(8, 13), *range(32, 64)})
 _FLAC_RATES = (0, 88_200, 176_400, 192_000, 8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
 
 # Bytes of the head of a frame of AAC.
@@ -47,12 +51,20 @@ class Framed:
     Attributes:
         seconds: of all its frames.
         rest: bytes that are of none, notes at the beginning left out.
-        at_most: seconds that no decoder passes: frames of AAC may hold more than they say.
+        at_most: seconds that it is believed to last at most: frames of AAC may hold more than they say, see `AAC_FEWEST`.
     """
 
     seconds: float
     rest: int
     at_most: float
+
+
+class FlacFrames(NamedTuple):
+    """How many frames of FLAC begin in a clip, their seconds together, and those of the longest."""
+
+    num: int
+    seconds: float
+    longest_s: float
 
 
 def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
@@ -65,7 +77,8 @@ def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
     start = notes_end(data)
     if is_sure and not _follow(data, start, _SURE):
         return None
-    at, rest, seconds, at_most, tries = start, 0, 0.0, 0.0, _TRIES
+    at, rest, seconds, tries = start, 0, 0.0, _TRIES
+    aac_s, aac_bytes = 0.0, 0
     size, walked = len(data), pieces()
     while at < size:
         walked.add()
@@ -76,11 +89,12 @@ def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
             rest += again - at
             at = again
             continue
-        length, lasts_s, most_s = frame
+        length, lasts_s, body = frame
         seconds += lasts_s
-        at_most += most_s
+        if body:
+            aac_s, aac_bytes = aac_s + lasts_s, aac_bytes + body
         at += length
-    return Framed(seconds, rest, at_most)
+    return Framed(seconds, rest, seconds + max(0.0, aac_bytes / AAC_FEWEST - aac_s))
 
 
 def notes_end(data: bytes) -> int:
@@ -102,16 +116,38 @@ def flac(data: bytes) -> Framed | None:
     start = notes_end(data)
     if data[start : start + 4] != b"fLaC":
         return None
-    walked, told = pieces(), _flac_told(data[start:])[0]
-    rate, samples = told, 0
-    for found in FLAC_SYNC.finditer(data, start):
+    frames = flac_frames(data, _flac_told(data[start:])[0], start)
+    seconds = min(frames.seconds, LONGEST_S)
+    return Framed(seconds, 0 if frames.num else len(data) - start, seconds)
+
+
+def flac_frames(data: bytes, rate: int, start: int = 0) -> FlacFrames:
+    """All frames that begin in a clip, wherever they stand: those that decoders find. Raises ManyPiecesError.
+
+    Args:
+        data: the clip.
+        rate: samples a second that it says; 0 where it does not, and those that do not say theirs count for nothing if none does.
+        start: where to begin.
+    """
+    walked, num, seconds, longest_s = pieces(), 0, 0.0, 0.0
+    # Samples of frames that do not say how fast they are, and of the longest of them; and the lowest rate that is said at all.
+    unsaid, longest_unsaid, lowest = 0, 0, rate
+    for found in _FLAC_SYNC.finditer(data, start):
         walked.add()
-        if (head := flac_head(data[found.start() : found.start() + FLAC_HEAD])) is not None:
-            samples += head[0]
+        if (head := _flac_head(data[found.start() : found.start() + _FLAC_HEAD])) is None:
+            continue
+        num += 1
+        samples, own = head
+        if own:
             # It may say another than the file does, and decoders believe either.
-            rate = min(one for one in (rate or head[1], head[1] or rate) if one) if rate or head[1] else 0
-    seconds = min(samples / rate, LONGEST_S) if rate else 0.0
-    return Framed(seconds, 0 if samples else len(data) - start, seconds)
+            lasts_s = samples / min(own, rate or own)
+            seconds, longest_s = seconds + lasts_s, max(longest_s, lasts_s)
+            lowest = min(own, lowest or own)
+        else:
+            unsaid, longest_unsaid = unsaid + samples, max(longest_unsaid, samples)
+    if lowest:
+        seconds, longest_s = seconds + unsaid / lowest, max(longest_s, longest_unsaid / lowest)
+    return FlacFrames(num, seconds, longest_s)
 
 
 def flac_seconds(head: bytes) -> float | None:
@@ -128,7 +164,7 @@ def _flac_told(head: bytes) -> tuple[int, int]:
     return told >> 44, told & (1 << 36) - 1
 
 
-def flac_head(head: bytes) -> tuple[int, int] | None:
+def _flac_head(head: bytes) -> tuple[int, int] | None:
     """Samples of the frame that begins here, and a second's, 0 where it does not say (RFC 9639, 9.1); None if none does."""
     if len(head) < 6:
         return None
@@ -136,7 +172,10 @@ def flac_head(head: bytes) -> tuple[int, int] | None:
     # The number of the frame is as long as its first byte says, as letters are.
     ones = 8 - (~head[4] & 0xFF).bit_length()
     at += ones or 1
-    if block == 0 or rate == 15 or head[3] >> 4 > 10 or head[3] & 1 or ones in (1, 8):
+    # Three of the marks of how long a value is, and of how many channels, mean nothing; so do numbers that go on otherwise.
+    if block == 0 or rate == 15 or head[3] >> 4 > 10 or head[3] & 1 or head[3] & 14 == 6 or ones in (1, 8):
+        return None
+    if any(byte & 0xC0 != 0x80 for byte in head[5:at]):
         return None
     more = {6: 1, 7: 2}.get(block, 0)
     size = 1 + int.from_bytes(head[at : at + more], "big") if more else _FLAC_BLOCKS[block]
@@ -144,7 +183,8 @@ def flac_head(head: bytes) -> tuple[int, int] | None:
     more = {12: 1, 13: 2, 14: 2}.get(rate, 0)
     said = int.from_bytes(head[at : at + more], "big") * {12: 1_000, 14: 10}.get(rate, 1) if more else _FLAC_RATES[rate]
     at += more
-    if at >= len(head) or _sum8(head[:at]) != head[at]:
+    # By chance some bytes of a long clip look like a head; fewer are followed by what may stand there.
+    if at + 1 >= len(head) or _sum8(head[:at]) != head[at] or head[at + 1] >> 1 not in _FLAC_KINDS:
         return None
     return size, said
 
@@ -187,8 +227,8 @@ def _follow(data: bytes, at: int, count: int) -> bool:
     return True
 
 
-def _frame(data: bytes, at: int) -> tuple[int, float, float] | None:
-    """Bytes and seconds of the frame that begins here, and seconds at most; None if none does."""
+def _frame(data: bytes, at: int) -> tuple[int, float, int] | None:
+    """Bytes and seconds of the frame that begins here, and bytes of AAC in it; None if none does."""
     head = data[at : at + _ADTS_HEAD]
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
@@ -201,12 +241,12 @@ def _frame(data: bytes, at: int) -> tuple[int, float, float] | None:
     rate = _SAMPLES[version][samples]
     kilobits, padding = _RATES[version == 3, layer][bits], head[2] >> 1 & 1
     if layer == 1:
-        return (12_000 * kilobits // rate + padding) * 4, 384 / rate, 384 / rate
+        return (12_000 * kilobits // rate + padding) * 4, 384 / rate, 0
     num_samples = 576 if layer == 3 and version != 3 else 1152
-    return num_samples * 125 * kilobits // rate + padding, num_samples / rate, num_samples / rate
+    return num_samples * 125 * kilobits // rate + padding, num_samples / rate, 0
 
 
-def _adts(head: bytes) -> tuple[int, float, float] | None:
+def _adts(head: bytes) -> tuple[int, float, int] | None:
     """Of a frame of AAC, which says how many blocks it has, and may have more."""
     if len(head) < _ADTS_HEAD or head[1] < 0xF0:
         return None
@@ -214,5 +254,4 @@ def _adts(head: bytes) -> tuple[int, float, float] | None:
     length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
     if mark >= len(AAC_RATES) or length < _ADTS_HEAD:
         return None
-    said, rate = 1 + (head[6] & 3), AAC_RATES[mark]
-    return length, said * AAC_BLOCK / rate, max(said, (length - _ADTS_HEAD) // AAC_LEAST) * AAC_BLOCK / rate
+    return length, (1 + (head[6] & 3)) * AAC_BLOCK / AAC_RATES[mark], length - _ADTS_HEAD

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anabranch.gateway.sound_aac import config_rate, flac_frame_s
+from anabranch.gateway.sound_aac import config_rate, flac_within
+from anabranch.gateway.sound_frames import FlacFrames
 from anabranch.gateway.sound_packets import (
     AAC_BLOCK,
-    AAC_LEAST,
-    AAC_RATES,
+    AAC_FEWEST,
     ELEMENT,
     FLAC_LEAST,
     STREAM,
@@ -19,6 +19,7 @@ from anabranch.gateway.sound_packets import (
     Pieces,
     pieces,
 )
+from anabranch.gateway.sound_places import SamplePlaces
 
 # Boxes with boxes in them, and how deep they are walked through.
 _BOXES = (
@@ -69,8 +70,8 @@ _PLAIN = (
 _PLAIN_S = 1 / 8_000
 _WHOLE = (b"alac", b"Opus")
 
-# Seconds at most of a sample of any other, and of each of its bytes: it may hold many blocks, the sparsest those of AAC at its lowest rate.
-_OTHER = (0.512, AAC_BLOCK / AAC_RATES[-1] / AAC_LEAST)
+# Seconds at most of a sample of any other, and of each of its bytes, of which speech has no fewer.
+_OTHER = (0.512, 1e-3)
 
 # Units of time that are negative, for those who read them so.
 _NEGATIVE = 1 << 31
@@ -95,6 +96,7 @@ class _Track:
         rate: of its AAC, the lowest that is told; 0 for another codec.
         is_sound, is_silent: it says that it is sound; that it is pictures or words.
         rates: configs that were read.
+        places: where its samples lie.
     """
 
     scale: int = 0
@@ -110,6 +112,7 @@ class _Track:
     is_sound: bool = False
     is_silent: bool = False
     rates: int = 0
+    places: SamplePlaces = field(default_factory=SamplePlaces)
 
     def samples(self, most: int) -> "_Samples":
         """Those that it has at most, in a file of ``most`` bytes."""
@@ -137,26 +140,33 @@ class _Track:
             num_bytes += min(samples.num_bytes, fits * samples.longest) if has_sound else 0
         return _Samples(max(samples.num, count), max(samples.num_bytes, num_bytes), samples.longest)
 
-    def seconds(self, samples: "_Samples", film: int, flac_s: float) -> tuple[float, float, float]:
-        """What it says, what was counted (0 for what cannot be), and what no decoder passes.
+    def seconds(self, samples: "_Samples", film: int, flac: FlacFrames, is_apart: bool) -> tuple[float, float, float]:
+        """What it says, what was counted (0 for what cannot be), and what it is believed to last at most.
 
         Args:
             samples: that are played.
             film: as in `played`.
-            flac_s: of the longest frame of FLAC in the file.
+            flac: what the file has of it.
+            is_apart: no table puts samples at places that were not looked at.
         """
         told = max(self.length, self.told) / max(self.scale, 1)
         silence = sum(length for length, has_sound in self.edits if not has_sound) / film if film else 0.0
         in_edits = sum(min(told, length / film) if film and length else told for length, sound in self.edits if sound)
         counted = samples.num * AAC_BLOCK / self.rate if self.rate else 0.0
-        sample_s, byte_s = self._lasts(flac_s)
+        is_flac = self.codecs == {b"fLaC"} and self.rates == 1 and is_apart and self.places.lie_apart()
+        if is_flac:
+            # Each frame of the file is played once for each edit.
+            counted = flac.seconds * max(1, sum(has_sound for _, has_sound in self.edits))
         told = max(told, in_edits, counted) + silence
+        if is_flac:
+            return told, counted, told
+        sample_s, byte_s = self._lasts(flac.longest_s)
         return told, counted, max(told, max(samples.num * sample_s, samples.num_bytes * byte_s) + silence)
 
     def _lasts(self, flac_s: float) -> tuple[float, float]:
         """Seconds of a sample, and of each of its bytes, at most, of the codec that lasts longest."""
         if self.rate:
-            return AAC_BLOCK / self.rate, AAC_BLOCK / self.rate / AAC_LEAST
+            return AAC_BLOCK / self.rate, 1 / AAC_FEWEST
         lasts = [_lasts(codec, flac_s) for codec in self.codecs] or [_OTHER]
         return max(one[0] for one in lasts), max(one[1] for one in lasts)
 
@@ -216,7 +226,11 @@ def mp4(data: bytes) -> Contained | None:
     if not sounds:
         return None
     is_whole = fragments.num > 0 or b"ctts" in data
-    flac_s = flac_frame_s(data) if any(b"fLaC" in track.codecs for track in sounds) else 0.0
+    has_flac = any(b"fLaC" in track.codecs for track in sounds)
+    flac = flac_within(data) if has_flac else FlacFrames(0, 0.0, 0.0)
+    is_apart = not fragments.num and all(
+        sum(map(data.count, names)) == len(tracks) for names in ((b"stsc",), (b"stco", b"co64"))
+    )
     found = []
     for track in sounds:
         own = track.samples(len(data))
@@ -225,7 +239,7 @@ def mp4(data: bytes) -> Contained | None:
             own.num_bytes + fragments.num_bytes,
             max(own.longest, fragments.longest),
         )
-        found.append(track.seconds(track.played(samples, film, is_whole), film, flac_s))
+        found.append(track.seconds(track.played(samples, film, is_whole), film, flac, is_apart))
     told, counted, longest = zip(*found, strict=True)
     # Where a table stands that was not walked to, another may find it; of a track that does not say what it is, others find that.
     hidden = is_cut or _PACKED in data or sum(data.count(name) for name in _TABLES) > seen
@@ -277,7 +291,7 @@ def _boxes(data: bytes, walked: Pieces) -> Iterator[tuple[bytes, int, int, bool]
             at = stop
 
 
-_LEARNT = frozenset({b"hdlr", b"mdhd", b"stts", b"stsz", b"stz2", b"stsd", b"stco", b"co64", b"elst"})
+_LEARNT = frozenset({b"hdlr", b"mdhd", b"stts", b"stsz", b"stz2", b"stsd", b"stsc", b"stco", b"co64", b"elst"})
 
 
 def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
@@ -297,7 +311,11 @@ def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
         least = min((each if each < _NEGATIVE else 0 for num, each in times if num), default=0)
         track.each = least if track.each is None else min(track.each, least)
     elif name in (b"stco", b"co64"):
-        track.chunks += _rows(body, 4 if name == b"stco" else 8)
+        size = 4 if name == b"stco" else 8
+        track.chunks += _rows(body, size)
+        track.places.chunks.append(_numbers(body, size, 1)[:, 0])
+    elif name == b"stsc":
+        track.places.runs.append(_numbers(body, 4, 3))
     elif name == b"elst":
         row = ">Qq4x" if body[0] == 1 else ">Ii4x"
         size = struct.calcsize(row)
@@ -308,12 +326,16 @@ def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
         size, count = struct.unpack_from(">II", body, 4)
         if size:
             track.alike.append((count, size))
+            track.places.is_odd |= count * size > most or size < FLAC_LEAST
+            track.places.sizes.append(np.broadcast_to(np.int64(size), 0 if track.places.is_odd else count))
         else:
             # There are no more than have a size.
             sizes_N = np.frombuffer(body, ">u4", min(count, (len(body) - 12) // 4), 12)
             track.listed = _most([track.listed, _sized(sizes_N, most)])
+            track.places.sizes.append(sizes_N)
         return 1
     elif name == b"stz2":
+        track.places.is_odd = True
         bits, count = struct.unpack_from(">BI", body, 7)
         num = min(count, (len(body) - 12) * 8 // bits if bits else 0)
         if bits in (8, 16):
@@ -338,6 +360,12 @@ def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
 def _rows(body: bytes, size: int) -> int:
     """Of a table, those that it says it has and that are there."""
     return min(int.from_bytes(body[4:8], "big"), (len(body) - 8) // size)
+
+
+def _numbers(body: bytes, size: int, width: int) -> np.ndarray:
+    """Of a table of rows of ``width`` numbers of ``size`` bytes."""
+    rows = max(_rows(body, size * width), 0)
+    return np.frombuffer(body[8 : 8 + rows * size * width], f">u{size}", rows * width).reshape(rows, width)
 
 
 def _aac_rate(body: bytes) -> tuple[int, int]:

@@ -18,11 +18,13 @@ PACKET_MS = 120.0
 AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
 AAC_BLOCK = 1024
 
-# Bytes of the shortest block of AAC: one element with nothing in it, and the end (ISO/IEC 14496-3, 4.4.2). Samples of M4A, blocks of WebM
-# and frames of ADTS mostly hold one block each, and decoders play as many as there are: only decoding tells how many that is.
-AAC_LEAST = 4
+# Bytes of a second of AAC, of the fewest that are believed where blocks are not told of: 16 kbit/s. Samples of M4A, blocks of WebM and
+# frames of ADTS mostly hold one block each, and decoders play as many as there are: only decoding tells how many that is. The shortest has
+# four bytes (one element with nothing in it, and the end), so a clip that is made of nothing else lasts longer than that; but a memo of
+# 64 kbit/s would be taken for 50 times its length if that was believed of it.
+AAC_FEWEST = 2_000
 
-# Likewise of a frame of FLAC: its head, one value, and two sums.
+# Bytes of the shortest frame of FLAC: its head, one value, and two sums.
 FLAC_LEAST = 10
 
 # No clip that is taken anywhere is longer, whatever it says: eleven days.
@@ -53,7 +55,7 @@ class Contained:
         seconds: of sound.
         is_counted: they were counted, packet by packet; else told.
         rest: bytes that belong to nothing.
-        at_most: seconds that no decoder passes, if they are more than ``seconds``; 0 where nobody knows.
+        at_most: seconds that it is believed to last at most, if they are more than ``seconds``; 0 where nobody knows.
     """
 
     seconds: float

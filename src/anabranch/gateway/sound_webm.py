@@ -4,10 +4,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from anabranch.gateway.sound_aac import config_rate, flac_frame_s
+from anabranch.gateway.sound_aac import config_rate, flac_within
+from anabranch.gateway.sound_frames import FlacFrames
 from anabranch.gateway.sound_packets import (
     AAC_BLOCK,
-    AAC_LEAST,
+    AAC_FEWEST,
     AAC_RATES,
     ELEMENT,
     FIRST_MS,
@@ -40,9 +41,9 @@ _BLOCK_HEAD = 4
 _INTEGER = 8
 
 # Seconds that a frame lasts at most, and each of its bytes, by the codec: what has one packet in a frame, or is never sparse; MPEG's audio
-# has 1,000 bytes a second or more. Of any other, a frame may hold many of the shortest blocks that there are.
+# has 1,000 bytes a second or more, and so has speech of any other.
 _LASTS = {b"MPE": (0.15, 1e-3), b"PCM": (1e-3, 0.0), b"VOR": (0.512, 0.0), b"ALA": (0.512, 0.0), b"OPU": (0.12, 0.0)}
-_OTHER = (0.512, AAC_BLOCK / AAC_RATES[-1] / AAC_LEAST)
+_OTHER = (0.512, 1e-3)
 
 # How codecs of pictures, words and buttons begin.
 _SILENT = (b"V_", b"S_", b"B_")
@@ -79,15 +80,34 @@ class _Entry:
     codecs: list[bytes] = field(default_factory=list)
     configs: list[bytes] = field(default_factory=list)
 
+    @property
+    def is_sound(self) -> bool:
+        """Opus or another codec, as it says."""
+        return self.is_opus or self.is_other
+
+    @property
+    def rate(self) -> int:
+        """Samples a second of its AAC; 0 where a config does not say it."""
+        return min(map(config_rate, self.configs), default=0)
+
     def lasts(self, codec: bytes, flac_s: float) -> tuple[float, float]:
         """Seconds of a frame, and of a byte, at most, if it is of this codec; ``flac_s``: of a frame of FLAC."""
         if codec == b"AAC":
             # Without a config that says its rate it may be the lowest.
-            rate = min(map(config_rate, self.configs), default=0) or AAC_RATES[-1]
-            return AAC_BLOCK / rate, AAC_BLOCK / rate / AAC_LEAST
+            return AAC_BLOCK / (self.rate or AAC_RATES[-1]), 1 / AAC_FEWEST
         if codec == b"FLA":
             return flac_s, flac_s / FLAC_LEAST
         return _LASTS.get(codec, _OTHER)
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """The blocks of one track: milliseconds as Opus, frames, and bytes of those."""
+
+    ms: float = 0.0
+    frames: int = 0
+    num_bytes: int = 0
+    num: int = 0
 
 
 @dataclass(slots=True)
@@ -99,7 +119,7 @@ class _Found:
         scale: nanoseconds of a unit of time.
         told, time_at, last: the length that is told, when the cluster begins, and the last block, in units.
         entry, entries: of the list of tracks, the one that is read, and those before.
-        counted_ms, frames, num_bytes: of the blocks of each track, as Opus.
+        blocks: of each track.
         is_coded: packets do not stand there as they are.
     """
 
@@ -110,9 +130,7 @@ class _Found:
     last: int = 0
     entry: _Entry = field(default_factory=_Entry)
     entries: list[_Entry] = field(default_factory=list)
-    counted_ms: dict[int, float] = field(default_factory=dict)
-    frames: dict[int, int] = field(default_factory=dict)
-    num_bytes: dict[int, int] = field(default_factory=dict)
+    blocks: dict[int, _Blocks] = field(default_factory=dict)
     is_coded: bool = False
 
     def take(self, data: bytes, id: int, begin: int, end: int) -> None:
@@ -156,29 +174,56 @@ class _Found:
             ms = PACKET_MS * frames
         else:
             ms = (head + 3 < end and FIRST_MS[data[head + 3]]) or opus_ms(data[head + 3 : min(head + 5, end)])
-        if track not in self.counted_ms:
+        if (blocks := self.blocks.get(track)) is None:
             self.walked.add(STREAM)
-        self.counted_ms[track] = self.counted_ms.get(track, 0.0) + ms
-        self.frames[track] = self.frames.get(track, 0) + (frames or 1)
-        self.num_bytes[track] = self.num_bytes.get(track, 0) + end - begin
+            blocks = self.blocks[track] = _Blocks()
+        blocks.ms += ms
+        blocks.frames += frames or 1
+        blocks.num_bytes += max(0, end - head - 3)
+        blocks.num += 1
 
     def result(self, data: bytes, rest: int) -> Contained:
         """In all; ``rest`` are the bytes of ``data`` that were walked past."""
         silent, sounds = set[int](), set[int]()
         for entry in self.entries:
-            (sounds if entry.is_opus or entry.is_other else silent).update(entry.numbers if _says(entry) else ())
-        heard = [track for track in self.counted_ms if track in sounds or track not in silent]
-        ms = sum(PACKET_MS * self.frames[track] if self.is_coded else self.counted_ms[track] for track in heard)
+            (sounds if entry.is_sound else silent).update(entry.numbers if _says(entry) else ())
+        heard = {track: blocks for track, blocks in self.blocks.items() if track in sounds or track not in silent}
+        # Of a track that it does not tell of nobody knows what it is.
+        unknown = sum(one.num_bytes + _BLOCK_HEAD * one.num for track, one in heard.items() if track not in sounds)
+        ms = sum(PACKET_MS * one.frames if self.is_coded else one.ms for one in heard.values())
         if any(entry.is_opus for entry in self.entries) and not any(entry.is_other for entry in self.entries):
-            # Of a track that it does not tell of nobody knows what it is.
-            rest += sum(self.num_bytes[track] for track in heard if track not in sounds)
-            return Contained(ms / 1e3, True, rest)
-        flac_s = flac_frame_s(data) if any(b"FLA" in entry.codecs for entry in self.entries) else 0.0
-        lasts = [entry.lasts(codec, flac_s) for entry in self.entries for codec in entry.codecs] or [_OTHER]
+            return Contained(ms / 1e3, True, rest + unknown)
+        has_flac = any(b"FLA" in entry.codecs for entry in self.entries)
+        flac = flac_within(data) if has_flac else FlacFrames(0, 0.0, 0.0)
+        told = max(self.told, self.last) * self.scale / 1e9
+        if (counted := self._counted(heard, flac)) is not None:
+            return Contained(counted[0], True, rest + unknown, max(*counted, told))
+        lasts = [entry.lasts(codec, flac.longest_s) for entry in self.entries for codec in entry.codecs] or [_OTHER]
         frame_s, byte_s = (max(one[place] for one in lasts) for place in range(2))
-        longest = sum(max(frame_s * self.frames[track], byte_s * self.num_bytes[track]) for track in heard)
-        at_most = max(ms / 1e3, longest)
-        return Contained(max(self.told, self.last) * self.scale / 1e9, False, rest, at_most)
+        longest = sum(max(frame_s * one.frames, byte_s * one.num_bytes) for one in heard.values())
+        return Contained(told, False, rest, max(ms / 1e3, longest))
+
+    def _counted(self, heard: dict[int, _Blocks], flac: FlacFrames) -> tuple[float, float] | None:
+        """Seconds, and seconds at most, of a file of nothing but FLAC and AAC of a rate that is told; None of others."""
+        tracks = [entry for entry in self.entries if entry.is_sound]
+        is_known = not self.is_coded and all(
+            len(entry.codecs) == 1
+            and not entry.is_opus
+            and (entry.codecs[0] == b"FLA" or (entry.codecs[0] == b"AAC" and entry.rate > 0))
+            for entry in tracks
+        )
+        if not is_known or not any(entry.numbers for entry in tracks):
+            return None
+        rates: dict[int, int] = {}
+        for entry in tracks:
+            for number in entry.numbers if entry.codecs[0] == b"AAC" else ():
+                rates[number] = min(rates.get(number, entry.rate), entry.rate)
+        aac = [(AAC_BLOCK / rates[track] * one.frames, one.num_bytes) for track, one in heard.items() if track in rates]
+        seconds = flac.seconds + sum(lasts_s for lasts_s, _ in aac)
+        if not seconds:
+            return None
+        # The frames of FLAC are all of those that there are, whatever block they stand in: each block is played once.
+        return seconds, flac.seconds + sum(max(lasts_s, num_bytes / AAC_FEWEST) for lasts_s, num_bytes in aac)
 
 
 def _tracked(data: bytes, at: int) -> tuple[int, int]:
