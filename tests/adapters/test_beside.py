@@ -327,6 +327,15 @@ def test_adapters_that_do_not_fit(tmp_path, layers, extra, error, message):
     assert not any(isinstance(module, Beside) for module in model.modules())
 
 
+def test_adapters_of_other_kinds_are_refused(tmp_path):
+    """What they hold besides A and B would be left out without a word."""
+    make_adapter(tmp_path / "a", {"one": (4, 4)}, seed="a")
+    extra = {"one.lora_magnitude_vector": torch.ones(4)}
+    make_adapter(tmp_path / "b", {"one": (4, 4)}, seed="b", use_dora=True, extra=extra)
+    with pytest.raises(ConfigError, match="adapter 'b' is DoRA, and routers choose among plain LoRA alone"):
+        load_mixture({name: tmp_path / name for name in "ab"}, PastIt())
+
+
 def test_a_second_mixture_and_a_models_own_checkpointing_are_refused(load_llama, tmp_path):
     model = load_llama(llama())
     with pytest.raises(ConfigError, match="has a mixture already"):
