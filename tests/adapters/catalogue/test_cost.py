@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,6 +151,7 @@ def test_prompts_and_prefixes_make_sequences_longer():
     assert prompt.training_flops > estimated("lora", {}).training_flops
 
 
+@settings(max_examples=20)
 @given(rank=st.integers(1, 64), layers=st.integers(1, 4), dim=st.sampled_from([32, 64]))
 def test_what_learns_less_costs_less(rank, layers, dim):
     shape = catalogue.Shape.of(CONFIG.replace(num_layers=layers, dim=dim))

@@ -36,6 +36,7 @@ from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.scaling import Scaling
 from anabranch.adapters.sparse_delta import SparseDelta
+from anabranch.bounds import shown
 from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json
@@ -77,6 +78,7 @@ class Applied:
     _before: dict[str, bool]
     _config: Decoder.Config
     _base: dict[str, Tensor]
+    _held: frozenset[str]
 
     @property
     def num_trainable(self) -> int:
@@ -88,8 +90,7 @@ class Applied:
 
     def state(self) -> dict[str, Tensor]:
         """What the method has made of the model, by the model's names: layers beside it, or the parameters that learn."""
-        names = set(self.trainable if self.card.trains_base else added_names(self.model))
-        return {name: value for name, value in self.model.state_dict().items() if name in names}
+        return {name: value for name, value in self.model.state_dict().items() if name in self._held}
 
     def merge(self) -> Decoder:
         """Add what was learned to the matrices, take the layers off, and return the model, which is a plain one.
@@ -189,18 +190,20 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config = model.config
     if card.trains_base:
-        learns = {name for name in before if _is_trained(name, card)}
+        held = learns = {name for name in before if _is_trained(name, card)}
     else:
         parts = [matrix.part for matrix in shape.matrices]
         layers = {matrix.part: _layer(card, matrix, found.options) for matrix in chosen}
         put_on(model, patterns_of(layers, parts), seed=seed)
-        learns = {name for name in added_names(model) if card.id != "lora-fa" or name.endswith(".b")}
+        held = set(added_names(model))
+        learns = {name for name in held if card.id != "lora-fa" or name.endswith(".b")}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learns)
     kept = learns if card.id in _SMALL else ()
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in kept}
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return Applied(model, card, found.options, found.matched, found.skipped, trainable, before, config, base)
+    told = (found.options, found.matched, found.skipped, trainable)
+    return Applied(model, card, *told, before, config, base, frozenset(held))
 
 
 def load_applied(folder: str | Path, model: Decoder) -> Applied:
@@ -214,7 +217,9 @@ def load_applied(folder: str | Path, model: Decoder) -> Applied:
     table = read_json(place / TABLE)
     method, options = table.get("method"), table.get("options")
     if not isinstance(method, str) or method not in CARDS or not isinstance(options, dict):
-        raise CheckpointError(f"{place / TABLE} names method {method!r}, of which there is no card, or has no options")
+        raise CheckpointError(
+            f"{place / TABLE} names method {shown(method)}, of which there is no card, or has no options"
+        )
     if table.get("base") != _fingerprint(model.config):
         raise CheckpointError(f"{place} is of another base: a model of other sizes or parts than this one")
     source = SafetensorsFiles([place / WEIGHTS])
