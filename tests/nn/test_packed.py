@@ -172,6 +172,21 @@ def test_threads_change_nothing(kind):
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_row_that_is_no_number_gives_none_and_leaves_the_others_alone(kind, wrong):
+    matrix, x = (
+        Packed.pack(normal(32, 128), kind, group=32 if kind in ("int8", "int4") else None),
+        normal(5, 128, seed=1),
+    )
+    wanted = native.linear(matrix, x)
+    x[2, 70] = wrong
+    found = native.linear(matrix, x)
+    assert not torch.isfinite(found[2]).any()
+    assert torch.equal(found[[0, 1, 3, 4]], wanted[[0, 1, 3, 4]])
+
+
+@needs_kernels
 def test_rows_of_zeros_stay_zeros():
     for kind in KINDS:
         packed, x = Packed.pack(normal(16, 64), kind), normal(3, 64)

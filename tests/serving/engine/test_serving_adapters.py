@@ -18,7 +18,7 @@ from anabranch.serving.core.request import Finish
 from anabranch.serving.engine import ModelRunner
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Control, Refused, Reply
-from served_adapters import ATTENTION, DIM, VOCAB, Runs, layers_of, make_adapters, make_model, scores
+from served_adapters import ATTENTION, DIM, LAYERS, VOCAB, Runs, layers_of, make_adapters, make_model, scores
 
 PROMPTS = [
     tuple((7 * at + 31 * number) % VOCAB for at in range(length))
@@ -315,8 +315,21 @@ def test_in_python(folders):
             ConfigError,
             "whole",
         ),
+        (
+            lambda folder: make_adapter(
+                folder,
+                layers_of(("self_attn.q_proj",)),
+                extra={
+                    f"model.layers.{layer}.self_attn.q_proj.lora_magnitude_vector": drawn("m", (DIM,)) + 2
+                    for layer in range(LAYERS)
+                },
+                use_dora=True,
+            ),
+            ConfigError,
+            "is DoRA, and requests choose among plain LoRA alone",
+        ),
     ],
-    ids=["none", "widths", "whole"],
+    ids=["none", "widths", "whole", "another kind"],
 )
 def test_what_cannot_be_served_is_refused_when_the_engine_starts(make, error, what, tmp_path):
     make(tmp_path / "x")

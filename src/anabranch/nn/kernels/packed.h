@@ -87,9 +87,12 @@ inline void round_row(char* to, const float* x, int64_t depth) {
       bvec bytes = __builtin_convertvector(__builtin_convertvector(whole, ivec), bvec);
       memcpy(to + k, &bytes, sizeof bytes);
     }
-    scale[g] = top / 127.f;
-    sum[g] = (int32_t)total(added);
-    half[g] = (int32_t)total(first);
+    // What is no number has no integer: the scale says so, and with it all that the row gives.
+    const float all = total(added);
+    const bool is_number = all == all;
+    scale[g] = is_number ? top / 127.f : NAN;
+    sum[g] = is_number ? (int32_t)all : 0;
+    half[g] = is_number ? (int32_t)total(first) : 0;
   }
 }
 
