@@ -122,6 +122,21 @@ def test_a_merge_that_a_type_cannot_hold_changes_nothing(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_shift_without_a_bias_is_not_lost(model):
+    applied = catalogue.apply(model, "ssf", targets=("q",))
+    with torch.no_grad():
+        layers_of(model)["blocks.0.attention.q"].factor.fill_(2.0)
+        layers_of(model)["blocks.1.attention.q"].shift.fill_(1.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="the matrix has no bias to take it in"):
+        applied.merge()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        layers_of(model)["blocks.1.attention.q"].shift.zero_()
+    found = logits(model)
+    torch.testing.assert_close(logits(applied.merge()), found, rtol=1e-5, atol=1e-5)
+
+
 def test_the_base_that_was_trained_is_not_given_back(model):
     applied = catalogue.apply(model, "attention-tuning")
     with pytest.raises(ConfigError, match="trains the model's own matrices; load the model again"):
