@@ -40,6 +40,7 @@ REFUSALS = frozenset(
         "overloaded",
         "rate_limit_exceeded",
         "too_many",
+        "too_many_connections",
         "unsupported",
     }
 )

@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from anabranch.errors import AnabranchError
+from anabranch.web.api_error import ApiError
 from anabranch.web.places import Places
 from anabranch.web.readers import PATIENCE_S, Readers, Watched
 
@@ -107,6 +108,19 @@ class Connection(RequestHandler):
         response = self._refuse(status, message or "")
         response.force_close()
         return response
+
+
+def is_beyond(request: web.BaseRequest) -> bool:
+    """Whether it came on a connection that there was no place for."""
+    return isinstance(request.protocol, Connection) and request.protocol.is_beyond
+
+
+def check_place(request: web.BaseRequest) -> None:
+    """Raises ApiError (503) for a request on a connection that there was no place for."""
+    if is_beyond(request):
+        message = "too many connections are open, in all or from your address; try again in 1 s"
+        headers = {"Retry-After": "1", "x-should-retry": "true", "connection": "close"}
+        raise ApiError(503, "too_many_connections", message, headers=headers)
 
 
 class Server(web.Server):

@@ -13,7 +13,11 @@ class LimitsConfig(Config):
         bodies_bytes: of all bodies that come, and of large ones (over 256 KiB) until their requests end, in one process; more get 429. A
             key may have half of what others leave. At least four times ``body_bytes``, so that beside a key that takes all it may there is
             room for one of any size. None is 256 MiB, or four times ``body_bytes`` if that is more.
-        header_timeout_s, body_timeout_s: seconds in which headers and body must have come.
+        connections: that are open at once, of one process, at the port of requests. On those beyond it only ``/health`` answers, all else
+            is 503. Read at the start, as are the next two.
+        address_share: of the connections that others leave, the part that one address may have; 1 behind a proxy, where all come from one.
+        header_timeout_s: seconds in which the head of a connection's first request must have come.
+        body_timeout_s: seconds in which a body must have come.
         max_tokens: completion tokens reserved for a request that names none, of a model that says nothing.
         most_tokens: largest ``max_tokens`` a request may name.
         in_flight: requests at a time; more get 429.
@@ -29,6 +33,8 @@ class LimitsConfig(Config):
 
     body_bytes: int = Field(default=16 << 20, ge=1)
     bodies_bytes: int | None = Field(default=None, ge=4)
+    connections: int = Field(default=2048, ge=1)
+    address_share: float = Field(default=0.5, gt=0, le=1)
     header_timeout_s: float = Field(default=10.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
     max_tokens: int = Field(default=4096, ge=1)

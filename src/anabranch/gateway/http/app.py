@@ -31,7 +31,8 @@ from anabranch.web.answers import Route, error_response, json_response, wrong_me
 from anabranch.web.api_error import ApiError
 from anabranch.web.body_beside import TAKEN
 from anabranch.web.gate import Gate
-from anabranch.web.server import Server
+from anabranch.web.places import Places
+from anabranch.web.server import Connection, Server, check_place, is_beyond
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ MODEL, RESPONSE = "/v1/models/", "/v1/responses/"
 
 # What machines ask, whatever they call this one.
 PROBES = frozenset({"/health", "/ready"})
+
+# What is answered even on a connection that there was no place for.
+ALIVE = "/health"
 
 # What machines ask all the time.
 UNLOGGED = PROBES | {"/metrics"}
@@ -56,6 +60,7 @@ class App:
         admin: serve what operators call.
         host: that it listens at. Where that is this machine alone and no key is needed, nothing but the name tells its programs from the
             web pages that it shows.
+        places: for connections; None for as many as come.
         on_reload: reads the config again, for ``POST /admin/reload``; None if there is no file to read.
         peers: the other workers; None if this process is the only one.
     """
@@ -67,6 +72,7 @@ class App:
         public: bool = True,
         admin: bool = True,
         host: str = "127.0.0.1",
+        places: Places[Connection] | None = None,
         on_reload: Any = None,
         peers: Peers | None = None,
     ) -> None:
@@ -74,7 +80,7 @@ class App:
         exchange = Exchange(gateway)
         self._openai = OpenAIRoutes(gateway, exchange)
         self._admin = AdminRoutes(gateway, on_reload, peers) if admin else None
-        self._public, self._peers, self._host = public, peers, host
+        self._public, self._peers, self._host, self._places = public, peers, host, places
         self._gate: tuple[GatewayConfig, Gate] | None = None
         table: dict[str, dict[str, Route]] = {
             "/health": {"GET": self._health},
@@ -92,7 +98,7 @@ class App:
 
     def server(self) -> Server:
         """For `asyncio.loop.create_server`."""
-        return Server(self, self.refuse, self.gateway.config.limits.header_timeout_s)
+        return Server(self, self.refuse, self.gateway.config.limits.header_timeout_s, self._places)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -145,14 +151,25 @@ class App:
                 error.headers["connection"] = "close"
             raise
 
+    def _check_place(self, request: web.BaseRequest) -> None:
+        """Raises ApiError (503) on a connection that there was no place for, for all but the question whether this process lives."""
+        if request.path == ALIVE:
+            return
+        try:
+            check_place(request)
+        except ApiError as error:
+            self.gateway.metrics.refuse(error.code)
+            raise
+
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         response = await self._of_route(request)
-        if request.get(TAKEN):
+        if request.get(TAKEN) or is_beyond(request):
             response.force_close()
         return response
 
     async def _of_route(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
+            self._check_place(request)
             self._check_sender(request)
             methods = self._table.get(self._known(request.path))
             if methods is not None:

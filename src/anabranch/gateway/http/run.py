@@ -19,10 +19,14 @@ from anabranch.gateway.http.peers import RELOAD_S, Peers, Seat, end_with_supervi
 from anabranch.gateway.store.opening import check_place
 from anabranch.sockets import listening, url_of
 from anabranch.web import heap
-from anabranch.web.server import BACKLOG, Server, Signals, reload_on, runner
+from anabranch.web.places import Places, room_for_files
+from anabranch.web.server import BACKLOG, Connection, Server, Signals, reload_on, runner
 
 logger = logging.getLogger(__name__)
 SWITCH_S = 1e-3
+
+# Connections at the port of operators, where it is one of its own.
+OPERATORS = 128
 Ready = Callable[[str, str, GatewayConfig], None]
 Loading = Callable[[str, list[str]], None]
 
@@ -177,12 +181,22 @@ async def _main(
         if place.seat is not None:
             reload.peers = await stack.enter_async_context(_peers(gateway, place.seat, reload).serving())
             tasks.append(loop.create_task(end_with_supervisor(signals.stop)))
-        apps = [App(gateway, admin=place.admin_port is None, host=place.host, on_reload=on_reload, peers=reload.peers)]
+        apps = [
+            App(
+                gateway,
+                admin=place.admin_port is None,
+                host=place.host,
+                places=_places(config),
+                on_reload=on_reload,
+                peers=reload.peers,
+            )
+        ]
         sockets, urls = [listener], [url_of(place.host, listener)]
         if place.admin_port is not None:
             sockets.append(place.listening(stack, admin.host, place.admin_port))
             urls.append(url_of(admin.host, sockets[-1]))
-            apps.append(App(gateway, public=False, on_reload=on_reload, peers=reload.peers))
+            theirs: Places[Connection] = Places(OPERATORS)
+            apps.append(App(gateway, public=False, places=theirs, on_reload=on_reload, peers=reload.peers))
         servers = [app.server() for app in apps]
         listeners = [
             await loop.create_server(server, sock=bound, backlog=BACKLOG)
@@ -209,6 +223,23 @@ async def _main(
             await asyncio.gather(loading, return_exceptions=True)
             await _drain(gateway, listeners, servers, signals, drain_s)
             await gateway.stop()
+
+
+def _places(config: GatewayConfig) -> Places[Connection]:
+    """For the connections of those who send requests: as many as the config says, or as this process may open files for.
+
+    A request that is under way has a connection to a provider beside its own.
+    """
+    limits = config.limits
+    room = room_for_files(limits.connections + limits.in_flight + OPERATORS) - OPERATORS
+    connections = max(1, min(limits.connections, max(room - limits.in_flight, room // 2)))
+    if connections < limits.connections:
+        logger.warning(
+            "limits.connections is %d, but this process may open so few files that there is room for %d (ulimit -n)",
+            limits.connections,
+            connections,
+        )
+    return Places(connections, limits.address_share)
 
 
 async def _first(task: asyncio.Task[None], event: asyncio.Event) -> None:

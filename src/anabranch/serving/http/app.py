@@ -29,7 +29,7 @@ from anabranch.web.api_error import ApiError
 from anabranch.web.body_room import BodyRoom
 from anabranch.web.gate import Gate
 from anabranch.web.places import Places
-from anabranch.web.server import Connection, Server
+from anabranch.web.server import Connection, Server, check_place, is_beyond
 
 access = logging.getLogger("anabranch.serving.access")
 MODELS = "/v1/models/"
@@ -92,7 +92,7 @@ class App:
             what = f"{context.request.method} {context.request.path:.80}"
             response = await answered(context, self._answer(context), what)
             context.code = response.status
-            if self.frontend.state == "draining" or _is_beyond(request):
+            if self.frontend.state == "draining" or is_beyond(request):
                 response.force_close()
             if isinstance(response, web.Response) and not response.prepared:
                 await write(response, request, self.config.limits.stall_s)
@@ -114,11 +114,13 @@ class App:
 
     def _check_place(self, request: web.BaseRequest) -> None:
         """Raises ApiError (503) on a connection that there was no place for, for all but the question whether the server lives."""
-        if _is_beyond(request) and request.path != "/health/live":
+        if request.path == "/health/live":
+            return
+        try:
+            check_place(request)
+        except ApiError:
             self.metrics.rejections.labels("connections").inc()
-            message = "too many connections are open, in all or from your address; try again in 1 s"
-            headers = {"Retry-After": "1", "x-should-retry": "true", "connection": "close"}
-            raise ApiError(503, "too_many_connections", message, headers=headers)
+            raise
 
     async def _route(self, context: RequestContext) -> web.StreamResponse:
         request = context.request
@@ -238,8 +240,3 @@ async def _method(context: RequestContext, methods: dict[str, Answer]) -> web.St
     if answer is None:
         raise wrong_method(context.request, methods)
     return await answer(context)
-
-
-def _is_beyond(request: web.BaseRequest) -> bool:
-    """Whether it came on a connection that there was no place for."""
-    return isinstance(request.protocol, Connection) and request.protocol.is_beyond
