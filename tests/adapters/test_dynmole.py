@@ -310,6 +310,7 @@ def test_a_training_goes_on_to_the_bit(text, tmp_path):
         assert torch.equal(value, parts.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_the_entropy_loss_makes_routers_decide(text, tmp_path):
     """With it the entropy falls; a run without it ends higher. The base that is frozen stays to the bit."""
     ends = {}

@@ -230,6 +230,7 @@ def test_beams_keep_the_task_of_their_row():
         model(TOKENS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"heads": 1, "mixes": "outputs"}], ids=["weights", "outputs"])
 def test_compiled_it_is_the_same(options):
     model = model_of(FINE.replace(**options), pattern="*.attention.q")

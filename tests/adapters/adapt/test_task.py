@@ -101,6 +101,7 @@ def test_a_mixture_of_experts_counts_no_padding(place, tmp_path):
     torch.testing.assert_close(answer([0, 5, 9]), alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_base_stays(place, tmp_path):
     # Measured on what it learns: a base of random numbers has nothing to say of anything else.
     same = str(place / "rows.jsonl")
