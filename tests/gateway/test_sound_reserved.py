@@ -209,6 +209,34 @@ def test_what_decoders_refuse_is_no_frame(change):
     assert flac(b"fLaC" + info(44_100) + head + bytes([sum8(head)]) + b"\x00" * 9).seconds == 0
 
 
+def alac_config(samples, rate):
+    return box(b"alac", b"\x00" * 4, struct.pack(">IBBBBBBHIII", samples, 0, 16, 40, 10, 14, 1, 255, 0, 0, rate))
+
+
+@pytest.mark.parametrize(("samples", "rate"), [(4_096, 44_100), (4_096, 96_000), (1 << 24, 8_000)])
+def test_a_sample_of_alac_lasts_as_long_as_its_config_says(samples, rate):
+    # The first two are honest, of 700 kbit/s; of the last a decoder makes half an hour of each sample.
+    size = round(samples / rate * 700_000 / 8) if samples == 4_096 else 90
+    raw = m4a_of(b"alac", [size] * 100, config=alac_config(samples, rate), rate=44_100, samples=4_096)
+    told = sound(raw, "m4a")
+    lasts_s = max(100 * samples / rate, 100 * 4_096 / 44_100)
+    assert contained(raw).is_counted
+    assert lasts_s * AUDIO_A_SECOND <= told.at_most <= 1.01 * lasts_s * AUDIO_A_SECOND
+    assert told.tokens <= 1.01 * lasts_s * AUDIO_A_SECOND
+
+
+def test_of_two_configs_of_alac_the_longer_frame_counts_and_without_one_nothing_is_known():
+    two = alac_config(4_096, 44_100) + alac_config(8_192, 44_100)
+    for config in (two, alac_config(8_192, 44_100) + alac_config(4_096, 44_100)):
+        assert contained(m4a_of(b"alac", [900] * 10, config=config)).seconds == pytest.approx(10 * 8_192 / 44_100)
+    behind = m4a_of(b"alac", [900] * 10, config=alac_config(4_096, 44_100))
+    one, two = (b"stsd" + struct.pack(">II", 0, num) for num in (1, 2))
+    assert contained(behind).is_counted
+    assert not contained(behind.replace(one, two)).is_counted
+    for config in (b"", alac_config(4_096, 0)):
+        assert not contained(m4a_of(b"alac", [900] * 10, config=config)).is_counted
+
+
 def places(sizes, runs, chunks):
     return SamplePlaces(
         [np.array(sizes, ">u4")], [np.array(runs, ">u4").reshape(-1, 3)], [np.array(chunks, ">u8")]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anabranch.gateway.sound_aac import config_rate, flac_within
+from anabranch.gateway.sound_aac import aac_rate, alac_frame_s, flac_within
 from anabranch.gateway.sound_frames import FlacFrames
 from anabranch.gateway.sound_packets import (
     AAC_BLOCK,
@@ -47,9 +47,6 @@ _PACKED = b"cmov"
 
 # Kinds of tracks that make no sound.
 _SILENT = (b"vide", b"auxv", b"pict", b"text", b"sbtl", b"subt", b"clcp", b"tmcd", b"hint", b"meta")
-
-# Bytes of the config of a codec, and configs of one track; each mostly has one of fewer than 64.
-_CONFIG, _CONFIGS = 4_096, 16
 
 # Codecs of which no sample is longer than one block: of one value each, as it is; and the longest block of ALAC, with that of Opus.
 _PLAIN = (
@@ -94,6 +91,7 @@ class _Track:
         edits: how long the pieces are that it is played as, by the clock of the film, and whether there is sound in them.
         codecs: that its samples may be of.
         rate: of its AAC, the lowest that is told; 0 for another codec.
+        alac_s: seconds of the longest frame of its ALAC; 0 for another codec.
         is_sound, is_silent: it says that it is sound; that it is pictures or words.
         rates: configs that were read.
         places: where its samples lie.
@@ -109,6 +107,7 @@ class _Track:
     edits: list[tuple[int, bool]] = field(default_factory=list)
     codecs: set[bytes] = field(default_factory=set)
     rate: int = 0
+    alac_s: float = 0.0
     is_sound: bool = False
     is_silent: bool = False
     rates: int = 0
@@ -153,12 +152,15 @@ class _Track:
         silence = sum(length for length, has_sound in self.edits if not has_sound) / film if film else 0.0
         in_edits = sum(min(told, length / film) if film and length else told for length, sound in self.edits if sound)
         counted = samples.num * AAC_BLOCK / self.rate if self.rate else 0.0
+        is_alac = self.codecs == {b"alac"} and self.rates == 1 and self.alac_s > 0
+        if is_alac:
+            counted = samples.num * self.alac_s
         is_flac = self.codecs == {b"fLaC"} and self.rates == 1 and is_apart and self.places.lie_apart()
         if is_flac:
             # Each frame of the file is played once for each edit.
             counted = flac.seconds * max(1, sum(has_sound for _, has_sound in self.edits))
         told = max(told, in_edits, counted) + silence
-        if is_flac:
+        if is_flac or is_alac:
             return told, counted, told
         sample_s, byte_s = self._lasts(flac.longest_s)
         return told, counted, max(told, max(samples.num * sample_s, samples.num_bytes * byte_s) + silence)
@@ -167,7 +169,7 @@ class _Track:
         """Seconds of a sample, and of each of its bytes, at most, of the codec that lasts longest."""
         if self.rate:
             return AAC_BLOCK / self.rate, 1 / AAC_FEWEST
-        lasts = [_lasts(codec, flac_s) for codec in self.codecs] or [_OTHER]
+        lasts = [*(_lasts(codec, flac_s) for codec in self.codecs), (self.alac_s, 0.0)] if self.codecs else [_OTHER]
         return max(one[0] for one in lasts), max(one[1] for one in lasts)
 
 
@@ -347,11 +349,13 @@ def _learn(track: _Track, name: bytes, body: bytes, most: int) -> int:
         track.listed = _most([track.listed, sized])
         return 1
     else:
-        rate, found = _aac_rate(body)
+        rate, found = aac_rate(body)
         is_first = not track.rates
-        track.rates += 1
+        # Behind the first another may stand, which is not read.
+        track.rates += 1 if int.from_bytes(body[4:8], "big") == 1 else 2
         # One that is no AAC, or of another rate, may be the one that is played.
         track.rate = rate if is_first else min(track.rate, rate)
+        track.alac_s = max(track.alac_s, alac_frame_s(body))
         track.codecs.add(body[12:16])
         return found
     return 0
@@ -366,33 +370,3 @@ def _numbers(body: bytes, size: int, width: int) -> np.ndarray:
     """Of a table of rows of ``width`` numbers of ``size`` bytes."""
     rows = max(_rows(body, size * width), 0)
     return np.frombuffer(body[8 : 8 + rows * size * width], f">u{size}", rows * width).reshape(rows, width)
-
-
-def _aac_rate(body: bytes) -> tuple[int, int]:
-    """Samples a second by AAC's own config (``esds``), which decoders go by; 0 for another codec. And configs that were read."""
-    if body[12:16] != b"mp4a":
-        return 0, 0
-    rates: list[int] = []
-    at = body.find(b"esds")
-    while at >= 0 and len(rates) < _CONFIGS:
-        rates.append(_told_rate(body[at + 8 : at + _CONFIG]))
-        at = body.find(b"esds", at + 4)
-    return min(rates, default=0), len(rates)
-
-
-def _told_rate(body: bytes) -> int:
-    """Of one config; 0 where there is none."""
-    at, end = 0, len(body)
-    while at < end:
-        tag, at = body[at], at + 1
-        size = 0
-        for _ in range(4):
-            byte, at = body[at], at + 1
-            size = size << 7 | byte & 0x7F
-            if not byte & 0x80:
-                break
-        if tag == 5:
-            return config_rate(body[at : at + min(size, 8)])
-        # A number and flags before what is in them; what hangs on a flag is not used in files.
-        at += {3: 3, 4: 13}.get(tag, size)
-    return 0
