@@ -14,6 +14,7 @@ from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage, draw_levels
+from anabranch.graph.hnsw.strays import Strays
 from anabranch.graph.interrupts import Interrupts
 
 # Deleted elements are taken out of all lists, so that their places can be used again, once they are one in so many.
@@ -53,6 +54,7 @@ class Changes:
         self.drawn = self.next_id = self.changed = 0
         # Whether codes are to be looked at.
         self._look = False
+        self._strays = Strays()
         # Elements that keep errors of a centre that they were rounded about before, and nobody was told of yet.
         self._num_worse = 0
 
@@ -130,6 +132,7 @@ class Changes:
         held, count, done = self._storage, len(vector_ND), 0
         again = self._vacate(count, workers) if reuse else 0
         # What rows are rounded about may be far from them by now.
+        self._strays.count(vector_ND, held)
         is_due = self._is_due(count - again)
         is_anew = is_due and self._settle(vector_ND, workers)
         # A table that a reader makes from now on has all of them.
@@ -194,6 +197,7 @@ class Changes:
         if not len(slot_S):
             return
         self._count(0, len(slot_S))
+        self._strays.count(vector_SD, self._storage)
         is_anew = self._is_due(0) and self._settle(vector_SD, workers, slot_S)
         self._storage.own()
         # Before anything is taken out: there may be no memory for it.
@@ -336,17 +340,37 @@ class Changes:
         if coded is None:
             return
         live_S = np.flatnonzero(self._slots.live())
-        is_due = coded.is_due(len(live_S))
-        if not is_due and look and coded.is_trained and len(live_S):
-            some_S = live_S[np.linspace(0, len(live_S) - 1, min(len(live_S), LOOKED_AT)).astype(np.int64)]
-            with self._lock.open_to_readers():
-                is_due = coded.is_worn(held.decode(some_S))
-        if is_due:
+        if coded.is_due(len(live_S)):
             self.learn(workers)
+            return
+        has_strays, number = self._strays.are_many(len(live_S)), self._strays.number
+        if not ((look or has_strays) and coded.is_trained and len(live_S)):
+            return
+        if look:
+            self._strays.forget()
+        self._strays.looked()
+        with self._lock.open_to_readers():
+            some_SD = held.decode(live_S[spread_places(len(live_S), LOOKED_AT)])
+            is_worn = coded.is_worn(some_SD, strays=has_strays)
+            before = coded.square_of(some_SD)
+        if is_worn:
+            self.learn(workers)
+            assert held.coded is not None
+            if has_strays:
+                self._strays.learned(len(live_S), number, before, held.coded.square_of(some_SD))
+
+    def look_again(self, workers: Workers) -> None:
+        """Look at codes whatever has come since, and learn them anew where they say little."""
+        self._look = self._strays.is_unknown = True
+        self.learn_if_due(workers)
+
+    def is_read(self) -> None:
+        """It was read from a file: what it says is looked at when something changes."""
+        self._strays.is_unknown = True
 
     def learn_after_loss(self, workers: Workers) -> None:
         """Learn codes anew where they say little of what stayed. Where memory does not suffice, they are as they were."""
-        if self._look:
+        if self._look or self._strays.are_many(self._storage.count):
             with suppress(CapacityError):
                 self.learn_if_due(workers)
 
@@ -363,3 +387,4 @@ class Changes:
         with self._lock.open_to_readers():
             coded = held.learn_codes(sample_SD, int(self._seed), workers.count)
         held.coded = coded
+        self._strays.looked()

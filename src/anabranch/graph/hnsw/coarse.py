@@ -8,6 +8,8 @@ import numpy as np
 from anabranch.graph.hnsw.centres import FEW, OFF, are_many, spread_places
 from anabranch.graph.hnsw.encoding import Encoding
 from anabranch.graph.hnsw.groups import LOOKED_AT, distinct, squares_between
+from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.hnsw.strays import far_among
 
 # A row says too little of a vector that lies farther from what it says than this share of the way to its nearest among some.
 TOO_FAR = 0.5
@@ -40,6 +42,30 @@ def warn_of_coarse(vector_ND: np.ndarray, encoding: Encoding, what: str) -> None
         f"searches miss these; build the index {way}"
     )
     warnings.warn(message, stacklevel=4)
+
+
+def told_of_strays(vector_ND: np.ndarray, held: Storage, what: str) -> str | None:
+    """What is to be told of vectors that lie far from what codes were learned from, and of which these say too little; not of a few.
+
+    They are looked at as they came, some of them, and by the codes that there are now.
+    """
+    if held.coded is None or not held.coded.is_trained or len(vector_ND) < FEW:
+        return None
+    place_S = spread_places(len(vector_ND), LOOKED_AT)
+    sample_SD = vector_ND[place_S]
+    is_coarse_S = far_among(sample_SD, held)
+    if not are_many(is_coarse_S):
+        return None
+    place_S = place_S[kept_S := distinct(sample_SD)]
+    sample_SD, is_coarse_S = sample_SD[kept_S], is_coarse_S[kept_S]
+    is_coarse_S &= held.coded.error_of(sample_SD) > np.sqrt(squares_between(sample_SD).min(1))
+    if not are_many(is_coarse_S):
+        return None
+    return (
+        f"row {place_S[int(np.argmax(is_coarse_S))]} of {what} and others, {is_coarse_S.mean():.0%} of {len(sample_SD)} looked at, lie far "
+        f"from what codes of {held.coded.quantization!r} were learned from, so that these say little of them, and searches miss them: "
+        "train() learns codes anew, which helps where such vectors are one in 100 or more; or build the index without quantization"
+    )
 
 
 def count_worse(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray], dtype: str) -> int:

@@ -19,9 +19,9 @@ from anabranch.graph.codes import CENTRES, ProductCodes
 from anabranch.graph.guarded import held
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.arrays import aligned, grown
-from anabranch.graph.hnsw.centres import better_centre, centres_of
+from anabranch.graph.hnsw.centres import are_many, better_centre, centres_of
 from anabranch.graph.hnsw.encoding import padded, short_stride
-from anabranch.graph.hnsw.groups import queries_for, rows_of
+from anabranch.graph.hnsw.groups import LEAST, groups_in, nearest, queries_for, rows_of
 from anabranch.graph.hnsw.measuring import HEAD
 from anabranch.graph.hnsw.raw import IP_I4, IP_PQ, L2_I4, L2_I4_GROUPS, L2_PQ
 from anabranch.graph.hnsw.soundness import Wanted, check_groups, wanted_groups
@@ -43,6 +43,9 @@ OUTSIDE = 16
 
 # Vectors that are looked at for that.
 LOOKED_AT = 1024
+
+# An error of so many times what is usual is one of a vector unlike those that "pq" learned from.
+LARGE = 2.0
 
 # Numbers of a vector for each byte of "pq", unless another number of bytes is asked for.
 SHARE = 4
@@ -85,8 +88,9 @@ class PQ:
         made.codes = ProductCodes.train(vector_SD, self.num_parts, seed=seed, workers=workers)
         return made
 
-    def is_worn(self, vector_SD: np.ndarray) -> bool:
-        """Whether these vectors fall upon few of the centres of a part, although they differ there; or some lie far outside of all."""
+    def is_worn(self, vector_SD: np.ndarray, *, strays: bool = False) -> bool:
+        """Whether these vectors fall upon few of the centres of a part, although they differ there; or some lie far outside of all; with
+        ``strays``, also whether one in `GAINING` has a far larger error than is usual among them."""
         assert self.codes is not None
         if not len(vector_SD):
             return False
@@ -103,7 +107,21 @@ class PQ:
             reach = ((centre_WK - centre_WK.mean(1, keepdims=True)) ** 2).sum(0).max()
             if OUTSIDE * int(((off_SD[:, begin:end] ** 2).sum(1) > reach).sum()) > len(vector_SD):
                 return True
-        return False
+        if not strays:
+            return False
+        error_S = np.linalg.norm(off_SD, axis=1)
+        return are_many(error_S > LARGE * np.median(error_S))
+
+    def far_of(self, vector_ND: np.ndarray, usual_SD: np.ndarray, code_S: np.ndarray, aux_S2: np.ndarray) -> np.ndarray:
+        """Which vectors have `LARGE` times the error that is usual for others, whose codes these are: bool [N]."""
+        assert self.codes is not None
+        usual_S = np.linalg.norm(usual_SD - self.codes.decode(code_S[:, : self.num_parts]), axis=1)
+        return self.error_of(vector_ND) > LARGE * np.median(usual_S)
+
+    def error_of(self, vector_ND: np.ndarray) -> np.ndarray:
+        """How far vectors lie from what their codes stand for, [N]."""
+        assert self.codes is not None
+        return np.linalg.norm(vector_ND - self.codes.decode(self.codes.encode(vector_ND)), axis=1)
 
     def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows, uint8 [N, STRIDE], and nothing beside them."""
@@ -177,11 +195,33 @@ class Int4:
         made.centre_D, made.centre_GD = (centres, None) if centres.ndim == 1 else (centres[0], centres[1:])
         return made
 
-    def is_worn(self, vector_SD: np.ndarray) -> bool:
-        """Whether these vectors have gone so far from the centre that their codes say little."""
+    def is_worn(self, vector_SD: np.ndarray, *, strays: bool = False) -> bool:
+        """Whether these vectors, or one in `GAINING` that are a group, have gone so far from the centre that their codes say little."""
         assert self.centre_D is not None
         held = self.centre_D if self.centre_GD is None else np.concatenate([self.centre_D[None], self.centre_GD])
         return self.metric == "l2" and better_centre(held, vector_SD, WORTH) is not None
+
+    def far_of(self, vector_ND: np.ndarray, usual_SD: np.ndarray, code_S: np.ndarray, aux_S2: np.ndarray) -> np.ndarray:
+        """Which vectors are `WORTH` times as large, less their centre, as is usual for others, beside whose codes this stands: bool [N]."""
+        assert self.centre_D is not None
+        if self.metric != "l2" or not len(aux_S2):
+            return np.zeros(len(vector_ND), bool)
+        size_S = 7 * aux_S2[:, 0]
+        usual = np.median(size_S)
+        if self.centre_GD is None:
+            return np.abs(vector_ND - self.centre_D).max(1) > WORTH * usual
+        group_N, of_S = nearest(vector_ND, self.centre_GD), groups_in(aux_S2)
+        # Groups differ in width; what has too few rows says nothing of its own.
+        sizes = [size_S[of_S == group] for group in range(len(self.centre_GD))]
+        usual_G = np.array([np.median(size) if len(size) >= LEAST else usual for size in sizes])
+        return np.abs(vector_ND - self.centre_GD[group_N]).max(1) > WORTH * usual_G[group_N]
+
+    def error_of(self, vector_ND: np.ndarray) -> np.ndarray:
+        """How far vectors lie from what their codes stand for, [N]."""
+        held = self.centre_D if self.centre_GD is None else self.centre_GD[nearest(vector_ND, self.centre_GD)]
+        off_ND = vector_ND - held
+        code_ND, aux = _rounded(off_ND, 7)
+        return np.linalg.norm(off_ND - code_ND * aux[:, :1], axis=1)
 
     def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows, uint8 [N, STRIDE], and float32 [N, 2] of scale and squared norm."""
@@ -277,9 +317,25 @@ class Coded:
             return count >= FIRST
         return self.trained_on < SAMPLE and count >= MORE * self.trained_on
 
-    def is_worn(self, vector_SD: np.ndarray) -> bool:
-        """Whether codes that were learned say little of these vectors, and should be learned anew."""
-        return self.is_trained and self.coder.is_worn(vector_SD)
+    def is_worn(self, vector_SD: np.ndarray, *, strays: bool = False) -> bool:
+        """Whether codes that were learned say little of these vectors, or with ``strays`` of a group of them: to be learned anew."""
+        return self.is_trained and self.coder.is_worn(vector_SD, strays=strays)
+
+    def far_of(self, vector_ND: np.ndarray, usual_SD: np.ndarray, slot_S: np.ndarray) -> np.ndarray:
+        """Which vectors lie far from what codes were learned from, bool [N], beside vectors of slots for which that is not so."""
+        if not (self.is_trained and len(slot_S)):
+            return np.zeros(len(vector_ND), bool)
+        return self.coder.far_of(
+            vector_ND, usual_SD, self.rows[slot_S], self.aux[slot_S] if self.coder.has_aux else self.aux
+        )
+
+    def error_of(self, vector_ND: np.ndarray) -> np.ndarray:
+        """How far vectors lie from what their codes would stand for, [N]."""
+        return self.coder.error_of(vector_ND)
+
+    def square_of(self, vector_ND: np.ndarray) -> float:
+        """The mean of squares of these."""
+        return float(np.square(self.error_of(vector_ND), dtype=np.float64).mean())
 
     def learned(
         self, sample_SD: np.ndarray, rows: np.ndarray, count: int, capacity: int, seed: int, workers: int

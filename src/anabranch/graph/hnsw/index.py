@@ -1,6 +1,7 @@
 """`HNSW`: the index as users see it. What it is asked is in `finding`, files and pickles in `kept`, kernels in `search` and `build`."""
 # Shapes: N vectors, D dimension, Q queries, K neighbours, S slots
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from anabranch.graph.hnsw.checks import (
     warn_of_rounding,
     warn_of_short,
 )
-from anabranch.graph.hnsw.coarse import warn_of_coarse, warn_of_worse
+from anabranch.graph.hnsw.coarse import told_of_strays, warn_of_coarse, warn_of_worse
 from anabranch.graph.hnsw.coded import Coded, check_quantization
 from anabranch.graph.hnsw.encoding import BITS
 from anabranch.graph.hnsw.figures import figures
@@ -217,7 +218,8 @@ class HNSW(Kept, Finding):
         Warns (UserWarning), with the row, of a vector for "l2" that is not zero and shorter than 1e-18 (`MIN_LENGTH`): squared distances
         between such ones are 0, so that they are not told apart. And of vectors that are rounded to too little: for "ip" where all are
         shorter than 1e-3, with "f16" where numbers lie over 65,504 from the centre, or are all below 6.1e-5, with "f16" and "i8" where many
-        are rounded by as much as they lie from each other. With ``rerank=False``, when rows are rounded about another centre, of elements
+        are rounded by as much as they lie from each other, with ``quantization`` where many lie far from what codes were learned from, and
+        are too few to learn from. With ``rerank=False``, when rows are rounded about another centre, of elements
         that keep errors of the one before.
 
         Raises:
@@ -253,15 +255,17 @@ class HNSW(Kept, Finding):
                 self._changes.repair()
             self._changes.repair_if_due()
             self._changes.learn_if_due(pool)
-        self._tell(vector_ND)
+            strays = told_of_strays(vector_ND, self._storage, "vectors")
+        self._tell(vector_ND, strays)
         return id_N
 
     def train(self, vectors: Any = None, *, workers: int | None = None, **former: Any) -> None:
         """Learn anew what codes stand for, and code all vectors by it. Searches go on meanwhile.
 
         `add` does so by itself once there are 1,024 vectors, and again at eight times as many, until there are 32,768; and where codes say
-        little of the vectors that there are by then, `add` and `update` (whenever one in 8 has come, was moved or has gone)
-        and `compact`. This is for vectors that have become others since. Before, there are no codes, and distances are exact.
+        little of the vectors that there are by then, `add` and `update` (whenever one in 8 has come, was moved or has gone, or as many as
+        one in 100 that lie far from what codes were learned from), `compact` and `repair`; and what was read from a file, when something
+        is changed first. This is for vectors that have become others since. Before, there are no codes, and distances are exact.
 
         Args:
             vectors: [S, D] to learn from; None for those that are there, or 32,768 of them.
@@ -290,7 +294,8 @@ class HNSW(Kept, Finding):
             if repair:
                 self._changes.repair()
             self._changes.learn_after_loss(pool)
-        self._tell(vector_ND)
+            strays = told_of_strays(vector_ND, self._storage, "vectors")
+        self._tell(vector_ND, strays)
 
     def remove(self, ids: Any) -> None:
         """Delete elements: searches walk over them and do not return them, until `compact` takes them out.
@@ -337,10 +342,13 @@ class HNSW(Kept, Finding):
     def repair(self) -> int:
         """Link every element that cannot be reached on level 0 from the entry point; how many there were.
 
-        It is linked from the nearest reached list that has room, so nothing else changes.
+        It is linked from the nearest reached list that has room, so nothing else changes; but that codes are learned anew where they say
+        little of the vectors that there are (as `train`). Raises CapacityError where memory does not suffice for that: codes stay then.
         """
-        with self._lock.write():
-            return self._changes.repair()
+        with self._lock.write(), self._pool(None, {}, "repair") as pool:
+            found = self._changes.repair()
+            self._changes.look_again(pool)
+        return found
 
     def stats(self) -> dict[str, Any]:
         """What the index looks like, and what the last search cost.
@@ -356,12 +364,14 @@ class HNSW(Kept, Finding):
 
     # Inside
 
-    def _tell(self, vector_ND: np.ndarray | None) -> None:
-        """Warn of vectors that came of which little is kept, and of elements that keep errors."""
+    def _tell(self, vector_ND: np.ndarray | None, strays: str | None = None) -> None:
+        """Warn of vectors that came of which little is kept, of ``strays``, and of elements that keep errors."""
         encoding = self._storage.encoding
         if vector_ND is not None:
             is_told = warn_of_rounding(vector_ND, self.metric, self.dtype, encoding.centre_D, "vectors")
             if not is_told:
                 warn_of_coarse(vector_ND, encoding, "vectors")
+        if strays is not None:
+            warnings.warn(strays, stacklevel=3)
         if number := self._changes.take_worse():
             warn_of_worse(number, len(self))

@@ -105,5 +105,6 @@ class Kept:
                 raise ValueError(f"next_id is {next_id}, and there is an element {largest}")
         made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
         made._changes.drawn, made._changes.next_id, made._linker.linked = drawn, next_id, made._storage.count
+        made._changes.is_read()
         made._slots.forget()
         return made
