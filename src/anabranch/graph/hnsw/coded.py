@@ -44,6 +44,9 @@ OUTSIDE = 16
 # Vectors that are looked at for that.
 LOOKED_AT = 1024
 
+# Codes that were learned from fewer fit these, and have errors for others that say nothing.
+ENOUGH = 1024
+
 # An error of so many times what is usual is one of a vector unlike those that "pq" learned from.
 LARGE = 2.0
 
@@ -319,11 +322,11 @@ class Coded:
 
     def is_worn(self, vector_SD: np.ndarray, *, strays: bool = False) -> bool:
         """Whether codes that were learned say little of these vectors, or with ``strays`` of a group of them: to be learned anew."""
-        return self.is_trained and self.coder.is_worn(vector_SD, strays=strays)
+        return self.is_trained and self.coder.is_worn(vector_SD, strays=strays and self.trained_on >= ENOUGH)
 
     def far_of(self, vector_ND: np.ndarray, usual_SD: np.ndarray, slot_S: np.ndarray) -> np.ndarray:
         """Which vectors lie far from what codes were learned from, bool [N], beside vectors of slots for which that is not so."""
-        if not (self.is_trained and len(slot_S)):
+        if not len(slot_S) or self.trained_on < ENOUGH:
             return np.zeros(len(vector_ND), bool)
         return self.coder.far_of(
             vector_ND, usual_SD, self.rows[slot_S], self.aux[slot_S] if self.coder.has_aux else self.aux
