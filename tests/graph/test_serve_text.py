@@ -13,7 +13,7 @@ from anabranch.errors import InputError
 from anabranch.graph import HNSW
 from anabranch.graph.names import Names, write_names
 from anabranch.graph.serve import Limits, Sources, answer_room, create_app, requests, text
-from anabranch.graph.serve.answer_room import AnswerRoom
+from anabranch.graph.serve.answer_room import AnswerRoom, HeldAnswer
 from anabranch.graph.serve.gate import LateError
 from anabranch.graph.serve.requests import RequestError, parse
 from anabranch.graph.serve.text import PART, SHORT, Sent, Text
@@ -141,6 +141,50 @@ def test_one_address_has_half_of_what_others_leave():
     assert room.num_bytes == 1075
 
 
+def test_what_will_be_made_has_room_from_the_beginning():
+    room = AnswerRoom(100)
+    first, second, other = room.enter("a"), room.enter("a"), room.enter("b")
+    first.reserve(30)
+    second.reserve(20)
+    # Before anything is computed.
+    assert refused(room.enter("a").reserve, 1) == (429, "overloaded")
+    other.reserve(25)
+    assert room.num_bytes == 75
+    first.more(10)
+    first.more(15)
+    assert (first.num_bytes, first.reserved, room.num_bytes) == (25, 5, 75)
+    # More than was thought: what was let in first has it, beyond the share of its address; what came later has not.
+    first.more(15)
+    assert (first.num_bytes, first.reserved, room.num_bytes) == (40, 0, 85)
+    second.more(20)
+    assert refused(second.more, 1) == (429, "overloaded")
+    # Nor beyond what anyone may have, or than there is.
+    assert refused(first.more, 11) == (400, "over_limit")
+    other.more(26)
+    assert refused(room.enter("c").more, 15) == (429, "overloaded")
+    second.close()
+    assert room.num_bytes == 66
+    # What is not needed is given back, and all that is left once it is made.
+    third = room.enter("c")
+    third.reserve(17)
+    third.keep_reserved(20)
+    third.keep_reserved(12)
+    assert (third.reserved, room.num_bytes) == (12, 78)
+    third.more(2)
+    third.is_whole(lambda: None)
+    assert (third.num_bytes, third.reserved, room.num_bytes) == (2, 0, 68)
+    for held in (first, other, third):
+        held.close()
+    assert room.num_bytes == len(room._of_source) == len(room._made) == 0
+    # One alone is not refused because it may become too large.
+    alone = room.enter("a")
+    alone.reserve(1000)
+    assert room.num_bytes == 50
+    alone.close()
+    with pytest.raises(LateError):
+        alone.reserve(1)
+
+
 def test_who_reads_slowly_gives_way_while_others_wait():
     clock, cut = Clock(), []
     room = AnswerRoom(100, lambda: cut.append("counted"), clock)
@@ -179,7 +223,10 @@ def test_counts_of_many_threads():
     def work(source):
         for _ in range(200):
             held = room.enter(source)
-            held.more(7)
+            held.reserve(5)
+            held.more(3)
+            held.keep_reserved(1)
+            held.more(4)
             held.is_whole(lambda: None)
             held.sent(3)
             held.close()
@@ -271,6 +318,39 @@ def test_answers_that_nobody_reads_are_counted_and_give_way(path, monkeypatch):
             await more.send(json.dumps({"ids": [*range(30)], "k": COUNT - 1, "ef": COUNT}).encode(), more=False)
             await asyncio.wait_for(more.task, 20)
             assert (more.status, json.loads(more.answer)["error"]["code"]) == (400, "over_limit")
+            assert room.num_bytes == 0
+
+    asyncio.run(main())
+
+
+def test_nothing_is_computed_for_an_answer_that_finds_no_room(path, monkeypatch):
+    large = json.dumps({"ids": [*range(20)], "k": COUNT - 1, "ef": COUNT}).encode()
+
+    async def main():
+        app = create_app(Sources([path]), Limits(answers_bytes=1 << 20))
+        async with app.router.lifespan_context(app):
+            room = await ready(app)
+            first = Unread(app, "a", 0)
+            await first.send(large, more=False)
+            await until(lambda: first.status == 200)
+            size, searches, search = room.num_bytes, [], HNSW.search
+            monkeypatch.setattr(HNSW, "search", lambda *all, **other: searches.append(1) or search(*all, **other))
+            for _ in range(3):
+                one = Sending(app, "a")
+                await one.send(large, more=False)
+                await asyncio.wait_for(one.task, 20)
+                assert (one.status, json.loads(one.answer)["error"]["code"]) == (429, "overloaded")
+            assert not searches
+            assert room.num_bytes == size
+            first.go.set()
+            await asyncio.wait_for(first.task, 20)
+            # What is thought of it beforehand is near what it is.
+            reserved, reserve = [], HeldAnswer.reserve
+            monkeypatch.setattr(HeldAnswer, "reserve", lambda self, more: reserved.append(more) or reserve(self, more))
+            one = Sending(app, "a")
+            await one.send(large, more=False)
+            await asyncio.wait_for(one.task, 20)
+            assert 0.8 * size < reserved[0] < 1.3 * size
             assert room.num_bytes == 0
 
     asyncio.run(main())

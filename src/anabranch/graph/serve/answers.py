@@ -14,7 +14,14 @@ from anabranch.graph.serve.gate import Steps
 from anabranch.graph.serve.limits import Limits
 from anabranch.graph.serve.requests import Ppr, RequestError, Search, SeedSet
 from anabranch.graph.serve.sources import Loaded
-from anabranch.graph.serve.text import Text
+from anabranch.graph.serve.text import SHORT, Text
+from anabranch.web.json_text import to_json
+
+# Text of a number that is no whole one, as it is on average; of a result besides its hits.
+NUMBER_BYTES, ROW_BYTES = 19, 40
+
+# Names that are looked at for how long they are.
+SOME_NAMES = 32
 
 # Of each query: ids, distances, and with a radius how many are within.
 Rows = list[tuple[np.ndarray, np.ndarray, int]]
@@ -35,6 +42,9 @@ def answer_search(loaded: Loaded, wanted: Search, limits: Limits, text: Text) ->
         query = fitting(wanted.vectors, index)
     filter = _filter(wanted, held.names, index)
     step, told = _step(index, wanted), _Told(limits)
+    # How many lie within a radius nobody knows before.
+    k = min(wanted.k, len(index)) if wanted.radius is None else 0
+    text.expect(len(query), _row_bytes(k, len(index), held.names))
     for first in range(0, len(query), step):
         part = slice(first, first + step)
         mine = None if own is None else own[part]
@@ -48,6 +58,15 @@ def _step(index: Any, wanted: Search) -> int:
     """How many queries take some milliseconds: walks; or with a radius maybe distances to all, after walks that cost as much or more."""
     walks = max(1, WALKED // max(wanted.k, wanted.ef or 1))
     return walks if wanted.radius is None else max(1, min(walks, SCANNED // max(1, 4 * len(index))))
+
+
+def _row_bytes(k: int, largest: int, names: Names | None) -> int:
+    """About so many bytes are the text of a result of k hits with ids up to ``largest``."""
+    each = NUMBER_BYTES + len(str(largest)) + 2
+    if names is not None and len(names):
+        some = names.of(np.unique(np.linspace(0, len(names) - 1, SOME_NAMES).astype(np.int64)))
+        each += len(to_json(some, SHORT)) // len(some) + 1
+    return ROW_BYTES + k * each
 
 
 class _Told:
@@ -119,6 +138,8 @@ def answer_ppr(loaded: Loaded, wanted: Ppr, limits: Limits, text: Text) -> Steps
     if held is None:
         raise RequestError(404, "not_served", "this server holds no graph, so it answers no PageRank requests")
     told = _Told(limits)
+    most = held.num_nodes
+    text.expect(len(wanted.queries), _row_bytes(min(wanted.k, most), most, held.names))
     for seeds, field in zip(wanted.queries, wanted.field_of, strict=True):
         ids = _seeds(seeds, field, held.names, held.num_nodes)
         found, scores = held.top(ids, seeds.weights, wanted.k)

@@ -24,6 +24,9 @@ PART = 64 << 10
 # Values that are made into text by one call: with names of 4,096 characters some milliseconds.
 AT_ONCE = 1024
 
+# Bytes around results.
+HEAD = 64
+
 # By which a scope names the connection, as one of its extensions; others' servers have none.
 CONNECTION = "anabranch.connection"
 
@@ -44,17 +47,30 @@ class Text:
         self.parts: deque[bytes] = deque()
         self.num_bytes = self.num_rows = 0
         self._held, self._last = held, bytearray()
+        # Rows that come, and what one is thought to take.
+        self._expected = self._each = 0
+
+    def expect(self, num_rows: int, each: int) -> None:
+        """Keep room for so many results of so many bytes. Raises RequestError where there is none."""
+        self._expected, self._each = num_rows, each
+        self._held.reserve(num_rows * each + HEAD)
 
     def rows(self, rows: Iterable[dict[str, Any]]) -> Steps[None]:
         """Some more of ``results``, a step for each."""
         for row in rows:
             self._write(b"," if self.num_rows else b'{"results":[')
             self.num_rows += 1
+            self._expected -= 1
             if max(map(_length, row.values()), default=0) <= AT_ONCE:
                 self._write(to_json(row, SHORT))
+                self._keep()
                 yield
             else:
                 yield from self._long(row)
+                self._keep()
+
+    def _keep(self) -> None:
+        self._held.keep_reserved(max(self._expected, 0) * self._each + HEAD)
 
     def _long(self, row: dict[str, Any]) -> Steps[None]:
         """A result in slices of its lists."""
