@@ -108,7 +108,7 @@ class AnswerRoom:
     def _is_first(self, held: "HeldAnswer", more: int) -> bool:
         """Whether it was let in before all of its address that are made, and has no more than anyone may."""
         made = self._made.get(held.source)
-        return bool(made) and next(iter(made)) is held and held.num_bytes + more <= SHARE * self._limit
+        return made is not None and next(iter(made), None) is held and held.num_bytes + more <= SHARE * self._limit
 
     def _late(self, held: "HeldAnswer", why_not: Lack) -> "HeldAnswer | None":
         """The answer that makes room: of the same address where that has too much."""
@@ -138,8 +138,8 @@ class AnswerRoom:
     def _is_made(self, held: "HeldAnswer") -> None:
         """Nothing more of it comes."""
         self._keep_reserved(held, 0)
-        if made := self._made.get(held.source):
-            made.pop(held, None)
+        made = self._made.get(held.source, {})
+        made.pop(held, None)
         if not made:
             self._made.pop(held.source, None)
 

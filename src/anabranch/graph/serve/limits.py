@@ -26,8 +26,9 @@ class Limits:
         timeout_s: seconds a request may take, waiting and its body included; then 503 (408 for a body that does not come).
         stop_s: seconds that a stop waits for requests under way.
         answer_names: characters of all names in one answer.
-        answers_bytes: of all answers that are made (what they will take, as far as it is known before), or not read yet; more get 429. One address may have half of what others leave; where
-            room is short, an answer that has been read for more than 2 s gives way, and its connection is cut off.
+        answers_bytes: of all answers that are made (by what they will take, as far as it is known before), or not read yet; more get 429.
+            One address may have half of what others leave; where room is short, an answer that has been read for more than 2 s gives way,
+            and its connection is cut off.
         connections: open at once, or as many as the process may open files; 503 on those beyond, for all but ``/healthz``. One address
             may have three quarters of what others leave; one that is idle gives way.
         stall_s: seconds after which a connection is cut off that has not sent the whole head of a request, or is behind with reading and
