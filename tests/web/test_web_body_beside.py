@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
 
+from anabranch.web import body_beside
 from anabranch.web.answers import error_response, read_parts
 from anabranch.web.api_error import ApiError
 from anabranch.web.body_beside import BESIDE_BYTES, TAKEN, BodyBeside
@@ -140,6 +143,61 @@ def test_a_sender_may_take_its_time_but_not_more_than_there_is():
         assert made.errors[0].code == "slow_body"
 
     run(never, timeout_s=0.1)
+
+
+class Trickle:
+    """A socket on which there is always one more byte; what happens as each is read."""
+
+    def __init__(self, then):
+        self.count, self.then, (self.sock, self.other) = 0, then, socket.socketpair()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.sock.close()
+        self.other.close()
+
+    def fileno(self):
+        return self.sock.fileno()
+
+    def recv(self, most):
+        self.count += 1
+        assert self.count < 1000
+        self.then(self.count)
+        return b"x"
+
+
+def test_a_body_that_trickles_has_a_thread_for_a_turn_only(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(body_beside, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def pass_time(count):
+        now[0] += 0.001
+
+    with Trickle(pass_time) as one:
+        found, has_ended = body_beside._taken(one, 1 << 20, threading.Event())
+    assert 45 < one.count < 55
+    assert (len(found), has_ended) == (one.count, False)
+
+
+def test_a_body_that_nobody_waits_for_is_read_no_further():
+    over = threading.Event()
+    with Trickle(lambda count: over.set()) as one:
+        assert body_beside._taken(one, 1 << 20, over) == ([b"x"], False)
+        assert body_beside._taken(one, 1 << 20, over) == ([], False)
+    assert one.count == 1
+
+
+def test_when_it_ends_its_thread_is_told():
+    class Request:
+        protocol = SimpleNamespace(resume_reading=lambda resume_parser: None)
+
+    ours, theirs = socket.socketpair()
+    one = BodyBeside(Request(), ours, 100)
+    one.__exit__(None, None, None)
+    assert one._is_over.is_set()
+    theirs.close()
 
 
 def test_each_part_is_told_of_before_it_is_kept_and_may_be_refused():

@@ -9,6 +9,8 @@ request is answered (`TAKEN` is set on the request), and what else comes on it i
 import asyncio
 import select
 import socket
+import threading
+import time
 from typing import Any
 
 from aiohttp import web
@@ -24,6 +26,9 @@ TAKEN = web.RequestKey("TAKEN", bool)
 # Bytes that are taken before the loop hears of it, and in one call; and milliseconds that the thread waits for more of them.
 _STEP, _READ, _PATIENCE_MS = 1 << 20, 256 << 10, 2
 
+# Seconds that one body takes a thread at a time, of which others need some too: a byte a millisecond would keep it for long.
+_TURN_S = 0.05
+
 
 class BodyBeside:
     """Of one request. A context manager: when it ends, the connection goes on to be read, so that it is known when its sender goes away.
@@ -36,6 +41,8 @@ class BodyBeside:
 
     def __init__(self, request: web.BaseRequest, sock: socket.socket, left: int) -> None:
         self._request, self._sock, self._left = request, sock, left
+        # Set where nobody waits for what comes.
+        self._is_over = threading.Event()
         self._reading: asyncio.Future[tuple[list[bytes], bool]] | None = None
 
     @classmethod
@@ -66,6 +73,7 @@ class BodyBeside:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over.set()
         if self._reading is None or self._reading.done():
             self._sock.close()
         else:
@@ -80,7 +88,7 @@ class BodyBeside:
         """What comes next of the body; empty at its end. Raises ConnectionResetError where its sender goes away."""
         loop = asyncio.get_running_loop()
         while self._left:
-            self._reading = loop.run_in_executor(None, _taken, self._sock, min(self._left, _STEP))
+            self._reading = loop.run_in_executor(None, _taken, self._sock, min(self._left, _STEP), self._is_over)
             found, has_ended = await asyncio.shield(self._reading)
             self._left -= sum(map(len, found))
             if self._left and has_ended:
@@ -105,12 +113,13 @@ def _set(ready: "asyncio.Future[None]") -> None:
         ready.set_result(None)
 
 
-def _taken(sock: socket.socket, most: int) -> tuple[list[bytes], bool]:
-    """What comes of so many bytes without much waiting, and whether no more will."""
+def _taken(sock: socket.socket, most: int, is_over: threading.Event) -> tuple[list[bytes], bool]:
+    """What comes of so many bytes without much waiting, in one turn, and whether no more will."""
     found: list[bytes] = []
+    end = time.monotonic() + _TURN_S
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    while most:
+    while most and time.monotonic() < end and not is_over.is_set():
         try:
             part = sock.recv(min(most, _READ))
         except BlockingIOError:

@@ -2,8 +2,10 @@
 
 What is written and not read lies in the transport of a connection, in this process. A transport that is closed waits for it to be read,
 too, for ever; only `abort` lets go of it. So a connection that is behind (its transport has asked to pause, or was closed with bytes left)
-has to take `rate` bytes a second, looked at every `patience_s`; and where all of them together hold more than `most_bytes`, those of whom
-most is held for one address are cut off.
+has to take `rate` bytes a second, looked at every `patience_s`. Whose buffer has grown takes nothing for longer: Linux shuts the window of
+a connection whose buffer is full, and opens it only once a sixteenth of that was read. So who has taken much before has as much longer as
+it takes to read a sixteenth of it at `rate`, `LONGEST` times `patience_s` at most. And where all together hold more than `most_bytes`,
+those of whom most is held for one address are cut off.
 
     connection_made   transport = readers.enter(transport, address), which the connection writes to in place of its own
     pause_writing     transport.is_behind()
@@ -27,6 +29,9 @@ PATIENCE_S = 30.0
 RATE = 1 << 10
 MOST_BYTES = 256 << 20
 
+# The part of a full buffer that is read before anything more is taken; and how many times as long anyone may take nothing because of that.
+OPENS, LONGEST = 1 / 16, 4
+
 # A connection that is behind for less than this makes no place for others.
 GRACE_S = 2.0
 TICK_S = 1.0
@@ -49,7 +54,7 @@ class Readers:
     """The connections of a server; for one thread (an event loop).
 
     Args:
-        patience_s: how long a connection may be behind and take less than ``rate``.
+        patience_s: how long a connection may be behind and take less than ``rate``, if it took little before (see the module).
         rate: bytes a second.
         most_bytes: held for all that are behind, looked at once a second.
         on_cut: told why, of each that is cut off: "slow", or "room" for others.
@@ -101,15 +106,21 @@ class Readers:
         for watched, behind in list(self._behind.items()):
             if now - behind.looked_at >= self.patience_s:
                 taken = watched.num_taken
-                if taken - behind.taken < self.rate * (now - behind.looked_at):
+                is_slow = taken - behind.taken < self.rate * (now - behind.looked_at)
+                if is_slow and now - behind.looked_at >= self._patience(behind.taken):
                     self._cut(watched, "slow")
                     continue
-                behind.looked_at, behind.taken = now, taken
+                if not is_slow:
+                    behind.looked_at, behind.taken = now, taken
             held += watched.get_write_buffer_size()
         if held > self.most_bytes:
             self._make_room(held, now)
         if self._behind:
             self._tick(loop)
+
+    def _patience(self, taken: int) -> float:
+        """Seconds for one that has taken so much before, all of which may lie in its buffer."""
+        return min(self.patience_s + OPENS * taken / max(self.rate, 1), LONGEST * self.patience_s)
 
     def _make_room(self, held: int, now: float) -> None:
         """Cut off until there is room: of the address that holds most, the connection that holds most."""
