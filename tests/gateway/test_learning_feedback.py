@@ -176,6 +176,8 @@ def model(name):
 
 
 def run(tmp_path, work, strategies=None, made=None, **fields):
+    # A store makes no folder.
+    tmp_path.mkdir(exist_ok=True)
     config = GatewayConfig(
         models=(model("small"), model("large")), store=str(tmp_path / "g.db"), embedder=Hashed.Config(dim=8),
         strategies=strategies or {"ucb": StrategyConfig(use="linucb", timeout_s=5.0)}, **fields,
