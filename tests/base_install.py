@@ -61,6 +61,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "adapters recommend x": "lm",
     "adapters merge x --out y": "lm",
     "adapters export x y --out z": "lm",
+    "adapters route x y": "lm",
     "convert x y --to native": "lm",
     "oracle x --out x": "lm,plots",
     "serve": "serve",

@@ -17,6 +17,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "linear": "anabranch.routing.score:LinearScore",
         "cosine": "anabranch.routing.score:CosineScore",
         "hash": "anabranch.routing.hash_score:HashScore",
+        "glider": "anabranch.adapters.glider:GliderScore",
         "recurrent": "anabranch.experts.rmoe:RecurrentScore",
         "tempered": "anabranch.depth.duo_llm:TemperedScore",
     },
@@ -66,6 +67,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "linear": {
         "dense": "anabranch.nn.linear:Dense",
         "low_rank": "anabranch.adapters:LowRank",
+        "gated_low_rank": "anabranch.adapters.glider:GatedLowRank",
         "dora": "anabranch.adapters:Dora",
         "scaling": "anabranch.adapters:Scaling",
         "skilled_low_rank": "anabranch.adapters:SkilledLowRank",
@@ -176,6 +178,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "adapter_method": {
         "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",
+        "gate": "anabranch.adapters.glider.gates:GateMethod",
         "lora": "anabranch.adapters.adapt.lora:Lora",
         "lora_mixer": "anabranch.adapters.adapt.mixtures:LoraMixer",
         "mhr": "anabranch.adapters.mhr.method:Mhr",

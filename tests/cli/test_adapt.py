@@ -1,8 +1,10 @@
 """``anabranch adapt``, from rows to an adapter that others read."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.numpy import load_file
 
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface
@@ -222,3 +224,45 @@ def test_mixtures_that_cannot_be(here, base, options, message):
     code, _, err = here("adapt", base / "base", base / "rows.jsonl", "--out", base / "none", *options, *QUICK)
     assert (code, message in err) == (2, True), err
     assert not (base / "none").exists()
+
+
+def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
+    """From training each adapter and its gates apart to the command that says which of them a query is for."""
+    asked = {
+        "law": ["Name the law of a case.", "Say which law a case falls under."],
+        "sql": "Write SQL for a question.",
+    }
+    for seed, (name, texts) in enumerate(asked.items()):
+        given = ["--rank", 2, "--seed", seed, "--out", base / f"pool-{name}", "--steps", 4]
+        adapted(here, base / "base", base / "rows.jsonl", *given)
+        lora = base / f"pool-{name}" / "adapter"
+        (lora / "glider.json").write_text(json.dumps({"instructions": texts}))
+        gate = ["--method", "gate", f"--set=method.adapter={lora}", "--out", base / f"gate-{name}", "--steps", 4]
+        told = adapted(here, base / "base", base / "rows.jsonl", *gate)
+        assert (told["method"], told["form"]) == ("gate", "peft")
+        # The adapter is what it was; a gate of each of the four layers of both blocks was learned.
+        assert told["parameters"] == 2 * 4 * 32
+        shutil.copytree(base / f"gate-{name}" / "adapter", base / "pool" / name)
+        before, after = (load_file(path / "adapter_model.safetensors") for path in (lora, base / "pool" / name))
+        assert before.keys() == after.keys()
+        assert all((before[key] == after[key]).all() for key in before)
+    code, out, err = here("adapters", "route", base / "pool", "which law is it", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert [one["name"] for one in told["experts"]] == ["law", "sql"] == [one["name"] for one in told["retrieved"]]
+    assert told["calibration"]["members"] == 2
+    assert told["weights"] == {}
+    code, out, err = here("adapters", "route", base / "pool", "which law is it", "--model", base / "base", "--json")
+    assert code == 0, err
+    assert sum(one["weight"] for one in json.loads(out)["experts"]) == pytest.approx(1, abs=1e-5)
+    code, out, err = here("adapters", "route", base / "pool", "which law is it", "--model", base / "base")
+    assert code == 0, err
+    assert "law" in out
+    assert "global share" in out
+    for line, message in (
+        ((base / "rows.jsonl", "x"), "no pool at"),
+        ((base, "x"), "has no folder with adapter_config.json"),
+        ((base / "pool", " "), "there is nothing to route"),
+    ):
+        code, _, err = here("adapters", "route", *line)
+        assert (code, message in err) == (2, True), err

@@ -145,6 +145,9 @@ adapters merge text --method dare --seed {HUGE} --out z
 adapters export trained text --out z
 adapters export trained --out z
 adapters export trained --rank 2 --out z
+adapters route trained x
+adapters route nowhere x --model trained
+adapters route trained ''
 experts fit-predictor trained no.npz --out z
 experts fit-predictor trained text --out z --expert-budget nan
 experts fit-predictor trained holes.parquet --out z

@@ -33,7 +33,7 @@ __all__ = ["CONFIG", "WEIGHTS", "Adapter", "described", "read_peft", "write_peft
 CONFIG = "adapter_config.json"
 _PROMPT = "prompt_embeddings"
 # What may lie in a folder that another adapter takes the place of.
-_OURS = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md")
+_OURS = re.compile(rf"{re.escape(CONFIG)}|{re.escape(WEIGHTS)}|README\.md|glider\.(json|safetensors)")
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.by_row import telling
 from anabranch.bounds import shown
 from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
@@ -108,43 +109,6 @@ def on_tasks(model: Decoder, names: str | Sequence[str | None], *, unknown: Unkn
     one = isinstance(names, str)
     numbers = numbers_of([names] if isinstance(names, str) else names, known, unknown)
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token_BL = args[0] if args else kwargs["token_BL"]
-        batch, length = token_BL.shape
-        cache = kwargs.get("cache")
-        if one:
-            number_B = torch.tensor(numbers * batch)
-        elif cache is None:
-            number_B = _spread(numbers, batch)
-        else:
-            # With the cache, which knows which of its rows left, or were repeated.
-            if TASK not in cache.state:
-                cache.state[TASK] = _Rows(_spread(numbers, batch))
-            number_B = cache.state[TASK].number_B
-        kwargs["state"] = {**(kwargs.get("state") or {}), **told_tasks(number_B.to(token_BL.device), length)}
-        return args, kwargs
-
-    handle = model.register_forward_pre_hook(begin, with_kwargs=True)
-    try:
+    number_B = torch.tensor(numbers, dtype=torch.int64)
+    with telling(model, TASK, number_B, told_tasks, what="tasks", for_all=one):
         yield
-    finally:
-        handle.remove()
-
-
-class _Rows:
-    """The numbers of the rows of a cache."""
-
-    def __init__(self, number_B: Tensor) -> None:
-        self.number_B = number_B
-
-    def keep_rows(self, row_B: Tensor) -> None:
-        """As the cache's."""
-        self.number_B = self.number_B[row_B.cpu()]
-
-
-def _spread(numbers: list[int], batch: int) -> Tensor:
-    """number_B for a batch that has each row once, or each equally often in a row."""
-    times, rest = divmod(batch, len(numbers)) if numbers else (0, batch)
-    if rest or not times:
-        raise InputError(f"a pass has {batch} rows, and {len(numbers)} tasks are told; tell one for each row")
-    return torch.tensor(numbers).repeat_interleave(times)

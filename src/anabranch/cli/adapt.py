@@ -54,7 +54,8 @@ def adapt(
     method: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="lora, poly, mhr, dynmole, lora_mixer, or another that is installed. Default: lora."
+            metavar="NAME",
+            help="lora, poly, mhr, dynmole, lora_mixer, gate, or another that is installed. Default: lora.",
         ),
     ] = None,
     targets: Annotated[

@@ -62,7 +62,7 @@ def load_mixture(
     model of ours), which then have precedence.
 
     Args:
-        folders: of peft's, at least two, by name.
+        folders: of peft's, at least two, by name; one will do for a ``router`` that is given.
         model: one of ours, or a module of torch whose linear layers have the names that the adapters say.
         top_k: experts of a token after training; None for 3, or all where there are fewer.
         loss: of the routers; None for the default, with the same ``top_k``.
@@ -80,7 +80,7 @@ def load_mixture(
 
     Warns (UserWarning) where adapters say that they were trained on different models.
     """
-    if len(folders) < 2:
+    if len(folders) < (2 if router is None else 1):
         raise ConfigError(f"a router needs at least 2 experts to choose from, and there are {len(folders)}")
     if top_k is not None:
         check_top_k(top_k, len(folders))

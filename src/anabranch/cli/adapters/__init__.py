@@ -6,6 +6,7 @@ from anabranch.cli.adapters.card import card
 from anabranch.cli.adapters.catalogue import estimate, list_methods, recommend
 from anabranch.cli.adapters.export import export
 from anabranch.cli.adapters.merge import merge
+from anabranch.cli.adapters.route import route
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,3 +23,4 @@ app.command("estimate")(estimate)
 app.command("recommend")(recommend)
 app.command("merge")(merge)
 app.command("export")(export)
+app.command("route")(route)

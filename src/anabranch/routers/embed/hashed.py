@@ -5,8 +5,6 @@ collisions cancel on average. ``fit`` learns how rare what falls into a bucket i
 """
 # Shapes: N texts, D buckets, F features of one text
 
-import re
-import zlib
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -14,10 +12,9 @@ import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.errors import CheckpointError
+from anabranch.hashed_text import hashed_text
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.embed.embedder import Embedder
-
-_WORD = re.compile(r"\w+")
 
 
 class Hashed(Embedder, kind="hashed"):
@@ -68,16 +65,9 @@ class Hashed(Embedder, kind="hashed"):
 
     def _features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Buckets of the different words and pairs of a text, and their signed weights."""
-        words = [word.encode() for word in _WORD.findall(text.casefold())[: self.config.max_words]]
-        hashes = [zlib.crc32(word) for word in words]
-        if self.config.pairs:
-            hashes += [zlib.crc32(b" " + second, first) for first, second in zip(hashes[:-1], words[1:], strict=True)]
-        hash_F, count_F = np.unique(np.array(hashes, np.uint64), return_counts=True)
-        # A CRC's low bits are not free of each other.
-        mixed_F = (hash_F * np.uint64(0x9E3779B1)) & np.uint64(0xFFFFFFFF)
-        sign_F = np.where(mixed_F >> np.uint64(31), 1.0, -1.0)
-        bucket_F = ((mixed_F & np.uint64(0x7FFFFFFF)) * np.uint64(self.dim)) >> np.uint64(31)
-        return bucket_F.astype(np.int64), sign_F * (1 + np.log(count_F))
+        config = self.config
+        bucket_F, count_F = hashed_text(text, self.dim, pairs=config.pairs, max_words=config.max_words)
+        return bucket_F, np.sign(count_F) * (1 + np.log(np.abs(count_F)))
 
     def state(self) -> tuple[Arrays, Facts]:
         """The weights of the buckets."""

@@ -1,0 +1,100 @@
+"""What a contributor adds to a folder of peft's: ``glider.json`` (instructions) and ``glider.safetensors`` (a gate for each layer).
+
+describe_expert("my-lora", instruction="Write SQL that answers a question about a table.")
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from anabranch.adapters.glider.vectors import check_gates
+from anabranch.adapters.peft_folder import CONFIG
+from anabranch.bounds import shown
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.files import atomic_write, atomic_write_json
+from anabranch.lm.shards import write_file
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json
+
+__all__ = ["Described", "describe_expert", "expert_folders", "read_described", "texts_of"]
+
+CARD, GATES = "glider.json", "glider.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """What a folder says of its adapter.
+
+    Attributes:
+        instructions: the first is the adapter's; others are other wordings of it.
+        gates: by the names of transformers' modules; None where there are none.
+    """
+
+    instructions: tuple[str, ...] = ()
+    gates: Mapping[str, Tensor] | None = field(default=None)
+
+
+def texts_of(instruction: str | Sequence[str] | None, what: str) -> tuple[str, ...]:
+    """One wording or several. Raises ConfigError for what is no text, or an empty one."""
+    texts = () if instruction is None else (instruction,) if isinstance(instruction, str) else tuple(instruction)
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"the instruction of {what} is {shown(text)}; it must be a text, or several wordings")
+    return texts
+
+
+def describe_expert(
+    folder: str | Path,
+    *,
+    instruction: str | Sequence[str] | None = None,
+    gate: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an instruction (or several wordings), gates, or both beside the adapter in ``folder``; what is not told stays.
+
+    Raises ConfigError for gates that do not fit the adapter and instructions that are no texts, CheckpointError where there is no adapter.
+    """
+    place = Path(folder)
+    if not (place / CONFIG).is_file():
+        raise CheckpointError(f"no adapter at {place}: it has no {CONFIG}")
+    texts = texts_of(instruction, str(folder))
+    if gate is not None:
+        check_gates(gate, folder)
+        tensors = {module: gate_C.detach().contiguous() for module, gate_C in gate.items()}
+        atomic_write(place / GATES, lambda temporary: write_file(temporary, tensors))
+    if texts:
+        atomic_write_json(place / CARD, {"schema": 1, "instructions": list(texts)})
+
+
+def read_described(folder: str | Path) -> Described:
+    """What `describe_expert` wrote; nothing where it did not. Raises CheckpointError for files that are damaged."""
+    place = Path(folder)
+    texts: tuple[str, ...] = ()
+    if (place / CARD).is_file():
+        table = read_json(place / CARD)
+        told = table.get("instructions", [])
+        if not isinstance(told, list | str):
+            raise CheckpointError(f"{place / CARD}: instructions is {shown(told)}; it must be a list of texts")
+        try:
+            texts = texts_of(told, str(place / CARD))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+    if not (place / GATES).is_file():
+        return Described(texts)
+    files = SafetensorsFiles([place / GATES])
+    gates = {name: files.read(name) for name in files.names}
+    for name, gate_C in gates.items():
+        if gate_C.dtype not in FLOATS or gate_C.dim() != 1 or not bool(gate_C.isfinite().all()):
+            raise CheckpointError(f"{place / GATES}: {name} is no row of finite numbers")
+    return Described(texts, gates)
+
+
+def expert_folders(folder: str | Path) -> dict[str, Path]:
+    """The folders of adapters in ``folder``, by name, sorted. Raises CheckpointError where there are none."""
+    place = Path(folder)
+    if not place.is_dir():
+        raise CheckpointError(f"no pool at {place}: it must be a folder whose folders are adapters of peft's")
+    found = {path.name: path for path in sorted(place.iterdir()) if (path / CONFIG).is_file()}
+    if not found:
+        raise CheckpointError(f"{place} has no folder with {CONFIG}; a pool is a folder of adapters of peft's")
+    return found

@@ -1,0 +1,191 @@
+"""`Matcher`: which experts an instruction is nearest to, and how much that is to count. Knows no model."""
+# Shapes: E experts, D dimensions of a text's vector, Q queries
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anabranch.adapters.glider.calibration import Calibration, calibrate, thinned
+from anabranch.adapters.glider.embed import TextEmbedder, TextFeatures, embedded
+from anabranch.errors import ConfigError
+from anabranch.extras import extras
+
+__all__ = ["Match", "Matcher"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """An expert that was found.
+
+    Attributes:
+        name: its name.
+        cosine: of its instruction and the query's.
+    """
+
+    name: str
+    cosine: float
+
+
+class Matcher:
+    """Instructions of experts by name, and cosines with those of queries.
+
+    Args:
+        embedder: see `embedded`; None for `TextFeatures`.
+        writer: makes the instruction of a query that comes without one; None takes the query itself.
+        cached: queries whose vectors are kept.
+        many: experts from which on a graph finds neighbours, where the extra ``graph`` is installed.
+    """
+
+    def __init__(
+        self,
+        embedder: TextEmbedder | Callable[[Sequence[str]], Any] | None = None,
+        writer: Callable[[str], str] | None = None,
+        *,
+        cached: int = 4096,
+        many: int = 2048,
+    ) -> None:
+        self.embedder: Any = TextFeatures() if embedder is None else embedder
+        self.writer, self.cached, self.many = writer, cached, many
+        self.texts: dict[str, tuple[str, ...]] = {}
+        # Unit vectors, by name; None for an expert without an instruction.
+        self.vectors: dict[str, np.ndarray | None] = {}
+        self.written = 0
+        self._seen: OrderedDict[tuple[str, str | None], tuple[str, np.ndarray]] = OrderedDict()
+        self._stacked: tuple[list[str], np.ndarray] | None = None
+        self._index: Any = None
+        self._calibration: Calibration | None = None
+
+    def add(self, name: str, texts: Sequence[str]) -> None:
+        """An expert with these wordings; none for one that the global router does not know. No other vector changes."""
+        vector_D = self._vector_of(name, texts)
+        self.vectors[name], self.texts[name] = vector_D, tuple(texts)
+        index = self._index
+        self._changed()
+        if index is not None:
+            # Ids of the graph are places among those with an instruction, of whom it is the last.
+            self._index = index
+            if vector_D is not None:
+                index.add(vector_D[None])
+
+    def remove(self, name: str) -> None:
+        """Without the expert. No other vector changes."""
+        del self.texts[name], self.vectors[name]
+        self._changed()
+
+    def fit(self) -> None:
+        """Let an embedder that learns how rare features are (`TextFeatures`) learn it from the wordings, and embed them again."""
+        if not hasattr(self.embedder, "fit"):
+            return
+        self.embedder.fit([text for texts in self.texts.values() for text in texts])
+        self._seen.clear()
+        self.vectors = {}
+        self._changed()
+        for name, texts in self.texts.items():
+            self.vectors[name] = self._vector_of(name, texts)
+        self._changed()
+
+    def _vector_of(self, name: str, texts: Sequence[str]) -> np.ndarray | None:
+        if not texts:
+            return None
+        vector_D: np.ndarray = embedded(self.embedder, texts[:1], self.dim)[0]
+        if not vector_D.any():
+            warnings.warn(
+                f"the instruction of {name!r} has a vector of length 0, so that no query finds it: its global score is 0",
+                stacklevel=4,
+            )
+        return vector_D
+
+    @property
+    def dim(self) -> int | None:
+        """D; None where no expert has an instruction."""
+        return next((len(vector_D) for vector_D in self.vectors.values() if vector_D is not None), None)
+
+    def _changed(self) -> None:
+        self._stacked = self._index = self._calibration = None
+
+    def members(self) -> tuple[list[str], np.ndarray]:
+        """(names, vectors ``[M, D]``) of the experts with an instruction."""
+        if self._stacked is None:
+            known = {name: vector_D for name, vector_D in self.vectors.items() if vector_D is not None}
+            self._stacked = list(known), np.stack(list(known.values())) if known else np.zeros((0, 1), np.float32)
+        return self._stacked
+
+    def instruct(self, query: str, instruction: str | None = None) -> tuple[str, np.ndarray]:
+        """(instruction, its unit vector) of a query: as told (a system prompt), or as the writer writes it; kept for the next time."""
+        key = (query, instruction) if instruction is None else ("", instruction)
+        if key in self._seen:
+            self._seen.move_to_end(key)
+            return self._seen[key]
+        text = instruction
+        if text is None:
+            text = query if self.writer is None else self.writer(query)
+            self.written += self.writer is not None
+            if not isinstance(text, str):
+                raise ConfigError(f"the writer gave a {type(text).__name__} for a query; it must be a text")
+        found = text, embedded(self.embedder, [text], self.dim)[0]
+        if self.dim is not None and not found[1].any():
+            warnings.warn("the instruction of a query has a vector of length 0: all global scores are 0", stacklevel=4)
+        self._seen[key] = found
+        while len(self._seen) > self.cached:
+            self._seen.popitem(last=False)
+        return found
+
+    def cosines(self, query: str, instruction: str | None = None) -> dict[str, float]:
+        """By expert, in the order they were added; 0 for one without an instruction."""
+        names, vector_MD = self.members()
+        found = dict.fromkeys(self.vectors, 0.0)
+        if names:
+            found |= dict(zip(names, (vector_MD @ self.instruct(query, instruction)[1]).tolist(), strict=True))
+        return found
+
+    def retrieve(
+        self, query: str, k: int = 1, *, instruction: str | None = None, exact: bool | None = None
+    ) -> list[Match]:
+        """The ``k`` experts whose instructions are nearest, best first; fewer where fewer have one. Ties go to what was added first.
+
+        Args:
+            query: the text.
+            k: how many.
+            instruction: in the place of what the writer would write.
+            exact: compare with all, or ask a graph (`anabranch.graph.HNSW`, approximate); None for a graph from ``many`` experts on.
+        """
+        if k < 1:
+            raise ConfigError(f"k is {k}; it must be at least 1")
+        names, vector_MD = self.members()
+        if not names:
+            return []
+        vector_D, k = self.instruct(query, instruction)[1], min(k, len(names))
+        if exact is None:
+            exact = len(names) < self.many or bool(extras()["graph"].missing)
+        if exact:
+            cosine_M = vector_MD @ vector_D
+            order = np.argsort(-cosine_M, kind="stable")[:k]
+            return [Match(names[number], float(cosine_M[number])) for number in order]
+        ids, _ = self._graph().search(vector_D, k=k)
+        found = [int(number) for number in np.asarray(ids).reshape(-1) if number >= 0]
+        return [Match(names[number], float(vector_MD[number] @ vector_D)) for number in found]
+
+    def _graph(self) -> Any:
+        if self._index is None:
+            from anabranch.graph import HNSW
+
+            _, vector_MD = self.members()
+            self._index = HNSW(vector_MD.shape[1], metric="cosine")
+            self._index.add(vector_MD)
+        return self._index
+
+    def calibration(self) -> Calibration:
+        """See `calibrate`, of the experts as they are; kept until one comes or goes. Raises ConfigError for fewer than two."""
+        if self._calibration is None:
+            names, vector_MD = self.members()
+            own = [number for number, name in enumerate(names) if len(self.texts[name]) > 1]
+            wordings: Mapping[int, Sequence[str]] = {
+                number: self.texts[name][1:] or thinned(self.texts[name][0]) for number, name in enumerate(names)
+            }
+            worded = {number: embedded(self.embedder, texts, self.dim) for number, texts in wordings.items() if texts}
+            self._calibration = calibrate(vector_MD, worded, own=own)
+        return self._calibration

@@ -1,0 +1,347 @@
+"""`GliderPool`: LoRA adapters that were trained apart, and two routers over them: by the query as a whole, and by each token.
+
+pool = GliderPool()
+pool.add("sql-lora", instruction="Write SQL that answers a question about a table.")
+pool.add("law-lora", gate=gates, instruction=["Say which law applies.", "Name the statute that a case falls under."])
+pool.onto(model)
+model(token_BL, state=pool.rows(["how many users are there?", None], token_BL.shape[1]))
+with pool.answering(queries):
+    generate(model, prompts)
+"""
+# Shapes: B rows, L positions, E experts, C inputs
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from anabranch.adapters.attach import unload
+from anabranch.adapters.attached import ATTACHED, attached_on
+from anabranch.adapters.by_row import telling
+from anabranch.adapters.glider.calibration import Calibration
+from anabranch.adapters.glider.embed import TextEmbedder
+from anabranch.adapters.glider.folder import expert_folders, read_described, texts_of
+from anabranch.adapters.glider.matcher import Match, Matcher
+from anabranch.adapters.glider.score import GliderScore, Local, bias_rows
+from anabranch.adapters.glider.vectors import arrow_prototype, check_gates, standardised
+from anabranch.adapters.glider.writing import Example, prompt_of
+from anabranch.adapters.lora_mixer import MixedLowRank, load_mixture, mixed_layers
+from anabranch.adapters.peft_folder import CONFIG
+from anabranch.config import Config, Field, configclass
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import read_json
+from anabranch.routing import HybridEntropy, Router, Select, TopK
+
+__all__ = ["GliderConfig", "GliderPool"]
+
+_TOLD = "glider.rows"
+
+
+@configclass
+class GliderConfig(Config):
+    """How experts are chosen.
+
+    Attributes:
+        local: by token: gates (``phatgoose``; an expert without one gets its Arrow prototype), ``arrow`` prototypes alone, or ``none``.
+        instruction: whether the query as a whole counts.
+        top_k: experts of a token; None for 2, or 1 where there is one.
+        top_p: in place of ``top_k``: as few as hold so much of the softmax.
+        weight: a, what cosines are multiplied by; None for ``gamma + beta`` where the best cosine is at least the threshold, and ``beta``
+            elsewhere.
+        gamma, beta: see ``weight``.
+        threshold: p; None for what `GliderPool.calibrate` finds.
+        temperature: of ``arrow``; the reference's is 10, peft's 1.
+    """
+
+    local: Local = "phatgoose"
+    instruction: bool = True
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    weight: float | None = Field(default=None, ge=0)
+    gamma: float = Field(default=100.0, ge=0)
+    beta: float = Field(default=3.0, ge=0)
+    threshold: float | None = Field(default=None, ge=-1, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_p is not None:
+            raise ConfigError(f"top_k is {self.top_k} and top_p is {self.top_p}; give one of them")
+
+    def router(self, num_experts: int) -> Router.Config:
+        """For each matrix. Raises ConfigError for ``top_k`` above the number of experts."""
+        select: Select.Config
+        if self.top_p is not None:
+            select = HybridEntropy.Config(
+                top_p=self.top_p, keep_top_k=1, entropy_threshold=1.0, nucleus="inclusive", normalize="sum"
+            )
+        else:
+            select = TopK.Config(top_k=min(2, num_experts) if self.top_k is None else self.top_k, normalize="sum")
+        score = GliderScore.Config(local=self.local, temperature=self.temperature)
+        router = Router.Config(score=score, select=select, balance=())
+        router.check(num_experts)
+        return router
+
+
+@dataclass(frozen=True, eq=False)
+class _Expert:
+    folder: Path
+    base: str | None
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class GliderPool:
+    """Experts by name, what finds them, and the model that they are on.
+
+    Args:
+        config: how they are chosen.
+        embedder: of instructions, see `embedded`; None for `TextFeatures`, which needs nothing.
+        writer: makes an instruction of a query, or of an expert's examples: a text in, a text out. None takes the query itself.
+        cached: queries whose vectors are kept.
+    """
+
+    def __init__(
+        self,
+        config: GliderConfig | None = None,
+        *,
+        embedder: TextEmbedder | Callable[[Sequence[str]], Any] | None = None,
+        writer: Callable[[str], str] | None = None,
+        cached: int = 4096,
+    ) -> None:
+        self.config = GliderConfig() if config is None else config
+        self.matcher = Matcher(embedder, writer, cached=cached)
+        self._experts: dict[str, _Expert] = {}
+        self._model: Decoder | None = None
+        self._family: str | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path, config: GliderConfig | None = None, **options: Any) -> Self:
+        """The pool of all adapters in ``folder``, each with what `describe_expert` wrote; the embedder is fitted to their instructions.
+
+        Raises as `add`, and CheckpointError where there are none.
+        """
+        pool = cls(config, **options)
+        for name, place in expert_folders(folder).items():
+            pool.add(place, name=name)
+        pool.matcher.fit()
+        return pool
+
+    # Experts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order they were added, which is that of their numbers."""
+        return tuple(self._experts)
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def add(
+        self,
+        lora: str | Path,
+        gate: Mapping[str, Tensor] | None = None,
+        instruction: str | Sequence[str] | None = None,
+        examples: Sequence[Example] | None = None,
+        *,
+        name: str | None = None,
+    ) -> str:
+        """An expert more; no other expert's vectors change. Returns its name.
+
+        Where the model is on already (`onto`), the expert is put beside it.
+
+        Args:
+            lora: a folder of peft's with plain LoRA.
+            gate: of each linear layer by the name of transformers' module, as they were trained, ``[C]``; None for those in the folder, and
+                Arrow prototypes where there are none.
+            instruction: what its task is, in a sentence or two; further ones are other wordings, by which the pool is calibrated. None for
+                those in the folder; without any, the global score of the expert is 0.
+            examples: (input, output) pairs of its task, from which the writer makes the instruction.
+            name: None for the folder's.
+
+        Raises:
+            ConfigError: a name that there is already, another base model than the others', gates that do not fit, both an instruction and
+                examples, examples without a writer, an embedder that gives other vectors.
+            CheckpointError: no adapter there, or a damaged one.
+        """
+        folder = Path(lora)
+        name = folder.name if name is None else name
+        if name in self._experts:
+            raise ConfigError(f"expert {name!r} is in the pool already; remove it first, or give the other a name")
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"no adapter at {folder}: it has no {CONFIG}")
+        base = read_json(folder / CONFIG).get("base_model_name_or_path")
+        self._check_base(name, base)
+        if instruction is not None and examples is not None:
+            raise ConfigError(f"expert {name!r} has an instruction and examples to make one of; give one of them")
+        found = read_described(folder)
+        if gate is not None:
+            check_gates(gate, folder)
+        gates = found.gates if gate is None else gate
+        if examples is not None:
+            if self.matcher.writer is None:
+                raise ConfigError(
+                    f"expert {name!r} has examples, and the pool has no writer to make an instruction of them"
+                )
+            instruction = self.matcher.writer(prompt_of(examples))
+        texts = found.instructions if instruction is None else texts_of(instruction, f"expert {name!r}")
+        self.matcher.add(name, texts)
+        self._experts[name] = _Expert(folder, base if isinstance(base, str) else None, dict(gates or {}))
+        model = self._on
+        try:
+            self._put_again(model)
+        except Exception:
+            # The others go back to where they were.
+            self._forget(name)
+            self._put_again(model)
+            raise
+        return name
+
+    def remove(self, name: str) -> None:
+        """One expert less; no other expert's vectors change. Raises ConfigError for a name that there is not.
+
+        The model that they were put on loses it too; the last one leaves the base.
+        """
+        if name not in self._experts:
+            known = ", ".join(map(repr, self._experts)) or "none"
+            raise ConfigError(f"expert {name!r} is not in the pool; there are {known}")
+        self._forget(name)
+        self._put_again(self._on)
+
+    def _forget(self, name: str) -> None:
+        del self._experts[name]
+        self.matcher.remove(name)
+
+    def _check_base(self, name: str, base: Any) -> None:
+        for other, expert in self._experts.items():
+            if expert.base and base and expert.base != base:
+                raise ConfigError(
+                    f"expert {name!r} was trained on {base!r}, and {other!r} on {expert.base!r}; a pool is of one base model"
+                )
+
+    # On a model
+
+    def onto(self, model: Decoder, *, family: str | None = None) -> Decoder:
+        """Put the experts beside the matrices of ``model``, in place, each with its vector, and return the model.
+
+        Rows that are told nothing are routed by token alone. Rows may still be told their experts (`rows_for`), which has precedence. The
+        pool goes on with this model alone, if it was on another.
+
+        Raises ConfigError for an empty pool, ``top_k`` above the number of experts, and as `load_mixture`.
+        """
+        if not self._experts:
+            raise ConfigError("the pool has no experts; add one first")
+        if self._on is model:
+            unload(model)
+        folders = {name: expert.folder for name, expert in self._experts.items()}
+        load_mixture(folders, model, router=self.config.router(len(self)), groups={}, family=family)
+        self._model, self._family = model, family
+        module_of = {place.part: module for module, place in attached_on(model).names.places.items()}
+        for part, layer in self.layers().items():
+            assert layer.router is not None
+            score: Any = layer.router.score
+            for number, expert in enumerate(self._experts.values()):
+                if number in layer.config.closed:
+                    continue
+                gate_C = expert.gates.get(module_of[part])
+                vector_C, unsigned = self._vector(layer, number, gate_C)
+                score.vectors.data[number] = vector_C.to(score.vectors)
+                score.unsigned_E[number] = unsigned
+        return model
+
+    def _vector(self, layer: MixedLowRank, number: int, gate_C: Tensor | None) -> tuple[Tensor, bool]:
+        """(v_C, whether it has no sign)."""
+        if self.config.local == "phatgoose" and gate_C is not None:
+            return standardised(gate_C), False
+        vector_C = arrow_prototype(layer.pool.pair(number))
+        return (vector_C, True) if self.config.local == "arrow" else (standardised(vector_C), True)
+
+    @property
+    def _on(self) -> Decoder | None:
+        model = self._model
+        return model if model is not None and getattr(model, ATTACHED, None) is not None else None
+
+    @property
+    def model(self) -> Decoder:
+        """That the experts are on. Raises ConfigError where they are on none."""
+        if self._on is None:
+            raise ConfigError("the experts of the pool are on no model; put them on with onto(model)")
+        return self._on
+
+    def layers(self) -> dict[str, MixedLowRank]:
+        """The routed layers of the model by what they stand beside."""
+        return mixed_layers(self.model)
+
+    def _put_again(self, model: Decoder | None) -> None:
+        if model is None:
+            return
+        if self._on is model:
+            unload(model)
+        if self._experts:
+            self.onto(model, family=self._family)
+
+    # By the query
+
+    def calibrate(self) -> Calibration:
+        """The threshold that the pool itself suggests, with its curve. Raises ConfigError where fewer than two have instructions."""
+        return self.matcher.calibration()
+
+    def weight(self, cosines: Mapping[str, float]) -> float:
+        """a for a query with these cosines: of experts with an instruction the best decides."""
+        config = self.config
+        if config.weight is not None:
+            return config.weight
+        known = [cosines[name] for name, texts in self.matcher.texts.items() if texts]
+        if not known:
+            return 0.0
+        threshold = config.threshold
+        if threshold is None and len(known) < 2:
+            # There is nobody to be left out, and nobody to be mistaken for.
+            return config.beta
+        threshold = self.calibrate().threshold if threshold is None else threshold
+        return config.beta + (config.gamma if max(known) >= threshold else 0.0)
+
+    def bias(self, queries: Sequence[str | None], instructions: Sequence[str | None] | None = None) -> Tensor:
+        """bias_BE: a times the cosine of each row's query and each expert's instruction; 0 for a row without a query.
+
+        Args:
+            queries: of each row; None for token by token alone.
+            instructions: of each query, in the place of what the writer would write: a system prompt, say.
+        """
+        told = [None] * len(queries) if instructions is None else list(instructions)
+        if len(told) != len(queries):
+            raise ConfigError(f"there are {len(told)} instructions for {len(queries)} queries; give one for each")
+        rows = []
+        for query, instruction in zip(queries, told, strict=True):
+            if not self.config.instruction or (query is None and instruction is None):
+                rows.append([0.0] * len(self))
+                continue
+            cosines = self.matcher.cosines(query or "", instruction)
+            weight = self.weight(cosines)
+            rows.append([weight * cosine for cosine in cosines.values()])
+        return torch.tensor(rows, dtype=torch.float32).view(len(queries), len(self))
+
+    def rows(
+        self, queries: Sequence[str | None], length: int, *, instructions: Sequence[str | None] | None = None
+    ) -> dict[str, Tensor]:
+        """The ``state`` of a forward pass of L positions whose rows ask these; see `bias`."""
+        device = self.model.embedding.weight.device
+        return bias_rows(self.bias(queries, instructions).to(device), length)
+
+    @contextmanager
+    def answering(
+        self, queries: Sequence[str | None], *, instructions: Sequence[str | None] | None = None
+    ) -> Iterator[None]:
+        """Every pass of the model in this block has rows that ask these, through caches too: for `generate` and whoever else calls it."""
+        bias_BE = self.bias(queries, instructions)
+        with telling(self.model, _TOLD, bias_BE, bias_rows, what="queries"):
+            yield
+
+    def retrieve(
+        self, query: str, k: int = 1, *, instruction: str | None = None, exact: bool | None = None
+    ) -> list[Match]:
+        """The experts whose instructions are nearest to the query's, for servers that take one adapter per request; see `Matcher`."""
+        return self.matcher.retrieve(query, k, instruction=instruction, exact=exact)

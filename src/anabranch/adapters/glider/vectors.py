@@ -1,0 +1,101 @@
+"""Vectors by which tokens find adapters: gates made comparable, Arrow prototypes, mean activations."""
+# Shapes: C inputs, O outputs, R rank, B rows, L positions
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anabranch.adapters.attached import attached_on
+from anabranch.adapters.low_rank import Pair
+from anabranch.adapters.peft_folder import Adapter, read_peft
+from anabranch.adapters.pooled import load_pool
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.linear import Added
+
+__all__ = ["arrow_prototype", "check_gates", "mean_activations", "standardised"]
+
+
+def standardised(gate_C: Tensor) -> Tensor:
+    """The gate with mean 0 and variance 1, in float32 at least: gates that were trained apart become comparable. Zero stays zero."""
+    wide = torch.promote_types(gate_C.dtype, torch.float32)
+    return F.layer_norm(gate_C.to(wide), gate_C.shape)
+
+
+def arrow_prototype(pair: Pair) -> Tensor:
+    """v_C: the top right singular vector of B A, of length 1; zero where B A is zero.
+
+    B A is not formed: with A^T = Q_a R_a and B = Q_b R_b it is Q_b (R_b R_a^T) Q_a^T, and the core in brackets is R x R. Singular vectors
+    have no sign; this one's greatest component is positive. Computed in float64, given in float32 at least.
+    """
+    kind = torch.promote_types(torch.promote_types(pair.a_RC.dtype, pair.b_OR.dtype), torch.float32)
+    q_CR, r_a = torch.linalg.qr(pair.a_RC.double().T)
+    r_b = torch.linalg.qr(pair.b_OR.double()).R
+    _, s_R, v_RR = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    if not bool(s_R[0] > 0):
+        return torch.zeros(pair.a_RC.shape[1], dtype=kind, device=pair.a_RC.device)
+    v_C = q_CR @ v_RR[0]
+    return (v_C * v_C[v_C.abs().argmax()].sign()).to(kind)
+
+
+@torch.no_grad()
+def mean_activations(
+    folder: str | Path, model: Decoder, token_BL: Tensor, mask_BL: Tensor | None = None
+) -> dict[str, Tensor]:
+    """mean |u| of what goes into each matrix that the adapter adapts, by the names of transformers: a gate without training.
+
+    The base computes, without the adapter.
+
+    Args:
+        folder: of peft's.
+        model: the base, without adapters; it is left as it was.
+        token_BL: int64, text of the adapter's task.
+        mask_BL: bool, False for padding, which stands on the left.
+    """
+    from anabranch.adapters.attach import unload
+
+    load_pool({"adapter": folder}, model)
+    try:
+        places = {place.part: module for module, place in attached_on(model).names.places.items()}
+        found: dict[str, Tensor] = {}
+        hooks = [
+            module.register_forward_pre_hook(_keep(found, name, module, places, mask_BL))
+            for name, module in model.named_modules()
+            if isinstance(module, Added)
+        ]
+        try:
+            model(token_BL, token_mask_BL=mask_BL)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    finally:
+        unload(model)
+    return found
+
+
+def _keep(found: dict[str, Tensor], name: str, added: Added, places: Mapping[str, str], mask_BL: Tensor | None) -> Any:
+    def keep(_: Any, args: tuple[Any, ...]) -> None:
+        x_NC = args[0].flatten(0, -2).float()
+        if mask_BL is not None and len(x_NC) == mask_BL.numel():
+            x_NC = x_NC[mask_BL.flatten()]
+        for part in added.beside:
+            found[places[".".join([*name.split(".")[:-1], part])]] = x_NC.abs().mean(0)
+
+    return keep
+
+
+def check_gates(gates: Mapping[str, Tensor], folder: str | Path, adapter: Adapter | None = None) -> None:
+    """Raise ConfigError for gates of layers that the adapter has not, of other widths, or with numbers that are not finite."""
+    pairs = (read_peft(folder) if adapter is None else adapter).pairs
+    for module, gate_C in gates.items():
+        if module not in pairs:
+            raise ConfigError(f"a gate is for {module}, which the adapter in {folder} does not adapt")
+        width = pairs[module].a_RC.shape[1]
+        if tuple(gate_C.shape) != (width,):
+            raise ConfigError(f"the gate of {module} has shape {list(gate_C.shape)}; the layer has {width} inputs")
+        if not bool(gate_C.isfinite().all()):
+            raise ConfigError(f"the gate of {module} has numbers that are not finite")

@@ -1,0 +1,85 @@
+"""``anabranch adapters route``: which adapters of a pool a query is for, and why."""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
+from anabranch.cli.output import fact, print_json, table
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+
+
+def route(
+    pool: Annotated[
+        str,
+        typer.Argument(metavar="POOL", help="A folder of adapters' folders, with an instruction in glider.json each."),
+    ],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked.")],
+    instruction: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What is compared with the adapters' instructions. Default: the query."),
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="K", min=1, help="Adapters to show.")] = 5,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The base: it runs on the query, and tells what its tokens say of each adapter."
+        ),
+    ] = None,
+    local: Annotated[
+        Literal["phatgoose", "arrow", "none"],
+        typer.Option(help="With --model, how tokens choose: by gates, by prototypes, or not at all."),
+    ] = "phatgoose",
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which adapters of a pool are for a query: by its instruction, and with --model by its tokens too.
+
+    Example: anabranch adapters route adapters "how many users signed up in May?"
+    """
+    require("lm", by="anabranch adapters route")
+    from anabranch.adapters.glider import GliderConfig, GliderPool, explain
+
+    if not (query if instruction is None else instruction).strip():
+        raise ConfigError("there is nothing to route: the query (or --instruction) is empty")
+    made = GliderPool.load(pool, GliderConfig(local=local))
+    ids = None
+    if model is not None:
+        from anabranch.lm import load_model
+
+        base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
+        if tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer, so that the query has no tokens; leave out --model")
+        ids = tokenizer.encode_prompt(query)
+        if not ids:
+            raise ConfigError("the query has no tokens; leave out --model")
+        made.onto(base)
+    found = explain(made, query, ids, instruction=instruction)
+    is_sure = made.config.beta < found.a
+    threshold = None if _members(made) < 2 else made.calibrate()
+    told: dict[str, Any] = {"pool": pool, "query": query, **found.to_dict(), "known_task": is_sure}
+    told["experts"] = told["experts"][:top]
+    told["retrieved"] = [dict(one.__dict__) for one in made.retrieve(query, top, instruction=instruction)]
+    told["calibration"] = None if threshold is None else threshold.to_dict()
+    if as_json:
+        print_json(told)
+        return
+    fact("query", found.instruction)
+    if threshold is not None:
+        says = "is of a task that the pool has" if is_sure else "is of no task that the pool surely has"
+        fact(
+            "task", f"{says}   (threshold {threshold.threshold:.3f}, AUROC {threshold.auroc:.3f} with members left out)"
+        )
+    columns = ["adapter", "cosine"] + (["weight", "by tokens", "global share"] if ids else [])
+    rows = [
+        [one.name, f"{one.cosine:.3f}"]
+        + ([f"{one.weight:.3f}", f"{one.local_logit:.3f}", f"{one.global_share:.0%}"] if ids else [])
+        for one in found.experts[:top]
+    ]
+    table(columns, rows)
+
+
+def _members(made: Any) -> int:
+    return len(made.matcher.members()[0])

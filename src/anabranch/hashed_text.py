@@ -1,0 +1,45 @@
+"""Feature hashing: words, pairs of words and pieces of the words of a text fall into buckets with a sign. The same in every process.
+
+Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", arXiv 0902.2206: the sign, drawn by the hash too, makes
+collisions cancel on average.
+"""
+# Shapes: F different features of one text
+
+import re
+import zlib
+
+import numpy as np
+
+__all__ = ["hashed_text"]
+
+_WORD = re.compile(r"\w+")
+
+
+def hashed_text(
+    text: str, buckets: int, *, pairs: bool = True, pieces: int = 0, max_words: int = 2048
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bucket_F int64, count_F): where the features of ``text`` fall, and how often each occurs, with its sign.
+
+    Args:
+        text: any; what is no letter or digit parts words.
+        buckets: D.
+        pairs: pairs of neighbouring words too.
+        pieces: runs of so many characters of each word, with a space before and behind it, too; 0 for none.
+        max_words: words that count, the first.
+    """
+    words = [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text.casefold())[:max_words]]
+    hashes = [zlib.crc32(word) for word in words]
+    if pairs:
+        hashes += [zlib.crc32(b" " + second, first) for first, second in zip(hashes[:-1], words[1:], strict=True)]
+    if pieces:
+        # The byte in front, which no word has, keeps a piece apart from a word that is written like it.
+        for word in words:
+            run = f" {word.decode('utf-8', 'surrogatepass')} "
+            starts = range(max(1, len(run) - pieces + 1))
+            hashes += [zlib.crc32(b"\0" + run[at : at + pieces].encode("utf-8", "surrogatepass")) for at in starts]
+    hash_F, count_F = np.unique(np.array(hashes, np.uint64), return_counts=True)
+    # A CRC's low bits are not free of each other.
+    mixed_F = (hash_F * np.uint64(0x9E3779B1)) & np.uint64(0xFFFFFFFF)
+    sign_F = np.where(mixed_F >> np.uint64(31), 1.0, -1.0)
+    bucket_F = ((mixed_F & np.uint64(0x7FFFFFFF)) * np.uint64(buckets)) >> np.uint64(31)
+    return bucket_F.astype(np.int64), sign_F * count_F

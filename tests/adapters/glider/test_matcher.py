@@ -1,0 +1,198 @@
+"""Instructions to experts: cosines, caches, calibration, neighbours, texts that nobody can match."""
+
+import json
+
+import numpy as np
+import pytest
+
+from anabranch.adapters.glider import Matcher, TextFeatures
+from anabranch.adapters.glider.calibration import calibrate, thinned
+from anabranch.adapters.glider.embed import embedded
+from anabranch.errors import ConfigError
+from anabranch.routers.embed import Embedder
+from anabranch.routers.embed.hashed import Hashed
+
+TEXTS = {
+    "sql": ("Write a SQL query that answers a question about a table.", "Turn a question on a table into SQL."),
+    "law": ("Name the law that a legal case falls under.",),
+    "sum": ("Summarise a news article in one sentence.", "Write a summary, a single sentence, of the article."),
+    "none": (),
+}
+
+
+def matcher(texts=TEXTS, **options):
+    made = Matcher(**options)
+    for name, own in texts.items():
+        made.add(name, own)
+    return made
+
+
+def table(vectors):
+    """An embedder that knows these texts."""
+    return lambda texts: np.array([vectors[text] for text in texts], np.float64)
+
+
+PLANE = {"a": [1, 0], "b": [0, 1], "c": [0.6, 0.8], "q": [0.8, 0.6], "zero": [0, 0], "wide": [1, 0, 0]}
+
+
+def plane(scale=1.0, names="ab", **options):
+    vectors = {name: [scale * part for part in vector] for name, vector in PLANE.items() if name != "wide"}
+    return matcher({name: (name,) for name in names}, embedder=table(vectors), **options)
+
+
+def test_cosines_by_hand_and_whatever_the_lengths():
+    assert plane().cosines("q") == pytest.approx({"a": 0.8, "b": 0.6})
+    assert plane(37.0).cosines("q") == pytest.approx({"a": 0.8, "b": 0.6})
+    assert [one.name for one in plane(names="abc").retrieve("q", 9)] == ["c", "a", "b"]
+    assert plane(names="abc").retrieve("q", 1)[0].cosine == pytest.approx(0.96)
+
+
+def test_an_expert_without_an_instruction_scores_0():
+    found = matcher().cosines("a SQL query")
+    assert list(found) == list(TEXTS)
+    assert found["none"] == 0 < found["sql"]
+    assert "none" not in [one.name for one in matcher().retrieve("a SQL query", 9)]
+
+
+def test_a_vector_of_length_0_scores_0_and_warns():
+    with pytest.warns(UserWarning, match="the instruction of 'zero' has a vector of length 0"):
+        made = plane(names=["a", "zero"])
+    assert made.cosines("q") == pytest.approx({"a": 0.8, "zero": 0.0})
+    with pytest.warns(UserWarning, match="all global scores are 0"):
+        assert made.cosines("zero") == {"a": 0.0, "zero": 0.0}
+
+
+def test_coming_and_going_changes_no_other_vector():
+    made = matcher()
+    made.fit()
+    before = {name: None if vector is None else vector.copy() for name, vector in made.vectors.items()}
+    made.add("new", ("Translate a question into French.",))
+    assert all(np.array_equal(made.vectors[name], vector) for name, vector in before.items() if vector is not None)
+    made.remove("law")
+    assert all(made.vectors[name] is not None for name in ("sql", "sum"))
+    assert all(np.array_equal(made.vectors[name], before[name]) for name in ("sql", "sum"))
+    assert "law" not in made.cosines("law")
+    made.remove("new")
+    again = matcher({name: texts for name, texts in TEXTS.items() if name != "law"}, embedder=made.embedder)
+    assert made.cosines("a table") == again.cosines("a table")
+
+
+def test_an_instruction_is_written_once_for_a_query():
+    asked = []
+
+    def writer(query):
+        asked.append(query)
+        return "a" if "x" in query else "b"
+
+    made = plane(writer=writer, cached=2)
+    for query in ("x", "y", "x", "x"):
+        assert made.cosines(query)["a"] == (query == "x")
+    assert asked == ["x", "y"]
+    # What is told is not written; the one that was not used for longest is forgotten.
+    assert made.cosines("x", "b")["b"] == 1
+    assert asked == ["x", "y"]
+    made.cosines("y")
+    assert asked == ["x", "y", "y"]
+
+
+def test_weights_of_rare_words_count_more():
+    made = matcher({"one": ("the task sql",), "two": ("the task law",), "three": ("the task",)})
+    before = made.cosines("task sql")
+    made.fit()
+    after = made.cosines("task sql")
+    assert after["one"] > before["one"]
+    assert after["three"] < before["three"]
+    # An embedder that learns nothing stays.
+    plane().fit()
+
+
+def test_other_embedders_are_taken():
+    assert matcher(embedder=Hashed.Config(dim=256).build()).retrieve("the law of a case")[0].name == "law"
+    assert isinstance(Hashed.Config().build(), Embedder)
+
+
+@pytest.mark.parametrize(
+    ("embedder", "message"),
+    [
+        (table(PLANE | {"b": [0, 1, 0]}), "gave vectors of 3 numbers, and those of the pool have 2"),
+        (lambda texts: [1.0], r"gave shape \[1\] for 1 texts"),
+        (lambda texts: [[float("nan")]], "numbers that are not finite"),
+        (lambda texts: ["x"], "no array of numbers"),
+        (lambda texts: np.zeros((2, 4)), r"it must be \[1, dimensions\]"),
+    ],
+)
+def test_an_embedder_that_gives_something_else_is_told(embedder, message):
+    with pytest.raises(ConfigError, match=message):
+        matcher({"a": ("a",), "b": ("b",)}, embedder=embedder)
+
+
+def test_k_and_writers_are_checked():
+    with pytest.raises(ConfigError, match="k is 0; it must be at least 1"):
+        matcher().retrieve("x", 0)
+    with pytest.raises(ConfigError, match="the writer gave a NoneType"):
+        plane(writer=lambda query: None).cosines("x")
+    assert matcher({"none": ()}).retrieve("x") == []
+
+
+def test_a_graph_finds_what_all_products_find():
+    rng = np.random.default_rng(0)
+    vectors = {f"t{number}": rng.normal(size=16) for number in range(150)}
+    made = matcher({name: (name,) for name in vectors}, embedder=table(vectors), many=100)
+    agree = [
+        made.retrieve(f"t{number}", 1, exact=True)[0].name == made.retrieve(f"t{number}", 1)[0].name == f"t{number}"
+        for number in range(0, 150, 10)
+    ]
+    assert all(agree)
+    graph = made._index
+    made.add("none", ())
+    made.add("late", ("t7",))
+    assert made._index is graph is not None
+    assert {one.name for one in made.retrieve("t7", 2)} == {"t7", "late"}
+    made.remove("t7")
+    assert made._index is None
+    assert made.retrieve("t7")[0].name == "late"
+
+
+# Calibration
+
+
+def test_the_threshold_by_hand():
+    member_MD = np.eye(3)
+    worded = {0: np.array([[0.9, 0.1, 0.0]]), 1: np.array([[0.0, 0.7, 0.3]]), 2: np.array([[0.2, 0.0, 0.5]])}
+    found = calibrate(member_MD, worded, own=[0, 2])
+    # Best cosines of what is there: 0.9, 0.7, 0.5; of what was left out: 0, 0.1, 0, 0.3, 0, 0.2.
+    assert found.threshold == pytest.approx((0.5 + 0.3) / 2)
+    assert (found.auroc, found.top_1, found.worded, found.members) == (1, 1, 2, 3)
+    assert found.curve[0] == pytest.approx((0.9, 1 / 3, 0))
+    assert found.curve[3] == pytest.approx((0.3, 1, 1 / 6))
+    assert found.curve[-1] == pytest.approx((0, 1, 1))
+    assert json.loads(json.dumps(found.to_dict()))["members"] == 3
+
+
+def test_what_overlaps_has_an_area_below_1():
+    found = calibrate(np.eye(2), {0: np.array([[0.6, 0.8]]), 1: np.array([[0.0, 0.7]])})
+    # There: 0.8 and 0.7; left out: 0, 0.8, 0, 0.
+    assert found.auroc == pytest.approx((3.5 + 3) / 2 / 4)
+    assert found.top_1 == 0.5
+
+
+def test_calibration_needs_two_and_says_so():
+    with pytest.raises(ConfigError, match="1 of the pool have an instruction; at least 2 must"):
+        plane(names="a").calibration()
+    made = matcher()
+    made.fit()
+    found = made.calibration()
+    assert (found.worded, found.members) == (2, 3)
+    assert made.calibration() is found
+    made.remove("law")
+    assert made.calibration().members == 2
+
+
+def test_a_text_loses_every_second_word():
+    assert thinned("a b c d e") == ("a c e", "b d")
+    assert thinned("one") == ("one",)
+
+
+def test_lengths_are_1_or_0():
+    vector_ND = embedded(TextFeatures(), ["sql table", "..."])
+    assert np.linalg.norm(vector_ND, axis=1) == pytest.approx([1, 0], abs=1e-6)
