@@ -115,11 +115,16 @@ class PQ:
         error_S = np.linalg.norm(off_SD, axis=1)
         return are_many(error_S > LARGE * np.median(error_S))
 
-    def far_of(self, vector_ND: np.ndarray, usual_SD: np.ndarray, code_S: np.ndarray, aux_S2: np.ndarray) -> np.ndarray:
-        """Which vectors have `LARGE` times the error that is usual for others, whose codes these are: bool [N]."""
+    def usual(self, vector_SD: np.ndarray, code_S: np.ndarray, aux_S2: np.ndarray) -> np.ndarray:
+        """The error that is usual for vectors with these codes, [1]."""
         assert self.codes is not None
-        usual_S = np.linalg.norm(usual_SD - self.codes.decode(code_S[:, : self.num_parts]), axis=1)
-        return self.error_of(vector_ND) > LARGE * np.median(usual_S)
+        return np.median(
+            np.linalg.norm(vector_SD - self.codes.decode(code_S[:, : self.num_parts]), axis=1), keepdims=True
+        )
+
+    def far_of(self, vector_ND: np.ndarray, usual: np.ndarray) -> np.ndarray:
+        """Which vectors have `LARGE` times the error that is `usual`: bool [N]."""
+        return self.error_of(vector_ND) > LARGE * usual
 
     def error_of(self, vector_ND: np.ndarray) -> np.ndarray:
         """How far vectors lie from what their codes stand for, [N]."""
@@ -204,20 +209,26 @@ class Int4:
         held = self.centre_D if self.centre_GD is None else np.concatenate([self.centre_D[None], self.centre_GD])
         return self.metric == "l2" and better_centre(held, vector_SD, WORTH) is not None
 
-    def far_of(self, vector_ND: np.ndarray, usual_SD: np.ndarray, code_S: np.ndarray, aux_S2: np.ndarray) -> np.ndarray:
-        """Which vectors are `WORTH` times as large, less their centre, as is usual for others, beside whose codes this stands: bool [N]."""
-        assert self.centre_D is not None
-        if self.metric != "l2" or not len(aux_S2):
-            return np.zeros(len(vector_ND), bool)
+    def usual(self, vector_SD: np.ndarray, code_S: np.ndarray, aux_S2: np.ndarray) -> np.ndarray:
+        """How large vectors beside whose codes this stands usually are, less their centre: [1], or of each group [G]."""
         size_S = 7 * aux_S2[:, 0]
         usual = np.median(size_S)
         if self.centre_GD is None:
-            return np.abs(vector_ND - self.centre_D).max(1) > WORTH * usual
-        group_N, of_S = nearest(vector_ND, self.centre_GD), groups_in(aux_S2)
+            return np.array([usual])
         # Groups differ in width; what has too few rows says nothing of its own.
+        of_S = groups_in(aux_S2)
         sizes = [size_S[of_S == group] for group in range(len(self.centre_GD))]
-        usual_G = np.array([np.median(size) if len(size) >= LEAST else usual for size in sizes])
-        return np.abs(vector_ND - self.centre_GD[group_N]).max(1) > WORTH * usual_G[group_N]
+        return np.array([np.median(size) if len(size) >= LEAST else usual for size in sizes])
+
+    def far_of(self, vector_ND: np.ndarray, usual: np.ndarray) -> np.ndarray:
+        """Which vectors are `WORTH` times as large, less their centre, as is `usual`: bool [N]."""
+        assert self.centre_D is not None
+        if self.metric != "l2":
+            return np.zeros(len(vector_ND), bool)
+        if self.centre_GD is None:
+            return np.abs(vector_ND - self.centre_D).max(1) > WORTH * usual
+        group_N = nearest(vector_ND, self.centre_GD)
+        return np.abs(vector_ND - self.centre_GD[group_N]).max(1) > WORTH * usual[group_N]
 
     def error_of(self, vector_ND: np.ndarray) -> np.ndarray:
         """How far vectors lie from what their codes stand for, [N]."""
@@ -324,13 +335,15 @@ class Coded:
         """Whether codes that were learned say little of these vectors, or with ``strays`` of a group of them: to be learned anew."""
         return self.is_trained and self.coder.is_worn(vector_SD, strays=strays and self.trained_on >= ENOUGH)
 
-    def far_of(self, vector_ND: np.ndarray, usual_SD: np.ndarray, slot_S: np.ndarray) -> np.ndarray:
-        """Which vectors lie far from what codes were learned from, bool [N], beside vectors of slots for which that is not so."""
+    def usual(self, vector_SD: np.ndarray, slot_S: np.ndarray) -> np.ndarray | None:
+        """What is usual for vectors of slots, by which others are told to be far; None where nothing says so."""
         if not len(slot_S) or self.trained_on < ENOUGH:
-            return np.zeros(len(vector_ND), bool)
-        return self.coder.far_of(
-            vector_ND, usual_SD, self.rows[slot_S], self.aux[slot_S] if self.coder.has_aux else self.aux
-        )
+            return None
+        return self.coder.usual(vector_SD, self.rows[slot_S], self.aux[slot_S] if self.coder.has_aux else self.aux)
+
+    def far_of(self, vector_ND: np.ndarray, usual: np.ndarray) -> np.ndarray:
+        """Which vectors lie far from what codes were learned from, bool [N], by what is `usual`."""
+        return self.coder.far_of(vector_ND, usual)
 
     def error_of(self, vector_ND: np.ndarray) -> np.ndarray:
         """How far vectors lie from what their codes would stand for, [N]."""
