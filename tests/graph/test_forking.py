@@ -84,3 +84,19 @@ def test_without_numba_a_fork_waits_for_nothing(monkeypatch):
     for step in (forking.before, forking.after_in_parent, forking.after_in_child):
         step()
     assert not forking._forking
+
+
+def test_what_an_index_needs_is_loaded_with_it():
+    """A thread that loads a module as it first adds something keeps it from a process that is forked meanwhile, for ever."""
+    asked = """
+import sys
+import numpy
+from anabranch.graph.hnsw import HNSW
+had = set(sys.modules)
+index = HNSW(4, quantization="int4")
+from anabranch.graph.hnsw.checks import as_vectors
+as_vectors(numpy.ones((3, 4), "f4"), 4, "l2", "vectors")
+print(sorted(set(sys.modules) - had))
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", asked], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "[]\n", run.stderr

@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+# Numpy loads it when it is first used: a process forked by another thread meanwhile would wait for that for ever.
+from numpy import ma
+
 from anabranch.errors import InputError
 
 
@@ -16,15 +19,15 @@ def unmasked(value: Any, what: str) -> Any:
 
     Raises InputError for entries that are masked, with the place of the first.
     """
-    if isinstance(value, np.ma.MaskedArray):
-        place = np.argwhere(np.ma.getmaskarray(value))
+    if isinstance(value, ma.MaskedArray):
+        place = np.argwhere(ma.getmaskarray(value))
         if not len(place):
             return value.data
         first = f"; the first is [{', '.join(map(str, place[0].tolist()))}]" if value.ndim else ""
         raise InputError(
             f"{what} has {len(place):,} masked entries, which have no value{first}; fill them (numpy.ma.filled) or leave them out"
         )
-    if isinstance(value, list | tuple) and any(issubclass(kind, np.ma.MaskedArray) for kind in set(map(type, value))):
+    if isinstance(value, list | tuple) and any(issubclass(kind, ma.MaskedArray) for kind in set(map(type, value))):
         parts = [unmasked(part, f"{what}, entry {number},") for number, part in enumerate(value)]
         return tuple(parts) if isinstance(value, tuple) else parts
     return value
