@@ -7,12 +7,12 @@ that is the business of another thread's. Its answers are read there too, which 
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from anabranch.gateway.dispatch.upstream import Upstream
-from anabranch.gateway.providers.provider import Headers, HttpCall, Reply
+from anabranch.gateway.providers.provider import Failure, Headers, HttpCall, Reply, UpstreamError
 
 __all__ = ["BESIDE_BYTES", "UpstreamBeside"]
 
@@ -31,15 +31,11 @@ class UpstreamBeside:
 
     def __init__(self, connections: int = 0) -> None:
         self._here, self._there = Upstream(connections), Upstream(connections)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop: _Loop | None = None
 
-    def _started(self) -> asyncio.AbstractEventLoop:
+    def _started(self) -> "_Loop":
         if self._loop is None:
-            # The standard library's: while it writes, others have Python's lock.
-            self._loop = asyncio.SelectorEventLoop()
-            self._thread = threading.Thread(target=_run, args=(self._loop,), name="anabranch-large-calls", daemon=True)
-            self._thread.start()
+            self._loop = _Loop()
         return self._loop
 
     async def open(self, call: HttpCall) -> Reply:
@@ -58,73 +54,141 @@ class UpstreamBeside:
     async def close(self) -> None:
         """End all connections."""
         await self._here.close()
-        loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is not None and thread is not None:
+        loop, self._loop = self._loop, None
+        if loop is not None:
             await _Work(loop, self._there.close()).done
-            loop.call_soon_threadsafe(loop.stop)
-            await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(loop.end)
+
+
+class _Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        # The standard library's: while it writes, others have Python's lock.
+        self._loop = asyncio.SelectorEventLoop()
+        self._lock, self._is_over = threading.Lock(), False
+        self._thread = threading.Thread(target=self._run, name="anabranch-large-calls", daemon=True)
+        self._thread.start()
+
+    def post(self, work: Callable[[], object]) -> bool:
+        """Have it done there, if it still runs."""
+        with self._lock:
+            if not self._is_over:
+                self._loop.call_soon_threadsafe(work)
+            return not self._is_over
+
+    def end(self) -> None:
+        """Wait for the end of what it does, which is cancelled."""
+        self.post(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+            with self._lock:
+                self._is_over = True
+            # What was posted before that begins.
+            loop.run_until_complete(asyncio.sleep(0))
+            while left := asyncio.all_tasks(loop):
+                for task in left:
+                    task.cancel()
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        finally:
+            loop.close()
 
 
 class _ReplyBeside:
     """An answer under way in another loop."""
 
-    __slots__ = ("_loop", "_reading", "_reply", "headers", "status")
+    __slots__ = ("_held", "_loop", "_reading", "_reply", "headers", "status")
 
-    def __init__(self, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
-        self._reply, self._loop = reply, loop
+    def __init__(self, reply: Reply, loop: _Loop) -> None:
+        self._reply, self._loop, self._held = reply, loop, b""
         self._reading: _Work[bytes] | None = None
         self.status: int = reply.status
         self.headers: Headers = reply.headers
 
     def read_ready(self) -> bytes:
-        """See `Reply`: nothing is known of the other loop."""
+        """See `Reply`: nothing is known of the other loop. What `read_some` gives is all that lay there."""
         return b""
 
     async def read_some(self) -> bytes:
         """What comes next; empty at the end. One that is cancelled leaves what it waits for to the next."""
+        if self._reading is not None and self._reading.done.done():
+            # It came when nobody waited, perhaps long ago: what came since goes with it.
+            early = await self._read()
+            if not early and not self._held:
+                return b""
+            self._held += early
+        if self._held and self._reading is None:
+            self._reading = _Work(self._loop, _at_hand(self._reply))
+        try:
+            data = await self._read()
+        except UpstreamError:
+            if not self._held:
+                raise
+            # The next one meets the same.
+            data = b""
+        data, self._held = self._held + data, b""
+        return data
+
+    async def _read(self) -> bytes:
         if self._reading is None:
             self._reading = _Work(self._loop, self._reply.read_some())
         done = self._reading.done
-        try:
-            return await asyncio.shield(done)
-        finally:
-            if done.done():
-                self._reading = None
+        # Whoever is cancelled, in the very moment of its end too, leaves it.
+        await asyncio.wait((done,))
+        self._reading = None
+        return done.result()
 
     def close(self) -> None:
         """Drop the connection if the end has not been reached."""
-        with contextlib.suppress(RuntimeError):
-            # Where the other loop has ended so have its connections.
-            self._loop.call_soon_threadsafe(self._reply.close)
+        # Where the other loop has ended so have its connections.
+        self._loop.post(self._reply.close)
+
+
+async def _at_hand(reply: Reply) -> bytes:
+    """What has come, without waiting."""
+    try:
+        return reply.read_ready()
+    except UpstreamError:
+        # Whoever reads on meets it.
+        return b""
 
 
 class _Work(Generic[T]):
     """What another loop does for the one that makes this.
 
     Attributes:
-        done: of this loop, once the work is.
+        done: of this loop, once the work is; UpstreamError where the other loop has ended.
 
     Args:
         loop: the other one.
         work: is begun there.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, loop: _Loop, work: Coroutine[Any, Any, T]) -> None:
         self._here, self._loop = asyncio.get_running_loop(), loop
         self.done: asyncio.Future[T] = self._here.create_future()
         # Perhaps nobody waits any more when it fails.
         self.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._task: asyncio.Task[T] | None = None
-        loop.call_soon_threadsafe(self._begin, work)
+        self._is_given_up = False
+        if not loop.post(partial(self._begin, work)):
+            work.close()
+            self.done.set_exception(_closed("connect"))
 
     def cancel(self) -> None:
         """Have the work cancelled; `done` says when it has ended, and how."""
-        self._loop.call_soon_threadsafe(self._cancel)
+        self._is_given_up = True
+        self._loop.post(self._cancel)
 
     # In the other loop
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(work)
+        self._task = asyncio.get_running_loop().create_task(work)
         self._task.add_done_callback(self._ended)
 
     def _cancel(self) -> None:
@@ -139,28 +203,21 @@ class _Work(Generic[T]):
     # Here
 
     def _tell(self, task: "asyncio.Task[T]") -> None:
-        if task.cancelled():
+        if task.cancelled() and self._is_given_up:
             self.done.cancel()
+        elif task.cancelled():
+            self.done.set_exception(_closed("cut"))
         elif (error := task.exception()) is not None:
             self.done.set_exception(error)
         else:
             self.done.set_result(task.result())
 
 
-def _close_unread(loop: asyncio.AbstractEventLoop, done: "asyncio.Future[Reply]") -> None:
+def _closed(kind: Literal["connect", "cut"]) -> UpstreamError:
+    return UpstreamError(Failure(kind=kind, message="the connections for large calls are closed"))
+
+
+def _close_unread(loop: _Loop, done: "asyncio.Future[Reply]") -> None:
     """An answer that came when nobody waited for it any more."""
     if not done.cancelled() and done.exception() is None:
-        loop.call_soon_threadsafe(done.result().close)
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """A loop until it is stopped, and the end of what it does."""
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-    finally:
-        loop.close()
+        loop.post(done.result().close)

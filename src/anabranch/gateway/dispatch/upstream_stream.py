@@ -9,9 +9,10 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from anabranch.gateway.dispatch.billed import broken_off
+from anabranch.gateway.dispatch.billed import USUAL_BYTES, broken_off, tokens_of
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.plan import Attempt
+from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, Lag
 from anabranch.gateway.dispatch.stream_tally import Tally
 from anabranch.gateway.prompt_tokens import num_prompts
 from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
@@ -41,9 +42,6 @@ logger = logging.getLogger(__name__)
 # Of content in parts, which is put into OpenAI's form.
 _LIST = re.compile(rb'"content"\s*:\s*\[')
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-
-# So much waits unread only where the reader is slow, and then no more is taken from the connection: how much is there is not known.
-AHEAD_BYTES = 64 << 10
 
 # How long the usage is waited for that comes behind the end of an answer whose reader has gone: nothing more is made meanwhile.
 USAGE_S = 5.0
@@ -81,7 +79,7 @@ class Opened:
         self.translator: Translator | None = live.provider.translator(request)
         self.first, self.head = b"", Json()
         self.is_done = self.has_finished = self.has_given_usage = False
-        self._heard_at = run.dispatcher.now()
+        self._lag = Lag(run.dispatcher.now)
         self._stitch = stitch
         self._usage_body: Json | None = None
         self._gives_usage = request.wants_usage and stitch is None
@@ -134,8 +132,8 @@ class Opened:
                 if failure is None and not self.is_done and self.live.bill(most, most):
                     self._read_on()
             else:
-                quiet_s = self.run.dispatcher.now() - self._heard_at
-                hidden_s = (self.attempt.first_token_s or 0.0) + quiet_s + self.run.rules.margin_s
+                unread_s = self.run.dispatcher.now() - self._lag.known_at
+                hidden_s = (self.attempt.first_token_s or 0.0) + unread_s + self.run.rules.margin_s
                 usage = broken_off(most, self.told, 0, None, 0.0) if is_behind else self._at_most(most, hidden_s)
         reads_on = self.attempt.is_late
         self.run.ends.lost(self.live, self.attempt, failure, usage)
@@ -191,15 +189,19 @@ class Opened:
 
     def _at_most(self, most: Usage, hidden_s: float) -> Usage:
         """The most that may be billed of it, of which ``hidden_s`` seconds were not seen."""
-        tally, attempt = self.tally, self.attempt
-        seen = tally.at_most(self.run.rules.bytes_per_token)
-        since_s = self._heard_at - self.run.began - attempt.start_s - (attempt.first_token_s or 0.0)
+        tally, lag, bytes_per_token = self.tally, self._lag, self.run.rules.bytes_per_token
+        seen = tally.at_most(bytes_per_token)
+        first_at = self.run.began + self.attempt.start_s + (self.attempt.first_token_s or 0.0)
+        # Of a slow reader what came later came as fast as they read: that says how fast it is at least.
+        known_s, read_s = lag.known_at - first_at, self.run.dispatcher.now() - first_at
         rate = self.live.rate
         if rate is not None:
             # How fast tokens come depends little on how long they are.
-            rate = max(rate, tally.usual / max(since_s, TELLING_S))
-        elif since_s > 0:
-            rate = seen / since_s
+            known = tokens_of(lag.texts, lag.text_bytes, USUAL_BYTES)
+            rate = max(rate, known / max(known_s, TELLING_S), tally.usual / max(read_s, TELLING_S))
+        elif known_s > 0:
+            known = tokens_of(lag.texts, lag.text_bytes, bytes_per_token)
+            rate = max(known / known_s, seen / read_s)
         return broken_off(most, self.told, seen, rate, hidden_s)
 
     def _whole_at_most(self, most: Usage, has_said_all: bool) -> Usage:
@@ -258,6 +260,7 @@ class Opened:
 
         Raises UpstreamError.
         """
+        began = self.run.dispatcher.now()
         try:
             data = await self.reply.read_some()
         except UpstreamError as error:
@@ -269,13 +272,20 @@ class Opened:
                 ) from None
             else:
                 raise
+        finally:
+            self._lag.waited(self.run.dispatcher.now() - began)
         return self.taken(data) if data else self._ended()
 
     def taken(self, data: bytes) -> bytes:
         """What is passed on of some bytes that came. Raises UpstreamError."""
         self._num_bytes += len(data)
-        self._heard_at = self.run.dispatcher.now()
-        block = self.splitter.feed(data)
+        try:
+            return self._passed(self.splitter.feed(data))
+        finally:
+            self._lag.took(len(data), self.tally.texts, self.tally.text_bytes)
+
+    def _passed(self, block: bytes) -> bytes:
+        """What is passed on of whole events. Raises UpstreamError."""
         if not block:
             return b""
         is_plain = self.translator is None and self._stitch is None and self._num_choices == 1

@@ -1,0 +1,47 @@
+"""`Lag`: up to when all that an upstream had sent of a stream has been read.
+
+What a slow reader does not take lies in buffers: in this process up to `Upstream`'s bound, then in the systems of both sides, megabytes
+together. So the moment at which bytes are taken says nothing of when they were made. While little is found at once none of those buffers
+was full, and what was taken is all there was. Once much was found, it is not known how much more there is, until the reader has waited for
+a while for what comes: so long it takes what lies on the other side to arrive.
+"""
+
+from collections.abc import Callable
+
+# Found at once, it is much: fewer than a connection is read ahead by before it is read no more.
+AHEAD_BYTES = 64 << 10
+
+# Waited for what comes since much was found, in all: a round trip and more, and the time that megabytes take on a line.
+CAUGHT_UP_S = 1.0
+
+
+class Lag:
+    """See the module.
+
+    Attributes:
+        known_at: the latest moment, by ``now``, up to which all that was sent has been read.
+        texts, text_bytes: that had come by then, see `Tally`.
+
+    Args:
+        now: seconds, monotonic.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.known_at = now()
+        self.texts = self.text_bytes = 0
+        self._is_behind = False
+        self._waited_s = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Nothing was there, and it took so long until something came, or nobody waited any more."""
+        self._waited_s += seconds
+
+    def took(self, size: int, texts: int, text_bytes: int) -> None:
+        """All that was there has been taken: ``size`` bytes of it; so much text has come by now."""
+        if size > AHEAD_BYTES:
+            self._is_behind, self._waited_s = True, 0.0
+        elif self._waited_s >= CAUGHT_UP_S:
+            self._is_behind = False
+        if not self._is_behind:
+            self.known_at, self.texts, self.text_bytes = self._now(), texts, text_bytes

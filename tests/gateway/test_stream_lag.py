@@ -1,0 +1,67 @@
+"""Up to when a stream has been read: what a slow reader found at once says nothing of what was made since."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, CAUGHT_UP_S, Lag
+
+
+class Clock:
+    def __init__(self):
+        self.now = 10.0
+
+    def __call__(self):
+        return self.now
+
+
+def lag():
+    clock = Clock()
+    return clock, Lag(clock)
+
+
+def test_while_little_is_found_at_once_all_of_it_has_been_read():
+    clock, one = lag()
+    for at in (11.0, 19.0):
+        clock.now = at
+        one.took(AHEAD_BYTES, int(at), 5)
+        assert (one.known_at, one.texts, one.text_bytes) == (at, int(at), 5)
+
+
+def test_once_much_was_found_there_may_be_more_until_the_reader_has_waited():
+    clock, one = lag()
+    one.waited(CAUGHT_UP_S * 5)
+    one.took(10, 1, 1)
+    clock.now = 15.0
+    one.took(AHEAD_BYTES + 1, 7, 7)
+    one.took(0, 8, 8)
+    one.waited(CAUGHT_UP_S * 0.75)
+    one.took(100, 9, 9)
+    assert (one.known_at, one.texts, one.text_bytes) == (10.0, 1, 1)
+    # What was waited before much was found again counts for nothing.
+    one.took(AHEAD_BYTES + 1, 10, 10)
+    one.waited(CAUGHT_UP_S * 0.75)
+    one.took(100, 11, 11)
+    assert one.known_at == 10.0
+    one.waited(CAUGHT_UP_S * 0.25)
+    one.took(100, 12, 12)
+    assert (one.known_at, one.texts, one.text_bytes) == (15.0, 12, 12)
+
+
+STEPS = st.lists(st.tuples(st.floats(0, 3), st.sampled_from([1, AHEAD_BYTES, AHEAD_BYTES + 1])), max_size=20)
+
+
+@given(STEPS)
+def test_it_is_known_no_later_than_what_was_read_without_a_wait_behind_it(steps):
+    clock, one = lag()
+    behind_since, waited = None, 0.0
+    for seconds, size in steps:
+        clock.now += seconds
+        one.waited(seconds)
+        before = one.known_at
+        one.took(size, 1, 1)
+        waited = 0.0 if size > AHEAD_BYTES else waited + seconds
+        if size > AHEAD_BYTES:
+            behind_since = before if behind_since is None else behind_since
+        elif waited >= CAUGHT_UP_S:
+            behind_since = None
+        assert one.known_at == (clock.now if behind_since is None else behind_since)
