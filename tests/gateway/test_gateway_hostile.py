@@ -149,6 +149,19 @@ def test_a_slow_body_is_a_408(server):
     assert seconds < 3
 
 
+@pytest.mark.parametrize("size", [20, 3 << 20])
+def test_who_waits_until_the_body_is_wanted_is_told_so(server, size):
+    said = json.dumps({**HELLO, "messages": [{"role": "user", "content": "x" * size}]}).encode()
+    head = f"POST {{}} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {len(said)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link:
+        link.sendall(head.format("/v1/chat/completions").encode())
+        assert link.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        link.sendall(said)
+        assert link.recv(65536).startswith(b"HTTP/1.1 200")
+    # Not so a body that nobody would read.
+    assert raw(server, head.format("/v1/none").encode(), 0.5)[0].startswith(b"HTTP/1.1 404")
+
+
 @pytest.mark.parametrize("begin", [b"", b"POST /v1/chat", b"POST / HTTP/1.1\r\nhost: localhost\r\nx-a: "])
 def test_slow_headers_are_dropped(server, begin):
     """Slowloris: a connection that never finishes its headers is closed, byte by byte or not at all."""

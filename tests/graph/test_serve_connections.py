@@ -178,3 +178,13 @@ def test_no_more_connections_than_files(monkeypatch):
     bounds = Bounds(Limits(connections=7, stall_s=3.0, answers_bytes=2 << 20))
     assert (asked, bounds.places._limit) == ([7], 5)
     assert (bounds.readers.patience_s, bounds.readers.rate, bounds.readers.most_bytes) == (3.0, 4096, 2 << 20)
+
+
+def test_who_waits_until_the_body_is_wanted_is_told_so(server):
+    whole = head("/v1/search", json.dumps({"ids": [1]}).encode())
+    before, body = whole.split(b"\r\n\r\n")
+    with connected(server) as link:
+        link.sendall(before + b"\r\nexpect: 100-continue\r\n\r\n")
+        assert b" 100 Continue\r\n" in link.recv(65536)
+        link.sendall(body)
+        assert link.recv(65536).startswith(b"HTTP/1.1 200")

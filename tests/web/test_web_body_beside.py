@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from aiohttp import web
 from anabranch.web import body_beside
 from anabranch.web.answers import error_response, read_parts
 from anabranch.web.api_error import ApiError
-from anabranch.web.body_beside import BESIDE_BYTES, TAKEN, BodyBeside
+from anabranch.web.body_beside import BESIDE_BYTES, TAKEN, BodyBeside, _threads
 
 uvloop = pytest.importorskip("uvloop")
 LARGE = os.urandom(BESIDE_BYTES) * 3 + b"end"
@@ -215,6 +217,103 @@ def test_each_part_is_told_of_before_it_is_kept_and_may_be_refused():
         assert 2 * BESIDE_BYTES < sum(told) < len(LARGE)
 
     run(work, keep=keep)
+
+
+def test_where_no_more_files_may_be_open_it_is_read_as_any_other(monkeypatch):
+    def full(fd):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async def work(made, reader, writer):
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "dup", full)
+            writer.write(head(len(LARGE)) + LARGE[: 2 * BESIDE_BYTES])
+            await writer.drain()
+            await asyncio.sleep(0.02)
+            writer.write(LARGE[2 * BESIDE_BYTES :])
+            assert await status(reader) == 200
+        assert made.bodies == [LARGE]
+        assert made.taken == [False]
+
+    run(work)
+
+
+def test_bodies_are_read_in_threads_of_their_own():
+    """Whatever keeps those of the loop busy, and none but theirs."""
+
+    async def work(made, reader, writer):
+        go = threading.Event()
+        pool = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(pool)
+        blocked = asyncio.get_running_loop().run_in_executor(None, go.wait)
+        try:
+            writer.write(head(len(LARGE)) + LARGE)
+            assert await status(reader) == 200
+        finally:
+            go.set()
+            await blocked
+        assert made.bodies == [LARGE]
+        assert any(thread.name.startswith("anabranch-bodies") for thread in threading.enumerate())
+
+    run(work)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_process_that_has_read_bodies_reads_them_too():
+    async def work(made, reader, writer):
+        writer.write(head(len(LARGE)) + LARGE)
+        assert await status(reader) == 200
+
+    run(work)
+    # None of it is there in the child.
+    at_fork = _threads()
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(theirs, b"new" if _threads() is not at_fork else b"old")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(ours, 9) == b"new"
+    os.close(ours)
+    os.close(theirs)
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+EXPECT = "expect: 100-Continue\r\n"
+
+
+@pytest.mark.parametrize("size", [5, len(LARGE)])
+def test_who_waits_to_hear_that_the_body_is_wanted_hears_it(size):
+    async def work(made, reader, writer):
+        writer.write(head(size, EXPECT))
+        assert await reader.readexactly(len(CONTINUE)) == CONTINUE
+        writer.write(LARGE[:size])
+        assert await status(reader) == 200
+        assert made.bodies == [LARGE[:size]]
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        # Refused by its head.
+        (head(10_000, EXPECT), 413),
+        (head(5, EXPECT + "content-encoding: gzip\r\n"), 415),
+        # It did not wait.
+        (head(5, EXPECT) + b"hello", 200),
+        (head(500, EXPECT) + b"x" * 499, 408),
+        # It knows no such answer, expects another, or nothing.
+        (head(5, EXPECT).replace(b"HTTP/1.1", b"HTTP/1.0"), 408),
+        (head(5, "expect: much\r\n"), 408),
+        (head(5), 408),
+    ],
+)
+def test_nobody_else_hears_of_it(sent, told):
+    async def work(made, reader, writer):
+        writer.write(sent)
+        assert await status(reader) == told
+
+    run(work, most=1000, timeout_s=0.05)
 
 
 def open_sockets():

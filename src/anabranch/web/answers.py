@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from anabranch.web.api_error import ApiError
 from anabranch.web.body_beside import BodyBeside
@@ -57,6 +57,8 @@ async def read_parts(
 ) -> list[bytes]:
     """The whole body, in the parts that it came in: to put megabytes together takes an event loop milliseconds.
 
+    Who waits with it to hear that it is wanted is told so (100), unless its head alone has it refused.
+
     Args:
         request: whose it is.
         most_bytes: it may have.
@@ -78,6 +80,7 @@ async def read_parts(
     content = request.content
     if keep is None and content.is_eof() and length is not None:  # it came with the headers
         return [content.read_nowait()]
+    _go_on(request)
     parts, size, began = [], 0, asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(timeout_s) as left, contextlib.aclosing(_parts(request, is_beside)) as coming:
@@ -101,6 +104,15 @@ async def read_parts(
             400, "invalid_body", "the body is broken: its length or its chunks are wrong", headers=close
         ) from None
     return parts
+
+
+def _go_on(request: web.BaseRequest) -> None:
+    """Tell who waits with the body until they hear that it will be read (`Expect: 100-continue`): curl does, for a second."""
+    expected, transport, content = request.headers.get("expect", "").strip().lower(), request.transport, request.content
+    if expected != "100-continue" or transport is None or content.total_bytes or content.is_eof():
+        return
+    if request.version >= HttpVersion11:
+        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 async def _parts(request: web.BaseRequest, is_beside: bool) -> AsyncGenerator[bytes, None]:

@@ -7,10 +7,13 @@ request is answered (`TAKEN` is set on the request), and what else comes on it i
 """
 
 import asyncio
+import os
 import select
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 from aiohttp import web
@@ -25,6 +28,9 @@ TAKEN = web.RequestKey("TAKEN", bool)
 
 # Bytes that are taken before the loop hears of it, and in one call; and milliseconds that the thread waits for more of them.
 _STEP, _READ, _PATIENCE_MS = 1 << 20, 256 << 10, 2
+
+# At once, of this process; each has a body for a turn.
+NUM_THREADS = 8
 
 # Seconds that one body takes a thread at a time, of which others need some too: a byte a millisecond would keep it for long.
 _TURN_S = 0.05
@@ -61,7 +67,11 @@ class BodyBeside:
         left = length - content.total_bytes
         if left <= BESIDE_BYTES:
             return None, begun
-        twin = socket.socket(fileno=socket.dup(sock.fileno()))
+        try:
+            twin = socket.socket(fileno=socket.dup(sock.fileno()))
+        except OSError:
+            # As many files are open as may be: it is read as any other.
+            return None, begun
         twin.setblocking(False)
         return cls(request, twin, left), begun
 
@@ -88,7 +98,7 @@ class BodyBeside:
         """What comes next of the body; empty at its end. Raises ConnectionResetError where its sender goes away."""
         loop = asyncio.get_running_loop()
         while self._left:
-            self._reading = loop.run_in_executor(None, _taken, self._sock, min(self._left, _STEP), self._is_over)
+            self._reading = loop.run_in_executor(_threads(), _taken, self._sock, min(self._left, _STEP), self._is_over)
             found, has_ended = await asyncio.shield(self._reading)
             self._left -= sum(map(len, found))
             if self._left and has_ended:
@@ -106,6 +116,17 @@ class BodyBeside:
             await ready
         finally:
             loop.remove_reader(number)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Of bodies alone: what others wait for in a thread, such as the names of hosts, does not wait behind them."""
+    return ThreadPoolExecutor(NUM_THREADS, "anabranch-bodies")
+
+
+if hasattr(os, "register_at_fork"):
+    # A child has none of its parent's threads.
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _set(ready: "asyncio.Future[None]") -> None:
