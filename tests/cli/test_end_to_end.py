@@ -15,13 +15,14 @@ import pytest
 import tokenizers
 import torch
 
+from anabranch.adapters.rewiring import Rerouter, Rewiring
 from anabranch.cli.output import fact, say
 from anabranch.cli.progress import Progress
 from anabranch.data import ByteTokenizer, train_bpe
 from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.experts.parscale import ParScale
 from anabranch.lm import Decoder, SamplingConfig, export_huggingface, generate, load_config, load_model, save_model
-from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.report.write import check_place
 from anabranch.routing import RoutingTrace, consistency, measure
 from anabranch.routing.pool_routes import pool_routes
@@ -175,6 +176,43 @@ def test_a_prompt_begins_as_the_models_own_tokenizer_begins_it(here, tmp_path):
     assert (made["prompt"], made["prompt_token_ids"]) == ("def", [257, *tokenizer.encode("def")])
     [answer] = LLM(tmp_path / "model", num_blocks=8).generate(["def"])
     assert list(answer.prompt) == made["prompt_token_ids"]
+
+
+def test_generate_turns_the_routers_of_a_mixture_to_its_text(here, tmp_path):
+    """As the library does it, streamed and as JSON; what was not done is said; a dense model is refused."""
+    body = {"dim": 16, "num_layers": 2, "attention": SelfAttention.Config(num_heads=2), "init_std": 0.3}
+    mixture = Decoder.Config(**body, feed_forward=MoE.Config(num_experts=4, hidden_dim=16)).build(seed=0)
+    save_model(tmp_path / "moe", mixture, ByteTokenizer())
+    save_model(tmp_path / "dense", Decoder.Config(**body).build(seed=0), ByteTokenizer())
+    prompt = "def add(a, b): return a + b\n" * 2
+    options = ["--prompt", prompt, "--max-tokens", 12, "--temperature", 0, "--rewire"]
+    settings = ["--rewire-set", "interval=8", "--rewire-set", "eta=0.5", "--rewire-set", "steps=2"]
+    code, out, err = here("generate", tmp_path / "moe", *options, *settings, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    model, tokenizer = load_model(tmp_path / "moe")
+    rerouter = Rerouter(model, Rewiring(interval=8, eta=0.5, steps=2))
+    state = rerouter.new_state()
+    greedy = SamplingConfig(max_tokens=12, temperature=0, stop=tokenizer.stop_ids)
+    assert rerouter.generate([tokenizer.encode(prompt)], greedy, states=[state]) == [found["token_ids"]]
+    told = found["rewiring"]
+    assert told["routers"] == ["blocks.0.feed_forward.router", "blocks.1.feed_forward.router"]
+    assert (told["steps"], len(told["phases"])) == (state.steps, len(state.phases)) == (4, 2)
+    assert told["settings"]["eta"] == 0.5
+    assert told["phases"][0]["loss_after"] == pytest.approx(state.phases[0].loss_after)
+    code, text, _ = here("generate", tmp_path / "moe", *options, *settings)
+    assert (code, text) == (0, prompt + found["text"] + "\n")
+    code, _, err = here("generate", tmp_path / "moe", "-p", "def", "--max-tokens", 1, "--rewire")
+    assert code == 0
+    assert "note: routers were not turned: a context of 3 tokens is too short for the guard" in err
+    code, _, err = here("generate", tmp_path / "dense", *options)
+    assert code == 2
+    assert "has no router that chooses experts, so there is nothing to rewire" in err
+    with open(tmp_path / "moe/generation_config.json", "w") as file:
+        json.dump({"repetition_penalty": 1.5, "min_p": 0.0}, file)
+    code, _, err = here("generate", tmp_path / "moe", *options, *settings, "--json")
+    assert code == 0
+    assert "generation_config.json has repetition_penalty, which --rewire leaves out" in err
 
 
 def test_generate_streams_the_prompt_and_its_continuation(trained, here):

@@ -97,6 +97,19 @@ generate trained -p x --temperature nan
 generate trained -p x --top-k {HUGE}
 generate trained -p x --top-p nan
 generate trained -p x --seed {HUGE}
+generate trained -p x --rewire-set steps=3
+generate trained -p x --rewire --streams 2
+generate trained -p x --rewire --min-p 0.1
+generate trained -p x --rewire --quantize int8
+generate trained -p x --rewire --rewire-set
+generate trained -p x --rewire --rewire-set steps
+generate trained -p x --rewire --rewire-set steps=0
+generate trained -p x --rewire --rewire-set steps={HUGE}
+generate trained -p x --rewire --rewire-set r=2
+generate trained -p x --rewire --rewire-set eta=nan
+generate trained -p x --rewire --rewire-set window=3
+generate trained -p x --rewire --rewire-set interval=half
+generate trained -p x --rewire --rewire-set stepz=3
 generate no.gguf -p x
 chat trained -m x --temperature nan
 chat trained -m x --seed {HUGE}

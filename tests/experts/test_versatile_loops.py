@@ -78,6 +78,7 @@ def test_a_layer_alone_for_some_tokens_and_by_bias_or_what_is_closed():
             "some": Override(index_NK=index, only_N=only),
             "bias": Override(bias_NE=[0.0, 9.0, 0.0]),
             "open": Override(open_NE=[False, True, True]),
+            "logit": Override(logit_NE=[0.0, 0.0, 99.0]),
         }
         found = {}
         for name, override in changes.items():
@@ -87,6 +88,7 @@ def test_a_layer_alone_for_some_tokens_and_by_bias_or_what_is_closed():
     assert all((each[0] == plain[0]).all() for each in found.values())  # the other layer decides as ever
     assert (found["some"][1] == torch.where(only, LOOPS, torch.from_numpy(plain[1])).numpy()).all()
     assert (found["bias"][1] == 2).all()
+    assert (found["logit"][1] == 3).all()
     assert (found["open"][1][plain[1] > 1] == plain[1][plain[1] > 1]).all()
     assert found["open"][1].min() == 2
 

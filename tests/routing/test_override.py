@@ -82,6 +82,32 @@ def test_a_bias_of_each_item_and_of_some_items():
     assert decide(Override(bias_NE=bias_NE, only_N=[True, True, False]))[0] == [[1, 2], [3, 0], [1, 0]]
 
 
+def test_what_is_added_to_logits_changes_choice_and_weights_and_has_a_gradient():
+    shift_E = torch.tensor([0.0, 0.0, 0.0, 0.25], requires_grad=True)
+    index, weight_NK, *_ = decide(Override(logit_NE=shift_E))
+    assert index == [[3, 1], [0, 3], [3, 1]]
+    torch.testing.assert_close(weight_NK, torch.tensor([[0.45, 0.4], [0.7, 0.3], [0.5, 0.3]]))
+    weight_NK.sum().backward()
+    assert shift_E.grad.tolist() == [1.0, 2.0, 0.0, 3.0]  # who was chosen, and how often
+
+
+def test_what_is_added_to_logits_of_some_items():
+    shift_NE = torch.tensor([[0.0, 0.0, 0.0, 0.25]]).repeat(3, 1)
+    index, weight_NK, *_ = decide(Override(logit_NE=shift_NE, only_N=[False, True, False]))
+    assert index == [[1, 2], [0, 3], [1, 0]]
+    torch.testing.assert_close(weight_NK, torch.tensor([[0.4, 0.3], [0.7, 0.3], [0.3, 0.25]]))
+
+
+def test_logits_are_shifted_before_they_become_scores_and_zeros_change_no_bit():
+    made = Router.Config(select=TopK.Config(top_k=2, normalize="sum"), balance=()).build(E, E)
+    x_ND, shift_E = torch.randn(5, E), torch.randn(E)
+    shifted = made(x_ND, RoutingContext(routing=[Always(Override(logit_NE=shift_E))]))
+    torch.testing.assert_close(shifted.score_NE, (made.score.project(x_ND, RoutingContext()) + shift_E).softmax(-1))
+    plain, zero = (made(x_ND, RoutingContext(routing=said)) for said in ([], [Always(Override(logit_NE=[0.0] * E))]))
+    assert torch.equal(plain.score_NE, zero.score_NE)
+    assert torch.equal(plain.weight_NK, zero.weight_NK)
+
+
 def test_closed_destinations_are_not_selected_and_scores_stay():
     index, weight_NK, routing, _ = decide(Override(open_NE=[True, False, True, True]))
     assert index == [[2, 3], [0, 2], [0, 3]]
@@ -210,6 +236,7 @@ def loads(context):
         {"index_NK": [3, 0]},
         {"index_NK": [3, 0], "weight_NK": [0.5, 2.0]},
         {"bias_NE": [0.0, 0.0, 0.0, 1.0]},
+        {"logit_NE": [0.0, 0.0, 0.0, 1.0]},
         {"open_NE": [True] * 4},
     ],
 )
@@ -337,7 +364,7 @@ def test_a_block_in_which_no_router_was_called_says_so():
 
 def test_messages():
     for values, message in (
-        ({}, "an override changes nothing; give it index_NK, bias_NE or open_NE"),
+        ({}, "an override changes nothing; give it index_NK, bias_NE, open_NE or logit_NE"),
         ({"index_NK": [0.5]}, "index_NK is torch.float32; destinations are int64"),
         ({"index_NK": [[0, 1], [2, 2]]}, "index_NK names destination 2 twice for one item"),
         ({"index_NK": [-2]}, "index_NK has -2; destinations are 0 and up"),
@@ -349,6 +376,7 @@ def test_messages():
         ({"index_NK": [1], "weight_NK": [float("nan")]}, "weight_NK has a number that is not finite"),
         ({"bias_NE": [1, 2]}, "bias_NE is torch.int64; it must be finite floats"),
         ({"bias_NE": [0.0, -float("inf")]}, r"open_NE closes destinations"),
+        ({"logit_NE": [0.0, float("nan")]}, "logit_NE has a number that is not finite"),
         ({"open_NE": [1, 0]}, "open_NE is torch.int64; it must be bool"),
         ({"open_NE": [True], "only_N": [[True]]}, r"only_N has shape \[1, 1\]; it must have 1 dimension"),
     ):
@@ -361,6 +389,7 @@ def test_messages():
             r"index_NK has shape \[2, 1\]; the router of layer 0 routes 3 items to 4 .* must be \[3, K\]",
         ),
         (Override(bias_NE=[1.0]), r"bias_NE has shape \[1\].* must be \[4\]"),
+        (Override(logit_NE=[1.0]), r"logit_NE has shape \[1\].* must be \[4\]"),
         (Override(open_NE=[[True] * 4]), r"open_NE has shape \[1, 4\].* must be \[3, 4\]"),
         (Override(index_NK=[1], only_N=[True]), r"only_N has shape \[1\].* must be \[3\]"),
     ):

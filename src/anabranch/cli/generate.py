@@ -3,6 +3,7 @@
 import itertools
 import sys
 import time
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from anabranch.cli.options import (
     load_parts,
 )
 from anabranch.cli.output import print_json, say, visible
+from anabranch.cli.rewired import Rewire, Rewired, RewireSet, rewired_fields, rewiring_of
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 
@@ -44,6 +46,8 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     streams: Streams = None,
+    rewire: Rewire = False,
+    rewire_set: RewireSet = None,
     memory: Memory = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
@@ -55,11 +59,16 @@ def generate(
 
     Text comes as it is made. With --json: text and token_ids of the continuation alone. A model says how it is sampled from in its
     generation_config.json.
+
+    With --rewire the model must have routers of experts; --json then has rewiring too: what each turn of them did. See the page Rewiring.
     """
     require("lm", by="anabranch generate")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ConfigError("--prompt is empty; give at least one character")
+    apart = {"--min-p": min_p, "--repetition-penalty": repetition_penalty, "--streams": streams, "--memory": memory}
+    apart |= {"--quantize": quantize, "--expert-budget": expert_budget}
+    rewiring = rewiring_of(rewire, rewire_set, apart)
     said = {
         "temperature": temperature,
         "top_k": top_k,
@@ -68,17 +77,23 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     fields = {**sampling_fields(model, said, {"temperature": 0.8}), "max_tokens": max_tokens, "seed": seed}
+    fields = fields if rewiring is None else rewired_fields(fields)
     loaded = load_parts(model, dtype, device, quantize, expert_budget, memory)
     tokenizer: Any = loaded.tokenizer
     used = loaded.model.streams_of(streams)[0]
     prompt_ids = tokenizer.encode_prompt(text)
+    rewired = None if rewiring is None else Rewired(loaded.model, rewiring)
     # A file gets what the model said, a terminal what it can bear.
     show = visible if sys.stdout.isatty() else str
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
-    with running(loaded, len(prompt_ids) + max_tokens, streams=streams) as engine:
-        if engine.info.max_positions < len(prompt_ids) + max_tokens:
-            say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
-        tokens = tokens_of(engine, prompt_ids, fields, streams=streams)
+    with ExitStack() as stack:
+        if rewired is None:
+            engine = stack.enter_context(running(loaded, len(prompt_ids) + max_tokens, streams=streams))
+            if engine.info.max_positions < len(prompt_ids) + max_tokens:
+                say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
+            tokens = tokens_of(engine, prompt_ids, fields, streams=streams)
+        else:
+            tokens = rewired.tokens(prompt_ids, {**fields, "stop": tuple(tokenizer.stop_ids)})
         # What cannot be continued is refused here, with nothing printed.
         first = list(itertools.islice(tokens, 1))
         if not as_json:
@@ -88,6 +103,8 @@ def generate(
             if not as_json:
                 print(show(decoder.push(token)), end="", flush=True)
     seconds = time.perf_counter() - started
+    for note in () if rewired is None else rewired.notes():
+        say(note)
     if as_json:
         print_json(
             {
@@ -97,6 +114,7 @@ def generate(
                 "prompt_token_ids": prompt_ids,
                 "streams": used,
                 "seconds": round(seconds, 3),
+                **({} if rewired is None else {"rewiring": rewired.report()}),
             }
         )
         return

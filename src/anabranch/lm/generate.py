@@ -71,13 +71,13 @@ def stream(
 ) -> Iterator[Step]:
     """Like `generate`, but yields each step as it is made. Sequences that stop leave the batch."""
     config = config or SamplingConfig()
-    _check(model, prompts)
+    check_prompts(model, prompts)
     device = model.embedding.weight.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
     was_training = model.training
     model.eval()
     try:
-        token_BL, mask_BL = _pad_left(prompts, device)
+        token_BL, mask_BL = pad_left(prompts, device)
         # Said only where it is asked for: models that are not ours have no such argument.
         chosen: dict[str, int] = {} if num_streams is None else {"num_streams": num_streams}
         cache = model.new_cache(token_BL.shape[1] + config.max_tokens, **chosen)
@@ -118,7 +118,8 @@ def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator
     return torch.multinomial(probability_BV, 1, generator=generator).squeeze(-1)
 
 
-def _check(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ConfigError for an empty prompt, or one with ids outside the vocabulary."""
     vocab_size = model.config.vocab_size
     for number, prompt in enumerate(prompts):
         if not prompt:
@@ -127,7 +128,8 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
             raise ConfigError(f"prompt {number} has a token outside 0 to {vocab_size - 1}; is it another tokenizer's?")
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(token_BL, mask_BL) of prompts that end together; the mask, False for padding, is None where there is none."""
     longest = max((len(prompt) for prompt in prompts), default=0)
     token_BL = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask_BL = torch.zeros(len(prompts), longest, dtype=torch.bool)

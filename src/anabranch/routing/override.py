@@ -1,8 +1,9 @@
 """`Override`: destinations of one layer that are forced, closed, or preferred by a bias, for all items or for some.
 
 Every `Router` asks what overrides its forward context carries (``context.routing``), in their order. A bias and closed destinations
-change what selection sees and nothing else: scores, and so weights, stay the router's own. A forced decision takes the place of what was
-selected; the router need not run where the weights are given too.
+change what selection sees and nothing else: scores, and so weights, stay the router's own. What is added to the logits changes both, and
+gradients reach it through the weights of what was selected. A forced decision takes the place of what was selected; the router need not
+run where the weights are given too.
 
 What balancers see: nothing of items that are overridden, neither in losses nor in loads, unless ``learn`` is set. A layer must not be
 taught to even out what it did not choose.
@@ -36,6 +37,8 @@ class Override:
         bias_NE: ``[E]`` or ``[N, E]``, added to the scores for selection only, beside the router's own bias.
         open_NE: bool ``[E]`` or ``[N, E]``, False for destinations that must not be selected, beside those that are closed anyway. An item
             with too few open ones has unused choices. Forced destinations are not asked.
+        logit_NE: ``[E]`` or ``[N, E]``, added to the logits, before they become scores: selection and weights both follow. It may require a
+            gradient, which comes through the weights; who is selected is not differentiated. Where it is 0 nothing changes, to the bit.
         only_N: bool ``[N]``, the items that this is for; None for all.
         learn: balancers see these items all the same.
         of_all_routers: there is one like it for every router of the model. No score then needs to hand on a state to the next router, and
@@ -48,18 +51,19 @@ class Override:
     weight_NK: Tensor | None = None
     bias_NE: Tensor | None = None
     open_NE: Tensor | None = None
+    logit_NE: Tensor | None = None
     only_N: Tensor | None = None
     learn: bool = False
     of_all_routers: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("index_NK", "weight_NK", "bias_NE", "open_NE", "only_N"):
+        for name in ("index_NK", "weight_NK", "bias_NE", "open_NE", "logit_NE", "only_N"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, torch.as_tensor(value))
                 _check_kind(name, getattr(self, name))
-        if self.index_NK is None and self.bias_NE is None and self.open_NE is None:
-            raise ConfigError("an override changes nothing; give it index_NK, bias_NE or open_NE")
+        if all(value is None for value in (self.index_NK, self.bias_NE, self.open_NE, self.logit_NE)):
+            raise ConfigError("an override changes nothing; give it index_NK, bias_NE, open_NE or logit_NE")
         if self.weight_NK is not None:
             if self.index_NK is None or self.weight_NK.shape != self.index_NK.shape:
                 other = "there is no index_NK" if self.index_NK is None else f"index_NK {list(self.index_NK.shape)}"
@@ -76,7 +80,7 @@ class Override:
         """Raise ConfigError unless this is of N items and E destinations."""
         wanted = {
             "index_NK": (num_items, None), "bias_NE": (num_items, num_destinations), "open_NE": (num_items, num_destinations),
-            "only_N": (num_items,),
+            "logit_NE": (num_items, num_destinations), "only_N": (num_items,),
         }  # fmt: skip
         for name, sizes in wanted.items():
             value = getattr(self, name)
@@ -102,6 +106,13 @@ class Override:
         if self.only_N is not None:
             more_NE = torch.where(self._only_N1(like_NE), more_NE, 0.0)
         return more_NE if bias_NE is None else bias_NE + more_NE
+
+    def shifted(self, logit_NE: Tensor) -> Tensor:
+        """The logits that become scores, with this."""
+        if self.logit_NE is None:
+            return logit_NE
+        more_NE = self.logit_NE.to(logit_NE)
+        return logit_NE + (more_NE if self.only_N is None else torch.where(self._only_N1(logit_NE), more_NE, 0.0))
 
     def opened(self, open_NE: Tensor | None, like_NE: Tensor) -> Tensor | None:
         """What may be selected, with this."""

@@ -124,6 +124,8 @@ class Router(Part, nn.Module):
             raise NotFiniteError(
                 f"router of layer {self.matrix or self.layer} has NaN or infinite logits; lower the learning rate"
             )
+        for override in overrides:
+            logit_NE = override.shifted(logit_NE)
         open_NE = None if self.candidates is None else self.candidates.open_NE(x_ND.shape[0], context)
         masked_NE = logit_NE
         if open_NE is not None and self.candidates.stage == "pre_softmax":  # type: ignore[union-attr]

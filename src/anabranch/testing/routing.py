@@ -246,6 +246,7 @@ def _check_overrides(router: Router, x_ND: Tensor, mask_N: Tensor) -> None:
     chosen_NK = closed_E.to(x_ND.device)[routing.index_NK.clamp_min(0)] & routing.used_NK
     expect(not chosen_NK.any(), "a destination that an override closes was chosen")
     run(bias_NE=torch.linspace(-100, 100, num_destinations))
+    run(logit_NE=torch.linspace(-100, 100, num_destinations))
     for changes in ({}, {"weight_NK": torch.full((NUM_ITEMS, 1), 0.5)}):
         routing = run(index_NK=index_NK, **changes)
         expected_NK = index_NK.to(x_ND.device).masked_fill(~mask_N.unsqueeze(-1), UNUSED)

@@ -29,6 +29,7 @@ LAYERS = {
         0: Override(bias_NE=[0.0, 0.0, 0.0, 1e3]),
         "blocks.1.feed_forward.router": Override(bias_NE=[1e3, 0.0, 0.0, 0.0]),
     },
+    "shifted": {0: Override(logit_NE=[0.0, 2.0, 0.0, 1.0]), 1: Override(logit_NE=[0.5, 0.0, 0.0, 3.0])},
     "forced": {0: Override(index_NK=[3, 1], weight_NK=[0.75, 0.5]), 1: Override(index_NK=[2])},
 }
 
@@ -76,6 +77,7 @@ class ByToken(Otherwise):
                 weight_NK=rows(one.weight_NK),
                 bias_NE=rows(one.bias_NE),
                 open_NE=rows(one.open_NE),
+                logit_NE=rows(one.logit_NE),
                 only_N=torch.ones(num, dtype=torch.bool),
             )
             for layer, one in self.layers[name].items()

@@ -143,10 +143,10 @@ class DuoRouter(Router):
         propensity_N: Tensor | None,
     ) -> Routing:
         """The routing that takes these options."""
-        if any(override.bias_NE is not None or override.open_NE is not None for override in overrides):
+        if any((each.bias_NE, each.open_NE, each.logit_NE) != (None, None, None) for each in overrides):
             raise ConfigError(
-                "an override has a bias or closes options, but the route of this pass is given or drawn, not selected by the learned "
-                "router; force options with index_NK"
+                "an override has a bias, shifts logits or closes options, but the route of this pass is given or drawn, not selected by "
+                "the learned router; force options with index_NK"
             )
         score_NE = F.one_hot(index_N, self.num_destinations).to(wide(x_ND).dtype)
         if context.item_mask_N is not None:

@@ -77,6 +77,8 @@ class LoopGate(nn.Module):
             if forced and forced[-1].is_complete and not self.mixes_by_scores:
                 return _taken(forced[-1].routing(x_ND, self.num_destinations, None))
         logit_NT = self.score.project(x_ND, context)
+        for override in overrides:
+            logit_NT = override.shifted(logit_NT)
         if context.training:
             soft_NT = gumbel_softmax(logit_NT, self.temperature.value.to(logit_NT.dtype))
         else:

@@ -149,6 +149,7 @@ class _RowOverrides:
             weight_NK=self._spread(override.weight_NK, 0, row_R),
             bias_NE=self._spread(override.bias_NE, 0, row_R),
             open_NE=self._spread(override.open_NE, 1, row_R),
+            logit_NE=self._spread(override.logit_NE, 0, row_R),
             only_N=here_T[row_R],
         )
 

@@ -1,0 +1,239 @@
+"""`Rerouter`: generation in turns of fitting routers to the text so far (phase 1) and decoding with them (phase 2)."""
+# Shapes: B rows, L positions, E destinations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from anabranch.adapters.rewiring.config import Rewiring
+from anabranch.adapters.rewiring.phase import fit
+from anabranch.adapters.rewiring.state import Phase, RewiringState
+from anabranch.adapters.rewiring.vectors import Vectors, routed_layers, router_of, run
+from anabranch.errors import CapacityError, ConfigError
+from anabranch.lm.cache import KeyValueCache
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import SamplingConfig, Step, check_prompts, pad_left, sample
+from anabranch.routing.context import RoutingContext
+from anabranch.routing.layer_overrides import overriding
+from anabranch.routing.override import Override
+
+__all__ = ["Rerouter"]
+
+# Positions that are reserved at least where keys and values can be computed again.
+_LEAST_ROOM = 256
+# Of keys and values that stay.
+_MOST_BYTES = 16 * 2**30
+
+
+class Rerouter:
+    """Turns the routers of ``model`` to each text, request by request. The model itself is never changed.
+
+    Args:
+        model: a decoder with routed layers, whatever they are: its own, or read from OLMoE, Mixtral, Qwen-MoE, DeepSeek.
+        config: how.
+
+    Raises ConfigError for a model without routers of experts.
+    """
+
+    def __init__(self, model: Decoder, config: Rewiring | None = None) -> None:
+        self.model, self.config = model, config or Rewiring()
+        self.layers = routed_layers(model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Routers, as vectors stand for them in order; one that routes several times has an entry for each of its passes."""
+        return tuple(layer.name for layer in self.layers)
+
+    def new_state(self) -> RewiringState:
+        """Of a request that begins: vectors of zeros."""
+        dtype = torch.promote_types(self.model.embedding.weight.dtype, torch.float32)
+        return RewiringState([torch.zeros(router_of(layer).num_destinations, dtype=dtype) for layer in self.layers])
+
+    def adapt(self, contexts: Sequence[Sequence[int]], states: Sequence[RewiringState]) -> list[Phase]:
+        """One phase 1 of each context, together; ``states`` go on. Gives the reports.
+
+        Raises ConfigError for another number of states than contexts, one state named twice, a state of another model, an empty context
+        or ids outside the vocabulary, and for a model through whose experts no gradient comes.
+        """
+        self._check(contexts, states)
+        return fit(self.model, self.layers, self.config, contexts, states) if contexts else []
+
+    @contextmanager
+    def attached(self, state: RewiringState) -> Iterator[None]:
+        """Every forward pass of the model in the block has the vectors of ``state``, in all its rows.
+
+        For scoring and evaluation; behind the block the model is what it was.
+        """
+        self._check([[0]], [state])
+        delta = dict(zip([(layer.router, layer.pass_index) for layer in self.layers], state.delta, strict=True))
+        with overriding(self.model, _InAllRows(delta, {layer.router: layer.num_passes for layer in self.layers})):
+            yield
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | None = None,
+        *,
+        states: Sequence[RewiringState] | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt; returns the new tokens of each. See `stream`."""
+        results: list[list[int]] = [[] for _ in prompts]
+        for step in self.stream(prompts, sampling, states=states):
+            for row, token in zip(step.rows, step.tokens, strict=True):
+                results[row].append(token)
+        return results
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | None = None,
+        *,
+        states: Sequence[RewiringState] | None = None,
+    ) -> Iterator[Step]:
+        """As `anabranch.lm.stream`, with the two phases: new tokens as they come. Sequences that stop leave the batch.
+
+        Args:
+            prompts: token ids. Equal ones (sampled chains) whose states are new are fitted once, and go on each for itself.
+            sampling: how tokens are chosen.
+            states: of the requests, which go on; new ones where a conversation begins. They hold the reports afterwards.
+
+        Raises ConfigError as `adapt`, and for a model that cannot generate.
+        """
+        sampling = sampling or SamplingConfig()
+        states = [self.new_state() for _ in prompts] if states is None else list(states)
+        self._check(prompts, states)
+        self.model.check_causal()
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield from self._steps([list(prompt) for prompt in prompts], states, sampling)
+        finally:
+            self.model.train(was_training)
+
+    def _steps(self, texts: list[list[int]], states: list[RewiringState], sampling: SamplingConfig) -> Iterator[Step]:
+        device, interval = self.model.embedding.weight.device, self.config.interval
+        generator = torch.Generator(device=device).manual_seed(sampling.seed)
+        rows, decoding = list(range(len(texts))), _Decoding(self)
+        for number in range(sampling.max_tokens if texts else 0):
+            going, left = [states[row] for row in rows], sampling.max_tokens - number
+            if number == 0 or (interval is not None and number % interval == 0):
+                so_far = [texts[row] for row in rows]
+                if number == 0 and self.config.cache == "keep":
+                    # Their keys and values are those of the vectors of before.
+                    decoding.begin([text[:-1] for text in so_far], going, left + 1)
+                if self._adapt_once(so_far, going) and self.config.cache == "recompute":
+                    decoding.forget()
+            logits_BV = decoding.next([texts[row] for row in rows], going, left)
+            next_B = sample(logits_BV, sampling, generator)
+            on = [token not in sampling.stop for token in next_B.tolist()]
+            if not all(on):
+                keep_B = torch.tensor(on, device=device)
+                next_B, rows = next_B[keep_B], [row for row, stays in zip(rows, on, strict=True) if stays]
+                decoding.keep_rows(keep_B)
+            if not rows:
+                return
+            for row, token in zip(rows, next_B.tolist(), strict=True):
+                texts[row].append(token)
+            yield Step(list(rows), next_B.tolist())
+
+    def _adapt_once(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState]) -> bool:
+        """`adapt`, of chains that begin alike once. Gives whether a vector has changed."""
+        first: dict[object, int] = {}
+        like = []
+        for row, (text, state) in enumerate(zip(texts, states, strict=True)):
+            is_new = not state.phases and not state.steps and state.is_zero
+            like.append(first.setdefault(tuple(text) if is_new else row, row))
+        own = sorted(set(like))
+        before = [state.delta for state in states]
+        self.adapt([texts[row] for row in own], [states[row] for row in own])
+        for row, source in enumerate(like):
+            if row != source:
+                states[row].__dict__.update(vars(states[source].copy()))
+        return any(
+            not torch.equal(old_E, new_E)
+            for old, state in zip(before, states, strict=True)
+            for old_E, new_E in zip(old, state.delta, strict=True)
+        )
+
+    def _check(self, contexts: Sequence[Sequence[int]], states: Sequence[RewiringState]) -> None:
+        if len(contexts) != len(states):
+            raise ConfigError(f"there are {len(contexts)} contexts and {len(states)} states; give one for each")
+        if len({id(state) for state in states}) < len(states):
+            raise ConfigError("two requests have one state; give each its own (RewiringState.copy)")
+        check_prompts(self.model, contexts)
+        wanted = [(router_of(layer).num_destinations,) for layer in self.layers]
+        for number, state in enumerate(states):
+            given = [tuple(delta_E.shape) for delta_E in state.delta]
+            if given != wanted:
+                raise ConfigError(f"state {number} has vectors of shapes {given}, but the model needs {wanted}")
+
+
+class _Decoding:
+    """Phase 2: decoding with a cache, with the vectors of each row."""
+
+    def __init__(self, rerouter: Rerouter) -> None:
+        self._model, self._layers = rerouter.model, rerouter.layers
+        self._keeps = rerouter.config.cache == "keep"
+        self._cache: KeyValueCache | None = None
+
+    @torch.no_grad()
+    def begin(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int) -> None:
+        """Fill a new cache with ``texts``, for ``room`` tokens more."""
+        if any(texts):
+            self._run(texts, states, room)
+
+    @torch.no_grad()
+    def next(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int) -> Tensor:
+        """logits_BV behind ``texts``, of which the cache has all but the last token, or which it is made of."""
+        if self._cache is not None and self._cache.length == self._cache.max_length:
+            self.forget()
+        return self._run(texts if self._cache is None else [text[-1:] for text in texts], states, room)
+
+    def forget(self) -> None:
+        """What was computed before is of other vectors."""
+        self._cache = None
+
+    def keep_rows(self, keep_B: Tensor) -> None:
+        """Sequences that stopped leave."""
+        if self._cache is not None:
+            self._cache.keep_rows(keep_B)
+
+    def _room(self, batch: int, length: int, room: int) -> int:
+        """Positions to reserve behind ``length``, of ``room`` that may come. Raises CapacityError for more than can be kept."""
+        if not self._keeps:
+            # What does not fit is computed again with twice the room: no more is reserved than texts come to.
+            return min(room, max(length, _LEAST_ROOM))
+        config = self._model.config
+        parts = [config.attention_of(layer) for layer in range(config.num_layers)]
+        each = sum(part.kv_heads * sum(part.kept(config.dim)) for part in parts) * 4 * batch
+        wanted = each * (length + room)
+        if wanted > _MOST_BYTES:
+            raise CapacityError(
+                f"keys and values of {length + room} positions would take {wanted} bytes, above {_MOST_BYTES}; ask for fewer tokens, or "
+                "use cache='recompute'"
+            )
+        return room
+
+    def _run(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int) -> Tensor:
+        device = self._model.embedding.weight.device
+        token_BL, mask_BL = pad_left(texts, device)
+        if self._cache is None:
+            self._cache = self._model.new_cache(token_BL.shape[1] + self._room(len(texts), token_BL.shape[1], room))
+        delta = [torch.stack(of_layer).to(device) for of_layer in zip(*(state.delta for state in states), strict=True)]
+        vectors = Vectors(self._layers, delta, token_BL.shape[1])
+        return run(self._model, token_BL, mask_BL, vectors, cache=self._cache, last_only=True)[:, -1]
+
+
+class _InAllRows:
+    """One request's vectors, of every row."""
+
+    def __init__(self, delta: dict[tuple[torch.nn.Module, int], Tensor], passes: dict[torch.nn.Module, int]) -> None:
+        self._delta, self._passes = delta, passes
+
+    def of(self, router: torch.nn.Module, visit: int, x_ND: Tensor, context: RoutingContext) -> Override | None:
+        """See `Overrides`."""
+        if router not in self._passes:
+            return None
+        return Override(logit_NE=self._delta[router, visit % self._passes[router]])

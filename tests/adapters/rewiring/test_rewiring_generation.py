@@ -1,0 +1,199 @@
+"""Generation in two phases: against a loop written out, alone and in batches, continued, kept short."""
+
+import pytest
+import torch
+
+from anabranch.adapters.rewiring import Rerouter, Rewiring, rerouter
+from anabranch.adapters.rewiring.vectors import Vectors, run
+from anabranch.errors import CapacityError, ConfigError
+from anabranch.lm import Decoder, SamplingConfig, generate
+from anabranch.nn import MoE
+from anabranch.routing import ExpertChoice, Router, TopK
+
+MODEL = MoE.Config(num_experts=4, hidden_dim=16, router=Router.Config(select=TopK.Config(normalize="sum")))
+GREEDY = SamplingConfig(max_tokens=12, temperature=0)
+QUICK = Rewiring(interval=5, steps=2, eta=0.5, scale_step=False)
+
+
+def model_of(feed_forward=MODEL, **changes):
+    body = {"vocab_size": 61, "dim": 16, "num_layers": 2, "init_std": 0.4, "depth_scaled_init": False}
+    return Decoder.Config(**{**body, **changes}, feed_forward=feed_forward).build(seed=0).eval()
+
+
+def text(length=40, seed=0):
+    return torch.randint(61, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def written_out(model, config, prompt, count):
+    """The two phases without a cache: the whole text anew for each token, with the vectors of its phase."""
+    turned = Rerouter(model, config)
+    state, tokens = turned.new_state(), list(prompt)
+    for number in range(count):
+        if number == 0 or (config.interval and number % config.interval == 0):
+            turned.adapt([tokens], [state])
+        vectors = Vectors(turned.layers, [delta_E[None] for delta_E in state.delta], len(tokens))
+        with torch.no_grad():
+            tokens.append(int(run(model, torch.tensor([tokens]), None, vectors)[0, -1].argmax()))
+    return tokens[len(prompt) :], state
+
+
+def test_generation_is_the_two_phases_written_out():
+    model, prompt = model_of(), text()
+    expected, state = written_out(model, QUICK, prompt, 12)
+    turned = Rerouter(model, QUICK)
+    own = turned.new_state()
+    assert turned.generate([prompt], GREEDY, states=[own]) == [expected]
+    assert [phase.length for phase in own.phases] == [40, 45, 50]
+    assert [phase.scale for phase in own.phases] == [phase.scale for phase in state.phases]
+    for one, other in zip(own.delta, state.delta, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not own.is_zero
+    assert expected != generate(model, [prompt], GREEDY)[0]
+
+
+def test_a_batch_with_other_lengths_and_ends_is_each_alone():
+    model, prompts = model_of(), [text(), text(30, 1), text(47, 2)]
+    alone = [written_out(model, QUICK, prompt, 12)[0] for prompt in prompts]
+    assert Rerouter(model, QUICK).generate(prompts, GREEDY) == alone
+    stop = alone[1][3]
+    cut = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in alone]
+    states = [Rerouter(model).new_state() for _ in prompts]
+    assert Rerouter(model, QUICK).generate(prompts, GREEDY.replace(stop=(stop,)), states=states) == cut
+    assert len(states[1].phases) == 1
+
+
+def test_without_a_step_it_is_plain_generation_to_the_token():
+    model, prompts = model_of(), [text(), text(30, 1)]
+    sampled = SamplingConfig(max_tokens=20, temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    for cache in ("recompute", "keep"):
+        config = Rewiring(most_steps=0, interval=4, cache=cache)
+        assert Rerouter(model, config).generate(prompts, sampled) == generate(model, prompts, sampled)
+
+
+def test_an_interval_without_end_is_the_prompt_alone():
+    model, prompt, seen = model_of(), text(), []
+    for interval in (None, 10**6, 12):
+        turned = Rerouter(model, QUICK.replace(interval=interval))
+        state = turned.new_state()
+        seen.append((turned.generate([prompt], GREEDY, states=[state]), [one.tolist() for one in state.delta]))
+        assert len(state.phases) == 1
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_tokens_come_as_they_are_made():
+    model, prompts = model_of(), [text(), text(30, 1)]
+    turned = Rerouter(model, QUICK)
+    states = [turned.new_state() for _ in prompts]
+    steps = turned.stream(prompts, GREEDY, states=states)
+    first = [next(steps) for _ in range(5)]
+    assert [len(state.phases) for state in states] == [1, 1]  # the second phase comes with the sixth token
+    steps_left = list(steps)
+    assert [len(state.phases) for state in states] == [3, 3]
+    whole = turned.generate(prompts, GREEDY)
+    for row in (0, 1):
+        assert [step.tokens[step.rows.index(row)] for step in [*first, *steps_left]] == whole[row]
+
+
+def test_chains_of_one_prompt_are_fitted_once_and_go_on_apart(monkeypatch):
+    model, calls = model_of(), []
+    fit = rerouter.fit
+    monkeypatch.setattr(rerouter, "fit", lambda *a, **k: calls.append(len(a[3])) or fit(*a, **k))
+    turned = Rerouter(model, QUICK)
+    prompts = [text(), text(), text(30, 1), text()]
+    states = [turned.new_state() for _ in prompts]
+    sampling = SamplingConfig(max_tokens=12, temperature=2.0, seed=1)
+    chains = turned.generate(prompts, sampling, states=states)
+    assert calls == [2, 4, 4]
+    assert chains[0] != chains[1]
+    assert [len(state.phases) for state in states] == [3] * 4
+    assert states[0].phases[0] == states[3].phases[0]
+    assert len({id(state.delta[0]) for state in states}) == 4
+    used = turned.new_state()
+    used.steps = 1
+    turned.generate([text(), text()], GREEDY.replace(max_tokens=1), states=[used, turned.new_state()])
+    assert calls[-1] == 2  # a state that is not new is its own
+
+
+def test_a_conversation_goes_on_from_what_was_saved():
+    model, prompt = model_of(), text()
+    turned = Rerouter(model, QUICK)
+    state = turned.new_state()
+    answer = turned.generate([prompt], GREEDY, states=[state])[0]
+    other = turned.new_state()
+    other.load_state_dict(state.state_dict())
+    following = [*prompt, *answer, 3, 4]
+    assert turned.generate([following], GREEDY, states=[other]) == turned.generate([following], GREEDY, states=[state])
+    assert other.steps == state.steps == 12
+    fresh = turned.new_state()
+    fresh_tokens = turned.generate([following], GREEDY, states=[fresh])
+    state.reset()
+    assert turned.generate([following], GREEDY, states=[state]) == fresh_tokens
+
+
+def test_kept_keys_and_values_are_those_of_the_old_vectors():
+    """The prompt's, but for its last token, are of the model as it is; a phase later those of before stay too."""
+    model, prompt, config = model_of(), text(), QUICK.replace(cache="keep", guard=False)
+    turned = Rerouter(model, config)
+    state, tokens = turned.new_state(), list(prompt)
+    cache, layers = model.new_cache(60), turned.layers
+    with torch.no_grad():
+        model(torch.tensor([prompt[:-1]]), cache=cache)
+    for number in range(12):
+        if number % 5 == 0:
+            turned.adapt([tokens], [state])
+        vectors = Vectors(layers, [delta_E[None] for delta_E in state.delta], 1)
+        with torch.no_grad():
+            tokens.append(int(run(model, torch.tensor([tokens[-1:]]), None, vectors, cache=cache)[0, -1].argmax()))
+    assert turned.generate([prompt], GREEDY) == [tokens[40:]]
+    assert Rerouter(model, config.replace(cache="recompute")).generate([prompt], GREEDY) != [tokens[40:]]
+
+
+@pytest.mark.parametrize("prompts", [[[5]], [[5], [6, 7]], [[5], text()]])
+def test_prompts_of_one_token_with_kept_keys_and_values(prompts):
+    config = QUICK.replace(cache="keep", most_steps=0)
+    assert Rerouter(model_of(), config).generate(prompts, GREEDY) == generate(model_of(), prompts, GREEDY)
+
+
+def test_no_more_room_is_reserved_than_texts_come_to(monkeypatch):
+    model, made = model_of(), []
+    monkeypatch.setattr(rerouter, "_LEAST_ROOM", 4)
+    new = type(model).new_cache
+    monkeypatch.setattr(type(model), "new_cache", lambda self, length: made.append(length) or new(self, length))
+    config = Rewiring(most_steps=0)
+    prompts = [[1, 2, 3]]
+    tokens = Rerouter(model, config).generate(prompts, GREEDY.replace(max_tokens=20))
+    assert made == [7, 16, 23]  # with twice the room once it is full, and never above what may come
+    monkeypatch.undo()
+    assert tokens == generate(model, prompts, GREEDY.replace(max_tokens=20))
+    with pytest.raises(CapacityError, match="keys and values of 1000000000002 positions would take"):
+        next(Rerouter(model, config.replace(cache="keep")).stream(prompts, SamplingConfig(max_tokens=10**12 - 1)))
+
+
+def test_what_cannot_generate_is_refused_before_anything_runs():
+    router = Router.Config(select=ExpertChoice.Config(), balance=())
+    model = model_of(MoE.Config(num_experts=4, hidden_dim=16, router=router))
+    with pytest.raises(ConfigError, match="looking at later tokens"):
+        next(Rerouter(model).stream([text()]))
+    with pytest.raises(ConfigError, match="prompt 1 is empty"):
+        next(Rerouter(model_of()).stream([text(), []]))
+    assert Rerouter(model_of()).generate([]) == []
+    assert Rerouter(model_of()).generate([text()], GREEDY.replace(max_tokens=0)) == [[]]
+
+
+def test_a_stream_that_is_left_leaves_the_model_as_it_was():
+    model = model_of().train()
+    steps = Rerouter(model, QUICK).stream([text()], GREEDY)
+    next(steps)
+    steps.close()
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_in_inference_mode_too():
+    model = model_of()
+    with torch.inference_mode():
+        found = Rerouter(model, QUICK).generate([text()], GREEDY)
+        made_inside = model_of()
+    assert found == Rerouter(model_of(), QUICK).generate([text()], GREEDY)
+    with pytest.raises(ConfigError, match="made in inference mode"):
+        Rerouter(made_inside, QUICK).generate([text()], GREEDY)
