@@ -16,7 +16,7 @@ _WORD = re.compile(r"\w+")
 
 
 def hashed_text(
-    text: str, buckets: int, *, pairs: bool = True, pieces: int = 0, max_words: int = 2048
+    text: str, buckets: int, *, pairs: bool = True, pieces: int = 0, shortest: int = 1, max_words: int = 2048
 ) -> tuple[np.ndarray, np.ndarray]:
     """(bucket_F int64, count_F): where the features of ``text`` fall, and how often each occurs, with its sign.
 
@@ -25,12 +25,14 @@ def hashed_text(
         buckets: D.
         pairs: pairs of neighbouring words too.
         pieces: runs of so many characters of each word, with a space before and behind it, too; 0 for none.
+        shortest: characters of words that count as such and in pairs; pieces are of all words.
         max_words: words that count, the first.
     """
     words = [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text.casefold())[:max_words]]
-    hashes = [zlib.crc32(word) for word in words]
+    long = words if shortest < 2 else [word for word in words if len(word.decode("utf-8", "surrogatepass")) >= shortest]
+    hashes = [zlib.crc32(word) for word in long]
     if pairs:
-        hashes += [zlib.crc32(b" " + second, first) for first, second in zip(hashes[:-1], words[1:], strict=True)]
+        hashes += [zlib.crc32(b" " + second, first) for first, second in zip(hashes[:-1], long[1:], strict=True)]
     if pieces:
         # The byte in front, which no word has, keeps a piece apart from a word that is written like it.
         for word in words:

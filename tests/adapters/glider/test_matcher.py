@@ -1,17 +1,19 @@
 """Instructions to experts: cosines, caches, calibration, neighbours, texts that nobody can match."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anabranch.adapters.glider import Matcher, TextFeatures
 from anabranch.adapters.glider.calibration import calibrate, thinned
-from anabranch.adapters.glider.embed import embedded
+from anabranch.adapters.glider.embed import Stack, embedded, is_zero
 from anabranch.errors import ConfigError
 from anabranch.routers.embed import Embedder
 from anabranch.routers.embed.hashed import Hashed
 
+ROOT = Path(__file__).resolve().parents[3]
 TEXTS = {
     "sql": ("Write a SQL query that answers a question about a table.", "Turn a question on a table into SQL."),
     "law": ("Name the law that a legal case falls under.",),
@@ -65,12 +67,18 @@ def test_a_vector_of_length_0_scores_0_and_warns():
 def test_coming_and_going_changes_no_other_vector():
     made = matcher()
     made.fit()
-    before = {name: None if vector is None else vector.copy() for name, vector in made.vectors.items()}
+    before = dict(made.vectors)
+
+    def kept(*names):
+        pairs = [(made.vectors[name], before[name]) for name in names]
+        return all(
+            np.array_equal(now.id_F, then.id_F) and np.array_equal(now.weight_F, then.weight_F) for now, then in pairs
+        )
+
     made.add("new", ("Translate a question into French.",))
-    assert all(np.array_equal(made.vectors[name], vector) for name, vector in before.items() if vector is not None)
+    assert kept("sql", "law", "sum")
     made.remove("law")
-    assert all(made.vectors[name] is not None for name in ("sql", "sum"))
-    assert all(np.array_equal(made.vectors[name], before[name]) for name in ("sql", "sum"))
+    assert kept("sql", "sum")
     assert "law" not in made.cosines("law")
     made.remove("new")
     again = matcher({name: texts for name, texts in TEXTS.items() if name != "law"}, embedder=made.embedder)
@@ -157,9 +165,8 @@ def test_a_graph_finds_what_all_products_find():
 
 
 def test_the_threshold_by_hand():
-    member_MD = np.eye(3)
     worded = {0: np.array([[0.9, 0.1, 0.0]]), 1: np.array([[0.0, 0.7, 0.3]]), 2: np.array([[0.2, 0.0, 0.5]])}
-    found = calibrate(member_MD, worded, own=[0, 2])
+    found = calibrate(dict(enumerate(np.eye(3))), worded, own=[0, 2])
     # Best cosines of what is there: 0.9, 0.7, 0.5; of what was left out: 0, 0.1, 0, 0.3, 0, 0.2.
     assert found.threshold == pytest.approx((0.5 + 0.3) / 2)
     assert (found.auroc, found.top_1, found.worded, found.members) == (1, 1, 2, 3)
@@ -170,7 +177,7 @@ def test_the_threshold_by_hand():
 
 
 def test_what_overlaps_has_an_area_below_1():
-    found = calibrate(np.eye(2), {0: np.array([[0.6, 0.8]]), 1: np.array([[0.0, 0.7]])})
+    found = calibrate(dict(enumerate(np.eye(2))), {0: np.array([[0.6, 0.8]]), 1: np.array([[0.0, 0.7]])})
     # There: 0.8 and 0.7; left out: 0, 0.8, 0, 0.
     assert found.auroc == pytest.approx((3.5 + 3) / 2 / 4)
     assert found.top_1 == 0.5
@@ -194,5 +201,42 @@ def test_a_text_loses_every_second_word():
 
 
 def test_lengths_are_1_or_0():
-    vector_ND = embedded(TextFeatures(), ["sql table", "..."])
-    assert np.linalg.norm(vector_ND, axis=1) == pytest.approx([1, 0], abs=1e-6)
+    full, empty = embedded(TextFeatures(), ["sql table", "..."])
+    assert np.linalg.norm(full.weight_F) == pytest.approx(1)
+    assert (is_zero(full), is_zero(empty)) == (False, True)
+
+
+def test_sparse_products_are_those_of_full_vectors():
+    texts = [text for own in TEXTS.values() for text in own] + ["...", "a b a b c"]
+    made = embedded(TextFeatures(TextFeatures.Config(shortest=1)), texts)
+    ids = sorted({key for one in made for key in one.id_F.tolist()})
+    full = np.zeros((len(made), len(ids)))
+    for row, one in enumerate(made):
+        full[row, [ids.index(key) for key in one.id_F.tolist()]] = one.weight_F
+    for row, one in enumerate(made):
+        assert Stack(made).cosines(one) == pytest.approx(full @ full[row], abs=1e-12)
+
+
+def test_the_weight_of_a_feature_by_hand():
+    features = TextFeatures(TextFeatures.Config(pairs=False, pieces=0))
+    features.fit(["aa bb", "aa cc", "aa"])
+    (found,) = features.embed(["aa bb bb dd e"])
+    expected = [np.log(4 / 4) + 1, (1 + np.log(2)) * (np.log(4 / 2) + 1), np.log(4 / 1) + 1]
+    assert sorted(np.abs(found.weight_F)) == pytest.approx(sorted(expected))
+
+
+def test_the_figures_of_the_page_are_made_by_its_script(tmp_path, monkeypatch):
+    """On two made tasks: the shares and the area by hand."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from glider_matching import FILES, measured
+
+    first = {"sql": "write sql for a question", "law": "name the law of a case"}
+    second = {"law": "which law of a case", "sql": "name a case"}
+    for name, table_of in zip(FILES, (first, second, {"x": ["boil an egg", "write sql for a question"]}), strict=True):
+        (tmp_path / name).write_text(json.dumps(table_of))
+    found = measured(tmp_path)
+    assert (found["tasks"], found["foreign"], found["top_1"], found["top_2"]) == (2, 2, 0.5, 1)
+    # Both are above the egg, and below what is word for word the same.
+    assert found["auroc"] == 0.5
+    with pytest.raises(SystemExit, match="has no flan_instruction"):
+        measured(tmp_path / "none")

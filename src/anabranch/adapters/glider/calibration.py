@@ -3,7 +3,7 @@
 Each member is left out in turn. Other wordings of its instruction against the whole pool are queries of a task that is there; its
 instructions against the pool without it are queries of one that is not.
 """
-# Shapes: M members, P thresholds
+# Shapes: M members, V wordings of one, W of them and its instruction, P thresholds
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,28 +47,29 @@ def thinned(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(" ".join(words[start::2]) for start in (0, 1) if words[start::2]))
 
 
-def calibrate(member_MD: np.ndarray, worded: Mapping[int, np.ndarray], *, own: Sequence[int] = ()) -> Calibration:
+def calibrate(
+    asked: Mapping[int, np.ndarray], worded: Mapping[int, np.ndarray], *, own: Sequence[int] = ()
+) -> Calibration:
     """Leave each of the M members out in turn.
 
     Args:
-        member_MD: unit vectors of the members' instructions.
-        worded: unit vectors of other wordings, ``[V, D]``, by member.
+        asked: cosines ``[M]`` of each member's instruction with those of all.
+        worded: cosines ``[V, M]`` of other wordings with all instructions, by member.
         own: members whose wordings are their own.
 
     Raises ConfigError for fewer than two members, or no wordings.
     """
-    if len(member_MD) < 2 or not worded:
+    if len(asked) < 2 or not worded:
         raise ConfigError(
-            f"a threshold is found by leaving members out, and {len(member_MD)} of the pool have an instruction; at least 2 must, or "
+            f"a threshold is found by leaving members out, and {len(asked)} of the pool have an instruction; at least 2 must, or "
             "give the pool a threshold or a weight"
         )
     known, right, unknown = [], [], []
-    for member, variant_VD in worded.items():
-        cosine_VM = variant_VD @ member_MD.T
+    for member, cosine_VM in worded.items():
         known += cosine_VM.max(1).tolist()
         right += (cosine_VM.argmax(1) == member).tolist()
-        others_MD = np.delete(member_MD, member, axis=0)
-        unknown += (np.concatenate([member_MD[member : member + 1], variant_VD]) @ others_MD.T).max(1).tolist()
+        all_WM = np.concatenate([asked[member][None], cosine_VM])
+        unknown += np.delete(all_WM, member, axis=1).max(1).tolist()
     known_K, unknown_U = np.sort(known), np.sort(unknown)
     values_P = np.unique(np.concatenate([known_K, unknown_U]))[::-1]
     hit_P = 1 - np.searchsorted(known_K, values_P) / len(known_K)
@@ -79,4 +80,4 @@ def calibrate(member_MD: np.ndarray, worded: Mapping[int, np.ndarray], *, own: S
     auroc = float((less_K + same_K).mean() / (2 * len(unknown_U)))
     curve = tuple(zip(values_P.tolist(), hit_P.tolist(), false_P.tolist(), strict=True))
     threshold = float(values_P[best] + below) / 2
-    return Calibration(threshold, auroc, curve, float(np.mean(right)), len(set(own) & set(worded)), len(member_MD))
+    return Calibration(threshold, auroc, curve, float(np.mean(right)), len(set(own) & set(worded)), len(asked))

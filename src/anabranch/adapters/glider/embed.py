@@ -2,6 +2,7 @@
 # Shapes: N texts, D dimensions, F features
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,10 @@ from anabranch.errors import ConfigError
 from anabranch.hashed_text import hashed_text
 from anabranch.lm.decoder import Decoder
 
-__all__ = ["HiddenStates", "TextEmbedder", "TextFeatures", "embedded"]
+__all__ = ["HiddenStates", "Sparse", "Stack", "TextEmbedder", "TextFeatures", "Vector", "embedded", "is_zero"]
+
+# So many that hardly two features of any pool share one.
+_BUCKETS = 2**31
 
 
 @runtime_checkable
@@ -24,11 +28,28 @@ class TextEmbedder(Protocol):
     """What makes vectors of texts; `anabranch.routers.embed.Embedder` is one too. Lengths do not matter: angles are compared."""
 
     def embed(self, texts: Sequence[str]) -> Any:
-        """``[N, D]``."""
+        """``[N, D]``, or a list of `Sparse`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A vector of few numbers among very many.
+
+    Attributes:
+        id_F: int64, rising: which numbers.
+        weight_F: float64, what they are.
+    """
+
+    id_F: np.ndarray
+    weight_F: np.ndarray
+
+
+# Of one text: float32 [D], or sparse.
+Vector = np.ndarray | Sparse
 
 
 class TextFeatures:
-    """Words, pairs of words and runs of four characters, hashed; by the weight (1 + ln count) of each times its idf.
+    """Words, pairs of words and runs of four characters, hashed to 31 bits; by the weight (1 + ln count) of each times its idf.
 
     The idf, ln((1 + N) / (1 + texts with it)) + 1, is what `fit` found; 1 before. It changes at no other time, so that vectors that were
     made stay comparable.
@@ -39,37 +60,53 @@ class TextFeatures:
         """What is counted.
 
         Attributes:
-            dim: buckets, D; for thousands of experts 1,024 take less memory and time, and find a little less.
             pairs: pairs of neighbouring words.
-            pieces: length of runs of characters; 0 for none.
+            pieces: length of runs of characters within words; 0 for none.
+            shortest: characters of a word that counts as one.
         """
 
-        dim: int = Field(default=16384, ge=2, le=2**20)
         pairs: bool = True
         pieces: int = Field(default=4, ge=0, le=16)
+        shortest: int = Field(default=2, ge=1)
 
     def __init__(self, config: "TextFeatures.Config | None" = None) -> None:
         self.config = TextFeatures.Config() if config is None else config
-        self.idf_D = np.ones(self.config.dim)
+        # Features that were seen, rising, in how many texts each, and how many texts there were.
+        self.seen_F: np.ndarray = np.zeros(0, np.int64)
+        self.count_F: np.ndarray = np.zeros(0, np.int64)
+        self.num_texts = 0
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Count in how many texts each bucket occurs."""
-        count_D = np.zeros(self.config.dim)
-        for text in texts:
-            count_D[np.unique(self._features(text)[0])] += 1
-        self.idf_D = np.log((1 + len(texts)) / (1 + count_D)) + 1
+        """Count in how many texts each feature occurs."""
+        features = [self._features(text)[0] for text in texts]
+        self.seen_F, self.count_F = np.unique(np.concatenate([np.zeros(0, np.int64), *features]), return_counts=True)
+        self.num_texts = len(texts)
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 ``[N, D]``; zeros for a text without letters and digits."""
-        vector_ND = np.zeros((len(texts), self.config.dim), np.float32)
-        for row, text in enumerate(texts):
-            bucket_F, count_F = self._features(text)
-            weight_F = np.sign(count_F) * (1 + np.log(np.abs(count_F)))
-            vector_ND[row] = np.bincount(bucket_F, weight_F, self.config.dim) * self.idf_D
-        return vector_ND
+    def embed(self, texts: Sequence[str]) -> list[Sparse]:
+        """A vector each; without numbers for a text without letters and digits."""
+        found = []
+        for text in texts:
+            id_F, count_F = self._features(text)
+            weight_F = np.sign(count_F) * (1 + np.log(np.abs(count_F))) * self._idf(id_F)
+            found.append(Sparse(id_F, weight_F))
+        return found
+
+    def _idf(self, id_F: np.ndarray) -> np.ndarray:
+        if not len(self.seen_F):
+            return np.ones(len(id_F))
+        place_F = np.searchsorted(self.seen_F, id_F).clip(max=len(self.seen_F) - 1)
+        texts_F = np.where(self.seen_F[place_F] == id_F, self.count_F[place_F], 0)
+        idf_F: np.ndarray = np.log((1 + self.num_texts) / (1 + texts_F)) + 1
+        return idf_F
 
     def _features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        return hashed_text(text, self.config.dim, pairs=self.config.pairs, pieces=self.config.pieces)
+        config = self.config
+        id_F, count_F = hashed_text(text, _BUCKETS, pairs=config.pairs, pieces=config.pieces, shortest=config.shortest)
+        # Two features in one bucket are one.
+        id_F, place_F = np.unique(id_F, return_inverse=True)
+        count_F = np.bincount(place_F, count_F, len(id_F))
+        kept_F = count_F != 0
+        return id_F[kept_F], count_F[kept_F]
 
 
 class HiddenStates:
@@ -109,14 +146,17 @@ class HiddenStates:
 
 def embedded(
     embedder: TextEmbedder | Callable[[Sequence[str]], Any], texts: Sequence[str], dim: int | None = None
-) -> np.ndarray:
-    """float32 ``[N, D]``, each of length 1 or 0.
+) -> list[Vector]:
+    """A vector of each text, of length 1 or 0.
 
     Raises ConfigError for an embedder that gives something else, ``dim`` numbers where that is told, or numbers that are not finite.
     """
     embed = embedder.embed if isinstance(embedder, TextEmbedder) else embedder
+    given = embed(list(texts))
+    if isinstance(given, list) and given and all(isinstance(one, Sparse) for one in given):
+        return [Sparse(one.id_F, one.weight_F / (np.linalg.norm(one.weight_F) or 1.0)) for one in given]
     try:
-        vector_ND = np.asarray(embed(list(texts)), np.float32)
+        vector_ND = np.asarray(given, np.float32)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the embedder gave no array of numbers: {error}") from None
     if vector_ND.ndim != 2 or len(vector_ND) != len(texts) or vector_ND.shape[1] < 1:
@@ -130,4 +170,41 @@ def embedded(
     if not np.isfinite(vector_ND).all():
         raise ConfigError("the embedder gave numbers that are not finite")
     length_N1 = np.linalg.norm(vector_ND.astype(np.float64), axis=1, keepdims=True)
-    return (vector_ND / np.where(length_N1 > 0, length_N1, 1)).astype(np.float32)
+    return list((vector_ND / np.where(length_N1 > 0, length_N1, 1)).astype(np.float32))
+
+
+def is_zero(vector: Vector) -> bool:
+    """Whether its length is 0."""
+    return not (vector.weight_F if isinstance(vector, Sparse) else vector).any()
+
+
+class Stack:
+    """Unit vectors of M texts, whose products with one more are asked for."""
+
+    def __init__(self, vectors: Sequence[Vector]) -> None:
+        self.num = len(vectors)
+        sparse = [vector for vector in vectors if isinstance(vector, Sparse)]
+        self.is_sparse = bool(sparse)
+        if self.is_sparse:
+            # All numbers by what they are of: a query looks up its own few.
+            id_P = np.concatenate([vector.id_F for vector in sparse])
+            order_P = np.argsort(id_P, kind="stable")
+            row_P = np.repeat(np.arange(self.num), [len(vector.id_F) for vector in sparse])
+            self.id_P, self.row_P = id_P[order_P], row_P[order_P]
+            self.weight_P = np.concatenate([vector.weight_F for vector in sparse])[order_P]
+        else:
+            self.vector_MD = (
+                np.stack([np.asarray(vector) for vector in vectors]) if vectors else np.zeros((0, 1), np.float32)
+            )
+
+    def cosines(self, vector: Vector) -> np.ndarray:
+        """cosine_M."""
+        if not isinstance(vector, Sparse):
+            cosine_M: np.ndarray = self.vector_MD @ vector
+            return cosine_M
+        start_F, end_F = (np.searchsorted(self.id_P, vector.id_F, side=side) for side in ("left", "right"))
+        count_F = end_F - start_F
+        # The places start, start + 1, ..., end - 1 of all features one after the other.
+        place_Q = np.arange(count_F.sum()) + np.repeat(start_F - (count_F.cumsum() - count_F), count_F)
+        product_Q = self.weight_P[place_Q] * np.repeat(vector.weight_F, count_F)
+        return np.bincount(self.row_P[place_Q], product_Q, self.num)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.adapters.glider.calibration import Calibration, calibrate, thinned
-from anabranch.adapters.glider.embed import TextEmbedder, TextFeatures, embedded
+from anabranch.adapters.glider.embed import Sparse, Stack, TextEmbedder, TextFeatures, Vector, embedded, is_zero
 from anabranch.errors import ConfigError
 from anabranch.extras import extras
 
@@ -52,23 +52,23 @@ class Matcher:
         self.writer, self.cached, self.many = writer, cached, many
         self.texts: dict[str, tuple[str, ...]] = {}
         # Unit vectors, by name; None for an expert without an instruction.
-        self.vectors: dict[str, np.ndarray | None] = {}
+        self.vectors: dict[str, Vector | None] = {}
         self.written = 0
-        self._seen: OrderedDict[tuple[str, str | None], tuple[str, np.ndarray]] = OrderedDict()
-        self._stacked: tuple[list[str], np.ndarray] | None = None
+        self._seen: OrderedDict[tuple[str, str | None], tuple[str, Vector]] = OrderedDict()
+        self._stacked: tuple[list[str], Stack] | None = None
         self._index: Any = None
         self._calibration: Calibration | None = None
 
     def add(self, name: str, texts: Sequence[str]) -> None:
         """An expert with these wordings; none for one that the global router does not know. No other vector changes."""
-        vector_D = self._vector_of(name, texts)
+        vector_D = self._vector_of(name, texts, self.dim)
         self.vectors[name], self.texts[name] = vector_D, tuple(texts)
         index = self._index
         self._changed()
         if index is not None:
             # Ids of the graph are places among those with an instruction, of whom it is the last.
             self._index = index
-            if vector_D is not None:
+            if isinstance(vector_D, np.ndarray):
                 index.add(vector_D[None])
 
     def remove(self, name: str) -> None:
@@ -81,18 +81,17 @@ class Matcher:
         if not hasattr(self.embedder, "fit"):
             return
         self.embedder.fit([text for texts in self.texts.values() for text in texts])
+        # All of them, before any is forgotten.
+        made = {name: self._vector_of(name, texts, None) for name, texts in self.texts.items()}
         self._seen.clear()
-        self.vectors = {}
-        self._changed()
-        for name, texts in self.texts.items():
-            self.vectors[name] = self._vector_of(name, texts)
+        self.vectors = made
         self._changed()
 
-    def _vector_of(self, name: str, texts: Sequence[str]) -> np.ndarray | None:
+    def _vector_of(self, name: str, texts: Sequence[str], dim: int | None) -> Vector | None:
         if not texts:
             return None
-        vector_D: np.ndarray = embedded(self.embedder, texts[:1], self.dim)[0]
-        if not vector_D.any():
+        vector_D = embedded(self.embedder, texts[:1], dim)[0]
+        if is_zero(vector_D):
             warnings.warn(
                 f"the instruction of {name!r} has a vector of length 0, so that no query finds it: its global score is 0",
                 stacklevel=4,
@@ -101,20 +100,21 @@ class Matcher:
 
     @property
     def dim(self) -> int | None:
-        """D; None where no expert has an instruction."""
-        return next((len(vector_D) for vector_D in self.vectors.values() if vector_D is not None), None)
+        """D; None where no expert has an instruction, or vectors are sparse."""
+        first = next((vector for vector in self.vectors.values() if vector is not None), None)
+        return None if first is None or isinstance(first, Sparse) else len(first)
 
     def _changed(self) -> None:
         self._stacked = self._index = self._calibration = None
 
-    def members(self) -> tuple[list[str], np.ndarray]:
-        """(names, vectors ``[M, D]``) of the experts with an instruction."""
+    def members(self) -> tuple[list[str], Stack]:
+        """(names, vectors) of the M experts with an instruction."""
         if self._stacked is None:
-            known = {name: vector_D for name, vector_D in self.vectors.items() if vector_D is not None}
-            self._stacked = list(known), np.stack(list(known.values())) if known else np.zeros((0, 1), np.float32)
+            known = {name: vector for name, vector in self.vectors.items() if vector is not None}
+            self._stacked = list(known), Stack(list(known.values()))
         return self._stacked
 
-    def instruct(self, query: str, instruction: str | None = None) -> tuple[str, np.ndarray]:
+    def instruct(self, query: str, instruction: str | None = None) -> tuple[str, Vector]:
         """(instruction, its unit vector) of a query: as told (a system prompt), or as the writer writes it; kept for the next time."""
         key = (query, instruction) if instruction is None else ("", instruction)
         if key in self._seen:
@@ -127,7 +127,7 @@ class Matcher:
             if not isinstance(text, str):
                 raise ConfigError(f"the writer gave a {type(text).__name__} for a query; it must be a text")
         found = text, embedded(self.embedder, [text], self.dim)[0]
-        if self.dim is not None and not found[1].any():
+        if self.members()[0] and is_zero(found[1]):
             warnings.warn("the instruction of a query has a vector of length 0: all global scores are 0", stacklevel=4)
         self._seen[key] = found
         while len(self._seen) > self.cached:
@@ -136,10 +136,10 @@ class Matcher:
 
     def cosines(self, query: str, instruction: str | None = None) -> dict[str, float]:
         """By expert, in the order they were added; 0 for one without an instruction."""
-        names, vector_MD = self.members()
+        names, stack = self.members()
         found = dict.fromkeys(self.vectors, 0.0)
         if names:
-            found |= dict(zip(names, (vector_MD @ self.instruct(query, instruction)[1]).tolist(), strict=True))
+            found |= dict(zip(names, stack.cosines(self.instruct(query, instruction)[1]).tolist(), strict=True))
         return found
 
     def retrieve(
@@ -152,28 +152,29 @@ class Matcher:
             k: how many.
             instruction: in the place of what the writer would write.
             exact: compare with all, or ask a graph (`anabranch.graph.HNSW`, approximate); None for a graph from ``many`` experts on.
+                Sparse vectors are compared with all that share a number with them.
         """
         if k < 1:
             raise ConfigError(f"k is {k}; it must be at least 1")
-        names, vector_MD = self.members()
+        names, stack = self.members()
         if not names:
             return []
         vector_D, k = self.instruct(query, instruction)[1], min(k, len(names))
         if exact is None:
-            exact = len(names) < self.many or bool(extras()["graph"].missing)
-        if exact:
-            cosine_M = vector_MD @ vector_D
+            exact = stack.is_sparse or len(names) < self.many or bool(extras()["graph"].missing)
+        if exact or stack.is_sparse:
+            cosine_M = stack.cosines(vector_D)
             order = np.argsort(-cosine_M, kind="stable")[:k]
             return [Match(names[number], float(cosine_M[number])) for number in order]
         ids, _ = self._graph().search(vector_D, k=k)
         found = [int(number) for number in np.asarray(ids).reshape(-1) if number >= 0]
-        return [Match(names[number], float(vector_MD[number] @ vector_D)) for number in found]
+        return [Match(names[number], float(stack.vector_MD[number] @ vector_D)) for number in found]
 
     def _graph(self) -> Any:
         if self._index is None:
             from anabranch.graph import HNSW
 
-            _, vector_MD = self.members()
+            vector_MD = self.members()[1].vector_MD
             self._index = HNSW(vector_MD.shape[1], metric="cosine")
             self._index.add(vector_MD)
         return self._index
@@ -181,11 +182,17 @@ class Matcher:
     def calibration(self) -> Calibration:
         """See `calibrate`, of the experts as they are; kept until one comes or goes. Raises ConfigError for fewer than two."""
         if self._calibration is None:
-            names, vector_MD = self.members()
+            names, stack = self.members()
             own = [number for number, name in enumerate(names) if len(self.texts[name]) > 1]
             wordings: Mapping[int, Sequence[str]] = {
                 number: self.texts[name][1:] or thinned(self.texts[name][0]) for number, name in enumerate(names)
             }
-            worded = {number: embedded(self.embedder, texts, self.dim) for number, texts in wordings.items() if texts}
-            self._calibration = calibrate(vector_MD, worded, own=own)
+            worded = {
+                number: np.stack([stack.cosines(vector) for vector in embedded(self.embedder, texts, self.dim)])
+                for number, texts in wordings.items()
+                if texts
+            }
+            own_of = [vector for vector in self.vectors.values() if vector is not None]
+            asked = {number: stack.cosines(vector) for number, vector in enumerate(own_of)}
+            self._calibration = calibrate(asked, worded, own=own)
         return self._calibration
