@@ -245,6 +245,7 @@ BAD = [
 ]  # fmt: skip
 BAD_YAML = [
     ("models: [", 1, "not YAML"),
+    ("a: 1\nb: 2\nc: \x01\n", 3, "not YAML: it holds the character U+0001"),
     ("a: 1\nb: {c: 1\n", 3, "not YAML"),
     ("- 1\n- 2\n", 1, "the file holds a list; it must hold a table of fields"),
     ("just words", 1, "the file holds text"),

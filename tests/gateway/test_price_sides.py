@@ -47,6 +47,13 @@ def test_of_several_deployments_the_dearest_counts_of_those_without_a_price(tmp_
     assert load(tmp_path, "{ input_usd = 2 }", (OPENAI, whole)).price.output == dear
 
 
+def test_what_is_free_is_no_guide_to_what_nobody_knows(tmp_path):
+    assert load(tmp_path, "{ input_usd = 2 }", MOCK).price == Price(input=2 * NANO)
+    assert load(tmp_path, "{ input_usd = 2 }", MOCK, MINI).price.output == list_price(LISTED, "gpt-4o-mini").output
+    with pytest.raises(ConfigError, match="gives input_usd, but no output_usd"):
+        load(tmp_path, "{ input_usd = 2 }", MOCK, UNKNOWN)
+
+
 def test_a_deployments_other_side_is_its_models_and_else_that_of_the_list(tmp_path):
     model = load(tmp_path, "{ input_usd = 3, output_usd = 9 }", (OPENAI, "{ input_usd = 2 }"))
     assert model.deployments[0].price == Price(input=2 * NANO, output=9 * NANO)

@@ -143,7 +143,11 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
     require("pyyaml", by=f"reading {path} (other than TOML)")
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: not YAML: it holds the character U+{error.character:04X}") from None
     try:
         node = loader.get_single_node()
         lines = Lines()

@@ -1,7 +1,8 @@
 """A price in a file that names what prompts cost, and not what answers do, or the other way round: what is not said is not free.
 
 The side that is missing comes from where else it is known: a deployment's from the price of its model, else, as a model's, from the list
-that ships. Where nobody knows it the file is refused: whoever means that a side costs nothing writes that it is 0.
+that ships, the dearest of its deployments that the list knows. Where nobody knows it the file is refused: whoever means that a side costs
+nothing writes that it is 0.
 """
 
 from collections.abc import Sequence
@@ -89,7 +90,9 @@ def _listed(deployments: Sequence[Table]) -> list[Price] | None:
         found = [listed_price(from_dict(Provider.Config, one.get("provider"))) for one in deployments]
     except AnabranchError:
         return None
-    return [one for one in found if one is not None]
+    known = [one for one in found if one is not None]
+    # What costs nothing, such as a model of one's own, is no guide to one that nobody knows.
+    return known if len(known) == len(found) else [one for one in known if one != Price()]
 
 
 def _refuse(price: Table, lacking: Sequence[str], path: str, source: Source) -> NoReturn:
