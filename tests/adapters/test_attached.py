@@ -120,6 +120,22 @@ def test_biases_that_peft_would_train_are_refused(place, tmp_path):
     load_peft(tmp_path / "a", model)  # nothing was put on
 
 
+@pytest.mark.parametrize("table", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_base_under_an_adapted_head_does_not_learn(tmp_path, family, table):
+    """peft writes the head beside an adapter of it: that is the base's, and no whole tensor of the adapter's."""
+    base = make_base(tmp_path / "base", family)
+    table_VD = base.get("lm_head.weight", base["model.embed_tokens.weight"])
+    extra = {"lm_head.base_layer.weight": table_VD.clone()}
+    if table:
+        extra["lm_head.lora_magnitude_vector"] = table_VD.norm(dim=1)
+    make_adapter(tmp_path / "a", {"lm_head": (32, 61)}, extra=extra, lora_dropout=0.0, **table)
+    model = load_peft(tmp_path / "a", load_model(tmp_path / "base")[0], trainable=True)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert learning
+    assert all(name.startswith("head.beside.") for name in learning), learning
+
+
 def test_whole_tensors_learn_with_the_adapter_and_not_after_it(place, tmp_path):
     """As in peft; a part of a fused matrix cannot alone."""
     model = load_peft(place / "s", opened(place), trainable=True)

@@ -75,9 +75,12 @@ def load_peft(
         if name != HEAD or model.head is not None:
             tensor_of(model, names.tensors[name].tensor)
     attached = begin(model, {"default": adapter}, names, config)
+    table = table_of(adapter.table, Path(folder) / CONFIG)
     for name, tensor in adapter.saved.items():
         attached.before[name] = exchange(model, names, name, tensor)
-        tensor_of(model, names.tensors[name].tensor).requires_grad_(trainable)
+        # peft writes the base's head and embedding, too, where they are adapted: those stay what they are.
+        learns = trainable and table.is_saved(name.rpartition(".")[0])
+        tensor_of(model, names.tensors[name].tensor).requires_grad_(learns)
     attached.trainable = trainable
     put_on(model, made, layers, trainable=trainable)
     return model
