@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from adapter_models import make_base
 from anabranch.adapters.rewiring import Rerouter, Rewiring, phase
 from anabranch.adapters.rewiring.measure import confidence, difference, row_means, token_losses
+from anabranch.adapters.rewiring.step import Optimizer
 from anabranch.adapters.rewiring.vectors import Seen, Vectors, run
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, load_model
 from anabranch.nn import MoE
 from anabranch.routing import BiasBalancer, LinearScore, Router, Routing, TopK
+from foreign_models import build_theirs
 
 BODY = {"vocab_size": 61, "dim": 16, "num_layers": 3, "init_std": 0.4, "depth_scaled_init": False}
 PLAIN = Rewiring(guard=False, select="all", scale_step=False)
@@ -385,6 +387,33 @@ def test_an_end_in_no_number_goes_back_to_the_last_that_was_good(monkeypatch):
     assert report.loss_after > 0
 
 
+def test_a_loss_that_is_no_number_later_goes_back_to_where_it_was_one(monkeypatch):
+    """At step 3: the vectors that step 2 looked at, which are those behind step 1."""
+    model, calls = model_of(), []
+    original = phase._Batch._gradient
+
+    def broken(self, *args, **options):
+        loss_B, gradient = original(self, *args, **options)
+        calls.append(1)
+        return (loss_B * torch.nan if len(calls) == 3 else loss_B), gradient
+
+    before, _ = adapted(model, PLAIN.replace(steps=1), [text()])
+    monkeypatch.setattr(phase._Batch, "_gradient", broken)
+    delta, [report] = adapted(model, PLAIN, [text()])
+    assert all(torch.equal(one, other) for one, other in zip(delta, before, strict=True))
+    assert (report.steps, "not finite at step 3" in report.skipped) == (2, True)
+
+
+def test_what_rounding_leaves_of_a_gradient_is_no_step():
+    start = [torch.zeros(1, 4), torch.zeros(1, 4)]
+    optimizer = Optimizer(Rewiring(), start, [False, False])
+    gradient = [torch.tensor([[1e-3, 1e-9, 0.0, -1e-3]]), torch.tensor([[1e-9, -1e-9, 1e-5, 0.0]])]
+    whole_B, rate_B = torch.ones(1, dtype=torch.bool), torch.tensor([0.05])
+    first, second = optimizer.step(start, gradient, whole_B, rate_B, torch.ones(1, 2))
+    torch.testing.assert_close(first, torch.tensor([[-0.05, 0.0, 0.0, 0.05]]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(second, torch.tensor([[0.0, 0.0, -0.05, 0.0]]), rtol=1e-2, atol=0)
+
+
 def test_limits_of_steps_and_of_time():
     model = model_of()
     rerouter = Rerouter(model, PLAIN.replace(most_steps=7))
@@ -424,6 +453,20 @@ def test_models_of_others_that_were_read(family, tmp_path):
     delta, [report] = adapted(model.eval(), PLAIN.replace(optimizer="sgd", eta=1e-3), [text()])
     assert report.loss_after < report.loss_before
     assert all(bool(delta_BE.any()) for delta_BE in delta)
+
+
+@pytest.mark.parametrize("family", ["Olmoe", "Mixtral", "Qwen2Moe"])
+def test_folders_that_transformers_wrote(family, tmp_path):
+    sizes = {"intermediate_size": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    sizes |= {"num_local_experts" if family == "Mixtral" else "num_experts": 4}
+    build_theirs(family, **sizes).save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path)
+    rerouter = Rerouter(model.eval(), PLAIN.replace(optimizer="sgd", eta=1e-4))
+    state = rerouter.new_state()
+    [report] = rerouter.adapt([text()], [state])
+    assert len(state.delta) == 3
+    assert all(bool(delta_E.any()) for delta_E in state.delta)
+    assert report.loss_after < report.loss_before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
