@@ -22,7 +22,7 @@ from anabranch.adapters.glider import (
     standardised,
 )
 from anabranch.errors import CheckpointError, ConfigError, InputError
-from anabranch.lm import SamplingConfig, generate, load_model
+from anabranch.lm import SamplingConfig, generate, load_model, save_model
 
 ASKED = {
     "sql": "Write a SQL query that answers a question about a table.",
@@ -468,3 +468,23 @@ def test_the_pool_comes_off(root):
     assert torch.equal(run(model), run(opened(root)))
     pool.onto(model)
     assert not torch.equal(run(model), run(opened(root)))
+
+
+def test_a_model_with_a_pool_is_a_model_like_others(root, tmp_path):
+    """Saved and read back it routes as it did, rows told and not; in bfloat16 it is near."""
+    pool = filled(root, GliderConfig(weight=20.0))
+    model = pool.onto(opened(root))
+    state = pool.rows([QUERY, None], 6)
+    save_model(tmp_path / "saved", model)
+    again = load_model(tmp_path / "saved")[0].eval()
+    assert torch.equal(run(again, state), run(model, state))
+    with torch.autocast("cpu", torch.bfloat16):
+        near = run(model, state)
+    assert torch.isfinite(near).all()
+    # Left padding changes nothing of what follows it.
+    token_BL = torch.cat([torch.zeros(2, 2, dtype=torch.int64), TOKENS], 1)
+    mask_BL = torch.ones_like(token_BL, dtype=torch.bool)
+    mask_BL[:, :2] = False
+    with torch.no_grad():
+        padded = model(token_BL, token_mask_BL=mask_BL, state=pool.rows([QUERY, None], 8)).logits_BLV[:, 2:]
+    assert torch.allclose(padded, run(model, state), atol=1e-4)
