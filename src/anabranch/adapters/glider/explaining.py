@@ -124,7 +124,8 @@ def _used(
             1, routing.index_NK.clamp_min(0), routing.weight_NK * routing.used_NK
         )
         mean_E = mean_E.mean(0).float().cpu()
-        local_sum += local_NE.mean(0).float().cpu() * is_open_E
+        # What a matrix lacks has a vector of zeros.
+        local_sum += local_NE.mean(0).float().cpu()
         weight_sum, open_count = weight_sum + mean_E, open_count + is_open_E
         weights[part] = dict(zip(names, mean_E.tolist(), strict=True))
     return local_sum / open_count.clamp_min(1), weight_sum / max(1, len(weights)), weights

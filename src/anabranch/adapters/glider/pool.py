@@ -244,8 +244,6 @@ class GliderPool:
             assert layer.router is not None
             score: Any = layer.router.score
             for number, expert in enumerate(self._experts.values()):
-                if number in layer.config.closed:
-                    continue
                 gate_C = expert.gates.get(module_of[part])
                 vector_C, unsigned = self._vector(layer, number, gate_C)
                 score.vectors.data[number] = vector_C.to(score.vectors)
