@@ -38,7 +38,7 @@ def fit(
 ) -> list[Phase]:
     """One phase 1 of each request: its ``states`` go on, each with a report more, which is given too.
 
-    Raises ConfigError for a model through whose experts no gradient comes (weights in few bits), or that was made in inference mode.
+    Raises ConfigError for a model through whose experts no gradient comes, or that was made in inference mode.
     """
     begun = clock()
     if model.embedding.weight.is_inference():
@@ -232,7 +232,7 @@ class _Batch:
             self.loss_before_B = loss_B.detach()
         if not loss_B.requires_grad:
             raise ConfigError(
-                "no gradient comes from the model's loss to its routers (weights in few bits, or experts that are loaded on demand), so "
+                "no gradient comes from the model's loss to its routers (as where experts are loaded on demand), so "
                 "it cannot be rewired; load it in float32 or bfloat16, without a budget for experts"
             )
         found = torch.autograd.grad(loss_B.sum(), leaves, allow_unused=True)
