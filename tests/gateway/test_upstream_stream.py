@@ -1,0 +1,100 @@
+"""What a stream that is left can have made, exactly: by what had come when all of it was last read, and the time since."""
+
+import asyncio
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from anabranch.gateway.dispatch.billed import FEW
+from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, CAUGHT_UP_S
+from anabranch.gateway.dispatch.upstream_stream import Opened
+from anabranch.gateway.providers.provider import Usage
+
+MOST, MARGIN_S = Usage(7, 1_000_000), 0.5
+
+
+def chunks(texts, pad=""):
+    """So many chunks with three bytes of text each."""
+    one = {"pad": pad, "choices": [{"index": 0, "delta": {"content": "abc"}, "finish_reason": None}]}
+    return (b"data: " + json.dumps(one).encode() + b"\n\n") * texts
+
+
+def large(texts):
+    return chunks(texts, "p" * (AHEAD_BYTES // texts + 1))
+
+
+class Reply:
+    """Gives what it is told to, each after some seconds."""
+
+    def __init__(self, clock, *parts):
+        self.clock, self.parts = clock, list(parts)
+
+    def read_ready(self):
+        return b""
+
+    async def read_some(self):
+        seconds, data = self.parts.pop(0)
+        self.clock.now += seconds
+        return data
+
+    def close(self):
+        pass
+
+
+def opened(rate, *parts):
+    """A stream whose first token came at 1 s, the clock, and what it is charged in the end."""
+    clock, charged = SimpleNamespace(now=1.0), []
+    ends = SimpleNamespace(lost=lambda live, attempt, failure, usage: charged.append(usage))
+    run = SimpleNamespace(
+        dispatcher=SimpleNamespace(now=lambda: clock.now), began=0.0, ends=ends,
+        rules=SimpleNamespace(margin_s=MARGIN_S, bytes_per_token=1.0),
+    )  # fmt: skip
+    live = SimpleNamespace(rate=rate, provider=SimpleNamespace(translator=lambda request: None), name="m")
+    attempt = SimpleNamespace(start_s=0.0, first_token_s=1.0, most=MOST, seen=0, is_late=False)
+    request = SimpleNamespace(wants_usage=False, body={}, prompt_tokens=7, endpoint="chat")
+    return Opened(run, live, attempt, request, Reply(clock, *parts)), clock, charged
+
+
+@pytest.mark.parametrize(
+    ("rate", "known", "found", "wanted"),
+    [
+        # As fast as it was while all of it was read: bytes, where nobody knows how fast others are.
+        (None, 100, 10, 300),
+        # Or as fast as it was read since.
+        (None, 10, 1000, 3031 / 4),
+        # Tokens as they mostly are, beside what is known of others.
+        (10.0, 100, 10, 100),
+        (10.0, 10, 1000, 1010 / 4),
+        (500.0, 10, 10, 500),
+    ],
+)
+def test_what_lies_unread_is_charged_by_the_time_since_all_was_read(rate, known, found, wanted):
+    stream, clock, charged = opened(rate)
+    clock.now = 2.0
+    stream.taken(chunks(known))
+    clock.now = 3.0
+    stream.taken(large(found))
+    clock.now = 5.0
+    stream.drop()
+    seen = 3 * (known + found) + 1
+    # The first second, of which nothing was seen, and three since all was read.
+    assert charged == [Usage(7, seen + FEW + math.ceil(wanted * (1 + 3 + MARGIN_S)), 0, True)]
+
+
+def test_a_reader_who_waits_for_what_comes_has_caught_up():
+    half = CAUGHT_UP_S / 2
+    stream, clock, _ = opened(None, (half, large(3)), (half, chunks(1)), (half, chunks(1)))
+    began = stream._lag.known_at
+
+    async def main():
+        found = []
+        for _ in range(3):
+            await stream.next()
+            found.append(stream._lag.known_at)
+            # The reader takes its time: that is no wait for the upstream.
+            clock.now += 5.0
+        return found
+
+    assert asyncio.run(main()) == [began, began, began + 10 + 3 * half]
