@@ -248,6 +248,14 @@ def test_pickled_tensors_that_say_more_than_they_hold_are_refused(folder, make):
     assert "no plain tensor with a number for each of its places" in str(error.value)
 
 
+def test_a_pickled_name_that_is_no_text_is_refused(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save({**tensors, 5: torch.ones(3)}, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"a key of it is 5; names of tensors are text"):
+        read_peft(folder)
+
+
 def test_one_half_under_two_names_is_refused(folder):
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in tensors if name.endswith("lora_B.weight"))

@@ -193,6 +193,9 @@ class PickleFiles:
                 raise CheckpointError(
                     f"cannot read {path}: it holds a {type(loaded).__name__}; it must be a table of tensors"
                 )
+            odd = next((name for name in loaded if not isinstance(name, str)), None)
+            if odd is not None:
+                raise CheckpointError(f"cannot read {path}: a key of it is {shown(odd)}; names of tensors are text")
             held[path] = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
         places = _places(held, index)
         self._tensors = {name: held[path][name] for name, path in places.items()}
