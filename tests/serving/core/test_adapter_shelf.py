@@ -1,6 +1,8 @@
 """The shelf of adapters: names, room, and who uses what, with made-up adapters."""
 
+import gc
 import threading
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from anabranch.errors import CapacityError, CheckpointError, InputError
 from anabranch.serving.core.adapter_shelf import AdapterShelf
 from anabranch.serving.core.client import BusyError
+from serving_thread import until
 
 
 @dataclass(eq=False)
@@ -19,19 +22,22 @@ class Fake:
 
 
 class Folders:
-    """``SIZE`` or ``SIZE/VERSION`` is a folder of so many bytes; ``gone`` is not there."""
+    """``SIZE`` or ``SIZE/VERSION`` is a folder of so many bytes; ``gone`` is not there, nor what is put into it."""
 
     def __init__(self):
-        self.read = []
+        self.read, self.gone, self.roots = [], {"gone"}, []
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, folder):
+    def __call__(self, folder, root, check):
         assert self.gate.wait(10)
+        self.roots.append(root)
+        if folder in self.gone:
+            raise CheckpointError(f"no adapter at /somewhere/{folder}")
+        size = int(folder.partition("/")[0])
+        check(size)
         self.read.append(folder)
-        if folder == "gone":
-            raise CheckpointError("no adapter at gone")
-        return Fake(int(folder.partition("/")[0]), folder)
+        return Fake(size, folder)
 
 
 @pytest.fixture
@@ -145,7 +151,7 @@ def test_what_cannot_be_read_leaves_nothing(shelf):
         shelf.register("", "40")
     assert shelf.names == ()
     shelf.register("a", "gone")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(BusyError):
         begin(shelf, "1", "a")
     shelf.release("1")
     assert shelf.facts()[0]["requests"] == 0
@@ -168,6 +174,98 @@ def test_reading_holds_nobody_up_and_is_done_once(shelf, folders):
     assert [(held.version, weight) for held, weight in shelf.held_by("2")] == [("10/a", 0.5), ("10/b", 2.0)]
 
 
+def test_who_asks_for_one_whose_folder_went_is_not_told_where_it_was(shelf, folders, caplog):
+    shelf.load("a", "40/a").result(10)
+    shelf.load("b", "80/b").result(10)
+    folders.gone.add("40/a")
+    with pytest.raises(BusyError, match="'a' is known and cannot be read now") as raised:
+        begin(shelf, "1", "a")
+    assert "40/a" not in str(raised.value)
+    assert "/somewhere/40/a" in caplog.text
+    shelf.release("1")
+    folders.gone.remove("40/a")
+    assert begin(shelf, "2", "a") == ["40/a"]
+
+
+def test_one_that_cannot_be_read_for_no_reason_that_is_known(shelf, folders, caplog):
+    def broken(folder, root, check):
+        raise OSError(5, "Input/output error", "/somewhere/x")
+
+    shelf._read = broken
+    shelf.register("a", "40/a")
+    with pytest.raises(BusyError) as raised:
+        begin(shelf, "1", "a")
+    assert "somewhere" not in str(raised.value)
+    assert "/somewhere/x" in caplog.text
+
+
+def test_the_root_is_known_at_every_read(shelf, folders):
+    shelf.load("a", "40/a", "/root").result(10)
+    shelf.load_now("p", "10", is_pinned=True)
+    shelf.load("b", "80/b").result(10)
+    begin(shelf, "1", "a")
+    shelf.release("1")
+    shelf.register("c", "40/c", "/other")
+    begin(shelf, "2", "c")
+    assert folders.roots == ["/root", None, None, "/root", "/other"]
+
+
+def test_what_has_no_room_is_not_read(shelf, folders):
+    shelf.load("a", "60/a").result(10)
+    begin(shelf, "1", "a")
+    for folder, error in (("101/b", CapacityError), ("41/b", BusyError)):
+        with pytest.raises(error):
+            shelf.load("b", folder).result(10)
+        shelf.register(f"later-{error.__name__}", folder)
+        with pytest.raises(error):
+            begin(shelf, "2", f"later-{error.__name__}")
+        shelf.release("2")
+    assert folders.read == ["60/a"]
+
+
+def test_a_mixture_that_never_fits_is_not_asked_for_again(shelf, folders):
+    shelf.load_now("p", "20", is_pinned=True)
+    for name in "abc":
+        shelf.load(name, f"40/{name}").result(10)
+    with pytest.raises(
+        CapacityError, match="takes 40 bytes beside 20 of those that are pinned and 80 of the others in its mixture"
+    ):
+        begin(shelf, "1", "a", "b", "c", "p")
+    shelf.release("1")
+    # Two of them do, whoever is in memory; a third that another uses is no fault of theirs.
+    assert begin(shelf, "2", "a", "b", "p") == ["40/a", "40/b", "20"]
+    with pytest.raises(BusyError):
+        begin(shelf, "3", "b", "c")
+    shelf.release("2")
+    shelf.release("3")
+    assert begin(shelf, "4", "b", "c") == ["40/b", "40/c"]
+
+
+def test_an_error_keeps_nothing_of_what_was_read(shelf, folders):
+    class Watched(Fake):
+        pass
+
+    def read(folder, root, check):
+        made.append(weakref.ref(held := Watched(101, folder)))
+        try:
+            raise OSError("the frame of this one has it too", held)
+        except OSError:
+            if folder == "bad":
+                raise CheckpointError("damaged")  # noqa: B904 - the context is what is tested
+        return held
+
+    made, shelf._read = [], read
+    gc.disable()
+    try:
+        for folder, error in (("large", CapacityError), ("bad", CheckpointError)):
+            future = shelf.load("a", folder)
+            kept = future.exception(10)
+            assert isinstance(kept, error)
+            until(lambda: made[-1]() is None, 2)
+    finally:
+        gc.enable()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -176,7 +274,7 @@ def test_reading_holds_nobody_up_and_is_done_once(shelf, folders):
     )
 )
 def test_no_room_is_ever_overdrawn_and_nobody_loses_an_adapter(steps):
-    shelf, running, versions = AdapterShelf(lambda folder: Fake(int(folder.partition("/")[0]), folder), 100), {}, {}
+    shelf, running, versions = AdapterShelf(Folders(), 100), {}, {}
     for number, (step, name, size) in enumerate(steps):
         try:
             if step == "load":

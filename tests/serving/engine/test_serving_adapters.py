@@ -234,9 +234,9 @@ def test_a_load_holds_no_step_up(folders):
     runs = engine_of("compiled", folders, ())
     shelf, gate, read = runs.engine.adapters.shelf, threading.Event(), runs.engine.adapters.shelf._read
 
-    def slow(folder):
+    def slow(*where):
         assert gate.wait(20)
-        return read(folder)
+        return read(*where)
 
     shelf._read = slow
     runs.loop.put(Control(1, "load_adapter", {"adapter": "x", "folder": folders["a"]}))

@@ -8,17 +8,20 @@ Reading is for a thread of the shelf's own. All methods may be called from any t
 """
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from anabranch.errors import CapacityError, InputError
+from anabranch.errors import AnabranchError, CapacityError, InputError
 from anabranch.serving.core.client import BusyError, EngineStats
 from anabranch.serving.core.mixture import Mixture, check_name
 
-__all__ = ["AdapterShelf", "Held"]
+__all__ = ["AdapterShelf", "Held", "Read"]
+
+logger = logging.getLogger(__name__)
 
 
 class Held(Protocol):
@@ -35,6 +38,9 @@ class Held(Protocol):
 
 H = TypeVar("H", bound=Held)
 R = TypeVar("R")
+# Of a folder, and the folder that it has to be below (None: it may be anywhere); what is given last is called with the bytes that the
+# numbers will take before any of them is read, and raises where there is no room.
+Read = Callable[[str, str | None, Callable[[int], None]], H]
 
 
 @dataclass(eq=False)
@@ -43,18 +49,22 @@ class _Entry(Generic[H]):
 
     Attributes:
         name, folder: see above.
+        root: folder that ``folder`` has to be below whenever it is read; None where it may be anywhere.
         is_pinned: it never leaves memory.
         held: its numbers; None where they are not in memory.
         uses: requests under way with it.
         used_at: when one last began, by a count.
+        size: bytes of the numbers, in memory or not; 0 before they were first looked at.
     """
 
     name: str
     folder: str
+    root: str | None = None
     is_pinned: bool = False
     held: H | None = None
     uses: int = 0
     used_at: int = 0
+    size: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -86,11 +96,11 @@ class AdapterShelf(Generic[H]):
         most_bytes: that all adapters in memory may take together, beside the one that is being read.
 
     Args:
-        read: what is in a folder; raises AnabranchError for one that cannot be had.
+        read: what is in a folder, see `Read`; raises AnabranchError for one that cannot be had.
         most_bytes: see above.
     """
 
-    def __init__(self, read: Callable[[str], H], most_bytes: int) -> None:
+    def __init__(self, read: Read[H], most_bytes: int) -> None:
         self._read, self.most_bytes = read, most_bytes
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
@@ -114,15 +124,26 @@ class AdapterShelf(Generic[H]):
         with self._lock:
             return [entry.facts() for entry in self._entries.values()]
 
-    def load_now(self, name: str, folder: str, *, is_pinned: bool = False) -> dict[str, Any]:
+    def load_now(self, name: str, folder: str, root: str | None = None, *, is_pinned: bool = False) -> dict[str, Any]:
         """Read an adapter, in this thread; its facts. It takes the place of one of the same name once it is there.
+
+        Args:
+            name, folder: see the module.
+            root: folder that ``folder`` has to be below, now and whenever it is read again; None where it may be anywhere.
+            is_pinned: it never leaves memory.
 
         Raises InputError for a name that cannot be or is that of a pinned one, CapacityError or `BusyError` where it has no room, and what
         ``read`` raises; all is as it was then.
         """
         self._check_place(name, is_pinned)
-        entry = _Entry[H](name, folder, is_pinned)
-        held = self._read(folder)
+        entry = _Entry[H](name, folder, root, is_pinned)
+
+        def check(nbytes: int) -> None:
+            entry.size = nbytes
+            with self._lock:
+                self._find_room(entry, nbytes, self._entries.get(name))
+
+        held = self._read(folder, root, check)
         with self._lock:
             before = self._entries.get(name)
             self._make_room(entry, held, before)
@@ -133,16 +154,19 @@ class AdapterShelf(Generic[H]):
             self._entries[name] = entry
             return entry.facts()
 
-    def load(self, name: str, folder: str) -> "Future[dict[str, Any]]":
+    def load(self, name: str, folder: str, root: str | None = None) -> "Future[dict[str, Any]]":
         """`load_now` in the shelf's thread."""
         self._check_place(name, False)
-        return self._submit(lambda: self.load_now(name, folder))
+        return self._submit(lambda: self.load_now(name, folder, root))
 
-    def register(self, name: str, folder: str) -> None:
-        """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError."""
+    def register(self, name: str, folder: str, root: str | None = None) -> None:
+        """Know an adapter that is read when the first request asks for it; nothing for a name that there is. Raises InputError.
+
+        Arguments as of `load_now`.
+        """
         check_name(name)
         with self._lock:
-            self._entries.setdefault(name, _Entry(name, folder))
+            self._entries.setdefault(name, _Entry(name, folder, root))
 
     def remove(self, name: str) -> dict[str, Any]:
         """Know an adapter no more; its last facts. Requests under way end with it, and its memory is free then.
@@ -178,7 +202,7 @@ class AdapterShelf(Generic[H]):
         """Begin a request with these adapters; a future where some of them have to be read first, None where all are there.
 
         Until `release` they stay in memory. Raises InputError for a name that there is not. The future raises `BusyError` where there is no
-        room beside those that others use, and what ``read`` raises.
+        room beside those that others use, or one cannot be read (why is logged), and CapacityError where they have no room together.
         """
         with self._lock:
             unknown = [name for name, _ in mixture if name not in self._entries]
@@ -189,8 +213,9 @@ class AdapterShelf(Generic[H]):
                 entry.uses += 1
                 entry.used_at = next(self._clock)
             self._leases[id] = _Lease(uses)
-            absent = [entry for entry, _ in uses if entry.held is None]
-        return self._submit(lambda: self._fill(absent)) if absent else None
+            entries = [entry for entry, _ in uses]
+            is_there = all(entry.held is not None for entry in entries)
+        return None if is_there else self._submit(lambda: self._fill(entries))
 
     def held_by(self, id: str) -> tuple[tuple[H, float], ...]:
         """What a request uses, whose adapters are all there; nothing for one that has begun with none."""
@@ -220,18 +245,37 @@ class AdapterShelf(Generic[H]):
         with self._lock:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, "anabranch-adapters")
-            return self._worker.submit(work)
+            return self._worker.submit(_bare, work)
 
     def _fill(self, entries: Sequence[_Entry[H]]) -> None:
+        """Read those of a request that are not in memory."""
         for entry in entries:
             # Another request may have waited for the same.
             if entry.held is not None:
                 continue
-            held = self._read(entry.folder)
+            held = self._read_again(entry, entries)
             with self._lock:
-                self._make_room(entry, held, None)
+                self._make_room(entry, held, None, entries)
                 entry.held = held
                 self._num_loads += 1
+
+    def _read_again(self, entry: _Entry[H], together: Sequence[_Entry[H]]) -> H:
+        def check(nbytes: int) -> None:
+            entry.size = nbytes
+            with self._lock:
+                self._find_room(entry, nbytes, None, together)
+
+        try:
+            return self._read(entry.folder, entry.root, check)
+        except (BusyError, CapacityError):
+            raise
+        except Exception as error:
+            # What has become of the folder is no fault of who asks, nor theirs to know: it is told to who runs the server.
+            trace = None if isinstance(error, AnabranchError) else error
+            logger.error("adapter %s cannot be read again: %s", entry.name, error, exc_info=trace)
+        raise BusyError(
+            f"adapter {entry.name!r} is known and cannot be read now, which is no fault of the request; the server's log says why"
+        )
 
     # With the lock
 
@@ -243,41 +287,54 @@ class AdapterShelf(Generic[H]):
                 what = "is there already" if is_pinned else "is pinned, and nothing takes its place"
                 raise InputError(f"adapter {name!r} {what}; give the other one another name")
 
-    def _make_room(self, entry: _Entry[H], held: H, before: "_Entry[H] | None") -> None:
-        """Let go of adapters that nobody uses, the least recently used first, until there is room for one more.
+    def _make_room(
+        self, entry: _Entry[H], held: H, before: "_Entry[H] | None", together: "Sequence[_Entry[H]]" = ()
+    ) -> None:
+        """Let go of adapters that nobody uses until there is room for ``held``. Arguments and errors as `_find_room`."""
+        entry.size = held.nbytes
+        for other in self._find_room(entry, held.nbytes, before, together):
+            other.held = None
+            self._num_evictions += 1
+
+    def _find_room(
+        self, entry: _Entry[H], nbytes: int, before: "_Entry[H] | None", together: "Sequence[_Entry[H]]" = ()
+    ) -> list[_Entry[H]]:
+        """Adapters that nobody uses and that have to go for one more, the least recently used first.
 
         Args:
-            entry: whose it is.
-            held: what comes.
+            entry: the one more.
+            nbytes: of it.
             before: what it takes the place of.
+            together: all that the request it is read for uses.
 
-        Raises CapacityError where there never is, `BusyError` where there is none now; nobody has left then.
+        Raises CapacityError where there never is room, `BusyError` where there is none now.
         """
         others = [other for other in (*self._entries.values(), *self._leaving) if other is not before]
         if before is not None and before.uses:
             others.append(before)
         pinned = sum(other.nbytes for other in others if other.is_pinned)
-        if pinned + held.nbytes > self.most_bytes:
-            beside = f" beside {pinned:,} of those that are pinned" if pinned else ""
+        mixed = sum(other.size for other in together if other is not entry and not other.is_pinned)
+        if pinned + mixed + nbytes > self.most_bytes:
+            beside = [f"{pinned:,} of those that are pinned"] if pinned else []
+            beside += [f"{mixed:,} of the others in its mixture"] if mixed else []
+            told = f" beside {' and '.join(beside)}" if beside else ""
             raise CapacityError(
-                f"adapter {entry.name!r} takes {held.nbytes:,} bytes{beside}, and adapters may take {self.most_bytes:,}; allow more with "
+                f"adapter {entry.name!r} takes {nbytes:,} bytes{told}, and adapters may take {self.most_bytes:,}; allow more with "
                 "engine.adapters.memory"
             )
         total = sum(other.nbytes for other in others)
         free = [other for other in others if other.held is not None and not other.uses and not other.is_pinned]
         leaving = []
         for other in sorted(free, key=lambda other: other.used_at):
-            if total + held.nbytes <= self.most_bytes:
+            if total + nbytes <= self.most_bytes:
                 break
             leaving.append(other)
             total -= other.nbytes
-        if total + held.nbytes > self.most_bytes:
+        if total + nbytes > self.most_bytes:
             raise BusyError(
-                f"adapter {entry.name!r} takes {held.nbytes:,} bytes, and those in use {total:,} of {self.most_bytes:,}; ask again"
+                f"adapter {entry.name!r} takes {nbytes:,} bytes, and those in use {total:,} of {self.most_bytes:,}; ask again"
             )
-        for other in leaving:
-            other.held = None
-            self._num_evictions += 1
+        return leaving
 
     def _retire(self, entry: _Entry[H]) -> None:
         """An adapter that no request to come gets."""
@@ -290,3 +347,12 @@ class AdapterShelf(Generic[H]):
         known = [repr(other) for other in itertools.islice(self._entries, 10)]
         more = f" and {len(self._entries) - len(known)} more" if len(self._entries) > len(known) else ""
         return f"there is no adapter {name!r:.80}; there {'are ' + ', '.join(known) + more if known else 'is none'}"
+
+
+def _bare(work: Callable[[], R]) -> R:
+    """What work gives; its error comes without the frames of the work, in which the numbers of a whole adapter would be kept."""
+    try:
+        return work()
+    except AnabranchError as error:
+        error.__cause__ = error.__context__ = None
+        raise error.with_traceback(None) from None

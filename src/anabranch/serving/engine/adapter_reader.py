@@ -1,7 +1,7 @@
 """`AdapterReader`: a folder of peft's as an adapter that can be served."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from anabranch.adapters.names import Names, names_of
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
+from anabranch.serving.engine.adapter_place import check_small, place_of, size_of
 from anabranch.serving.engine.adapter_rows import ServedAdapter
 
 __all__ = ["HEAD", "AdapterReader"]
@@ -41,14 +42,30 @@ class AdapterReader:
         self._config, self._parts, self._device = config, parts, torch.device(device)
         self._names: Names | None = None
 
-    def __call__(self, folder: str) -> ServedAdapter:
+    def __call__(
+        self, folder: str, root: str | None = None, check: Callable[[int], None] | None = None
+    ) -> ServedAdapter:
         """The adapter in ``folder``, in float32.
 
+        Args:
+            folder: its path, from ``root`` where there is one.
+            root: folder that it has to be below, links followed; None where it may be anywhere.
+            check: called with the bytes that it will take in memory before any number is read; what it raises is raised.
+
         Raises:
-            CheckpointError: as `anabranch.adapters.load_peft`: there is none, it is damaged, or it is of another model.
+            CheckpointError: as `anabranch.adapters.load_peft`: there is none, it is damaged, or it is of another model; it is not below
+                ``root``, or its config is larger than `MOST_CONFIG`.
             ConfigError: it changes what cannot be changed for some rows alone: whole tensors, or experts.
         """
-        adapter = read_peft(folder)
+        place = place_of(folder, root)
+        check_small(place)
+        if check is not None:
+            check(size_of(place))
+        return self._read(place)
+
+    def _read(self, place: Path) -> ServedAdapter:
+        folder = str(place)
+        adapter = read_peft(place)
         adapter.check_low_rank("requests choose among plain LoRA alone; serve a model that it was merged into", folder)
         if adapter.saved:
             raise ConfigError(
@@ -57,7 +74,7 @@ class AdapterReader:
         if adapter.stacks:
             raise ConfigError(_OF_EXPERTS.format(folder=folder, name=next(iter(adapter.stacks))))
         names = self._names_for(adapter)
-        check_fits(adapter, names, self._config, Path(folder))
+        check_fits(adapter, names, self._config, place)
         pairs = {names.places[module].part: names.places[module].ours(pair) for module, pair in adapter.pairs.items()}
         self._check_parts(pairs, folder)
         return self._served(pairs, folder)

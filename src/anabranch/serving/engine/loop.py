@@ -229,7 +229,7 @@ class EngineLoop:
             case Control():
                 self._control(command)
             case Answered(number, future):
-                self._emit([_reply(number, future.result)])
+                self._emit([_reply(number, future)])
                 self._is_idle_told = False
             case Close(drain_s):
                 self._closing_at = time.monotonic() + drain_s
@@ -371,12 +371,14 @@ class EngineLoop:
         return stats
 
 
-def _reply(number: int, value: Callable[[], Any]) -> Reply:
+def _reply(number: int, future: "Future[Any]") -> Reply:
     """What a control's future gave, or the error that it raised; one that nobody foresaw is told without its trace."""
-    try:
-        return Reply(number, value())
-    except AnabranchError as error:
+    # Asked for and not raised: an error that is raised here knows this frame, which knows the future, which knows the error, and with it
+    # all that the work had read.
+    error = AnabranchError("the engine ends") if future.cancelled() else future.exception()
+    if error is None:
+        return Reply(number, future.result())
+    if isinstance(error, AnabranchError):
         return Reply(number, error=error)
-    except Exception as error:
-        logger.error("a control failed", exc_info=error)
-        return Reply(number, error=AnabranchError(f"it failed: {type(error).__name__}: {error}"))
+    logger.error("a control failed", exc_info=error)
+    return Reply(number, error=AnabranchError(f"it failed: {type(error).__name__}: {error}"))

@@ -68,8 +68,8 @@ class ServedAdapters:
     def _reader(self) -> AdapterReader:
         return AdapterReader(self._model.config, self._sites.parts, self._device)
 
-    def _read(self, folder: str) -> ServedAdapter:
-        return self._reader(folder)
+    def _read(self, folder: str, root: str | None, check: Callable[[int], None]) -> ServedAdapter:
+        return self._reader(folder, root, check)
 
     # In the loop's thread
 
@@ -78,8 +78,8 @@ class ServedAdapters:
         """Commands of an operator's; they call an adapter's name ``adapter``, as a command has a name too."""
         return {
             "adapters": self.shelf.facts,
-            "load_adapter": lambda adapter, folder: self.shelf.load(adapter, folder),
-            "register_adapter": lambda adapter, folder: self.shelf.register(adapter, folder),
+            "load_adapter": lambda adapter, folder, root=None: self.shelf.load(adapter, folder, root),
+            "register_adapter": lambda adapter, folder, root=None: self.shelf.register(adapter, folder, root),
             "remove_adapter": lambda adapter: self.shelf.remove(adapter),
         }
 

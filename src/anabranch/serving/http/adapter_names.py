@@ -1,5 +1,6 @@
 """Which adapters a request means, by the name of its model or by its field ``adapters``; and which names there are."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,14 @@ class AdapterNames:
         pinned: that the engine has from its start.
         folders: of the others, by name.
         is_there: whether the engine can have any.
+        root: folder that those of ``folders`` are below, whenever they are read; None where there are none.
+
+    Args:
+        root: see above.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: str | None = None) -> None:
+        self.root = None if root is None else os.path.abspath(root)
         self.pinned: tuple[str, ...] = ()
         self.folders: dict[str, str] = {}
         self.is_there = False
@@ -43,7 +49,7 @@ class AdapterNames:
         """An engine has been started: tell it of those that its predecessor was told of."""
         self.is_there, self.pinned = info.adapters is not None, info.adapters or ()
         for name, folder in self.folders.items():
-            await engine.control("register_adapter", adapter=name, folder=folder)
+            await engine.control("register_adapter", adapter=name, folder=folder, root=self.root)
 
 
 def chosen(body: Mapping[str, Any], bases: Sequence[str], known: AdapterNames, *, is_needed: bool = True) -> Mixture:
@@ -89,7 +95,8 @@ def _of_model(body: Mapping[str, Any], bases: Sequence[str], known: AdapterNames
         check_model(body, bases, is_needed=is_needed)
         return ()
     assert isinstance(name, str)
-    front = next((f"{base}:" for base in (*bases, BASE) if name.startswith(f"{base}:")), "")
+    # The longest: a base may be called as another with something behind it.
+    front = max((f"{base}:" for base in (*bases, BASE) if name.startswith(f"{base}:")), key=len, default="")
     names = name[len(front) :].split("+")
     if any(part not in known for part in names):
         shown = name[:80] if name.isprintable() else "?"

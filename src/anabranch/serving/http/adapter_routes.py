@@ -1,7 +1,8 @@
 """``/v1/adapters``: which adapters there are; they come and go while requests are answered."""
 
-from pathlib import Path
-from typing import Any
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -18,10 +19,11 @@ from anabranch.web.answers import wrong_method
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import said
 
-__all__ = ["AdapterRoutes", "folder_below", "is_operator"]
+__all__ = ["AdapterRoutes", "is_operator"]
 
 PATH = "/v1/adapters"
 _FIELDS = ("name", "folder")
+T = TypeVar("T")
 
 
 class AdapterRoutes:
@@ -33,6 +35,8 @@ class AdapterRoutes:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
+        # Changes under way, which go on where their sender has left.
+        self._changes: set[asyncio.Task[Any]] = set()
 
     @property
     def _names(self) -> AdapterNames:
@@ -77,11 +81,14 @@ class AdapterRoutes:
             )
         if name in self._names.pinned:
             raise _pinned(name)
-        folder = folder_below(self._frontend.config, body.get("folder"))
+        folder = _folder_given(self._frontend.config, body.get("folder"))
         context.let_go()
-        facts = await self._control("load_adapter", adapter=name, folder=str(folder))
-        self._names.folders[name] = str(folder)
-        return self._shown(facts)
+        return self._shown(await self._whole(self._loaded(name, folder)))
+
+    async def _loaded(self, name: str, folder: str) -> dict[str, Any]:
+        facts: dict[str, Any] = await self._control("load_adapter", adapter=name, folder=folder, root=self._names.root)
+        self._names.folders[name] = folder
+        return facts
 
     async def _remove(self, context: RequestContext, name: str) -> dict[str, Any]:
         if name in self._names.pinned:
@@ -90,7 +97,22 @@ class AdapterRoutes:
             raise _unknown(name)
         # From now on nobody is given it, whatever the engine is doing.
         del self._names.folders[name]
-        return {**self._shown(await self._control("remove_adapter", adapter=name)), "deleted": True}
+        facts = await self._whole(self._control("remove_adapter", adapter=name))
+        return {**self._shown(facts), "deleted": True}
+
+    async def _whole(self, change: Coroutine[Any, Any, T]) -> T:
+        """What a change gives, which is done to its end also where whoever asked for it leaves: else the engine would have another
+        adapter under the name than the server says, and gives to the next engine."""
+        task = asyncio.ensure_future(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changed)
+        return await asyncio.shield(task)
+
+    def _changed(self, task: "asyncio.Task[Any]") -> None:
+        self._changes.discard(task)
+        # An error that nobody waits for any more is none of the server's.
+        if not task.cancelled():
+            task.exception()
 
     async def _control(self, command: str, **arguments: Any) -> Any:
         """Raises ApiError for what cannot be loaded."""
@@ -129,10 +151,10 @@ def is_operator(config: HttpConfig, bearer: str | None) -> bool:
     return True
 
 
-def folder_below(config: HttpConfig, given: Any) -> Path:
-    """The folder that a request names, below ``http.adapter_root`` whatever links there are.
+def _folder_given(config: HttpConfig, given: Any) -> str:
+    """The folder that a request names; where it lies is looked at where it is read, whenever it is, beside all that is answered.
 
-    Raises ApiError: 403 where there is no root, 400 for what is not below it, or has files that lie elsewhere.
+    Raises ApiError: 403 where there is no root, 400 for what is no path.
     """
     if config.adapter_root is None:
         raise ApiError(403, "adapters_closed", "no folder may be loaded here; start the server with --adapter-root")
@@ -140,19 +162,7 @@ def folder_below(config: HttpConfig, given: Any) -> Path:
         raise wrong(
             "folder", f"folder is {said(given)}; it must be the path of a folder below the server's --adapter-root"
         )
-    try:
-        root = Path(config.adapter_root).resolve()
-        folder = (root / given).resolve()
-        # What is told of a folder elsewhere would tell that it is there.
-        if not folder.is_relative_to(root) or folder == root:
-            raise wrong("folder", f"folder is {said(given)}; it must be below the server's --adapter-root")
-        strays = [file.name for file in folder.iterdir() if not file.resolve().is_relative_to(root)]
-    except (OSError, RuntimeError) as error:
-        what = error.strerror if isinstance(error, OSError) else None
-        raise wrong("folder", f"folder is {said(given)}, which cannot be read: {what or error}") from None
-    if strays:
-        raise wrong("folder", f"folder has {strays[0]!r:.80}, which lies outside of the server's --adapter-root")
-    return folder
+    return given
 
 
 def _unknown(name: str) -> ApiError:

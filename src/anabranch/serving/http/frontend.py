@@ -78,7 +78,7 @@ class Frontend:
         self.state: State = "loading"
         self.info: EngineInfo | None = None
         self.reader: Reader | None = None
-        self.adapters = AdapterNames()
+        self.adapters = AdapterNames(config.adapter_root)
         self.error = ""
         self.failed = asyncio.Event()
         self.num_cut = 0
