@@ -2,13 +2,16 @@
 
 import copy
 import functools
+import gc
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapter_models import drawn, make_adapter, stacked
 from anabranch.adapters import load_peft, load_pool, rows_for
+from anabranch.adapters.peft_file import AdapterFile
 from anabranch.errors import CapacityError, CheckpointError, ConfigError
 from anabranch.nn.quantize import quantize
 from anabranch.serving import LLM, Sampling
@@ -19,6 +22,7 @@ from anabranch.serving.engine import ModelRunner
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Control, Refused, Reply
 from served_adapters import ATTENTION, DIM, LAYERS, VOCAB, Runs, layers_of, make_adapters, make_model, scores
+from serving_thread import until
 
 PROMPTS = [
     tuple((7 * at + 31 * number) % VOCAB for at in range(length))
@@ -353,3 +357,80 @@ def test_adapters_that_never_fit(folders):
     config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=(f"a={folders['a']}",), memory="1KiB"))
     with pytest.raises(CapacityError, match=r"engine\.adapters\.memory"):
         Engine.of(copy.deepcopy(model_of("compiled")), config)
+
+
+def _big_tensors(least=5000):
+    return sum(type(thing) is torch.Tensor and thing.numel() >= least for thing in gc.get_objects())
+
+
+def _reply_of(runs, folder, root=None):
+    runs.loop.put(Control(7, "load_adapter", {"adapter": "x", "folder": str(folder), "root": root}))
+    while not (replies := [event for event in runs.events if isinstance(event, Reply)]):
+        runs.loop._turn()
+    runs.events.clear()
+    return replies[0]
+
+
+@pytest.mark.parametrize("case", ["too large", "half as large as it says", "not a number"])
+def test_a_refused_load_keeps_nothing_in_memory(case, tmp_path):
+    layers = {f"model.layers.{layer}.self_attn.q_proj": (DIM, DIM) for layer in range(LAYERS)}
+    make_adapter(tmp_path / "x", layers, rank=128)  # 4 tensors of 8192 numbers, 131 KB
+    file = tmp_path / "x" / "adapter_model.safetensors"
+    tensors, memory = load_file(file), "50KB"
+    if case == "half as large as it says":
+        # A pickled file tells its size once it is read.
+        torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "x" / "adapter_model.bin")
+        file.unlink()
+        memory = "100KB"
+    elif case == "not a number":
+        list(tensors.values())[-1][0, 0] = torch.nan
+        save_file(tensors, file)
+        memory = "1MiB"
+    del tensors
+    runs = Runs(
+        Engine.of(copy.deepcopy(model_of("compiled")), ServingConfig(**SMALL, adapters=AdaptersConfig(memory=memory)))
+    )
+    gc.collect()
+    before = _big_tensors()
+    gc.disable()
+    try:
+        replies = [_reply_of(runs, tmp_path / "x") for _ in range(3)]
+        # The worker's thread may still be on its way out of the last one.
+        until(lambda: _big_tensors() <= before, 2)
+    finally:
+        gc.enable()
+    wanted = CheckpointError if case == "not a number" else CapacityError
+    assert all(isinstance(reply.error, wanted) for reply in replies)
+
+
+def test_sizes_are_compared_before_a_number_is_read(tmp_path, monkeypatch):
+    make_adapter(tmp_path / "x", layers_of(), rank=8)
+    read = []
+    monkeypatch.setattr(AdapterFile, "read", lambda self, name: read.append(name))
+    runs = Runs(
+        Engine.of(copy.deepcopy(model_of("compiled")), ServingConfig(**SMALL, adapters=AdaptersConfig(memory="1KiB")))
+    )
+    reply = _reply_of(runs, tmp_path / "x")
+    size = sum(tensor.numel() * 4 for tensor in load_file(tmp_path / "x" / "adapter_model.safetensors").values())
+    assert f"takes {size:,} bytes" in str(reply.error)
+    assert read == []
+
+
+def test_what_is_read_in_one_piece_has_a_bound(tmp_path):
+    runs = engine_of("compiled", {}, ())
+    make_adapter(tmp_path / "config", layers_of(), rank=2, foo=["x" * 100] * 2_700)
+    make_adapter(tmp_path / "header", layers_of(), rank=2)
+    file = tmp_path / "header" / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"text": "x" * (1 << 20)})
+    for name, what in (("config", "it has 2"), ("header", "its header of tensors has 1,")):
+        reply = _reply_of(runs, tmp_path / name)
+        assert isinstance(reply.error, CheckpointError)
+        assert what in str(reply.error)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x01", b"\xff" * 8, b"\xff" * 64, b"\x02" + bytes(7) + b"[]", bytes(8)])
+def test_headers_that_are_none(damage, tmp_path):
+    runs = engine_of("compiled", {}, ())
+    make_adapter(tmp_path / "x", layers_of(), rank=2)
+    (tmp_path / "x" / "adapter_model.safetensors").write_bytes(damage)
+    assert isinstance(_reply_of(runs, tmp_path / "x").error, CheckpointError)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm import save_model
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine import adapter_reader
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.http.serve import ServeConfig
@@ -382,3 +385,182 @@ def _said(client, greedy):
         return client.completions.create(model="c", **greedy).choices[0].text
     except openai.APIStatusError:
         return None
+
+
+@pytest.fixture
+def own_root(tmp_path):
+    """A root of a test's own, which it may change."""
+    make_adapters(tmp_path / "root")
+    make_adapters(tmp_path / "outside")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def own(make_small_engine, own_root):
+    with serving(make_small_engine, adapter_root=str(own_root), names=("demo", "demo:b")) as running:
+        yield running
+
+
+@pytest.fixture
+def make_small_engine(own_root):
+    """An engine with room for one of ``b`` and some of the small ones."""
+    sizes = {name: os.path.getsize(own_root / name / "adapter_model.safetensors") for name in ("b", "c")}
+    config = ServingConfig(
+        num_blocks=256, name=BASE, dtype="float32", max_seqs=8, adapters=AdaptersConfig(memory=f"{sizes['b']}B")
+    )
+    return lambda: LocalEngine(lambda: Engine.of(make_model(), config, tokenizer=ByteTokenizer()))
+
+
+def load(server, name, folder):
+    status, _, body = change(server, {"name": name, "folder": folder}, token=None)
+    assert status == 200, body
+    return body
+
+
+def held(server):
+    return {row["id"]: row["in_memory"] for row in server.ask("/v1/adapters")[2]["data"]}
+
+
+def test_the_root_holds_when_an_adapter_is_read_again(own, own_root):
+    load(own, "x", "c")
+    wanted = text(own, model="x")
+    load(own, "b", "b")
+    assert held(own) == {"x": False, "b": True}
+    (own_root / "c").rename(own_root / "before")
+    (own_root / "c").symlink_to(own_root.parent / "outside" / "c")
+    status, headers, body = say(own, model="x")
+    assert (status, body["error"]["code"], headers["retry-after"]) == (503, "busy", "1")
+    (own_root / "c").unlink()
+    # A link to what is below is followed.
+    (own_root / "c").symlink_to(own_root / "before")
+    assert text(own, model="x") == wanted
+    load(own, "b", "b")
+    (own_root / "c").unlink()
+    (own_root / "c").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (own_root / "c" / name).symlink_to(own_root.parent / "outside" / "c" / name)
+    assert say(own, model="x")[0] == 503
+
+
+def test_the_root_holds_for_an_engine_that_is_started_again(make_small_engine, own_root):
+    engines = []
+
+    def make():
+        engines.append(make_small_engine())
+        return engines[-1]
+
+    with serving(make, adapter_root=str(own_root)) as running:
+        load(running, "x", "c")
+        (own_root / "c").rename(own_root / "before")
+        (own_root / "c").symlink_to(own_root.parent / "outside" / "c")
+        running.on_loop(lambda: engines[0]._give_up("a test"))
+        until(lambda: len(engines) == 2 and running.frontend.state == "ready")
+        assert say(running, model="x")[0] == 503
+
+
+def test_whose_folder_went_is_told_to_the_operator_alone(own, own_root, caplog):
+    load(own, "x", "c")
+    load(own, "b", "b")
+    shutil.rmtree(own_root / "c")
+    for _, body in [say(own, model="x")[1:], own.ask("/v1/embeddings", {"model": "x", "input": "x"})[1:]]:
+        assert body["error"]["code"] == "busy"
+        assert "'x' is known and cannot be read now" in body["error"]["message"]
+        assert str(own_root.parent) not in json.dumps(body)
+    assert str(own_root / "c") in caplog.text or "folder is 'c'" in caplog.text
+    # The others are as they were.
+    assert text(own, model="b") != text(own)
+
+
+def test_a_mixture_that_never_fits_is_not_asked_for_again(own):
+    load(own, "x", "c")
+    load(own, "y", "b")
+    status, _, body = say(own, model="x+y")
+    assert (status, body["error"]["code"]) == (400, "invalid_value")
+    assert "of the others in its mixture" in body["error"]["message"]
+    assert say(own, model="x")[0] == say(own, model="y")[0] == 200
+
+
+def test_only_the_files_that_are_read_are_looked_at(own, own_root, monkeypatch):
+    (own_root / "c" / "README.md").symlink_to(own_root.parent / "outside")
+    listed = []
+    for name in ("iterdir", "glob"):
+        monkeypatch.setattr(Path, name, lambda self, *more: listed.append(self) or iter(()))
+    load(own, "x", "c")
+    assert listed == []
+
+
+def test_nobody_waits_while_a_folder_is_looked_at(own, monkeypatch):
+    gate, come, place_of = threading.Event(), threading.Event(), adapter_reader.place_of
+
+    def slow(*where):
+        come.set()
+        assert gate.wait(20)
+        return place_of(*where)
+
+    monkeypatch.setattr(adapter_reader, "place_of", slow)
+    made = []
+    thread = threading.Thread(target=lambda: made.append(change(own, {"name": "x", "folder": "c"}, token=None)[0]))
+    thread.start()
+    try:
+        assert come.wait(10)
+        assert own.ask("/health")[0] == 200
+        assert say(own)[0] == 200
+    finally:
+        gate.set()
+        thread.join(20)
+    assert made == [200]
+
+
+@pytest.mark.parametrize("before", [None, "a"])
+def test_a_load_goes_on_where_its_sender_leaves(own, before, monkeypatch):
+    """The engine and the server say the same of the adapter, and so does the next engine."""
+    if before is not None:
+        load(own, "ghost", before)
+    gate, come, place_of = threading.Event(), threading.Event(), adapter_reader.place_of
+
+    def slow(*where):
+        come.set()
+        assert gate.wait(20)
+        return place_of(*where)
+
+    monkeypatch.setattr(adapter_reader, "place_of", slow)
+    body = b'{"name": "ghost", "folder": "c"}'
+    fields = [f"host: 127.0.0.1:{own.port}", "content-type: application/json", f"content-length: {len(body)}"]
+    head = "\r\n".join(["POST /v1/adapters HTTP/1.1", *fields, "", ""])
+    try:
+        with socket.create_connection(("127.0.0.1", own.port)) as link:
+            link.sendall(head.encode() + body)
+            assert come.wait(10)
+        until(lambda: own.app.under_way == 0)
+    finally:
+        gate.set()
+    until(lambda: own.frontend.adapters.folders == {"ghost": "c"})
+    assert held(own) == {"ghost": True}
+    assert "ghost" in [model["id"] for model in own.ask("/v1/models")[2]["data"]]
+    monkeypatch.undo()
+    with_c = text(own, model="ghost")
+    load(own, "y", "c")
+    assert text(own, model="y") == with_c
+    assert change(own, None, "DELETE", "/ghost", token=None)[0] == 200
+    assert set(held(own)) == {"y"}
+
+
+def test_bases_whose_names_begin_alike(own):
+    load(own, "x", "c")
+    wanted = text(own, model="x")
+    assert text(own, model="demo:x") == text(own, model="demo:b:x") == text(own, model="base:x") == wanted
+    assert say(own, model="demo:b:b")[0] == 404
+
+
+def test_an_error_names_the_adapters_that_may_be_its_reason(own):
+    load(own, "h", "huge")
+    status, _, body = say(own, model="h")
+    assert (status, body["error"]["code"]) == (500, "request_failed")
+    assert "are not numbers" in body["error"]["message"]
+    assert "with the adapters 'h'" in body["error"]["message"]
+
+
+def test_a_weight_that_is_said_twice_is_the_last_as_everywhere_in_json(server):
+    given = f'{{"model": "{BASE}", "prompt": "{PROMPT}", "temperature": 0, "max_tokens": 12, "ignore_eos": true, '
+    raw = (given + '"adapters": {"a": 9, "a": 1}}').encode()
+    assert server.ask("/v1/completions", raw)[2]["choices"][0]["text"] == text(server, model="a")

@@ -15,8 +15,8 @@ __all__ = ["MOST_CONFIG", "MOST_HEADER", "check_small", "place_of", "size_of"]
 
 PICKLE = "adapter_model.bin"
 # Bytes that are read as one table, which no other thread of the engine's process can interrupt: those of the largest adapters of attention
-# and dense layers are a tenth of it.
-MOST_CONFIG, MOST_HEADER = 1 << 20, 4 << 20
+# and dense layers are a third of it.
+MOST_CONFIG, MOST_HEADER = 256 << 10, 1 << 20
 
 
 def place_of(folder: str, root: str | None) -> Path:

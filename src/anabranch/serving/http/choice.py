@@ -50,8 +50,8 @@ class ChoiceDelta:
     reasoning: str = ""
 
 
-def refused(output: Output) -> ApiError | None:
-    """The error that an output is; None for any other."""
+def refused(output: Output, request: Request) -> ApiError | None:
+    """The error that an output of ``request`` is; None for any other."""
     if output.finish is Finish.ABORT:
         return ApiError(503, "aborted", "the request was aborted by the server", headers={"Retry-After": "1"})
     if output.finish is not Finish.ERROR:
@@ -60,6 +60,9 @@ def refused(output: Output) -> ApiError | None:
         return ApiError(500, "engine_failed", ENGINE_FAILED)
     # Asked again it would fail again.
     message, again = output.error or "the request failed", {"x-should-retry": "false"}
+    if request.adapters:
+        # They may be the reason, and whoever runs the server looks for the model first.
+        message += f", with the adapters {', '.join(repr(name) for name, _ in request.adapters)}"
     return ApiError(500, "request_failed", message, headers=again)
 
 
@@ -115,7 +118,7 @@ class Choice:
         return change if is_new else None
 
     def _take(self, output: Output) -> ChoiceDelta:
-        if (error := refused(output)) is not None:
+        if (error := refused(output, self.request)) is not None:
             raise error
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens

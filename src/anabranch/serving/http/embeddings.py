@@ -225,7 +225,7 @@ class Vectors:
     async def _vector(self, submit: Submit, request: Request, ticket: Ticket) -> tuple[float, ...]:
         async with contextlib.aclosing(submit(request)) as outputs:
             async for output in outputs:
-                if (error := refused(output)) is not None:
+                if (error := refused(output, request)) is not None:
                     raise error
                 ticket.started()
                 self.cached_tokens += output.cached_tokens or 0
