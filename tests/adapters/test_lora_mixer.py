@@ -530,6 +530,23 @@ def test_a_router_learns_and_experts_stay_to_the_bit(place, tmp_path):
     assert measured["task_information"] >= 0
 
 
+def test_parts_of_a_batch_weigh_what_they_have(place, tmp_path):
+    """Answers, rows and labels differ from part to part; what is learned is that of the batch. The balance is no mean, and left out."""
+    rows = [([50, *range(number)], [42, 44][: 1 + number % 2], ("a", None, "b")[number % 3]) for number in range(8)]
+    found = []
+    for parts in (1, 4):
+        model = mixed(place, "ab", loss=SpecialisationLoss.Config(a=0.0, lam=0.5))
+        task = MixtureTask.Config(stages="soft", alignment=0.3)
+        run = TaskRunConfig(task=task, train=settings(batch_size=8, accumulation=parts))
+        trainer = Trainer(run, tmp_path / str(parts), model=model, data=Labelled.of(rows, ("a", "b")))
+        gradient = trainer._stepper.gradient(trainer.stream, trainer._context)
+        slopes = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        trainer.close()
+        assert gradient.terms.keys() == {"cross_entropy", "specialisation", "task_alignment"}
+        found.append((gradient.total, gradient.terms, gradient.metrics, slopes))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=1e-6)
+
+
 def test_a_stopped_training_goes_on_to_the_bit(place, tmp_path):
     states = []
     for name, parts in (("whole", [6]), ("parts", [3, 6])):

@@ -19,6 +19,7 @@ from anabranch.lm import load_model
 from anabranch.train import (
     Constant,
     DecoderTask,
+    Examples,
     LanguageModel,
     Losses,
     RunConfig,
@@ -498,3 +499,94 @@ def test_the_share_of_a_run_of_no_steps_is_none():
     context = TaskContext(TrainConfig(steps=0), 8)
     assert context.fraction == 0
     assert replace(context, settings=TrainConfig(steps=4), step=3).fraction == 0.75
+
+
+# Means of something else than items
+
+
+class Ragged(Task):
+    """Rows of numbers, of which the first ``length`` are real; ``x`` learns to be near them. Loss: a mean over real numbers."""
+
+    def build_model(self, context):
+        return nn.Linear(1, 1, bias=False)
+
+    def training_data(self, context):
+        length_N = torch.tensor([1, 5, 2, 5, 3, 3, 4, 1])
+        return Examples(
+            torch.arange(40.0).view(8, 5),
+            length_N,
+            seed=context.settings.seed,
+            rank=context.rank,
+            world_size=context.world_size,
+        )
+
+    def counts(self, batch, context):
+        return {"numbers": float(batch[1].sum())}
+
+    def step(self, model, batch, context):
+        value_BL, length_B = batch
+        real_BL = torch.arange(value_BL.shape[1]) < length_B[:, None]
+        error_BL = (model(torch.ones(1, 1)) - value_BL).square()
+        losses = {"error": (error_BL * real_BL).sum() / real_BL.sum(), "penalty": model.weight.square().sum()}
+        metrics = {"value": (value_BL * real_BL).sum() / real_BL.sum()}
+        return Losses.of(**losses, metrics=metrics, mean_of={"error": "numbers", "value": "numbers"})
+
+    def evaluate(self, model, data, context):
+        return {}
+
+
+def gradient_of(run, out):
+    """(what a step of ``run`` gave, the gradients it left)."""
+    trainer = Trainer(run, out)
+    found = trainer._stepper.gradient(trainer.stream, trainer._context)
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.grad is not None
+    }
+    trainer.close()
+    return found, gradients
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_parts_weigh_as_much_as_they_have_of_what_a_loss_is_a_mean_of(tmp_path, parts):
+    whole, gradients = gradient_of(digits_run(Ragged.Config()), tmp_path / "whole")
+    found, others = gradient_of(digits_run(Ragged.Config(), accumulation=parts), tmp_path / "parts")
+    torch.testing.assert_close(found.total, whole.total)
+    for ours, theirs in ((found.terms, whole.terms), (found.metrics, whole.metrics), (others, gradients)):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_parts_that_have_equally_much_are_weighed_as_ever(tmp_path, monkeypatch):
+    """To the bit, whatever the number is and whether anybody counts."""
+    even = lambda self, batch, context: {"numbers": 7.0}  # noqa: E731
+    monkeypatch.setattr(Ragged, "counts", even)
+    counted, gradients = gradient_of(digits_run(Ragged.Config(), batch_size=6, accumulation=3), tmp_path / "counted")
+    monkeypatch.setattr(Ragged, "counts", Task.counts)
+    step = Ragged.step
+    monkeypatch.setattr(Ragged, "step", lambda *given: replace(step(*given), mean_of={}))
+    plain, others = gradient_of(digits_run(Ragged.Config(), batch_size=6, accumulation=3), tmp_path / "plain")
+    assert torch.equal(counted.total, plain.total)
+    assert torch.equal(gradients["weight"], others["weight"])
+
+
+def test_a_part_without_any_of_it_counts_nothing():
+    losses = Losses.of(
+        error=torch.tensor(3.0, requires_grad=True), rest=torch.tensor(1.0), mean_of={"error": "numbers"}
+    )
+    found = losses.weighed({"numbers": 0.0})
+    assert (float(found.total.detach()), {name: float(value.detach()) for name, value in found.terms.items()}) == (
+        1,
+        {"error": 0, "rest": 1},
+    )
+    assert losses.weighed({"numbers": 1.0}) is losses
+
+
+def test_units_that_nobody_counts_and_means_of_nothing_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(Ragged, "counts", lambda self, batch, context: {"rows": 1.0})
+    with pytest.raises(
+        ConfigError, match=r"is a mean of 'numbers', which Task.counts does not count; it counts \['rows'\]"
+    ):
+        Trainer(digits_run(Ragged.Config()), tmp_path).fit()
+    with pytest.raises(ConfigError, match="mean_of has 'other', which is no term and no metric"):
+        Losses.of(error=torch.ones(()), mean_of={"other": "numbers"})

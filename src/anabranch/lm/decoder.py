@@ -55,6 +55,7 @@ class DecoderOutput:
         loss: mean cross-entropy in nats over real targets plus all auxiliary losses; None without a target.
         cross_entropy: the first term alone, detached.
         auxiliary: each auxiliary loss, mean over layers, detached.
+        terms: what ``loss`` is the sum of, ``cross_entropy`` first, each differentiable; none without a target.
         metrics: what layers emitted to be logged (drop_ratio), mean over layers; none where a cache is used.
     """
 
@@ -63,6 +64,7 @@ class DecoderOutput:
     cross_entropy: Tensor | None = None
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Decoder(Part, nn.Module):
@@ -458,6 +460,7 @@ def output_of(logits_BLV: Tensor, target_BL: Tensor | None, context: RoutingCont
         cross_entropy=cross_entropy.detach(),
         auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
         metrics=context.mean_metrics(),
+        terms={"cross_entropy": cross_entropy, **auxiliary},
     )
 
 

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward over its micro-batches, clipping, AdamW."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +87,8 @@ class Stepper:
     def gradient(self, stream: Stream, context: TaskContext) -> Gradient:
         """Forward and backward over the micro-batches of a step; gradients are then in the parameters.
 
-        Every micro-batch has equally many items, so the mean of their means is the mean of all. Raises ConfigError for losses without a
-        gradient.
+        Every micro-batch has equally many items, so the mean of their means is the mean of all; what is a mean of something else is
+        weighed by how much of it a micro-batch has. Raises ConfigError for losses without a gradient.
         """
         parts = self._settings.accumulation
         if self.hooks.before:
@@ -98,17 +98,35 @@ class Stepper:
         total: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        for number in range(parts):
-            batch = moved(stream.next_batch(context.batch_size), context.device)
+        for number, (batch, weights) in enumerate(self._batches(stream, context)):
+            batch = moved(batch, context.device)
             with self.workers.micro_batch(self.wrapped, is_last=number == parts - 1):
                 with autocast(context.device, self._settings.precision):
-                    losses = self.task.step(self.call, batch, context)
+                    losses = self.task.step(self.call, batch, context).weighed(weights)
                 self._check(losses)
                 (losses.total / parts).backward()
             _add_share(total, {"total": losses.total}, parts)
             _add_share(terms, losses.terms, parts)
             _add_share(metrics, losses.metrics, parts)
         return Gradient(total["total"], terms, metrics, self.gradient_norm())
+
+    def _batches(self, stream: Stream, context: TaskContext) -> Iterable[tuple[Any, Mapping[str, float]]]:
+        """The micro-batches of a step; and by unit how much each has of it, over the mean of those of all processes."""
+        size, parts = context.batch_size, self._settings.accumulation
+        if type(self.task).counts is Task.counts:
+            # One at a time: a stream may use its memory again.
+            return ((stream.next_batch(size), {}) for _ in range(parts))
+        batches = [stream.next_batch(size) for _ in range(parts)]
+        counts = [self.task.counts(batch, context) for batch in batches]
+        units = sorted(counts[0])
+        count_PU = torch.tensor([[float(count[unit]) for unit in units] for count in counts], dtype=torch.float64)
+        mean_U = self.workers.mean(count_PU.mean(0).to(context.device)).cpu()
+        # Exactly 1 where all have as much. Where there is none of it, its means are of nothing.
+        weight_PU = torch.where(mean_U > 0, count_PU / mean_U.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+        return [
+            (batch, dict(zip(units, weights, strict=True)))
+            for batch, weights in zip(batches, weight_PU.tolist(), strict=True)
+        ]
 
     def update(self, gradient: Gradient, step: int) -> None:
         """Move the weights after ``step`` finished steps; if the gradient is not finite, forget what was counted instead."""

@@ -91,13 +91,17 @@ class Losses:
         total: a number, which is differentiated.
         terms: what it is the sum of, by name, to be logged. The first is what the task is about, the others are auxiliary.
         metrics: other numbers to be logged.
+        mean_of: what terms and metrics are means of, by their names, where not of items: a unit that `Task.counts` counts. Parts of a
+            batch with more of it then weigh more. Such a term must be differentiable by itself, as ``total`` is.
 
-    Raises ConfigError if there is no term, ``total`` is more than one number, or a name is one that the trainer logs itself.
+    Raises ConfigError if there is no term, ``total`` is more than one number, a name is one that the trainer logs itself, or ``mean_of``
+    has one that is neither a term's nor a metric's.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    mean_of: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -109,12 +113,43 @@ class Losses:
         taken = sorted(_TAKEN & {next(iter(self.terms)), *self.metrics} | {"loss"} & self.terms.keys())
         if taken:
             raise ConfigError(f"a step gave {taken[0]!r}, which the trainer logs itself; choose another name")
+        unknown = sorted(set(self.mean_of) - {*self.terms, *self.metrics})
+        if unknown:
+            raise ConfigError(f"mean_of has {unknown[0]!r}, which is no term and no metric of the step")
 
     @classmethod
-    def of(cls, *, metrics: Mapping[str, Tensor] | None = None, **terms: Tensor) -> Self:
+    def of(
+        cls,
+        *,
+        metrics: Mapping[str, Tensor] | None = None,
+        mean_of: Mapping[str, str] | None = None,
+        **terms: Tensor,
+    ) -> Self:
         """Losses whose total is the sum of ``terms``."""
         first, *others = terms.values() or [torch.zeros(())]
-        return cls(sum(others, start=first), terms, metrics or {})
+        return cls(sum(others, start=first), terms, metrics or {}, mean_of or {})
+
+    def weighed(self, weights: Mapping[str, float]) -> Losses:
+        """The same with each term and metric multiplied by the weight of the unit that it is a mean of; ``self`` where all are 1.
+
+        Raises ConfigError for a unit without a weight.
+        """
+        for name, unit in self.mean_of.items():
+            if unit not in weights:
+                raise ConfigError(
+                    f"{name} is a mean of {unit!r}, which Task.counts does not count; it counts {sorted(weights)}"
+                )
+        by_name = {name: weights[unit] for name, unit in self.mean_of.items() if weights[unit] != 1}
+        if not by_name:
+            return self
+        total = self.total
+        for name in by_name.keys() & self.terms.keys():
+            total = total + (by_name[name] - 1) * self.terms[name]
+        terms, metrics = (
+            {name: value * by_name.get(name, 1) for name, value in values.items()}
+            for values in (self.terms, self.metrics)
+        )
+        return Losses(total, terms, metrics, self.mean_of)
 
 
 class Task(Part, family="task"):
@@ -196,10 +231,17 @@ class Task(Part, family="task"):
         """The losses of a batch, which is on the model's device.
 
         Call ``model`` itself, once: it stands for replicas, shards or compiled code. Losses are means over items, so that those of
-        equal parts of a batch average to that of the whole. What is random comes from torch's default generator, which is seeded in
-        every step.
+        equal parts of a batch average to that of the whole, or over what `counts` counts. What is random comes from torch's default
+        generator, which is seeded in every step.
         """
         raise NotImplementedError  # abstract
+
+    def counts(self, batch: Any, context: TaskContext) -> Mapping[str, float]:
+        """How much a batch, which is on the CPU, has of what losses are means of, by unit, as ``{"tokens": 37}``; see `Losses.mean_of`.
+
+        The same units for every batch. Default: none, losses are means over items, of which all batches have equally many.
+        """
+        return {}
 
     def evaluate(self, model: nn.Module, data: Any, context: TaskContext) -> dict[str, Any]:
         """Numbers by name, JSON-ready, `headline` among them. The model is in evaluation mode, and no gradient is taken.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from anabranch.adapters.adapt import AdaptTask, Lora, Method
 from anabranch.adapters.adapt.method import patterns_of_targets
+from anabranch.adapters.adapt.mixtures import Dynmole, LoraMixer
 from anabranch.adapters.low_rank import LowRank
 from anabranch.config import configclass
 from anabranch.data import ByteTokenizer
@@ -16,7 +17,7 @@ from anabranch.errors import ConfigError, DataError, TokenizerError
 from anabranch.lm import Decoder, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.testing import check_task
-from anabranch.train import TaskRunConfig, TrainConfig, Trainer, checkpoints, read_task_run_config
+from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, checkpoints, read_task_run_config
 
 CONFIG = Decoder.Config(
     vocab_size=257,
@@ -101,6 +102,28 @@ def test_a_mixture_of_experts_counts_no_padding(place, tmp_path):
     torch.testing.assert_close(answer([0, 5, 9]), alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [Dynmole.Config, LoraMixer.Config])
+def test_losses_of_layers_are_those_of_the_whole_batch(place, tmp_path, make):
+    """Rows differ in length, and a mean over tokens of a part weighs as much as it has of them. The balance losses are left out.
+
+    They are products of two means, which parts have not in common.
+    """
+    options = {"rank": 2, "experts": 3, "entropy_loss": 1.0, "balance_loss": 0.0, "dropout": 0.0}
+    if make is LoraMixer.Config:
+        options = {"rank": 2, "experts": 3, "top_k": 2, "entropy_loss": 1.0, "balance_loss": 0.0}
+    lengths = AdaptTask.Config(model=str(place / "base"), data=str(place / "rows.jsonl"), method=Lora.Config()).build()
+    assert len(set(lengths.learned.length_N.tolist())) > 2
+    found = []
+    for parts in (1, 4):
+        run = config(place, make(**options), batch_size=8, accumulation=parts, schedule=Constant.Config())
+        trainer = Trainer(run, tmp_path / str(parts))
+        gradient = trainer._stepper.gradient(trainer.stream, trainer._context)
+        slopes = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        trainer.close()
+        found.append((gradient.total, gradient.terms, gradient.metrics, slopes))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_it_learns_and_the_base_stays(place, tmp_path):
     # Measured on what it learns: a base of random numbers has nothing to say of anything else.
@@ -128,8 +151,9 @@ def test_the_contract_of_tasks(place):
 
 
 @pytest.mark.slow
-def test_the_contract_of_tasks_in_two_processes(place):
-    check_task(config(place))
+@pytest.mark.parametrize("method", [None, Dynmole.Config(rank=2, entropy_loss=1.0, balance_loss=0.0, dropout=0.0)])
+def test_the_contract_of_tasks_in_two_processes(place, method):
+    check_task(config(place, method))
 
 
 def test_resumed_the_evaluation_before_is_that_of_the_beginning(place, tmp_path):

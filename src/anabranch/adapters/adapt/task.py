@@ -257,7 +257,12 @@ class AdaptTask(Task, kind="adapt"):
             is_other_B = (task_B[rows:] != task_B[:rows]).float()
             punished_B = _mean_of_rows(punished_M, row_M, 2 * rows)[rows:]
             terms["unlikelihood"] = weight * (punished_B * is_other_B).mean()
-        return Losses.of(metrics=metrics, **terms)
+        return Losses.of(metrics=metrics, mean_of=dict.fromkeys([*added, *metrics], "tokens"), **terms)
+
+    def counts(self, batch: tuple[Tensor, ...], context: TaskContext) -> dict[str, float]:
+        """The tokens that layers see, of which losses that they add are means; rows differ in length."""
+        length_B = batch[2]
+        return {"tokens": float((length_B - 1).sum())}
 
     def evaluate(self, model: Any, data: tuple[Tensor, ...], context: TaskContext) -> dict[str, Any]:
         """Nats per token of answers: of all, and of each task (``by_task``: nats_per_token, tokens, rows)."""

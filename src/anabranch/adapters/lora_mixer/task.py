@@ -28,6 +28,8 @@ __all__ = ["Labelled", "MixtureTask"]
 # Positions that count for no loss.
 IGNORED = -100
 _POOL, _ROUTER = ".pool.", ".router."
+# What losses are means of, where not of tokens.
+_MEAN_OF = {"cross_entropy": "asked", "task_alignment": "labelled"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +245,18 @@ class MixtureTask(Task, kind="lora_mixer"):
         if self.config.experts == "preserved" and soft > 0:
             drift = torch.stack([layer.drift() for layer in self.layers.values()]).sum()
             auxiliary = {**auxiliary, "preservation": self.config.beta * drift}
-        return Losses(sum(auxiliary.values(), start=main), {"cross_entropy": main, **auxiliary}, metrics)
+        terms = {"cross_entropy": main, **auxiliary}
+        mean_of = {name: _MEAN_OF.get(name, "tokens") for name in (*terms, *metrics) if name != "preservation"}
+        return Losses(sum(auxiliary.values(), start=main), terms, metrics, mean_of)
+
+    def counts(self, batch: Any, context: TaskContext) -> dict[str, float]:
+        """Tokens, those that are asked, and rows with a label: rows differ in all three."""
+        _, target_BL, expert_B, mask_BL = batch
+        return {
+            "tokens": float(mask_BL.sum()),
+            "asked": float((target_BL != IGNORED).sum()),
+            "labelled": float(((expert_B >= 0) & mask_BL.any(1)).sum()),
+        }
 
     def _losses(
         self, model: nn.Module, token_BL: Tensor, target_BL: Tensor, mask_BL: Tensor, labels: Mapping[str, Any]
@@ -251,10 +264,8 @@ class MixtureTask(Task, kind="lora_mixer"):
         """(cross-entropy, auxiliary losses, metrics)."""
         if isinstance(self.model, Decoder):
             output = model(token_BL, target_BL, token_mask_BL=mask_BL, state=dict(labels))
-            auxiliary = sum(output.auxiliary.values(), start=torch.zeros(()))
-            # What it gives apart has no gradient; only their sum has.
-            main = output.loss - auxiliary.detach()
-            return main, dict(output.auxiliary), dict(output.metrics)
+            auxiliary = dict(output.terms)
+            return auxiliary.pop("cross_entropy"), auxiliary, dict(output.metrics)
         with passing(model, mask_BL=mask_BL, labels=labels) as seen:
             logits_BLV = cast(Any, model)(input_ids=token_BL, attention_mask=mask_BL.long()).logits
             main = _cross_entropy(logits_BLV, target_BL)
