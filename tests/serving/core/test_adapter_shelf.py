@@ -241,6 +241,22 @@ def test_a_mixture_that_never_fits_is_not_asked_for_again(shelf, folders):
     assert begin(shelf, "4", "b", "c") == ["40/b", "40/c"]
 
 
+def test_room_is_looked_for_again_where_the_size_was_told_too_small(shelf):
+    def read(folder, root, check):
+        check(1)
+        return Fake(int(folder.partition("/")[0]), folder)
+
+    shelf._read = read
+    for name in "abc":
+        shelf.register(name, f"60/{name}")
+    with pytest.raises(CapacityError, match="takes 60 bytes beside 60 of the others in its mixture"):
+        begin(shelf, "1", "a", "b")
+    shelf.release("1")
+    with pytest.raises(CapacityError, match="takes 101 bytes, and"):
+        shelf.load("d", "101").result(10)
+    assert begin(shelf, "2", "c") == ["60/c"]
+
+
 def test_an_error_keeps_nothing_of_what_was_read(shelf, folders):
     class Watched(Fake):
         pass

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.request import Finish
 from anabranch.serving.engine import ModelRunner
 from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.loop import _reply
 from anabranch.serving.engine.messages import Control, Refused, Reply
 from served_adapters import ATTENTION, DIM, LAYERS, VOCAB, Runs, layers_of, make_adapters, make_model, scores
 from serving_thread import until
@@ -401,6 +403,12 @@ def test_a_refused_load_keeps_nothing_in_memory(case, tmp_path):
         gc.enable()
     wanted = CheckpointError if case == "not a number" else CapacityError
     assert all(isinstance(reply.error, wanted) for reply in replies)
+
+
+def test_a_load_that_is_called_off_is_answered():
+    future = Future()
+    future.cancel()
+    assert str(_reply(3, future).error) == "the engine ends"
 
 
 def test_sizes_are_compared_before_a_number_is_read(tmp_path, monkeypatch):

@@ -450,7 +450,8 @@ def test_the_root_holds_for_an_engine_that_is_started_again(make_small_engine, o
         return engines[-1]
 
     with serving(make, adapter_root=str(own_root)) as running:
-        load(running, "x", "c")
+        # By a path that can be read from everywhere.
+        load(running, "x", str(own_root / "c"))
         (own_root / "c").rename(own_root / "before")
         (own_root / "c").symlink_to(own_root.parent / "outside" / "c")
         running.on_loop(lambda: engines[0]._give_up("a test"))
