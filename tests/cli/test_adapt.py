@@ -261,8 +261,8 @@ def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
     assert "global share" in out
     for line, message in (
         ((base / "rows.jsonl", "x"), "no pool at"),
-        ((base, "x"), "has no folder with adapter_config.json"),
+        ((base / "base", "x"), "has no folder with adapter_config.json"),
         ((base / "pool", " "), "there is nothing to route"),
     ):
         code, _, err = here("adapters", "route", *line)
-        assert (code, message in err) == (2, True), err
+        assert (code, message in err) == (2, True), (line, err)
