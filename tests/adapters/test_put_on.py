@@ -198,3 +198,28 @@ def test_layers_begin_from_the_matrices_that_are_there():
     before = logits(model)
     put_on(model, {"*.attention.q": Dora.Config(rank=2), "*.up": Dora.Config(rank=2)}, seed=5)
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_another_base_of_the_same_sizes_is_told_by_its_numbers(tmp_path):
+    """Whatever type it is read in; folders of before, which do not say, are taken as they are."""
+    write_own(tmp_path / "a", put_on(CONFIGS["llama"]().build(seed=3), Q), base="somewhere")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        read_own(tmp_path / "a", CONFIGS["llama"]().build(seed=3).to(dtype))
+        other = CONFIGS["llama"]().build(seed=4).to(dtype)
+        with pytest.raises(CheckpointError, match="trained on another base, somewhere, with other numbers"):
+            read_own(tmp_path / "a", other)
+        assert not other.config.linears
+    # The embedding alone would not tell one that was trained on.
+    with torch.no_grad():
+        near = CONFIGS["llama"]().build(seed=3)
+        near.norm.weight[0] += 0.5
+    with pytest.raises(CheckpointError, match="another base"):
+        read_own(tmp_path / "a", near)
+    table = json.loads((tmp_path / "a" / "adapter.json").read_text())
+    for value in ("x", [], {"names": 3}):
+        (tmp_path / "a" / "adapter.json").write_text(json.dumps({**table, "base_digest": value}))
+        with pytest.raises(CheckpointError, match=r"no digest of a base|another base"):
+            read_own(tmp_path / "a", CONFIGS["llama"]().build(seed=3))
+    del table["base_digest"]
+    (tmp_path / "a" / "adapter.json").write_text(json.dumps(table))
+    read_own(tmp_path / "a", near)

@@ -266,3 +266,65 @@ def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
     ):
         code, _, err = here("adapters", "route", *line)
         assert (code, message in err) == (2, True), (line, err)
+
+
+def test_an_adapter_is_not_put_onto_another_base(here, base, routed):
+    config = Decoder.Config(
+        vocab_size=257,
+        dim=32,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+        max_positions=64,
+    )
+    export_huggingface(base / "other", config.build(seed=2), ByteTokenizer.Config().build(), family="llama")
+    for given in (
+        ["adapters", "export", base / "other", routed, "--average", "--out", base / "never"],
+        ["eval", base / "other", "--adapter", routed, "--task", "one", *EVAL],
+    ):
+        code, out, err = here(*given)
+        assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+        assert "was trained on another base" in err
+    assert not (base / "never").exists()
+
+
+@pytest.mark.parametrize("method", ["dynmole", "lora_mixer"])
+def test_a_mixture_leaves_as_the_average_of_its_experts(here, base, method):
+    place = base / f"run-{method}"
+    given = ["--method", method, "--steps", 2, "--rank", 2, "--set=method.experts=3"]
+    adapted(here, base / "base", base / "rows.jsonl", "--out", place, *given)
+    for options, said in (([], "--average writes the plain average"), (["--task", "one"], "--task is 'one', but")):
+        code, out, err = here("adapters", "export", base / "base", place / "adapter", *options, "--out", place / "no")
+        assert (code, out) == (2, "")
+        assert said in err
+        assert "static_mixture" in err
+    code, out, err = here(
+        "adapters", "export", base / "base", place / "adapter", "--average", "--out", place / "out", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["task"] == "average"
+    assert json.loads(out)["ranks"] == [6]
+    assert here("adapters", "card", place / "out")[0] == 0
+    # Our own form is named where peft's is needed, and how it becomes that.
+    for other in (["card", place / "adapter"], ["merge", place / "adapter", place / "out", "--out", place / "no"]):
+        code, out, err = here("adapters", *other)
+        assert (code, out) == (2, "")
+        assert "anabranch's own form" in err
+        assert "anabranch adapters export MODEL" in err
+
+
+def test_it_says_to_how_many_tokens_rows_are_cut(here, base):
+    rows = [{"input": "long " * 40 + str(number), "output": "x"} for number in range(6)]
+    (base / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = here("adapt", base / "base", base / "long.jsonl", "--out", base / "cut", "--steps", 1, *QUICK)
+    assert code == 0, err
+    assert "cut to 64 tokens" in err  # positions of the model, fewer than task.sequence_length
+
+
+def test_held_out_rows_of_unknown_tasks_are_told_by_their_line(here, base):
+    rows = [{"task": task, "input": "a", "output": "b"} for task in ("one", "zzz unknown")]
+    (base / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--eval-data", base / "odd.jsonl", "--method", "mhr", "--out", base / "z", "--quiet"]
+    code, out, err = here("adapt", base / "base", base / "rows.jsonl", *given)
+    assert (code, out) == (2, "")
+    assert "odd.jsonl, line 2: task 'zzz unknown' is not one of the 2" in err

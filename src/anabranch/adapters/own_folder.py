@@ -3,12 +3,13 @@
     write_own("my-adapter", model)              # of a model with layers that were put on
     read_own("my-adapter", base)                # onto the same base, in place
 
-    adapter.json            the linear layers by pattern, as in a model's config; what the base was
+    adapter.json            the linear layers by pattern, as in a model's config; what the base was, by name and by content
     adapter.safetensors     their numbers, by our names
 
 LoRA is better kept as peft keeps it (`save_peft`), which other programs read; these are for what peft has no form for.
 """
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ __all__ = ["OWN", "is_own", "load_numbers", "read_own", "write_own"]
 
 OWN, NUMBERS = "adapter.json", "adapter.safetensors"
 FORMAT, SCHEMA = "anabranch-adapter", 1
+# Numbers of each tensor by which a base is known again, and the types in which it may be read.
+_SAMPLED = 512
+_READ_IN = (torch.float32, torch.bfloat16, torch.float16)
 _REPLACED = rf"{re.escape(OWN)}|{re.escape(NUMBERS)}"
 
 
@@ -64,6 +68,7 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
         "base": base,
         "dim": model.config.dim,
         "num_layers": model.config.num_layers,
+        "base_digest": base_digest(model),
     }
     replaced = _REPLACED if is_own(folder) else ""
     with atomic_folder(folder, replacing=replaced) as temporary:
@@ -79,7 +84,8 @@ def read_own(folder: str | Path, model: Decoder, *, trainable: bool = False) -> 
         model: the base.
         trainable: whether the adapter learns. The base does not.
 
-    Raises CheckpointError where there is none, it is damaged or of another model; ConfigError as `put_on`. The model is then as it was.
+    Raises CheckpointError where there is none, it is damaged or of another model, by sizes or by content; ConfigError as `put_on`. The
+    model is then as it was. Of one whose matrices are quantized or elsewhere the content is looked at only where it is as it was.
     """
     place = Path(folder)
     if not is_own(place):
@@ -94,6 +100,7 @@ def read_own(folder: str | Path, model: Decoder, *, trainable: bool = False) -> 
             raise CheckpointError(
                 f"{place} is of a model whose {name} is {table.get(name)!r}, and this one's is {ours}"
             )
+    _check_base(place, table, model)
     try:
         layers = from_dict(_Layers, {"linears": table.get("linears")})
     except ConfigError as error:
@@ -110,6 +117,50 @@ def read_own(folder: str | Path, model: Decoder, *, trainable: bool = False) -> 
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+@torch.no_grad()
+def base_digest(model: Decoder) -> dict[str, dict[str, str]]:
+    """What the base of ``model`` is, by some numbers of each of its tensors: a digest for each type that it may be read in.
+
+    ``whole`` is of all tensors, with their names and sizes; ``embedding`` of that alone, which stays as it is where matrices are quantized.
+    """
+    added = set(added_names(model)) if model.config.linears else set()
+    state = {name.replace(".matrix.", "."): value for name, value in model.state_dict().items() if name not in added}
+    parts = {"whole": state, "embedding": {"embedding.weight": state["embedding.weight"]}}
+    found = {}
+    for part, tensors in parts.items():
+        digests = {dtype: hashlib.sha256() for dtype in _READ_IN}
+        for name, value in sorted(tensors.items()):
+            flat = value.detach().reshape(-1)
+            some_of = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].cpu()
+            for dtype, digest in digests.items():
+                kept = some_of.to(dtype) if some_of.is_floating_point() else some_of
+                digest.update(f"{name} {list(value.shape)};".encode())
+                digest.update(kept.contiguous().view(torch.uint8).numpy().tobytes())
+        found[part] = {str(dtype).removeprefix("torch."): each.hexdigest()[:16] for dtype, each in digests.items()}
+    found["names"] = {"all": hashlib.sha256("\n".join(sorted(state)).encode()).hexdigest()[:16]}
+    return found
+
+
+def _check_base(place: Path, table: dict[str, Any], model: Decoder) -> None:
+    """Raise CheckpointError where the adapter is of another base; those of earlier versions do not say."""
+    told = table.get("base_digest")
+    if told is None:
+        return
+    ours = base_digest(model)
+    try:
+        part = "whole" if told["names"] == ours["names"] else "embedding"
+        # One read in bfloat16 is that of float32 where the same numbers are left of both.
+        is_same = any(told[part].get(dtype) == digest for dtype, digest in ours[part].items())
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"base_digest in {place / OWN} is no digest of a base; copy the folder again") from None
+    if not is_same:
+        named = table.get("base")
+        raise CheckpointError(
+            f"{place} was trained on another base{f', {named}' if named else ''}, with other numbers than this model's; give that one (to "
+            f"put it onto this one all the same, take base_digest out of {OWN})"
+        )
 
 
 @torch.no_grad()

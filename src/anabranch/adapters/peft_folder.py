@@ -100,6 +100,12 @@ def read_peft(folder: str | Path) -> Adapter:
     place = Path(folder)
     if not (place / CONFIG).is_file():
         what = "is a file" if place.is_file() else "holds no adapter_config.json" if place.is_dir() else "is not there"
+        if (place / "adapter.json").is_file():
+            # Of our own form, see own_folder, which reads it.
+            raise CheckpointError(
+                f"{place} is an adapter in anabranch's own form, and one in peft's is needed; anabranch adapters export MODEL {place} "
+                "--out DIR makes one (--task or --average says of what)"
+            )
         raise CheckpointError(f"no adapter at {place}: it {what}; give a folder that peft's save_pretrained wrote")
     table = table_of(read_json(place / CONFIG), place / CONFIG)
     file = AdapterFile(place)

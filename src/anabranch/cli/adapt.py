@@ -220,7 +220,7 @@ def _introduce(trainer: Trainer[Any]) -> None:
     )
     held = 0 if task.held_out is None else len(task.held_out)
     tasks = "" if task.names == ("",) else f" of {len(task.names)} tasks"
-    cut = f", {task.num_cut} cut to {task.config.sequence_length} tokens" if task.num_cut else ""
+    cut = f", {task.num_cut} cut to {task.most_tokens} tokens" if task.num_cut else ""
     fact(
         "data",
         f"{task.config.data}   {len(task.learned)} rows{tasks}, {held} held out{cut}   {trainer.workers.device}",

@@ -128,3 +128,11 @@ def test_measured_rows_are_spread_over_tasks():
     assert spread_rows(made, 8).tolist() == [0, 4]
     assert spread_rows(made, 17).tolist() == [0, 1, 4, 5]
     assert spread_rows(made, 1).tolist() == [0]
+
+
+def test_the_first_answer_that_is_not_empty(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": ["", null, "b", "c"]}')
+    assert [row.answer for row in read_rows(tmp_path / "rows.jsonl")] == ["b"]
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": ["", ""]}')
+    with pytest.raises(DataError, match="there is no answer"):
+        read_rows(tmp_path / "rows.jsonl")

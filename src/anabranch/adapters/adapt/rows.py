@@ -3,15 +3,15 @@
     {"task": "summaries", "input": "...", "output": "..."}
 
 What is asked may be called ``input``, ``prompt``, ``question`` or ``instruction``, the answer ``output``, ``target``, ``completion`` or
-``answer``; a ``definition`` or ``instruction`` beside an input stands before it. Of several answers the first is learned. Rows whose
-``split`` is test, validation, dev or eval are held out, others learned; where no row says so, a share of each task is held out, by what
-the rows say, so that it stays so when others are added.
+``answer``; a ``definition`` or ``instruction`` beside an input stands before it. Of several answers the first that is not empty is
+learned. Rows whose ``split`` is test, validation, dev or eval are held out, others learned; where no row says so, a share of each task is
+held out, by what the rows say, so that it stays so when others are added.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,14 @@ class Row:
         prompt: what is asked.
         answer: what is to be said.
         split: as the row says; empty where it says nothing.
+        where: its file and line, for messages.
     """
 
     task: str
     prompt: str
     answer: str
     split: str = ""
+    where: str = field(default="", compare=False)
 
 
 def read_rows(path: str | Path, *, needs_task: bool = False) -> list[Row]:
@@ -98,7 +100,7 @@ def _row(line: str, where: str, needs_task: bool) -> Row:
     task = _text(table, "task", where)
     if needs_task and not task:
         raise DataError(f"{where}: the row names no task, by which this method routes; give each row a task")
-    return Row(task, prompt, answers[0], _text(table, "split", where).lower())
+    return Row(task, prompt, answers[0], _text(table, "split", where).lower(), where)
 
 
 def _first(table: dict[str, Any], names: Sequence[str], where: str) -> list[str]:
@@ -106,10 +108,10 @@ def _first(table: dict[str, Any], names: Sequence[str], where: str) -> list[str]
 
 
 def _text(table: dict[str, Any], name: str, where: str) -> str:
-    """A text of a row, of a list the first; empty where there is none."""
+    """A text of a row, of a list the first that is not empty; empty where there is none."""
     value = table.get(name)
     if isinstance(value, list) and value:
-        value = value[0]
+        value = next((one for one in value if one not in ("", None)), "")
     if value is None or value == []:
         return ""
     if isinstance(value, bool | dict | list):

@@ -23,7 +23,7 @@ from anabranch.adapters.put_on import added_names
 from anabranch.adapters.tasks import numbers_of, told_tasks
 from anabranch.config import Field, Size, configclass, to_dict
 from anabranch.data import Tokenizer
-from anabranch.errors import ConfigError, DataError, TokenizerError
+from anabranch.errors import ConfigError, DataError, InputError, TokenizerError
 from anabranch.files import atomic_write_json
 from anabranch.lm.checkpoint import load_model
 from anabranch.lm.decoder import Decoder
@@ -110,7 +110,8 @@ class AdaptTask(Task, kind="adapt"):
         on_rows: called in an evaluation with the rows that are done, and all.
         before: the evaluation before the first step, None without rows that are held out.
         names: of the tasks, sorted; their numbers are their places.
-        num_cut: rows that were longer than ``sequence_length``.
+        most_tokens: of a row: ``sequence_length``, or the model's positions where those are fewer.
+        num_cut: rows that were longer.
 
     Raises DataError for rows that are none, ConfigError for a method that does not fit the model, TokenizerError for a model without
     tokenizer, CheckpointError as `load_model`.
@@ -171,9 +172,9 @@ class AdaptTask(Task, kind="adapt"):
             )
         self.base, self.tokenizer = model, tokenizer
         self._base_digest = _digest_of_model(model)
-        length = min(config.sequence_length, model.config.max_positions)
-        self.learned = self._encoded(learned, length)
-        self.held_out = self._encoded(held_out, length) if held_out else None
+        self.most_tokens = min(config.sequence_length, model.config.max_positions)
+        self.learned = self._encoded(learned)
+        self.held_out = self._encoded(held_out) if held_out else None
         self.num_cut = self.learned.num_cut + (self.held_out.num_cut if self.held_out else 0)
         self.before: dict[str, Any] | None = None
         # Told how many of how many rows an evaluation has gone over.
@@ -188,9 +189,14 @@ class AdaptTask(Task, kind="adapt"):
             return rows, read_rows(config.evaluation, needs_task=needs)
         return parted(rows, config.held_out)
 
-    def _encoded(self, rows: Sequence[Row], length: int) -> Encoded:
-        numbers = numbers_of([row.task for row in rows], self.names, "error" if self.method.needs_task else "average")
-        return encoded(rows, numbers, self.tokenizer, self.config.template, length)
+    def _encoded(self, rows: Sequence[Row]) -> Encoded:
+        numbers = []
+        for row in rows:
+            try:
+                numbers += numbers_of([row.task], self.names, "error" if self.method.needs_task else "average")
+            except InputError as error:
+                raise DataError(f"{row.where}: {error}") from None
+        return encoded(rows, numbers, self.tokenizer, self.config.template, self.most_tokens)
 
     # What it learns
 

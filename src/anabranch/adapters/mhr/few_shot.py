@@ -24,6 +24,7 @@ from anabranch.adapters.names import names_of
 from anabranch.adapters.own_folder import read_own
 from anabranch.adapters.peft_folder import Adapter, described, write_peft
 from anabranch.adapters.put_on import put_on, take_off
+from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.tasks import task_names, task_rows
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
@@ -180,25 +181,53 @@ def export_task(
 
     Returns the greatest difference of logits, and the greatest of them, over tokens drawn at random.
 
-    Raises ConfigError where neither or both are given, or the adapter does not route by task; InputError for a task that there is not;
+    A mixture whose router chooses for each token (DynMoLE, LoRA-Mixer) has no tasks, and the average of its experts alone.
+
+    Raises ConfigError where neither or both are given, or the adapter is of another kind; InputError for a task that there is not;
     others as `read_own` and `write_peft`.
     """
     read_own(folder, base)
+    if not any(getattr(module, "routes_by_task", False) for module in base.modules()):
+        return _export_mixture(out, base, folder, task, is_average=is_average)
     names = task_names(base)
     if (task is None) != is_average:
         raise ConfigError(
             f"{folder} routes by task; name one of {shown(list(names))} with --task, or say --average, not both"
         )
     adapter = mu(base) if task is None else to_single_lora(base, task)
+    return {"task": task or "average", **_held_against(out, base, adapter, task_rows(base, [task, task], 16))}
+
+
+def _export_mixture(
+    out: str | Path, base: Decoder, folder: str | Path, task: str | None, *, is_average: bool
+) -> dict[str, float | str]:
+    """The average of experts that a router chooses: no plain LoRA does what the router does, so it is only near the mixture."""
+    from anabranch.adapters.static import mu as average_of
+
+    layers = layers_of(base).values()
+    if not layers or not all(isinstance(layer, RoutedLowRank) for layer in layers):
+        raise ConfigError(
+            f"{folder} has no tasks and no experts that could be exported; load it with anabranch eval --adapter"
+        )
+    if task is not None or not is_average:
+        said = f"--task is {task!r}, but " if task is not None else ""
+        raise ConfigError(
+            f"{said}{folder} is a mixture whose router chooses experts for each token, which no plain LoRA does; --average writes the "
+            "plain average of its experts (anabranch.adapters.static_mixture, with weights of your own)"
+        )
+    return {"task": "average", **_held_against(out, base, average_of(base), {})}
+
+
+def _held_against(out: str | Path, base: Decoder, adapter: Adapter, state: dict[str, Any]) -> dict[str, float | str]:
+    """Write ``adapter``, and tell how ``base`` with it differs from what it has on, which is taken off."""
     token_BL = torch.randint(base.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     token_BL = token_BL.to(base.embedding.weight.device)
     base.eval()
-    expected = base(token_BL, state=task_rows(base, [task, task], 16)).logits_BLV
+    expected = base(token_BL, state={name: value.to(token_BL.device) for name, value in state.items()}).logits_BLV
     write_peft(out, adapter)
     load_peft(out, take_off(base))
     difference = (base(token_BL).logits_BLV - expected).float().abs().max()
     return {
-        "task": task or "average",
         "difference": float(difference),
         "greatest_logit": float(expected.float().abs().max()),
     }

@@ -42,7 +42,10 @@ def export(
         typer.Option(metavar="NAME", help="Of one ADAPTER that routes by task (poly, mhr): the task that is written."),
     ] = None,
     average: Annotated[
-        bool, typer.Option("--average", metavar=FLAG, help="Of such an ADAPTER: the average of all skills.")
+        bool,
+        typer.Option(
+            "--average", metavar=FLAG, help="Of such an ADAPTER, or a mixture: the average of all skills or experts."
+        ),
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
