@@ -324,7 +324,7 @@ def test_it_says_to_how_many_tokens_rows_are_cut(here, base):
 def test_held_out_rows_of_unknown_tasks_are_told_by_their_line(here, base):
     rows = [{"task": task, "input": "a", "output": "b"} for task in ("one", "zzz unknown")]
     (base / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    given = ["--eval-data", base / "odd.jsonl", "--method", "mhr", "--out", base / "z", "--quiet"]
+    given = ["--eval-data", base / "odd.jsonl", "--method", "mhr", "--out", base / "odd-run", "--quiet"]
     code, out, err = here("adapt", base / "base", base / "rows.jsonl", *given)
     assert (code, out) == (2, "")
     assert "odd.jsonl, line 2: task 'zzz unknown' is not one of the 2" in err
