@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from anabranch.gateway.dispatch.upstream_socket import upstream_socket
 from anabranch.gateway.providers.provider import Failure, HttpCall, Reply, UpstreamError, garbage
 
 REDIRECTS = 3
@@ -47,7 +48,11 @@ class Upstream:
     def _started(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                limit=self._connections, limit_per_host=0, keepalive_timeout=KEEP_ALIVE_S, ttl_dns_cache=60
+                limit=self._connections,
+                limit_per_host=0,
+                keepalive_timeout=KEEP_ALIVE_S,
+                ttl_dns_cache=60,
+                socket_factory=upstream_socket,
             )
             self._session = aiohttp.ClientSession(
                 connector=connector,
