@@ -8,7 +8,7 @@ from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.studies.adapter_bench import FEW, LEARNED, STEPS, BenchSize, _tensors, accuracy, bench_words, pair_rows
 from anabranch.studies.harness import Results
-from anabranch.studies.mhr import ArmConfig, Size, holm, judge, make, p_value
+from anabranch.studies.mhr import ArmConfig, Size, judge, make
 
 
 def test_steps_by_hand():
@@ -61,20 +61,6 @@ def test_arms_have_as_many_numbers():
     assert task_names(model) == ("a", "b")
     size = BenchSize(words_measured=2)
     assert accuracy(config.build(), FEW[:1], size, routed=False) == 0.0
-
-
-def test_holm_by_hand():
-    clear, weak, none = [1.0, 1.1, 0.9, 1.0, 1.05], [0.3, -0.1, 0.25, 0.3, 0.2], [0.1, -0.1, 0.0, 0.05, -0.05]
-    assert p_value(weak) == pytest.approx(0.06405, abs=1e-5)
-    assert p_value([0.0] * 5) == 1.0
-    assert holm({0: clear, 1: none}) == {0: "holds", 1: "not resolved"}
-    assert holm({0: [-value for value in clear]}) == {0: "does not hold"}
-    assert holm({0: clear[:4]}) == {0: "not resolved"}
-    # 0.03 alone, and not beside another that is no clearer.
-    middling = [0.5, 0.1, 0.4, 0.2, 0.05]
-    assert 0.025 < p_value(middling) < 0.05
-    assert holm({0: middling}) == {0: "holds"}
-    assert holm({0: middling, 1: list(middling)}) == {0: "not resolved", 1: "not resolved"}
 
 
 def runs(values, **others):

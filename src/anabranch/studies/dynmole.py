@@ -38,9 +38,8 @@ from anabranch.adapters.adapt import AdaptTask, Lora, Method
 from anabranch.adapters.adapt.mixtures import Dynmole
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.studies.adapter_bench import LEARNED, Bench, BenchSize, accuracy, bench_words, pair_rows, write_rows
+from anabranch.studies.asked import Asked, judged
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.studies.mhr import holm
-from anabranch.studies.paired import Verdict, estimate
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer, read_metrics
 
 TARGETS = ("gate", "up", "down")
@@ -213,7 +212,7 @@ def _routing(before: MixtureReport, after: MixtureReport, experts: int) -> Metri
 
 
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
-_ASKED = (
+_ASKED: tuple[Asked, ...] = (
     ("accuracy", "dynmole", "accuracy", "lora", 0.0, "PRIMARY: above one LoRA of as many numbers", "+9.6%"),
     ("accuracy", "dynmole", "accuracy", "top2", -0.003, "at most 0.3 points below top-2", "+2.3% over MoLA"),
     ("accuracy", "dynmole", "accuracy", "soft", -0.005, "at most 0.5 points below soft routing", "above it"),
@@ -229,21 +228,4 @@ _ASKED = (
 
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
-    found = []
-    for ours, arm, theirs, other, margin, *_ in _ASKED:
-        left, right = results.values(arm, ours), results.values(other, theirs)
-        found.append([left[seed] - right[seed] - margin for seed in sorted(left.keys() & right.keys())])
-    verdicts = holm({number: values for number, values in enumerate(found) if values})
-    return [_claim(results, one, verdicts.get(number, "not run")) for number, one in enumerate(_ASKED)]
-
-
-def _claim(results: Results, asked: tuple[str, str, str, str, float, str, str], verdict: Verdict) -> Claim:
-    ours, arm, theirs, other, margin, claim, paper = asked
-    left, right = results.values(arm, ours), results.values(other, theirs)
-    common = sorted(left.keys() & right.keys())
-    if not common:
-        return Claim.not_run(claim, paper)
-    difference = estimate([left[seed] - right[seed] for seed in common])
-    baseline, mean = (sum(values[seed] for seed in common) / len(common) for values in (right, left))
-    limit = baseline + margin if margin else None
-    return Claim(claim, paper, baseline, mean, difference.mean, difference.interval, verdict, limit=limit)
+    return judged(results, _ASKED)

@@ -37,9 +37,8 @@ from anabranch.adapters.adapt.mixtures import LoraMixer
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.lm import load_model
 from anabranch.studies.adapter_bench import LEARNED, Bench, BenchSize, accuracy, bench_words, pair_rows, write_rows
+from anabranch.studies.asked import Asked, judged
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.studies.mhr import holm
-from anabranch.studies.paired import Verdict, estimate
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer
 
 ArmName = Literal["none", "balance", "ours", "printed"]
@@ -186,7 +185,7 @@ def _routing(task: Any, pairs: Any, words: Any, found: Metrics, uniform: float, 
 
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
 _HALF = "79.26 at 2,000 rows, 79.14 at 4,000 without"
-_CLAIMS = (
+_CLAIMS: tuple[Asked, ...] = (
     ("accuracy_240", "ours", "accuracy_480", "balance", -0.005, "PRIMARY: 240 rows do what 480 do without", _HALF),
     ("accuracy_120", "ours", "accuracy_240", "balance", -0.005, "120 rows do what 240 do without", _HALF),
     ("accuracy_480", "ours", "accuracy_960", "balance", -0.005, "480 rows do what 960 do without", _HALF),
@@ -199,21 +198,4 @@ _CLAIMS = (
 
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
-    found = []
-    for ours, arm, theirs, other, margin, *_ in _CLAIMS:
-        left, right = results.values(arm, ours), results.values(other, theirs)
-        found.append([left[seed] - right[seed] - margin for seed in sorted(left.keys() & right.keys())])
-    verdicts = holm({number: values for number, values in enumerate(found) if values})
-    return [_claim(results, one, verdicts.get(number, "not run")) for number, one in enumerate(_CLAIMS)]
-
-
-def _claim(results: Results, asked: tuple[str, str, str, str, float, str, str], verdict: Verdict) -> Claim:
-    ours, arm, theirs, other, margin, claim, paper = asked
-    left, right = results.values(arm, ours), results.values(other, theirs)
-    common = sorted(left.keys() & right.keys())
-    if not common:
-        return Claim.not_run(claim, paper)
-    difference = estimate([left[seed] - right[seed] for seed in common])
-    baseline, mean = (sum(values[seed] for seed in common) / len(common) for values in (right, left))
-    limit = baseline + margin if margin else None
-    return Claim(claim, paper, baseline, mean, difference.mean, difference.interval, verdict, limit=limit)
+    return judged(results, _CLAIMS)

@@ -26,9 +26,7 @@ Not run yet. It is planned for 5 seeds, about 25 minutes of two cores each; a pi
 run of this. The bench on Super-NaturalInstructions with SmolLM2-135M is a study of its own, not written.
 """
 
-import math
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,12 +48,11 @@ from anabranch.studies.adapter_bench import (
     pair_rows,
     write_rows,
 )
+from anabranch.studies.asked import Asked, judged
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.studies.paired import SIGNS_NEEDED, Verdict, estimate, t_probability
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer
 
 MARGIN = 0.05
-LEVEL = 0.05
 COLUMNS = (
     Column("accuracy", "48 tasks", ".3f"),
     Column("few_full", "new, full", ".3f"),
@@ -246,7 +243,7 @@ def _alignment(task: AdaptTask, pairs: Any, words: Any, routed: bool) -> float:
 
 _TOGETHER = "MHR and Poly above LoRA"
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
-_ASKED = (
+_ASKED: tuple[Asked, ...] = (
     ("accuracy", "poly", "accuracy", "lora", MARGIN, "PRIMARY: Poly beats one LoRA by 5 points on 48 tasks", _TOGETHER),
     ("accuracy", "mhr", "accuracy", "lora", MARGIN, "MHR beats one LoRA by 5 points on 48 tasks", _TOGETHER),
     ("accuracy", "mhr", "accuracy", "poly", 0.0, "MHR beats Poly on 48 tasks", "a few points after 100,000 steps"),
@@ -269,54 +266,4 @@ _ASKED = (
 
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
-    found = [_differences(results, *one[:5]) for one in _ASKED]
-    verdicts = holm({number: values for number, values in enumerate(found) if values})
-    return [_claim(results, *one, verdict=verdicts.get(number, "not run")) for number, one in enumerate(_ASKED)]
-
-
-def _differences(results: Results, ours: str, arm: str, theirs: str, other: str, margin: float) -> list[float]:
-    left, right = results.values(arm, ours), results.values(other, theirs)
-    return [left[seed] - right[seed] - margin for seed in sorted(left.keys() & right.keys())]
-
-
-def _claim(
-    results: Results,
-    ours: str,
-    arm: str,
-    theirs: str,
-    other: str,
-    margin: float,
-    claim: str,
-    paper: str,
-    *,
-    verdict: Verdict,
-) -> Claim:
-    left, right = results.values(arm, ours), results.values(other, theirs)
-    common = sorted(left.keys() & right.keys())
-    if not common:
-        return Claim.not_run(claim, paper)
-    difference = estimate([left[seed] - right[seed] for seed in common])
-    baseline, mean = (sum(values[seed] for seed in common) / len(common) for values in (right, left))
-    limit = baseline + margin if margin else None
-    return Claim(claim, paper, baseline, mean, difference.mean, difference.interval, verdict, limit=limit)
-
-
-def holm(differences: Mapping[int, list[float]]) -> dict[int, Verdict]:
-    """A verdict for each list of paired differences: two-sided t-tests against 0, corrected by Holm's rule over all of them."""
-    enough = {name: values for name, values in differences.items() if len(values) >= SIGNS_NEEDED}
-    found: dict[int, Verdict] = dict.fromkeys(differences, "not resolved")
-    in_order = sorted(enough, key=lambda name: p_value(enough[name]))
-    for place, name in enumerate(in_order):
-        if p_value(enough[name]) > LEVEL / (len(in_order) - place):
-            break
-        found[name] = "holds" if sum(enough[name]) > 0 else "does not hold"
-    return found
-
-
-def p_value(values: list[float]) -> float:
-    """Of a two-sided t-test that their mean is 0."""
-    count, mean = len(values), math.fsum(values) / len(values)
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    if error == 0:
-        return 0.0 if mean else 1.0
-    return 2 * (1 - t_probability(abs(mean) / error, count - 1))
+    return judged(results, _ASKED)
