@@ -23,6 +23,7 @@ from anabranch.adapters.glider import (
 )
 from anabranch.errors import CheckpointError, ConfigError, InputError
 from anabranch.lm import SamplingConfig, generate, load_model, save_model
+from anabranch.lm.shards import write_file
 
 ASKED = {
     "sql": "Write a SQL query that answers a question about a table.",
@@ -230,19 +231,109 @@ def test_a_failed_expert_leaves_the_pool_as_it_was(root, tmp_path):
     assert torch.equal(run(model), before)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_removal_that_cannot_be_changes_nothing(root, tmp_path, gone):
+    """Fewer experts than top_k, or the folder of one that stays is gone."""
+    shutil.copytree(root / "pool", tmp_path / "pool")
+    pool = GliderPool(GliderConfig(top_k=1 if gone else 2))
+    for name in ("law", "sql"):
+        pool.add(tmp_path / "pool" / name)
+    model = pool.onto(opened(root))
+    state = pool.rows([QUERY, None], 6)
+    before = run(model, state)
+    if gone:
+        shutil.rmtree(tmp_path / "pool" / "law")
+    with pytest.raises(CheckpointError if gone else ConfigError, match="law" if gone else "top_k is 2, and without"):
+        pool.remove("sql")
+    assert pool.names == ("law", "sql") == tuple(pool.matcher.texts)
+    assert torch.equal(run(model, pool.rows([QUERY, None], 6)), before)
+    if not gone:
+        # Off the model nothing is in the way.
+        unload(model)
+        pool.remove("sql")
+        assert pool.names == ("law",)
+
+
+def test_a_pool_that_cannot_be_put_on_leaves_the_model(root, monkeypatch):
+    pool = filled(root, names=("sql", "law"))
+    model = pool.onto(opened(root))
+    before = run(model)
+    with pytest.raises(ConfigError):
+        pool.onto(model, family="mixtral-of-mars")
+    assert torch.equal(run(model), before)
+    # Vectors that fail late, on a bare model and on one that has the pool.
+    bare = opened(root)
+    kept = GliderPool._vector
+    calls = []
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("no memory")
+        return kept(self, *args)
+
+    monkeypatch.setattr(GliderPool, "_vector", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        pool.onto(bare)
+    assert torch.equal(run(bare), run(opened(root)))
+    assert pool.model is model
+    calls.clear()
+    with pytest.raises(RuntimeError, match="no memory"):
+        pool.add(root / "pool" / "sum")
+    assert pool.names == ("sql", "law") == tuple(pool.matcher.texts)
+    assert torch.equal(run(model), before)
+
+
+def test_what_somebody_else_put_on_stays(root):
+    pool = filled(root, names=("sql", "law"))
+    model = unload(pool.onto(opened(root)))
+    load_peft(root / "pool" / "sum", model)
+    before = run(model)
+    with pytest.raises(ConfigError, match="on no model"):
+        pool.rows([None], 3)
+    with pytest.raises(ConfigError, match="has an adapter already"):
+        pool.onto(model)
+    pool.add(root / "pool" / "sum")
+    pool.remove("sql")
+    assert torch.equal(run(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:the instruction of")
+def test_a_large_pool_takes_an_instruction_of_length_0(root):
+    """With a graph; pool and matcher stay in step."""
+    pool = GliderPool(
+        GliderConfig(weight=2.0), embedder=lambda texts: [[float("q" in t), float("w" in t)] for t in texts]
+    )
+    pool.matcher.many = 1
+    pool.add(root / "pool" / "sql", instruction="q")
+    assert [one.name for one in pool.retrieve("q")] == ["sql"]
+    pool.add(root / "pool" / "law", instruction="-")
+    assert pool.names == ("sql", "law") == tuple(pool.matcher.texts)
+    assert pool.bias(["q", "-"]).tolist() == [[2.0, 0.0], [0.0, 0.0]]
+    assert [one.name for one in pool.retrieve("-")] == ["sql"]
+
+
 # Weights and choices
 
 
 def test_the_weight_follows_from_the_best_cosine():
-    pool = GliderPool(GliderConfig(threshold=0.5))
-    pool.matcher.texts = {"a": ("x",), "b": (), "c": ("y",)}
+    vectors = {"x": [1, 0], "y": [0, 1], "zero": [0, 0]}
+    pool = GliderPool(GliderConfig(threshold=0.5), embedder=lambda texts: [vectors[text] for text in texts])
+    for name, texts in {"a": ("x",), "b": (), "c": ("y",)}.items():
+        pool.matcher.add(name, texts)
     assert pool.weight({"a": 0.5, "b": 0.9, "c": 0.1}) == 103
     assert pool.weight({"a": 0.4, "b": 0.9, "c": 0.1}) == 3
     pool.config = GliderConfig(weight=7.0)
     assert pool.weight({"a": 0.4, "b": 0.9, "c": 0.1}) == 7
-    pool.matcher.texts = {"b": ()}
+    # What is there without a vector's length does not count, though its 0 be the best.
+    pool.config = GliderConfig(threshold=-0.5)
+    with pytest.warns(UserWarning, match="length 0"):
+        pool.matcher.add("d", ("zero",))
+    assert pool.weight({"a": -0.8, "b": 0.0, "c": -0.6, "d": 0.0}) == 3
+    pool.matcher.remove("a")
+    pool.matcher.remove("c")
     pool.config = GliderConfig()
-    assert pool.weight({"b": 0.9}) == 0
+    assert pool.weight({"b": 0.9, "d": 0.0}) == 0
 
 
 def test_the_threshold_comes_from_the_pool(root):
@@ -291,6 +382,45 @@ def test_generation_is_that_of_the_rows_alone(root):
     stopped = SamplingConfig(max_tokens=6, temperature=0, stop=(together[0][1],))
     with pool.answering(queries):
         assert generate(model, prompts, stopped)[2] == together[2][: len(generate_until(together[2], together[0][1]))]
+
+
+def cached_step(model, cache, token_BL):
+    with torch.no_grad():
+        return model(token_BL, cache=cache).logits_BLV
+
+
+def test_a_cache_follows_the_block_that_it_is_used_in(root):
+    """As rows without a cache do: one after the other, one in the other, and rows that left."""
+    pool = filled(root, GliderConfig(weight=30.0))
+    model = pool.onto(opened(root))
+    first, second = [QUERY, "the law of a legal case"], ["the law of a legal case", None]
+
+    def in_turn(*told):
+        cache = model.new_cache(8)
+        for start, queries in enumerate(told):
+            with pool.answering(queries):
+                found = cached_step(model, cache, TOKENS[:, start : start + 1])
+        return found, cache
+
+    expected, cache = in_turn(second, second)
+    assert not torch.allclose(in_turn(second, first)[0], expected, atol=1e-3)
+    # What came before is told apart from what is told now.
+    cache = model.new_cache(8)
+    with pool.answering(second):
+        cached_step(model, cache, TOKENS[:, :1])
+    with pool.answering(second[::-1]), pool.answering(second):
+        assert torch.equal(cached_step(model, cache, TOKENS[:, 1:2]), expected)
+    # Nothing of a block is left in the cache when it is over.
+    assert [len(rows.of) for rows in cache.state.values()] == [0]
+    with pool.answering(first):
+        cached_step(model, cache, TOKENS[:, 2:3])
+        cache.keep_rows(torch.tensor([1]))
+        cached_step(model, cache, TOKENS[1:, 3:4])
+    with pool.answering(first[:1]):
+        cached_step(model, cache, TOKENS[1:, 4:5])
+        # Emptied, it takes another batch, in the same block too.
+        cache.begin(0)
+        cached_step(model, cache, TOKENS[:, :1])
 
 
 def generate_until(tokens, stop):
@@ -437,6 +567,15 @@ def test_a_folder_keeps_instructions_and_gates(root, tmp_path):
     score = pool.layers()["blocks.1.attention.q"].router.score
     assert torch.equal(score.vectors[1], standardised(own[module]))
     assert other.matcher.texts["sql"] == (ASKED["sql"],)
+    for wrong, message in (
+        ({module: torch.ones(1)}, r"glider.safetensors: .* has shape \[1\]; the layer has 32 inputs"),
+        ({module: torch.full((32,), math.inf)}, "finite numbers"),
+        ({"x": torch.ones(32)}, "a gate is for x, which the adapter"),
+    ):
+        write_file(tmp_path / "pool" / "law" / "glider.safetensors", wrong)
+        with pytest.raises(CheckpointError, match=message):
+            GliderPool.load(tmp_path / "pool")
+    (tmp_path / "pool" / "law" / "glider.safetensors").unlink()
     describe_expert(tmp_path / "pool" / "sql", instruction="Three.")
     assert len(GliderPool.load(tmp_path / "pool")._experts["sql"].gates) == len(own)
 

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,16 @@ def telling(
         model: a `Decoder`.
         name: under which a cache knows of its rows.
         value_B: ``[B, ...]``, of each row. Rows that leave a batch (a sequence that stopped), or are repeated in it (beams), keep theirs:
-            a cache knows them. Without a cache a batch may have each row several times in a row.
+            a cache knows them, from the block's first pass with it on. Without a cache, and in that pass, a batch may have each row several
+            times in a row. What another block told a cache is nothing to this one.
         state: of a pass, from the values ``[rows, ...]`` and L.
         what: the values are, for messages.
         for_all: there is one, for all rows of any batch.
 
     Raises InputError in a pass whose rows are neither these nor a multiple of them.
     """
+
+    block = _Block()
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token_BL = args[0] if args else kwargs["token_BL"]
@@ -46,10 +50,11 @@ def telling(
         elif cache is None:
             own_B = _spread(value_B, batch, what)
         else:
-            # With the cache, which knows which of its rows left, or were repeated.
-            if name not in cache.state:
-                cache.state[name] = _Rows(_spread(value_B, batch, what))
-            own_B = cache.state[name].value_B
+            # With the cache, which knows which of its rows left, or were repeated. An empty one may take another batch than before.
+            rows = cache.state.setdefault(name, _Rows())
+            if cache.length == 0 or block not in rows.of:
+                rows.of[block] = _spread(value_B, batch, what)
+            own_B = rows.of[block]
         kwargs["state"] = {**(kwargs.get("state") or {}), **state(own_B.to(token_BL.device), length)}
         return args, kwargs
 
@@ -60,15 +65,20 @@ def telling(
         handle.remove()
 
 
-class _Rows:
-    """The values of the rows of a cache."""
+class _Block:
+    """Stands for one use of `telling`, as long as it lasts."""
 
-    def __init__(self, value_B: Tensor) -> None:
-        self.value_B = value_B
+
+class _Rows:
+    """The values of the rows of a cache, of each block that it is used in. What a block told goes when the block ends."""
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[_Block, Tensor] = WeakKeyDictionary()
 
     def keep_rows(self, row_B: Tensor) -> None:
         """As the cache's."""
-        self.value_B = self.value_B[row_B.to(self.value_B.device)]
+        for block, value_B in self.of.items():
+            self.of[block] = value_B[row_B.to(value_B.device)]
 
 
 def _spread(value_B: Tensor, batch: int, what: str) -> Tensor:

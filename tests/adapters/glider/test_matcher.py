@@ -62,6 +62,51 @@ def test_a_vector_of_length_0_scores_0_and_warns():
     assert made.cosines("q") == pytest.approx({"a": 0.8, "zero": 0.0})
     with pytest.warns(UserWarning, match="all global scores are 0"):
         assert made.cosines("zero") == {"a": 0.0, "zero": 0.0}
+    # No query finds it, and it is no task that a query could be of.
+    assert made.members()[0] == ["a"]
+    assert [one.name for one in made.retrieve("q", 9)] == ["a"]
+    with pytest.raises(ConfigError, match="1 of the pool have an instruction"):
+        made.calibration()
+
+
+@pytest.mark.filterwarnings("ignore:the instruction of")
+def test_a_vector_of_length_0_moves_no_threshold():
+    vectors = {"a": [1, 0], "a again": [0.8, 0.6], "b": [0, 1], "b again": [0.6, 0.8], "zero": [0, 0], "q": [1, 1]}
+    texts = {"a": ("a", "a again"), "b": ("b", "b again")}
+    without = matcher(texts, embedder=table(vectors)).calibration()
+    for more in ({"zero": ("zero", "q")}, {"zero": ("zero",)}):
+        assert matcher(more | texts, embedder=table(vectors)).calibration() == without
+    worded = {"a": ("a", "a again", "zero"), "b": ("b", "b again")}
+    assert matcher(worded, embedder=table(vectors)).calibration() == without
+
+
+@pytest.mark.filterwarnings("ignore:the instruction of")
+@pytest.mark.parametrize("is_late", [False, True])
+def test_vectors_of_length_0_never_reach_the_graph(is_late):
+    rng = np.random.default_rng(0)
+    vectors = {f"t{number}": rng.normal(size=8) for number in range(30)} | {"zero": np.zeros(8)}
+    first = [*vectors][:5] + ([] if is_late else ["zero"]) + [*vectors][5:29]
+    made = matcher({name: (name,) for name in first}, embedder=table(vectors), many=20)
+    assert made.retrieve("t20", 1)[0].name == "t20"
+    graph = made._index
+    if is_late:
+        made.add("zero", ("zero",))
+    made.add("t29", ("t29",))
+    assert made._index is graph is not None
+    for name in ("t3", "t20", "t29"):
+        assert [one.name for one in made.retrieve(name, 3)] == [one.name for one in made.retrieve(name, 3, exact=True)]
+        assert made.retrieve(name, 1)[0].name == name
+    assert [(one.name, one.cosine) for one in made.retrieve("zero", 2)] == [("t0", 0.0), ("t1", 0.0)]
+
+
+def test_an_expert_told_anew_stays_where_it_was():
+    rng = np.random.default_rng(1)
+    vectors = {f"t{number}": rng.normal(size=8) for number in range(30)}
+    made = matcher({name: (name,) for name in [*vectors][:29]}, embedder=table(vectors), many=20)
+    assert made.retrieve("t3", 1)[0].name == "t3"
+    made.add("t3", ("t29",))
+    assert made.retrieve("t29", 1)[0].name == "t3"
+    assert made.retrieve("t20", 1)[0].name == "t20"
 
 
 def test_coming_and_going_changes_no_other_vector():

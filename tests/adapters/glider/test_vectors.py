@@ -53,6 +53,13 @@ def test_a_standardised_gate_has_mean_0_and_variance_1():
     assert standardised(gate_C.bfloat16()).dtype == torch.float32
 
 
+def test_a_gate_is_standardised_with_torchs_number_beside_its_variance():
+    gate_C = drawn((64,), 3)
+    for scale in (1.0, 1e-2, 1e-3):
+        variance = (gate_C * scale).var(correction=0)
+        assert standardised(gate_C * scale).var(correction=0) == pytest.approx(float(variance / (variance + 1e-5)))
+
+
 def test_mean_activations_are_those_of_what_goes_in(tmp_path):
     base = make_base(tmp_path / "base", "llama")
     make_adapter(tmp_path / "a", linear_layers(base, ATTENTION))

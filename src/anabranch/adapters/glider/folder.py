@@ -17,7 +17,7 @@ from anabranch.files import atomic_write, atomic_write_json
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json
 
-__all__ = ["Described", "describe_expert", "expert_folders", "read_described", "texts_of"]
+__all__ = ["Described", "describe_expert", "expert_folders", "read_described", "read_instructions", "texts_of"]
 
 CARD, GATES = "glider.json", "glider.safetensors"
 
@@ -67,18 +67,12 @@ def describe_expert(
 
 
 def read_described(folder: str | Path) -> Described:
-    """What `describe_expert` wrote; nothing where it did not. Raises CheckpointError for files that are damaged."""
+    """What `describe_expert` wrote; nothing where it did not.
+
+    Raises CheckpointError for files that are damaged, and gates that do not fit the adapter.
+    """
     place = Path(folder)
-    texts: tuple[str, ...] = ()
-    if (place / CARD).is_file():
-        table = read_json(place / CARD)
-        told = table.get("instructions", [])
-        if not isinstance(told, list | str):
-            raise CheckpointError(f"{place / CARD}: instructions is {shown(told)}; it must be a list of texts")
-        try:
-            texts = texts_of(told, str(place / CARD))
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from None
+    texts = read_instructions(folder)
     if not (place / GATES).is_file():
         return Described(texts)
     files = SafetensorsFiles([place / GATES])
@@ -86,7 +80,25 @@ def read_described(folder: str | Path) -> Described:
     for name, gate_C in gates.items():
         if gate_C.dtype not in FLOATS or gate_C.dim() != 1 or not bool(gate_C.isfinite().all()):
             raise CheckpointError(f"{place / GATES}: {name} is no row of finite numbers")
+    try:
+        check_gates(gates, folder)
+    except ConfigError as error:
+        raise CheckpointError(f"{place / GATES}: {error}") from None
     return Described(texts, gates)
+
+
+def read_instructions(folder: str | Path) -> tuple[str, ...]:
+    """The instructions alone, whatever gates there are. Raises CheckpointError for a file that is damaged."""
+    card = Path(folder) / CARD
+    if not card.is_file():
+        return ()
+    told = read_json(card).get("instructions", [])
+    if not isinstance(told, list | str):
+        raise CheckpointError(f"{card}: instructions is {shown(told)}; it must be a list of texts")
+    try:
+        return texts_of(told, str(card))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def expert_folders(folder: str | Path) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.attached import attached_on, begin, check_bare, our_layers
 from anabranch.adapters.fits import check_fits
-from anabranch.adapters.glider.folder import describe_expert, read_described
+from anabranch.adapters.glider.folder import describe_expert, read_instructions
 from anabranch.adapters.graft import check_pools, graft, layers_of, with_layers
 from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.names import names_of
@@ -89,6 +89,8 @@ class GateMethod(Method, kind="gate"):
         if adapter.saved or adapter.stacks:
             name = next(iter([*adapter.saved, *adapter.stacks]))
             raise ConfigError(f"{folder} brings {name}, which has no gate; train gates of plain LoRA")
+        # Written beside the gates in the end, and told now where they cannot be.
+        read_instructions(folder)
         check_bare(model)
         names = names_of(model.config, adapter.layers, None)
         check_fits(adapter, names, model.config, Path(folder))
@@ -112,7 +114,7 @@ class GateMethod(Method, kind="gate"):
         places = attached.names.places
         gates = {module: layers[places[module].part].gate.detach().cpu() for module in adapter.layers}
         assert self.config.adapter is not None
-        texts = read_described(self.config.adapter).instructions
+        texts = read_instructions(self.config.adapter)
         write_peft(folder, adapter)
         describe_expert(folder, gate=gates, instruction=texts or None)
         return Written(folder, "peft", "with its gates, for a GliderPool")

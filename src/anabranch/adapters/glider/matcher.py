@@ -62,14 +62,14 @@ class Matcher:
     def add(self, name: str, texts: Sequence[str]) -> None:
         """An expert with these wordings; none for one that the global router does not know. No other vector changes."""
         vector_D = self._vector_of(name, texts, self.dim)
+        # Ids of the graph are places among the members, of whom a new one is the last; one that is told anew stays where it was.
+        index = None if name in self.vectors else self._index
+        # Before all else: where it cannot be, nothing has changed.
+        if index is not None and isinstance(vector_D, np.ndarray) and not is_zero(vector_D):
+            index.add(vector_D[None])
         self.vectors[name], self.texts[name] = vector_D, tuple(texts)
-        index = self._index
         self._changed()
-        if index is not None:
-            # Ids of the graph are places among those with an instruction, of whom it is the last.
-            self._index = index
-            if isinstance(vector_D, np.ndarray):
-                index.add(vector_D[None])
+        self._index = index
 
     def remove(self, name: str) -> None:
         """Without the expert. No other vector changes."""
@@ -108,9 +108,11 @@ class Matcher:
         self._stacked = self._index = self._calibration = None
 
     def members(self) -> tuple[list[str], Stack]:
-        """(names, vectors) of the M experts with an instruction."""
+        """(names, vectors) of the M experts that queries can find: with an instruction whose vector has a length."""
         if self._stacked is None:
-            known = {name: vector for name, vector in self.vectors.items() if vector is not None}
+            known = {
+                name: vector for name, vector in self.vectors.items() if vector is not None and not is_zero(vector)
+            }
             self._stacked = list(known), Stack(list(known.values()))
         return self._stacked
 
@@ -135,7 +137,7 @@ class Matcher:
         return found
 
     def cosines(self, query: str, instruction: str | None = None) -> dict[str, float]:
-        """By expert, in the order they were added; 0 for one without an instruction."""
+        """By expert, in the order they were added; 0 for one without an instruction, or with one whose vector has length 0."""
         names, stack = self.members()
         found = dict.fromkeys(self.vectors, 0.0)
         if names:
@@ -146,6 +148,8 @@ class Matcher:
         self, query: str, k: int = 1, *, instruction: str | None = None, exact: bool | None = None
     ) -> list[Match]:
         """The ``k`` experts whose instructions are nearest, best first; fewer where fewer have one. Ties go to what was added first.
+
+        One whose vector has length 0 is found by no query. A query of length 0 is as near to all: 0.
 
         Args:
             query: the text.
@@ -162,7 +166,8 @@ class Matcher:
         vector_D, k = self.instruct(query, instruction)[1], min(k, len(names))
         if exact is None:
             exact = stack.is_sparse or len(names) < self.many or bool(extras()["graph"].missing)
-        if exact or stack.is_sparse:
+        # A graph has no neighbours of a vector without a direction.
+        if exact or stack.is_sparse or is_zero(vector_D):
             cosine_M = stack.cosines(vector_D)
             order = np.argsort(-cosine_M, kind="stable")[:k]
             return [Match(names[number], float(cosine_M[number])) for number in order]
@@ -187,12 +192,13 @@ class Matcher:
             wordings: Mapping[int, Sequence[str]] = {
                 number: self.texts[name][1:] or thinned(self.texts[name][0]) for number, name in enumerate(names)
             }
-            worded = {
-                number: np.stack([stack.cosines(vector) for vector in embedded(self.embedder, texts, self.dim)])
-                for number, texts in wordings.items()
-                if texts
-            }
-            own_of = [vector for vector in self.vectors.values() if vector is not None]
-            asked = {number: stack.cosines(vector) for number, vector in enumerate(own_of)}
+            worded = {}
+            for number, texts in wordings.items():
+                made = embedded(self.embedder, texts, self.dim) if texts else []
+                # A wording whose vector has length 0 is a query that no threshold decides of: its scores are 0.
+                if cosines := [stack.cosines(vector) for vector in made if not is_zero(vector)]:
+                    worded[number] = np.stack(cosines)
+            known = [vector for name in names if (vector := self.vectors[name]) is not None]
+            asked = {number: stack.cosines(vector) for number, vector in enumerate(known)}
             self._calibration = calibrate(asked, worded, own=own)
         return self._calibration

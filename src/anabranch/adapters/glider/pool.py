@@ -115,7 +115,10 @@ class GliderPool:
         self.config = GliderConfig() if config is None else config
         self.matcher = Matcher(embedder, writer, cached=cached)
         self._experts: dict[str, _Expert] = {}
+        # That the experts are on, what it remembers of them, and which they are.
         self._model: Decoder | None = None
+        self._attached: Any = None
+        self._there: dict[str, _Expert] = {}
         self._family: str | None = None
 
     @classmethod
@@ -165,7 +168,9 @@ class GliderPool:
         Raises:
             ConfigError: a name that there is already, another base model than the others', gates that do not fit, both an instruction and
                 examples, examples without a writer, an embedder that gives other vectors.
-            CheckpointError: no adapter there, or a damaged one.
+            CheckpointError: no adapter there, or a damaged one; gates in the folder that do not fit it.
+
+        Pool and model are then as they were.
         """
         folder = Path(lora)
         name = folder.name if name is None else name
@@ -190,29 +195,37 @@ class GliderPool:
         texts = found.instructions if instruction is None else texts_of(instruction, f"expert {name!r}")
         self.matcher.add(name, texts)
         self._experts[name] = _Expert(folder, base if isinstance(base, str) else None, dict(gates or {}))
-        model = self._on
         try:
-            self._put_again(model)
-        except Exception:
-            # The others go back to where they were.
-            self._forget(name)
-            self._put_again(model)
+            self._put_again()
+        except BaseException:
+            del self._experts[name]
+            self.matcher.remove(name)
             raise
         return name
 
     def remove(self, name: str) -> None:
-        """One expert less; no other expert's vectors change. Raises ConfigError for a name that there is not.
+        """One expert less; no other expert's vectors change.
 
         The model that they were put on loses it too; the last one leaves the base.
+
+        Raises ConfigError for a name that there is not, and where a model has the experts and would keep fewer than ``top_k``; as `onto`
+        where folders of others are gone by now. Pool and model are then as they were.
         """
         if name not in self._experts:
             known = ", ".join(map(repr, self._experts)) or "none"
             raise ConfigError(f"expert {name!r} is not in the pool; there are {known}")
-        self._forget(name)
-        self._put_again(self._on)
-
-    def _forget(self, name: str) -> None:
-        del self._experts[name]
+        before, left = self._experts, {other: expert for other, expert in self._experts.items() if other != name}
+        if self._on is not None and 0 < len(left) < (self.config.top_k or 1):
+            raise ConfigError(
+                f"top_k is {self.config.top_k}, and without expert {name!r} the model would have {len(left)}; add another first, or take "
+                "them off the model (unload)"
+            )
+        self._experts = left
+        try:
+            self._put_again()
+        except BaseException:
+            self._experts = before
+            raise
         self.matcher.remove(name)
 
     def _check_base(self, name: str, base: Any) -> None:
@@ -230,25 +243,50 @@ class GliderPool:
         Rows that are told nothing are routed by token alone. Rows may still be told their experts (`rows_for`), which has precedence. The
         pool goes on with this model alone, if it was on another.
 
-        Raises ConfigError for an empty pool, ``top_k`` above the number of experts, and as `load_mixture`.
+        Raises ConfigError for an empty pool, ``top_k`` above the number of experts, and as `load_mixture`. The model is then as it was.
         """
         if not self._experts:
             raise ConfigError("the pool has no experts; add one first")
-        if self._on is model:
+        self.config.router(len(self))
+        was_on, there, old_family = self._on is model, self._there, self._family
+        if was_on:
+            # What is wrong with folders by now is told while the model still has what it had.
+            for expert in self._experts.values():
+                check_gates(expert.gates, expert.folder)
             unload(model)
-        folders = {name: expert.folder for name, expert in self._experts.items()}
-        load_mixture(folders, model, router=self.config.router(len(self)), groups={}, family=family)
+        try:
+            self._put(self._experts, model, family)
+        except BaseException:
+            if was_on:
+                self._put(there, model, old_family)
+            raise
+        return model
+
+    def _put(self, experts: Mapping[str, _Expert], model: Decoder, family: str | None) -> None:
+        """These experts onto a bare model, which stays bare where that fails."""
+        before = getattr(model, ATTACHED, None)
+        folders = {name: expert.folder for name, expert in experts.items()}
+        try:
+            load_mixture(folders, model, router=self.config.router(len(experts)), groups={}, family=family)
+            self._give_vectors(experts, model)
+        except BaseException:
+            # Not what somebody else put on, for which this was refused.
+            if getattr(model, ATTACHED, None) is not before:
+                unload(model)
+            raise
         self._model, self._family = model, family
+        self._attached, self._there = attached_on(model), dict(experts)
+
+    def _give_vectors(self, experts: Mapping[str, _Expert], model: Decoder) -> None:
         module_of = {place.part: module for module, place in attached_on(model).names.places.items()}
-        for part, layer in self.layers().items():
+        for part, layer in mixed_layers(model).items():
             assert layer.router is not None
             score: Any = layer.router.score
-            for number, expert in enumerate(self._experts.values()):
+            for number, expert in enumerate(experts.values()):
                 gate_C = expert.gates.get(module_of[part])
                 vector_C, unsigned = self._vector(layer, number, gate_C)
                 score.vectors.data[number] = vector_C.to(score.vectors)
                 score.unsigned_E[number] = unsigned
-        return model
 
     def _vector(self, layer: MixedLowRank, number: int, gate_C: Tensor | None) -> tuple[Tensor, bool]:
         """(v_C, whether it has no sign)."""
@@ -260,7 +298,8 @@ class GliderPool:
     @property
     def _on(self) -> Decoder | None:
         model = self._model
-        return model if model is not None and getattr(model, ATTACHED, None) is not None else None
+        # By now somebody else's adapter may be there.
+        return model if model is not None and getattr(model, ATTACHED, None) is self._attached else None
 
     @property
     def model(self) -> Decoder:
@@ -273,13 +312,13 @@ class GliderPool:
         """The routed layers of the model by what they stand beside."""
         return mixed_layers(self.model)
 
-    def _put_again(self, model: Decoder | None) -> None:
-        if model is None:
-            return
-        if self._on is model:
-            unload(model)
-        if self._experts:
+    def _put_again(self) -> None:
+        """The experts as they are now onto the model that has them, if one has."""
+        model = self._on
+        if model is not None and self._experts:
             self.onto(model, family=self._family)
+        elif model is not None:
+            unload(model)
 
     # By the query
 
@@ -288,11 +327,11 @@ class GliderPool:
         return self.matcher.calibration()
 
     def weight(self, cosines: Mapping[str, float]) -> float:
-        """a for a query with these cosines: of experts with an instruction the best decides."""
+        """a for a query with these cosines: of experts with an instruction, whose vector has a length, the best decides."""
         config = self.config
         if config.weight is not None:
             return config.weight
-        known = [cosines[name] for name, texts in self.matcher.texts.items() if texts]
+        known = [cosines[name] for name in self.matcher.members()[0]]
         if not known:
             return 0.0
         threshold = config.threshold

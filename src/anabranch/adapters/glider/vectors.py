@@ -21,7 +21,11 @@ __all__ = ["arrow_prototype", "check_gates", "mean_activations", "standardised"]
 
 
 def standardised(gate_C: Tensor) -> Tensor:
-    """The gate with mean 0 and variance 1, in float32 at least: gates that were trained apart become comparable. Zero stays zero."""
+    """LayerNorm of the gate, in float32 at least: gates that were trained apart become comparable. Zero stays zero.
+
+    As the reference does it, with torch's 1e-5 beside the variance: the mean is 0, and the variance v / (v + 1e-5) for one of v before,
+    which is 1 for gates that were trained, and less for those that hardly were.
+    """
     wide = torch.promote_types(gate_C.dtype, torch.float32)
     return F.layer_norm(gate_C.to(wide), gate_C.shape)
 
