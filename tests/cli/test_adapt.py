@@ -252,6 +252,9 @@ def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
     assert [one["name"] for one in told["experts"]] == ["law", "sql"] == [one["name"] for one in told["retrieved"]]
     assert told["calibration"]["members"] == 2
     assert told["weights"] == {}
+    code, out, err = here("adapters", "route", base / "pool", "which \x1b[31mlaw\nis it")
+    assert code == 0, err
+    assert out.split("\n")[0].endswith("which \N{REPLACEMENT CHARACTER}[31mlaw is it")
     code, out, err = here("adapters", "route", base / "pool", "which law is it", "--model", base / "base", "--json")
     assert code == 0, err
     assert sum(one["weight"] for one in json.loads(out)["experts"]) == pytest.approx(1, abs=1e-5)

@@ -102,6 +102,18 @@ def test_training_mode_comes_back_even_if_the_stream_is_left(model):
     model.train()
 
 
+def test_streams_beside_each_other_and_modules_in_other_modes_keep_their_modes(model):
+    model.train()
+    model.blocks[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    first, second = (stream(model, PROMPTS, GREEDY.replace(max_tokens=most)) for most in (2, 6))
+    next(first), next(second)
+    list(first)
+    list(second)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    model.train()
+
+
 def test_generation_counts_no_loads_and_keeps_no_gradients(model):
     model.train()
     generate(model, PROMPTS, GREEDY)

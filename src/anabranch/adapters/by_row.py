@@ -1,17 +1,21 @@
-"""What each row of a batch is told, in passes of a model that others call: through a cache, whose rows leave and repeat."""
+"""What each row of a batch is told, in passes of a model that others call: through a cache, whose rows leave and repeat.
+
+`telling` reaches whoever calls the model. Who makes a pass of its parts (`Decoder.context`, `Decoder.hidden`) asks for `told_state`.
+"""
 # Shapes: B rows
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from anabranch.errors import InputError
+from anabranch.errors import ConfigError, InputError
 
-__all__ = ["telling"]
+__all__ = ["check_one_told", "telling", "told_state"]
 
 
 @contextmanager
@@ -39,12 +43,8 @@ def telling(
     Raises InputError in a pass whose rows are neither these nor a multiple of them.
     """
 
-    block = _Block()
-
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token_BL = args[0] if args else kwargs["token_BL"]
+    def of_pass(block: "_Block", token_BL: Tensor, cache: Any) -> dict[str, Any]:
         batch, length = token_BL.shape
-        cache = kwargs.get("cache")
         if for_all:
             own_B = value_B.expand(batch, *value_B.shape[1:])
         elif cache is None:
@@ -55,18 +55,56 @@ def telling(
             if cache.length == 0 or block not in rows.of:
                 rows.of[block] = _spread(value_B, batch, what)
             own_B = rows.of[block]
-        kwargs["state"] = {**(kwargs.get("state") or {}), **state(own_B.to(token_BL.device), length)}
+        return state(own_B.to(token_BL.device), length)
+
+    block = _Block(of_pass, what, 1 if for_all else len(value_B))
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        token_BL = args[0] if args else kwargs["token_BL"]
+        kwargs["state"] = {**(kwargs.get("state") or {}), **block.of_pass(block, token_BL, kwargs.get("cache"))}
         return args, kwargs
 
     handle = model.register_forward_pre_hook(begin, with_kwargs=True)
+    blocks = _BLOCKS.setdefault(model, [])
+    blocks.append(block)
     try:
         yield
     finally:
+        blocks.remove(block)
         handle.remove()
 
 
+def told_state(model: nn.Module, token_BL: Tensor, cache: Any = None) -> dict[str, Any]:
+    """The ``state`` that a pass of the model would have by the blocks of `telling` that it is made in; empty outside of any.
+
+    Raises InputError as `telling`.
+    """
+    told: dict[str, Any] = {}
+    for block in _BLOCKS.get(model, ()):
+        told |= block.of_pass(block, token_BL, cache)
+    return told
+
+
+def check_one_told(model: nn.Module, who: str) -> None:
+    """Raise ConfigError where rows are told different things, for ``who`` makes passes whose rows are its own."""
+    for block in _BLOCKS.get(model, ()):
+        if block.count != 1:
+            raise ConfigError(
+                f"{block.count} {block.what} are told to the rows of the model, and {who} has passes of other rows; tell one at a time"
+            )
+
+
+@dataclass(frozen=True, eq=False)
 class _Block:
-    """Stands for one use of `telling`, as long as it lasts."""
+    """One use of `telling`, as long as it lasts: the state of a pass, what is told, and how many of it."""
+
+    of_pass: Callable[["_Block", Tensor, Any], dict[str, Any]]
+    what: str
+    count: int
+
+
+# Of each model, outermost first.
+_BLOCKS: WeakKeyDictionary[nn.Module, list[_Block]] = WeakKeyDictionary()
 
 
 class _Rows:

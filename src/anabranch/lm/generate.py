@@ -2,10 +2,11 @@
 # Shapes: B batch, L positions, V vocabulary
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Seed, Size, configclass
@@ -74,29 +75,39 @@ def stream(
     check_prompts(model, prompts)
     device = model.embedding.weight.device
     generator = torch.Generator(device=device).manual_seed(config.seed)
-    was_training = model.training
-    model.eval()
-    try:
-        token_BL, mask_BL = pad_left(prompts, device)
-        # Said only where it is asked for: models that are not ours have no such argument.
-        chosen: dict[str, int] = {} if num_streams is None else {"num_streams": num_streams}
-        cache = model.new_cache(token_BL.shape[1] + config.max_tokens, **chosen)
-        rows = list(range(len(prompts)))
-        for _ in range(config.max_tokens if prompts else 0):
+    token_BL, mask_BL = pad_left(prompts, device)
+    # Said only where it is asked for: models that are not ours have no such argument.
+    chosen: dict[str, int] = {} if num_streams is None else {"num_streams": num_streams}
+    cache = model.new_cache(token_BL.shape[1] + config.max_tokens, **chosen)
+    rows = list(range(len(prompts)))
+    for _ in range(config.max_tokens if prompts else 0):
+        # Between steps the model is as it was: another stream of it may run, or end.
+        with evaluating(model):
             logits_BV = model(token_BL, cache=cache, token_mask_BL=mask_BL, last_only=True, **chosen).logits_BLV[:, -1]
-            next_B = sample(logits_BV, config, generator)
-            going = [token not in config.stop for token in next_B.tolist()]
-            if not all(going):
-                keep_B = torch.tensor(going, device=device)
-                next_B = next_B[keep_B]
-                rows = [row for row, on in zip(rows, going, strict=True) if on]
-                cache.keep_rows(keep_B)
-            if not rows:
-                return
-            yield Step(list(rows), next_B.tolist())
-            token_BL, mask_BL = next_B.unsqueeze(1), None
+        next_B = sample(logits_BV, config, generator)
+        going = [token not in config.stop for token in next_B.tolist()]
+        if not all(going):
+            keep_B = torch.tensor(going, device=device)
+            next_B = next_B[keep_B]
+            rows = [row for row, on in zip(rows, going, strict=True) if on]
+            cache.keep_rows(keep_B)
+        if not rows:
+            return
+        yield Step(list(rows), next_B.tolist())
+        token_BL, mask_BL = next_B.unsqueeze(1), None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation; afterwards each of its modules is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:

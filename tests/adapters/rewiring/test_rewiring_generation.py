@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from adapter_models import ATTENTION, linear_layers, make_adapter, make_base
+from anabranch.adapters.glider import GliderConfig, GliderPool, describe_expert
 from anabranch.adapters.rewiring import Rerouter, Rewiring, rerouter
 from anabranch.adapters.rewiring.vectors import Vectors, run
 from anabranch.errors import CapacityError, ConfigError
-from anabranch.lm import Decoder, SamplingConfig, generate
+from anabranch.lm import Decoder, SamplingConfig, generate, load_model
 from anabranch.nn import MoE
 from anabranch.routing import ExpertChoice, Router, TopK
 
@@ -187,6 +190,60 @@ def test_a_stream_that_is_left_leaves_the_model_as_it_was():
     steps.close()
     assert model.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_streams_beside_each_other_are_each_alone_and_keep_modes():
+    """The first to end leaves the other in evaluation, and the last leaves each module in the mode it was in."""
+    model, modes = model_of().train(), []
+    model.blocks[1].register_forward_hook(lambda block, args, output: modes.append(block.training))
+    model.blocks[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    turned = Rerouter(model, QUICK)
+    alone = turned.generate([text(30, 1)], GREEDY)[0]
+    first = turned.stream([text()], GREEDY.replace(max_tokens=2))
+    second = turned.stream([text(30, 1)], GREEDY)
+    found = next(second).tokens
+    list(first)
+    found += [token for step in second for token in step.tokens]
+    assert found == alone
+    assert modes
+    assert not any(modes)
+    turned.adapt([text()], [turned.new_state()])
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_what_rows_are_told_is_followed(tmp_path):
+    """Queries of a pool: one for all rows, in phase 1 and in phase 2; several are refused, for rows of passes are the rerouter's own."""
+    base = make_base(tmp_path / "base", "olmoe")
+    for name in ("sql", "law"):
+        make_adapter(tmp_path / "pool" / name, linear_layers(base, ATTENTION), seed=name)
+        describe_expert(tmp_path / "pool" / name, instruction=f"It is about {name}.")
+    pool = GliderPool.load(tmp_path / "pool", GliderConfig(weight=100.0, top_k=1))
+    model = pool.onto(load_model(tmp_path / "base")[0].eval())
+    prompts = [text(40), text(30, 1)]
+    still, turned = (Rerouter(model, QUICK.replace(guard=False, most_steps=most)) for most in (0, None))
+    found, losses = [], []
+    for name in ("sql", "law"):
+        with pool.answering([name]):
+            found.append(still.generate(prompts, GREEDY))
+            assert found[-1] == generate(model, prompts, GREEDY)
+            states = [turned.new_state() for _ in prompts]
+            turned.adapt(prompts, states)
+            losses.append([state.phases[0].loss_before for state in states])
+            token_BL = torch.tensor(prompts[:1])
+            plain = F.cross_entropy(model(token_BL).logits_BLV[0, :-1], token_BL[0, 1:])
+            assert losses[-1][0] == pytest.approx(float(plain), rel=1e-4)
+    assert found[0] != found[1]
+    assert losses[0] != losses[1]
+    with pool.answering(["sql", "law"]):
+        with pytest.raises(ConfigError, match="2 queries are told to the rows of the model, and a rerouter"):
+            turned.generate(prompts, GREEDY)
+        with pytest.raises(ConfigError, match="tell one at a time"):
+            turned.adapt(prompts, [turned.new_state() for _ in prompts])
+        # Scoring is a plain pass of the model's.
+        with turned.attached(turned.new_state()):
+            model(torch.tensor([text(5), text(5, 1)]))
+    turned.generate(prompts, GREEDY.replace(max_tokens=1))
 
 
 def test_in_inference_mode_too():

@@ -50,6 +50,17 @@ def test_a_copy_goes_on_alone_and_a_reset_begins_anew():
         ({"delta": [1.0], "steps": 0, "seconds": 0.0}, "delta of a rewired request is a list of tensors"),
         ({"delta": [torch.zeros(3)], "steps": 0, "seconds": 0.0}, r"shapes \[\[3\]\], but the model needs \[\[2\]\]"),
         ({"delta": [torch.tensor([0.0, torch.inf])], "steps": 0, "seconds": 0.0}, "a number that is not finite"),
+        (
+            {"delta": [torch.tensor([1e300] * 2, dtype=torch.float64)], "steps": 0, "seconds": 0.0},
+            "not finite in torch.float32",
+        ),
+        ({"delta": [torch.ones(2) * 1j], "steps": 0, "seconds": 0.0}, "complex numbers"),
+        ({"delta": [torch.ones(2)], "steps": "x", "seconds": 0.0}, "steps of the state is 'x'"),
+        ({"delta": [torch.ones(2)], "steps": -100, "seconds": 0.0}, "steps of the state is -100"),
+        ({"delta": [torch.ones(2)], "steps": 1.5, "seconds": 0.0}, "steps of the state is 1.5"),
+        ({"delta": [torch.ones(2)], "steps": 0, "seconds": float("nan")}, "seconds of the state is nan"),
+        ({"delta": [torch.ones(2)], "steps": 0, "seconds": -1}, "seconds of the state is -1"),
+        ({"delta": [torch.ones(2)], "steps": 0, "seconds": None}, "seconds of the state is None"),
     ],
 )
 def test_what_is_no_state_of_it_changes_nothing(found, message):

@@ -22,7 +22,7 @@ from anabranch.adapters.rewiring.step import Optimizer, layer_weights
 from anabranch.adapters.rewiring.vectors import Seen, Vectors, Watch, has_gradient, is_shift_free, router_of, run
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.generate import pad_left
+from anabranch.lm.generate import evaluating, pad_left
 from anabranch.routing.discovery import RouterLayer
 
 Clock = Callable[[], float]
@@ -81,17 +81,15 @@ def _why_not(config: Rewiring, length: int, state: RewiringState) -> str | None:
 def _frozen(model: Decoder, checkpointing: bool) -> Iterator[None]:
     """The model as for generation, whose weights want no gradients; afterwards all is as it was."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training, recomputed = model.training, model.recompute
+    recomputed = model.recompute
     try:
         for parameter in wanted:
             parameter.requires_grad_(False)
-        model.eval()
         model.recompute = checkpointing
         # Whoever generates may be in inference mode, in which nothing is differentiated.
-        with torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        model.train(was_training)
         model.recompute = recomputed
         for parameter in wanted:
             parameter.requires_grad_(True)

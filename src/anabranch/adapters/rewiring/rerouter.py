@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from anabranch.adapters.by_row import check_one_told
 from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.phase import fit
 from anabranch.adapters.rewiring.state import Phase, RewiringState
@@ -14,7 +15,7 @@ from anabranch.adapters.rewiring.vectors import Vectors, routed_layers, router_o
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
-from anabranch.lm.generate import SamplingConfig, Step, check_prompts, pad_left, sample
+from anabranch.lm.generate import SamplingConfig, Step, check_prompts, evaluating, pad_left, sample
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.layer_overrides import overriding
 from anabranch.routing.override import Override
@@ -55,9 +56,11 @@ class Rerouter:
         """One phase 1 of each context, together; ``states`` go on. Gives the reports.
 
         Raises ConfigError for another number of states than contexts, one state named twice, a state of another model, an empty context
-        or ids outside the vocabulary, and for a model through whose experts no gradient comes.
+        or ids outside the vocabulary, for a model through whose experts no gradient comes, and in a block that tells rows of the model
+        several queries or tasks (one, for all, is followed).
         """
         self._check(contexts, states)
+        check_one_told(self.model, "a rerouter")
         return fit(self.model, self.layers, self.config, contexts, states) if contexts else []
 
     @contextmanager
@@ -104,13 +107,16 @@ class Rerouter:
         sampling = sampling or SamplingConfig()
         states = [self.new_state() for _ in prompts] if states is None else list(states)
         self._check(prompts, states)
+        check_one_told(self.model, "a rerouter")
         self.model.check_causal()
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            yield from self._steps([list(prompt) for prompt in prompts], states, sampling)
-        finally:
-            self.model.train(was_training)
+        steps = self._steps([list(prompt) for prompt in prompts], states, sampling)
+        while True:
+            # Between steps the model is as it was: another stream of it may run, or end.
+            with evaluating(self.model):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     def _steps(self, texts: list[list[int]], states: list[RewiringState], sampling: SamplingConfig) -> Iterator[Step]:
         device, interval = self.model.embedding.weight.device, self.config.interval

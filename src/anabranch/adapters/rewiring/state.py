@@ -1,6 +1,7 @@
 """What a request keeps: its vectors, what they cost, and a report of each phase 1."""
 # Shapes: E destinations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -8,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError
 
 __all__ = ["Phase", "RewiringState"]
@@ -92,7 +94,15 @@ class RewiringState:
         wanted, given = ([list(one.shape) for one in many] for many in (self.delta, delta))
         if wanted != given:
             raise ConfigError(f"the state has vectors of shapes {given}, but the model needs {wanted}")
-        if not all(bool(torch.isfinite(delta_E).all()) for delta_E in delta):
-            raise ConfigError("the state has a number that is not finite")
-        self.delta = [new_E.detach().to(old_E, copy=True) for new_E, old_E in zip(delta, self.delta, strict=True)]
-        self.steps, self.seconds = int(found["steps"]), float(found["seconds"])
+        if any(delta_E.is_complex() for delta_E in delta):
+            raise ConfigError("the state has complex numbers; vectors are of real ones")
+        # As it will be kept: float32 has an end that float64 has not.
+        kept = [new_E.detach().to(old_E, copy=True) for new_E, old_E in zip(delta, self.delta, strict=True)]
+        if not all(bool(torch.isfinite(delta_E).all()) for delta_E in kept):
+            raise ConfigError(f"the state has a number that is not finite in {kept[0].dtype}")
+        steps, seconds = found["steps"], found["seconds"]
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ConfigError(f"steps of the state is {shown(steps)}; it must be an integer of at least 0")
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+            raise ConfigError(f"seconds of the state is {shown(seconds)}; it must be a finite number of at least 0")
+        self.delta, self.steps, self.seconds = kept, steps, float(seconds)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.by_row import told_state
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
@@ -97,7 +98,7 @@ def run(
     last_only: bool = False,
 ) -> Tensor:
     """logits_BLV of a forward pass with ``vectors``; a row that is not finite does not end it for the others."""
-    context = model.context(token_BL, cache=cache, token_mask_BL=mask_BL)
+    context = model.context(token_BL, cache=cache, token_mask_BL=mask_BL, state=told_state(model, token_BL, cache))
     context.routing.append(vectors)
     context.refuses_nan = False
     keep_L = torch.tensor([token_BL.shape[1] - 1], device=token_BL.device) if last_only else None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
-from anabranch.cli.output import fact, print_json, table
+from anabranch.cli.output import fact, print_json, table, visible
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 
@@ -66,7 +66,7 @@ def route(
     if as_json:
         print_json(told)
         return
-    fact("query", found.instruction)
+    fact("query", " ".join(visible(found.instruction).split()))
     if threshold is not None:
         says = "is of a task that the pool has" if is_sure else "is of no task that the pool surely has"
         fact(
@@ -74,7 +74,7 @@ def route(
         )
     columns = ["adapter", "cosine"] + (["weight", "by tokens", "global share"] if ids else [])
     rows = [
-        [one.name, f"{one.cosine:.3f}"]
+        [visible(one.name), f"{one.cosine:.3f}"]
         + ([f"{one.weight:.3f}", f"{one.local_logit:.3f}", f"{one.global_share:.0%}"] if ids else [])
         for one in found.experts[:top]
     ]
