@@ -3,6 +3,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -475,6 +476,18 @@ def test_a_models_own_states_embed(root):
     # Of the base, whatever is on it.
     assert torch.allclose(pool.bias([QUERY]), before, atol=1e-5)
     assert not small.embed([""]).any()
+
+
+def test_looking_at_a_model_leaves_each_module_its_mode(root):
+    model, tokenizer = load_model(root / "base")[0].train(), SimpleNamespace(encode=lambda text, **_: [1, 2])
+    model.blocks[0].eval()
+    pool = filled(root, GliderConfig(weight=1.0), embedder=HiddenStates(model, tokenizer))
+    pool.onto(model)
+    before = {name: module.training for name, module in model.named_modules()}
+    explain(pool, QUERY, [1, 2, 3])
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert model.training
+    assert not model.blocks[0].training
 
 
 def test_experts_merged_are_the_mean(root):

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import duo
 from adapter_models import make_base
 from anabranch.adapters.rewiring import Rerouter, Rewiring, phase
 from anabranch.adapters.rewiring.measure import confidence, difference, row_means, token_losses
 from anabranch.adapters.rewiring.step import Optimizer
 from anabranch.adapters.rewiring.vectors import Seen, Vectors, run
+from anabranch.depth.duo_llm import with_router
 from anabranch.errors import ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder, load_model
@@ -506,6 +508,12 @@ def test_what_cannot_be():
     ):
         with pytest.raises(ConfigError, match=message):
             Rewiring(**changes)
+
+
+def test_choices_without_a_weight_give_no_gradient_and_it_is_said():
+    model = with_router(duo.decoder()).eval()
+    with pytest.raises(ConfigError, match=r"is taken without a weight \(as Duo-LLM's modules are\)"):
+        adapted(model, PLAIN, [list(range(20))])
 
 
 def test_means_of_rows_leave_out_what_is_not_counted():

@@ -16,6 +16,7 @@ from anabranch.data import Tokenizer
 from anabranch.errors import ConfigError
 from anabranch.hashed_text import hashed_text
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 
 __all__ = ["HiddenStates", "Sparse", "Stack", "TextEmbedder", "TextFeatures", "Vector", "embedded", "is_zero"]
 
@@ -127,9 +128,7 @@ class HiddenStates:
         model = self.model
         device = model.embedding.weight.device
         vector_ND = np.zeros((len(texts), model.config.dim), np.float32)
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             for row, text in enumerate(texts):
                 ids = self.tokenizer.encode(text, parse_special=False)[: self.max_tokens]
                 if not ids:
@@ -139,8 +138,6 @@ class HiddenStates:
                 state = rows_for(model, [None], len(ids)) if attached is not None and attached.is_pool else None
                 x_BLD = model.hidden(token_BL, model.context(token_BL, state=state))
                 vector_ND[row] = x_BLD[0].float().mean(0).cpu().numpy()
-        finally:
-            model.train(was_training)
         return vector_ND
 
 

@@ -10,6 +10,7 @@ import torch
 from anabranch.adapters.glider.pool import GliderPool
 from anabranch.adapters.glider.score import bias_rows, watching
 from anabranch.errors import InputError
+from anabranch.lm.generate import evaluating
 
 __all__ = ["Explained", "Explanation", "explain"]
 
@@ -99,13 +100,9 @@ def _used(
     model, names = pool.model, pool.names
     token_BL = torch.tensor([list(token_ids)], device=model.embedding.weight.device)
     seen: dict[int, torch.Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         bias_1E = bias_E.unsqueeze(0).to(token_BL.device)
         model(token_BL, state={**bias_rows(bias_1E, token_BL.shape[1]), **watching(seen)})
-    finally:
-        model.train(was_training)
     local_sum, weight_sum, open_count = (torch.zeros(len(names)) for _ in range(3))
     weights: dict[str, dict[str, float]] = {}
     layers = {part: layer for part, layer in pool.layers().items() if id(layer.router.score) in seen}  # type: ignore[union-attr]

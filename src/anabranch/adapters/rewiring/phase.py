@@ -230,8 +230,9 @@ class _Batch:
             self.loss_before_B = loss_B.detach()
         if not loss_B.requires_grad:
             raise ConfigError(
-                "no gradient comes from the model's loss to its routers (as where experts are loaded on demand), so "
-                "it cannot be rewired; load it in float32 or bfloat16, without a budget for experts"
+                "no gradient comes from the model's loss to its routers, so it cannot be rewired: what they choose is taken without a "
+                "weight (as Duo-LLM's modules are), or experts are loaded on demand, where float32 or bfloat16 without a budget for "
+                "experts would do"
             )
         found = torch.autograd.grad(loss_B.sum(), leaves, allow_unused=True)
         return loss_B.detach(), tuple(
