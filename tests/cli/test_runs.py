@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anabranch import presets
 from anabranch.cli.runs import build_config, check_preset, flatten
-from anabranch.config import from_dict, override, parse_assignment, to_dict
+from anabranch.config import from_dict, override, parse_assignment, quoted, to_dict
 from anabranch.data import Corpus, Domain, Files, Mixture, Stdlib, Table
 from anabranch.errors import ConfigError
 from anabranch.presets import demo
@@ -136,7 +136,7 @@ def leaves(value, path=""):
         yield path, value
         return
     for name, item in pairs:
-        yield from leaves(item, f"{path}.{name}" if path else str(name))
+        yield from leaves(item, f"{path}.{quoted(str(name))}" if path else quoted(str(name)))
 
 
 @pytest.mark.parametrize("preset", presets.names())

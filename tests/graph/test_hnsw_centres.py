@@ -236,10 +236,10 @@ def test_a_look_is_for_many_changes(kind, monkeypatch):
         beside()
         return whole_look(*asked)
 
-    def wear(self, sample):
+    def wear(self, sample, **asked):
         worn.append(len(sample))
         beside()
-        return whole_worn(self, sample)
+        return whole_worn(self, sample, **asked)
 
     monkeypatch.setattr(changing, "better_centre", look)
     monkeypatch.setattr(coded.Coded, "is_worn", wear)

@@ -46,7 +46,7 @@ def peer_of(network, node):
             item.tags,
         )
         rows.append(Row(*made.content()[:-1], float(network.row_tick[row])))
-    peer._take(rows, is_ours=True)
+    peer._take([(row, "") for row in rows], is_ours=True)
     return peer
 
 

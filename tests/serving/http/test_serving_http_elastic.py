@@ -57,6 +57,7 @@ GIVEN = {
     "disk_kv": {"host_kv": "1MiB", "disk_kv": "1MiB"},
     "pipeline": {"nano_batches": True, "pipeline": "order.json"},
     "experts": {"expert_budget": "1MiB", "experts.policy": "lru"},
+    "adapters": {"adapters.memory": "1MiB"},
 }
 
 

@@ -136,7 +136,8 @@ def test_parameters_of_published_models(name, billions, active):
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_shapes_of_our_designs_agree_with_their_counts(preset):
-    config = presets.find(preset)("tiny").model
+    # What stands beside matrices is not of a shape.
+    config = presets.find(preset)("tiny").model.replace(linears={})
     shape, count = shape_of(config, preset), config.count()
     assert shape.num_layers == config.num_layers
     extra = config.replace(streams=None).count().parameters if config.streams is not None else count.parameters
