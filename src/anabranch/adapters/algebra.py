@@ -12,8 +12,9 @@
              the same of what adapters add, matrix by matrix, and the best adapter of a given rank for that; ranks may differ
 
 Each but ``exact`` and ``dare`` has the name that the package peft gives it in ``add_weighted_adapter``, and makes what peft makes, but for
-three things: one adapter alone goes through the rule, where peft takes ``linear``; a density has a usual value; and what is dropped depends
-on the seed, the layer and the place of the adapter among those that have it, not on what drew before.
+four things: one adapter alone goes through the rule, where peft takes ``linear``; a density has a usual value; what is dropped depends
+on the seed, the layer and the place of the adapter among those that have it, not on what drew before; and where no rank is given, that of a
+layer is the greatest that the adapters have there, where peft takes the greatest of all their layers.
 
 Each result is one plain LoRA adapter, which every program reads that reads peft's. How far it is from the exact sum is told.
 """
