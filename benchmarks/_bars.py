@@ -105,8 +105,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "adapter_dispatch": frozenset(BARS["adapter_dispatch"]),
     # At equal terms; those before compared a tuned run with one that was not.
     "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
-    # Against blocks; those before were against loops.
-    "fully_ppr": frozenset(BARS["fully_ppr"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
 }

@@ -16,7 +16,14 @@ from anabranch.errors import AnabranchError, CapacityError, DataError, InputErro
 from anabranch.graph import Graph
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.fully_ppr import FullyPPR, FullyPPRResult, fully_ppr
-from anabranch.graph.fully_ppr.options import choose_chunk, walk_bytes
+from anabranch.graph.fully_ppr.options import (
+    ENTRY_NS,
+    STEP_NS,
+    choose_chunk,
+    decompose_ns,
+    exact_bytes,
+    walk_bytes,
+)
 from anabranch.graph.powerwalk import PowerWalk
 
 
@@ -278,6 +285,25 @@ def test_auto_takes_the_least_work():
     assert FullyPPR(memory_limit=tight)._options().choose_method(large, "local") == "walks"
     assert FullyPPR(memory_limit=100)._choose_engine(large, FullyPPR(memory_limit=100)._options()) == "spark"
     assert model._choose_engine(large, model._options()) == "local"
+
+
+def test_auto_solves_where_a_decomposition_would_read_most_of_the_graph():
+    # Sixty neighbours each: neighbours of neighbours are everybody, and every one's walks are added up for every source.
+    dense = random_graph(0, nodes=2_000, edges=60_000, directed=False)
+    sparse = random_graph(0, nodes=10_000, edges=30_000, directed=False)
+    assert FullyPPR()._options().choose_method(dense, "local") == "exact"
+    assert FullyPPR()._options().choose_method(sparse, "local") == "decompose"
+    tight = exact_bytes(dense, 1) - 1
+    assert FullyPPR(memory_limit=int(tight), workers=1)._options().choose_method(dense, "local") != "exact"
+
+
+def test_work_of_a_decomposition_by_hand():
+    # From 0 two rounds end at 2; from 1 at 2, which has no edge on; from 2 nothing is reached.
+    path = Graph.from_edges([0, 1], [1, 2], None, True, 3)
+    walks, alpha = 10, 0.5
+    assert decompose_ns(path, walks, alpha, 2) == STEP_NS * 20 + ENTRY_NS * (1 / 3) * 3
+    assert decompose_ns(path, walks, alpha, 1) == STEP_NS * 20 + ENTRY_NS * (2 / 3) * 3
+    assert decompose_ns(path, walks, alpha, 0) == STEP_NS * 20 + ENTRY_NS * 3
 
 
 def test_chunks_fit_the_memory():

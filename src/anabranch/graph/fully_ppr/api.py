@@ -58,7 +58,7 @@ class FullyPPR(Estimator):
             suffice.
         method: ``walks``; ``decompose``: rounds of exact decomposition on an index of few walks, the most accurate for its time, local;
             ``exact``: within ``tol`` of the truth in L1, local; ``auto``: walks where their number, an accuracy or Spark is asked for,
-            else exact where that is the least work, as on small graphs, else decompose.
+            else exact where that is less work, as on small and on dense graphs, else decompose.
         estimator: of ``walks``: count the ``endpoint`` of each (as the paper does), or every visit (``fullpath``), which is more accurate.
         sources: nodes to start from, distinct, by id or name; None for all.
         dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`.

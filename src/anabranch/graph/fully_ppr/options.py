@@ -27,8 +27,9 @@ WALKS, INDEX_WALKS = 1000, 100  # defaults; ours
 # Of a run, about: how often progress is told and how much is lost when it is stopped.
 CHUNKS = 64
 LARGEST_CHUNK = 4096  # sources
-# Nanoseconds on one core of a shared machine, for the choice of a method alone
-STEP_NS, EDGE_NS = 200.0, 1.0
+# Nanoseconds on one core of a shared machine, for the choice of a method alone: a step of a walk, an edge in a pass of an exact solution
+# for one source and for a block of sources, an entry of the index that a decomposition adds up. By the record of benchmarks/fully_ppr.
+STEP_NS, EDGE_NS, BLOCK_EDGE_NS, ENTRY_NS = 200.0, 1.0, 0.2, 0.5
 
 # Over the edges that an exact solution takes per factor e of its error.
 PASSES = 1.3
@@ -122,18 +123,20 @@ class Options:
         return num_workers(self.workers)
 
     def choose_method(self, graph: Graph, engine: str) -> str:
-        """What "auto" is: walks where they are asked for or on Spark, exact where that is less work than an index, else decompose."""
+        """What "auto" is: walks where they are asked for or on Spark, else exact or decompose, whichever is less work by `exact_ns` and
+        `decompose_ns` and fits; walks where neither does."""
         if engine == "spark":
             return self.spark_method()
         if self.method != "auto":
             return self.method
         if self.walks is not None or self.eps is not None:
             return "walks"
-        exact_ns = EDGE_NS * (len(graph.indices) + graph.num_nodes) * max(-math.log(self.tol), 1.0) * PASSES
-        if exact_ns <= STEP_NS * self.index_walks / self.alpha:
+        room = self.room()
+        exact_fits = exact_bytes(graph, self.num_workers) <= room
+        index_fits = walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) <= room
+        if exact_fits and exact_ns(graph, self.tol) <= decompose_ns(graph, self.index_walks, self.alpha, self.rounds):
             return "exact"
-        fits = walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) <= self.room()
-        return "decompose" if fits else "walks"
+        return "decompose" if index_fits else "walks"
 
     def spark_method(self) -> str:
         """What "auto" is on Spark. Raises InputError for methods of one machine."""
@@ -179,6 +182,28 @@ def walk_bytes(graph: Graph) -> int:
 def index_bytes(graph: Graph, walks: int, alpha: float) -> float:
     """Bytes of a full-path index at most: a visit is an id and a 16-bit count at worst, and a walk makes 1 / alpha of them."""
     return graph.num_nodes * min(graph.num_nodes, walks / alpha) * (np.dtype(id_type(graph.num_nodes)).itemsize + 2)
+
+
+def exact_ns(graph: Graph, tol: float) -> float:
+    """Nanoseconds of one source's exact solution, about."""
+    is_in_blocks = not graph.is_directed and graph.num_nodes <= MOST_NODES
+    edges = len(graph.indices) + graph.num_nodes
+    return (BLOCK_EDGE_NS if is_in_blocks else EDGE_NS) * edges * max(-math.log(tol), 1.0) * PASSES
+
+
+def decompose_ns(graph: Graph, walks: int, alpha: float, rounds: int) -> float:
+    """Nanoseconds of one source's share of an index, and of one decomposition, about.
+
+    A decomposition adds up the rows of the index of the nodes that it reaches. Two rounds reach at most the neighbours of neighbours: a
+    few dozen nodes of a sparse graph, nearly all nodes of a dense one, where this is most of the work.
+    """
+    size, steps = graph.num_nodes, walks / alpha
+    reached_N = np.ones(size)
+    for _ in range(min(rounds, 2)):
+        sum_M = np.concatenate([[0.0], np.cumsum(reached_N[graph.indices])])
+        reached_N = np.minimum(sum_M[graph.indptr[1:]] - sum_M[graph.indptr[:-1]], size)
+    reached = float(reached_N.mean()) if size else 0.0
+    return STEP_NS * steps + ENTRY_NS * reached * min(size, steps)
 
 
 def exact_bytes(graph: Graph, workers: int) -> float:
