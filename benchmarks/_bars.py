@@ -19,11 +19,22 @@ class Bar(NamedTuple):
 
 # The first that fits counts.
 BARS: dict[str, tuple[Bar, ...]] = {
+    "adapter_batch": (
+        Bar(1.5, "mixed, .*", "peft adapter_names.*"),
+        Bar(4, "mixed, .*", "peft by swapping.*"),
+        # At most 1.15 times as long.
+        Bar(0.87, "served, .*", "the base alone"),
+    ),
     "adapter_dispatch": (
         Bar(8, "arrow, 8 experts, .*", "peft Arrow.*"),
         Bar(30, "arrow, 32 experts, .*", "peft Arrow.*"),
         Bar(2, "hybrid, 8 experts, .*", "dense loop"),
         Bar(5, "hybrid, 32 experts, .*", "dense loop"),
+    ),
+    "adapter_steps": (
+        Bar(2, "poly, .*", "peft Poly"),
+        Bar(1.0, "select, .* from its vector", "the bar"),
+        Bar(1.0, "rewire, .*"),
     ),
     "coe": (Bar(1.0, peer="the bar"), Bar(1.0, "the same with embedding.*", "semantic-router.*")),
     "consistency": (Bar(20, "SRP.*", "numpy, window by window"), Bar(50, "SCH.*", "Python, size by size")),
@@ -102,7 +113,9 @@ BARS: dict[str, tuple[Bar, ...]] = {
 # Bars of which no record has a row yet: asked since the benchmark last ran. They leave with the record that has them.
 AWAITED: dict[str, frozenset[Bar]] = {
     # Not recorded yet.
+    "adapter_batch": frozenset(BARS["adapter_batch"]),
     "adapter_dispatch": frozenset(BARS["adapter_dispatch"]),
+    "adapter_steps": frozenset(BARS["adapter_steps"]),
     # At equal terms; those before compared a tuned run with one that was not.
     "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
     # Whose rows compared processes made ready with a cold start.

@@ -28,6 +28,7 @@ RUNTIME = ("libasan.so", "libubsan.so", "libstdc++.so.6")
 TESTS = (
     *("tests/nn/test_fuzz.py", "tests/nn/test_rows.py", "tests/nn/test_causal.py", "tests/nn/test_grouped.py"),
     *("tests/nn/test_packed.py", "tests/nn/test_transfers.py", "tests/nn/test_binding.py", "tests/serving/fast"),
+    "tests/nn/test_low_rank.py",
     *("tests/serving/expertflow/test_token_scheduler.py", "tests/serving/expertflow/test_expertflow_tiers.py"),
     "tests/serving/expertflow/test_expertflow_predictors.py",  # the compiled step of the route predictor
 )

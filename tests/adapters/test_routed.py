@@ -90,6 +90,39 @@ def test_with_a_cache_and_over_other_paths(place):
         torch.testing.assert_close(together[number], one[0], rtol=1e-5, atol=1e-5)
 
 
+def test_in_bfloat16_numbers_are_rounded_once_and_sums_are_not(place):
+    """Of a base in float32 nothing else changes; a base in bfloat16 keeps the type of its outputs."""
+    model = load_pool(place[1], load_model(place[0])[0], dtype=torch.bfloat16).eval()
+    layers = [module for module in model.modules() if isinstance(module, LowRankPool)]
+    assert {stack.dtype for layer in layers for stack in layer.stacks} == {torch.bfloat16}
+    half = load_pool(place[1], load_model(place[0])[0].bfloat16(), dtype=torch.bfloat16).eval()
+    wide = load_pool(place[1], load_model(place[0])[0].bfloat16()).eval()
+    assert {stack.dtype for layer in wide.modules() if isinstance(layer, LowRankPool) for stack in layer.stacks} == {
+        torch.float32
+    }
+    rows = ["a", {"a": 0.5, "c": -0.25}]
+    found, wanted = run(half, rows), run(wide, rows)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+    assert not torch.equal(found, run(half, [None, None]))
+
+
+def test_all_layers_of_a_pass_share_what_they_are_told(place, monkeypatch):
+    """One routing and one plan for all of them, and for each pass its own."""
+    from anabranch.adapters import routed
+
+    made = []
+    plan = routed.plan_dispatch
+    monkeypatch.setattr(routed, "plan_dispatch", lambda routing: made.append(routing) or plan(routing))
+    model = pooled(place)
+    for rows in (["a", "b"], ["b", "a"]):
+        made.clear()
+        found = run(model, rows)
+        assert len(made) == 1
+        expected = torch.stack([alone(place, name)[number] for number, name in enumerate(rows)])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_taken_off_nothing_is_left(place):
     model = pooled(place)
     assert torch.equal(logits(unload(model)), alone(place, None))

@@ -1,4 +1,4 @@
-"""The product adapter by adapter, against a loop written here, at any order of derivative."""
+"""The product adapter by adapter, against a loop written here, at any order of derivative; by the kernel and in torch."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.adapters.segmented import can_segment, segmented
+from anabranch.nn import kernels
 from anabranch.routing import Routing, plan_dispatch
 
 
@@ -65,10 +66,41 @@ def test_only_what_is_asked_for_gets_a_gradient(number):
         assert not leaf.grad[-1].any()
 
 
+@pytest.mark.parametrize("number", [None, 0, 1, 2, 3])
+def test_the_kernel_is_what_torch_computes_in_values_and_gradients(number, monkeypatch):
+    """All gradients, and each alone."""
+    index, plan, tensors = made(num_items=9, in_dim=40, out_dim=70, rank=5)
+    dy, found = torch.randn(9, 70, generator=torch.Generator().manual_seed(3)), []
+    for is_compiled in (True, False):
+        if not is_compiled:
+            monkeypatch.setattr("anabranch.adapters.segmented.can_add", lambda *_: False)
+        leaves = [value.float().requires_grad_(number in (None, place)) for place, value in enumerate(tensors)]
+        x, weight, a, b = leaves
+        y = segmented(x, plan, weight, a, b)
+        found.append([y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy)])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+def test_bfloat16_where_nothing_learns():
+    index, plan, tensors = made(num_items=9, in_dim=40, out_dim=70, rank=5)
+    x, weight, a, b = (value.bfloat16() for value in tensors)
+    assert can_segment(x, weight, a, b)
+    y = segmented(x, plan, weight, a, b)
+    assert y.dtype == torch.bfloat16
+    # Sums are of float32: what is lost is the rounding of the result alone.
+    wanted = naive(index, *(value.double() for value in (x, weight, a, b)))
+    torch.testing.assert_close(y, wanted.to(torch.bfloat16), rtol=2**-7, atol=1e-3)
+    assert not can_segment(x, weight, a.requires_grad_(), b)
+    with torch.no_grad():
+        assert can_segment(x, weight, a, b)
+
+
 def test_what_it_computes():
     _, _, (x, weight, a, b) = made()
     assert can_segment(x, weight, a, b)
-    assert not can_segment(x.bfloat16(), weight, a.bfloat16(), b.bfloat16())
+    assert not can_segment(x.half(), weight, a.half(), b.half())
     assert not can_segment(x.float(), weight, a, b)
     assert not can_segment(x.to("meta"), weight, a, b)
     with torch.autocast("cpu", torch.bfloat16):

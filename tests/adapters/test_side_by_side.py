@@ -55,6 +55,10 @@ def test_it_is_taken_where_most_adapters_are_used(monkeypatch):
         taken.clear()
         pool_of(**options)(x, routing_of(index))
         assert len(taken) == expected
+    half = routing_of([[0, 1, -1], [2, -1, -1]])
+    assert is_mostly_used(half)
+    assert not is_mostly_used(half, is_compiled=True)
+    assert is_mostly_used(routing_of([[0, 1, -1], [2, 1, 0]]), is_compiled=True)
     assert not is_mostly_used(Routing(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3), torch.zeros(0, 3)))
 
 

@@ -25,7 +25,7 @@ from anabranch.errors import AnabranchError, BackendError, CapacityError, InputE
 from anabranch.native.sources import SOURCES
 from anabranch.nn import RMSNorm, kernels
 from anabranch.nn.expert_call import ExpertCall, Needed
-from anabranch.nn.kernels import attention, expert_mlp, paged, rows
+from anabranch.nn.kernels import attention, expert_mlp, low_rank, paged, postings, rows
 from anabranch.nn.kernels import packed as products
 from anabranch.nn.kernels.binding import KERNELS, Kernel
 from anabranch.nn.kernels.operands import DTYPES, address, array_address
@@ -117,6 +117,7 @@ SIZES = {name: 16 * place for place, name in enumerate("BDEFGHKLNPRSTUWXZ", 1)} 
         "B": 2,
         "R": 4,
         "P": 1,
+        "O": 24,
     }
 }
 
@@ -198,7 +199,7 @@ WRONG = {
     "size": smaller,
 }
 WRONG_ARRAY = {
-    "dtype": lambda value: value.astype(np.float64),
+    "dtype": lambda value: value.astype(np.float32 if value.dtype == np.float64 else np.float64),
     "tensor": torch.from_numpy,
     "axes": lambda value: value[None],
     "nothing": lambda value: None,

@@ -15,7 +15,7 @@ from anabranch.native.sources import SOURCES, flags_for
 ROOT = Path(__file__).parents[2]
 TESTS = (
     *("tests/nn/test_fuzz.py", "tests/nn/test_grouped.py", "tests/nn/test_packed.py", "tests/nn/test_causal.py"),
-    "tests/nn/test_superblocks.py",
+    *("tests/nn/test_superblocks.py", "tests/nn/test_low_rank.py"),
     "tests/serving/fast",
 )
 

@@ -9,6 +9,7 @@ is beyond an adapter's own rank is zero in A and in B. It adds nothing, and its 
 """
 # Shapes: N items, E adapters, K choices per item, C inputs, O outputs, R greatest rank
 
+import functools
 from collections.abc import Sequence
 from typing import Self
 
@@ -21,9 +22,10 @@ from anabranch.adapters.side_by_side import is_mostly_used, side_by_side
 from anabranch.errors import ConfigError
 from anabranch.nn.expert_call import WeightOn
 from anabranch.nn.grouped import expert_mlp
+from anabranch.nn.kernels.low_rank import can_add
 from anabranch.routing.context import RoutingContext
 from anabranch.routing.decision import Routing
-from anabranch.routing.dispatch import plan_dispatch
+from anabranch.routing.dispatch import DispatchPlan, plan_dispatch
 
 __all__ = ["LowRankPool"]
 
@@ -40,8 +42,8 @@ class LowRankPool(nn.Module):
         generator: source of the initial A; the default generator if None.
         recompute: keep nothing of the forward pass for the backward one.
         backend: how to compute, see `anabranch.nn.grouped`; its compiled kernels do not compute this form. On a CPU ``auto`` goes adapter
-            by adapter (`anabranch.adapters.segmented`), or computes all at once where items use most of them
-            (`anabranch.adapters.side_by_side`).
+            by adapter (`anabranch.adapters.segmented`), with a compiled kernel of its own where it is there, or computes all at once
+            where items use most of them (`anabranch.adapters.side_by_side`).
 
     Attributes:
         a: parameter [E, R, C].
@@ -150,22 +152,25 @@ class LowRankPool(nn.Module):
         *,
         weight_on: WeightOn = "output",
         context: RoutingContext | None = None,
+        plan: DispatchPlan | None = None,
     ) -> Tensor:
         """y_NO: what each item's adapters add, weighted and summed; zero for an item that has none.
 
-        Called as an `ExpertPool` is. There is nothing between the two matrices, so that it is the same where weights act.
+        Called as an `ExpertPool` is. There is nothing between the two matrices, so that it is the same where weights act. ``plan`` is that
+        of the routing, where it was made before.
         """
-        # Choices that name nobody have weight 0, whatever the scale.
-        scale_NK = routing.weight_NK.new_tensor(self.scales)[routing.index_NK.clamp_min(0)]
-        weight_NK = routing.weight_NK * scale_NK
+        weight_NK = routing.weight_NK * self._scales_of(routing)
         if self.backend == "auto" and not self.recompute:
-            if is_mostly_used(routing):
+            can = can_segment(x_NC, weight_NK, self.a, self.b)
+            # The kernel has no backward pass.
+            is_compiled = can and not torch.is_grad_enabled() and can_add(x_NC, self.a, self.b)
+            if is_mostly_used(routing, is_compiled=is_compiled):
                 return side_by_side(x_NC, routing, weight_NK, self.a, self.b)
-            if can_segment(x_NC, weight_NK, self.a, self.b):
-                return segmented(x_NC, plan_dispatch(routing), weight_NK, self.a, self.b)
+            if can:
+                return segmented(x_NC, plan or plan_dispatch(routing), weight_NK, self.a, self.b, self.ranks)
         return expert_mlp(
             x_NC,
-            plan_dispatch(routing),
+            plan or plan_dispatch(routing),
             weight_NK,
             self.a,
             self.b,
@@ -175,9 +180,23 @@ class LowRankPool(nn.Module):
             activation="identity",
         )
 
+    def _scales_of(self, routing: Routing) -> Tensor:
+        """scale_NK of each choice; one that names nobody has some scale, and weight 0."""
+        like = routing.weight_NK
+        if torch.compiler.is_compiling() or like.device.type != "cpu":
+            return like.new_tensor(self.scales)[routing.index_NK.clamp_min(0)]
+        return _scale_row(self.scales, like.dtype)[routing.index_NK.clamp_min(0)]
+
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"num_adapters={self.num_experts}, in_dim={self.dim}, out_dim={self.out_dim}, ranks={list(self.ranks)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _scale_row(scales: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """Scales as a tensor, which a decoding step wants of every layer and which does not change."""
+    with torch.inference_mode(False):
+        return torch.tensor(scales, dtype=dtype)
 
 
 def _each(name: str, values: "Sequence[float] | float", number: int) -> tuple:

@@ -22,7 +22,7 @@ from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.linear import Projection
-from anabranch.routing import Router, Routing, TopK
+from anabranch.routing import DispatchPlan, Router, Routing, TopK, plan_dispatch
 
 __all__ = ["RoutedLowRank", "chosen_rows"]
 
@@ -133,10 +133,16 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
         alphas = tuple(1.0 if pair is None else pair.scale * pair.rank for pair in pairs)
         return cls.Config(ranks=ranks, alphas=alphas, router=None)
 
-    def put(self, pairs: Sequence[Pair | None], device: torch.device | None = None) -> None:
-        """Take over the numbers of the pairs that `config_of` was given, on ``device``, frozen, in float32 at least."""
+    def put(
+        self,
+        pairs: Sequence[Pair | None],
+        device: torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take over the numbers of the pairs that `config_of` was given, on ``device``, frozen, in ``dtype``: float32 at least if None."""
         kinds = [half.dtype for pair in pairs if pair is not None for half in (pair.a_RC, pair.b_OR)]
-        kind = functools.reduce(torch.promote_types, kinds, torch.float32)
+        kind = dtype or functools.reduce(torch.promote_types, kinds, torch.float32)
         for name, stack in (("a", self.pool.a), ("b", self.pool.b)):
             setattr(
                 self.pool, name, nn.Parameter(torch.zeros(stack.shape, dtype=kind, device=device), requires_grad=False)
@@ -152,8 +158,11 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
         routing = self.route(x, context)
         if routing is None:
             return x.new_zeros(*x.shape[:-1], self.pool.out_dim)
-        x_NC = F.dropout(x.flatten(0, -2), self.config.dropout, self.training and self.config.dropout > 0)
-        y_NO = self.pool(x_NC.to(self.pool.a.dtype), routing, context=context)
+        x_NC = x.flatten(0, -2)
+        if self.training and self.config.dropout > 0:
+            x_NC = F.dropout(x_NC, self.config.dropout)
+        plan = _plan_of(routing, context) if self.router is None else None
+        y_NO = self.pool(x_NC.to(self.pool.a.dtype), routing, context=context, plan=plan)
         return y_NO.view(*x.shape[:-1], self.pool.out_dim)
 
     def route(self, x: Tensor, context: Any) -> Routing | None:
@@ -169,6 +178,20 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
         state = {} if context is None else context.state
         if _INDEX not in state:
             return None
+        once, index, weight = getattr(context, "once", None), state[_INDEX], state[_WEIGHT]
+        # A graph of the weights belongs to the layer that made it, which may be recomputed.
+        if once is None or torch.compiler.is_compiling() or weight.requires_grad:
+            return self._told_now(x_NC, state, shape)
+        # Every layer is told the same. What is told is kept with it, so that no other tensor gets its id meanwhile.
+        found = once(index, lambda: {"told": index})
+        key = id(weight), tuple(shape or ()), len(x_NC), self.pool.num_experts, x_NC.dtype
+        if key not in found:
+            found[key] = weight, self._told_now(x_NC, state, shape)
+        routing: Routing = found[key][1]
+        return routing
+
+    def _told_now(self, x_NC: Tensor, state: Mapping[str, Any], shape: Sequence[int] | None) -> Routing:
+        """`_told`, of a state that says something."""
         told = state[_INDEX].shape[:-1]
         # As many tokens of other rows would give them each other's adapters.
         if shape is not None and len(shape) == len(told) and tuple(shape) != tuple(told) and told.numel() == len(x_NC):
@@ -186,3 +209,13 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
             weight_NK * used_NK,
             x_NC.new_zeros(len(x_NC), self.pool.num_experts),
         )
+
+
+def _plan_of(routing: Routing, context: Any) -> DispatchPlan | None:
+    """The plan of a routing that all layers of a pass have been told, made once; None where a compiler looks on."""
+    once = getattr(context, "once", None)
+    if once is None or torch.compiler.is_compiling():
+        return None
+    # With the routing, so that no other gets its id meanwhile.
+    found: tuple[Routing, DispatchPlan] = once(routing, lambda: (routing, plan_dispatch(routing)))
+    return found[1]

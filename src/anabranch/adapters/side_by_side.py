@@ -16,18 +16,22 @@ from anabranch.routing.decision import Routing
 
 __all__ = ["is_mostly_used", "side_by_side"]
 
-# Of all pairs of item and adapter, from which on computing all costs less, as `benchmarks/adapter_dispatch.py` measures.
-MOSTLY = 0.25
+# Of all pairs of item and adapter, from which on computing all costs less, as `benchmarks/adapter_dispatch.py` measures: than going adapter
+# by adapter in torch, and than the compiled product.
+MOSTLY, MOSTLY_COMPILED = 0.25, 0.6
 
 
-def is_mostly_used(routing: Routing) -> bool:
-    """Whether items use so many of the adapters that computing all is quicker; never where looking would make anyone wait."""
-    index_NK = routing.index_NK
-    if index_NK.shape[1] < MOSTLY * routing.num_destinations:
+def is_mostly_used(routing: Routing, *, is_compiled: bool = False) -> bool:
+    """Whether items use so many of the adapters that computing all is quicker; never where looking would make anyone wait.
+
+    ``is_compiled``: the other way is the compiled product.
+    """
+    index_NK, mostly = routing.index_NK, MOSTLY_COMPILED if is_compiled else MOSTLY
+    if index_NK.shape[1] < mostly * routing.num_destinations:
         return False
     if not index_NK.is_cpu or torch.compiler.is_compiling() or is_transformed():
         return False
-    return int((index_NK >= 0).sum()) >= MOSTLY * routing.num_items * routing.num_destinations > 0
+    return int((index_NK >= 0).sum()) >= mostly * routing.num_items * routing.num_destinations > 0
 
 
 def side_by_side(x_NC: Tensor, routing: Routing, weight_NK: Tensor, a_ERC: Tensor, b_EOR: Tensor) -> Tensor:

@@ -262,6 +262,36 @@ def test_sparse_products_are_those_of_full_vectors():
         assert Stack(made).cosines(one) == pytest.approx(full @ full[row], abs=1e-12)
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_the_nearest_are_those_of_a_whole_sort(is_compiled, monkeypatch):
+    """Of many texts of few words, so that many are equal: by the kernel, where there is one, and by NumPy."""
+    if not is_compiled:
+        monkeypatch.setattr("anabranch.nn.kernels.postings.load", lambda: None)
+    random = np.random.default_rng(0)
+    words = [f"word{number}" for number in range(12)]
+    texts = [" ".join(random.choice(words, random.integers(1, 4))) for _ in range(300)]
+    features = TextFeatures(TextFeatures.Config(pieces=0))
+    features.fit(texts)
+    stack = Stack(embedded(features, texts))
+    for query in ("word3 word7", "word1", "word2 word2 elsewhere", "nothing of it"):
+        (vector,) = embedded(features, [query])
+        cosine_M = stack.cosines(vector)
+        for k in (1, 2, 7, 299, 300):
+            wanted = np.argsort(-cosine_M, kind="stable")[:k]
+            row_K, cosine_K = stack.nearest(vector, k)
+            assert row_K.tolist() == wanted.tolist()
+            assert cosine_K.tolist() == cosine_M[wanted].tolist()
+    assert not stack.cosines(vector).any()
+
+
+def test_dense_vectors_have_the_nearest_of_a_whole_sort():
+    vector_MD = np.random.default_rng(0).integers(-1, 2, (40, 3)).astype(np.float32)
+    stack = Stack(list(vector_MD))
+    cosine_M = vector_MD @ vector_MD[5]
+    for k in (1, 4, 40):
+        assert stack.nearest(vector_MD[5], k)[0].tolist() == np.argsort(-cosine_M, kind="stable")[:k].tolist()
+
+
 def test_the_weight_of_a_feature_by_hand():
     features = TextFeatures(TextFeatures.Config(pairs=False, pieces=0))
     features.fit(["aa bb", "aa cc", "aa"])

@@ -103,6 +103,28 @@ def test_it_is_the_model_with_the_adapter_put_on(kind, folders):
 
 
 @pytest.mark.parametrize("kind", ["compiled", "modules"])
+def test_of_a_model_in_bfloat16_they_are_kept_so(kind, folders):
+    """Half the memory, and what peft computes to the rounding; each row as alone."""
+    more = {} if kind == "compiled" else {"make_runner": functools.partial(ModelRunner, use_kernel=False)}
+    load = tuple(f"{name}={folders[name]}" for name in "ab")
+    model = copy.deepcopy(model_of("compiled")).bfloat16()
+    config = ServingConfig(**{**SMALL, "dtype": "bfloat16"}, adapters=AdaptersConfig(load=load))
+    runs = Runs(Engine.of(copy.deepcopy(model), config, **more))
+    wide = {facts["name"]: facts["bytes"] for facts in engine_of("compiled", folders).engine.adapters.shelf.facts()}
+    for facts in runs.engine.adapters.shelf.facts():
+        assert facts["bytes"] == wide[facts["name"]] // 2
+    together = runs(zip(("a", "b", None), PROMPTS, strict=False))
+    for name, prompt, output in zip(("a", "b", None), PROMPTS, together, strict=False):
+        one = copy.deepcopy(model)
+        one = one if name is None else load_peft(folders[name], one)
+        wanted = one(torch.tensor([prompt])).logits_BLV.float().log_softmax(-1)[0]
+        found = [told.logprob for told in output.prompt_logprobs]
+        assert found == pytest.approx([float(wanted[at, token]) for at, token in enumerate(prompt[1:])], abs=0.5)
+        [alone] = runs([(name, prompt)])
+        assert alone.tokens == output.tokens
+
+
+@pytest.mark.parametrize("kind", ["compiled", "modules"])
 def test_the_base_is_to_the_bit_as_if_there_were_no_adapters(kind, folders):
     plain, with_some = engine_of(kind, folders, ()), engine_of(kind, folders)
     asked = [(None, prompt) for prompt in PROMPTS]

@@ -92,15 +92,15 @@ def fast_of(model, slots=64):
 
 
 @torch.inference_mode()
-def run(fast, sequences, used=None):
-    """x_TD of sequences that begin, with the adapters of each, [(parts, weight)]."""
+def run(fast, sequences, used=None, uses=None):
+    """x_TD of sequences that begin, with the adapters of each, [(parts, weight)], or what the step is told of them."""
     rows, table, positions, first = [], [], [], 0
     for tokens in sequences:
         rows.append((first, len(tokens), 0, len(table)))
         table += range(len(table), len(table) - (-len(tokens) // BLOCK))
         positions += range(len(tokens))
         first += len(tokens)
-    adapters = None
+    adapters = uses
     if used is not None:
         tables = [[(fast.adapters.table(parts), weight) for parts, weight in mixture] for mixture in used]
         adapters = AdapterUses(tables, [len(tokens) for tokens in sequences])
@@ -144,6 +144,47 @@ def test_it_is_what_merged_matrices_compute(name):
     assert torch.equal(plain[4], found[4])
     for number in (1, 2, 3):
         assert (plain[number] - found[number]).abs().max() > 0.01
+
+
+def rounded(parts):
+    """The numbers in bfloat16, and as float32 what they are then."""
+    half = {name: (a.bfloat16(), b.bfloat16(), scale) for name, (a, b, scale) in parts.items()}
+    return half, {name: (a.float(), b.float(), scale) for name, (a, b, scale) in half.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_in_bfloat16_are_summed_in_float32(dtype):
+    """To the bit what the same numbers in float32 give: nothing is rounded but the numbers, once."""
+    model, given = build("plain").to(dtype), sequences_of(1, 1, 30, 5)
+    half, wide = zip(*(rounded(parts) for parts in adapters_of(model).values()), strict=True)
+    used = [[(0, 0.7)], [(1, 1.0), (2, -0.5)], [(0, 1.0)], []]
+    found, wanted = (
+        run(fast_of(model), given, [[(of[place], weight) for place, weight in mixture] for mixture in used])
+        for of in (half, wide)
+    )
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, run(fast_of(model), given))
+
+
+def test_one_adapter_twice_in_a_row_counts_as_often():
+    model, given = build("plain"), sequences_of(7, 3)
+    fast = fast_of(model)
+    table = fast.adapters.table(adapters_of(model)["all"])
+    lengths = [len(tokens) for tokens in given]
+    uses = [AdapterUses(used, lengths) for used in ([[(table, 0.25), (table, 0.5)], []], [[(table, 0.75)], []])]
+    assert [one.lows for one in uses] == [uses[0].lows] * 2
+    twice, once = (run(fast, given, uses=one) for one in uses)
+    assert torch.equal(twice, once)
+
+
+def test_the_order_in_which_a_mixture_is_named_is_of_no_account():
+    model, given = build("plain"), sequences_of(7, 3)
+    fast, adapters = fast_of(model), adapters_of(model)
+    one, two = (fast.adapters.table(adapters[name], name) for name in ("all", "few"))
+    lengths = [len(tokens) for tokens in given]
+    orders = ([(one, 0.3), (two, 0.9)], [(two, 0.9), (one, 0.3)])
+    found = [run(fast, given, uses=AdapterUses([order, []], lengths)) for order in orders]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("bits", [None, "int8"])

@@ -1,5 +1,5 @@
 """Texts to vectors, for the global router: offline by hashed features, by a model's hidden states, or by a function of one's own."""
-# Shapes: N texts, D dimensions, F features
+# Shapes: N texts, D dimensions, F features of one text, G of all, P numbers of all texts, M texts of a stack, K nearest
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from anabranch.errors import ConfigError
 from anabranch.hashed_text import hashed_text
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import evaluating
+from anabranch.nn.kernels.postings import products
 
 __all__ = ["HiddenStates", "Sparse", "Stack", "TextEmbedder", "TextFeatures", "Vector", "embedded", "is_zero"]
 
@@ -186,9 +187,12 @@ class Stack:
             # All numbers by what they are of: a query looks up its own few.
             id_P = np.concatenate([vector.id_F for vector in sparse])
             order_P = np.argsort(id_P, kind="stable")
-            row_P = np.repeat(np.arange(self.num), [len(vector.id_F) for vector in sparse])
-            self.id_P, self.row_P = id_P[order_P], row_P[order_P]
-            self.weight_P = np.concatenate([vector.weight_F for vector in sparse])[order_P]
+            row_P = np.repeat(np.arange(self.num, dtype=np.int32), [len(vector.id_F) for vector in sparse])
+            self.row_P = row_P[order_P]
+            self.weight_P = np.concatenate([vector.weight_F for vector in sparse])[order_P].astype(np.float64)
+            # Features, rising, and where the numbers of each begin; those of the last end where all do.
+            self.id_G, start_G = np.unique(id_P[order_P], return_index=True)
+            self.start_G1 = np.append(start_G, len(id_P)).astype(np.int64)
         else:
             self.vector_MD = (
                 np.stack([np.asarray(vector) for vector in vectors]) if vectors else np.zeros((0, 1), np.float32)
@@ -199,9 +203,21 @@ class Stack:
         if not isinstance(vector, Sparse):
             cosine_M: np.ndarray = self.vector_MD @ vector
             return cosine_M
-        start_F, end_F = (np.searchsorted(self.id_P, vector.id_F, side=side) for side in ("left", "right"))
-        count_F = end_F - start_F
-        # The places start, start + 1, ..., end - 1 of all features one after the other.
-        place_Q = np.arange(count_F.sum()) + np.repeat(start_F - (count_F.cumsum() - count_F), count_F)
-        product_Q = self.weight_P[place_Q] * np.repeat(vector.weight_F, count_F)
-        return np.bincount(self.row_P[place_Q], product_Q, self.num)
+        place_F = np.searchsorted(self.id_G, vector.id_F)
+        has_F = place_F < len(self.id_G)
+        has_F[has_F] = self.id_G[place_F[has_F]] == vector.id_F[has_F]
+        place_K, weight_K = place_F[has_F], vector.weight_F[has_F].astype(np.float64)
+        return products(self.start_G1[place_K], self.start_G1[place_K + 1], weight_K, self.row_P, self.weight_P, self.num)
+
+    def nearest(self, vector: Vector, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, their cosines) of the ``k`` nearest, best first; of equals the first come first. ``k`` is at most M."""
+        cosine_M = self.cosines(vector)
+        if k == 1:
+            row_K = cosine_M.argmax(keepdims=True)
+        elif k < self.num:
+            # Of all, those that may be among the k: the k-th best and what equals it.
+            row_X = (cosine_M >= np.partition(cosine_M, self.num - k)[self.num - k]).nonzero()[0]
+            row_K = row_X[np.argsort(-cosine_M[row_X], kind="stable")[:k]]
+        else:
+            row_K = np.argsort(-cosine_M, kind="stable")
+        return row_K, cosine_M[row_K]

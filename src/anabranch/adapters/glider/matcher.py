@@ -56,6 +56,7 @@ class Matcher:
         self.written = 0
         self._seen: OrderedDict[tuple[str, str | None], tuple[str, Vector]] = OrderedDict()
         self._stacked: tuple[list[str], Stack] | None = None
+        self._places: np.ndarray | None = None
         self._index: Any = None
         self._calibration: Calibration | None = None
 
@@ -105,7 +106,7 @@ class Matcher:
         return None if first is None or isinstance(first, Sparse) else len(first)
 
     def _changed(self) -> None:
-        self._stacked = self._index = self._calibration = None
+        self._stacked = self._index = self._calibration = self._places = None
 
     def members(self) -> tuple[list[str], Stack]:
         """(names, vectors) of the M experts that queries can find: with an instruction whose vector has a length."""
@@ -138,11 +139,23 @@ class Matcher:
 
     def cosines(self, query: str, instruction: str | None = None) -> dict[str, float]:
         """By expert, in the order they were added; 0 for one without an instruction, or with one whose vector has length 0."""
+        return dict(zip(self.vectors, self.cosine_array(query, instruction).tolist(), strict=True))
+
+    def cosine_array(self, query: str, instruction: str | None = None) -> np.ndarray:
+        """The same as an array, cosine_E."""
         names, stack = self.members()
-        found = dict.fromkeys(self.vectors, 0.0)
+        cosine_E = np.zeros(len(self.vectors))
         if names:
-            found |= dict(zip(names, stack.cosines(self.instruct(query, instruction)[1]).tolist(), strict=True))
-        return found
+            cosine_E[self.member_M] = stack.cosines(self.instruct(query, instruction)[1])
+        return cosine_E
+
+    @property
+    def member_M(self) -> np.ndarray:
+        """Places of `members` among all experts, in the order they were added."""
+        if self._places is None:
+            known = set(self.members()[0])
+            self._places = np.array([place for place, name in enumerate(self.vectors) if name in known], np.int64)
+        return self._places
 
     def retrieve(
         self, query: str, k: int = 1, *, instruction: str | None = None, exact: bool | None = None
@@ -168,9 +181,8 @@ class Matcher:
             exact = stack.is_sparse or len(names) < self.many or bool(extras()["graph"].missing)
         # A graph has no neighbours of a vector without a direction.
         if exact or stack.is_sparse or is_zero(vector_D):
-            cosine_M = stack.cosines(vector_D)
-            order = np.argsort(-cosine_M, kind="stable")[:k]
-            return [Match(names[number], float(cosine_M[number])) for number in order]
+            row_K, cosine_K = stack.nearest(vector_D, k)
+            return [Match(names[row], cosine) for row, cosine in zip(row_K.tolist(), cosine_K.tolist(), strict=True)]
         ids, _ = self._graph().search(vector_D, k=k)
         found = [int(number) for number in np.asarray(ids).reshape(-1) if number >= 0]
         return [Match(names[number], float(stack.vector_MD[number] @ vector_D)) for number in found]

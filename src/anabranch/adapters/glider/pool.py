@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -328,18 +329,21 @@ class GliderPool:
 
     def weight(self, cosines: Mapping[str, float]) -> float:
         """a for a query with these cosines: of experts with an instruction, whose vector has a length, the best decides."""
+        return self._weight([cosines[name] for name in self.matcher.members()[0]])
+
+    def _weight(self, known: Sequence[float] | np.ndarray) -> float:
+        """`weight`, by the cosines of the members alone."""
         config = self.config
         if config.weight is not None:
             return config.weight
-        known = [cosines[name] for name in self.matcher.members()[0]]
-        if not known:
+        if not len(known):
             return 0.0
         threshold = config.threshold
         if threshold is None and len(known) < 2:
             # There is nobody to be left out, and nobody to be mistaken for.
             return config.beta
         threshold = self.calibrate().threshold if threshold is None else threshold
-        return config.beta + (config.gamma if max(known) >= threshold else 0.0)
+        return config.beta + (config.gamma if np.max(known) >= threshold else 0.0)
 
     def bias(self, queries: Sequence[str | None], instructions: Sequence[str | None] | None = None) -> Tensor:
         """bias_BE: a times the cosine of each row's query and each expert's instruction; 0 for a row without a query.
@@ -351,15 +355,12 @@ class GliderPool:
         told = [None] * len(queries) if instructions is None else list(instructions)
         if len(told) != len(queries):
             raise ConfigError(f"there are {len(told)} instructions for {len(queries)} queries; give one for each")
-        rows = []
-        for query, instruction in zip(queries, told, strict=True):
-            if not self.config.instruction or (query is None and instruction is None):
-                rows.append([0.0] * len(self))
-                continue
-            cosines = self.matcher.cosines(query or "", instruction)
-            weight = self.weight(cosines)
-            rows.append([weight * cosine for cosine in cosines.values()])
-        return torch.tensor(rows, dtype=torch.float32).view(len(queries), len(self))
+        bias_BE = np.zeros((len(queries), len(self)), np.float32)
+        for row, (query, instruction) in enumerate(zip(queries, told, strict=True)):
+            if self.config.instruction and (query is not None or instruction is not None):
+                cosine_E = self.matcher.cosine_array(query or "", instruction)
+                bias_BE[row] = self._weight(cosine_E[self.matcher.member_M]) * cosine_E
+        return torch.from_numpy(bias_BE)
 
     def rows(
         self, queries: Sequence[str | None], length: int, *, instructions: Sequence[str | None] | None = None

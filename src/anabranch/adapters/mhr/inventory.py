@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.low_rank import Pair
+from anabranch.adapters.mhr.product import merged_halves
 from anabranch.errors import ConfigError
 
 __all__ = ["AdapterInventory", "check_heads"]
@@ -93,14 +94,7 @@ class AdapterInventory(nn.Module):
 
     def merged(self, alpha_UqK: Tensor) -> tuple[Tensor, Tensor]:
         """(a_UCR, b_URO): the halves of one adapter for each row of weights."""
-        alpha_qUK = alpha_UqK.to(self.a.dtype).transpose(0, 1)
-        a_qUX = torch.bmm(alpha_qUK, self.a.flatten(2))
-        b_qUX = torch.bmm(alpha_qUK, self.b.flatten(2))
-        rank = self.rank
-        # Heads side by side: along the inputs of A, along the outputs of B.
-        a_UCR = a_qUX.unflatten(2, (-1, rank)).transpose(0, 1).flatten(1, 2)
-        b_URO = b_qUX.unflatten(2, (rank, -1)).permute(1, 2, 0, 3).flatten(2)
-        return a_UCR, b_URO
+        return merged_halves(alpha_UqK, self.a, self.b)
 
     def outputs_of(self, x_NC: Tensor, alpha_NK: Tensor) -> Tensor:
         """y_NO = scale sum_k alpha_k (x A_k) B_k: outputs of skills, mixed; of one head."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.mhr.inventory import AdapterInventory, check_heads
 from anabranch.adapters.mhr.penalties import Penalties
+from anabranch.adapters.mhr.product import add_rows, can_add_rows
 from anabranch.adapters.mhr.table import Granularity, RoutingTable, bin_of
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.tasks import AVERAGE, TASK, Unknown, numbers_of
@@ -24,7 +25,7 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.context import set_unregistered
 from anabranch.nn.grouped import expert_mlp
-from anabranch.nn.linear import Projection
+from anabranch.nn.linear import Projection, Rows
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
 
@@ -154,20 +155,63 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """What is added to y, in the inventory's type. Raises InputError where no task is told, or one beyond the table."""
-        x_NC = x.flatten(0, -2).to(self.inventory.a.dtype)
+        return self._added(x, self._begun(x, context), context)
+
+    def around(self, rows: Rows, context: Any = None) -> Tensor:
+        """y, with what is added to it in one product (`anabranch.adapters.mhr.product`) where one task is that of a whole row."""
+        x, y = rows.x, rows.y
+        task_BL = self._begun(x, context)
+        if self.config.mixes == "weights" and can_add_rows(x, y, self.inventory.a):
+            found = self._by_row(x, task_BL, context)
+            if found is not None:
+                alpha_UqK, place_B, shape = found
+                inventory = self.inventory
+                x_BLC, y_BLO = x.reshape(*shape, -1), y.reshape(*shape, -1)
+                return add_rows(y_BLO, x_BLC, alpha_UqK, inventory.a, inventory.b, place_B, inventory.scale).view(y.shape)
+        return y + self._added(x, task_BL, context).to(y.dtype)
+
+    def _begun(self, x: Tensor, context: Any) -> Tensor | None:
+        """The task of each item as `_told`; what is added to the loss is emitted."""
         task_BL = self._told(context, x)
         if context is not None and context.training:
             self._punish(context)
-        if self.config.uniform:
-            y_NO = self._one(x_NC, self._average(x_NC))
-        elif task_BL is None:
-            # Asked, so that the table has a gradient, of zero.
-            y_NO = self._one(x_NC, self.table(torch.full((1,), AVERAGE, device=x_NC.device)))
+        return task_BL
+
+    def _added(self, x: Tensor, task_BL: Tensor | None, context: Any) -> Tensor:
+        """What is added to y."""
+        x_NC = x.flatten(0, -2).to(self.inventory.a.dtype)
+        alpha_1qK = self._alone(task_BL, x.device)
+        if alpha_1qK is not None:
+            y_NO = self._one(x_NC, alpha_1qK)
         elif self.config.mixes == "outputs":
             y_NO = self._mixed(x_NC, task_BL)
         else:
             y_NO = self._merged(x_NC, task_BL, context)
         return y_NO.view(*x.shape[:-1], self.out_dim)
+
+    def _alone(self, task_BL: Tensor | None, device: torch.device) -> Tensor | None:
+        """Weights of a pass that has but one adapter whatever its rows are: the average. None for any other."""
+        if self.config.uniform:
+            return self._average(self.inventory.a)
+        # Asked, so that the table has a gradient, of zero.
+        return self.table(torch.full((1,), AVERAGE, device=device)) if task_BL is None else None
+
+    def _by_row(
+        self, x: Tensor, task_BL: Tensor | None, context: Any
+    ) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
+        """(alpha_UqK, which of them each row has, [B, L] that x is of); None where items of one row are of several tasks."""
+        items = x.numel() // x.shape[-1]
+        if not items:
+            return None
+        alpha_1qK = self._alone(task_BL, x.device)
+        if alpha_1qK is None:
+            distinct_U, place_X, is_by_row = self._places(task_BL, items, context)
+            if is_by_row:
+                return self.table(distinct_U), place_X, (len(place_X), items // len(place_X))
+            if len(distinct_U) != 1:
+                return None
+            alpha_1qK = self.table(distinct_U)
+        return alpha_1qK, torch.zeros(1, dtype=torch.int64, device=x.device), (1, items)
 
     def _told(self, context: Any, x: Tensor) -> Tensor | None:
         """The task of each item, ``[B, L]`` or ``[N]``; None where nobody says, and that is the average."""
@@ -197,7 +241,7 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
         a_1CR, b_1RO = self.inventory.merged(alpha_1qK)
         return (x_NC @ a_1CR[0]) @ b_1RO[0] * self.inventory.scale
 
-    def _mixed(self, x_NC: Tensor, task_BL: Tensor) -> Tensor:
+    def _mixed(self, x_NC: Tensor, task_BL: Any) -> Tensor:
         """Outputs of skills, mixed."""
         task_N = task_BL.flatten()
         if self.config.weights.is_random and self.training:
@@ -207,19 +251,19 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
         distinct_U, place_N = self._distinct(task_N)
         return self.inventory.outputs_of(x_NC, self.table(distinct_U)[:, 0][place_N])
 
-    def _merged(self, x_NC: Tensor, task_BL: Tensor, context: Any) -> Tensor:
-        """Weights merged once for each task, and one product for each row, or group of items."""
-        is_by_row = task_BL.dim() == 2 and task_BL.shape[1] > 1
-        first_B = task_BL[:, 0] if task_BL.dim() == 2 else task_BL
+    def _places(self, task_BL: Any, items: int, context: Any) -> tuple[Tensor, Tensor, bool]:
+        """(tasks, which of them each row has, or each item, whether it is each row)."""
         # Rows of a pass as it was told; what was gathered from several may differ within a row.
-        is_by_row = is_by_row and task_BL.stride(1) == 0
-        if self.config.weights.is_random and self.training and (is_by_row or len(first_B) == len(x_NC)):
+        is_by_row = task_BL.dim() == 2 and task_BL.shape[1] > 1 and task_BL.stride(1) == 0
+        first_B = task_BL[:, 0] if task_BL.dim() == 2 else task_BL
+        if self.config.weights.is_random and self.training and (is_by_row or len(first_B) == items):
             # Each row has weights of its own.
-            distinct_U, place_B = first_B, torch.arange(len(first_B), device=first_B.device)
-        elif is_by_row:
-            distinct_U, place_B = self._once(context, first_B)
-        else:
-            distinct_U, place_B = self._once(context, task_BL.flatten())
+            return first_B, torch.arange(len(first_B), device=first_B.device), is_by_row
+        return *self._once(context, first_B if is_by_row else task_BL.flatten()), is_by_row
+
+    def _merged(self, x_NC: Tensor, task_BL: Any, context: Any) -> Tensor:
+        """Weights merged once for each task, and one product for each row, or group of items."""
+        distinct_U, place_B, is_by_row = self._places(task_BL, len(x_NC), context)
         alpha_UqK = self.table(distinct_U)
         if len(distinct_U) == 1:
             return self._one(x_NC, alpha_UqK)

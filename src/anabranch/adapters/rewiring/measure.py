@@ -17,7 +17,9 @@ def token_losses(logits_BLV: Tensor, token_BL: Tensor) -> Tensor:
     """nats ``[B, L - 1]``: of the tokens at positions 1 and up."""
     logits_BLV = wide(logits_BLV[:, : token_BL.shape[1] - 1])
     target_BL = token_BL[:, 1 : logits_BLV.shape[1] + 1]
-    return F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, reduction="none")
+    # Over the last axis, along which numbers lie beside one another.
+    loss_N = F.cross_entropy(logits_BLV.flatten(0, 1), target_BL.flatten(), reduction="none")
+    return loss_N.view(target_BL.shape)
 
 
 def row_means(loss_BL: Tensor, counted_BL: Tensor) -> Tensor:

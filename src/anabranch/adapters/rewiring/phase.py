@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from anabranch.adapters.by_row import told_state
 from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.measure import confidence, difference, row_means, token_losses
+from anabranch.adapters.rewiring.prefix import Prefix
 from anabranch.adapters.rewiring.state import Phase, RewiringState
 from anabranch.adapters.rewiring.step import Optimizer, layer_weights
 from anabranch.adapters.rewiring.vectors import Seen, Vectors, Watch, has_gradient, is_shift_free, router_of, run
@@ -133,6 +135,11 @@ class _Batch:
         self.start = [
             torch.stack([state.delta[place] for state in states]).to(self.device) for place in range(len(layers))
         ]
+        self.prefix = Prefix(model, layers)
+        if self.prefix.is_there:
+            told = told_state(model, self.token_BL)
+            context = model.context(self.token_BL, token_mask_BL=self.mask_BL, state=told)
+            self.prefix.keep(model, self.token_BL, context)
         self.watch = Watch(layers)
         self.before: list[Seen] = []
         self.loss_before_B = torch.zeros(self.size)
@@ -220,10 +227,10 @@ class _Batch:
         mask_BL = None if self.mask_BL is None else self.mask_BL[:, : self.run_length]
         if look:
             with self.watch.seeing(vectors):
-                logits_BLV = run(self.model, token_BL, mask_BL, vectors)
+                logits_BLV = run(self.model, token_BL, mask_BL, vectors, prefix=self.prefix)
             self.before = self.watch.seen
         else:
-            logits_BLV = run(self.model, token_BL, mask_BL, vectors)
+            logits_BLV = run(self.model, token_BL, mask_BL, vectors, prefix=self.prefix)
         loss_BL = token_losses(logits_BLV, token_BL)
         loss_B = row_means(loss_BL, counted_BL)
         if look:
@@ -249,7 +256,8 @@ class _Batch:
         token_BL = self.token_BL.repeat(count, 1)
         mask_BL = None if self.mask_BL is None else self.mask_BL.repeat(count, 1)
         with self.watch.seeing(vectors):
-            loss_BL = token_losses(run(self.model, token_BL, mask_BL, vectors), token_BL)
+            logits_BLV = run(self.model, token_BL, mask_BL, vectors, prefix=self.prefix)
+            loss_BL = token_losses(logits_BLV, token_BL)
         return loss_BL.view(count, self.size, -1), self.watch.seen
 
     def _guarded(self, new: list[Tensor]) -> tuple[list[Phase], list[Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.by_row import told_state
+from anabranch.adapters.rewiring.prefix import Prefix
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
@@ -72,7 +73,8 @@ class Vectors:
         delta_BE = passes[visit % len(passes)]
         if self.batch == 1:
             return Override(logit_NE=delta_BE[0])
-        return Override(logit_NE=delta_BE[self.rows(len(x_ND), context).to(delta_BE.device)])
+        # Whose gradient is summed row after row, which that of an index is not.
+        return Override(logit_NE=delta_BE.index_select(0, self.rows(len(x_ND), context).to(delta_BE.device)))
 
     def items(self, num_items: int, context: RoutingContext) -> Tensor:
         """int64 ``[N]``: which of the pass the next N items of a router are, in row-major order. Raises ConfigError if nobody says."""
@@ -96,13 +98,17 @@ def run(
     *,
     cache: KeyValueCache | None = None,
     last_only: bool = False,
+    prefix: Prefix | None = None,
 ) -> Tensor:
-    """logits_BLV of a forward pass with ``vectors``; a row that is not finite does not end it for the others."""
+    """logits_BLV of a forward pass with ``vectors``; a row that is not finite does not end it for the others.
+
+    ``prefix`` is what the model makes of these rows before its first router.
+    """
     context = model.context(token_BL, cache=cache, token_mask_BL=mask_BL, state=told_state(model, token_BL, cache))
     context.routing.append(vectors)
     context.refuses_nan = False
     keep_L = torch.tensor([token_BL.shape[1] - 1], device=token_BL.device) if last_only else None
-    x_BLD = model.hidden(token_BL, context)
+    x_BLD = model.hidden(token_BL, context) if prefix is None else prefix.hidden(model, token_BL, context)
     x_BLD = x_BLD[:, -1:] if last_only else x_BLD
     if model.streams is not None:
         x_BLD = model.streams.merge(x_BLD, context)

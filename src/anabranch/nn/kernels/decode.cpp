@@ -41,7 +41,7 @@ class Run {
         compute(block.experts, nullptr);
         join(block.experts);
       } else {
-        dense(block.w13, block.w2, block.feed_forward_norm, nullptr, s.use_first ? layer : -1);
+        dense(block.w13, block.w2, block.feed_forward_norm, nullptr, layer);
       }
     }
     for (int64_t t = own.begin; t < own.end; ++t) norm_row(row(t), m.last_norm, m.D, m.norm_eps, row(t));
@@ -91,44 +91,90 @@ class Run {
   }
   int64_t width_of(const Matrix& matrix, int64_t panel) const { return std::min<int64_t>(WIDE, matrix.rows - panel * WIDE); }
 
-  // What adapters add to y, the outputs of a matrix, by the inputs x that it had, of this thread's rows; `across` and `apart` are floats from
-  // row to row.
-  void adapt(int64_t layer, Site site, const float* x, int64_t across, int64_t depth, float* y, int64_t apart) const {
-    for (int64_t t = own.begin, rows; t < own.end; t += rows) {
-      for (rows = 1; t + rows < own.end && are_alike(t, t + rows);) ++rows;
-      for (int32_t use = s.use_first[t]; use < s.use_first[t + 1]; ++use) {
-        const Adapter& adapter = *s.adapters[use];
-        const int32_t* first = adapter.first + layer * SITES + site;
-        for (int32_t i = first[0]; i < first[1]; ++i)
-          add_part(adapter.parts[i], s.use_weight[use], x + t * across, across, depth, y + t * apart, apart, rows);
-      }
+  // ---- adapters: their first products while all threads wait for one another, shared out by ranks and rows; the second ones behind the
+  // matrix's own product, each thread for the outputs that it made. So adapters of one row are everybody's work, too.
+
+  // call(group, its numbers in `low`, ranks at these matrices, its parts there) of each that has any.
+  template <class Call>
+  void each_group(int64_t layer, Site from, Site to, Call call) const {
+    float* low = w.low;
+    for (const Group* group = s.group; group < s.group + s.groups; low += group->count * group->lows, ++group) {
+      const int32_t* first = group->adapter->first + layer * SITES;
+      const Part *begin = group->adapter->parts + first[from], *end = group->adapter->parts + first[to + 1];
+      int64_t ranks = 0;
+      for (const Part* part = begin; part < end; ++part) ranks += part->rank;
+      if (ranks) call(*group, low, ranks, begin, end);
     }
   }
-  // Whether two tokens use the same adapters with the same weights.
-  bool are_alike(int64_t t, int64_t u) const {
-    const int32_t one = s.use_first[t], other = s.use_first[u], count = s.use_first[t + 1] - one;
-    return s.use_first[u + 1] - other == count && std::equal(s.adapters + one, s.adapters + one + count, s.adapters + other) &&
-           std::equal(s.use_weight + one, s.use_weight + one + count, s.use_weight + other);
+  bool adapts(int64_t layer, Site from, Site to) const {
+    bool any = false;
+    if (layer >= 0) each_group(layer, from, to, [&](const Group&, float*, int64_t, const Part*, const Part*) { any = true; });
+    return any;
   }
+  // A x of all that adapts these matrices, whose inputs are x, `across` floats from row to row.
+  void adapt_inputs(int64_t layer, Site from, Site to, const float* x, int64_t across, int64_t depth) const {
+    int64_t cost = 0;
+    each_group(layer, from, to, [&](const Group& group, float*, int64_t, const Part* part, const Part* end) {
+      for (; part < end; ++part)
+        low_tasks(part->rank, group.count, [&](int64_t, int64_t, int64_t, int64_t rows) { cost += cost_of(rows); });
+    });
+    Shares shares(cost, thread, threads);
+    each_group(layer, from, to, [&](const Group& group, float* low, int64_t all, const Part* part, const Part* end) {
+      for (; part < end; low += part++->rank)
+        low_tasks(part->rank, group.count, [&](int64_t rank, int64_t ranks, int64_t first, int64_t rows) {
+          if (!shares.takes(cost_of(rows))) return;
+          auto row = [&](int64_t i) { return x + group.token[first + i] * across; };
+          auto made = [&](int64_t i) { return low + (first + i) * all + rank; };
+          if (part->half)
+            low_product((const bf16*)part->a + rank * depth, ranks, depth, rows, row, made);
+          else
+            low_product((const float*)part->a + rank * depth, ranks, depth, rows, row, made);
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t r = 0; r < ranks; ++r) made(i)[r] *= part->scale * group.weight[first + i];
+        });
+    });
+#pragma omp barrier
+  }
+  // y += B of that for matrices `from` to `to`, of which `site` is one, of the outputs in `panels`; y's rows are `apart` floats apart.
+  void adapt_outputs(int64_t layer, Site from, Site to, Site site, const Matrix& matrix, Range panels, float* y, int64_t apart) const {
+    const int64_t begin = panels.begin * WIDE, end = std::min(panels.end * WIDE, matrix.rows);
+    each_group(layer, from, to, [&](const Group& group, const float* low, int64_t all, const Part* part, const Part*) {
+      const Part *first = group.adapter->parts + group.adapter->first[layer * SITES + site],
+                 *last = group.adapter->parts + group.adapter->first[layer * SITES + site + 1];
+      for (; part < last; low += part++->rank) {
+        const int64_t left = std::max(begin, part->start), right = std::min(end, part->start + part->size), at = left - part->start;
+        if (part < first || left >= right) continue;
+        auto ranks = [&](int64_t i) { return low + i * all; };
+        auto row = [&](int64_t i) { return y + group.token[i] * apart + left; };
+        if (part->half)
+          high_product((const bf16*)part->b + at, part->rank, part->size, right - left, group.count, ranks, row);
+        else
+          high_product((const float*)part->b + at, part->rank, part->size, right - left, group.count, ranks, row);
+      }
+    });
+  }
+  Range panels_of(const Matrix& matrix) const { return share_of(matrix.panels(), thread, threads); }
 
   void attention(const Block& block, int64_t layer) {
     const int64_t Q = m.H * m.W, S = m.G * m.W, N = Q + 2 * S;
+    const bool adapted = adapts(layer, QKV, QKV);
     Activations a = left_of(block.qkv);
     float* normed = scratch.get<float>(MIDDLE, m.D);
     for (int64_t t = own.begin; t < own.end; ++t) {
       // Adapters see all of them again.
-      float* to = s.use_first ? w.normed + t * m.D : normed;
+      float* to = adapted ? w.normed + t * m.D : normed;
       norm_row(row(t), block.attention_norm, m.D, m.norm_eps, to);
       put_row(a, t, to);
     }
 #pragma omp barrier
+    if (adapted) adapt_inputs(layer, QKV, QKV, w.normed, m.D, m.D);
     times(block.qkv, a, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
       float* to = w.qkv + t * N + j * WIDE;
       int64_t width = width_of(block.qkv, j);
       for (int64_t c = 0; c < width; ++c) to[c] = out[c] + (block.qkv_bias ? block.qkv_bias[j * WIDE + c] : 0.f);
     });
+    if (adapted) adapt_outputs(layer, QKV, QKV, QKV, block.qkv, panels_of(block.qkv), w.qkv, N);
 #pragma omp barrier
-    if (s.use_first) adapt(layer, QKV, w.normed, m.D, m.D, w.qkv, N);
     for (int64_t t = own.begin; t < own.end; ++t) place(block, t, w.qkv + t * N, Q, S);
 #pragma omp barrier
     const int64_t per = m.H / m.G;
@@ -150,13 +196,14 @@ class Run {
     Activations b = left_of(block.out);
     for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.y + t * Q);
 #pragma omp barrier
+    const bool adapts_out = adapts(layer, OUT, OUT);
+    if (adapts_out) adapt_inputs(layer, OUT, OUT, w.y, Q, Q);
     times(block.out, b, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
       add(row(t) + j * WIDE, out, width_of(block.out, j));
       if (block.out_bias) add(row(t) + j * WIDE, block.out_bias + j * WIDE, width_of(block.out, j));
     });
+    if (adapts_out) adapt_outputs(layer, OUT, OUT, OUT, block.out, panels_of(block.out), s.x, m.D);
 #pragma omp barrier
-    // All that follows of a row, up to the next barrier, is its owner's.
-    if (s.use_first) adapt(layer, OUT, w.y, Q, Q, s.x, m.D);
   }
 
   // Norms of queries and keys, clipping, rotation, scaling; keys and values to their slot.
@@ -213,23 +260,30 @@ class Run {
       put_row(a, t, normed);
     }
 #pragma omp barrier
-    hidden(w13, a, 0, s.T, layer >= 0);
+    const bool adapted = adapts(layer, GATE, UP), adapts_down = adapts(layer, DOWN, DOWN);
+    if (adapted) adapt_inputs(layer, GATE, UP, w.normed, m.D, m.D);
+    hidden(w13, a, 0, s.T, adapted);
+    if (adapted) {
+      Matrix half = w13;
+      half.rows /= 2;
+      const Range mine = panels_of(half);
+      adapt_outputs(layer, GATE, UP, GATE, half, mine, w.hidden, m.F);
+      adapt_outputs(layer, GATE, UP, UP, half, mine, w.up, m.F);
+      for (int64_t t = 0; t < s.T; ++t)
+        close(w.hidden + t * m.F + mine.begin * WIDE, w.up + t * m.F + mine.begin * WIDE, (mine.end - mine.begin) * WIDE);
+    }
 #pragma omp barrier
     Activations b = left_of(w2);
-    if (layer >= 0) {
-      adapt(layer, GATE, w.normed, m.D, m.D, w.hidden, m.F);
-      adapt(layer, UP, w.normed, m.D, m.D, w.up, m.F);
-      for (int64_t t = own.begin; t < own.end; ++t) close(w.hidden + t * m.F, w.up + t * m.F, w13.rows / 2);
-    }
     for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.hidden + t * m.F);
 #pragma omp barrier
+    if (adapts_down) adapt_inputs(layer, DOWN, DOWN, w.hidden, m.F, w2.depth);
     times(w2, b, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
       float* to = row(t) + j * WIDE;
       int64_t width = width_of(w2, j);
       for (int64_t c = 0; c < width; ++c) to[c] += factor ? out[c] * factor[t] : out[c];
     });
+    if (adapts_down) adapt_outputs(layer, DOWN, DOWN, DOWN, w2, panels_of(w2), s.x, m.D);
 #pragma omp barrier
-    if (layer >= 0) adapt(layer, DOWN, w.hidden, m.F, w2.depth, s.x, m.D);
   }
 
   // Products of a recurrent router, whose states all are where the routers before left them.
@@ -426,6 +480,17 @@ void reserve(const Model& m, Scratch& scratch) {
   scratch.get<float>(SPARE, Keys::floats(m.W));
 }
 
+// Whether the groups' tokens are rows, and what they work out fits into the memory for it.
+bool has_room(const Step& s) {
+  int64_t lows = 0;
+  for (const Group* group = s.group; group < s.group + s.groups; ++group) {
+    if (group->count < 0 || group->lows < 0) return false;
+    lows += group->count * group->lows;
+    if (std::any_of(group->token, group->token + group->count, [&](int32_t t) { return t < 0 || t >= s.T; })) return false;
+  }
+  return lows <= s.lows;
+}
+
 // Whether the sequences are all of the rows, one after another, and their blocks among those that there are.
 bool is_in_range(const Model& m, const Step& s) {
   int64_t rows = 0;
@@ -438,22 +503,22 @@ bool is_in_range(const Model& m, const Step& s) {
     for (int64_t u = first; u < first + blocks; ++u)
       if (s.table[u] < 0 || (s.table[u] + (int64_t)1) * m.block_tokens > m.slots) return false;
   }
-  return rows == s.T;
+  return rows == s.T && has_room(s);
 }
 
 Work work_of(const Model& m, const Step& s) {
   Memory memory(false);
   memory.start = s.memory;
-  return cut(memory, m, s.T, s.use_first);
+  return cut(memory, m, s.T, s.lows);
 }
 
 }  // namespace
 
-// Bytes of `memory` for a step of T tokens, some of which use adapters or none. It begins with what the experts of a layer see, float32 [T, D], and behind that, from the next
-// multiple of 64 bytes on, the states of recurrent routers, [T, P].
-extern "C" int64_t anabranch_decode_bytes(const Model* model, int64_t T, int64_t adapts) {
+// Bytes of `memory` for a step of T tokens, with the `lows` of its adapters. It begins with what the experts of a layer see, float32 [T, D],
+// and behind that, from the next multiple of 64 bytes on, the states of recurrent routers, [T, P].
+extern "C" int64_t anabranch_decode_bytes(const Model* model, int64_t T, int64_t lows) {
   Memory size(true);
-  cut(size, *model, T, adapts);
+  cut(size, *model, T, lows);
   return size.used;
 }
 

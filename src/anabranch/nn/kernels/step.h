@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "packed.h"
+#include "low_rank.h"
 
 namespace {
 
@@ -47,15 +47,22 @@ struct Block {  // without attention (qkv of no rows) it is one more pass over t
 enum Site { QKV, OUT, GATE, UP, DOWN, SITES };  // the matrices of a layer that adapters may add to; gate and up are of a dense layer
 
 struct Part {  // scale B A x of an adapter, added to `size` outputs from `start` on
-  const float *a, *b;  // [rank, inputs], [rank, size]: B lies transposed
+  const void *a, *b;  // [rank, inputs], [rank, size]: B lies transposed
   int64_t rank, start, size;
   float scale;
-  int32_t unused;
+  int32_t half;  // whether A and B are bfloat16, float32 otherwise
 };
 
 struct Adapter {
   const Part* parts;
   const int32_t* first;  // [layers * SITES + 1]: of each matrix the first of its parts
+};
+
+struct Group {  // the tokens of a step that use one adapter
+  const Adapter* adapter;
+  const int32_t* token;  // [count], each once
+  const float* weight;   // [count]
+  int64_t count, lows;   // lows: of each token, the most ranks that its adapter has at matrices with one input
 };
 
 struct Model {
@@ -79,9 +86,8 @@ struct Step {
   float* x;                // [T, D], embedded tokens in, normed hidden states out
   int32_t* routes;         // [routed layers, T, most_top_k] or null
   char* memory;            // of anabranch_decode_bytes, kept from one part of a step to the next
-  const int32_t* use_first;        // [T + 1]: of each token the first of its uses of adapters; null where nobody uses any
-  const Adapter* const* adapters;  // of each use
-  const float* use_weight;         // of each use
+  const Group* group;      // of tokens by adapter, in an order that does not depend on the step; a token may be in several
+  int64_t groups, lows;    // lows: floats of the groups' first products, the sum of count * lows
 };
 
 // ---- small pieces ----
@@ -112,47 +118,6 @@ void keep_row(char* to, const float* from, int64_t W, bool half) {
     return;
   }
   for (int64_t i = 0; i < W; i += VL) store((bf16*)to + i, load(from + i));
-}
-
-// y += scale B A x of N rows, `across` floats apart in x and `apart` in y. Each row is summed in the same order whatever N is.
-template <int N>
-void add_rows(const Part& p, float scale, const float* x, int64_t across, int64_t depth, float* y, int64_t apart) {
-  constexpr int PAIR = 2;  // ranks at a time
-  for (int64_t r = 0; r < p.rank; r += PAIR) {
-    const bool is_pair = r + 1 < p.rank;
-    const float *a[PAIR] = {p.a + r * depth, p.a + (r + is_pair) * depth}, *b[PAIR] = {p.b + r * p.size, p.b + (r + is_pair) * p.size};
-    vec sum[N][PAIR] = {};
-    int64_t k = 0;
-    for (; k + VL <= depth; k += VL)
-      for (int i = 0; i < N; ++i)
-        for (int j = 0; j < PAIR; ++j) sum[i][j] = fused(load(x + i * across + k), load(a[j] + k), sum[i][j]);
-    float h[N][PAIR];
-    for (int i = 0; i < N; ++i)
-      for (int j = 0; j < PAIR; ++j) {
-        h[i][j] = total(sum[i][j]);
-        for (int64_t rest = k; rest < depth; ++rest) h[i][j] += x[i * across + rest] * a[j][rest];
-        h[i][j] *= scale;
-      }
-    int64_t c = 0;
-    for (; c + VL <= p.size; c += VL)
-      for (int i = 0; i < N; ++i) {
-        vec made = fused(spread(h[i][0]), load(b[0] + c), load(y + i * apart + c));
-        store(y + i * apart + c, is_pair ? fused(spread(h[i][1]), load(b[1] + c), made) : made);
-      }
-    for (; c < p.size; ++c)
-      for (int i = 0; i < N; ++i) {
-        y[i * apart + c] += h[i][0] * b[0][c];
-        if (is_pair) y[i * apart + c] += h[i][1] * b[1][c];
-      }
-  }
-}
-
-// The same of `rows` rows that use the part with the same weight.
-void add_part(const Part& p, float weight, const float* x, int64_t across, int64_t depth, float* y, int64_t apart, int64_t rows) {
-  const float scale = p.scale * weight;
-  y += p.start;
-  for (; rows >= 4; rows -= 4, x += 4 * across, y += 4 * apart) add_rows<4>(p, scale, x, across, depth, y, apart);
-  for (; rows; --rows, x += across, y += apart) add_rows<1>(p, scale, x, across, depth, y, apart);
 }
 
 // ---- routing of one token ----

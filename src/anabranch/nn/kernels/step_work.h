@@ -19,6 +19,7 @@ struct Work {  // what a step needs beside its tensors
   int32_t *loops, *order, *beside;   // of looping feed-forwards: loops of each token, tokens by them, rows of width paths
   int64_t* still;                    // [n]: tokens that take more than n loops
   float* up;                         // [T, F] of dense layers with adapters
+  float* low;                        // of the groups, one after another: [count, ranks at the matrix] of A x, times scale and weight
 };
 
 class Memory {  // one piece, cut up
@@ -60,7 +61,7 @@ int64_t left_bytes(const Model& m, int64_t T) {
   return most;
 }
 
-Work cut(Memory& memory, const Model& m, int64_t T, bool adapts) {
+Work cut(Memory& memory, const Model& m, int64_t T, int64_t lows) {
   const int64_t R = T * m.rows, E = m.most_experts;
   Work w;
   w.normed = memory.take<float>(T * m.D);  // these two are read from outside
@@ -86,7 +87,8 @@ Work cut(Memory& memory, const Model& m, int64_t T, bool adapts) {
   w.order = memory.take<int32_t>(T);
   w.beside = memory.take<int32_t>(T);
   w.still = memory.take<int64_t>(m.most_loops + 1);
-  w.up = memory.take<float>(adapts ? T * m.F : 0);
+  w.up = memory.take<float>(lows ? T * m.F : 0);
+  w.low = memory.take<float>(lows);
   return w;
 }
 

@@ -56,16 +56,16 @@ def check_small(place: Path) -> None:
             )
 
 
-def size_of(place: Path) -> int:
-    """Bytes of the adapter's numbers in float32, by the header of its file; of a pickled one what they take at least.
+def size_of(place: Path, item_bytes: int = 4) -> int:
+    """Bytes of the adapter's numbers, ``item_bytes`` each, by the header of its file; of a pickled one what they take at least.
 
     0 where there is no file. Raises CheckpointError for a damaged one.
     """
     if (place / WEIGHTS).is_file():
         entries = read_header(place / WEIGHTS)[1]
-        return 4 * sum(math.prod(entry["shape"]) for entry in entries.values())
-    # Of float64 half is left.
-    return _file_size(place / PICKLE) // 2
+        return item_bytes * sum(math.prod(entry["shape"]) for entry in entries.values())
+    # As if all were of float64.
+    return _file_size(place / PICKLE) // 8 * item_bytes
 
 
 def _file_size(path: Path) -> int:

@@ -16,10 +16,15 @@ from anabranch.lm.tensors import some
 from anabranch.serving.engine.adapter_place import check_small, place_of, size_of
 from anabranch.serving.engine.adapter_rows import ServedAdapter
 
-__all__ = ["HEAD", "AdapterReader"]
+__all__ = ["HEAD", "AdapterReader", "kept_as"]
 
 # Our name of the head, which every row that samples goes through behind the pass, and transformers' name.
 HEAD, _HEAD = "head", "lm_head"
+
+
+def kept_as(dtype: torch.dtype) -> torch.dtype:
+    """What adapters of a model in ``dtype`` are kept in: its bfloat16, since a step reads all of their numbers, or float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 class AdapterReader:
@@ -29,23 +34,28 @@ class AdapterReader:
         config: the model's, without adapters.
         parts: of its linear layers, those that can be adapted where it is served; None to say so of all.
         device: where the numbers shall be.
+        dtype: what they are kept in, see `kept_as`.
     """
 
     def __init__(
-        self, config: Decoder.Config, parts: Collection[str] | None = None, device: torch.device | str = "cpu"
+        self,
+        config: Decoder.Config,
+        parts: Collection[str] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if config.linears:
             first = next(iter(config.linears))
             raise ConfigError(
                 f"linears of the model has {first!r} already, and adapters are served beside plain matrices alone"
             )
-        self._config, self._parts, self._device = config, parts, torch.device(device)
+        self._config, self._parts, self._device, self._dtype = config, parts, torch.device(device), dtype
         self._names: Names | None = None
 
     def __call__(
         self, folder: str, root: str | None = None, check: Callable[[int], None] | None = None
     ) -> ServedAdapter:
-        """The adapter in ``folder``, in float32.
+        """The adapter in ``folder``.
 
         Args:
             folder: its path, from ``root`` where there is one.
@@ -60,7 +70,7 @@ class AdapterReader:
         place = place_of(folder, root)
         check_small(place)
         if check is not None:
-            check(size_of(place))
+            check(size_of(place, self._dtype.itemsize))
         return self._read(place)
 
     def _read(self, place: Path) -> ServedAdapter:
@@ -104,12 +114,12 @@ class AdapterReader:
         digest = hashlib.sha256()
         parts: dict[str, tuple[Tensor, Tensor, float]] = {}
         for part, pair in sorted(pairs.items()):
-            # Those of 16 bits too, as peft keeps them.
+            # Before any is rounded, so that two that differ keep their keys and values apart.
             a_RC, b_RO = (half.detach().to("cpu", torch.float32).contiguous() for half in (pair.a_RC, pair.b_OR.T))
             digest.update(f"{part} {list(a_RC.shape)} {list(b_RO.shape)} {pair.scale!r}\n".encode())
             for half in (a_RC, b_RO):
                 digest.update(half.numpy().data)
-            parts[part] = a_RC.to(self._device), b_RO.to(self._device), pair.scale
+            parts[part] = a_RC.to(self._device, self._dtype), b_RO.to(self._device, self._dtype), pair.scale
         return ServedAdapter(parts, digest.hexdigest(), max(pair.rank for pair in pairs.values()))
 
 

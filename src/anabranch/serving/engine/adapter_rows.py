@@ -38,8 +38,8 @@ class ServedAdapter:
     """An adapter in memory, of no model in particular.
 
     Attributes:
-        parts: A ``[R, C]``, B transposed ``[R, O]`` and the scale of each part of a linear layer that it adapts, by our names
-            (``blocks.3.attention.q``).
+        parts: A ``[R, C]``, B transposed ``[R, O]``, both float32 or bfloat16, and the scale of each part of a linear layer that it
+            adapts, by our names (``blocks.3.attention.q``).
         version: equal where all numbers are.
         rank: the greatest.
     """

@@ -18,7 +18,7 @@ from anabranch.serving.core.adapter_shelf import AdapterShelf
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.core.client import BusyError
 from anabranch.serving.core.request import Request
-from anabranch.serving.engine.adapter_reader import HEAD, AdapterReader
+from anabranch.serving.engine.adapter_reader import HEAD, AdapterReader, kept_as
 from anabranch.serving.engine.adapter_rows import Mixed, PassAdapters, ServedAdapter, Sites
 from anabranch.serving.fast.adapters import AdapterTable, AdapterTables, AdapterUses
 from anabranch.sizes import parse_bytes
@@ -66,7 +66,8 @@ class ServedAdapters:
 
     @functools.cached_property
     def _reader(self) -> AdapterReader:
-        return AdapterReader(self._model.config, self._sites.parts, self._device)
+        weight = self._model.embedding.weight
+        return AdapterReader(self._model.config, self._sites.parts, self._device, kept_as(weight.dtype))
 
     def _read(self, folder: str, root: str | None, check: Callable[[int], None]) -> ServedAdapter:
         return self._reader(folder, root, check)
@@ -128,7 +129,7 @@ class ServedAdapters:
         if self._tables is None or not self._tables.takes(parts):
             return None
         if adapter not in self._table_of:
-            self._table_of[adapter] = self._tables.table(parts)
+            self._table_of[adapter] = self._tables.table(parts, adapter.version)
         return self._table_of[adapter]
 
     @property

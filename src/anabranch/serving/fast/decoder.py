@@ -164,7 +164,7 @@ class FastDecoder:
         if with_routes or self._stops:
             routes = torch.empty(len(self.routed), len(token_T), self._most_top_k, dtype=torch.int32)
         sequence_N4, table_U = np.ascontiguousarray(sequence_N4), np.ascontiguousarray(table_U)
-        self._make_room(len(token_T), adapters is not None)
+        self._make_room(len(token_T), 0 if adapters is None else adapters.lows)
         count, angles = len(token_T), (1, 1, len(token_T), self._model.width)
         step = CStep(
             count, array_address(sequence_N4, "int64", None, 4), len(sequence_N4), array_address(table_U, "int32", None), len(table_U),
@@ -187,9 +187,9 @@ class FastDecoder:
         bias = None if self.model.head is None else self.model.head.bias
         return native.linear(self._head[0], x_RD, bias)
 
-    def _make_room(self, num_tokens: int, adapts: bool) -> None:
-        """For what a step works out on its way."""
-        wanted = BYTES(self._model, num_tokens, int(adapts))
+    def _make_room(self, num_tokens: int, lows: int) -> None:
+        """For what a step works out on its way; ``lows`` are those of its adapters."""
+        wanted = BYTES(self._model, num_tokens, lows)
         if wanted > len(self._memory):
             self._memory = torch.empty(wanted, dtype=torch.uint8)
 

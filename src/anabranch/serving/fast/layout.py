@@ -12,7 +12,7 @@ from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import Kind
 
 __all__ = [
-    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CAdapter", "CBlock", "CExperts", "CLoops", "CModel", "CPart", "CRecurrence", "CStep",
+    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CAdapter", "CBlock", "CExperts", "CGroup", "CLoops", "CModel", "CPart", "CRecurrence", "CStep",
     "check_sizes", "floats",
 ]  # fmt: skip
 
@@ -76,7 +76,7 @@ class CStep(ctypes.Structure):
         ("tokens", _int), ("sequence", _pointer), ("sequences", _int), ("table", _pointer),
         ("table_length", _int),
         ("cos", _pointer), ("sin", _pointer), ("x", _pointer), ("routes", _pointer), ("memory", _pointer),
-        ("use_first", _pointer), ("adapters", _pointer), ("use_weight", _pointer),
+        ("group", _pointer), ("groups", _int), ("lows", _int),
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class CPart(ctypes.Structure):
     """`Part` of step.h."""
 
     _fields_ = (
-        ("a", _pointer), ("b", _pointer), ("rank", _int), ("start", _int), ("size", _int), ("scale", _float), ("unused", ctypes.c_int32),
+        ("a", _pointer), ("b", _pointer), ("rank", _int), ("start", _int), ("size", _int), ("scale", _float), ("half", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -94,9 +94,15 @@ class CAdapter(ctypes.Structure):
     _fields_ = (("parts", ctypes.POINTER(CPart)), ("first", _pointer))
 
 
+class CGroup(ctypes.Structure):
+    """`Group` of step.h."""
+
+    _fields_ = (("adapter", _pointer), ("token", _pointer), ("weight", _pointer), ("count", _int), ("lows", _int))
+
+
 _STRUCTURES = {"CModel": CModel, "CStep": CStep}
 BYTES = Kernel(
-    "anabranch_decode_bytes", "model: CModel, tokens: int64, adapts: int64", structures=_STRUCTURES, result="int64"
+    "anabranch_decode_bytes", "model: CModel, tokens: int64, lows: int64", structures=_STRUCTURES, result="int64"
 )
 STEP = Kernel(
     "anabranch_decode",

@@ -1,0 +1,121 @@
+"""Rows with the adapters of their tasks, and the backward pass by hand: against a loop over rows, autograd, and finite differences."""
+
+import pytest
+import torch
+
+from anabranch.adapters.mhr import MultiHeadRouted
+from anabranch.adapters.mhr.product import add_rows, can_add_rows
+from anabranch.adapters.tasks import told_tasks
+from anabranch.nn import BuildContext
+from anabranch.nn.linear import Product, Projection, Rows
+from anabranch.routing import RoutingContext
+
+SCALE = 1.5
+
+
+def made(rows=5, length=3, tasks=3, heads=2, skills=3, in_dim=4, out_dim=6, rank=2):
+    """([y, x, alpha, a, b], place)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (rows, length, out_dim), (rows, length, in_dim), (tasks, heads, skills),
+        (heads, skills, in_dim // heads, rank), (heads, skills, rank, out_dim // heads),
+    )  # fmt: skip
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return tensors, torch.randint(tasks, (rows,), generator=generator)
+
+
+def naive(y, x, alpha, a, b, place):
+    """Row by row, head by head."""
+    rows = []
+    for row, task in enumerate(place.tolist()):
+        heads = range(len(a))
+        half_a = torch.cat([torch.einsum("k,kpr->pr", alpha[task, head], a[head]) for head in heads])
+        half_b = torch.cat([torch.einsum("k,krp->rp", alpha[task, head], b[head]) for head in heads], 1)
+        rows.append(y[row] + SCALE * (x[row] @ half_a @ half_b))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the second by the kernel, where there is one
+@pytest.mark.parametrize("heads", [1, 2])
+def test_values_and_gradients_are_those_of_a_loop(heads, dtype):
+    tensors, place = made(heads=heads, in_dim=40, out_dim=70)
+    dy = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for run, kind in ((lambda *given: add_rows(*given, place, SCALE), dtype), (lambda *given: naive(*given, place), torch.float64)):
+        leaves = [value.to(kind).requires_grad_() for value in tensors]
+        y = run(*leaves)
+        found.append([y, *torch.autograd.grad(y, leaves, dy.to(kind))])
+    limit = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-3}
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, **limit)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_each_gradient_alone(number):
+    tensors, place = made()
+    leaf = tensors[number].requires_grad_()
+    found, wanted = (
+        torch.autograd.grad(y.square().sum(), leaf)[0]
+        for y in (add_rows(*tensors, place, SCALE), naive(*tensors, place))
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_of_any_order():
+    tensors, place = made(rows=3, length=2)
+    leaves = [value.requires_grad_() for value in tensors]
+    assert torch.autograd.gradcheck(lambda *given: add_rows(*given, place, SCALE), leaves)
+    assert torch.autograd.gradgradcheck(lambda *given: add_rows(*given, place, SCALE), leaves)
+
+
+def test_what_it_takes():
+    (y, x, _, a, _), _ = made()
+    assert can_add_rows(x, y, a)
+    assert not can_add_rows(x.float(), y, a)
+    assert not can_add_rows(x, y.float(), a)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_add_rows(x, y, a)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(can_add_rows(row, y, a)) or row)(x)
+    assert seen == [False]
+
+
+CASES = {
+    # (of each row its task, length, what else)
+    "mixed": ([0, 2, 0, 1], 3, {}),
+    "one task": ([1, 1, 1, 1], 3, {}),
+    "decoding, one task": ([2, 2, 2, 2], 1, {}),
+    "decoding, mixed": ([2, 0, 2, 1], 1, {}),
+    "the average": (None, 3, {"unknown": "average"}),
+    "uniform": (None, 3, {"uniform": True}),
+    "outputs": ([0, 2, 0, 1], 3, {"heads": 1, "mixes": "outputs"}),
+    "no rows": ([], 3, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_around_a_matrix_adds_what_it_says_it_adds(case):
+    """`around`, which multiplies and adds at once, against y and what `forward` gives; and their gradients."""
+    tasks, length, more = CASES[case]
+    config = MultiHeadRouted.Config(tasks=("a", "b", "c"), **{"skills": 3, "heads": 2, "rank": 2, "alpha": 3.0, **more})
+    generator = torch.Generator().manual_seed(2)
+    layer = config.build(Projection("blocks.0.attention.q", 4, 6, parts={"q": 6}), BuildContext(4, generator=generator))
+    layer.inventory.b.data.normal_(generator=generator)
+    x = torch.randn(4 if tasks is None else len(tasks), length, 4, generator=generator).requires_grad_()
+    matrix = torch.randn(6, 4, generator=generator)
+    # Of a fused matrix, in whose rows other parts stand, too.
+    product = Product(x, lambda x: torch.nn.functional.linear(x, torch.cat([matrix, matrix])), lambda: (matrix, None))
+
+    def context():
+        state = {} if tasks is None else told_tasks(torch.tensor(tasks, dtype=torch.int64), length)
+        return RoutingContext(state=state, training=True)
+
+    found = layer.around(Rows(product, 6, 6), context())
+    wanted = x @ matrix.T + layer(x, context())
+    torch.testing.assert_close(found, wanted)
+    learns = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    gradients = (torch.autograd.grad(y.square().sum(), learns, allow_unused=True) for y in (found, wanted))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
