@@ -233,7 +233,10 @@ def served_row(
     told = [names[number % len(names)] for number in range(rows)]
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(VOCAB, (PROMPT,), generator=generator).tolist() for _ in range(rows)]
-    of, what = "1 adapter" if len(ranks) == 1 else f"{len(ranks)} adapters", "all layers" if len(words) > 2 else "q and v"
+    of, what = (
+        "1 adapter" if len(ranks) == 1 else f"{len(ranks)} adapters",
+        "all layers" if len(words) > 2 else "q and v",
+    )
     ends = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     case = f"served, {str(dtype).removeprefix('torch.')}, {rows} row{'s' * (rows > 1)} over {of}, {ends}, {what}"
     together, plain = run(prompts, told), run(prompts, [None] * rows)

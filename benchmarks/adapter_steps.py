@@ -153,7 +153,11 @@ def selection_rows(rounds: int) -> list[dict[str, Any]]:
             times.append(1e3 * (clock()() - begin) / len(queries if is_seen else queries[1 + turn :: rounds]))
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
         row = {"case": f"select, the nearest of {ADAPTERS:,} adapters {case}", "ours": round(middle, 4), "unit": "ms"}
-        ratios = {"peer": LEAST_MS, "ratio": round(LEAST_MS / middle, 3), "spread": round(LEAST_MS / low - LEAST_MS / high, 3)}
+        ratios = {
+            "peer": LEAST_MS,
+            "ratio": round(LEAST_MS / middle, 3),
+            "spread": round(LEAST_MS / low - LEAST_MS / high, 3),
+        }
         rows.append({**row, **ratios, "peer_name": "the bar"})
         print(f"{row['case']:<60} {middle:.3f} ms, bar {LEAST_MS} ms", file=sys.stderr, flush=True)
     return rows
@@ -202,12 +206,13 @@ def main() -> None:
         for heads in (1, HEADS):
             for with_matrix in (False, True):
                 if has_peft and options.only in "poly":
-                    rows.append(poly_row(inputs, outputs, length, heads, with_matrix=with_matrix, rounds=options.rounds))
+                    rows.append(
+                        poly_row(inputs, outputs, length, heads, with_matrix=with_matrix, rounds=options.rounds)
+                    )
     if options.only in "select":
         rows += selection_rows(options.rounds)
-    for guard in (True, False):
-        if options.only in "rewire":
-            rows.append(rewiring_row(guard=guard, rounds=options.rounds))
+    if options.only in "rewire":
+        rows += [rewiring_row(guard=guard, rounds=options.rounds) for guard in (True, False)]
     finish("adapter_steps", rows, options, ["torch", "anabranch", *(["peft"] if has_peft else [])])
 
 

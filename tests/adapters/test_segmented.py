@@ -69,7 +69,7 @@ def test_only_what_is_asked_for_gets_a_gradient(number):
 @pytest.mark.parametrize("number", [None, 0, 1, 2, 3])
 def test_the_kernel_is_what_torch_computes_in_values_and_gradients(number, monkeypatch):
     """All gradients, and each alone."""
-    index, plan, tensors = made(num_items=9, in_dim=40, out_dim=70, rank=5)
+    _, plan, tensors = made(num_items=9, in_dim=40, out_dim=70, rank=5)
     dy, found = torch.randn(9, 70, generator=torch.Generator().manual_seed(3)), []
     for is_compiled in (True, False):
         if not is_compiled:

@@ -15,7 +15,9 @@ import torch
 from torch.autograd import forward_ad
 
 import anabranch
+import anabranch.nn.kernels.low_rank
 import anabranch.nn.kernels.memory
+import anabranch.nn.kernels.postings
 import anabranch.serving.engine.paged
 import anabranch.serving.expertflow.predictors.steps
 import anabranch.serving.expertflow.tiers
@@ -25,7 +27,7 @@ from anabranch.errors import AnabranchError, BackendError, CapacityError, InputE
 from anabranch.native.sources import SOURCES
 from anabranch.nn import RMSNorm, kernels
 from anabranch.nn.expert_call import ExpertCall, Needed
-from anabranch.nn.kernels import attention, expert_mlp, low_rank, paged, postings, rows
+from anabranch.nn.kernels import attention, expert_mlp, paged, rows
 from anabranch.nn.kernels import packed as products
 from anabranch.nn.kernels.binding import KERNELS, Kernel
 from anabranch.nn.kernels.operands import DTYPES, address, array_address

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiler")
 
 
 def made(ranks, uses, num_items, in_dim, out_dim, dtype=torch.float32, seed=0, rank=None):
-    """(x, a, b, end, item, weight): ``uses`` of each adapter, sorted by item; beyond an adapter's rank stand numbers that count for nothing."""
+    """(x, a, b, end, item, weight): ``uses`` of each adapter, sorted by item; what is beyond a rank counts for nothing."""
     generator = torch.Generator().manual_seed(seed)
     rank = max(ranks) if rank is None else rank
     shapes = (num_items, in_dim), (len(ranks), rank, in_dim), (len(ranks), out_dim, rank)
@@ -37,7 +37,6 @@ def naive(x, a, b, end, item, weight, ranks):
 
 
 def check(given, ranks):
-    x, *_ = given
     assert can_add(*given[:3])
     y, z = low_rank(*given, ranks=ranks, keep=True)
     wanted_y, wanted_z = naive(*given, ranks)
@@ -97,7 +96,9 @@ def test_a_row_is_the_same_to_the_bit_in_any_company_and_with_any_threads(dtype)
         own = item == number
         counts = [int(own[start:stop].sum()) for start, stop in zip([0, *end[:-1].tolist()], end.tolist(), strict=True)]
         ends = torch.tensor(counts).cumsum(0)
-        alone, _ = low_rank(x[number : number + 1], a, b, ends, torch.zeros(int(own.sum()), dtype=torch.int64), weight[own], ranks=ranks)
+        alone, _ = low_rank(
+            x[number : number + 1], a, b, ends, torch.zeros(int(own.sum()), dtype=torch.int64), weight[own], ranks=ranks
+        )
         assert torch.equal(alone[0], y[number])
 
 

@@ -41,8 +41,8 @@ def load_pool(
         folders: of peft's, by the names that rows are told with.
         model: as for `load_peft`.
         family: likewise.
-        dtype: what A and B are kept in; float32 at least if None, as peft keeps them. In the model's own bfloat16 a pass reads half as much,
-            and sums are of float32 all the same.
+        dtype: what A and B are kept in; float32 at least if None, as peft keeps them. In the model's own bfloat16 a pass reads half as
+            much, and sums are of float32 all the same.
 
     Raises as `load_peft`; ConfigError also for no folder, and for adapters that bring whole tensors, which all rows would get.
     """

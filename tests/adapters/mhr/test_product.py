@@ -41,7 +41,10 @@ def test_values_and_gradients_are_those_of_a_loop(heads, dtype):
     tensors, place = made(heads=heads, in_dim=40, out_dim=70)
     dy = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = []
-    for run, kind in ((lambda *given: add_rows(*given, place, SCALE), dtype), (lambda *given: naive(*given, place), torch.float64)):
+    for run, kind in (
+        (lambda *given: add_rows(*given, place, SCALE), dtype),
+        (lambda *given: naive(*given, place), torch.float64),
+    ):
         leaves = [value.to(kind).requires_grad_() for value in tensors]
         y = run(*leaves)
         found.append([y, *torch.autograd.grad(y, leaves, dy.to(kind))])

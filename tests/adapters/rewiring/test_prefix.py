@@ -64,16 +64,15 @@ def test_a_phase_runs_it_once(name, monkeypatch):
     rerouter = Rerouter(model, Rewiring(steps=4, guard=True, select="all"))
     rerouter.adapt(TEXTS, [rerouter.new_state() for _ in TEXTS])
     assert sum(one is first for one in calls) == 1
-    # 4 steps, and the candidates together.
-    assert sum(one is last for one in calls) == 5
+    # 4 steps, and the candidates together; where the last block alone routes, its attention stands before the first router.
+    assert sum(one is last for one in calls) == (1 if MODELS[name] else 5)
 
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_what_is_fitted_is_what_would_be_without(guard, monkeypatch):
-    found = []
+    found, original = [], Prefix.__init__
     for is_there in (True, False):
         if not is_there:
-            original = Prefix.__init__
             monkeypatch.setattr(
                 Prefix, "__init__", lambda self, *a: original(self, *a) or setattr(self, "is_there", False)
             )
@@ -98,6 +97,3 @@ def test_where_nothing_is_kept():
     replaced = model_of()
     replaced.blocks[0].forward = replaced.blocks[0].forward
     assert not is_there(replaced)
-    recomputed = model_of()
-    recomputed.recompute = True
-    assert not is_there(recomputed)

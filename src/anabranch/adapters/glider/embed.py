@@ -207,13 +207,15 @@ class Stack:
         has_F = place_F < len(self.id_G)
         has_F[has_F] = self.id_G[place_F[has_F]] == vector.id_F[has_F]
         place_K, weight_K = place_F[has_F], vector.weight_F[has_F].astype(np.float64)
-        return products(self.start_G1[place_K], self.start_G1[place_K + 1], weight_K, self.row_P, self.weight_P, self.num)
+        return products(
+            self.start_G1[place_K], self.start_G1[place_K + 1], weight_K, self.row_P, self.weight_P, self.num
+        )
 
     def nearest(self, vector: Vector, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows, their cosines) of the ``k`` nearest, best first; of equals the first come first. ``k`` is at most M."""
         cosine_M = self.cosines(vector)
         if k == 1:
-            row_K = cosine_M.argmax(keepdims=True)
+            row_K = np.array([cosine_M.argmax()])
         elif k < self.num:
             # Of all, those that may be among the k: the k-th best and what equals it.
             row_X = (cosine_M >= np.partition(cosine_M, self.num - k)[self.num - k]).nonzero()[0]

@@ -167,7 +167,9 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
                 alpha_UqK, place_B, shape = found
                 inventory = self.inventory
                 x_BLC, y_BLO = x.reshape(*shape, -1), y.reshape(*shape, -1)
-                return add_rows(y_BLO, x_BLC, alpha_UqK, inventory.a, inventory.b, place_B, inventory.scale).view(y.shape)
+                return add_rows(y_BLO, x_BLC, alpha_UqK, inventory.a, inventory.b, place_B, inventory.scale).view(
+                    y.shape
+                )
         return y + self._added(x, task_BL, context).to(y.dtype)
 
     def _begun(self, x: Tensor, context: Any) -> Tensor | None:
@@ -196,9 +198,7 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
         # Asked, so that the table has a gradient, of zero.
         return self.table(torch.full((1,), AVERAGE, device=device)) if task_BL is None else None
 
-    def _by_row(
-        self, x: Tensor, task_BL: Tensor | None, context: Any
-    ) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
+    def _by_row(self, x: Tensor, task_BL: Tensor | None, context: Any) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
         """(alpha_UqK, which of them each row has, [B, L] that x is of); None where items of one row are of several tasks."""
         items = x.numel() // x.shape[-1]
         if not items:
@@ -269,7 +269,7 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
             return self._one(x_NC, alpha_UqK)
         a_UCR, b_URO = self.inventory.merged(alpha_UqK)
         if is_by_row:
-            x_BLC = x_NC.view(*task_BL.shape, -1)
+            x_BLC = x_NC.view(*task_BL.shape, x_NC.shape[-1])
             return torch.bmm(torch.bmm(x_BLC, a_UCR[place_B]), b_URO[place_B]).flatten(0, 1) * self.inventory.scale
         return self._grouped(x_NC, place_B, a_UCR, b_URO)
 

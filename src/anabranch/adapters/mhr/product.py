@@ -59,9 +59,7 @@ def add_rows(
     return made
 
 
-def _plain(
-    x_BLC: Tensor, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor, place_B: Tensor, scale: float
-) -> Tensor:
+def _plain(x_BLC: Tensor, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor, place_B: Tensor, scale: float) -> Tensor:
     """What is added to y, by operators that autograd differentiates."""
     a_UCR, b_URO = merged_halves(alpha_UqK, a_qKCR, b_qKRO)
     return torch.bmm(torch.bmm(x_BLC, a_UCR[place_B]), b_URO[place_B]) * scale
@@ -136,7 +134,9 @@ def _through(
         order_B = place_B.argsort(stable=True)
         item_N = (order_B.unsqueeze(1) * length + torch.arange(length)).flatten()
         end_U = torch.bincount(place_B, minlength=len(down_URC)).cumsum(0) * length
-        into_NO = None if into_BLO is None else into_BLO.reshape(-1, out_dim).clone(memory_format=torch.contiguous_format)
+        into_NO = (
+            None if into_BLO is None else into_BLO.reshape(-1, out_dim).clone(memory_format=torch.contiguous_format)
+        )
         weight_N = torch.full((len(item_N),), scale)
         y_NO, z_NR = low_rank(x_NC, down_URC, up_UOR, end_U, item_N, weight_N, keep=True, into=into_NO)
         assert z_NR is not None, "it is kept"

@@ -27,8 +27,8 @@ class Prefix:
         layers: its routers that vectors turn.
 
     Attributes:
-        is_there: whether there is anything that can be kept: not of models that run as parallel streams, whose blocks, or hidden states, are
-            made in other ways, or whose blocks somebody watches.
+        is_there: whether there is anything that can be kept: not of models that run as parallel streams, whose blocks, or hidden states,
+            are made in other ways, or whose blocks somebody watches.
     """
 
     def __init__(self, model: Decoder, layers: Sequence[RouterLayer]) -> None:
@@ -38,7 +38,6 @@ class Prefix:
         self.is_there = (
             type(model).hidden is Decoder.hidden
             and model.streams is None
-            and not model.recompute
             and type(last) is PreNorm
             and not any(_is_watched(block) for block in blocks)
             and not any(hasattr(module, "is_router") for module in (*last.attention.modules(), *_all(blocks[:-1])))
@@ -68,7 +67,8 @@ class Prefix:
         last, *others = list(model.blocks)[self._block :]
         x_BLD = last.feed_forward.add_to(x_BLD, last.feed_forward_norm, context)  # type: ignore[operator,union-attr]
         for block in others:
-            x_BLD = block(x_BLD, context)
+            # The rest of that first block is kept for the backward pass even where blocks are run again.
+            x_BLD = model._run(block, x_BLD, context)
         made: Tensor = model.norm(x_BLD)
         return made
 

@@ -1,4 +1,4 @@
-"""The compiled product of rows, sorted by adapter, with the low-rank adapters of a pool; float32 or bfloat16 on a CPU, summed in float32."""
+"""The compiled product of rows, sorted by adapter, with the low-rank adapters of a pool, in float32 or bfloat16 on a CPU."""
 # Shapes: N items, E adapters, U uses, C inputs, O outputs, R greatest rank
 
 from collections.abc import Sequence

@@ -32,7 +32,9 @@ PLAIN: Final = frozenset({Tensor, nn.Parameter})
 LEAST_ADDRESS: Final = 1 << 16
 
 # Of tensors; arrays have them by the same names.
-DTYPES: Final = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "bool", "uint8", "int32", "int64")}
+DTYPES: Final = {
+    name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "bool", "uint8", "int32", "int64")
+}
 
 
 def takes(*values: Tensor) -> bool:
