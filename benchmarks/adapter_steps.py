@@ -202,13 +202,13 @@ def main() -> None:
         print("peft is not installed: the rows of Poly are left out", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     shapes = [(576, 576, 64), (576, 1536, 64), (576, 1536, 256), (1536, 576, 256)]
-    for inputs, outputs, length in shapes[: 1 if options.quick else None]:
-        for heads in (1, HEADS):
-            for with_matrix in (False, True):
-                if has_peft and options.only in "poly":
-                    rows.append(
-                        poly_row(inputs, outputs, length, heads, with_matrix=with_matrix, rounds=options.rounds)
-                    )
+    if has_peft and options.only in "poly":
+        rows += [
+            poly_row(*shape, heads, with_matrix=with_matrix, rounds=options.rounds)
+            for shape in shapes[: 1 if options.quick else None]
+            for heads in (1, HEADS)
+            for with_matrix in (False, True)
+        ]
     if options.only in "select":
         rows += selection_rows(options.rounds)
     if options.only in "rewire":
