@@ -160,6 +160,18 @@ def test_whole_tensors_learn_with_the_adapter_and_not_after_it(place, tmp_path):
         load_peft(tmp_path / "part", opened(place), trainable=True)
 
 
+def test_whole_tensors_that_did_not_change_are_saved_as_they_were(place, tmp_path):
+    """And not as a model of 16 bits holds them."""
+    given = read_peft(place / "s").saved["lm_head.weight"]
+    model = load_peft(place / "s", load_model(place / "base", dtype=torch.bfloat16)[0])
+    save_peft(tmp_path / "same", model)
+    assert torch.equal(read_peft(tmp_path / "same").saved["lm_head.weight"], given)
+    with torch.no_grad():
+        model.head.weight[1, 2] += 1
+    save_peft(tmp_path / "other", model)
+    assert torch.equal(read_peft(tmp_path / "other").saved["lm_head.weight"], model.head.weight)
+
+
 def test_dropout_is_of_what_goes_into_the_adapter_while_it_learns(place):
     """A share p is zero, the rest is divided by 1 - p; in evaluation, and where nothing learns, there is none."""
     model = load_peft(place / "a", opened(place), trainable=True)

@@ -193,6 +193,15 @@ def test_padding_paths_and_a_cache():
         torch.testing.assert_close(mixed[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("piece", [1, 2, 4])
+def test_latents_in_a_cache_have_a_matrix_for_each_task(piece):
+    """Also where a piece has as many tokens as a latent has numbers, 8."""
+    model, names = model_of(FINE, "deepseek_v2"), ["c", "a"]
+    whole, cache = logits(model, names), model.new_cache(6)
+    pieces = [logits(model, names, TOKENS[:, start : start + piece], cache=cache) for start in range(0, 6, piece)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_generated_with_a_cache_each_row_goes_on_as_alone():
     """Rows stop at different times, and those that stay keep their tasks."""
     model = model_of()

@@ -96,11 +96,27 @@ DAMAGES = {
         lambda f: change(f, **{f"{FIRST}.lora_B.weight": torch.ones(6)}),
         r"lora_B of .* has shape \[6\]; it must be a matrix",
     ),
+    "no numbers": (
+        lambda f: change(f, **{f"{FIRST}.lora_B.weight": torch.ones(6, 0)}),
+        r"lora_B of .* has shape \[6, 0\]; it must be a matrix",
+    ),
     "two ranks": (
         lambda f: change(f, **{f"{FIRST}.lora_B.weight": torch.ones(6, 3)}),
         "has rank 4, and lora_B 3; they must have one",
     ),
     "another rank": (lambda f: retable(f, r=16), r"has rank 4, and adapter_config.json says 16 \(r, or rank_pattern\)"),
+    "a name without end": (
+        lambda f: change(f, **{f"{'a.' * 100_000}lora_A.weight": torch.ones(1)}),
+        r"holds a tensor called 'base_model.* \.\.\. .*; a name has at most 500 characters",
+    ),
+    "a name of control": (
+        lambda f: change(f, **{f"{FIRST}\n\x1b[2J.lora_A.weight": torch.ones(1)}),
+        r"q_proj\\n\\x1b\[2J.lora_A.weight'; a name has at most 500 characters, none of which is for control",
+    ),
+    "near infinity": (
+        lambda f: change(f, **{f"{FIRST}.lora_A.weight": torch.full((4, 8), -3e38)}),
+        r"q_proj.lora_A.weight' in .* holds a number of the size 3e\+38; .* numbers are at most 1e\+30",
+    ),
     "a half": (
         lambda f: change(f, **{f"{FIRST}.lora_A.weight": None}),
         f"lacks lora_A of {FIRST}, whose other half it has",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapter_kinds import tasks_for
 from adapter_models import (
@@ -28,7 +28,17 @@ from adapter_models import (
     make_kind,
     stacked,
 )
-from anabranch.adapters import combine, load_peft, read_peft, save_peft, write_peft
+from anabranch.adapters import (
+    combine,
+    load_peft,
+    load_pool,
+    merge,
+    read_peft,
+    rows_for,
+    save_peft,
+    unload,
+    write_peft,
+)
 from anabranch.lm import SamplingConfig, generate, load_model
 
 GOLDEN = Path(__file__).with_name("peft_golden.json")
@@ -300,3 +310,85 @@ def test_what_is_generated_is_what_peft_finds_likeliest(kind, tmp_path):
     sampling = SamplingConfig(max_tokens=6, temperature=0.0)
     found = generate(load_peft(adapter, load_model(base)[0]), TOKENS.tolist(), sampling)
     assert found == token_BL[:, -6:].tolist()
+
+
+def saved_heads(root, family, **options):
+    """A base, and adapters a and b of its queries and head as peft saves them: with a copy of the head beside."""
+    base = make_base(root / "base", family)
+    layers = {**linear_layers(base, ["q_proj"]), "lm_head": (32, 61)}
+    for name in "ab":
+        lengths = {
+            f"{module}.lora_magnitude_vector": 2 + drawn(f"{name}{module}", (size[1],))
+            for module, size in layers.items()
+        }
+        extra = lengths if options.get("use_dora") else {}
+        make_adapter(root / f"made {name}", layers, seed=name, extra=extra, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs(root / "base", root / f"made {name}").save_pretrained(root / name)
+        assert "base_model.model.lm_head.base_layer.weight" in load_file(root / name / "adapter_model.safetensors")
+    return root
+
+
+@needs_peft
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_adapters_of_the_head_that_peft_saves(family, options, tmp_path):
+    """Put on, merged, taken off, saved again, and read by peft again."""
+    place = saved_heads(tmp_path, family, **options)
+    wanted = logits_of_peft(place / "base", place / "a")
+    model = load_peft(place / "a", load_model(place / "base")[0])
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    save_peft(tmp_path / "copy", model)
+    torch.testing.assert_close(logits_of_peft(place / "base", tmp_path / "copy"), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(merge(model)), wanted, rtol=1e-4, atol=2e-5)
+    write_peft(tmp_path / "whole", read_peft(place / "a"))
+    assert torch.equal(logits_of_peft(place / "base", tmp_path / "whole"), wanted)
+    assert torch.equal(logits(unload(model)), logits(load_model(place / "base")[0]))
+
+
+@needs_peft
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "way", [("cat", "exact"), ("linear", "linear"), ("ties_svd", "ties_svd")], ids=lambda way: way[1]
+)
+def test_sums_of_adapters_of_the_head_are_those_of_peft(family, way, tmp_path):
+    place = saved_heads(tmp_path, family)
+    model = theirs(place / "base", place / "a")
+    options = {"density": 0.4} if "ties" in way[1] else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.load_adapter(place / "b", "b")
+        model.add_weighted_adapter(["default", "b"], [0.5, 0.75], "sum", combination_type=way[0], **options)
+    model.set_adapter("sum")
+    with torch.no_grad():
+        wanted = model.eval()(TOKENS).logits
+    write_peft(
+        tmp_path / "sum", combine([read_peft(place / name) for name in "ab"], [0.5, 0.75], way[1], **options).adapter
+    )
+    found = logits(load_peft(tmp_path / "sum", load_model(place / "base")[0]))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(logits_of_peft(place / "base", tmp_path / "sum"), wanted, rtol=1e-5, atol=2e-5)
+
+
+@needs_peft
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_rows_of_adapters_of_the_head_are_as_peft_computes_them(family, tmp_path):
+    place = saved_heads(tmp_path, family)
+    model = load_pool({name: place / name for name in "ab"}, load_model(place / "base")[0]).eval()
+    wanted = torch.stack([logits_of_peft(place / "base", place / name)[row] for row, name in enumerate("ba")])
+    with torch.no_grad():
+        found = model(TOKENS, state=rows_for(model, ["b", "a"], TOKENS.shape[1])).logits_BLV
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+
+
+@needs_peft
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_copy_that_is_another_head_is_put_where_peft_puts_it(family, tmp_path):
+    """Into the embedding too, where that is the head."""
+    place = saved_heads(tmp_path, family)
+    path = place / "a" / "adapter_model.safetensors"
+    name = "base_model.model.lm_head.base_layer.weight"
+    save_file({**load_file(path), name: drawn("another head", (61, 32))}, path)
+    model = load_peft(place / "a", load_model(place / "base")[0])
+    torch.testing.assert_close(logits(model), logits_of_peft(place / "base", place / "a"), rtol=1e-5, atol=1e-5)

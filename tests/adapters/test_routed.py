@@ -165,6 +165,47 @@ def test_a_head_of_its_own_in_a_pool(tmp_path):
     assert unload(model).head is None
 
 
+@pytest.mark.parametrize("piece", range(1, 7))
+def test_the_matrix_of_latents_is_each_row_s_own(tmp_path, piece):
+    """With a cache kv_b_proj is multiplied into queries: it is called with its 8 latents, as many as 2 rows have tokens in pieces of 4."""
+    base = make_base(tmp_path / "base", "deepseek_v2")
+    for name in "ab":
+        make_adapter(tmp_path / name, linear_layers(base, ["kv_b_proj"]), seed=name)
+    given = tmp_path / "base", {name: tmp_path / name for name in "ab"}
+    model = pooled(given)
+    for rows in (["b", "a"], ["a", "a"], [None, {"a": 0.5, "b": -1.0}]):
+        whole, cache = run(model, rows), model.new_cache(6)
+        for start in range(0, 6, piece):
+            part = TOKENS[:, start : start + piece]
+            with torch.no_grad():
+                found = model(part, cache=cache, state=rows_for(model, rows, part.shape[1])).logits_BLV
+            torch.testing.assert_close(found, whole[:, start : start + piece], rtol=1e-4, atol=1e-5)
+    for rows, length in ((3, 4), (2, 3)):
+        cache = model.new_cache(6)
+        with pytest.raises(InputError, match=rf"told of \[{rows}, {length}\] rows and tokens in a pass of 2 rows of 4"):
+            model(TOKENS[:, :4], cache=cache, state=rows_for(model, ["a"] * rows, length))
+
+
+def test_rows_that_change_within_have_no_matrix_of_latents(tmp_path):
+    base = make_base(tmp_path / "base", "deepseek_v2")
+    make_adapter(tmp_path / "a", linear_layers(base, ["kv_b_proj"]))
+    model = pooled((tmp_path / "base", {"a": tmp_path / "a"}))
+    state = {name: value.clone() for name, value in chosen_rows(torch.tensor([0, 0]), 6).items()}
+    state["adapters.index"][1, 2:] = -1
+    with torch.no_grad():
+        model(TOKENS, state=state)  # each token its own, without a cache
+        with pytest.raises(InputError, match="told otherwise of tokens of one row"):
+            model(TOKENS, cache=model.new_cache(6), state=state)
+
+
+def test_a_router_of_latents_needs_all_of_them():
+    config = CONFIGS["deepseek_v2"]().replace(linears={"*.kv_up": RoutedLowRank.Config(ranks=(2, 2), router=ROUTED)})
+    model = config.build().eval()
+    logits(model)
+    with pytest.raises(ConfigError, match="kv_up of latent attention routes each token"), torch.no_grad():
+        model(TOKENS, cache=model.new_cache(6))
+
+
 def drawn_model(**options):
     model = (
         CONFIGS["llama"]()

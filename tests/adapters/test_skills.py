@@ -97,6 +97,22 @@ def alone():
     return context.projection("a", 8, 8), context
 
 
+@pytest.mark.parametrize("piece", [2, 4])
+def test_latents_in_a_cache_have_a_matrix_for_each_task(piece):
+    config = CONFIGS["deepseek_v2"]().replace(linears={"*.kv_up": SkilledLowRank.Config(rank=2, num_tasks=3)})
+    model = config.build(seed=1).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".beside." in name:
+                parameter.copy_(drawn(name, parameter.shape))
+        whole, cache = model(TOKENS, state=tasks_for(model, [2, 0], 6)).logits_BLV, model.new_cache(6)
+        for start in range(0, 6, piece):
+            part = TOKENS[:, start : start + piece]
+            found = model(part, cache=cache, state=tasks_for(model, [2, 0], part.shape[1])).logits_BLV
+            torch.testing.assert_close(found, whole[:, start : start + piece], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole[0, 3:], whole[1, 3:])
+
+
 def test_splits_that_do_not_divide_are_refused():
     context = BuildContext(8)
     with pytest.raises(ConfigError, match="num_splits is 3, which does not divide the 8 inputs of a"):

@@ -157,6 +157,35 @@ def test_adapters_in_a_model_are_exported(here, adapted, tmp_path):
     assert all(torch.equal(pairs[0][name].a_RC, pairs[1][name].a_RC) for name in pairs[0])
 
 
+def test_adapters_of_the_head_as_peft_writes_them(here, adapted, tmp_path):
+    """With a copy of the head beside: summed, held against the mixture, and put onto a model in few bits."""
+    head = load_file(adapted / "base" / "model.safetensors")["lm_head.weight"]
+    for name in ("one", "two", "other"):
+        copy = head + 1 if name == "other" else head.clone()
+        make_adapter(tmp_path / name, {"lm_head": (32, 257)}, seed=name, extra={"lm_head.base_layer.weight": copy})
+    both = (tmp_path / "one", tmp_path / "two", "--weights", "0.5,0.5")
+    code, out, err = here("adapters", "export", adapted / "base", *both, "--out", tmp_path / "exported", "--json")
+    assert code == 0, err
+    assert json.loads(out)["difference"] < 1e-4
+    assert here("adapters", "merge", *both, "--out", tmp_path / "sum")[0] == 0
+    few = ("--quantize", "int8")
+    found = [
+        measured(here, adapted / "base", *more, *few)["nats_per_token"]
+        for more in ([], ["--adapter", tmp_path / "sum"], ["--adapter", tmp_path / "exported"])
+    ]
+    assert found[1] == pytest.approx(found[2], rel=1e-6)
+    assert abs(found[1] - found[0]) > 1e-3
+    for line in (
+        ["adapters", "merge", tmp_path / "one", tmp_path / "other", "--out", tmp_path / "none"],
+        ["eval", adapted / "base", "--adapter", tmp_path / "other", "--quantize", "int8", *EVAL],
+    ):
+        code, _, err = here(*line)
+        assert code == 2
+        assert "holds other numbers for lm_head.weight than" in err
+        assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_card(here, adapted):
     code, out, _ = here("adapters", "card", adapted / "first", "--json")
     assert code == 0
@@ -171,6 +200,7 @@ def test_a_card(here, adapted):
         "alphas": [8.0],
         "rslora": False,
         "brings_whole": [],
+        "copies": [],
         "parameters": 2 * 4 * (32 + 32 + 48 + 32),
         "size_bytes": sum(path.stat().st_size for path in (adapted / "first").iterdir()),
     }
@@ -182,13 +212,15 @@ def test_a_card(here, adapted):
         "use_rslora": True,
         "alpha_pattern": {"down_proj": 0.5},
     }
+    extra["lm_head.weight"] = torch.ones(61, 32)
+    options["modules_to_save"] = ["norm"]
     make_adapter(adapted / "much", layers, extra=extra, base_model_name_or_path=None, **options)
     code, out, _ = here("adapters", "card", adapted / "much")
     assert code == 0
     assert "LoRA for a base that it does not name" in out
     assert "1 and 2 stacks of experts: down_proj, gate_up_proj, q_proj" in out
     assert "3   alpha 0.5 to 8, scale alpha / sqrt(rank)" in out
-    assert "model.norm.weight" in out
+    assert "whole model.norm.weight copies lm_head.weight, of the base" in " ".join(out.split())
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from anabranch.adapters.copies import common_copies
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.peft_folder import Adapter, described
 from anabranch.adapters.thinning import RULES, Majority, Rule, merged
@@ -136,7 +137,7 @@ def combine(
     Raises ConfigError: no adapters, another number of weights, one that is not finite, an unknown method, layers of other widths, ranks
     that differ where halves are combined, a sum that the type of the adapters cannot hold, a ``rank`` below 1, a ``density`` that is not
     above 0 and at most 1, a seed that no generator takes, any of them for a method that has no use for it, or adapters that bring whole
-    tensors, which have no sum.
+    tensors, which have no sum, or hold other numbers of the base than each other.
     """
     way = _way(method, rank, density, seed, majority)
     _check(adapters, weights)
@@ -156,7 +157,8 @@ def combine(
     missed, total, cut, whole = (
         sum(getattr(layer, name) for layer in layers.values()) for name in ("missed", "total", "cut", "whole")
     )
-    adapter = Adapter(described({**table, "inference_mode": True}, pairs), pairs)
+    copies = common_copies(adapters)
+    adapter = Adapter(described({**table, "inference_mode": True}, pairs), pairs, copies=copies)
     return Combined(adapter, _share(missed, total), _share(cut, whole))
 
 

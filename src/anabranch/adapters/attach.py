@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from anabranch.adapters.attached import ATTACHED, attached_on, begin, check_bare, configs_of, our_layers, put_on
+from anabranch.adapters.copies import settled
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.front import Front, front_of
 from anabranch.adapters.graft import check_pools, strip, with_layers
@@ -26,7 +27,7 @@ from anabranch.adapters.names import Names, names_of
 from anabranch.adapters.peft_folder import CONFIG, Adapter, read_peft
 from anabranch.adapters.peft_tables import table_of
 from anabranch.adapters.skills import Skills
-from anabranch.adapters.whole import HEAD, exchange, parts_head, tensor_of
+from anabranch.adapters.whole import HEAD, exchange, tensor_of, with_parted_head
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
@@ -53,7 +54,7 @@ def load_peft(
 
     Raises:
         CheckpointError: as `read_peft`, or the adapter is of another model: it has layers that this one lacks or widths that do not fit,
-            or lacks layers that its config names.
+            or lacks layers that its config names. Copies of the base's tensors that are others than the model's are put on as peft does.
         ConfigError: the model has an adapter, or other ``linears``, already; a ``task`` that the adapter has not; ``trainable`` for one
             that peft would train otherwise: with biases, stacked experts, or a network that makes its virtual tokens.
     """
@@ -61,10 +62,12 @@ def load_peft(
     check_bare(model)
     if adapter.prompt_MW is not None:
         return _put_in_front(adapter, model, Path(folder), family, trainable=trainable)
-    unties = model.config.tie_embeddings and parts_head(adapter)
-    config = model.config.replace(tie_embeddings=False) if unties else model.config
+    config = with_parted_head(model.config, [adapter])
     names = names_of(config, adapter.layers, family)
     check_fits(adapter, names, config, Path(folder))
+    adapter = settled(adapter, names, model, folder)
+    # Copies that are what the model has part nothing.
+    config = with_parted_head(model.config, [adapter])
     if trainable:
         _check_learns(adapter, names, folder)
     layers = our_layers(names, adapter, config)
@@ -78,7 +81,7 @@ def load_peft(
     table = table_of(adapter.table, Path(folder) / CONFIG)
     for name, tensor in adapter.saved.items():
         attached.before[name] = exchange(model, names, name, tensor)
-        # peft writes the base's head and embedding, too, where they are adapted: those stay what they are.
+        # What is the base's, be it other than it was, does not learn.
         learns = trainable and table.is_saved(name.rpartition(".")[0])
         tensor_of(model, names.tensors[name].tensor).requires_grad_(learns)
     attached.trainable = trainable

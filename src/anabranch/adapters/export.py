@@ -6,7 +6,7 @@ exported = export_mixture("both", model, {"french": 0.5, "sql": 0.25})     # fol
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,6 +75,8 @@ def export_mixture(
             wanted_BLV = model(token_BL, state=rows_for(model, [mixture], token_BL.shape[1])).logits_BLV
         finally:
             unload(model)
+        # The model has these: whoever loads it need not.
+        made = replace(made, adapter=replace(made.adapter, copies={}))
         write_peft(out, made.adapter)
         load_peft(out, model, family=family)
         try:

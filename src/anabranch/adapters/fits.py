@@ -93,7 +93,7 @@ def _holds(adapter: Adapter) -> str:
 
 
 def _check_saved(adapter: Adapter, names: Names, folder: Path) -> None:
-    for name, tensor in adapter.saved.items():
+    for name, tensor in {**adapter.saved, **adapter.copies}.items():
         if name not in names.tensors:
             raise CheckpointError(f"{folder} brings {name}, for which the model, a {names.family}, has no place")
         shape = names.tensors[name].shape

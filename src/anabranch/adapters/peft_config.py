@@ -137,6 +137,11 @@ class TargetTable(PeftTable):
         """Whether ``module`` is one of those brought whole, or lies in one."""
         return any(f".{word}." in f".{module}." for word in self.modules_to_save)
 
+    def is_learned(self, name: str) -> bool:
+        """Whether a tensor beside those of layers was learned: a bias, or one of a module that is brought whole. Others are the base's."""
+        module, _, leaf = name.rpartition(".")
+        return leaf != "weight" or self.is_saved(module)
+
     def _is_in_layer(self, module: str) -> bool:
         """Whether ``layers_to_transform`` names its layer: the last number in its name, as peft has it."""
         layers = self.table.get("layers_to_transform")

@@ -17,6 +17,8 @@ __all__ = ["INNER", "PREFIX", "WEIGHTS", "AdapterFile", "Sorted"]
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+# Characters of a tensor's name, which errors tell, and how great a number may be: beyond it nothing that is computed with it is one.
+_MOST_NAME, _MOST = 500, 1e30
 # What peft calls a layer that another stands around.
 INNER = ".base_layer"
 # What an adapter may hold that is not of its kind, by what is in the names, and what that is.
@@ -51,11 +53,16 @@ class AdapterFile:
     Attributes:
         path: of the file, for messages.
 
-    Raises CheckpointError where there is none, or it cannot be read.
+    Raises CheckpointError where there is none, it cannot be read, or tensors have names that are none of modules.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path, self._source = _open(folder)
+        odd = next((name for name in self.names if len(name) > _MOST_NAME or not name.isprintable()), None)
+        if odd is not None:
+            raise CheckpointError(
+                f"{self.path} holds a tensor called {shown(odd)}; a name has at most {_MOST_NAME} characters, none of which is for control"
+            )
 
     @property
     def names(self) -> Collection[str]:
@@ -85,7 +92,7 @@ class AdapterFile:
     def read(self, name: str) -> Tensor:
         """A tensor of finite numbers, as a copy that needs the file no longer.
 
-        Raises CheckpointError for one that is no plain tensor of floats, or holds NaN or infinity.
+        Raises CheckpointError for one that is no plain tensor of floats, or holds NaN, infinity or numbers near that.
         """
         source, where = self._source, self.path
         if source.dtype(name) not in FLOATS:
@@ -104,6 +111,12 @@ class AdapterFile:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{shown(name)} in {where} holds NaN or infinity; the adapter is damaged, or its training failed"
+            )
+        greatest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if greatest > _MOST:
+            raise CheckpointError(
+                f"{shown(name)} in {where} holds a number of the size {greatest:.3g}; the adapter is damaged, or its training failed: "
+                f"numbers are at most {_MOST:g}"
             )
         return tensor
 

@@ -9,7 +9,7 @@ Layers have the names that transformers gives them. Fields of the config that no
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Adapter:
         saved: tensors that it brings whole (``modules_to_save``, biases), by the names that transformers gives them.
         stacks: of experts that are stacked in one parameter, by its name (``model.layers.0.mlp.experts.down_proj``).
         prompt_MW: virtual tokens in front of every sequence, as peft has them; None where there are none.
+        copies: tensors of the base that lie beside it though it did not learn them, likewise; see `anabranch.adapters.copies`.
     """
 
     table: Mapping[str, Any]
@@ -53,6 +54,7 @@ class Adapter:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     stacks: Mapping[str, Stack] = field(default_factory=dict)
     prompt_MW: Tensor | None = None
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def what(self) -> str:
@@ -75,8 +77,8 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all of its tensors."""
-        return sum(tensor.numel() for tensor in self.tensors().values())
+        """Numbers in all of its tensors, but for those of the base."""
+        return sum(tensor.numel() for tensor in replace(self, copies={}).tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by their names in a file, without the words that peft has in front of all."""
@@ -88,7 +90,7 @@ class Adapter:
             for ending, tensor in numbers.tensors().items()
         }
         found |= stacked_tensors(self.stacks)
-        return found | {_in_peft(name, self.layers): tensor for name, tensor in self.saved.items()}
+        return found | {_in_peft(name, self.layers): tensor for name, tensor in {**self.saved, **self.copies}.items()}
 
 
 def read_peft(folder: str | Path) -> Adapter:
@@ -113,7 +115,11 @@ def read_peft(folder: str | Path) -> Adapter:
         return Adapter(table.table, {}, prompt_MW=_prompt(file, table))
     found = file.sorted(endings_of(table))
     layers, stacks = read_layers(file, found, table)
-    return Adapter(table.table, layers, file.read_all(found.saved), stacks)
+    saved: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for name, tensor in file.read_all(found.saved).items():
+        (saved if table.is_learned(name) else copies)[name] = tensor
+    return Adapter(table.table, layers, saved, stacks, copies=copies)
 
 
 def _prompt(file: AdapterFile, table: VirtualTable) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.attached import attached_on, begin, check_bare, our_layers
+from anabranch.adapters.copies import without_copies
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.graft import check_pools, graft, with_layers
 from anabranch.adapters.low_rank import Pair, scale_of
@@ -15,7 +16,7 @@ from anabranch.adapters.names import names_of
 from anabranch.adapters.peft_folder import Adapter, read_peft
 from anabranch.adapters.routed import RoutedLowRank, chosen_rows
 from anabranch.adapters.stacked import Stack
-from anabranch.adapters.whole import parts_head
+from anabranch.adapters.whole import with_parted_head
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 
@@ -44,7 +45,8 @@ def load_pool(
         dtype: what A and B are kept in; float32 at least if None, as peft keeps them. In the model's own bfloat16 a pass reads half as
             much, and sums are of float32 all the same.
 
-    Raises as `load_peft`; ConfigError also for no folder, and for adapters that bring whole tensors, which all rows would get.
+    Raises as `load_peft`; ConfigError also for no folder, and for adapters that bring whole tensors, or hold others of the base than the
+    model has, which all rows would get.
     """
     if not folders:
         raise ConfigError("there is no adapter to put on; give at least one folder")
@@ -56,12 +58,16 @@ def load_pool(
             raise ConfigError(
                 f"adapter {name!r} brings {next(iter(adapter.saved))} whole, which all rows would get; load it alone, with load_peft"
             )
-    unties = model.config.tie_embeddings and any(map(parts_head, adapters.values()))
-    config = model.config.replace(tie_embeddings=False) if unties else model.config
+    config = with_parted_head(model.config, adapters.values())
     modules = list(dict.fromkeys(module for adapter in adapters.values() for module in adapter.pairs))
     names = names_of(config, modules, family)
     for name, adapter in adapters.items():
         check_fits(adapter, names, config, Path(folders[name]))
+    why = "which all rows would get; load it alone, with load_peft"
+    adapters = {
+        name: without_copies(adapter, names, model, f"adapter {name!r}", why) for name, adapter in adapters.items()
+    }
+    config = with_parted_head(model.config, adapters.values())
     own: list[dict[str, Any]] = [our_layers(names, adapter, config) for adapter in adapters.values()]
     pairs = {part: [one.get(part) for one in own] for part in dict.fromkeys(part for one in own for part in one)}
     made = with_layers(config, {part: RoutedLowRank.config_of(own) for part, own in pairs.items()}, names.parts)

@@ -59,6 +59,8 @@ def is_told(state: Mapping[str, Any]) -> bool:
 class RoutedLowRank(Linear, kind="routed_low_rank"):
     """sum_k w_k scale_e B_e A_e x of the adapters e that a router, or the caller, chooses. B is zero at first."""
 
+    told_by: ClassVar[tuple[str, ...]] = (_INDEX, _WEIGHT)
+
     @configclass
     class Config(Linear.Config):
         """The pool, and who chooses.

@@ -90,6 +90,8 @@ class Skills(Numbers):
 class SkilledLowRank(Linear, kind="skilled_low_rank"):
     """(1 / R) B_t A_t x of the task t of each row, which stands beside the matrix. B is zero at first."""
 
+    told_by: ClassVar[tuple[str, ...]] = (TASK,)
+
     @configclass
     class Config(Linear.Config):
         """The sizes.

@@ -1,6 +1,6 @@
 """Tensors that an adapter brings whole (``modules_to_save``, biases): exchanged for those of the model, and given back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,30 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 
-__all__ = ["EMBEDDING", "HEAD", "exchange", "part_head", "parts_head", "saved_now", "tensor_in", "tensor_of"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "exchange",
+    "part_head",
+    "parts_head",
+    "saved_now",
+    "tensor_in",
+    "tensor_of",
+    "with_parted_head",
+]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def parts_head(adapter: Adapter) -> bool:
-    """Whether head and embedding, one matrix so far, are two with this adapter."""
-    return bool({HEAD, EMBEDDING} & adapter.saved.keys()) or "lm_head" in adapter.layers
+    """Whether head and embedding, one matrix so far, are two with this adapter, or may be: its copies say so where they are others."""
+    return bool({HEAD, EMBEDDING} & {*adapter.saved, *adapter.copies}) or "lm_head" in adapter.layers
+
+
+def with_parted_head(config: Decoder.Config, adapters: Iterable[Adapter]) -> Decoder.Config:
+    """The config of a model with these adapters, whose head is no longer its embedding where one of them `parts_head`."""
+    parts = config.tie_embeddings and any(map(parts_head, adapters))
+    return config.replace(tie_embeddings=False) if parts else config
 
 
 @torch.no_grad()
@@ -56,9 +72,10 @@ def exchange(model: Decoder, names: Names, name: str, tensor: Tensor) -> Tensor:
 
 
 def saved_now(model: Decoder, names: Names, adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's whole tensors as they are now."""
+    """The adapter's whole tensors as they are now; those that did not change as they were read, whatever type the model has."""
     found = {}
-    for name in adapter.saved:
+    for name, given in adapter.saved.items():
         stored = names.tensors[name]
-        found[name] = stored.piece.write(tensor_of(model, stored.tensor)).detach()
+        now = stored.piece.write(tensor_of(model, stored.tensor)).detach()
+        found[name] = given if torch.equal(now, given.to(now)) else now
     return found

@@ -11,16 +11,17 @@ Without a cache they are made once, which takes fewer operations for many querie
 """
 # Shapes: B batch, L positions, H heads, D width, N, P and V widths of a head (without positions, rotated, of values), R rank of the latent
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.config import Field, Size, configclass
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, InputError
 from anabranch.nn.attention import Attention, attend
 from anabranch.nn.context import BuildContext, Count, ForwardContext
-from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain
+from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain, told_names
 from anabranch.nn.rotary import rotate, yarn_factor
 from anabranch.nn.scored import Scoring
 
@@ -156,16 +157,79 @@ class LatentAttention(Attention, kind="latent"):
     ) -> Tensor:
         """y_BHLV by the latents themselves."""
         sizes = (self.config.head_dim, self.config.value_dim)
-        key_HNR, value_HVR = self._matrix(latent_BLR, context).unflatten(0, (self.num_heads, -1)).split(sizes, dim=1)
-        query = torch.cat((torch.einsum("bhln,hnr->bhlr", query_BHLN, key_HNR), turned_BHLP), dim=-1)
+        matrix = self._matrix(latent_BLR, context)
+        key_HNR, value_HVR = matrix.unflatten(-2, (self.num_heads, -1)).split(sizes, dim=-2)
+        # Of each row, where there is one for each.
+        own = "b" if matrix.dim() == 3 else ""
+        query = torch.cat((torch.einsum(f"bhln,{own}hnr->bhlr", query_BHLN, key_HNR), turned_BHLP), dim=-1)
         key = torch.cat((latent_BLR.unsqueeze(1), key_B1LP), dim=-1)
         scoring = Scoring(self.config.scale, value_width=self.config.kv_rank)
         y_BHLR = attend(query, key, key[..., :0], context, self.layer, scoring)
-        return torch.einsum("bhlr,hvr->bhlv", y_BHLR, value_HVR)
+        return torch.einsum(f"bhlr,{own}hvr->bhlv", y_BHLR, value_HVR)
 
     def _matrix(self, latent_BLR: Tensor, context: ForwardContext) -> Tensor:
-        """The matrix of ``kv_up``, ``[H (N + V), R]``; of a layer that is no plain one what it makes of unit vectors."""
+        """The matrix of ``kv_up``, ``[H (N + V), R]``; of a layer that is no plain one what it makes of unit vectors.
+
+        One for each row, ``[B, H (N + V), R]``, where a layer follows what rows are told. Raises ConfigError for one that routes each
+        token: there is no such matrix.
+        """
         if is_plain(self.kv_up):
             return self.kv_up.weight.to(latent_BLR.dtype)
         unit_RR = torch.eye(self.config.kv_rank, dtype=latent_BLR.dtype, device=latent_BLR.device)
+        told = _told(self.kv_up, context, *latent_BLR.shape[:2])
+        if told:
+            return self._of_rows(unit_RR, told, context)
+        if any(getattr(module, "router", None) is not None for module in self.kv_up.modules()):
+            raise ConfigError(
+                "kv_up of latent attention routes each token, and with a cache it is one matrix for all; leave it out of linears, or run "
+                "without a cache"
+            )
         return call_linear(self.kv_up, unit_RR, context).transpose(0, 1)
+
+    def _of_rows(self, unit_RR: Tensor, told: dict[str, Tensor], context: ForwardContext) -> Tensor:
+        """`_matrix` of each row; rows that are told the same have it made once."""
+        place_B = None
+        if not torch.compiler.is_compiling():
+            first_U, place_B = _distinct(list(told.values()))
+            told = {name: value[first_U] for name, value in told.items()}
+        rows, rank = len(next(iter(told.values()))), len(unit_RR)
+        state = {name: value.unsqueeze(1).expand(rows, rank, *value.shape[1:]) for name, value in told.items()}
+        own = replace(context.fork(), item_mask_N=None, sequence_length=rank, state={**context.state, **state})
+        made_URX = call_linear(self.kv_up, unit_RR.expand(rows, -1, -1), own).transpose(1, 2)
+        if place_B is None:
+            return made_URX
+        return made_URX[0] if rows == 1 else made_URX[place_B]
+
+
+def _told(layer: nn.Module, context: ForwardContext, batch: int, length: int) -> dict[str, Tensor]:
+    """What each row of the pass is told, ``[B, ...]`` by name, of that which ``layer`` follows.
+
+    Raises InputError for other rows than those of the pass, and where tokens of one row are told different things.
+    """
+    found = {}
+    for name in told_names(layer):
+        value = context.state.get(name)
+        if value is None:
+            continue
+        if tuple(value.shape[:2]) == (batch // context.num_streams, length):
+            # One stream after another.
+            value = value.repeat(context.num_streams, *[1] * (value.dim() - 1)) if context.num_streams > 1 else value
+        if tuple(value.shape[:2]) != (batch, length):
+            raise InputError(
+                f"{name} is told of {list(value.shape[:2])} rows and tokens in a pass of {batch} rows of {length}"
+            )
+        if not torch.compiler.is_compiling() and bool((value != value[:, :1]).any()):
+            raise InputError(
+                f"{name} is told otherwise of tokens of one row, which latent attention has one matrix for"
+            )
+        found[name] = value[:, 0]
+    return found
+
+
+def _distinct(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(a row of each kind, of which kind each row is), of rows that are told ``[B, ...]``."""
+    key_BX = torch.cat([value.reshape(len(value), -1).double() for value in values], dim=1)
+    kinds_UX, place_B = torch.unique(key_BX, dim=0, return_inverse=True)
+    first_U = place_B.new_full((len(kinds_UX),), len(key_BX))
+    number_B = torch.arange(len(key_BX), device=place_B.device)
+    return first_U.scatter_reduce(0, place_B, number_B, "amin"), place_B

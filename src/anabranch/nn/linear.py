@@ -41,6 +41,7 @@ __all__ = [
     "is_plain",
     "numbers_of",
     "takes_context",
+    "told_names",
 ]
 
 
@@ -88,7 +89,12 @@ class Linear(Part, nn.Module, family="linear", default="dense"):
 
     A design is a subclass whose config has ``build(projection, context)``. ``context`` is the forward context, or None where a layer is
     called outside a model.
+
+    Attributes:
+        told_by: names in the context's state of what the layer follows, ``[B, L, ...]``, the same for all positions of a row.
     """
+
+    told_by: ClassVar[tuple[str, ...]] = ()
 
     @configclass
     class Config(BaseConfig):
@@ -321,6 +327,12 @@ def takes_context(layer: Any) -> bool:
         # A router is a module.
         return type(layer).forward is not Dense.forward or any(True for _ in layer.children())
     return isinstance(layer, Linear)
+
+
+def told_names(layer: nn.Module) -> tuple[str, ...]:
+    """`Linear.told_by` of a layer and all that stands in it."""
+    found = (module.told_by for module in layer.modules() if isinstance(module, Linear))
+    return tuple(dict.fromkeys(name for names in found for name in names))
 
 
 def count_linear(projection: Projection, context: "BuildContext") -> Count:

@@ -128,6 +128,11 @@ class PackedEmbedding(nn.Module):
     data: Tensor
 
     @property
+    def packed(self) -> Packed:
+        """The table."""
+        return self._like.with_data(self.data)
+
+    @property
     def weight(self) -> Tensor:
         """Nothing, of the type and on the device of the table: what is asked of it beside numbers."""
         dtype = torch.float32 if self._like.kind == "float32" else torch.bfloat16

@@ -143,9 +143,9 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
     if config.adapters.load:
         from anabranch.serving.engine.adapter_reader import AdapterReader
 
-        read = AdapterReader(load_config(config.model))
+        reader = AdapterReader(load_config(config.model))
         for _, folder in config.adapters.folders:
-            read(folder)
+            reader.check(folder)
     if config.expert_budget is None:
         return
     from anabranch.lm.outline import outline

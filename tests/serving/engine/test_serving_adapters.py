@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapter_models import drawn, make_adapter, stacked
+from adapter_models import drawn, make_adapter
 from anabranch.adapters import load_peft, load_pool, rows_for
 from anabranch.adapters.peft_file import AdapterFile
 from anabranch.errors import CapacityError, CheckpointError, ConfigError
@@ -343,38 +343,13 @@ def test_in_python(folders):
             ConfigError,
             "whole",
         ),
-        (
-            lambda folder: make_adapter(
-                folder,
-                layers_of(("self_attn.q_proj",)),
-                extra={
-                    f"model.layers.{layer}.self_attn.q_proj.lora_magnitude_vector": drawn("m", (DIM,)) + 2
-                    for layer in range(LAYERS)
-                },
-                use_dora=True,
-            ),
-            ConfigError,
-            "is DoRA, and requests choose among plain LoRA alone",
-        ),
     ],
-    ids=["none", "widths", "whole", "another kind"],
+    ids=["none", "widths", "whole"],
 )
 def test_what_cannot_be_served_is_refused_when_the_engine_starts(make, error, what, tmp_path):
     make(tmp_path / "x")
     with pytest.raises(error, match=what):
         engine_of("compiled", {"x": str(tmp_path / "x")}, ("x",))
-
-
-def test_adapters_of_experts_are_refused_by_name(tmp_path):
-    name = "model.layers.0.mlp.experts.1.up_proj"
-    make_adapter(tmp_path / "one", {name: (DIM, 32)}, target_modules=[name])
-    tensors = stacked([0, 1], dim=DIM, hidden=32)
-    make_adapter(
-        tmp_path / "all", {}, extra=tensors, rank=3, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]
-    )
-    for folder in ("one", "all"):
-        with pytest.raises(ConfigError, match="adapts experts"):
-            engine_of("moe", {"x": str(tmp_path / folder)}, ("x",))
 
 
 def test_adapters_that_never_fit(folders):

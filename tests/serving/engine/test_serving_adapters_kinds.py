@@ -1,18 +1,26 @@
 """Adapters on other kinds of models and engines: latent attention, experts with a budget, paths, recorded routes."""
 
 import copy
+import functools
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from adapter_models import KINDS, LATENT, linear_layers, make_adapter, make_base, make_kind
+from adapter_models import LATENT, drawn, linear_layers, make_adapter, make_base, make_kind, stacked
 from anabranch.adapters import load_peft
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm import load_model, save_model
+from anabranch.nn import ExpertPool
+from anabranch.nn.quantize import QuantizedPool, quantize
 from anabranch.serving import LLM, Sampling
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.engine import ModelRunner
+from anabranch.serving.engine.adapter_parts import Factors, PartRows
+from anabranch.serving.engine.adapter_place import size_of
 from anabranch.serving.engine.engine import Engine
 from served_adapters import ATTENTION, Runs, layers_of, make_model, scores
 
@@ -85,12 +93,180 @@ def test_routes_are_recorded_and_paths_are_run(mixture):
         assert together[2 * number + 1].tokens == alone.tokens != outputs[number].tokens
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_plain_lora_is_not_served_for_some_rows_alone(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["poly", "prompt", "prefix"])
+def test_what_has_tasks_or_tokens_is_not_served_for_some_rows_alone(tmp_path, kind):
     base = make_base(tmp_path / "base", "llama")
     make_kind(tmp_path / kind, kind, base)
-    config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=(f"it={tmp_path / kind}",)))
-    with pytest.raises(
-        ConfigError, match=r"is (\w+|\w+ tuning), and requests choose among plain LoRA alone; serve a model that"
-    ):
-        Engine.of(load_model(tmp_path / "base")[0], config)
+    with pytest.raises(ConfigError, match=r"is (Poly|\w+ tuning), and requests choose among LoRA, DoRA and IA3 alone"):
+        engine_with(load_model(tmp_path / "base")[0], tmp_path, kind)
+
+
+def engine_with(model, root, *names, **options):
+    load = tuple(f"{name}={root / name}" for name in names)
+    return Runs(
+        Engine.of(copy.deepcopy(model), ServingConfig(**{**SMALL, **options}, adapters=AdaptersConfig(load=load)))
+    )
+
+
+def prompt_scores(model, prompt):
+    with torch.no_grad():
+        wanted = model(torch.tensor([prompt])).logits_BLV.log_softmax(-1)[0]
+    return [float(wanted[at, token]) for at, token in enumerate(prompt[1:])]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "int8", "olmoe"])
+def test_rows_of_dora_and_ia3_are_as_alone_and_as_the_model_with_them(tmp_path, family):
+    """In one batch with LoRA, with mixtures and with the base; each as `load_peft` makes it."""
+    base = make_base(tmp_path / "base", "llama" if family == "int8" else family)
+    for kind in ("dora", "ia3"):
+        make_kind(tmp_path / kind, kind, base, seed=kind)
+    make_adapter(tmp_path / "lora", linear_layers(base, ["q_proj", "o_proj"]), seed="lora")
+    model = load_model(tmp_path / "base")[0].eval()
+    if family == "int8":
+        quantize(model, "int8")
+    runs = engine_with(model, tmp_path, "dora", "ia3", "lora")
+    asked = [
+        (adapters, prompt)
+        for adapters in ("dora", "ia3", None, "lora", {"dora": 0.5, "ia3": -0.25, "lora": 1.0})
+        for prompt in (PROMPT, OTHER)
+    ]
+    together = runs(asked, max_tokens=4)
+    one_by_one = engine_with(model, tmp_path, "dora", "ia3", "lora", prefix_cache=False)
+    for one, output in zip(asked, together, strict=True):
+        [alone] = one_by_one([one], max_tokens=4)
+        assert output.tokens == alone.tokens
+        assert scores(output) == pytest.approx(scores(alone), abs=1e-5)
+    for kind in ("dora", "ia3", "lora"):
+        wanted = prompt_scores(load_peft(tmp_path / kind, copy.deepcopy(model)), PROMPT)
+        [output] = one_by_one([(kind, PROMPT)], max_tokens=1)
+        assert [told.logprob for told in output.prompt_logprobs] == pytest.approx(wanted, abs=2e-5)
+    # A sum of what they add, as of LoRA.
+    [half] = one_by_one([({"ia3": 1e-3}, PROMPT)], max_tokens=1)
+    [none] = one_by_one([(None, PROMPT)], max_tokens=1)
+    assert scores(half) != scores(none)
+    assert scores(half)[:-1] == pytest.approx(scores(none)[:-1], abs=0.1)
+
+
+def test_what_factors_add_by_hand(tmp_path):
+    """To what a matrix makes: of its outputs, and of its inputs."""
+    rows = PartRows(torch.randn(3, 4), lambda: torch.full((3, 2), 2.0), lambda x: x[:, :2] * 10)
+    own = Factors(torch.tensor([3.0, 0.5]), False)
+    assert own.added(rows).tolist() == [[4.0, -1.0]] * 3
+    own = Factors(torch.tensor([1.0, 2.0, 3.0, 4.0]), True)
+    torch.testing.assert_close(own.added(rows), rows.x_MC[:, :2] * torch.tensor([10.0, 20.0]) - 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_adapters_of_the_head_as_peft_writes_them(tmp_path, family):
+    """With a copy of the base's head, which takes no memory; of any other the reason is told."""
+    base = make_base(tmp_path / "base", family)
+    head = base.get("lm_head.weight", base["model.embed_tokens.weight"])
+    copied = {"lm_head.base_layer.weight": head.clone()}
+    layers = {**linear_layers(base, ["q_proj"]), "lm_head": (32, 61)}
+    make_adapter(tmp_path / "a", layers, extra=copied)
+    lengths = {"lm_head.lora_magnitude_vector": drawn("m", (61,)) + 2}
+    make_adapter(tmp_path / "d", {"lm_head": (32, 61)}, extra={**copied, **lengths}, use_dora=True)
+    make_adapter(tmp_path / "other", layers, extra={"lm_head.base_layer.weight": drawn("other", (61, 32))})
+    model = load_model(tmp_path / "base")[0].eval()
+    config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=tuple(f"{name}={tmp_path / name}" for name in "ad")))
+    for takes in (False, True):
+        runs = Runs(Engine.of(copy.deepcopy(model), config, takes_weights=takes))
+        together = runs([("a", PROMPT), (None, PROMPT), ("d", PROMPT)], max_tokens=1)
+        for name, output in zip("ad", together[::2], strict=True):
+            wanted = prompt_scores(load_peft(tmp_path / name, copy.deepcopy(model)), PROMPT)
+            assert [told.logprob for told in output.prompt_logprobs] == pytest.approx(wanted, abs=2e-5)
+        shelf = runs.engine.adapters.shelf
+        facts = {one["name"]: one["bytes"] for one in shelf.facts()}
+        assert facts["a"] == sum(4 * 4 * sum(sizes) for sizes in layers.values())
+        with pytest.raises(
+            ConfigError, match=r"brings lm_head\.weight whole, with other numbers than the model's, which"
+        ):
+            shelf.load_now("other", str(tmp_path / "other"))
+
+
+def test_memory_is_not_asked_for_a_copy_of_the_head(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    extra = {"lm_head.base_layer.weight": base["lm_head.weight"].clone()}
+    make_adapter(tmp_path / "a", {"lm_head": (32, 61)}, extra=extra)
+    held, whole = 4 * 4 * (32 + 61), 4 * (4 * (32 + 61) + 61 * 32)
+    assert size_of(tmp_path / "a", 4, (61, 32)) == held
+    assert size_of(tmp_path / "a", 4, (60, 32)) == size_of(tmp_path / "a") == whole
+    config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=(f"a={tmp_path / 'a'}",), memory=f"{held}B"))
+    Engine.of(load_model(tmp_path / "base")[0], config)
+
+
+def test_factors_of_what_the_head_gets_are_refused(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    make_kind(tmp_path / "it", "ia3", {"lm_head.weight": base["lm_head.weight"]}, words=["lm_head"])
+    tensors = load_file(tmp_path / "it" / "adapter_model.safetensors")
+    tensors = {name: torch.ones(1, 32) for name in tensors}
+    save_file(tensors, tmp_path / "it" / "adapter_model.safetensors")
+    path = tmp_path / "it" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "feedforward_modules": ["lm_head"]}))
+    with pytest.raises(ConfigError, match="multiplies what goes into the head, which all requests share"):
+        engine_with(load_model(tmp_path / "base")[0], tmp_path, "it")
+
+
+def test_a_row_without_length_has_no_dora(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    make_kind(tmp_path / "it", "dora", base)
+    tensors = load_file(tmp_path / "it" / "adapter_model.safetensors")
+    tensors = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "it" / "adapter_model.safetensors")
+    model = load_model(tmp_path / "base")[0]
+    with torch.no_grad():
+        model.blocks[1].attention.out.weight[3] = 0
+    with pytest.raises(ConfigError, match=r"it adapts blocks\.1\.attention\.o: a row of the matrix .* has no length"):
+        engine_with(model, tmp_path, "it")
+
+
+@pytest.mark.parametrize("kind", ["compiled", "modules", "int8"])
+def test_adapters_of_experts_are_served_row_by_row(tmp_path, kind):
+    """Of single experts, and of all of a layer that peft saw as one tensor."""
+    model = make_model(is_moe=True)
+    one = "model.layers.1.mlp.experts.2.up_proj"
+    layers = {one: (64, 32), **layers_of(("self_attn.q_proj",))}
+    make_adapter(tmp_path / "one", layers, target_modules=[one, "q_proj"])
+    both = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+    make_adapter(tmp_path / "all", {}, extra=stacked([0, 1], dim=64, hidden=32), rank=3, **both)
+    if kind == "int8":
+        quantize(model, "int8")
+    make = (
+        {"make_runner": functools.partial(ModelRunner, use_kernel=False)}
+        if kind == "modules"
+        else {"takes_weights": True}
+    )
+    load = tuple(f"{name}={tmp_path / name}" for name in ("one", "all"))
+    config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=load))
+    runs = Runs(Engine.of(copy.deepcopy(model), config, **make))
+    pool = runs.engine.runner.model.blocks[0].feed_forward.experts
+    assert isinstance(pool, ExpertPool if kind == "modules" else QuantizedPool)
+    asked = [(name, prompt) for name in ("one", None, "all", {"one": 2.0, "all": 0.5}) for prompt in (PROMPT, OTHER)]
+    together = runs(asked, max_tokens=4)
+    one_by_one = Runs(Engine.of(copy.deepcopy(model), config.replace(prefix_cache=False), **make))
+    for each, output in zip(asked, together, strict=True):
+        [alone] = one_by_one([each], max_tokens=4)
+        assert output.tokens == alone.tokens
+        assert scores(output) == pytest.approx(scores(alone), abs=1e-5)
+    if kind == "int8":
+        return
+    for number, name in ((0, "one"), (4, "all")):
+        wanted = prompt_scores(load_peft(tmp_path / name, copy.deepcopy(model)), PROMPT)
+        assert [told.logprob for told in together[number].prompt_logprobs] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_experts_that_are_not_all_in_memory_take_no_adapters(tmp_path):
+    save_model(tmp_path / "model", make_model(is_moe=True), ByteTokenizer())
+    name = "model.layers.0.mlp.experts.1.up_proj"
+    make_adapter(tmp_path / "one", {name: (64, 32)}, target_modules=[name])
+    options = {**SMALL, "adapters": AdaptersConfig(load=(f"a={tmp_path / 'one'}",))}
+    with pytest.raises(ConfigError, match=r"adapts experts .* which this engine has not whole in its memory"):
+        LLM(str(tmp_path / "model"), **options, expert_budget="72KiB")
+    LLM(str(tmp_path / "model"), **options).close()
+
+
+def test_experts_have_plain_lora_alone(tmp_path):
+    base = make_base(tmp_path / "base", "olmoe")
+    make_kind(tmp_path / "it", "dora", base, words=["down_proj"])
+    with pytest.raises(ConfigError, match=r"it is DoRA and adapts blocks.*; experts are served with plain LoRA alone"):
+        engine_with(load_model(tmp_path / "base")[0], tmp_path, "it")

@@ -9,8 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from adapter_models import make_adapter
+from adapter_models import drawn, make_adapter, make_kind
 from anabranch.config import override
 from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
@@ -40,6 +41,13 @@ def root(tmp_path_factory):
     make_adapter(made / "nan", layers_of(("self_attn.q_proj",)))
     outside = tmp_path_factory.mktemp("outside")
     make_adapters(outside)
+    query = layers_of(("self_attn.q_proj",))
+    lengths = {f"{module}.lora_magnitude_vector": drawn(f"{module} m", (64,)) + 2 for module in query}
+    make_adapter(made / "dora", query, extra=lengths, use_dora=True)
+    downs = {f"model.layers.{layer}.mlp.down_proj.weight": torch.empty(64, 96) for layer in (0, 1)}
+    make_kind(made / "ia3", "ia3", downs, words=["down_proj"])
+    head = make_model().head.weight.detach()
+    make_adapter(made / "head as peft", {"lm_head": (64, 257)}, extra={"lm_head.base_layer.weight": head})
     (made / "link").symlink_to(outside / "a")
     (made / "linked").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -222,6 +230,19 @@ def test_they_come_and_go(server, root):
     found = server.metrics()
     assert found["adapter_loads_total"] >= 4
     assert found["adapter_resident_bytes"] > 0
+
+
+def test_other_kinds_and_adapters_of_the_head_are_loaded_too(server):
+    base, texts = text(server), {}
+    for number, folder in enumerate(("dora", "ia3", "head as peft")):
+        status, _, told = change(server, {"name": f"kind{number}", "folder": folder})
+        assert status == 200, told
+        texts[folder] = text(server, model=f"kind{number}")
+        assert text(server, model=BASE, adapters={f"kind{number}": 0.0}) == base
+    assert text(server, adapters={"kind0": 1.0, "kind1": 1.0}) not in (base, texts["dora"])
+    assert len({base, *texts.values()}) == 4
+    for number in range(3):
+        assert change(server, method="DELETE", path=f"/kind{number}")[0] == 200
 
 
 FOLDERS = [

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.attached import attached_on, begin, check_bare, our_layers
+from anabranch.adapters.copies import without_copies
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.glider.folder import describe_expert, read_instructions
 from anabranch.adapters.graft import check_pools, graft, layers_of, with_layers
 from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.names import names_of
 from anabranch.adapters.peft_folder import read_peft, write_peft
+from anabranch.adapters.whole import with_parted_head
 from anabranch.config import configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -92,16 +94,19 @@ class GateMethod(Method, kind="gate"):
         # Written beside the gates in the end, and told now where they cannot be.
         read_instructions(folder)
         check_bare(model)
-        names = names_of(model.config, adapter.layers, None)
-        check_fits(adapter, names, model.config, Path(folder))
-        pairs: dict[str, Any] = our_layers(names, adapter, model.config)
+        config = with_parted_head(model.config, [adapter])
+        names = names_of(config, adapter.layers, None)
+        check_fits(adapter, names, config, Path(folder))
+        adapter = without_copies(adapter, names, model, folder, "which has no gate; train gates of plain LoRA")
+        config = with_parted_head(model.config, [adapter])
+        pairs: dict[str, Any] = our_layers(names, adapter, config)
         configs = {
             part: GatedLowRank.Config(rank=pair.rank, alpha=float(pair.alpha), rslora=pair.rslora)
             for part, pair in pairs.items()
         }
-        made = with_layers(model.config, configs, names.parts)
+        made = with_layers(config, configs, names.parts)
         check_pools(model, made)
-        begin(model, {"adapter": adapter}, names, model.config)
+        begin(model, {"adapter": adapter}, names, config)
         device = model.embedding.weight.device
         graft(model, made, lambda part, layer: layer.put(pairs[part], device))
         return model

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.beside import Beside
+from anabranch.adapters.copies import same_numbers
 from anabranch.adapters.graft import graft, layers_of, patterns_of, strip
 from anabranch.adapters.lora_mixer.layer import MixedLowRank
 from anabranch.adapters.lora_mixer.loss import SoftThenTopK, SpecialisationLoss, check_top_k
@@ -236,6 +237,13 @@ def _placed(
     if adapter.saved or adapter.stacks:
         name = next(iter([*adapter.saved, *adapter.stacks]))
         raise ConfigError(f"{folder} brings {name}, which has no place in a mixture of low-rank experts")
+    # Also those that are one with another.
+    own = dict(model.named_parameters(remove_duplicate=False))
+    other = [name for name, copy in adapter.copies.items() if name not in own or not same_numbers(own[name], copy)]
+    if other:
+        raise ConfigError(
+            f"{folder} brings {other[0]} whole, with other numbers than the model's; is it of another model?"
+        )
     modules = dict(model.named_modules())
     within = {
         f"{owner}{part}": (f"{owner}{whole}", row, rows, sum(size for _, size in parts))

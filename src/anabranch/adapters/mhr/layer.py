@@ -101,6 +101,7 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
             return Count(numbers + head, row, 0)
 
     config: Config
+    told_by: ClassVar[tuple[str, ...]] = (TASK,)
 
     def __init__(self, config: Config, projection: Projection, context: BuildContext) -> None:
         nn.Module.__init__(self)

@@ -31,6 +31,7 @@ def card(
     require("lm", by="anabranch adapters card")
     from anabranch.adapters import read_peft
     from anabranch.adapters.catalogue import CARDS, find
+    from anabranch.lm.tensors import some
 
     if not Path(adapter).exists() and (adapter in CARDS or _is_word(adapter)):
         show_card(find(adapter), as_json)
@@ -46,6 +47,7 @@ def card(
         "targets": sorted({name.rpartition(".")[2] for name in (*found.layers, *found.stacks)}),
         **_sizes(found),
         "brings_whole": sorted(found.saved),
+        "copies": sorted(found.copies),
         "parameters": found.num_parameters,
         "size_bytes": num_bytes,
     }
@@ -63,6 +65,8 @@ def card(
         fact(name, line)
     if found.saved:
         fact("whole", ", ".join(sorted(found.saved)[:6]) + (" ..." if len(found.saved) > 6 else ""))
+    if found.copies:
+        fact("copies", f"{some(sorted(found.copies))}, of the base")
     fact("size", f"{quantity(found.num_parameters)} parameters, {size(num_bytes)}")
 
 

@@ -6,6 +6,7 @@ import stat
 import struct
 from pathlib import Path
 
+from anabranch.adapters.peft_file import INNER, PREFIX
 from anabranch.adapters.peft_folder import CONFIG, WEIGHTS
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError
@@ -14,6 +15,7 @@ from anabranch.lm.tensors import read_header
 __all__ = ["MOST_CONFIG", "MOST_HEADER", "check_small", "place_of", "size_of"]
 
 PICKLE = "adapter_model.bin"
+_HEAD = f"{PREFIX}lm_head{INNER}.weight"
 # Bytes that are read as one table, which no other thread of the engine's process can interrupt: those of the largest adapters of attention
 # and dense layers are a third of it.
 MOST_CONFIG, MOST_HEADER = 256 << 10, 1 << 20
@@ -56,14 +58,16 @@ def check_small(place: Path) -> None:
             )
 
 
-def size_of(place: Path, item_bytes: int = 4) -> int:
+def size_of(place: Path, item_bytes: int = 4, head: tuple[int, int] | None = None) -> int:
     """Bytes of the adapter's numbers, ``item_bytes`` each, by the header of its file; of a pickled one what they take at least.
 
-    0 where there is no file. Raises CheckpointError for a damaged one.
+    A copy of the model's head, of shape ``head``, which peft writes beside an adapter of it, is looked at and not kept. 0 where there is no
+    file. Raises CheckpointError for a damaged one.
     """
     if (place / WEIGHTS).is_file():
         entries = read_header(place / WEIGHTS)[1]
-        return item_bytes * sum(math.prod(entry["shape"]) for entry in entries.values())
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        return item_bytes * sum(math.prod(shape) for name, shape in shapes.items() if (name, shape) != (_HEAD, head))
     # As if all were of float64.
     return _file_size(place / PICKLE) // 8 * item_bytes
 

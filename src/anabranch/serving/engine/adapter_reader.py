@@ -1,25 +1,31 @@
 """`AdapterReader`: a folder of peft's as an adapter that can be served."""
 
+import functools
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from anabranch.adapters import Adapter, Pair, read_peft
+from anabranch.adapters.attached import our_layers
+from anabranch.adapters.copies import without_copies
 from anabranch.adapters.fits import check_fits
 from anabranch.adapters.names import Names, names_of
+from anabranch.adapters.numbers import Numbers
+from anabranch.adapters.scaling import Scale
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
+from anabranch.serving.engine.adapter_parts import SERVED, ServedPart, part_of
 from anabranch.serving.engine.adapter_place import check_small, place_of, size_of
-from anabranch.serving.engine.adapter_rows import ServedAdapter
+from anabranch.serving.engine.adapter_rows import HEAD, Sites
+from anabranch.serving.engine.pass_adapters import ServedAdapter
 
-__all__ = ["HEAD", "AdapterReader", "kept_as"]
+__all__ = ["AdapterReader", "kept_as"]
 
-# Our name of the head, which every row that samples goes through behind the pass, and transformers' name.
-HEAD, _HEAD = "head", "lm_head"
+# A request adapter's numbers by the part of a matrix that they are for.
+_Layers = Mapping[str, Numbers]
 
 
 def kept_as(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +38,7 @@ class AdapterReader:
 
     Args:
         config: the model's, without adapters.
-        parts: of its linear layers, those that can be adapted where it is served; None to say so of all.
+        sites: its matrices where it is served; None to `check` alone.
         device: where the numbers shall be.
         dtype: what they are kept in, see `kept_as`.
     """
@@ -40,7 +46,7 @@ class AdapterReader:
     def __init__(
         self,
         config: Decoder.Config,
-        parts: Collection[str] | None = None,
+        sites: Sites | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -49,7 +55,9 @@ class AdapterReader:
             raise ConfigError(
                 f"linears of the model has {first!r} already, and adapters are served beside plain matrices alone"
             )
-        self._config, self._parts, self._device, self._dtype = config, parts, torch.device(device), dtype
+        # A head that is the embedding is a layer too, which adapters may add to.
+        self._config = config.replace(tie_embeddings=False)
+        self._sites, self._device, self._dtype = sites, torch.device(device), dtype
         self._names: Names | None = None
 
     def __call__(
@@ -65,65 +73,96 @@ class AdapterReader:
         Raises:
             CheckpointError: as `anabranch.adapters.load_peft`: there is none, it is damaged, or it is of another model; it is not below
                 ``root``, or its config is larger than `MOST_CONFIG`.
-            ConfigError: it changes what cannot be changed for some rows alone: whole tensors, or experts.
+            ConfigError: it is of a kind, or changes what cannot be changed for some rows alone: whole tensors, or experts.
         """
+        assert self._sites is not None, "a reader without sites only checks"
         place = place_of(folder, root)
         check_small(place)
         if check is not None:
-            check(size_of(place, self._dtype.itemsize))
-        return self._read(place)
+            check(size_of(place, self._dtype.itemsize, (self._config.vocab_size, self._config.dim)))
+        layers = self._layers(place, self._sites)
+        return self._served(layers, self._sites, str(place))
 
-    def _read(self, place: Path) -> ServedAdapter:
+    def check(self, folder: str) -> None:
+        """Raise what reading ``folder`` raises whatever the numbers of the model are."""
+        place = place_of(folder, None)
+        check_small(place)
+        self._layers(place, None)
+
+    def _layers(self, place: Path, sites: Sites | None) -> _Layers:
         folder = str(place)
         adapter = read_peft(place)
-        adapter.check_low_rank("requests choose among plain LoRA alone; serve a model that it was merged into", folder)
+        _check_kind(adapter, folder)
+        why = "which all requests would get; serve the model that it was merged into"
         if adapter.saved:
-            raise ConfigError(
-                f"{folder} brings {next(iter(adapter.saved))} whole, which all requests would get; serve the model that it was merged into"
-            )
-        if adapter.stacks:
-            raise ConfigError(_OF_EXPERTS.format(folder=folder, name=next(iter(adapter.stacks))))
+            raise ConfigError(f"{folder} brings {next(iter(adapter.saved))} whole, {why}")
         names = self._names_for(adapter)
         check_fits(adapter, names, self._config, place)
-        pairs = {names.places[module].part: names.places[module].ours(pair) for module, pair in adapter.pairs.items()}
-        self._check_parts(pairs, folder)
-        return self._served(pairs, folder)
+        if sites is not None:
+            adapter = without_copies(adapter, names, sites.model, folder, why)
+        layers = our_layers(names, adapter, self._config)
+        _check_parts(layers, None if sites is None else sites.parts, folder)
+        return layers
 
     def _names_for(self, adapter: Adapter) -> Names:
         """Of the family that has all of the adapter's layers, which those of one model share: to find it takes a while."""
-        if self._names is None or not self._names.places.keys() >= adapter.pairs.keys():
-            # A head that is the embedding is a layer too, which adapters may add to.
-            config = self._config.replace(tie_embeddings=False)
-            self._names = names_of(config, adapter.pairs)
+        if self._names is None or not self._names.places.keys() >= adapter.layers.keys():
+            self._names = names_of(self._config, adapter.layers)
         return self._names
 
-    def _check_parts(self, pairs: Collection[str], folder: str) -> None:
-        """Raise ConfigError for layers that cannot be adapted for some rows alone."""
-        if self._parts is None:
-            return
-        homeless = [part for part in pairs if part != HEAD and part not in self._parts]
-        if not homeless:
-            return
-        if any(".experts." in part for part in homeless):
-            raise ConfigError(_OF_EXPERTS.format(folder=folder, name=some(homeless)))
-        raise ConfigError(
-            f"{folder} adapts {some(homeless)}, which is computed with as a matrix of all rows; serve the model that it was merged into"
-        )
-
-    def _served(self, pairs: dict[str, Pair], folder: str) -> ServedAdapter:
+    def _served(self, layers: _Layers, sites: Sites, folder: str) -> ServedAdapter:
         digest = hashlib.sha256()
-        parts: dict[str, tuple[Tensor, Tensor, float]] = {}
-        for part, pair in sorted(pairs.items()):
-            # Before any is rounded, so that two that differ keep their keys and values apart.
-            a_RC, b_RO = (half.detach().to("cpu", torch.float32).contiguous() for half in (pair.a_RC, pair.b_OR.T))
-            digest.update(f"{part} {list(a_RC.shape)} {list(b_RO.shape)} {pair.scale!r}\n".encode())
-            for half in (a_RC, b_RO):
-                digest.update(half.numpy().data)
-            parts[part] = a_RC.to(self._device, self._dtype), b_RO.to(self._device, self._dtype), pair.scale
-        return ServedAdapter(parts, digest.hexdigest(), max(pair.rank for pair in pairs.values()))
+        parts: dict[str, ServedPart] = {}
+        for part, numbers in sorted(layers.items()):
+            _digest(digest.update, part, numbers)
+            try:
+                parts[part] = part_of(numbers, self._device, self._dtype, functools.partial(sites.numbers, part))
+            except ConfigError as error:
+                raise ConfigError(f"{folder} adapts {part}: {error}") from None
+        return ServedAdapter(parts, digest.hexdigest())
+
+
+def _digest(update: Callable[[bytes | memoryview], None], part: str, numbers: Numbers) -> None:
+    """Tell a digest the numbers of a part, whatever type they are stored in."""
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in numbers.tensors().items()
+    }
+    told = [part, numbers.what, getattr(numbers, "is_input", None)]
+    if not isinstance(numbers, Scale):
+        told += [numbers.alpha, numbers.rslora]  # type: ignore[attr-defined]
+    update(f"{told!r} {[(name, list(tensor.shape)) for name, tensor in tensors.items()]}\n".encode())
+    for tensor in tensors.values():
+        update(tensor.numpy().data)
+
+
+def _check_kind(adapter: Adapter, folder: str) -> None:
+    if adapter.prompt_MW is not None or not all(isinstance(one, SERVED) for one in adapter.layers.values()):
+        raise ConfigError(f"{folder} is {adapter.what}, and requests choose among LoRA, DoRA and IA3 alone")
+
+
+def _check_parts(layers: _Layers, known: Collection[str] | None, folder: str) -> None:
+    """Raise ConfigError for layers that cannot be adapted for some rows alone; ``known`` are those that can, None to say so of all."""
+    head = layers.get(HEAD)
+    if isinstance(head, Scale) and head.is_input:
+        raise ConfigError(
+            f"{folder} multiplies what goes into the head, which all requests share; serve the model that it was merged into"
+        )
+    other = [part for part, numbers in layers.items() if ".experts." in part and not isinstance(numbers, Pair)]
+    if other:
+        raise ConfigError(
+            f"{folder} is {layers[other[0]].what} and adapts {some(other)}; experts are served with plain LoRA alone"
+        )
+    homeless = [part for part in layers if known is not None and part != HEAD and part not in known]
+    if not homeless:
+        return
+    if any(".experts." in part for part in homeless):
+        raise ConfigError(_OF_EXPERTS.format(folder=folder, name=some(homeless)))
+    raise ConfigError(
+        f"{folder} adapts {some(homeless)}, which is computed with as a matrix of all rows; serve the model that it was merged into"
+    )
 
 
 _OF_EXPERTS = (
-    "{folder} adapts experts ({name}), which are served as they are; serve the model that it was merged into, or an adapter of attention "
-    "and dense layers"
+    "{folder} adapts experts ({name}), which this engine has not whole in its memory and serves as they are; serve the model that it was "
+    "merged into, an adapter of attention and dense layers, or leave out the expert budget"
 )

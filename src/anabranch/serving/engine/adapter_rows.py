@@ -1,4 +1,4 @@
-"""Adapters of the rows of a step: which row uses which, and the matrices that add what its adapters say.
+"""Adapters of the rows of a step: the matrices that add what the adapters of each row say.
 
 with sites.on():
     model.hidden(tokens, context)       # context.state has what `PassAdapters.state` gives
@@ -7,114 +7,29 @@ Nothing of an adapter is in the model. While a pass with adapters runs, each mat
 of each mixture what its adapters make of them, and to no other row; passes without adapters run the model as it is. So a row never meets
 the numbers of another's adapter, and an adapter comes and goes without the model being touched.
 """
-# Shapes: T tokens of a pass, N = P T rows of a matrix, P streams, C inputs, O outputs, R rank
+# Shapes: N rows of a matrix, M rows of one mixture, C inputs, O outputs, X outputs of all parts
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.adapters import LowRank
-from anabranch.errors import AnabranchError, ConfigError
+from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import build_empty
 from anabranch.nn import Linear
 from anabranch.nn.latent_attention import LatentAttention
-from anabranch.nn.linear import Added, call_linear
-from anabranch.routing.context import OfPass
+from anabranch.nn.linear import Added, call_linear, numbers_of
+from anabranch.serving.engine.adapter_experts import adaptable_pools
+from anabranch.serving.engine.adapter_parts import PartRows
+from anabranch.serving.engine.pass_adapters import of_items
 
-__all__ = ["Adapting", "Mixed", "PassAdapters", "ServedAdapter", "Sites"]
+__all__ = ["HEAD", "Adapting", "Sites"]
 
-# In a context's state: the mixture of each item, and the pass's `PassAdapters`.
-_INDEX, _PASS = "served_adapters.index", "served_adapters.pass"
-
-
-@dataclass(frozen=True, eq=False)
-class ServedAdapter:
-    """An adapter in memory, of no model in particular.
-
-    Attributes:
-        parts: A ``[R, C]``, B transposed ``[R, O]``, both float32 or bfloat16, and the scale of each part of a linear layer that it
-            adapts, by our names (``blocks.3.attention.q``).
-        version: equal where all numbers are.
-        rank: the greatest.
-    """
-
-    parts: Mapping[str, tuple[Tensor, Tensor, float]]
-    version: str
-    rank: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of all A and B."""
-        return sum(half.nbytes for a_RC, b_RO, _ in self.parts.values() for half in (a_RC, b_RO))
-
-
-# A request's adapters with their weights.
-Mixed = tuple[tuple[ServedAdapter, float], ...]
-
-
-@dataclass(eq=False)
-class PassAdapters:
-    """The adapters of one forward pass.
-
-    Attributes:
-        mixtures: those that differ.
-        number_T: of each token its mixture; -1 for none.
-    """
-
-    mixtures: list[Mixed] = field(default_factory=list)
-    number_T: list[int] = field(default_factory=list)
-    # By the index tensor that a layer was given, which is kept, so that no other takes its place in memory.
-    _groups: dict[int, tuple[Tensor, list[tuple[int, Tensor | None]]]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, mixed: Sequence[Mixed], counts: Sequence[int]) -> "PassAdapters":
-        """That of requests with these adapters, and so many tokens each, in order."""
-        made, numbers = cls(), dict[Any, int]()
-        for one, count in zip(mixed, counts, strict=True):
-            number = -1
-            if one:
-                key = tuple((id(adapter), weight) for adapter, weight in one)
-                number = numbers.setdefault(key, len(made.mixtures))
-                if number == len(made.mixtures):
-                    made.mixtures.append(one)
-            made.number_T += [number] * count
-        return made
-
-    def state(self, streams: int, device: torch.device) -> dict[str, Any]:
-        """For the context of the pass."""
-        index_1T = torch.tensor([self.number_T], dtype=torch.int64, device=device)
-        return {_INDEX: index_1T.expand(streams, -1), _PASS: OfPass(self)}
-
-    def groups(self, index: Tensor) -> list[tuple[int, Tensor | None]]:
-        """Each mixture with its rows, None for all; found once for all layers that see the same items."""
-        kept = self._groups.get(id(index))
-        if kept is None or kept[0] is not index:
-            flat_N = index.reshape(-1)
-            found: list[tuple[int, Tensor | None]] = []
-            for number in sorted(set(flat_N.tolist())):
-                if number >= 0:
-                    is_own_N = flat_N == number
-                    found.append((number, None if bool(is_own_N.all()) else is_own_N.nonzero().flatten()))
-            kept = self._groups[id(index)] = index, found
-        return kept[1]
-
-    def delta(self, number: int, part: str, x_NC: Tensor) -> Tensor | None:
-        """What a mixture adds to a part of a matrix, of rows that are its own, in the adapters' type; None for nothing."""
-        total: Tensor | None = None
-        for adapter, weight in self.mixtures[number]:
-            pair = adapter.parts.get(part)
-            if pair is None:
-                continue
-            a_RC, b_RO, scale = pair
-            own_NO = torch.matmul(F.linear(x_NC.to(a_RC.dtype), a_RC), b_RO) * (scale * weight)
-            total = own_NO if total is None else total + own_NO
-        return total
+# Our name of the head, which every row that samples goes through behind the pass.
+HEAD = "head"
 
 
 class Adapting(Linear):
@@ -132,35 +47,37 @@ class Adapting(Linear):
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """y."""
         y = call_linear(self.matrix, x, context)
-        state = {} if context is None else context.state
-        if _PASS not in state:
-            raise AnabranchError(
-                "a layer is called without the context of its pass, so nobody knows whose rows these are"
-            )
-        adapters, index = state[_PASS].value, state[_INDEX]
         x_NC, y_NO = x.flatten(0, -2), y.reshape(-1, y.shape[-1])
-        if index.numel() != len(x_NC):
-            raise AnabranchError(
-                f"a layer sees {len(x_NC)} of the {index.numel()} items of a pass, so nobody knows whose they are"
-            )
+        adapters, index = of_items(context, len(x_NC))
         for number, row_M in adapters.groups(index):
             own_MC = x_NC if row_M is None else x_NC[row_M]
             for part, (start, size) in self.parts.items():
-                delta_MO = adapters.delta(number, part, own_MC)
+                part_NO = y_NO[:, start : start + size]
+                delta_MO = adapters.delta(number, part, self._rows(own_MC, part_NO, row_M, start, context))
                 if delta_MO is None:
                     continue
                 delta_MO = delta_MO.to(y_NO.dtype)
                 if row_M is None:
-                    y_NO[:, start : start + size] += delta_MO
+                    part_NO += delta_MO
                 else:
-                    y_NO[:, start : start + size].index_add_(0, row_M, delta_MO)
+                    part_NO.index_add_(0, row_M, delta_MO)
         return y_NO.view(y.shape)
+
+    def _rows(self, x_MC: Tensor, part_NO: Tensor, row_M: Tensor | None, start: int, context: Any) -> PartRows:
+        """Some rows at the part that begins at ``start``; ``part_NO`` is what it made of all rows, and of these still is."""
+        size = part_NO.shape[1]
+        return PartRows(
+            x_MC,
+            lambda: part_NO if row_M is None else part_NO[row_M],
+            lambda x_MC: call_linear(self.matrix, x_MC, context)[:, start : start + size],
+        )
 
 
 class Sites:
-    """The matrices of a model that adapters may add to, other than its head.
+    """The matrices of a model that adapters may add to, other than its head, and its experts.
 
     Attributes:
+        model: whose they are.
         parts: names of their parts.
 
     Args:
@@ -168,7 +85,10 @@ class Sites:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self._places: list[tuple[dict[str, Any], str, nn.Module, Adapting]] = []
+        self.model = model
+        self._rows_of: dict[str, tuple[nn.Module, int, int]] = {}
+        # Where each stands, as what, and what stands there while a pass has adapters.
+        self._places: list[tuple[dict[str, Any], str, nn.Module, nn.Module]] = []
         self.parts: set[str] = set()
         for name, rows in _matrices(model.config):
             owner, _, leaf = name.rpartition(".")
@@ -178,12 +98,26 @@ class Sites:
                 continue
             prefix = f"{owner}." if owner else ""
             start, parts = 0, {}
+            plain = model.get_submodule(name)
             for part, size in rows.items():
                 parts[f"{prefix}{part}"] = start, size
+                self._rows_of[f"{prefix}{part}"] = plain, start, size
                 start += size
             self.parts |= parts.keys()
-            plain = model.get_submodule(name)
             self._places.append((holder._modules, leaf, plain, Adapting(plain, parts).eval()))
+        for name, adapting in list(adaptable_pools(model)):
+            owner, _, leaf = name.rpartition(".")
+            self.parts.update(adapting.parts)
+            self._places.append((model.get_submodule(owner)._modules, leaf, adapting.pool, adapting.eval()))
+
+    def numbers(self, part: str) -> tuple[Tensor, Tensor | None]:
+        """(weight_OC, bias_O) of a part of a matrix, or of the head, as they count where they are stored in few bits."""
+        if part == HEAD:
+            return (self.model.embedding.weight, None) if self.model.head is None else numbers_of(self.model.head)
+        plain, start, size = self._rows_of[part]
+        weight_XC, bias_X = numbers_of(plain)
+        own = slice(start, start + size)
+        return weight_XC[own], None if bias_X is None else bias_X[own]
 
     @contextmanager
     def on(self) -> Iterator[None]:

@@ -18,8 +18,10 @@ from anabranch.serving.core.adapter_shelf import AdapterShelf
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.core.client import BusyError
 from anabranch.serving.core.request import Request
-from anabranch.serving.engine.adapter_reader import HEAD, AdapterReader, kept_as
-from anabranch.serving.engine.adapter_rows import Mixed, PassAdapters, ServedAdapter, Sites
+from anabranch.serving.engine.adapter_parts import LowRankPart, PartRows
+from anabranch.serving.engine.adapter_reader import AdapterReader, kept_as
+from anabranch.serving.engine.adapter_rows import HEAD, Sites
+from anabranch.serving.engine.pass_adapters import Mixed, PassAdapters, ServedAdapter
 from anabranch.serving.fast.adapters import AdapterTable, AdapterTables, AdapterUses
 from anabranch.sizes import parse_bytes
 
@@ -67,7 +69,7 @@ class ServedAdapters:
     @functools.cached_property
     def _reader(self) -> AdapterReader:
         weight = self._model.embedding.weight
-        return AdapterReader(self._model.config, self._sites.parts, self._device, kept_as(weight.dtype))
+        return AdapterReader(self._model.config, self._sites, self._device, kept_as(weight.dtype))
 
     def _read(self, folder: str, root: str | None, check: Callable[[int], None]) -> ServedAdapter:
         return self._reader(folder, root, check)
@@ -125,8 +127,9 @@ class ServedAdapters:
     def _table(self, adapter: ServedAdapter) -> AdapterTable | None:
         """What the compiled step is told of an adapter; None where it cannot add all of it."""
         # The head is behind the step.
-        parts = {name: part for name, part in adapter.parts.items() if name != HEAD}
-        if self._tables is None or not self._tables.takes(parts):
+        own = {name: part for name, part in adapter.parts.items() if name != HEAD}
+        parts = {name: part for name, part in own.items() if isinstance(part, LowRankPart)}
+        if self._tables is None or len(parts) < len(own) or not self._tables.takes(parts):
             return None
         if adapter not in self._table_of:
             self._table_of[adapter] = self._tables.table(parts, adapter.version)
@@ -167,9 +170,11 @@ class ServedAdapters:
         adapters = PassAdapters.of([self._mixed.get(id, ()) for id in ids], [1] * len(ids))
         made_RV = logits_RV.clone()
         for number, row_M in adapters.groups(torch.tensor(adapters.number_T, device=x_RD.device)):
-            delta_MV = adapters.delta(number, HEAD, x_RD if row_M is None else x_RD[row_M])
+            rows = slice(None) if row_M is None else row_M
+            delta_MV = adapters.delta(
+                number, HEAD, PartRows(x_RD[rows], functools.partial(logits_RV.__getitem__, rows))
+            )
             if delta_MV is not None:
-                rows = slice(None) if row_M is None else row_M
                 made_RV[rows] = made_RV[rows] + delta_MV.to(made_RV.dtype)
         return made_RV
 
