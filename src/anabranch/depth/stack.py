@@ -18,7 +18,7 @@ from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.visits import Path, steps_of
 
-__all__ = ["BlockStack", "check_mask", "run_path", "stack_of"]
+__all__ = ["BlockStack", "run_path", "stack_of"]
 
 
 @runtime_checkable
@@ -30,8 +30,12 @@ class BlockStack(Protocol):
         """The model, which owns all weights."""
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks."""
+
+    @property
     def num_blocks(self) -> int:
-        """Blocks, numbered from 0."""
+        """How many there are, numbered from 0."""
 
     @property
     def width(self) -> int:
@@ -101,7 +105,7 @@ class BlockStack(Protocol):
         """An empty cache for up to ``max_length`` positions: a slot for each visit of a block (see `anabranch.nn.visits`)."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and a sample of the weights: another model has another one, a copy in another dtype has too."""
+        """What tells the model from others, see `anabranch.depth.fingerprint`: 64 hexadecimal digits, the same for a quantised copy."""
 
 
 def stack_of(model: Any) -> BlockStack:
@@ -152,16 +156,3 @@ def run_path(
     for layer, rows in steps_of(checked, 1, batch):
         x_BLD = stack.block(layer, x_BLD, state, rows=rows)
     return stack.head(x_BLD, state, last_only=last_only)
-
-
-def check_mask(attention_mask: Tensor | None, token_BL: Tensor) -> Tensor | None:
-    """The mask as bool on the tokens' device; None where it masks nothing. Raises ConfigError for another shape."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != token_BL.shape:
-        raise ConfigError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} and the tokens {tuple(token_BL.shape)}; give the new positions "
-            "alone, the cache knows the earlier ones"
-        )
-    mask_BL = attention_mask.to(token_BL.device).bool()
-    return None if bool(mask_BL.all()) else mask_BL

@@ -167,6 +167,27 @@ class KeyValueCache:
             return slot.key_BHSD[:, :, :end], slot.value_BHSD[:, :, :end], None
         return self._fill_some(slot, key_BHLD, value_BHLD, rows, start, end)
 
+    def came_by(self, layer: int, length: int, *, visit: int = 0, rows: Sequence[int] | None = None) -> Tensor | None:
+        """What `append` of ``length`` positions by ``rows`` (None: all) will say of who came by, for attention that has its mask before it.
+
+        A bool mask ``[R, L_all]``, False where a position did not come by this visit of ``layer``; None if all did. Of attention without a
+        window.
+        """
+        slot, start = self._slots.get((layer, visit)), self.length
+        if slot is None or slot.filled_BS is None:
+            reached = 0 if slot is None else min(slot.length, start)
+            if reached == start:
+                return None
+            count = self._num_rows() if rows is None else len(rows)
+            came_RS = torch.ones(count, start + length, dtype=torch.bool)
+            came_RS[:, reached:start] = False
+            return came_RS
+        filled_RS = slot.filled_BS[:, : start + length] if rows is None else slot.filled_BS[list(rows), : start + length]
+        came_RS = filled_RS.clone()
+        came_RS[:, min(slot.length, start) : start] = False
+        came_RS[:, start:] = True
+        return None if bool(came_RS.all()) else came_RS
+
     def front(self, layer: int, rows: Sequence[int] | None = None) -> SharedPrefix | None:
         """What stands in front of all rows, or of some, see `KeyValueStore`; None where there is nothing."""
         if self.prefix is None or not self.num_prefix:
@@ -309,7 +330,7 @@ def attention_mask(
         if past == 0:
             return None, True
         return _behind(num_prefix, _causal(length, past, device)[None, None]), False
-    valid_BL = _extend_valid(cache, token_mask_BL, length, past, device)
+    valid_BL = extend_valid(cache, token_mask_BL, length, past, device)
     mask = _causal(length, past, device)[None, None] & valid_BL[:, None, None, :]
     # A padding query would see nothing and softmax would give NaN: let it see itself, its output is never used.
     itself = torch.zeros(length, past + length, dtype=torch.bool, device=device)
@@ -326,9 +347,10 @@ def _causal(length: int, past: int, device: torch.device) -> Tensor:
     return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
 
 
-def _extend_valid(
+def extend_valid(
     cache: KeyValueCache | None, token_mask_BL: Tensor | None, length: int, past: int, device: torch.device
 ) -> Tensor:
+    """valid_BL of all positions so far, where some of them are padding; ``cache.valid_BL`` is that from now on."""
     earlier = cache.valid_BL if cache is not None else None
     batch = token_mask_BL.shape[0] if token_mask_BL is not None else earlier.shape[0]  # type: ignore[union-attr]
     if earlier is None:

@@ -131,7 +131,11 @@ def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator
 
 def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError for an empty prompt, or one with ids outside the vocabulary."""
-    vocab_size = model.config.vocab_size
+    check_token_ids(prompts, model.config.vocab_size)
+
+
+def check_token_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """`check_prompts` for a model of so many tokens."""
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {number} is empty; give at least one token")

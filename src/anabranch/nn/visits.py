@@ -166,14 +166,18 @@ def check_path(path: Path, num_blocks: int, batch: int) -> tuple[int, ...] | tup
 
 
 def steps_of(path: Path, num_streams: int, batch: int) -> Iterator[tuple[int, list[int] | None]]:
-    """(block, the rows that run it; None for all) in order. B sequences have P streams each, one stream after another."""
+    """(block, the rows that run it; None for all), each sequence in the order of its path; those that come to a block next run it together.
+
+    B sequences have P streams each, one stream after another.
+    """
     if not any(isinstance(one, Sequence) for one in path):
         yield from ((block, None) for block in path)  # type: ignore[misc]
         return
-    for place in range(max(map(len, path))):  # type: ignore[arg-type]
-        here: dict[int, list[int]] = {}
-        for row, blocks in enumerate(path):
-            if place < len(blocks):  # type: ignore[arg-type]
-                here.setdefault(blocks[place], []).append(row)  # type: ignore[index]
-        for block, rows in here.items():
-            yield block, [row + stream * batch for stream in range(num_streams) for row in rows]
+    left = [list(reversed(blocks)) for blocks in path]  # type: ignore[arg-type]
+    while any(left):
+        # The lowest first: sequences whose paths ascend, with blocks left out or repeated, meet again in every block that they share.
+        block = min(blocks[-1] for blocks in left if blocks)
+        rows = [row for row, blocks in enumerate(left) if blocks and blocks[-1] == block]
+        for row in rows:
+            left[row].pop()
+        yield block, [row + stream * batch for stream in range(num_streams) for row in rows]
