@@ -330,3 +330,31 @@ def test_local_layers_must_be_said_and_keep_what_others_do():
         ConfigError, match=r"local_attention keeps .*\(4, 8, 8\) of a position and attention \(2, 8, 8\)"
     ):
         windowed(3, local_attention=SelfAttention.Config(num_heads=4, head_dim=8, window=3))
+
+
+@given(
+    passes=st.lists(
+        st.tuples(st.integers(1, 3), st.lists(st.lists(st.integers(0, 2), unique=True).map(sorted), max_size=2)), max_size=4
+    )
+)
+def test_who_came_by_is_known_before_it_is_stored(passes):
+    """What `append` says of each visit, by rows of a batch of three."""
+    cache = KeyValueCache(1, 20)
+    cache.sequences(3)
+    for length, visits in passes:
+        cache.begin()
+        counts = [0, 0, 0]
+        for rows in visits:
+            for visit in (0, 1):
+                here = [row for row in rows if counts[row] == visit]
+                if not here:
+                    continue
+                own = None if here == [0, 1, 2] else here
+                before = cache.came_by(0, length, visit=visit, rows=own)
+                new = torch.zeros(len(here), 1, length, 2)
+                _, _, said = cache.append(0, new, new, visit=visit, rows=own)
+                whole = torch.ones(len(here), cache.length + length, dtype=torch.bool)
+                assert torch.equal(whole if before is None else before, whole if said is None else said)
+            for row in rows:
+                counts[row] += 1
+        cache.advance(length)

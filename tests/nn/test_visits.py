@@ -339,3 +339,23 @@ def test_what_a_layer_hands_on_by_position_follows_each_sequence_on_its_path(pat
     together = model(token_BL, path=paths).logits_BLV
     alone = torch.cat([model(token_BL[row : row + 1], path=path).logits_BLV for row, path in enumerate(paths)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=7), min_size=2, max_size=5))
+def test_each_sequence_takes_its_steps_in_order(paths):
+    ran = [[] for _ in paths]
+    for block, rows in steps_of(paths, 1, len(paths)):
+        assert rows == sorted(set(rows))
+        for row in rows:
+            ran[row].append(block)
+    assert ran == paths
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_sequences_whose_paths_ascend_meet_in_every_block_that_they_share(times):
+    paths = [[block for block in range(4) for _ in range(own[block])] for own in times]
+    steps = list(steps_of(paths, 1, len(paths)))
+    wanted = [
+        (block, [row for row, own in enumerate(times) if own[block] > visit]) for block in range(4) for visit in range(2)
+    ]
+    assert steps == [(block, rows) for block, rows in wanted if rows]

@@ -15,6 +15,7 @@ from anabranch.extras import require
 
 if TYPE_CHECKING:
     from anabranch.serving.config import ServingConfig
+    from anabranch.serving.core.client import EngineInfo
     from anabranch.serving.http.serve import ServeConfig
 
 
@@ -102,6 +103,21 @@ def serve(
             metavar="SIZE", help="Memory for all adapters, such as 2GiB; default: 1GiB (engine.adapters.memory)."
         ),
     ] = None,
+    depth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Depth routers that anabranch depth train made of this model; they choose which blocks each request runs "
+            "(engine.depth.routers).",
+        ),
+    ] = None,
+    depth_control: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="From -1, no block, by -0.5, what the routers say, and 0.5, all blocks, to 1, all twice (engine.depth.control).",
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop."),
@@ -139,6 +155,7 @@ def serve(
         "devices": devices, "engine.num_streams": streams,
         "engine.adapters.load": adapter, "http.adapter_root": None if adapter_root is None else str(adapter_root),
         "engine.adapters.memory": adapter_memory,
+        "engine.depth.routers": None if depth is None else str(depth), "engine.depth.control": depth_control,
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}
@@ -162,19 +179,28 @@ def serve(
             )
 
     experts: dict[str, Any] = {}
+    routed: dict[str, Any] = {}
+
+    def known(info: EngineInfo) -> None:
+        experts.update(info.experts)
+        if info.routes_depth:
+            routed.update(control=config.engine.depth.control, usual=info.depth, num_layers=info.num_layers, max_depth=info.max_depth)
 
     def ready(url: str) -> None:
         if as_json:
-            said = {"experts": experts} if experts else {}
+            said = ({"experts": experts} if experts else {}) | ({"depth": routed} if routed else {})
             print_json({"url": url, "page": f"{url}/", "pid": os.getpid(), **said})
         else:
             if experts:
                 fact("experts", told_of(experts))
+            if routed:
+                words = f"control {routed['control']:g}, requests that do not say: {routed['usual']}"
+                fact("depth", f"{routed['num_layers']} blocks, routed to at most {routed['max_depth']}   {words}")
             fact("serving", f"{url}/v1   page {url}/   (Ctrl-C stops)")
             fact("next", f"curl -s {url}/v1/models")
         sys.stdout.flush()
 
-    code = config.serve(on_bound=bound, on_ready=ready, on_info=lambda info: experts.update(info.experts))
+    code = config.serve(on_bound=bound, on_ready=ready, on_info=known)
     if not quiet:
         say(_ENDS.get(code, "stopped"))
     if code:

@@ -8,11 +8,11 @@ from anabranch.extras import require
 
 require("lm", by=__name__)
 
-from anabranch.depth.decisions import EXECUTE, REPEAT, SKIP, check_depth_path, decisions_of, path_of  # noqa: E402
-from anabranch.depth.report import DepthReport  # noqa: E402
-from anabranch.depth.routed import RoutedPass, routed_pass  # noqa: E402
-from anabranch.depth.router import DepthRouter  # noqa: E402
-from anabranch.depth.stack import BlockStack, run_path, stack_of  # noqa: E402
+from anabranch.depth.decisions import EXECUTE, REPEAT, SKIP, check_depth_path, decisions_of, path_of
+from anabranch.depth.report import DepthReport
+from anabranch.depth.routed import RoutedPass, routed_pass
+from anabranch.depth.router import DepthRouter
+from anabranch.depth.stack import BlockStack, run_path, stack_of
 
 __all__ = [
     "EXECUTE",

@@ -145,4 +145,5 @@ class DecoderStack:
 
     def fingerprint(self) -> str:
         """See `BlockStack.fingerprint`."""
-        return fingerprint_of(self.module, self.module.embedding.weight, self.num_blocks)
+        sizes = {"num_blocks": self.num_blocks, "vocabulary": self.vocabulary, "width": self.width}
+        return fingerprint_of(self.module, self.module.embedding, **sizes)

@@ -2,6 +2,7 @@
 # Shapes: B sequences, L new positions, N blocks, D width, V vocabulary
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from anabranch.depth.stack import BlockStack
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
 
-__all__ = ["PLAIN", "Decider", "RoutedPass", "check_control", "routed_pass"]
+__all__ = ["PLAIN", "Decider", "RoutedBlocks", "RoutedPass", "check_control", "routed_blocks", "routed_pass"]
 
 # The control at which the routers' own decisions stand.
 PLAIN = -0.5
@@ -45,6 +46,21 @@ class RoutedPass:
     """
 
     logits_BLV: Tensor
+    decision_BN: Tensor
+    probability_BN3: Tensor
+    router_s: float
+
+
+@dataclass(frozen=True)
+class RoutedBlocks:
+    """What `routed_blocks` gives.
+
+    Attributes:
+        x_BLD: behind the last block, before the last norm.
+        decision_BN, probability_BN3, router_s: as of `RoutedPass`.
+    """
+
+    x_BLD: Tensor
     decision_BN: Tensor
     probability_BN3: Tensor
     router_s: float
@@ -85,21 +101,61 @@ def routed_pass(
     control = check_control(control)
     x_BLD, state = stack.embed(token_BL, attention_mask, cache=cache)
     mask_BL = torch.ones_like(token_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+    def run(layer: int, x_BLD: Tensor, rows: list[int]) -> Tensor:
+        return stack.block(layer, x_BLD, state, rows=rows)
+
+    made = routed_blocks(bank, stack.num_blocks, x_BLD, mask_BL.to(x_BLD.device), run, control=control)
+    logits_BLV = stack.head(made.x_BLD, state, last_only=last_only)
+    return RoutedPass(logits_BLV, made.decision_BN, made.probability_BN3, made.router_s)
+
+
+def routed_blocks(
+    bank: Decider,
+    num_blocks: int,
+    x_BLD: Tensor,
+    mask_BL: Tensor,
+    run: Callable[[int, Tensor, list[int]], Tensor],
+    *,
+    control: float = PLAIN,
+    most: int | None = None,
+) -> RoutedBlocks:
+    """All blocks as routers decide: what `routed_pass` does between embedding and head, for whoever runs blocks in another way.
+
+    Args:
+        bank: the routers.
+        num_blocks: N.
+        x_BLD: what would go into the first block.
+        mask_BL: bool, False for padding.
+        run: ``(layer, x_BLD, rows) -> x_BLD`` behind a visit by these sequences.
+        control: see `Decider.decide`.
+        most: visits that a sequence may have, at least N; a block is run once instead of twice where those that follow would have no room.
+            None for no limit.
+
+    Raises ConfigError for a decision that is none.
+    """
     decisions, probabilities, router_s = [], [], 0.0
-    for layer in range(stack.num_blocks):
+    used = [0] * len(x_BLD)
+    for layer in range(num_blocks):
         started = _now(x_BLD)
-        decision_B, probability_B3 = bank.decide(layer, x_BLD, mask_BL.to(x_BLD.device), control)
+        decision_B, probability_B3 = bank.decide(layer, x_BLD, mask_BL, control)
         times = decision_B.tolist()
         router_s += time.perf_counter() - started
-        _check(times, layer, len(token_BL))
+        _check(times, layer, len(x_BLD))
+        if most is not None:
+            behind = num_blocks - layer - 1
+            times = [
+                min(wanted, EXECUTE) if before + wanted + behind > most else wanted
+                for before, wanted in zip(used, times, strict=True)
+            ]
+        used = [before + wanted for before, wanted in zip(used, times, strict=True)]
         for visit in (EXECUTE, REPEAT):
             rows = [row for row, wanted in enumerate(times) if wanted >= visit]
             if rows:
-                x_BLD = stack.block(layer, x_BLD, state, rows=rows)
-        decisions.append(decision_B.cpu())
+                x_BLD = run(layer, x_BLD, rows)
+        decisions.append(torch.tensor(times))
         probabilities.append(probability_B3.float().cpu())
-    logits_BLV = stack.head(x_BLD, state, last_only=last_only)
-    return RoutedPass(logits_BLV, torch.stack(decisions, 1), torch.stack(probabilities, 1), router_s)
+    return RoutedBlocks(x_BLD, torch.stack(decisions, 1), torch.stack(probabilities, 1), router_s)
 
 
 def _now(x_BLD: Tensor) -> float:

@@ -108,8 +108,9 @@ class DepthRouter:
 
         Raises ConfigError (a ValueError) for a path that cannot be, routed depth without routers, and what is neither.
         """
-        several = bool(prompt) and not isinstance(prompt[0], int)
-        prompts: Any = prompt if several else [prompt]
+        given: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        several = len(given) > 0 and isinstance(given[0], Sequence)
+        prompts: Any = given if several else [given]
         results: list[list[int]] = [[] for _ in prompts]
         for step in self.stream(prompts, config, depth=depth, control=control, decide=decide):
             for row, token in zip(step.rows, step.tokens, strict=True):

@@ -328,7 +328,8 @@ class TransformersStack:
 
     def fingerprint(self) -> str:
         """See `BlockStack.fingerprint`."""
-        return fingerprint_of(self.module, self._embedding.weight, self.num_blocks)
+        sizes = {"num_blocks": self.num_blocks, "vocabulary": self.vocabulary, "width": self.width}
+        return fingerprint_of(self.module, self._embedding, **sizes)
 
 
 def _kinds(family: str, config: Any) -> list[str]:

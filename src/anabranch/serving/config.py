@@ -7,6 +7,7 @@ from anabranch.errors import CapacityError, ConfigError
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.core.client import EngineClient
 from anabranch.serving.core.kinds import most_new
+from anabranch.serving.depth import DepthConfig
 from anabranch.serving.experts import ExpertsConfig
 from anabranch.sizes import parse_bytes
 
@@ -74,6 +75,8 @@ class ServingConfig(Config):
         pooling: how ``/v1/embeddings`` makes a vector of a text's states: of the ``last`` token, or their ``mean``; ``auto`` as the model's
             folder says (``1_Pooling/config.json`` of sentence-transformers), else the last, as Qwen3-Embedding does.
         num_streams: parallel streams of requests that do not say it, of a model that has them; None for the number it was saved with.
+        depth: routers that choose which blocks a request runs, see there. With them, ``max_depth`` is twice the model's blocks where nobody says
+            less.
         adapters: that requests may use, see there.
     """
 
@@ -109,6 +112,7 @@ class ServingConfig(Config):
     max_depth: Repeats | None = Field(default=None, ge=1)
     pooling: Literal["auto", "last", "mean"] = "auto"
     num_streams: Repeats | None = Field(default=None, ge=1)
+    depth: DepthConfig = DepthConfig()
     adapters: AdaptersConfig = AdaptersConfig()
 
     @property

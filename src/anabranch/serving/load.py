@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from anabranch.data.tokenizer import Tokenizer
-from anabranch.errors import ConfigError
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.checkpoint import find_model, load_config, load_model, quantization_of
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import load_quantized
@@ -140,6 +140,8 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
     saved = quantization_of(found)
     if saved is not None and config.quantize != "none":
         check_scheme(saved, config.quantize, None, found)
+    if config.depth.routers is not None:
+        _check_routers(config.depth.routers, config.model)
     if config.adapters.load:
         from anabranch.serving.engine.adapter_reader import AdapterReader
 
@@ -162,6 +164,17 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
     if predictor is not None and Path(predictor).is_file():
         fingerprint = pools.fingerprint(tokenizer_fingerprint(tokenizer, model))
         load_predictor(predictor).fingerprint.check(fingerprint, predictor)
+
+
+def _check_routers(folder: str, model: str) -> None:
+    """Raise CheckpointError for depth routers that cannot be of the model, which is not read. What tells models of one size apart is checked
+    with the weights."""
+    from anabranch.depth.dr_llm.bank import RouterBank
+
+    bank, config = RouterBank.load(folder), load_config(model)
+    for what, theirs, ours in (("blocks", bank.num_blocks, config.num_layers), ("width", bank.width, config.dim)):
+        if theirs != ours:
+            raise CheckpointError(f"the routers in {folder} are of another model: {what} {theirs}, and {model} has {ours}")
 
 
 def dtype_of(config: ServingConfig) -> torch.dtype:

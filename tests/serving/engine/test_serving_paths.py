@@ -164,13 +164,17 @@ def test_room_is_taken_for_the_deepest_path(model):
     llm.close()
 
 
-def test_visits_are_kept_in_the_order_of_the_path():
-    slots = VisitSlots(4, (2, 0, 2))
-    assert [slots.of(2, 0), slots.of(0, 0), slots.of(2, 1), slots.of(1, 0), slots.of(2, 1)] == [0, 1, 2, 3, 2]
+def test_a_first_visit_is_kept_where_its_layer_is_and_others_where_there_is_room():
+    slots = VisitSlots(5, range(4), (2, 0, 2))
+    # Behind all layers, then where those are that the path leaves out; one that comes all the same is where it belongs, if that is free.
+    assert [slots.of(2, 0), slots.of(0, 0), slots.of(2, 1), slots.of(2, 2), slots.of(3, 0), slots.of(2, 1)] == [2, 0, 4, 1, 3, 4]
     with pytest.raises(
-        CapacityError, match="keeps keys and values of 4 visits of blocks, and layer 1 is visited once more"
+        CapacityError, match="keeps keys and values of 5 visits of blocks, and layer 1 is visited once more"
     ):
-        slots.of(1, 1)
+        slots.of(1, 0)
+    assert VisitSlots(4, (5, 7)).per_pass == {5: 1, 7: 1}
+    kind = VisitSlots(3, (5, 7), (7, 7, 7))
+    assert [kind.of(7, visit) for visit in range(3)] == [1, 2, 0]
 
 
 class Twice(PreNorm, kind="twice"):

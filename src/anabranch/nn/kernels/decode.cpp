@@ -44,6 +44,7 @@ class Run {
         dense(block.w13, block.w2, block.feed_forward_norm, nullptr, layer);
       }
     }
+    if (!m.last_norm) return;
     for (int64_t t = own.begin; t < own.end; ++t) norm_row(row(t), m.last_norm, m.D, m.norm_eps, row(t));
   }
 

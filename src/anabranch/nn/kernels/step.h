@@ -72,7 +72,7 @@ struct Model {
   float norm_eps, qk_eps, clip;  // clip 0 for none
   int32_t qk_norm;               // 0 none, 1 per head, 2 over the whole width
   int32_t half_store;            // keys and values are bfloat16
-  const float* last_norm;
+  const float* last_norm;        // null where other blocks come behind
   const Block* blocks;
 };
 

@@ -1,12 +1,16 @@
 """`EngineClient`: what a front end needs of an engine, be it in this process, in another, or many behind a coordinator."""
 
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from anabranch.bounds import is_whole
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.request import Output, Request
+
+# How often a depth that is asked for over HTTP may run one block, as `anabranch.depth` has it; it needs torch.
+MOST_VISITS = 2
 
 
 class BusyError(AnabranchError):
@@ -35,6 +39,10 @@ class EngineInfo:
         width: numbers in a vector.
         experts: how experts come where only some are in memory, as `anabranch.serving.expertflow.served.describe` has it; else empty.
         adapters: names of those that are there from the start; None where requests can have none.
+        num_layers: blocks of the model; 0 where nobody says.
+        max_depth: most blocks that a request's own path may have; None where requests at a server say none.
+        routes_depth: whether there are depth routers.
+        depth: ``routed`` or ``full``, of a request that does not say.
     """
 
     model: str
@@ -50,6 +58,10 @@ class EngineInfo:
     width: int = 0
     experts: dict[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] | None = None
+    num_layers: int = 0
+    max_depth: int | None = None
+    routes_depth: bool = False
+    depth: str = "full"
 
     def check_streams(self, num_streams: int | None) -> None:
         """Raises InputError for a number of parallel streams that a request cannot have."""
@@ -60,6 +72,33 @@ class EngineInfo:
             raise InputError(f"num_streams is {num_streams!r}, but the model has no parallel streams; leave it out")
         known = ", ".join(map(str, self.stream_choices))
         raise InputError(f"num_streams is {num_streams!r}; the model runs with {known}")
+
+    def check_depth(self, depth: Any) -> None:
+        """Raises InputError for a depth that a request cannot have: what is none of ``full``, ``routed`` and a list of blocks, or not here."""
+        if depth is None or (isinstance(depth, str) and depth == "full"):
+            return
+        if isinstance(depth, str):
+            if depth != "routed":
+                raise InputError(f"depth is {shown(depth)}; it must be 'full', 'routed' or a list of blocks")
+            if not self.routes_depth:
+                raise InputError("depth is 'routed', but the server has no depth routers (--depth); leave it out, or say 'full'")
+            return
+        if self.max_depth is None:
+            raise InputError("depth is a list of blocks, which this server does not take (--depth, or engine.max_depth); leave it out")
+        if not isinstance(depth, list | tuple) or not all(is_whole(block) for block in depth):
+            raise InputError(f"depth is {shown(depth)}; it must be 'full', 'routed' or a list of blocks")
+        self._check_path(depth)
+
+    def _check_path(self, path: Sequence[int]) -> None:
+        for block in path:
+            if not 0 <= block < self.num_layers:
+                raise InputError(f"depth has block {block}; the model has blocks 0 to {self.num_layers - 1}")
+        block, times = max(Counter(path).items(), key=lambda item: item[1], default=(0, 0))
+        if times > MOST_VISITS:
+            raise InputError(f"depth has block {block} {times} times; a block may run at most {MOST_VISITS} times")
+        assert self.max_depth is not None, "asked before"
+        if len(path) > self.max_depth:
+            raise InputError(f"depth has {len(path)} blocks; this server runs at most {self.max_depth} (engine.max_depth)")
 
 
 @dataclass(slots=True, kw_only=True)

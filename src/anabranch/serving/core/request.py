@@ -195,6 +195,8 @@ class Request:
         num_streams: parallel streams, of a model that has them; None for the engine's number.
         path: the blocks to run, in order, instead of each once, see `Decoder.forward`; at most as many as the engine keeps keys and values
             of (`ServingConfig.max_depth`).
+        routes_depth: let the engine's depth routers choose the path by the prompt, see `anabranch.serving.depth`; nothing of it is shared with
+            other requests. Its path is told with the first output (`Output.path`).
         pooling: make a vector of the prompt (`Output.embedding`) of the model's last states, after the norm: that of the ``last`` token, or
             their ``mean``, for which the whole prompt is computed; it makes no tokens (`Sampling.max_tokens` is 0). None makes none.
         adapters: names and weights of the adapters that are added up for it; none for the base. A name, or a mapping, is taken too.
@@ -215,6 +217,7 @@ class Request:
     record_routing: bool = False
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
+    routes_depth: bool = False
     pooling: str | None = None
     adapters: Mixture = ()
     bound: Any = field(default=None, repr=False, compare=False)
@@ -247,6 +250,8 @@ class Request:
             raise InputError(f"pooling is {shown(self.pooling)}; it must be one of {', '.join(POOLINGS)}, or None")
         if self.pooling is not None and self.sampling.max_tokens:
             raise InputError(f"pooling makes no tokens; max_tokens is {self.sampling.max_tokens}, and must be 0")
+        if not isinstance(self.routes_depth, bool):
+            raise InputError(f"routes_depth is {shown(self.routes_depth)}; it must be True or False")
         check_mixture(self.adapters)
         pairs = self.options if isinstance(self.options, tuple | list) else [self.options]
         for pair in pairs:
@@ -291,6 +296,7 @@ class Output:
         prompt_logprobs: where asked for, of the prompt's next tokens since the last output; the first is of the second token, as nothing
             comes before the first. All are told before the first new token, or with it, and each once.
         embedding: the vector of the prompt, where asked for; with the last output.
+        path: the blocks that it runs, where depth routers have chosen them; with the first output that has something of the model.
     """
 
     id: str
@@ -304,3 +310,4 @@ class Output:
     routing: tuple[dict[int, tuple[int, ...]], ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
+    path: tuple[int, ...] | None = None

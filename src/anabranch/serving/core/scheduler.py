@@ -456,6 +456,7 @@ class Scheduler:
                 self._store(state, computed)
             if item is not None:
                 state.prompt_logprobs += item.prompt_logprobs
+                state.path = state.path if item.path is None else item.path
             # It asked for no new token.
             if computed >= state.most_tokens:
                 self._end(state, Finish.LENGTH)

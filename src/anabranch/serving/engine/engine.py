@@ -12,13 +12,14 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.files import parse_json
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
-from anabranch.serving.core.client import EngineInfo, EngineStats
+from anabranch.serving.core.client import MOST_VISITS, EngineInfo, EngineStats
 from anabranch.serving.core.dual_batches import Order
 from anabranch.serving.core.hooks import StepHook
 from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.serving.engine.depths import Depths, check_depth, load_routers
 from anabranch.serving.engine.futures import both
 from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.loop import EngineLoop
@@ -70,6 +71,7 @@ class Engine:
         order: Order | None = None,
         experts: Mapping[str, Any] = MappingProxyType({}),
         most_positions: int | None = None,
+        depth_bank: Any = None,
     ) -> Self:
         """An engine for a model that is loaded.
 
@@ -89,7 +91,12 @@ class Engine:
             order: groups the requests that decode into two steps of ``config.experts.dual_batch`` each.
             experts: see `EngineInfo`.
             most_positions: longest prompt and output together, where ``config`` says no less; None for what the model is meant for.
+            depth_bank: depth routers of the model that are loaded; None for those of ``config.depth.routers``.
         """
+        depth_bank = depth_bank if config.depth.routers is None else load_routers(model, config.depth.routers)
+        if depth_bank is not None and config.max_depth is None:
+            # Room for any path that they may choose.
+            config = config.replace(max_depth=MOST_VISITS * model.config.num_layers)
         if pool is None and tier is None and config.host_kv is not None:
             shape = PagedShape.of(model, config.max_depth)
             pool, tier = second_place(shape, config, model.embedding.weight.device)
@@ -116,6 +123,7 @@ class Engine:
             takes_weights=takes_weights,
             kinds=kinds,
         )
+        runner.depths = Depths.of(model, config, depth_bank, runner.pool.shape.layers)
         tables = None if runner.fast is None else runner.fast.adapters
         adapters = runner.adapters = ServedAdapters(model, config.adapters, tables)
         limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
@@ -140,6 +148,10 @@ class Engine:
                 width=model.config.dim,
                 experts=dict(experts),
                 adapters=adapters.shelf.names,
+                num_layers=model.config.num_layers,
+                max_depth=None if config.max_depth is None else runner.pool.shape.layers,
+                routes_depth=depth_bank is not None,
+                depth="full" if depth_bank is None else config.depth.usual,
             ),
             scheduler=scheduler,
             runner=runner,
@@ -164,6 +176,7 @@ class Engine:
         if max(request.prompt, default=0) >= self.info.vocab_size:
             raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
         self.info.check_streams(request.num_streams)
+        check_depth(request, self.runner.depths)
         try:
             self.runner.check_variant(request.num_streams, request.path)
         except ConfigError as error:

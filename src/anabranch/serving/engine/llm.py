@@ -63,6 +63,7 @@ class LLM:
                 "pool",
                 "make_runner",
                 "order",
+                "depth_bank",
             )
             parts = {name: options.pop(name) for name in of_engine if name in options}
             self.tokenizer = tokenizer

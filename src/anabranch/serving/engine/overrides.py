@@ -78,7 +78,9 @@ class RequestOverrides:
     def variant_of(self, id: str, own: Variant) -> Variant:
         """How a request runs the model, where it does as ``own`` unless hooks say otherwise."""
         number, path = self._variants.get(id, (None, None))
-        return own if number is path is None else Variant(number or own.num_streams, own.path if path is None else path)
+        if path is not None:
+            own = replace(own, path=path, chooser=None)
+        return own if number is None else replace(own, num_streams=number)
 
     @staticmethod
     def placed(said: OverridesById, chunks: Sequence[Chunk], num_streams: int) -> list[Overrides]:

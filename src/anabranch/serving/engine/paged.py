@@ -165,19 +165,30 @@ class PagedPool:
 class VisitSlots:
     """Which of a pool's layers keeps which visit of a block, in passes over one path.
 
-    They are taken in the path's order, so blocks that are left out need no room. Visits that the path does not tell of, as of a block whose
-    attention runs twice, come behind them.
+    The first visit of a block is where its layer is, whatever the path, so requests of different paths may go through it together. Further
+    visits are behind all layers, and then where those are that the path leaves out. Visits that the path does not tell of, as of a block
+    whose attention runs twice, come behind them.
 
     Args:
         depth: layers of the pool.
-        path: blocks, in order; at most as many.
+        layers: whose keys and values it keeps, in order; at most as many.
+        path: blocks, in order; None for each layer once.
+        is_open: the path is not known yet, and ascends: a layer that was passed over makes room.
     """
 
-    def __init__(self, depth: int, path: Sequence[int]) -> None:
+    def __init__(
+        self, depth: int, layers: Sequence[int], path: Sequence[int] | None = None, *, is_open: bool = False
+    ) -> None:
         self.depth = depth
+        self._place = {layer: place for place, layer in enumerate(layers)}
+        self._is_open = is_open
         self._slots: dict[tuple[int, int], int] = {}
+        self._taken: set[int] = set()
+        told = () if is_open else layers if path is None else path
+        left_out = set(self._place).difference(told)
+        self._left_out = [place for layer, place in self._place.items() if layer in left_out]
         seen: Counter[int] = Counter()
-        for layer in path:
+        for layer in told:
             self.of(layer, seen[layer])
             seen[layer] += 1
 
@@ -188,13 +199,28 @@ class VisitSlots:
 
     def of(self, layer: int, visit: int) -> int:
         """The pool's layer of the ``visit``-th visit. Raises CapacityError for one more than there are."""
-        slot = self._slots.setdefault((layer, visit), len(self._slots))
-        if slot >= self.depth:
-            raise CapacityError(
-                f"the engine keeps keys and values of {self.depth} visits of blocks, and layer {layer} is visited once more; set "
-                "engine.max_depth"
-            )
+        slot = self._slots.get((layer, visit))
+        if slot is None:
+            slot = self._slots[layer, visit] = self._new(layer, visit)
+            self._taken.add(slot)
         return slot
+
+    def _new(self, layer: int, visit: int) -> int:
+        own = self._place[layer]
+        if not visit and own not in self._taken:
+            return own
+        left_out = self._left_out
+        if self._is_open:
+            left_out = [
+                place for other, place in self._place.items() if other < layer and (other, 0) not in self._slots
+            ]
+        for slot in (*range(len(self._place), self.depth), *left_out):
+            if slot not in self._taken:
+                return slot
+        raise CapacityError(
+            f"the engine keeps keys and values of {self.depth} visits of blocks, and layer {layer} is visited once more; set "
+            "engine.max_depth"
+        )
 
 
 class PagedStore:

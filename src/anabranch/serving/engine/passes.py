@@ -12,12 +12,19 @@ from anabranch.serving.core.batch import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a request runs the model: in ``num_streams`` parallel streams, over the blocks of ``path`` (None for each once); ``is_adapted``:
-    module by module, with adapters."""
+    """How a request runs the model.
+
+    Attributes:
+        num_streams: parallel streams.
+        path: the blocks that it runs; None for each once.
+        is_adapted: module by module, with adapters.
+        chooser: the request, where depth routers are to choose its path by this pass, so that it runs alone.
+    """
 
     num_streams: int = 1
     path: tuple[int, ...] | None = None
     is_adapted: bool = False
+    chooser: str | None = None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 # Shapes: P streams, T tokens of a step, R rows that sample or score, V vocabulary, D width
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,8 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.engine.any_path import AnyPath
+from anabranch.serving.engine.depths import Depths
 from anabranch.serving.engine.head import RowsOfPass, logits_of
 from anabranch.serving.engine.isolate import Isolation
 from anabranch.serving.engine.kinds import Kinds
@@ -38,10 +40,14 @@ from anabranch.serving.engine.steady import steady
 from anabranch.serving.engine.stores import Stores
 from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
 from anabranch.serving.fast import FastDecoder, Watch
+from anabranch.serving.fast.paths import CompiledPaths
 from anabranch.serving.sampling import Sampler
 
 # An id that no request has.
 _NOBODY = "\0"
+
+# The pass of requests that the compiled step runs side by side, whatever their paths.
+_ANY_PATH = "any path"
 
 # Of the prompt that is run before the first request: a step's usual size, short enough to hold up no start.
 WARM_TOKENS = 256
@@ -80,6 +86,7 @@ class ModelRunner:
 
     Attributes:
         adapters: that requests may have; None for none.
+        depths: depth routers, and the requests whose path they are to choose; None for none.
 
     Requests with adapters that the compiled step does not know run through the modules one by one, apart from the others of a step.
 
@@ -140,6 +147,11 @@ class ModelRunner:
                 self.model, *pool_ASGD, block_tokens=self.pool.block_tokens, takes_weights=takes_weights
             )
         self.adapters: ServedAdapters | None = None
+        self.depths: Depths | None = None
+        # Where the compiled step knows no path but the usual one, requests of different paths take turns.
+        self._any_path: AnyPath | None = None
+        if self.fast is not None and CompiledPaths.supports(self.fast):
+            self._any_path = AnyPath(self.fast, self.pool, self.stores)
         self.tap, self.watch = RoutingTap(model), Watch(model)
         # Requests that want to know where their tokens go.
         self._recorded: set[str] = set()
@@ -241,8 +253,10 @@ class ModelRunner:
             self.sampler.add(request)
             if self._overrides is not None:
                 self._overrides.add(request)
-            path = None if request.path is None else tuple(request.path)
-            variant = Variant(request.num_streams or self.num_streams, path)
+            if self.depths is not None:
+                self.depths.add(request)
+            chooser = request.id if request.routes_depth else None
+            variant = Variant(request.num_streams or self.num_streams, self._own_path(request.path), chooser=chooser)
             if variant != self._usual:
                 self._variants[request.id] = variant
             if request.record_routing:
@@ -266,10 +280,14 @@ class ModelRunner:
         self._variants.pop(id, None)
         if self.adapters is not None:
             self.adapters.forget(id)
+        if self.depths is not None:
+            self.depths.forget(id)
         if self._overrides is not None:
             self._overrides.forget(id)
 
     def _step(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> list[Sampled]:
+        for chunk in chunks:
+            self._choose_ahead(chunk)
         rows, routes = sampled_rows(chunks), self._routes(chunks)
         self._recordings.clear()
         scored, pooled_rows = scored_rows(chunks), self._pooling.rows(chunks)
@@ -292,6 +310,9 @@ class ModelRunner:
             result = results.setdefault(id, found)
             result.embedding, result.error = found.embedding, result.error or found.error
         self._pooling.keep(pooled)
+        if self.depths is not None:
+            for id, result in results.items():
+                result.path = self.depths.take_untold(id)
         return [results[chunk.id] for chunk in chunks if chunk.is_answered]
 
     def _routes(self, chunks: Sequence[Chunk]) -> dict[int, Route]:
@@ -336,7 +357,8 @@ class ModelRunner:
     def _compiled_for(self, chunks: Sequence[Chunk]) -> FastDecoder | None:
         """The same, for chunks that run the model alike: it knows no path but the usual one."""
         variant = self._variant_of(chunks[0])
-        return self._compiled() if variant.path is None and not variant.is_adapted else None
+        is_usual = variant.path is None and variant.chooser is None and not variant.is_adapted
+        return self._compiled() if is_usual else None
 
     def _hidden_of(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
@@ -349,7 +371,7 @@ class ModelRunner:
             self._note_pass(range(len(rows)), rows)
             return x_RD
         made: list[tuple[list[int], Tensor]] = []
-        for part in passes_of(chunks, tokens, self._variant_of):
+        for part in passes_of(chunks, tokens, self._pass_of(chunks)):
             wanted = [number for number, row in enumerate(rows) if row in part.place]
             own = {part.place[row]: route for row, route in routes.items() if row in part.place}
             places = [part.place[rows[number]] for number in wanted]
@@ -379,7 +401,8 @@ class ModelRunner:
         adapters = self.adapters
         if adapters is None or not adapters.is_of(chunk.id):
             return own
-        is_compiled = own.path is None and self._compiled() is not None and adapters.is_compiled(chunk)
+        is_usual = own.path is None and own.chooser is None
+        is_compiled = is_usual and self._compiled() is not None and adapters.is_compiled(chunk)
         return own if is_compiled else replace(own, is_adapted=True)
 
     def check_variant(self, num_streams: int | None, path: Sequence[int] | None) -> None:
@@ -392,6 +415,59 @@ class ModelRunner:
         if check_path(path, len(self.model.blocks), 1) != tuple(path):
             raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")
         self.stores.check_path(path)
+
+    def _own_path(self, path: Sequence[int] | None) -> tuple[int, ...] | None:
+        """A request's path; None where it is that of everybody else."""
+        if path is None or tuple(path) == tuple(range(len(self.model.blocks))):
+            return None
+        return tuple(path)
+
+    def _pass_of(self, chunks: Sequence[Chunk]) -> Callable[[Chunk], Hashable]:
+        """What chunks go through the model together by: how they run it, or only that the compiled step takes their paths."""
+        if self._any_path is None or all(self._variant_of(chunk).path is None for chunk in chunks):
+            return self._variant_of
+        return lambda chunk: _ANY_PATH if self._takes_path(chunk) else self._variant_of(chunk)
+
+    def _takes_path(self, chunk: Chunk) -> bool:
+        """Whether a request is one that the compiled step runs over any blocks, beside others with other ones."""
+        has_adapters = self.adapters is not None and self.adapters.is_of(chunk.id)
+        is_plain = not has_adapters and self._variant_of(chunk).chooser is None and chunk.id not in self._recorded
+        return is_plain and self._any_path is not None and self._compiled() is not None
+
+    def _choose_ahead(self, chunk: Chunk) -> None:
+        """The path of a request whose prompt comes in pieces: routers see all of it once, before its first piece runs."""
+        prompt = None if self.depths is None else self.depths.prompt_behind(chunk)
+        if prompt is None:
+            return
+        whole, token_1L = replace(chunk, tokens=prompt, start=0), torch.tensor([prompt], device=self.device)
+        # Whoever records is told of the prompt when it runs for its own sake.
+        seen = {"repeated_N": torch.ones(len(prompt), dtype=torch.bool, device=self.device)}
+        context = self.model.context(token_1L, state=seen)
+        with self._running([whole], context):
+            self._choose(chunk.id, self.model.embed(token_1L), self._block_of(context))
+
+    def _chosen_hidden(self, chunk: Chunk, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """`_hidden` of a whole prompt, along the path that routers choose on the way."""
+        is_plain = not self._variant_of(chunk).is_adapted and chunk.id not in self._recorded
+        if is_plain and self._any_path is not None and self._compiled() is not None:
+            return self._any_path.chosen(chunk, tokens, rows, partial(self._choose, chunk.id))
+        token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
+        context = self._context(StepLayout([chunk], self.pool.block_tokens, self.device), token_1T, [chunk])
+        self._context_run = context
+        with self._running([chunk], context):
+            x_1TD = self._choose(chunk.id, self.model.embed(token_1T), self._block_of(context))
+            return self.model.norm(x_1TD[:, list(rows)])[0]
+
+    def _block_of(self, context: ForwardContext) -> Callable[[int, Tensor, Sequence[int]], Tensor]:
+        """What runs a block on the one sequence of ``context``."""
+        return lambda layer, x_1LD, _: self.model.blocks[layer](x_1LD, context)
+
+    def _choose(self, id: str, x_1LD: Tensor, run: Callable[[int, Tensor, Sequence[int]], Tensor]) -> Tensor:
+        """x_1LD behind the last block of the path that routers choose, which is the request's from now on."""
+        assert self.depths is not None, "only they have requests that wait"
+        x_1LD, path = self.depths.choose(id, x_1LD, run)
+        self._variants[id] = replace(self._variants[id], path=self._own_path(path), chooser=None)
+        return x_1LD
 
     def _hidden_alike(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
@@ -413,6 +489,12 @@ class ModelRunner:
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """x_RD of ``rows`` of the step, after the last norm."""
+        if self._variant_of(chunks[0]).chooser is not None:
+            return self._chosen_hidden(chunks[0], tokens, rows)
+        if self._variants and self._any_path is not None and all(map(self._takes_path, chunks)):
+            own = [self._variant_of(chunk).path for chunk in chunks]
+            if any(path is not None for path in own):
+                return self._any_path.hidden(chunks, tokens, rows, own)
         fast = self._compiled_for(chunks)
         if fast is not None:
             return self._fast_hidden(fast, chunks, tokens, rows, {})
@@ -478,7 +560,9 @@ class ModelRunner:
             state=self._for_recorders(chunks) if self.watch.is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
-            cache=self.stores.view(layout, chunks, self._prefixes[streams], variant.path),
+            cache=self.stores.view(
+                layout, chunks, self._prefixes[streams], variant.path, is_open=variant.chooser is not None
+            ),
             token_BL=token_1T.expand(streams, -1),
         )
 

@@ -50,16 +50,33 @@ class Stores:
         chunks: Sequence[Chunk],
         prefix: Sequence[tuple[Tensor, Tensor]],
         path: Sequence[int] | None,
+        *,
+        is_open: bool = False,
     ) -> PagedStore | StoreByKind:
-        """What the layers of one step attend through; ``layout`` is that of its first kind, ``path`` None for the usual."""
+        """What the layers of one step attend through.
+
+        ``layout`` is that of its first kind; ``path`` is None for the usual, or with ``is_open`` for one that the step finds.
+        """
         stores = []
         for place, (kind, pool) in enumerate(zip(self.kinds, self.pools, strict=True)):
             own = layout if place == 0 else StepLayout(chunks, pool.block_tokens, layout.device, is_local=True)
             visits = self._usual[place]
-            if path is not None:
-                visits = VisitSlots(pool.shape.layers, [layer for layer in path if layer in kind.layers])
+            if is_open:
+                visits = VisitSlots(pool.shape.layers, kind.layers, is_open=True)
+            elif path is not None:
+                visits = self.visits(path, place)
             stores.append(PagedStore(pool, own, prefix, visits=visits, **self._options))
         return stores[0] if len(stores) == 1 else StoreByKind(stores, self._kind_of)
+
+    def visits(self, path: Sequence[int], place: int = 0) -> VisitSlots:
+        """Where visits along ``path`` of the layers of one kind are kept."""
+        kind = self.kinds[place]
+        own = [layer for layer in path if layer in kind.layers]
+        return VisitSlots(self.pools[place].shape.layers, kind.layers, own)
+
+    def open_visits(self) -> VisitSlots:
+        """Where visits of layers of the first kind are kept along a path that is being found."""
+        return VisitSlots(self.pools[0].shape.layers, self.kinds[0].layers, is_open=True)
 
     def check_path(self, path: Sequence[int]) -> None:
         """Raise ConfigError for a path with more visits of layers than there is room for."""

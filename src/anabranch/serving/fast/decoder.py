@@ -180,6 +180,22 @@ class FastDecoder:
                 self._run_experts(step, last, routes)
         return x_TD, routes if with_routes else None
 
+    @property
+    def is_by_block(self) -> bool:
+        """Whether each layer is one part that hands nothing to others beside its output, with all its weights in memory."""
+        is_single = self._model.layers == len(self.model.blocks)
+        return is_single and not self._stops and not self._model.state
+
+    @property
+    def structure(self) -> CModel:
+        """What the kernel is told of the model; it points at what this object keeps."""
+        return self._model
+
+    def room(self, num_tokens: int) -> Tensor:
+        """Memory for what a step of so many tokens works out on its way; for one at a time."""
+        self._make_room(num_tokens, False)
+        return self._memory
+
     def logits(self, x_RD: Tensor) -> Tensor:
         """Scores over the vocabulary, float32."""
         if self._head is None:

@@ -77,6 +77,7 @@ class Choice:
         times: seconds of `time.monotonic` at which outputs came, with their numbers of tokens.
         experts: tokens by (layer, expert), and tokens that were recorded, for the summary.
         finish: why it ended; None while it goes on.
+        path: the blocks that its tokens run, where they are not all blocks; None for all.
         scores: of its prompt, complete before the first change; None where they were not asked for.
 
         brings_scores: its outputs have them.
@@ -100,6 +101,7 @@ class Choice:
         self.scores, self.brings_scores = scores, request.sampling.prompt_logprobs is not None
         self.prompt_tokens, self.completion_tokens = len(request.prompt), 0
         self.cached_tokens: int = 0
+        self.path: tuple[int, ...] | None = request.path
         self.queue_s: float | None = None
         self.times: list[tuple[float, int]] = []
         self.experts: Counter[tuple[int, int]] = Counter()
@@ -124,6 +126,8 @@ class Choice:
             self.cached_tokens = output.cached_tokens
         if output.queue_s is not None:
             self.queue_s = output.queue_s
+        if output.path is not None:
+            self.path = output.path
         if self.scores is not None:
             self.scores.add(output.prompt_logprobs)
         if output.tokens:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.bounds import MOST_LAYERS
 from anabranch.serving.chat import FieldError
 from anabranch.serving.grammar.forms import depth_of
 from anabranch.web.api_error import ApiError, wrong, wrong_field
@@ -13,6 +14,8 @@ from anabranch.web.body import is_int, said
 
 Check = tuple[Callable[[Any], bool], str]
 MOST_STOPS, MOST_STOP_LENGTH, MOST_LOGPROBS = 4, 1000, 20
+# Of a depth; a block may come twice.
+MOST_BLOCKS = 2 * MOST_LAYERS
 INT64 = 2**63
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
 # Of the path of a field.
@@ -62,6 +65,12 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 64 and all(is_int(part) and 0 <= part < 2**31 for part in value)
 
 
+def _is_depth(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("full", "routed")
+    return isinstance(value, list) and len(value) <= MOST_BLOCKS and all(is_int(part) and abs(part) < 2**31 for part in value)
+
+
 def _is_kwargs(value: Any) -> bool:
     if not isinstance(value, dict) or len(value) > 16 or not all(map(_NAME.fullmatch, value)):
         return False
@@ -70,6 +79,7 @@ def _is_kwargs(value: Any) -> bool:
 
 BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
 OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
+DEPTH: Check = (_is_depth, f'"full", "routed" or a list of at most {MOST_BLOCKS} blocks')
 ADAPTERS: Check = (OBJECT[0], "an object of adapters and their weights")
 KWARGS: Check = (
     _is_kwargs,
@@ -102,6 +112,7 @@ SHARED: dict[str, Check] = {
     "metadata": (_is_metadata, "an object of at most 16 texts"),
     "routing": BOOL,
     "num_streams": integer(1, 2**31 - 1),
+    "depth": DEPTH,
     "adapters": ADAPTERS,
 }
 CHAT: dict[str, Check] = {
@@ -130,8 +141,9 @@ _HINTS = {name: (lambda value: True) for name in ("safety_identifier", "prompt_c
 _SHARED_REFUSED: dict[str, Callable[[Any], bool]] = {
     "service_tier": lambda value: value in ("auto", "default"),
     "store": lambda value: value is False,
-    # Of `Request`: how deep one may go is for whoever runs the engine to say.
+    # Of `Request`; here it is `depth`, where whoever runs the server lets one say it.
     "path": lambda value: False,
+    "routes_depth": lambda value: False,
     **_HINTS,
 }
 REFUSED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {

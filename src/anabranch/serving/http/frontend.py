@@ -285,7 +285,9 @@ class Frontend:
         return Request(
             id=f"{id}-{at}", prompt=prompt, sampling=request.sampling_of(choice), key=key, arrival=time.monotonic(), cache_salt=salt,
             priority=request.priority if is_above else 0, own_priority=0 if is_above else request.priority,
-            record_routing=request.is_routing, num_streams=request.num_streams, adapters=request.adapters,
+            record_routing=request.is_routing, num_streams=request.num_streams,
+            path=None if isinstance(request.depth, str) else request.depth, routes_depth=request.depth == "routed",
+            adapters=request.adapters,
             # How long one may wait for a reader is the connection's to say.
             buffer=config.limits.stream_events, stall_s=math.inf,
         )  # fmt: skip

@@ -46,6 +46,7 @@ class GenerationRequest:
         reasoning: how the model's reasoning is told apart; None where it is part of the text.
         is_routing: tell which experts each token went to.
         priority, cache_salt, num_streams, adapters: see `Request`.
+        depth: ``full``, ``routed``, or the blocks to run.
         unknown: fields that nobody knows.
         response_of: the request to ``/v1/responses`` that this chat is made of; None for any other.
     """
@@ -68,6 +69,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str = ""
     num_streams: int | None = None
+    depth: str | tuple[int, ...] = "full"
     adapters: Mixture = ()
     unknown: tuple[str, ...] = ()
     response_of: dict[str, Any] | None = None
@@ -213,6 +215,11 @@ def _shared(
         info.check_streams(body.get("num_streams"))
     except InputError as error:
         raise wrong("num_streams", str(error)) from None
+    try:
+        info.check_depth(body.get("depth"))
+    except InputError as error:
+        raise wrong("depth", str(error)) from None
+    depth = info.depth if body.get("depth") is None else body["depth"]
     n = body.get("n") or 1
     if n > most_n:
         raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")
@@ -229,6 +236,7 @@ def _shared(
         "priority": body.get("priority") or 0,
         "cache_salt": body.get("cache_salt") or "",
         "num_streams": body.get("num_streams"),
+        "depth": tuple(depth) if isinstance(depth, list) else depth,
     }
 
 

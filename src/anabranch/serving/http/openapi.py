@@ -55,8 +55,15 @@ def _shared(most_n: int) -> dict[str, Any]:
         "metadata": _maybe("object", maxProperties=16, additionalProperties=_TEXT),
         "routing": {**_maybe("boolean"), "description": "tell which experts each token went to"},
         "num_streams": {**_integer(1), "description": "parallel streams, of a model that has them (ParScale)"},
+        "depth": _depth(),
         "adapters": _adapters(),
     }
+
+
+def _depth() -> dict[str, Any]:
+    blocks = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    what = "blocks that run: all, as depth routers choose by the prompt, or these in order, each at most twice"
+    return {"anyOf": [{"enum": ["full", "routed", None]}, blocks], "description": what}
 
 
 def _adapters() -> dict[str, Any]:

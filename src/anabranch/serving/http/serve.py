@@ -39,6 +39,7 @@ NOT_ELASTIC = (
     "prompt_lookup",
     "prompt_lookup_ngram",
     "max_depth",
+    "depth",
     "pooling",
     "process",
     "adapters",

@@ -98,7 +98,20 @@ class Shape:
         if self.request.reasoning is not None:
             thought = sum(choice.reasoning_tokens for choice in self.choices)
             made["completion_tokens_details"] = {"reasoning_tokens": thought}
+        if self.info.max_depth is not None:
+            made["depth"] = self.depth()
         return made
+
+    def depth(self) -> dict[str, Any]:
+        """Blocks that tokens ran: on average, of how many, and which for each prompt; choices of a prompt run the same."""
+        whole = range(self.info.num_layers)
+        runs = tokens = 0
+        for choice in self.choices:
+            # The last token of an answer is told, and not run.
+            count = choice.prompt_tokens + max(0, choice.completion_tokens - 1)
+            runs, tokens = runs + count * len(whole if choice.path is None else choice.path), tokens + count
+        paths = [list(whole if choice.path is None else choice.path) for choice in self.choices[:: self.request.n]]
+        return {"layers_per_token": round(runs / max(tokens, 1), 3), "num_layers": len(whole), "layers": paths}
 
     @property
     def cached_tokens(self) -> int:

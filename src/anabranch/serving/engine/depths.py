@@ -1,0 +1,107 @@
+"""`Depths`: requests whose blocks depth routers choose, on their prompts and once (`anabranch.depth`)."""
+# Shapes: L tokens of a prompt, N blocks, D width
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.errors import InputError
+from anabranch.lm.decoder import Decoder
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.batch import Chunk
+from anabranch.serving.core.request import Request
+
+__all__ = ["Depths"]
+
+
+@dataclass
+class Depths:
+    """Routers, and the requests that wait for their decision.
+
+    Attributes:
+        bank: the routers.
+        num_blocks: N, of the model.
+        control: see `anabranch.serving.depth.DepthConfig`.
+        most: visits of blocks that the engine keeps keys and values of.
+    """
+
+    bank: Any
+    num_blocks: int
+    control: float
+    most: int
+    # The prompts of requests that have no path yet, and paths that nobody has been told of, by id.
+    _waiting: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _untold: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Decoder, config: ServingConfig, bank: Any, most: int) -> "Depths | None":
+        """Those of an engine; None where there are no routers."""
+        return None if bank is None else cls(bank, len(model.blocks), config.depth.control, most)
+
+    def add(self, request: Request) -> None:
+        """A request that begins."""
+        if request.routes_depth:
+            self._waiting[request.id] = request.prompt
+
+    def forget(self, id: str) -> None:
+        """One that has ended."""
+        self._waiting.pop(id, None)
+        self._untold.pop(id, None)
+
+    def is_waiting(self, id: str) -> bool:
+        """Whether it has no path yet."""
+        return id in self._waiting
+
+    def prompt_behind(self, chunk: Chunk) -> tuple[int, ...] | None:
+        """The prompt of a request that waits and has more than ``chunk`` of it, which routers would have to see; None for any other."""
+        prompt = self._waiting.get(chunk.id)
+        return None if prompt is None or len(chunk.tokens) >= len(prompt) else prompt
+
+    def choose(
+        self, id: str, x_1LD: Tensor, run: Callable[[int, Tensor, Sequence[int]], Tensor]
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """(x_1LD behind the last block, the path): the prompt of ``id`` runs as the routers decide.
+
+        Args:
+            id: of a request that waits.
+            x_1LD: its embedded prompt.
+            run: see `anabranch.depth.routed.routed_blocks`.
+        """
+        from anabranch.depth.decisions import path_of
+        from anabranch.depth.routed import routed_blocks
+
+        mask_1L = torch.ones(x_1LD.shape[:2], dtype=torch.bool, device=x_1LD.device)
+        made = routed_blocks(
+            self.bank, self.num_blocks, x_1LD, mask_1L, run, control=self.control, most=self.most
+        )
+        path = path_of(made.decision_BN[0].tolist())
+        self._waiting.pop(id, None)
+        self._untold[id] = path
+        return made.x_BLD, path
+
+    def take_untold(self, id: str) -> tuple[int, ...] | None:
+        """The path that was chosen for a request, once."""
+        return self._untold.pop(id, None)
+
+
+def check_depth(request: Request, depths: Depths | None) -> None:
+    """Raise InputError for a request that wants routers to choose its path and has one, or where there are none."""
+    if not request.routes_depth:
+        return
+    if request.path is not None:
+        raise InputError("routes_depth is set, and path says which blocks run; leave one of them out")
+    if depths is None:
+        raise InputError("routes_depth is set, and the engine has no depth routers (engine.depth.routers)")
+
+
+def load_routers(model: Decoder, folder: str) -> Any:
+    """The depth routers in a folder.
+
+    Raises CheckpointError where there are none, ConfigError where they are of another model.
+    """
+    from anabranch.depth.router import DepthRouter
+
+    return DepthRouter.attach(model, folder).bank

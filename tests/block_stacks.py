@@ -1,0 +1,64 @@
+"""Tiny models that depth is routed in."""
+
+import torch
+import transformers
+from foreign_models import VOCAB, build_theirs
+
+from anabranch.lm import Decoder
+from anabranch.nn import SelfAttention, SwiGLU
+
+BLOCKS = 3
+
+
+def decoder(seed=3, **options):
+    options = {"attention": SelfAttention.Config(num_heads=2, window=options.pop("window", None)), **options}
+    config = Decoder.Config(
+        vocab_size=VOCAB, dim=16, num_layers=BLOCKS, feed_forward=SwiGLU.Config(hidden_dim=24), init_std=0.3, **options
+    )
+    return config.build(seed=seed).eval()
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=None, eos_token_id=None
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "ln_" in name or "bias" in name:
+                tensor.copy_(torch.randn_like(tensor) * 0.3 + ("ln_" in name and "weight" in name))
+    return model
+
+
+def eager(model):
+    model.set_attn_implementation("eager")
+    return model
+
+
+MAKERS = {
+    "ours": decoder,
+    "ours-window": lambda: decoder(window=3),
+    "llama": lambda: build_theirs("Llama"),
+    "llama-eager": lambda: eager(build_theirs("Llama")),
+    "qwen2": lambda: build_theirs("Qwen2"),
+    "qwen2-window": lambda: build_theirs("Qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen3": lambda: build_theirs("Qwen3", head_dim=8),
+    "mistral": lambda: build_theirs("Mistral", sliding_window=None),
+    "mistral-window": lambda: build_theirs("Mistral", sliding_window=3),
+    "gpt2": gpt2,
+    "gpt2-eager": lambda: eager(gpt2()),
+}
+_made = {}
+
+
+def model(name):
+    """Made once: nothing here changes it."""
+    if name not in _made:
+        _made[name] = MAKERS[name]()
+    return _made[name]
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+

@@ -1,0 +1,25 @@
+"""Depth routers that are told what to decide, or decide by what they see."""
+
+import torch
+
+
+class Scripted:
+    """Decides as ``decisions_BN`` say, by the place in the batch; keeps what it was shown."""
+
+    def __init__(self, decisions_BN):
+        self.decisions_BN, self.shown = torch.tensor(decisions_BN), []
+
+    def decide(self, layer, x_BLD, mask_BL, control):
+        self.shown.append((layer, x_BLD.clone(), mask_BL.clone(), control))
+        decision_B = self.decisions_BN[: len(x_BLD), layer]
+        return decision_B, torch.nn.functional.one_hot(decision_B, 3).float()
+
+
+class ByState:
+    """Decides by what it sees of a sequence, padding not: whoever is with it in the batch must not matter."""
+
+    def decide(self, layer, x_BLD, mask_BL, control):
+        sum_B = (x_BLD.double() * mask_BL[..., None]).sum((1, 2))
+        # Far from rounding, yet different for almost any two sequences.
+        decision_B = (sum_B * 3).round().long() % 3
+        return decision_B, torch.nn.functional.one_hot(decision_B, 3).float()

@@ -1,0 +1,226 @@
+"""Full depth, paths and depth that routers choose in one continuous batch: each request gets what it gets alone, without a cache."""
+
+import pytest
+import torch
+from depth_banks import ByState, Scripted
+
+from anabranch.depth import path_of, routed_pass, stack_of
+from anabranch.errors import ConfigError, InputError
+from anabranch.lm import Decoder
+from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
+from anabranch.routing import record_routing
+from anabranch.serving import LLM, Output, Request, Sampling
+from anabranch.serving.depth import DepthConfig
+from anabranch.serving.engine.messages import Add
+from anabranch.serving.engine.paged import VisitSlots
+from anabranch.serving.engine.runner import ModelRunner
+
+LAYERS = 3
+PLENTY = {"num_blocks": 200, "block_tokens": 4}
+SCARCE = {"num_blocks": 12, "block_tokens": 4, "max_batched_tokens": 9, "max_seqs": 4, "long_prefill_chunk": 5}
+SAMPLING = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
+PROMPTS = [(1, 2, 3, 4, 5, 6), (7,), (8, 9, 10, 11, 12, 13, 14, 15, 16), (30, 2), (5, 5, 5, 5, 9)]
+PATHS = {"full": None, "twice": (0, 1, 1, 2), "skipped": (0, 2), "back": (2, 0, 1), "none": (), "routed": "routed"}
+
+
+def built(feed_forward, **fields):
+    config = Decoder.Config(
+        vocab_size=31, dim=32, num_layers=LAYERS, attention=SelfAttention.Config(num_heads=2, num_kv_heads=1), init_std=0.3,
+        max_positions=128, feed_forward=feed_forward, **fields,
+    )  # fmt: skip
+    return config.build(seed=0).eval()
+
+
+MODELS = {
+    # Which the compiled step runs; and experts, and what it does not know.
+    "dense": built(SwiGLU.Config(hidden_dim=64)),
+    "experts": built(MoE.Config(num_experts=4, hidden_dim=32)),
+    "window": built(SwiGLU.Config(hidden_dim=64), local_attention=SelfAttention.Config(num_heads=2, num_kv_heads=1, window=3), local_layers=(1,)),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def chosen(model, prompt, bank=None):
+    made = routed_pass(stack_of(model), bank or ByState(), torch.tensor([prompt]))
+    return path_of(made.decision_BN[0].tolist())
+
+
+@torch.no_grad()
+def uncached(model, prompt, path):
+    """Greedy tokens, each from a pass over the whole sequence."""
+    tokens = list(prompt)
+    for _ in range(SAMPLING.max_tokens):
+        tokens.append(int(model(torch.tensor([tokens]), path=path, last_only=True).logits_BLV[0, -1].argmax()))
+    return tuple(tokens[len(prompt) :])
+
+
+def serve(model, bank=None, **config):
+    """{(depth, prompt): (tokens, path)} of requests of every depth that come all at once."""
+    llm = LLM(model, depth_bank=bank or ByState(), **config)
+    asked = {f"{name} {number}": (path, prompt) for number, prompt in enumerate(PROMPTS) for name, path in PATHS.items()}
+    for id, (path, prompt) in asked.items():
+        depth = {"routes_depth": True} if path == "routed" else {"path": path}
+        llm._loop.put(Add(Request(id=id, prompt=prompt, sampling=SAMPLING, **depth)))
+    llm._loop.run(until_idle=True)
+    found = {id: ((), None) for id in asked}
+    for event in (event for event in llm._events if isinstance(event, Output)):
+        assert event.error is None
+        tokens, path = found[event.id]
+        assert path is None or event.path is None, "a path is told once"
+        found[event.id] = (tokens + event.tokens, event.path or path)
+    llm.close()
+    return {id: (*found[id], *asked[id]) for id in asked}
+
+
+@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_depth_beside_every_other_is_each_request_alone(name, kernel, limits):
+    def make_runner(*given, **more):
+        return ModelRunner(*given, use_kernel=kernel, **more)
+
+    model = MODELS[name]
+    paths = {prompt: chosen(model, prompt) for prompt in PROMPTS}
+    assert len(set(paths.values())) > 2
+    assert any(len(path) > len(set(path)) for path in paths.values())
+    found = serve(model, make_runner=make_runner, **limits)
+    for id, (tokens, told, path, prompt) in found.items():
+        is_routed = path == "routed"
+        assert told == (paths[prompt] if is_routed and paths[prompt] else None), id
+        assert tokens == uncached(model, prompt, paths[prompt] if is_routed else path), id
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+def test_steps_of_any_depth_are_compiled(monkeypatch):
+    """None of them goes through the modules."""
+    llm = LLM(MODELS["dense"], depth_bank=ByState(), **PLENTY)
+    assert llm.engine.runner._any_path is not None
+    monkeypatch.setattr(Decoder, "hidden", lambda *_, **__: pytest.fail("modules"))
+    for block in MODELS["dense"].blocks:
+        monkeypatch.setattr(block, "forward", lambda *_, **__: pytest.fail("modules"))
+    for depth in ({"routes_depth": True}, {"path": (0, 2, 2)}, {}):
+        llm.generate(PROMPTS[:2], SAMPLING, **depth)
+    llm.close()
+
+
+def test_nothing_is_shared_with_a_request_whose_path_is_not_known():
+    model, prompt = MODELS["dense"], PROMPTS[2]
+    llm = LLM(model, depth_bank=ByState(), **PLENTY)
+    cached = []
+    for depth in ({"routes_depth": True}, {}, {"routes_depth": True}, {}, {"path": chosen(model, prompt)}):
+        [answer] = llm.generate([prompt], SAMPLING, **depth)
+        cached.append(answer.output.cached_tokens)
+    assert cached == [0, 0, 0, 8, 0]
+    llm.close()
+
+
+def test_control_is_given_to_the_routers():
+    bank = Scripted([[1, 0, 2]])
+    llm = LLM(MODELS["dense"], depth_bank=bank, **PLENTY)
+    llm.engine.runner.depths.control = 0.25
+    [answer] = llm.generate([PROMPTS[0]], SAMPLING, routes_depth=True)
+    assert answer.output.path == (0, 2, 2)
+    assert [(layer, x.shape, mask.tolist(), control) for layer, x, mask, control in bank.shown] == [
+        (layer, (1, 6, 32), [[True] * 6], 0.25) for layer in range(3)
+    ]
+    llm.close()
+
+
+@pytest.mark.parametrize(("max_depth", "path"), [(None, (0, 0, 1, 1, 2, 2)), (4, (0, 0, 1, 2)), (3, (0, 1, 2))])
+def test_blocks_are_repeated_where_there_is_room(max_depth, path):
+    model, config = MODELS["dense"], {} if max_depth is None else {"max_depth": max_depth}
+    llm = LLM(model, depth_bank=Scripted([[2, 2, 2]]), **PLENTY, **config)
+    assert (llm.engine.info.max_depth, llm.engine.info.num_layers) == (max_depth or 6, 3)
+    [answer] = llm.generate([PROMPTS[0]], SAMPLING, routes_depth=True)
+    assert answer.output.path == path
+    assert answer.tokens == uncached(model, PROMPTS[0], path)
+    llm.close()
+
+
+def test_a_skipped_block_makes_room():
+    llm = LLM(MODELS["dense"], depth_bank=Scripted([[0, 2, 1]]), max_depth=3, **PLENTY)
+    [answer] = llm.generate([PROMPTS[0]], SAMPLING, routes_depth=True)
+    assert answer.output.path == (1, 1, 2)
+    assert answer.tokens == uncached(MODELS["dense"], PROMPTS[0], (1, 1, 2))
+    llm.close()
+
+
+def test_a_request_that_routers_cannot_decide_ends_alone():
+    class Picky(ByState):
+        def decide(self, layer, x_BLD, mask_BL, control):
+            if x_BLD.shape[1] == 1:
+                raise ConfigError("too short to decide")
+            return super().decide(layer, x_BLD, mask_BL, control)
+
+    model = MODELS["dense"]
+    llm = LLM(model, depth_bank=Picky(), **PLENTY)
+    for number in (0, 1):
+        llm._loop.put(Add(Request(id=str(number), prompt=PROMPTS[number], sampling=SAMPLING, routes_depth=True)))
+    llm._loop.run(until_idle=True)
+    ends = {event.id: event.error for event in llm._events if isinstance(event, Output) and event.finish}
+    assert ends["0"] is None
+    assert "too short to decide" in ends["1"]
+    [answer] = llm.generate([PROMPTS[1]], SAMPLING)
+    assert answer.tokens == uncached(model, PROMPTS[1], None)
+    llm.close()
+
+
+@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
+def test_a_trace_of_a_routed_request_is_that_of_its_path(limits):
+    model, prompt = MODELS["experts"], PROMPTS[0]
+
+    def decisions(recorder):
+        columns = ("layer", "position", "rank", "token", "destination")
+        return sorted(tuple(row[name] for name in columns) for row in recorder.trace().table.to_pylist())
+
+    llm = LLM(model, depth_bank=ByState(), **limits)
+    with record_routing(model) as ours:
+        [answer] = llm.generate([prompt], SAMPLING, routes_depth=True)
+    with record_routing(model) as theirs, torch.no_grad():
+        model(torch.tensor([[*prompt, *answer.tokens[:-1]]]), path=chosen(model, prompt))
+    assert decisions(ours) == decisions(theirs)
+    llm.close()
+
+
+def test_what_cannot_be_is_refused():
+    model = MODELS["dense"]
+    plain = LLM(model, **PLENTY)
+    with pytest.raises(InputError, match="the engine has no depth routers"):
+        plain.generate([PROMPTS[0]], SAMPLING, routes_depth=True)
+    assert (plain.engine.info.max_depth, plain.engine.info.routes_depth, plain.engine.info.depth) == (None, False, "full")
+    llm = LLM(model, depth_bank=ByState(), **PLENTY)
+    assert (llm.engine.info.routes_depth, llm.engine.info.depth) == (True, "routed")
+    with pytest.raises(InputError, match="path says which blocks run; leave one of them out"):
+        llm.generate([PROMPTS[0]], SAMPLING, routes_depth=True, path=(0,))
+    with pytest.raises(InputError, match="routes_depth is 1; it must be True or False"):
+        llm.generate([PROMPTS[0]], SAMPLING, routes_depth=1)
+    for one in (plain, llm):
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"control": 0.5}, "depth.control is 0.5, but depth.routers is not set"),
+        ({"usual": "full"}, "depth.usual is 'full', but depth.routers is not set"),
+        ({"routers": "x", "control": 1.5}, "control"),
+        ({"routers": "x", "control": float("nan")}, "control"),
+        ({"routers": "x", "usual": "deep"}, "usual"),
+    ],
+)
+def test_wrong_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        DepthConfig(**fields)
+
+
+def test_visits_of_an_open_path_are_where_they_are_of_the_same_known():
+    for path in ((0, 1, 2), (1, 1, 2), (0, 2, 2), (2, 2), (0, 0, 2, 2)):
+        for depth in (3, 4, 6):
+            if len(path) > depth:
+                continue
+            known, found = VisitSlots(depth, range(3), path), VisitSlots(depth, range(3), is_open=True)
+            seen = [(layer, path[:place].count(layer)) for place, layer in enumerate(path)]
+            slots = [known.of(*visit) for visit in seen]
+            assert [found.of(*visit) for visit in seen] == slots, (path, depth)
+            assert len(set(slots)) == len(path)
+            assert all(slot == layer for slot, (layer, visit) in zip(slots, seen, strict=True) if not visit)

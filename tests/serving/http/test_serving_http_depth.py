@@ -1,0 +1,208 @@
+"""``depth`` in requests to a server, what usage tells of it, and ``anabranch serve --depth``."""
+
+import json
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from depth_banks import ByState
+
+from anabranch.cli.main import main
+from anabranch.data import ByteTokenizer
+from anabranch.depth import DepthRouter, path_of, routed_pass, stack_of
+from anabranch.lm import SamplingConfig
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.depth import DepthConfig
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.local import LocalEngine
+from serving_models import LAYERS, saved_moe, serve_process, small_moe, small_streams
+from serving_thread import serving, streamed
+
+BODY = {"model": "small", "prompt": "hello", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+PATHS = {"full": (0, 1), "one": (1,), "twice": (0, 0, 1), "back": (1, 0)}
+
+
+def make_engine(model, bank=None, **config):
+    config = ServingConfig(num_blocks=64, name="small", dtype="float32", **config)
+    return lambda: LocalEngine(lambda: Engine.of(model, config, tokenizer=ByteTokenizer(), depth_bank=bank))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_moe()
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(make_engine(model, ByState())) as running:
+        yield running
+
+
+@torch.no_grad()
+def chosen(model, text):
+    made = routed_pass(stack_of(model), ByState(), torch.tensor([ByteTokenizer().encode(text)]))
+    return path_of(made.decision_BN[0].tolist())
+
+
+def test_each_request_runs_its_blocks(server, model):
+    router = DepthRouter.attach(model, ByState())
+    config = SamplingConfig(temperature=0, max_tokens=12)
+    depths = {**{name: list(path) for name, path in PATHS.items()}, "routed": "routed", "unsaid": None, "word": "full"}
+    paths = {**PATHS, "routed": chosen(model, "hello"), "unsaid": chosen(model, "hello"), "word": (0, 1)}
+    wanted = {
+        name: ByteTokenizer().decode(router.generate(ByteTokenizer().encode("hello"), config, depth=path)) for name, path in paths.items()
+    }
+    assert wanted["routed"] == ByteTokenizer().decode(router.generate(ByteTokenizer().encode("hello"), config))
+    assert len(set(wanted.values())) >= 4
+    asked = list(depths) * 2
+
+    def ask(name):
+        return server.ask("/v1/completions", BODY if depths[name] is None else {**BODY, "depth": depths[name]})
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(ask, asked))
+    for name, (status, _, body) in zip(asked, answers, strict=True):
+        assert status == 200, body
+        assert body["choices"][0]["text"] == wanted[name], name
+        assert body["usage"]["depth"] == {
+            "layers_per_token": len(paths[name]), "num_layers": LAYERS, "layers": [list(paths[name])],
+        }  # fmt: skip
+
+
+def test_usage_tells_each_prompt_and_the_mean(server, model):
+    prompts = ["hello", "something longer"]
+    status, _, body = server.ask("/v1/completions", {**BODY, "prompt": prompts, "n": 2, "depth": "routed", "max_tokens": 3})
+    assert status == 200
+    paths = [chosen(model, prompt) for prompt in prompts]
+    counts = [len(ByteTokenizer().encode(prompt)) + 2 for prompt in prompts]
+    mean = sum(len(path) * count for path, count in zip(paths, counts, strict=True)) / sum(counts)
+    assert body["usage"]["depth"]["layers"] == [list(path) for path in paths]
+    assert body["usage"]["depth"]["layers_per_token"] == pytest.approx(mean, abs=1e-3)
+
+
+def test_chats_and_streams_tell_it_too(server):
+    chat = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 4, "depth": [1, 1]}
+    status, _, body = server.ask("/v1/chat/completions", chat)
+    assert status == 200
+    assert body["usage"]["depth"]["layers"] == [[1, 1]]
+    status, _, text = server.ask(
+        "/v1/completions", {**BODY, "stream": True, "stream_options": {"include_usage": True}, "depth": [1]}
+    )
+    assert streamed(text) == server.ask("/v1/completions", {**BODY, "depth": [1]})[2]["choices"][0]["text"]
+    [usage] = [
+        event["usage"] for line in text.splitlines() if line.startswith("data: {") and (event := json.loads(line[6:])).get("usage")
+    ]
+    assert usage["depth"] == {"layers_per_token": 1.0, "num_layers": LAYERS, "layers": [[1]]}
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        ("deep", "depth is 'deep'; it must be \"full\", \"routed\" or a list of at most 8192 blocks"),
+        (3, "depth is 3; it must be"),
+        (True, "depth is True; it must be"),
+        ([0, "1"], "depth is a list; it must be"),
+        ([0, True], "depth is a list; it must be"),
+        ([0.0], "depth is a list; it must be"),
+        ({"layers": [0]}, "depth is an object; it must be"),
+        ([0, 2], "depth has block 2; the model has blocks 0 to 1"),
+        ([-1], "depth has block -1; the model has blocks 0 to 1"),
+        ([0, 1, 1, 1], "depth has block 1 3 times; a block may run at most 2 times"),
+        ([0] * 9000, "depth is a list; it must be"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_depth_that_cannot_be_is_a_mistake_of_the_request(server, depth, message, stream):
+    status, _, answer = server.ask("/v1/completions", {**BODY, "depth": depth, "stream": stream})
+    assert status == 400
+    assert answer["error"]["param"] == "depth"
+    assert answer["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize("name", ["path", "routes_depth"])
+def test_names_of_the_library_are_refused(server, name):
+    status, _, answer = server.ask("/v1/completions", {**BODY, name: [0]})
+    assert (status, answer["error"]["param"]) == (400, name)
+
+
+def test_a_server_without_routers(model):
+    with serving(make_engine(model)) as plain:
+        status, _, body = plain.ask("/v1/completions", {**BODY, "depth": "full"})
+        assert status == 200
+        assert "depth" not in body["usage"]
+        for depth, says in (("routed", "the server has no depth routers (--depth)"), ([0], "a list of blocks, which this server does not take")):
+            status, _, answer = plain.ask("/v1/completions", {**BODY, "depth": depth})
+            assert status == 400
+            assert says in answer["error"]["message"]
+    with serving(make_engine(model, max_depth=3)) as deep:
+        assert deep.ask("/v1/completions", {**BODY, "depth": [0, 0, 1]})[2]["usage"]["depth"]["layers_per_token"] == 3
+        assert deep.ask("/v1/completions", BODY)[2]["usage"]["depth"]["layers"] == [[0, 1]]
+        answer = deep.ask("/v1/completions", {**BODY, "depth": [0, 0, 1, 1]})[2]
+        assert answer["error"]["message"] == "depth has 4 blocks; this server runs at most 3 (engine.max_depth)"
+
+
+def test_it_is_described(server):
+    schemas = server.ask("/openapi.json")[2]["components"]["schemas"]
+    for kind in ("Chat", "Completion"):
+        assert schemas[kind]["properties"]["depth"]["anyOf"][0]["enum"] == ["full", "routed", None]
+
+
+def saved_bank(folder, model, seed=0):
+    from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
+
+    stack = stack_of(model)
+    config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
+    RouterBank(config, seed=seed).save(folder)
+    return str(folder)
+
+
+def posted(url, body):
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.slow
+def test_a_server_process_runs_the_routers_of_a_folder(tmp_path, model):
+    folder = saved_bank(tmp_path / "routers", model)
+    router = DepthRouter.attach(model, folder)
+    prompts = ["hello", "hello there", "x"]
+    ids = [ByteTokenizer().encode(prompt) for prompt in prompts]
+    config = SamplingConfig(temperature=0, max_tokens=12)
+    wanted = {
+        (depth if isinstance(depth, str) else tuple(depth), control): router.generate(ids, config, depth=depth, control=control)
+        for depth in ("routed", "full", [1, 1]) for control in (-0.5, 0.75)
+    }  # fmt: skip
+    options = ("--set", "engine.dtype=float32")
+    for control in (-0.5, 0.75):
+        with serve_process("--depth", folder, "--depth-control", str(control), *options) as server:
+            for depth in ("routed", "full", [1, 1]):
+                for number, prompt in enumerate(prompts):
+                    body = {**BODY, "model": "small-moe", "prompt": prompt, "depth": depth}
+                    answer = posted(server.url, body)
+                    key = (depth if isinstance(depth, str) else tuple(depth), control)
+                    assert answer["choices"][0]["text"] == ByteTokenizer().decode(wanted[key][number])
+
+
+def test_wrong_lines(tmp_path, model, capsys):
+    folder = saved_bank(tmp_path / "routers", model)
+    deeper = saved_bank(tmp_path / "deeper", model.config.replace(num_layers=3).build(seed=0))
+    for line, says in (
+        (["--depth", str(tmp_path / "none")], f"no routers in {tmp_path / 'none'}"),
+        (["--depth", deeper], "3"),
+        (["--depth", folder, "--depth-control", "2"], "control"),
+        (["--depth-control", "0.1"], "depth.control is 0.1, but depth.routers is not set"),
+        (["--depth", folder, "--devices", "2"], "engine.depth is for one engine"),
+    ):
+        assert main(["serve", saved_moe(), *line, "--check"]) == 2, line
+        assert says in capsys.readouterr().err, line
+    assert main(["serve", saved_moe(), "--depth", folder, "--depth-control", "-0.6", "--check"]) == 0
+
+
+def test_routers_of_another_model_and_streams_are_refused_when_it_loads(tmp_path, model):
+    folder = saved_bank(tmp_path / "routers", model.config.build(seed=5))
+    with pytest.raises(Exception, match="of another model"):
+        Engine.of(model, ServingConfig(num_blocks=8, depth=DepthConfig(routers=folder)))
+    with pytest.raises(Exception, match="parallel streams"):
+        Engine.of(small_streams(), ServingConfig(num_blocks=8, depth=DepthConfig(routers=folder)))
