@@ -31,6 +31,10 @@ def gpt2():
     return model
 
 
+def theirs(family, **changes):
+    return build_theirs(family, intermediate_size=48, **changes)
+
+
 def eager(model):
     model.set_attn_implementation("eager")
     return model
@@ -39,13 +43,13 @@ def eager(model):
 MAKERS = {
     "ours": decoder,
     "ours-window": lambda: decoder(window=3),
-    "llama": lambda: build_theirs("Llama"),
-    "llama-eager": lambda: eager(build_theirs("Llama")),
-    "qwen2": lambda: build_theirs("Qwen2"),
-    "qwen2-window": lambda: build_theirs("Qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1),
-    "qwen3": lambda: build_theirs("Qwen3", head_dim=8),
-    "mistral": lambda: build_theirs("Mistral", sliding_window=None),
-    "mistral-window": lambda: build_theirs("Mistral", sliding_window=3),
+    "llama": lambda: theirs("Llama"),
+    "llama-eager": lambda: eager(theirs("Llama")),
+    "qwen2": lambda: theirs("Qwen2"),
+    "qwen2-window": lambda: theirs("Qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen3": lambda: theirs("Qwen3", head_dim=8),
+    "mistral": lambda: theirs("Mistral", sliding_window=None),
+    "mistral-window": lambda: theirs("Mistral", sliding_window=3),
     "gpt2": gpt2,
     "gpt2-eager": lambda: eager(gpt2()),
 }

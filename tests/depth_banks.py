@@ -23,3 +23,14 @@ class ByState:
         # Far from rounding, yet different for almost any two sequences.
         decision_B = (sum_B * 3).round().long() % 3
         return decision_B, torch.nn.functional.one_hot(decision_B, 3).float()
+
+
+def saved_bank(folder, model, seed=0):
+    """Folder of a `RouterBank` of random numbers, of ``model``."""
+    from anabranch.depth import stack_of
+    from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
+
+    stack = stack_of(model)
+    config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
+    RouterBank(config, seed=seed).save(folder)
+    return str(folder)

@@ -51,6 +51,9 @@ PUBLIC = {
     "anabranch.graph.disk": "DiskIndex build from_hnsw is_on_disk",
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
+    "anabranch.depth": """
+        BlockStack DepthReport DepthRouter EXECUTE REPEAT RoutedPass SKIP check_depth_path decisions_of path_of routed_pass run_path stack_of
+    """,
     "anabranch.adapters": """
         Adapter Bottleneck Combined Dora DynMoLE Exported Front HashedDelta Labelled LowRank LowRankPool MixedLowRank
         MixtureReport MixtureTask NestedLowRank Pair RoutedLowRank ScaleShift Scaling SerialBottleneck SkilledLowRank

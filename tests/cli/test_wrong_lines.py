@@ -187,6 +187,11 @@ serve trained --adapter trained=text
 serve trained --adapter a=nowhere --devices 2
 serve trained --adapter-root nowhere
 serve trained --adapter-memory many
+serve trained --depth nowhere
+serve trained --depth text
+serve trained --depth-control 0.5
+serve trained --depth-control nan --depth nowhere
+serve trained --depth nowhere --devices 2
 serve no.gguf
 graph info deep.json
 graph info nan.csv

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.lm import Decoder, KeyValueCache
@@ -340,9 +342,9 @@ def test_local_layers_must_be_said_and_keep_what_others_do():
 def test_who_came_by_is_known_before_it_is_stored(passes):
     """What `append` says of each visit, by rows of a batch of three."""
     cache = KeyValueCache(1, 20)
-    cache.sequences(3)
     for length, visits in passes:
         cache.begin()
+        cache.sequences(3)
         counts = [0, 0, 0]
         for rows in visits:
             for visit in (0, 1):

@@ -1,19 +1,29 @@
 """Full depth, paths and depth that routers choose in one continuous batch: each request gets what it gets alone, without a cache."""
 
+import copy
+
 import pytest
 import torch
-from depth_banks import ByState, Scripted
 
-from anabranch.depth import path_of, routed_pass, stack_of
+from adapter_models import make_adapter
+from depth_banks import ByState, Scripted, saved_bank
+
+from anabranch.adapters import load_peft
+from anabranch.data import ByteTokenizer
+from anabranch.depth import DepthRouter, path_of, routed_pass, stack_of
 from anabranch.errors import ConfigError, InputError
-from anabranch.lm import Decoder
+from anabranch.lm import Decoder, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
 from anabranch.routing import record_routing
 from anabranch.serving import LLM, Output, Request, Sampling
+from anabranch.serving.adapters import AdaptersConfig
+from anabranch.serving.config import ServingConfig
 from anabranch.serving.depth import DepthConfig
+from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Add
 from anabranch.serving.engine.paged import VisitSlots
 from anabranch.serving.engine.runner import ModelRunner
+from served_adapters import Runs, layers_of, make_model
 
 LAYERS = 3
 PLENTY = {"num_blocks": 200, "block_tokens": 4}
@@ -196,6 +206,44 @@ def test_what_cannot_be_is_refused():
         llm.generate([PROMPTS[0]], SAMPLING, routes_depth=1)
     for one in (plain, llm):
         one.close()
+
+
+def test_adapters_go_with_any_depth(tmp_path):
+    """A request with an adapter is routed by what the adapter makes of its prompt, and is as alone, in pieces or whole."""
+    model, prompt, other = make_model(num_layers=3), PROMPTS[2], PROMPTS[4]
+    make_adapter(tmp_path / "a", layers_of(), seed="a", rank=4)
+    adapted = load_peft(tmp_path / "a", copy.deepcopy(model))
+    wanted = {}
+    for name, one in ((None, model), ("a", adapted)):
+        for ids in (prompt, other):
+            path = chosen(one, ids)
+            wanted[name, ids] = path, uncached(one, ids, path)
+            wanted[name, ids, "path"] = uncached(one, ids, (0, 1, 1))
+    for limits in (PLENTY, SCARCE):
+        adapters = AdaptersConfig(load=(f"a={tmp_path / 'a'}",))
+        config = ServingConfig(**{**limits, "num_blocks": 60}, dtype="float32", adapters=adapters)
+        runs = Runs(Engine.of(copy.deepcopy(model), config, depth_bank=ByState()))
+        asked = [key for key in wanted if len(key) == 2] * 2
+        ids = {runs.put(*key, max_tokens=6, routes_depth=True): key for key in asked}
+        fixed = {runs.put(*key, max_tokens=6, path=(0, 1, 1)): key for key in asked}
+        found = runs.outputs()
+        for id, key in ids.items():
+            assert (found[id].path, found[id].tokens) == wanted[key]
+        for id, key in fixed.items():
+            assert found[id].tokens == wanted[(*key, "path")]
+
+
+def test_experts_that_come_on_demand_go_with_routed_depth(tmp_path):
+    model = MODELS["experts"]
+    save_model(tmp_path / "model", model, ByteTokenizer())
+    folder = saved_bank(tmp_path / "routers", model, seed=3)
+    bank = DepthRouter.attach(model, folder).bank
+    llm = LLM(tmp_path / "model", expert_budget="48KiB", dtype="float32", num_blocks=50, depth=DepthConfig(routers=folder))
+    for prompt in PROMPTS:
+        path = chosen(model, prompt, bank)
+        [answer] = llm.generate([prompt], SAMPLING, routes_depth=True)
+        assert (answer.output.path, answer.tokens) == (path, uncached(model, prompt, path))
+    llm.close()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from depth_banks import ByState
+from depth_banks import ByState, saved_bank
 
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
@@ -146,15 +146,6 @@ def test_it_is_described(server):
     schemas = server.ask("/openapi.json")[2]["components"]["schemas"]
     for kind in ("Chat", "Completion"):
         assert schemas[kind]["properties"]["depth"]["anyOf"][0]["enum"] == ["full", "routed", None]
-
-
-def saved_bank(folder, model, seed=0):
-    from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
-
-    stack = stack_of(model)
-    config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
-    RouterBank(config, seed=seed).save(folder)
-    return str(folder)
 
 
 def posted(url, body):
