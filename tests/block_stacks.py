@@ -10,12 +10,12 @@ from anabranch.nn import SelfAttention, SwiGLU
 BLOCKS = 3
 
 
-def decoder(seed=3, **options):
-    options = {"attention": SelfAttention.Config(num_heads=2, window=options.pop("window", None)), **options}
-    config = Decoder.Config(
-        vocab_size=VOCAB, dim=16, num_layers=BLOCKS, feed_forward=SwiGLU.Config(hidden_dim=24), init_std=0.3, **options
-    )
-    return config.build(seed=seed).eval()
+def decoder(seed=3, window=None, **options):
+    fields = {
+        "vocab_size": VOCAB, "dim": 16, "num_layers": BLOCKS, "attention": SelfAttention.Config(num_heads=2, window=window),
+        "feed_forward": SwiGLU.Config(hidden_dim=24), "init_std": 0.3,
+    }  # fmt: skip
+    return Decoder.Config(**fields | options).build(seed=seed).eval()
 
 
 def gpt2():

@@ -23,6 +23,7 @@ from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Add
 from anabranch.serving.engine.paged import VisitSlots
 from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.fast.paths import CompiledStep
 from served_adapters import Runs, layers_of, make_model
 
 LAYERS = 3
@@ -104,7 +105,7 @@ def test_every_depth_beside_every_other_is_each_request_alone(name, kernel, limi
 def test_steps_of_any_depth_are_compiled(monkeypatch):
     """None of them goes through the modules."""
     llm = LLM(MODELS["dense"], depth_bank=ByState(), **PLENTY)
-    assert llm.engine.runner._any_path is not None
+    assert llm.engine.runner._any_path.takes(is_compiled=True)
     monkeypatch.setattr(Decoder, "hidden", lambda *_, **__: pytest.fail("modules"))
     for block in MODELS["dense"].blocks:
         monkeypatch.setattr(block, "forward", lambda *_, **__: pytest.fail("modules"))
@@ -272,3 +273,52 @@ def test_visits_of_an_open_path_are_where_they_are_of_the_same_known():
             assert [found.of(*visit) for visit in seen] == slots, (path, depth)
             assert len(set(slots)) == len(path)
             assert all(slot == layer for slot, (layer, visit) in zip(slots, seen, strict=True) if not visit)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=pytest.mark.skipif(kernels.load() is None, reason="no compiler")), False])
+def test_a_block_runs_once_for_all_requests_that_come_to_it(kernel, monkeypatch):
+    def make_runner(*given, **more):
+        return ModelRunner(*given, use_kernel=kernel, **more)
+
+    paths, ran = [None, (0, 2), (0, 1, 1, 2), (0, 1, 2)], []
+    model = MODELS["dense"]
+    llm = LLM(model, make_runner=make_runner, max_depth=4, **PLENTY)
+    if kernel:
+        run = CompiledStep.run
+
+        def noted(self, visits, numbers=None):
+            ran.append([layer for layer, _ in visits])
+            run(self, visits, numbers)
+
+        monkeypatch.setattr(CompiledStep, "run", noted)
+    else:
+        for number, block in enumerate(model.blocks):
+            block.register_forward_hook(lambda *_, number=number: ran.append([number]))
+    for number, path in enumerate(paths):
+        asked = Sampling(temperature=0.0, max_tokens=1, ignore_eos=True)
+        llm._loop.put(Add(Request(id=str(number), prompt=PROMPTS[number], sampling=asked, path=path)))
+    llm._loop.run(until_idle=True)
+    assert sum(ran, []) == [0, 1, 1, 2]
+    llm.close()
+    for block in model.blocks:
+        block._forward_hooks.clear()
+
+
+def test_a_neighbour_of_another_path_changes_no_bit_of_a_dense_model():
+    def make_runner(*given, **more):
+        return ModelRunner(*given, use_kernel=False, **more)
+
+    def scores(asked):
+        llm = LLM(MODELS["dense"], make_runner=make_runner, deterministic=True, max_depth=4, **PLENTY)
+        for number, path in asked:
+            sampling = Sampling(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=0)
+            llm._loop.put(Add(Request(id=str(number), prompt=PROMPTS[number], sampling=sampling, path=path)))
+        llm._loop.run(until_idle=True)
+        found = {}
+        for event in (event for event in llm._events if isinstance(event, Output)):
+            found.setdefault(event.id, []).extend(told.logprob for told in event.logprobs)
+        llm.close()
+        return found
+
+    beside = scores(enumerate([None, (0, 2), (0, 1, 1, 2), (2, 1)]))
+    assert {id: one for number, path in enumerate([None, (0, 2), (0, 1, 1, 2), (2, 1)]) for id, one in scores([(number, path)]).items()} == beside

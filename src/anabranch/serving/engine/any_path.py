@@ -1,4 +1,4 @@
-"""`AnyPath`: the compiled step for requests that run blocks in an order of their own, side by side, and for one whose order is being chosen."""
+"""`AnyPath`: steps of requests that run blocks in an order of their own, side by side, and of one whose order is being chosen."""
 # Shapes: T tokens of a step, R rows of it, D width
 
 from collections import Counter
@@ -10,34 +10,47 @@ from torch import Tensor
 
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.engine.layout import StepLayout
+from anabranch.serving.engine.module_paths import ModulePaths
 from anabranch.serving.engine.paged import PagedPool
 from anabranch.serving.engine.stores import Stores
 from anabranch.serving.fast.decoder import FastDecoder
 from anabranch.serving.fast.paths import CompiledPaths, CompiledStep, Visits, schedule_of
 
-__all__ = ["AnyPath"]
+__all__ = ["AnyPath", "RunBlock"]
 
 # What runs a block once more: (layer, what goes in, rows) to what comes out.
 RunBlock = Callable[[int, Tensor, Sequence[int]], Tensor]
 
 
 class AnyPath:
-    """Runs steps over any blocks, of a model whose compiled blocks can be told apart.
+    """Runs steps over any blocks, where a model's blocks can be told apart.
 
     Args:
-        fast: the compiled model.
+        num_blocks: of the model.
+        fast: its compiled form; None where there is none, or its blocks run together.
+        modules: the same by modules.
         pool: keys and values.
         stores: which says where each visit's are.
     """
 
-    def __init__(self, fast: FastDecoder, pool: PagedPool, stores: Stores) -> None:
-        self._fast, self._pool, self._stores = fast, pool, stores
-        self.num_blocks = len(fast.model.blocks)
+    def __init__(
+        self, num_blocks: int, fast: FastDecoder | None, modules: ModulePaths | None, pool: PagedPool, stores: Stores
+    ) -> None:
+        self.num_blocks = num_blocks
+        self._fast = fast if fast is not None and CompiledPaths.supports(fast) else None
+        # Where layers of several kinds keep keys and values apart, the visits of each kind are counted by themselves.
+        self._modules = modules if len(stores.kinds) == 1 else None
+        self._pool, self._stores = pool, stores
         self._visits = lru_cache(maxsize=256)(self._made_visits)
 
     @cached_property
     def _paths(self) -> CompiledPaths:
+        assert self._fast is not None, "who asks has asked `takes`"
         return CompiledPaths(self._fast, self._pool.key[:, 0], self._pool.value[:, 0])
+
+    def takes(self, *, is_compiled: bool) -> bool:
+        """Whether requests of different paths run together: by the compiled step, or by modules."""
+        return (self._fast if is_compiled else self._modules) is not None
 
     def hidden(
         self,
@@ -45,10 +58,16 @@ class AnyPath:
         tokens: Sequence[int],
         rows: Sequence[int],
         paths: Sequence[tuple[int, ...] | None],
+        *,
+        is_compiled: bool,
     ) -> Tensor:
         """x_RD of ``rows``, after the last norm: each chunk along its path (None: all blocks); those that share a block run it together."""
+        visits_N = tuple(self._visits(path) for path in paths)
+        if not is_compiled:
+            assert self._modules is not None, "who asks has asked `takes`"
+            return self._modules.hidden(chunks, tokens, rows, visits_N)
         step = self._begin(chunks, tokens)
-        for visits, numbers in schedule_of(tuple(self._visits(path) for path in paths)):
+        for visits, numbers in schedule_of(visits_N):
             step.run(visits, numbers)
         x_TD = step.normed()
         return x_TD if list(rows) == list(range(len(tokens))) else x_TD[list(rows)]
@@ -60,7 +79,8 @@ class AnyPath:
         rows: Sequence[int],
         choose: Callable[[Tensor, RunBlock], object],
     ) -> Tensor:
-        """The same of one chunk along the path that ``choose(x_1TD, run)`` takes, which calls ``run`` for each block that is to run."""
+        """The same of one chunk, compiled, along the path that ``choose(x_1TD, run)`` takes, which calls ``run`` for each block that is to
+        run."""
         step, slots, seen = self._begin([chunk], tokens), self._stores.open_visits(), Counter[int]()
 
         def run(layer: int, _x_1TD: Tensor, _rows: Sequence[int]) -> Tensor:

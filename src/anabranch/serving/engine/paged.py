@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anabranch.errors import CapacityError, InputError
+from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.kernels import paged as native
 from anabranch.nn.kernels.operands import takes
@@ -223,6 +223,24 @@ class VisitSlots:
         )
 
 
+class ToldSlot:
+    """Where the visit of a block that runs next is kept, in place of `VisitSlots`: requests that run it together may have come by other ways."""
+
+    def __init__(self) -> None:
+        self._slot: int | None = None
+
+    def tell(self, slot: int) -> None:
+        """The pool's layer of the visit that comes."""
+        self._slot = slot
+
+    def of(self, layer: int, visit: int) -> int:
+        """The same, once. Raises ConfigError where a block asks twice, whose attention runs more than once."""
+        slot, self._slot = self._slot, None
+        if slot is None:
+            raise ConfigError(f"attention of layer {layer} runs more than once, so its block cannot run by itself")
+        return slot
+
+
 class PagedStore:
     """One step's view of a pool: the `anabranch.nn.context.AttendingStore` of its forward pass, by requests of one path.
 
@@ -244,12 +262,12 @@ class PagedStore:
         layout: StepLayout,
         prefix: Sequence[tuple[Tensor, Tensor]] = (),
         *,
-        visits: VisitSlots | None = None,
+        visits: VisitSlots | ToldSlot | None = None,
         use_kernel: bool = True,
         is_steady: bool = False,
     ) -> None:
         self.pool, self.layout, self.prefix, self.is_steady = pool, layout, prefix, is_steady
-        self._visits = visits or VisitSlots(pool.shape.layers, range(pool.shape.layers))
+        self._visits = VisitSlots(pool.shape.layers, range(pool.shape.layers)) if visits is None else visits
         self.use_kernel = use_kernel and native.can(pool.key)
 
     def attend(

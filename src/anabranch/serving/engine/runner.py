@@ -29,8 +29,9 @@ from anabranch.serving.engine.head import RowsOfPass, logits_of
 from anabranch.serving.engine.isolate import Isolation
 from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.layout import StepLayout
+from anabranch.serving.engine.module_paths import ModulePaths
 from anabranch.serving.engine.overrides import OverridesById, RequestOverrides
-from anabranch.serving.engine.paged import PagedPool
+from anabranch.serving.engine.paged import PagedPool, ToldSlot
 from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.pool import Pooling
 from anabranch.serving.engine.record import Route, RoutingTap
@@ -40,13 +41,12 @@ from anabranch.serving.engine.steady import steady
 from anabranch.serving.engine.stores import Stores
 from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
 from anabranch.serving.fast import FastDecoder, Watch
-from anabranch.serving.fast.paths import CompiledPaths
 from anabranch.serving.sampling import Sampler
 
 # An id that no request has.
 _NOBODY = "\0"
 
-# The pass of requests that the compiled step runs side by side, whatever their paths.
+# The pass of requests that run side by side, whatever their paths.
 _ANY_PATH = "any path"
 
 # Of the prompt that is run before the first request: a step's usual size, short enough to hold up no start.
@@ -148,10 +148,11 @@ class ModelRunner:
             )
         self.adapters: ServedAdapters | None = None
         self.depths: Depths | None = None
-        # Where the compiled step knows no path but the usual one, requests of different paths take turns.
-        self._any_path: AnyPath | None = None
-        if self.fast is not None and CompiledPaths.supports(self.fast):
-            self._any_path = AnyPath(self.fast, self.pool, self.stores)
+        by_modules = None
+        if not overriding and ModulePaths.supports(model):
+            by_modules = ModulePaths(model, block_tokens, self._context)
+        # What runs requests of different paths together; where it cannot, they take turns.
+        self._any_path = AnyPath(len(model.blocks), self.fast, by_modules, self.pool, self.stores)
         self.tap, self.watch = RoutingTap(model), Watch(model)
         # Requests that want to know where their tokens go.
         self._recorded: set[str] = set()
@@ -423,16 +424,28 @@ class ModelRunner:
         return tuple(path)
 
     def _pass_of(self, chunks: Sequence[Chunk]) -> Callable[[Chunk], Hashable]:
-        """What chunks go through the model together by: how they run it, or only that the compiled step takes their paths."""
-        if self._any_path is None or all(self._variant_of(chunk).path is None for chunk in chunks):
+        """What chunks go through the model together by: how they run it, or only that their paths do not matter."""
+        if all(self._variant_of(chunk).path is None for chunk in chunks):
             return self._variant_of
         return lambda chunk: _ANY_PATH if self._takes_path(chunk) else self._variant_of(chunk)
 
     def _takes_path(self, chunk: Chunk) -> bool:
-        """Whether a request is one that the compiled step runs over any blocks, beside others with other ones."""
+        """Whether a request runs beside others with other blocks."""
         has_adapters = self.adapters is not None and self.adapters.is_of(chunk.id)
         is_plain = not has_adapters and self._variant_of(chunk).chooser is None and chunk.id not in self._recorded
-        return is_plain and self._any_path is not None and self._compiled() is not None
+        return is_plain and not self.watch.is_watched and self._any_path.takes(is_compiled=self._compiled() is not None)
+
+    def _hidden_on_paths(
+        self,
+        chunks: Sequence[Chunk],
+        tokens: Sequence[int],
+        rows: Sequence[int],
+        paths: Sequence[tuple[int, ...] | None],
+    ) -> Tensor:
+        """`_hidden` of chunks of any paths, which run together what they share."""
+        is_compiled = self._compiled() is not None
+        with steady(self.model) if self.deterministic and not is_compiled else nullcontext():
+            return self._any_path.hidden(chunks, tokens, rows, paths, is_compiled=is_compiled)
 
     def _choose_ahead(self, chunk: Chunk) -> None:
         """The path of a request whose prompt comes in pieces: routers see all of it once, before its first piece runs."""
@@ -449,7 +462,7 @@ class ModelRunner:
     def _chosen_hidden(self, chunk: Chunk, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """`_hidden` of a whole prompt, along the path that routers choose on the way."""
         is_plain = not self._variant_of(chunk).is_adapted and chunk.id not in self._recorded
-        if is_plain and self._any_path is not None and self._compiled() is not None:
+        if is_plain and self._compiled() is not None and self._any_path.takes(is_compiled=True):
             return self._any_path.chosen(chunk, tokens, rows, partial(self._choose, chunk.id))
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=self.device)
         context = self._context(StepLayout([chunk], self.pool.block_tokens, self.device), token_1T, [chunk])
@@ -491,10 +504,10 @@ class ModelRunner:
         """x_RD of ``rows`` of the step, after the last norm."""
         if self._variant_of(chunks[0]).chooser is not None:
             return self._chosen_hidden(chunks[0], tokens, rows)
-        if self._variants and self._any_path is not None and all(map(self._takes_path, chunks)):
+        if self._variants and all(map(self._takes_path, chunks)):
             own = [self._variant_of(chunk).path for chunk in chunks]
             if any(path is not None for path in own):
-                return self._any_path.hidden(chunks, tokens, rows, own)
+                return self._hidden_on_paths(chunks, tokens, rows, own)
         fast = self._compiled_for(chunks)
         if fast is not None:
             return self._fast_hidden(fast, chunks, tokens, rows, {})
@@ -544,7 +557,9 @@ class ModelRunner:
                     route[layer] = tuple(index for index in index_K if index >= 0)
         return x_TD if list(rows) == list(range(len(tokens))) else x_TD[list(rows)]
 
-    def _context(self, layout: StepLayout, token_1T: Tensor, chunks: Sequence[Chunk]) -> ForwardContext:
+    def _context(
+        self, layout: StepLayout, token_1T: Tensor, chunks: Sequence[Chunk], told: ToldSlot | None = None
+    ) -> ForwardContext:
         names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0) + self.model.first_position
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
@@ -561,7 +576,7 @@ class ModelRunner:
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
             cache=self.stores.view(
-                layout, chunks, self._prefixes[streams], variant.path, is_open=variant.chooser is not None
+                layout, chunks, self._prefixes[streams], variant.path, is_open=variant.chooser is not None, told=told
             ),
             token_BL=token_1T.expand(streams, -1),
         )

@@ -10,7 +10,7 @@ from anabranch.errors import ConfigError
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.engine.kinds import LayerKind
 from anabranch.serving.engine.layout import StepLayout
-from anabranch.serving.engine.paged import PagedPool, PagedStore, StoreByKind, VisitSlots
+from anabranch.serving.engine.paged import PagedPool, PagedStore, StoreByKind, ToldSlot, VisitSlots
 
 __all__ = ["Stores"]
 
@@ -52,16 +52,25 @@ class Stores:
         path: Sequence[int] | None,
         *,
         is_open: bool = False,
+        told: ToldSlot | None = None,
     ) -> PagedStore | StoreByKind:
         """What the layers of one step attend through.
 
-        ``layout`` is that of its first kind; ``path`` is None for the usual, or with ``is_open`` for one that the step finds.
+        Args:
+            layout: that of its first kind.
+            chunks: of the step.
+            prefix: in front of all sequences.
+            path: of the chunks; None for the usual.
+            is_open: the step finds their path.
+            told: says where each visit is, of a model with one kind of layers.
         """
         stores = []
         for place, (kind, pool) in enumerate(zip(self.kinds, self.pools, strict=True)):
             own = layout if place == 0 else StepLayout(chunks, pool.block_tokens, layout.device, is_local=True)
-            visits = self._usual[place]
-            if is_open:
+            visits: VisitSlots | ToldSlot = self._usual[place]
+            if told is not None:
+                visits = told
+            elif is_open:
                 visits = VisitSlots(pool.shape.layers, kind.layers, is_open=True)
             elif path is not None:
                 visits = self.visits(path, place)
