@@ -105,6 +105,12 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.5, ".*, 100% of experts, 16 streams", "llama.cpp.*"),
         Bar(1.0, ".*, 100% of experts, 1 stream", "llama.cpp.*"),
     ),
+    "served_depth": (
+        Bar(1 / 0.77, "decode 1, 18 of 24 blocks", "all blocks"),
+        Bar(1 / 0.52, "decode 1, 12 of 24 blocks", "all blocks"),
+        Bar(2, "decode 16, .*", "in turns"),
+        Bar(0.99, "prompt .*, routed", "the same path, not routed"),
+    ),
     "train_lm": (Bar(1.5),),
     "versatile": (Bar(1.3, peer="all loops"), Bar(1.2, peer="4 loops")),
 }  # fmt: skip
@@ -116,6 +122,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "adapter_batch": frozenset(BARS["adapter_batch"]),
     "adapter_dispatch": frozenset(BARS["adapter_dispatch"]),
     "adapter_steps": frozenset(BARS["adapter_steps"]),
+    "served_depth": frozenset(BARS["served_depth"]),
     # At equal terms; those before compared a tuned run with one that was not.
     "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
     # Whose rows compared processes made ready with a cold start.

@@ -41,6 +41,7 @@ FIELDS = (
     "routing",
     "num_streams",
     "path",
+    "depth",
     "logprobs",
     "top_logprobs",
     "tools",
