@@ -14,9 +14,9 @@ from random import Random
 from typing import Any
 
 import torch
+from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
 
 from _harness import arguments, compare, finish, start
-from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
 from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.serving.config import ServingConfig
@@ -81,7 +81,8 @@ class Decoding:
         for place, chunk in enumerate(chunks):
             self._run([chunk], new if place == 0 else ())
         self._chunks = [
-            Chunk(id=name, tokens=(7,), start=PAST, blocks=table, samples=True) for name, table in zip(ids, tables, strict=True)
+            Chunk(id=name, tokens=(7,), start=PAST, blocks=table, samples=True)
+            for name, table in zip(ids, tables, strict=True)
         ]
 
     def _run(self, chunks: Sequence[Chunk], new: tuple[Request, ...] = ()) -> None:

@@ -2,10 +2,10 @@
 
 import torch
 import transformers
-from foreign_models import VOCAB, build_theirs
 
 from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
+from foreign_models import VOCAB, build_theirs
 
 BLOCKS = 3
 
@@ -65,4 +65,3 @@ def model(name):
 
 def tokens(batch, length, seed=0):
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-

@@ -1,5 +1,7 @@
 """Depth routers that are told what to decide, or decide by what they see."""
 
+import pytest
+import pytest
 import torch
 
 
@@ -28,9 +30,10 @@ class ByState:
 def saved_bank(folder, model, seed=0):
     """Folder of a `RouterBank` of random numbers, of ``model``."""
     from anabranch.depth import stack_of
-    from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
+
+    made = pytest.importorskip("anabranch.depth.dr_llm.bank")
 
     stack = stack_of(model)
-    config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
-    RouterBank(config, seed=seed).save(folder)
+    config = made.BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
+    made.RouterBank(config, seed=seed).save(folder)
     return str(folder)

@@ -52,7 +52,8 @@ PUBLIC = {
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.depth": """
-        BlockStack DepthReport DepthRouter EXECUTE REPEAT RoutedPass SKIP check_depth_path decisions_of path_of routed_pass run_path stack_of
+        BlockStack DepthReport DepthRouter EXECUTE REPEAT RoutedPass SKIP check_depth_path decisions_of path_of routed_pass run_path
+        stack_of
     """,
     "anabranch.adapters": """
         Adapter Bottleneck Combined Dora DynMoLE Exported Front HashedDelta Labelled LowRank LowRankPool MixedLowRank

@@ -93,7 +93,8 @@ OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
     "compare", "convert", "eval adapter", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
-    "eval data", "train config_file", "serve config_files", "serve adapter_root", "serve depth", "gateway serve config_files", "gateway serve store",
+    "eval data", "train config_file", "serve config_files", "serve adapter_root", "gateway serve config_files", "gateway serve store",
+    "serve depth",
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "adapt config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",

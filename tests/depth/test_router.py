@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from block_stacks import BLOCKS, decoder, model, tokens
-from depth_banks import ByState, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -11,6 +9,8 @@ from torch import nn
 from anabranch.depth import DepthRouter, path_of, routed_pass, run_path, stack_of
 from anabranch.errors import ConfigError
 from anabranch.lm.generate import SamplingConfig, generate
+from block_stacks import BLOCKS, decoder, model, tokens
+from depth_banks import ByState, Scripted
 
 GREEDY = SamplingConfig(max_tokens=5, temperature=0)
 PROMPTS = [[3, 9, 27, 1], [5], [60, 2, 2, 8, 31, 7], [11, 12]]
@@ -49,7 +49,9 @@ def test_full_depth_and_paths(name):
     if name.startswith("ours"):
         assert generate(model(name), PROMPTS, GREEDY) == whole
     paths = [(0, 2), (0, 1, 1, 2), (2, 1), (0, 0, 1, 2, 2)]
-    assert router.generate(PROMPTS, GREEDY, depth=paths) == [by_hand(stack, *both) for both in zip(PROMPTS, paths, strict=True)]
+    assert router.generate(PROMPTS, GREEDY, depth=paths) == [
+        by_hand(stack, *both) for both in zip(PROMPTS, paths, strict=True)
+    ]
     assert router.generate(PROMPTS[0], GREEDY, depth=(0, 2, 2)) == by_hand(stack, PROMPTS[0], (0, 2, 2))
 
 
@@ -114,7 +116,9 @@ def test_sequences_that_stop_leave_and_the_others_keep_their_paths():
 
 def test_sampling_is_that_of_generate():
     config = SamplingConfig(max_tokens=6, temperature=1.3, top_k=20, top_p=0.9, seed=7)
-    assert DepthRouter.attach(model("ours")).generate(PROMPTS, config, depth="full") == generate(model("ours"), PROMPTS, config)
+    assert DepthRouter.attach(model("ours")).generate(PROMPTS, config, depth="full") == generate(
+        model("ours"), PROMPTS, config
+    )
 
 
 def test_the_report_counts_runs_of_blocks_by_token():

@@ -336,7 +336,8 @@ def test_local_layers_must_be_said_and_keep_what_others_do():
 
 @given(
     passes=st.lists(
-        st.tuples(st.integers(1, 3), st.lists(st.lists(st.integers(0, 2), unique=True).map(sorted), max_size=2)), max_size=4
+        st.tuples(st.integers(1, 3), st.lists(st.lists(st.integers(0, 2), unique=True).map(sorted), max_size=2)),
+        max_size=4,
     )
 )
 def test_who_came_by_is_known_before_it_is_stored(passes):

@@ -275,7 +275,7 @@ def test_visits_by_hand():
 
 def test_steps_group_the_rows_of_equal_blocks():
     assert list(steps_of((0, 2), 2, 3)) == [(0, None), (2, None)]
-    assert list(steps_of(((0, 1), (0,), (1, 1)), 2, 3)) == [(0, [0, 1, 3, 4]), (1, [2, 5]), (1, [0, 2, 3, 5])]
+    assert list(steps_of(((0, 1), (0,), (1, 1)), 2, 3)) == [(0, [0, 1, 3, 4]), (1, [0, 2, 3, 5]), (1, [2, 5])]
 
 
 @pytest.mark.parametrize(
@@ -356,6 +356,8 @@ def test_sequences_whose_paths_ascend_meet_in_every_block_that_they_share(times)
     paths = [[block for block in range(4) for _ in range(own[block])] for own in times]
     steps = list(steps_of(paths, 1, len(paths)))
     wanted = [
-        (block, [row for row, own in enumerate(times) if own[block] > visit]) for block in range(4) for visit in range(2)
+        (block, [row for row, own in enumerate(times) if own[block] > visit])
+        for block in range(4)
+        for visit in range(2)
     ]
     assert steps == [(block, rows) for block, rows in wanted if rows]

@@ -184,7 +184,12 @@ def serve(
     def known(info: EngineInfo) -> None:
         experts.update(info.experts)
         if info.routes_depth:
-            routed.update(control=config.engine.depth.control, usual=info.depth, num_layers=info.num_layers, max_depth=info.max_depth)
+            routed.update(
+                control=config.engine.depth.control,
+                usual=info.depth,
+                num_layers=info.num_layers,
+                max_depth=info.max_depth,
+            )
 
     def ready(url: str) -> None:
         if as_json:

@@ -5,6 +5,7 @@ A path is the list of blocks that run, in order, see `anabranch.nn.visits`. Deci
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from anabranch.errors import ConfigError
@@ -19,9 +20,7 @@ SKIP, EXECUTE, REPEAT = 0, 1, 2
 MOST_VISITS = 2
 
 
-def check_depth_path(
-    path: Path, num_blocks: int, batch: int = 1
-) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+def check_depth_path(path: Path, num_blocks: int, batch: int = 1) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
     """``path`` in tuples, as `check_path` gives it; one for all sequences where all have the same.
 
     Args:
@@ -49,7 +48,7 @@ def decisions_of(path: Sequence[int], num_blocks: int) -> list[int]:
     Raises ConfigError for a path that `check_depth_path` refuses, or one that goes back to an earlier block, as decisions say no order.
     """
     checked: Any = check_depth_path(path, num_blocks)
-    for before, block in zip(checked, checked[1:], strict=False):
+    for before, block in pairwise(checked):
         if block < before:
             raise ConfigError(
                 f"the path goes back from block {before} to {block}; decisions say how often a block runs, not in which order"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.depth.fingerprint import fingerprint_of
-from anabranch.depth.seen import check_mask, check_positions, seen_pairs
+from anabranch.depth.seen import check_mask, check_padding, check_positions, seen_pairs
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
@@ -95,6 +95,10 @@ class DecoderStack:
     ) -> tuple[Tensor, DecoderPass]:
         """See `BlockStack.embed`."""
         mask_BL = check_mask(attention_mask, token_BL)
+        if cache is not None:
+            config = self.module.config
+            windows = [getattr(config.attention_of(layer), "window", None) for layer in range(self.num_blocks)]
+            check_padding(mask_BL, cache.length, has_window=any(windows))
         context = self.module.context(token_BL, cache=cache, token_mask_BL=mask_BL)
         if position_BL is not None:
             context.position_BL = check_positions(position_BL, token_BL)

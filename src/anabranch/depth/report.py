@@ -43,8 +43,9 @@ class DepthReport:
     def __str__(self) -> str:
         runs = "  ".join(f"{block}:{use:.2f}" for block, use in enumerate(self.uses))
         return (
-            f"{self.layers_per_token:.2f} of {self.num_blocks} blocks per token, over {self.tokens:,} tokens of {self.sequences:,} sequences; "
-            f"routers took {self.router_share:.2%} of {self.seconds:.3f} s\nruns per token of each block: {runs}"
+            f"{self.layers_per_token:.2f} of {self.num_blocks} blocks per token, over {self.tokens:,} tokens of "
+            f"{self.sequences:,} sequences; routers took {self.router_share:.2%} of {self.seconds:.3f} s\n"
+            f"runs per token of each block: {runs}"
         )
 
 

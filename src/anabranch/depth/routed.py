@@ -1,4 +1,4 @@
-"""One pass in which routers decide, block by block, which sequences pass a block over, run it, or run it twice (Dr.LLM, arXiv 2510.12773)."""
+"""One pass in which routers decide, block by block, which sequences pass it over, run it, or run it twice (Dr.LLM, arXiv 2510.12773)."""
 # Shapes: B sequences, L new positions, N blocks, D width, V vocabulary
 
 import time

@@ -1,8 +1,8 @@
-"""`DepthRouter`: a pretrained model that decides for each sequence which of its blocks run, with routers beside it (Dr.LLM, arXiv 2510.12773).
+"""`DepthRouter`: a pretrained model, and routers beside it that decide which of its blocks a sequence runs (Dr.LLM, arXiv 2510.12773).
 
-    router = DepthRouter.attach(model, bank)
-    tokens = router.generate(prompt, SamplingConfig(temperature=0), depth="routed")
-    print(router.report())
+router = DepthRouter.attach(model, bank)
+tokens = router.generate(prompt, SamplingConfig(temperature=0), depth="routed")
+print(router.report())
 """
 # Shapes: B sequences, L positions, N blocks, V vocabulary
 
@@ -55,8 +55,7 @@ class DepthRouter:
 
         Args:
             model: what `stack_of` knows, or a stack.
-            bank: a `anabranch.depth.dr_llm.RouterBank` or anything with its ``decide``; a folder that one was saved in, which must be of this
-                model; or None.
+            bank: a `anabranch.depth.dr_llm.RouterBank` or anything with its ``decide``; a folder of one of this model; or None.
 
         Raises ConfigError for a model whose blocks are not known, and for a bank that cannot decide or is of another model.
         """
@@ -84,7 +83,7 @@ class DepthRouter:
         return self._use.report()
 
     def trace(self) -> RoutingTrace:
-        """The routers' decisions since `reset`: a layer for each block, three destinations (skip, execute, repeat), an item for each sequence."""
+        """The routers' decisions since `reset`: a layer for each block (skip, execute, repeat), an item for each sequence."""
         return self._trace.trace()
 
     def generate(
@@ -151,7 +150,8 @@ class DepthRouter:
             if not all(going):
                 keep_B = torch.tensor(going, device=next_B.device)
                 next_B = next_B[keep_B]
-                rows, paths = ([one for one, on in zip(of, going, strict=True) if on] for of in (rows, paths))
+                rows = [row for row, on in zip(rows, going, strict=True) if on]
+                paths = [path for path, on in zip(paths, going, strict=True) if on]
                 cache.keep_rows(keep_B)
             if not rows:
                 return
@@ -169,7 +169,9 @@ class DepthRouter:
             if depth != "routed":
                 raise ConfigError(f"depth is {shown(depth)}; it must be 'routed', 'full', or a list of blocks")
             if self.bank is None:
-                raise ConfigError("depth is 'routed', and no routers are attached; attach a bank, or take 'full' or a path")
+                raise ConfigError(
+                    "depth is 'routed', and no routers are attached; attach a bank, or take 'full' or a path"
+                )
             return None
         checked: Any = check_depth_path(depth, self.stack.num_blocks, batch)
         return list(checked) if checked and isinstance(checked[0], tuple) else [checked] * batch
@@ -198,9 +200,7 @@ class DepthRouter:
         self._record(made.decision_BN, made.probability_BN3, items, position)
         return made.logits_BLV[:, -1], paths
 
-    def _note(
-        self, paths: Sequence[Sequence[int]], token_BL: Tensor, mask_BL: Tensor | None, started: float
-    ) -> None:
+    def _note(self, paths: Sequence[Sequence[int]], token_BL: Tensor, mask_BL: Tensor | None, started: float) -> None:
         """Count a pass that has just run."""
         self._use.seconds += time.perf_counter() - started
         lengths = [token_BL.shape[1]] * len(paths) if mask_BL is None else mask_BL.sum(1).tolist()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from anabranch.errors import ConfigError
 
-__all__ = ["check_mask", "check_positions", "seen_pairs"]
+__all__ = ["check_mask", "check_padding", "check_positions", "seen_pairs"]
 
 
 def check_mask(attention_mask: Tensor | None, token_BL: Tensor) -> Tensor | None:
@@ -45,3 +45,20 @@ def seen_pairs(length: int, context: int, window: int | None = None) -> int:
     first = context - length + 1
     growing = length if window is None else min(length, max(0, window - first + 1))
     return growing * (2 * first + growing - 1) // 2 + (length - growing) * (window or 0)
+
+
+def check_padding(mask_BL: Tensor | None, past: int, *, has_window: bool) -> None:
+    """Raise ConfigError for padding behind real tokens of a cache where attention has a window, which counts places and not tokens.
+
+    Args:
+        mask_BL: of the new positions; None for no padding.
+        past: positions in the cache.
+        has_window: whether attention of some block has one.
+    """
+    if mask_BL is None or not has_window:
+        return
+    if past or bool((mask_BL[:, :-1] & ~mask_BL[:, 1:]).any()):
+        raise ConfigError(
+            "there is padding behind real tokens, and attention of the model has a window, which would count it among what new tokens see; "
+            "with a key-value cache, pad on the left"
+        )

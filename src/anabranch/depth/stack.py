@@ -87,7 +87,7 @@ class BlockStack(Protocol):
         """
 
     def fork(self, state: Any) -> Any:
-        """A state to go on with from here along another path, as tree search does; the first one stays as it is. For passes without a cache."""
+        """A state to go on with from here along another path, as tree search does; the first one stays. For passes without a cache."""
 
     def head(self, x_BLD: Tensor, state: Any, *, last_only: bool = False) -> Tensor:
         """Logits, ``[B, L, V]``; of the last position alone, ``[B, 1, V]``, with ``last_only``. May be called at any depth.
@@ -96,7 +96,7 @@ class BlockStack(Protocol):
         """
 
     def count(self, layer: int, length: int, context: int) -> int:
-        """Multiply-adds of one visit of a block for ``length`` new positions, the last of which sees ``context`` positions, its own among them.
+        """Multiply-adds of one visit of a block for ``length`` new positions; the last sees ``context`` positions, its own among them.
 
         Matrices and attention; not norms, activations and additions.
         """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.depth.fingerprint import fingerprint_of
-from anabranch.depth.seen import check_mask, check_positions, seen_pairs
+from anabranch.depth.seen import check_mask, check_padding, check_positions, seen_pairs
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache, extend_valid
 from anabranch.nn.visits import Visits, next_visits, take_back, visits_of_rows
@@ -188,6 +188,7 @@ class TransformersStack:
             cache.begin()
             cache.sequences(batch)
             past = cache.length
+            check_padding(mask_BL, past, has_window=SLIDING in self.kinds)
         real_BS = None
         if mask_BL is not None or (cache is not None and cache.valid_BL is not None):
             real_BS = extend_valid(cache, mask_BL, length, past, device)
@@ -210,9 +211,7 @@ class TransformersStack:
             )
         return self.body.drop(x_BLD + self.body.wpe(position_BL)), None
 
-    def block(
-        self, layer: int, x_BLD: Tensor, state: TransformersPass, *, rows: Sequence[int] | None = None
-    ) -> Tensor:
+    def block(self, layer: int, x_BLD: Tensor, state: TransformersPass, *, rows: Sequence[int] | None = None) -> Tensor:
         """See `BlockStack.block`."""
         batch = len(x_BLD)
         if rows is None or list(rows) == list(range(batch)):

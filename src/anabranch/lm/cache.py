@@ -182,7 +182,9 @@ class KeyValueCache:
             came_RS = torch.ones(count, start + length, dtype=torch.bool)
             came_RS[:, reached:start] = False
             return came_RS
-        filled_RS = slot.filled_BS[:, : start + length] if rows is None else slot.filled_BS[list(rows), : start + length]
+        filled_RS = (
+            slot.filled_BS[:, : start + length] if rows is None else slot.filled_BS[list(rows), : start + length]
+        )
         came_RS = filled_RS.clone()
         came_RS[:, min(slot.length, start) : start] = False
         came_RS[:, start:] = True

@@ -75,8 +75,8 @@ class ServingConfig(Config):
         pooling: how ``/v1/embeddings`` makes a vector of a text's states: of the ``last`` token, or their ``mean``; ``auto`` as the model's
             folder says (``1_Pooling/config.json`` of sentence-transformers), else the last, as Qwen3-Embedding does.
         num_streams: parallel streams of requests that do not say it, of a model that has them; None for the number it was saved with.
-        depth: routers that choose which blocks a request runs, see there. With them, ``max_depth`` is twice the model's blocks where nobody says
-            less.
+        depth: routers that choose which blocks a request runs, see there. With them, ``max_depth`` is twice the model's blocks where nobody
+            says less.
         adapters: that requests may use, see there.
     """
 

@@ -28,4 +28,6 @@ class DepthConfig(Config):
             return
         for name in ("control", "usual"):
             if getattr(self, name) != getattr(DepthConfig, name):
-                raise ConfigError(f"depth.{name} is {getattr(self, name)!r}, but depth.routers is not set; name their folder (--depth)")
+                raise ConfigError(
+                    f"depth.{name} is {getattr(self, name)!r}, but depth.routers is not set; name their folder (--depth)"
+                )

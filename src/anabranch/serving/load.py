@@ -167,14 +167,15 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_routers(folder: str, model: str) -> None:
-    """Raise CheckpointError for depth routers that cannot be of the model, which is not read. What tells models of one size apart is checked
-    with the weights."""
+    """Raise CheckpointError for depth routers that cannot be of the model by their sizes; what tells models apart is in the weights."""
     from anabranch.depth.dr_llm.bank import RouterBank
 
     bank, config = RouterBank.load(folder), load_config(model)
     for what, theirs, ours in (("blocks", bank.num_blocks, config.num_layers), ("width", bank.width, config.dim)):
         if theirs != ours:
-            raise CheckpointError(f"the routers in {folder} are of another model: {what} {theirs}, and {model} has {ours}")
+            raise CheckpointError(
+                f"the routers in {folder} are of another model: {what} {theirs}, and {model} has {ours}"
+            )
 
 
 def dtype_of(config: ServingConfig) -> torch.dtype:

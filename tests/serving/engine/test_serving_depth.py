@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from adapter_models import make_adapter
-from depth_banks import ByState, Scripted, saved_bank
-
 from anabranch.adapters import load_peft
 from anabranch.data import ByteTokenizer
 from anabranch.depth import DepthRouter, path_of, routed_pass, stack_of
@@ -24,6 +22,7 @@ from anabranch.serving.engine.messages import Add
 from anabranch.serving.engine.paged import VisitSlots
 from anabranch.serving.engine.runner import ModelRunner
 from anabranch.serving.fast.paths import CompiledStep
+from depth_banks import ByState, Scripted, saved_bank
 from served_adapters import Runs, layers_of, make_model
 
 LAYERS = 3
@@ -46,7 +45,10 @@ MODELS = {
     # Which the compiled step runs; and experts, and what it does not know.
     "dense": built(SwiGLU.Config(hidden_dim=64)),
     "experts": built(MoE.Config(num_experts=4, hidden_dim=32)),
-    "window": built(SwiGLU.Config(hidden_dim=64), local_attention=SelfAttention.Config(num_heads=2, num_kv_heads=1, window=3), local_layers=(1,)),
+    "window": built(
+        SwiGLU.Config(hidden_dim=64), local_layers=(1,),
+        local_attention=SelfAttention.Config(num_heads=2, num_kv_heads=1, window=3),
+    ),
 }  # fmt: skip
 
 
@@ -68,12 +70,14 @@ def uncached(model, prompt, path):
 def serve(model, bank=None, **config):
     """{(depth, prompt): (tokens, path)} of requests of every depth that come all at once."""
     llm = LLM(model, depth_bank=bank or ByState(), **config)
-    asked = {f"{name} {number}": (path, prompt) for number, prompt in enumerate(PROMPTS) for name, path in PATHS.items()}
+    asked = {
+        f"{name} {number}": (path, prompt) for number, prompt in enumerate(PROMPTS) for name, path in PATHS.items()
+    }
     for id, (path, prompt) in asked.items():
         depth = {"routes_depth": True} if path == "routed" else {"path": path}
         llm._loop.put(Add(Request(id=id, prompt=prompt, sampling=SAMPLING, **depth)))
     llm._loop.run(until_idle=True)
-    found = {id: ((), None) for id in asked}
+    found = dict.fromkeys(asked, ((), None))
     for event in (event for event in llm._events if isinstance(event, Output)):
         assert event.error is None
         tokens, path = found[event.id]
@@ -187,8 +191,10 @@ def test_a_trace_of_a_routed_request_is_that_of_its_path(limits):
     llm = LLM(model, depth_bank=ByState(), **limits)
     with record_routing(model) as ours:
         [answer] = llm.generate([prompt], SAMPLING, routes_depth=True)
+    path = chosen(model, prompt)
+    assert answer.output.path == path
     with record_routing(model) as theirs, torch.no_grad():
-        model(torch.tensor([[*prompt, *answer.tokens[:-1]]]), path=chosen(model, prompt))
+        model(torch.tensor([[*prompt, *answer.tokens[:-1]]]), path=path)
     assert decisions(ours) == decisions(theirs)
     llm.close()
 
@@ -198,7 +204,11 @@ def test_what_cannot_be_is_refused():
     plain = LLM(model, **PLENTY)
     with pytest.raises(InputError, match="the engine has no depth routers"):
         plain.generate([PROMPTS[0]], SAMPLING, routes_depth=True)
-    assert (plain.engine.info.max_depth, plain.engine.info.routes_depth, plain.engine.info.depth) == (None, False, "full")
+    assert (plain.engine.info.max_depth, plain.engine.info.routes_depth, plain.engine.info.depth) == (
+        None,
+        False,
+        "full",
+    )
     llm = LLM(model, depth_bank=ByState(), **PLENTY)
     assert (llm.engine.info.routes_depth, llm.engine.info.depth) == (True, "routed")
     with pytest.raises(InputError, match="path says which blocks run; leave one of them out"):
@@ -211,7 +221,7 @@ def test_what_cannot_be_is_refused():
 
 def test_adapters_go_with_any_depth(tmp_path):
     """A request with an adapter is routed by what the adapter makes of its prompt, and is as alone, in pieces or whole."""
-    model, prompt, other = make_model(num_layers=3), PROMPTS[2], PROMPTS[4]
+    model, prompt, other = make_model(), PROMPTS[2], PROMPTS[4]
     make_adapter(tmp_path / "a", layers_of(), seed="a", rank=4)
     adapted = load_peft(tmp_path / "a", copy.deepcopy(model))
     wanted = {}
@@ -239,7 +249,9 @@ def test_experts_that_come_on_demand_go_with_routed_depth(tmp_path):
     save_model(tmp_path / "model", model, ByteTokenizer())
     folder = saved_bank(tmp_path / "routers", model, seed=3)
     bank = DepthRouter.attach(model, folder).bank
-    llm = LLM(tmp_path / "model", expert_budget="48KiB", dtype="float32", num_blocks=50, depth=DepthConfig(routers=folder))
+    llm = LLM(
+        tmp_path / "model", expert_budget="48KiB", dtype="float32", num_blocks=50, depth=DepthConfig(routers=folder)
+    )
     for prompt in PROMPTS:
         path = chosen(model, prompt, bank)
         [answer] = llm.generate([prompt], SAMPLING, routes_depth=True)
@@ -275,7 +287,9 @@ def test_visits_of_an_open_path_are_where_they_are_of_the_same_known():
             assert all(slot == layer for slot, (layer, visit) in zip(slots, seen, strict=True) if not visit)
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(True, marks=pytest.mark.skipif(kernels.load() is None, reason="no compiler")), False])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(True, marks=pytest.mark.skipif(kernels.load() is None, reason="no compiler")), False]
+)
 def test_a_block_runs_once_for_all_requests_that_come_to_it(kernel, monkeypatch):
     def make_runner(*given, **more):
         return ModelRunner(*given, use_kernel=kernel, **more)
@@ -294,12 +308,14 @@ def test_a_block_runs_once_for_all_requests_that_come_to_it(kernel, monkeypatch)
     else:
         for number, block in enumerate(model.blocks):
             plain = block.forward
-            monkeypatch.setattr(block, "forward", lambda *given, number=number, plain=plain: ran.append([number]) or plain(*given))
+            monkeypatch.setattr(
+                block, "forward", lambda *given, number=number, plain=plain: ran.append([number]) or plain(*given)
+            )
     for number, path in enumerate(paths):
         asked = Sampling(temperature=0.0, max_tokens=1, ignore_eos=True)
         llm._loop.put(Add(Request(id=str(number), prompt=PROMPTS[number], sampling=asked, path=path)))
     llm._loop.run(until_idle=True)
-    assert sum(ran, []) == [0, 1, 1, 2]
+    assert [layer for part in ran for layer in part] == [0, 1, 1, 2]
     llm.close()
 
 
@@ -319,5 +335,6 @@ def test_a_neighbour_of_another_path_changes_no_bit_of_a_dense_model():
         llm.close()
         return found
 
-    beside = scores(enumerate([None, (0, 2), (0, 1, 1, 2), (2, 1)]))
-    assert {id: one for number, path in enumerate([None, (0, 2), (0, 1, 1, 2), (2, 1)]) for id, one in scores([(number, path)]).items()} == beside
+    asked = list(enumerate([None, (0, 2), (0, 1, 1, 2), (2, 1)]))
+    beside = scores(asked)
+    assert {id: found for one in asked for id, found in scores([one]).items()} == beside

@@ -167,7 +167,14 @@ def test_room_is_taken_for_the_deepest_path(model):
 def test_a_first_visit_is_kept_where_its_layer_is_and_others_where_there_is_room():
     slots = VisitSlots(5, range(4), (2, 0, 2))
     # Behind all layers, then where those are that the path leaves out; one that comes all the same is where it belongs, if that is free.
-    assert [slots.of(2, 0), slots.of(0, 0), slots.of(2, 1), slots.of(2, 2), slots.of(3, 0), slots.of(2, 1)] == [2, 0, 4, 1, 3, 4]
+    assert [slots.of(2, 0), slots.of(0, 0), slots.of(2, 1), slots.of(2, 2), slots.of(3, 0), slots.of(2, 1)] == [
+        2,
+        0,
+        4,
+        1,
+        3,
+        4,
+    ]
     with pytest.raises(
         CapacityError, match="keeps keys and values of 5 visits of blocks, and layer 1 is visited once more"
     ):

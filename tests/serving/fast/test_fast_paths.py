@@ -67,9 +67,7 @@ def begin(paths, prompts, starts):
     rows = [(start, prompt[start:end]) for prompt, (start, end) in zip(prompts, starts, strict=True)]
     counts = [len(tokens) for _, tokens in rows]
     first = np.cumsum([0, *counts[:-1]])
-    sequence_N4 = np.array(
-        [(first[n], counts[n], rows[n][0], 5 * n) for n in range(len(rows))], np.int64
-    )
+    sequence_N4 = np.array([(first[n], counts[n], rows[n][0], 5 * n) for n in range(len(rows))], np.int64)
     table_U = np.arange(5 * len(rows), dtype=np.int32)
     position_T = torch.cat([torch.arange(start, start + len(tokens)) for start, tokens in rows])
     token_T = torch.tensor([token for _, tokens in rows for token in tokens])
@@ -91,7 +89,10 @@ def test_sequences_of_any_paths_are_what_the_decoder_gives_and_do_not_feel_each_
     draw = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(VOCAB, (length,), generator=draw).tolist() for length in (6, 9, 3)]
     cuts = [(4, 6), (7, 9), (2, 3)]
-    found = [run(compiled, prompts, [(0, start) for start, _ in cuts], given_paths), run(compiled, prompts, cuts, given_paths)]
+    found = [
+        run(compiled, prompts, [(0, start) for start, _ in cuts], given_paths),
+        run(compiled, prompts, cuts, given_paths),
+    ]
     at = [0, 0]
     for prompt, path, (start, end) in zip(prompts, given_paths, cuts, strict=True):
         context = model.context(torch.tensor([prompt]), path=path)
@@ -121,12 +122,17 @@ def test_experts_are_run_by_block(made):
     compiled = CompiledPaths(FastDecoder(model, *(store[:LAYERS] for store in stores), block_tokens=BLOCK), *stores)
     prompts, given_paths = [[1, 2, 3], [9, 8]], [(0, 2, 2), (0, 1)]
     found = run(compiled, prompts, [(0, 3), (0, 2)], given_paths)
-    wanted = [model.hidden(token_1L, model.context(token_1L, path=path))[0] for token_1L, path in zip(map(lambda p: torch.tensor([p]), prompts), given_paths, strict=True)]
+    wanted = [
+        model.hidden(token_1L, model.context(token_1L, path=path))[0]
+        for token_1L, path in zip((torch.tensor([one]) for one in prompts), given_paths, strict=True)
+    ]
     torch.testing.assert_close(found, torch.cat(wanted), atol=1e-4, rtol=1e-4)
 
 
 def test_routers_that_hand_on_cannot_be_taken_apart(made):
-    model = model_of(MoE.Config(num_experts=4, hidden_dim=32, router=Router.Config(score=RecurrentScore.Config(state_dim=32))))
+    model = model_of(
+        MoE.Config(num_experts=4, hidden_dim=32, router=Router.Config(score=RecurrentScore.Config(state_dim=32)))
+    )
     stores = [torch.zeros(LAYERS, 40, 2, 16) for _ in range(2)]
     fast = FastDecoder(model, *stores, block_tokens=BLOCK)
     assert not CompiledPaths.supports(fast)

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from depth_banks import ByState, saved_bank
 
 from anabranch.cli.main import main
 from anabranch.data import ByteTokenizer
@@ -16,6 +15,7 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
+from depth_banks import ByState, saved_bank
 from serving_models import LAYERS, saved_moe, serve_process, small_moe, small_streams
 from serving_thread import serving, streamed
 
@@ -51,7 +51,8 @@ def test_each_request_runs_its_blocks(server, model):
     depths = {**{name: list(path) for name, path in PATHS.items()}, "routed": "routed", "unsaid": None, "word": "full"}
     paths = {**PATHS, "routed": chosen(model, "hello"), "unsaid": chosen(model, "hello"), "word": (0, 1)}
     wanted = {
-        name: ByteTokenizer().decode(router.generate(ByteTokenizer().encode("hello"), config, depth=path)) for name, path in paths.items()
+        name: ByteTokenizer().decode(router.generate(ByteTokenizer().encode("hello"), config, depth=path))
+        for name, path in paths.items()
     }
     assert wanted["routed"] == ByteTokenizer().decode(router.generate(ByteTokenizer().encode("hello"), config))
     assert len(set(wanted.values())) >= 4
@@ -72,7 +73,9 @@ def test_each_request_runs_its_blocks(server, model):
 
 def test_usage_tells_each_prompt_and_the_mean(server, model):
     prompts = ["hello", "something longer"]
-    status, _, body = server.ask("/v1/completions", {**BODY, "prompt": prompts, "n": 2, "depth": "routed", "max_tokens": 3})
+    status, _, body = server.ask(
+        "/v1/completions", {**BODY, "prompt": prompts, "n": 2, "depth": "routed", "max_tokens": 3}
+    )
     assert status == 200
     paths = [chosen(model, prompt) for prompt in prompts]
     counts = [len(ByteTokenizer().encode(prompt)) + 2 for prompt in prompts]
@@ -82,7 +85,13 @@ def test_usage_tells_each_prompt_and_the_mean(server, model):
 
 
 def test_chats_and_streams_tell_it_too(server):
-    chat = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 4, "depth": [1, 1]}
+    chat = {
+        "model": "small",
+        "messages": [{"role": "user", "content": "hello"}],
+        "temperature": 0,
+        "max_tokens": 4,
+        "depth": [1, 1],
+    }
     status, _, body = server.ask("/v1/chat/completions", chat)
     assert status == 200
     assert body["usage"]["depth"]["layers"] == [[1, 1]]
@@ -91,7 +100,9 @@ def test_chats_and_streams_tell_it_too(server):
     )
     assert streamed(text) == server.ask("/v1/completions", {**BODY, "depth": [1]})[2]["choices"][0]["text"]
     [usage] = [
-        event["usage"] for line in text.splitlines() if line.startswith("data: {") and (event := json.loads(line[6:])).get("usage")
+        event["usage"]
+        for line in text.decode().splitlines()
+        if line.startswith("data: {") and (event := json.loads(line[6:])).get("usage")
     ]
     assert usage["depth"] == {"layers_per_token": 1.0, "num_layers": LAYERS, "layers": [[1]]}
 
@@ -99,7 +110,7 @@ def test_chats_and_streams_tell_it_too(server):
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        ("deep", "depth is 'deep'; it must be \"full\", \"routed\" or a list of at most 8192 blocks"),
+        ("deep", 'depth is \'deep\'; it must be "full", "routed" or a list of at most 8192 blocks'),
         (3, "depth is 3; it must be"),
         (True, "depth is True; it must be"),
         ([0, "1"], "depth is a list; it must be"),
@@ -131,7 +142,10 @@ def test_a_server_without_routers(model):
         status, _, body = plain.ask("/v1/completions", {**BODY, "depth": "full"})
         assert status == 200
         assert "depth" not in body["usage"]
-        for depth, says in (("routed", "the server has no depth routers (--depth)"), ([0], "a list of blocks, which this server does not take")):
+        for depth, says in (
+            ("routed", "the server has no depth routers (--depth)"),
+            ([0], "a list of blocks, which this server does not take"),
+        ):
             status, _, answer = plain.ask("/v1/completions", {**BODY, "depth": depth})
             assert status == 400
             assert says in answer["error"]["message"]
@@ -149,7 +163,9 @@ def test_it_is_described(server):
 
 
 def posted(url, body):
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read())
 

@@ -74,17 +74,21 @@ class EngineInfo:
         raise InputError(f"num_streams is {num_streams!r}; the model runs with {known}")
 
     def check_depth(self, depth: Any) -> None:
-        """Raises InputError for a depth that a request cannot have: what is none of ``full``, ``routed`` and a list of blocks, or not here."""
+        """Raises InputError for a depth that a request cannot have: neither ``full``, ``routed`` nor a list of blocks, or not here."""
         if depth is None or (isinstance(depth, str) and depth == "full"):
             return
         if isinstance(depth, str):
             if depth != "routed":
                 raise InputError(f"depth is {shown(depth)}; it must be 'full', 'routed' or a list of blocks")
             if not self.routes_depth:
-                raise InputError("depth is 'routed', but the server has no depth routers (--depth); leave it out, or say 'full'")
+                raise InputError(
+                    "depth is 'routed', but the server has no depth routers (--depth); leave it out, or say 'full'"
+                )
             return
         if self.max_depth is None:
-            raise InputError("depth is a list of blocks, which this server does not take (--depth, or engine.max_depth); leave it out")
+            raise InputError(
+                "depth is a list of blocks, which this server does not take (--depth, or engine.max_depth); leave it out"
+            )
         if not isinstance(depth, list | tuple) or not all(is_whole(block) for block in depth):
             raise InputError(f"depth is {shown(depth)}; it must be 'full', 'routed' or a list of blocks")
         self._check_path(depth)
@@ -98,7 +102,9 @@ class EngineInfo:
             raise InputError(f"depth has block {block} {times} times; a block may run at most {MOST_VISITS} times")
         assert self.max_depth is not None, "asked before"
         if len(path) > self.max_depth:
-            raise InputError(f"depth has {len(path)} blocks; this server runs at most {self.max_depth} (engine.max_depth)")
+            raise InputError(
+                f"depth has {len(path)} blocks; this server runs at most {self.max_depth} (engine.max_depth)"
+            )
 
 
 @dataclass(slots=True, kw_only=True)

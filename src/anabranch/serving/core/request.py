@@ -195,8 +195,8 @@ class Request:
         num_streams: parallel streams, of a model that has them; None for the engine's number.
         path: the blocks to run, in order, instead of each once, see `Decoder.forward`; at most as many as the engine keeps keys and values
             of (`ServingConfig.max_depth`).
-        routes_depth: let the engine's depth routers choose the path by the prompt, see `anabranch.serving.depth`; nothing of it is shared with
-            other requests. Its path is told with the first output (`Output.path`).
+        routes_depth: let the engine's depth routers choose the path by the prompt, see `anabranch.serving.depth`; its prefix is not
+            shared. The path is told with the first output (`Output.path`).
         pooling: make a vector of the prompt (`Output.embedding`) of the model's last states, after the norm: that of the ``last`` token, or
             their ``mean``, for which the whole prompt is computed; it makes no tokens (`Sampling.max_tokens` is 0). None makes none.
         adapters: names and weights of the adapters that are added up for it; none for the base. A name, or a mapping, is taken too.

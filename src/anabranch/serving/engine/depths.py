@@ -74,9 +74,7 @@ class Depths:
         from anabranch.depth.routed import routed_blocks
 
         mask_1L = torch.ones(x_1LD.shape[:2], dtype=torch.bool, device=x_1LD.device)
-        made = routed_blocks(
-            self.bank, self.num_blocks, x_1LD, mask_1L, run, control=self.control, most=self.most
-        )
+        made = routed_blocks(self.bank, self.num_blocks, x_1LD, mask_1L, run, control=self.control, most=self.most)
         path = path_of(made.decision_BN[0].tolist())
         self._waiting.pop(id, None)
         self._untold[id] = path

@@ -224,7 +224,7 @@ class VisitSlots:
 
 
 class ToldSlot:
-    """Where the visit of a block that runs next is kept, in place of `VisitSlots`: requests that run it together may have come by other ways."""
+    """Where the visit that runs next is kept, in place of `VisitSlots`: requests that run a block together may come by different ways."""
 
     def __init__(self) -> None:
         self._slot: int | None = None

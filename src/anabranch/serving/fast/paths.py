@@ -1,10 +1,10 @@
 """`CompiledPaths`: the compiled step taken apart, some blocks at a time, in any order and again, on some of the sequences.
 
-    paths = CompiledPaths(fast, pool.key[:, 0], pool.value[:, 0])
-    step = paths.begin(token_T, position_T, sequence_N4, table_U)
-    for visits, numbers in schedule_of(visits_N):
-        step.run(visits, numbers)
-    x_TD = step.normed()
+paths = CompiledPaths(fast, pool.key[:, 0], pool.value[:, 0])
+step = paths.begin(token_T, position_T, sequence_N4, table_U)
+for visits, numbers in schedule_of(visits_N):
+    step.run(visits, numbers)
+x_TD = step.normed()
 """
 # Shapes: V layers of the store, S slots, G key heads, W head width, T tokens of a step, R of them, N sequences, M of them, D width
 
@@ -77,7 +77,9 @@ class CompiledPaths:
 
     def __init__(self, fast: FastDecoder, key_VSGW: Tensor, value_VSGW: Tensor) -> None:
         if not self.supports(fast):
-            raise ConfigError("blocks of this model run together; the compiled step knows no path through it but the usual one")
+            raise ConfigError(
+                "blocks of this model run together; the compiled step knows no path through it but the usual one"
+            )
         self.fast, self._stores = fast, (key_VSGW, value_VSGW)
         self._forms: dict[Visits | None, CModel] = {}
 

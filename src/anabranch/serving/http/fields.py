@@ -68,7 +68,11 @@ def _is_ids(value: Any) -> bool:
 def _is_depth(value: Any) -> bool:
     if isinstance(value, str):
         return value in ("full", "routed")
-    return isinstance(value, list) and len(value) <= MOST_BLOCKS and all(is_int(part) and abs(part) < 2**31 for part in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_BLOCKS
+        and all(is_int(part) and abs(part) < 2**31 for part in value)
+    )
 
 
 def _is_kwargs(value: Any) -> bool:
