@@ -1,7 +1,6 @@
 """Depth routers that are told what to decide, or decide by what they see."""
 
 import pytest
-import pytest
 import torch
 
 
