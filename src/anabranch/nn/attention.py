@@ -16,10 +16,11 @@ from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.causal import SHORT, attention, causal_attention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
-from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear
+from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain
 from anabranch.nn.rotary import Rotary, rotate
 from anabranch.nn.scored import PLAIN, Scoring, scored_attention
 from anabranch.nn.shared_prefix import SharedPrefix, attend_few, with_prefix
+from anabranch.nn.some_heads import SomeHeads, attention_of_some, project_some
 from anabranch.nn.visits import next_visits
 
 
@@ -68,6 +69,14 @@ class Attention(Part, nn.Module, family="attention", default="attention"):
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``."""
         raise NotImplementedError  # abstract
+
+    def per_head(self, x_BLW: Tensor, context: ForwardContext, some: SomeHeads | None = None) -> Tensor:
+        """y_BHLD: what each head gives, before the last projection, a layer ``out``.
+
+        A design may have it, and then its heads can be routed (`anabranch.heads`). ``some`` says which heads are wanted; what the others
+        give counts for nothing, so it need not be computed.
+        """
+        raise NotImplementedError  # optional
 
 
 class SelfAttention(Attention, kind="attention"):
@@ -185,13 +194,24 @@ class SelfAttention(Attention, kind="attention"):
 
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``. Reads and extends ``context.cache`` where there is one."""
-        query, key, value = self.project(x_BLW, context)
-        y_BHLD = attend(query, key, value, context, self.layer, self.scoring)
+        y_BHLD = self.per_head(x_BLW, context)
         return call_linear(self.out, y_BHLD.transpose(1, 2).flatten(2), context)
 
-    def project(self, x_BLW: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
-        """(query_BHLD, key_BGLD, value_BGLD), with positions."""
-        query, key, value = call_linear(self.qkv, x_BLW, context).split(self.split, dim=-1)
+    def per_head(self, x_BLW: Tensor, context: ForwardContext, some: SomeHeads | None = None) -> Tensor:
+        """See `Attention.per_head`."""
+        # A subclass may have a `project` of before.
+        told = {} if some is None else {"some": some}
+        query, key, value = self.project(x_BLW, context, **told)
+        return attend(query, key, value, context, self.layer, self.scoring, some)
+
+    def project(
+        self, x_BLW: Tensor, context: ForwardContext, some: SomeHeads | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(query_BHLD, key_BGLD, value_BGLD), with positions; queries that are not wanted may be 0."""
+        if some is not None and self.spares_queries and some.spares_products:
+            query, key, value = self._in_parts(x_BLW, some)
+        else:
+            query, key, value = call_linear(self.qkv, x_BLW, context).split(self.split, dim=-1)
         if self.config.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         if self.config.clip_qkv is not None:
@@ -205,6 +225,18 @@ class SelfAttention(Attention, kind="attention"):
         if self.config.temperature_scale:
             query = query * self._growth(distinct(context.position_BL)).to(query.dtype)
         return query, rotate(key, rotary), value
+
+    @property
+    def spares_queries(self) -> bool:
+        """Whether queries of some heads alone can be made: by a plain matrix, and no norm over all of them."""
+        return is_plain(self.qkv) and self.config.qk_norm != "full"
+
+    def _in_parts(self, x_BLW: Tensor, some: SomeHeads) -> tuple[Tensor, Tensor, Tensor]:
+        queries, *stores = self.split
+        weight, bias = self.qkv.weight, self.qkv.bias
+        query = project_some(x_BLW, weight[:queries], None if bias is None else bias[:queries], some)
+        made = F.linear(x_BLW, weight[queries:], None if bias is None else bias[queries:])
+        return query, *made.split(stores, dim=-1)
 
     def _growth(self, position_BL: Tensor) -> Tensor:
         """``[B, 1, L, 1]``: what queries are multiplied by, see ``temperature_scale``."""
@@ -222,6 +254,7 @@ def attend(
     context: ForwardContext,
     layer: int,
     scoring: Scoring = PLAIN,
+    some: SomeHeads | None = None,
 ) -> Tensor:
     """y_BHLD: each query sees earlier positions, itself, and no padding. What is new is stored where there is a ``context.cache``.
 
@@ -235,19 +268,21 @@ def attend(
         context: of the pass.
         layer: index of the layer.
         scoring: how scores become weights.
+        some: the heads that are wanted, where not all; others may be computed all the same, or be 0.
 
     Raises ConfigError where the store cannot keep another visit of a layer, or weighs plainly alone.
     """
     visits = next_visits(context.visits, layer, query_BHLD.shape[0])
     if context.cache is None:
         return _among(
-            query_BHLD, key_BGLD, value_BGLD, context.attention_mask, None, context.is_causal, scoring=scoring
+            query_BHLD, key_BGLD, value_BGLD, context.attention_mask, None, context.is_causal, scoring=scoring, some=some
         )
     if len(visits) == 1:
-        return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0], scoring)
+        return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0], scoring, some)
     y_BHLD = query_BHLD.new_empty(*query_BHLD.shape[:3], scoring.value_width or value_BGLD.shape[-1])
     for visit, rows in visits:
-        made = _stored(query_BHLD[rows], key_BGLD[rows], value_BGLD[rows], context, layer, visit, rows, scoring)
+        part = some if some is None or rows is None else some.of_rows(rows)
+        made = _stored(query_BHLD[rows], key_BGLD[rows], value_BGLD[rows], context, layer, visit, rows, scoring, part)
         y_BHLD[rows] = made.to(y_BHLD.dtype)
     return y_BHLD
 
@@ -261,6 +296,7 @@ def _stored(
     visit: int,
     rows: list[int] | None,
     scoring: Scoring,
+    some: SomeHeads | None = None,
 ) -> Tensor:
     """y_BHLD of the sequences ``rows`` of the pass (None: all), which come to this layer for the ``visit``-th time."""
     store: Any = context.cache
@@ -289,7 +325,7 @@ def _stored(
     if mask is not None and scoring.window is not None:
         # Of what a window lets a store forget there is no key.
         mask = mask[..., -key.shape[2] :]
-    return _among(query, key, value, mask, seen, context.is_causal, front, scoring)
+    return _among(query, key, value, mask, seen, context.is_causal, front, scoring, some)
 
 
 def distinct(position_BL: Tensor) -> Tensor:
@@ -313,6 +349,7 @@ def _among(
     is_causal: bool,
     front: SharedPrefix | None = None,
     scoring: Scoring = PLAIN,
+    some: SomeHeads | None = None,
 ) -> Tensor:
     """Attention under the mask of the pass, apart from positions that are not there (``seen_BL`` is False).
 
@@ -340,6 +377,8 @@ def _among(
         if not is_causal and mask is None and query.shape[2] > 1:
             raise ConfigError("attention to later positions has no windows, sinks or scale; leave them out")
         return scored_attention(query, key, value, scoring, mask)
+    if some is not None:
+        return attention_of_some(query, key, value, some, mask=mask, is_causal=is_causal)
     if is_causal and mask is None:
         return causal_attention(query, key, value)
     return attention(query, key, value, attn_mask=mask)

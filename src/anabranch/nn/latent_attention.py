@@ -24,6 +24,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain, told_names
 from anabranch.nn.rotary import rotate, yarn_factor
 from anabranch.nn.scored import Scoring
+from anabranch.nn.some_heads import SomeHeads
 
 __all__ = ["LatentAttention"]
 
@@ -125,13 +126,17 @@ class LatentAttention(Attention, kind="latent"):
 
     def forward(self, x_BLD: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLD``. Reads and extends ``context.cache`` where there is one."""
+        y_BHLV = self.per_head(x_BLD, context)
+        return call_linear(self.out, y_BHLV.transpose(1, 2).flatten(2), context)
+
+    def per_head(self, x_BLD: Tensor, context: ForwardContext, some: SomeHeads | None = None) -> Tensor:
+        """y_BHLV, see `Attention.per_head`; all heads are computed, since keys and values are not kept as such."""
         query_BHLN, turned_BHLP = self._queries(x_BLD, context)
         sizes = (self.config.kv_rank, self.config.rotary_dim)
         latent_BLR, key_BLP = call_linear(self.kv_down, x_BLD, context).split(sizes, dim=-1)
         latent_BLR, key_B1LP = self.kv_norm(latent_BLR), rotate(key_BLP.unsqueeze(1), context.rotary)
         run = self._whole if context.cache is None else self._absorbed
-        y_BHLV = run(query_BHLN, turned_BHLP, latent_BLR, key_B1LP, context)
-        return call_linear(self.out, y_BHLV.transpose(1, 2).flatten(2), context)
+        return run(query_BHLN, turned_BHLP, latent_BLR, key_B1LP, context)
 
     def _queries(self, x_BLD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         if self.q_norm is None:
