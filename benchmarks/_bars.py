@@ -83,6 +83,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.3, ".* hand-tied transformers"),
         Bar(0.95, "(training|decode) .* against reuse 1"),
     ),
+    "routed_heads": (Bar(0.91, "all on, .*"), Bar(1.18, "half off, .*")),
     "routing_decisions": (Bar(1.0, peer="bar of .*"),),
     "serving_engine": (
         Bar(1.5, "16 streams, ours bfloat16", "transformers"),
@@ -123,6 +124,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "adapter_dispatch": frozenset(BARS["adapter_dispatch"]),
     "adapter_steps": frozenset(BARS["adapter_steps"]),
     "served_depth": frozenset(BARS["served_depth"]),
+    "routed_heads": frozenset(BARS["routed_heads"]),
     # At equal terms; those before compared a tuned run with one that was not.
     "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
     # Whose rows compared processes made ready with a cold start.

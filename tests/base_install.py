@@ -55,6 +55,8 @@ NEEDS = {  # a command as it is given, and the extras it names
     "report x --out x": "lm,plots",
     "experts fit-predictor x x": "lm",
     "adapt x y --out z": "lm",
+    "heads train x --out y": "lm",
+    "heads report x": "lm",
     "adapters card x": "lm",
     "adapters list": "lm",
     "adapters estimate x y": "lm",

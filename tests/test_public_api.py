@@ -16,6 +16,7 @@ PUBLIC = {
         ImportanceLoss LinearScore Override PoolLoss Recorder Router Routing RoutingContext RoutingTrace Score Select SwitchLoss Threshold
         TopK TopP TraceBuilder TraceLayer TraceWriter WeightField ZLoss capacity_of combine count_destinations discard_loads dispatch
         export_correction_bias export_history import_correction_bias
+        HeadActivation Positive RateBalance ReMoEController ReluScore SmoothProximity
         limit_capacity override_routing pad_rows plan_dispatch record_routing replay_routing sync_loads unpad_rows
     """,
     "anabranch.data": """
@@ -61,6 +62,10 @@ PUBLIC = {
         SoftThenTopK SparseDelta SpecialisationLoss adapter_of chosen_rows combine export_mixture fit_joint fit_router
         labelled_rows load_mixture load_peft load_pool lora_moe merge mixture_report mola mu read_peft rows_for save_peft
         static_mixture unload unmerge write_peft
+    """,
+    "anabranch.heads": """
+        HeadActivation HeadGate HeadRouting RateBalance ReMoEController RoutedAttention RoutedHeads SmoothProximity head_losses
+        head_report load_heads put_heads routed_heads_of save_heads take_off_heads with_heads
     """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

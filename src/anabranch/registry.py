@@ -17,6 +17,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "linear": "anabranch.routing.score:LinearScore",
         "cosine": "anabranch.routing.score:CosineScore",
         "hash": "anabranch.routing.hash_score:HashScore",
+        "relu": "anabranch.routing.relu:ReluScore",
         "glider": "anabranch.adapters.glider:GliderScore",
         "recurrent": "anabranch.experts.rmoe:RecurrentScore",
         "tempered": "anabranch.depth.duo_llm:TemperedScore",
@@ -26,6 +27,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "group_top_k": "anabranch.routing.select:GroupTopK",
         "top_p": "anabranch.routing.select:TopP",
         "threshold": "anabranch.routing.select:Threshold",
+        "positive": "anabranch.routing.relu:Positive",
         "expert_choice": "anabranch.routing.select:ExpertChoice",
         "hybrid_entropy": "anabranch.routing.hybrid:HybridEntropy",
         "mixture": "anabranch.depth.duo_llm:Mixture",
@@ -41,6 +43,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "uncertainty": "anabranch.routing.uncertainty:UncertaintyLoss",
         "soft": "anabranch.routing.uncertainty:SoftLoss",
         "bias": "anabranch.routing.bias:BiasBalancer",
+        "activation_rate": "anabranch.routing.rate:RateBalance",
         "budget": "anabranch.depth.duo_llm:BudgetLoss",
         "specialisation": "anabranch.adapters:SpecialisationLoss",
     },
@@ -59,6 +62,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "attention": {
         "attention": "anabranch.nn.attention:SelfAttention",
         "latent": "anabranch.nn.latent_attention:LatentAttention",
+        "routed_heads": "anabranch.heads:RoutedAttention",
     },
     "block": {
         "pre_norm": "anabranch.nn.block:PreNorm",

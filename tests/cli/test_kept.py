@@ -81,6 +81,7 @@ COMMANDS = {
         {"model": "m/config.json", "data": "m/r.jsonl", "evaluation": "m/e.jsonl", "source": "m/adapter.json"},
         {"OUT": "m"},
     ),
+    "heads report": ("{model} --data {data} --trace {TRACE}", {"model": "m/config.json", "data": "t.parquet"}, {"TRACE": "o.parquet"}),
     "adapters merge": ("{adapters} --out {OUT}", {"adapters": "a/adapter_config.json"}, {"OUT": "a"}),
     "adapters export": (
         "{model} {adapters} --out {OUT}", {"adapters": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "a"}
@@ -92,7 +93,7 @@ COMMANDS |= {f"routers {name}": COMMANDS[f"gateway {name}"] for name in ("eval",
 OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
-    "compare", "convert", "eval adapter", "study", "train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
+    "compare", "convert", "eval adapter", "study", "train", "heads train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "serve adapter_root", "gateway serve config_files", "gateway serve store",
     "serve depth",
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",

@@ -158,6 +158,15 @@ adapters merge text --method dare --seed {HUGE} --out z
 adapters export trained text --out z
 adapters export trained --out z
 adapters export trained --rank 2 --out z
+heads train
+heads train trained --out z --target nan
+heads train trained --out z --shared {HUGE}
+heads train trained --out z --set model.attention.heads.block=0
+heads train trained deep.json --out z --steps {HUGE}
+heads train trained no.zip --out z
+heads report trained
+heads report no.gguf
+heads report trained --trace z
 adapters route trained x
 adapters route nowhere x --model trained
 adapters route trained ''

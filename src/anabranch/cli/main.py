@@ -23,6 +23,7 @@ from anabranch.cli.experts import app as experts
 from anabranch.cli.gateway import app as gateway
 from anabranch.cli.generate import generate
 from anabranch.cli.graph import app as graph
+from anabranch.cli.heads import app as heads
 from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
 from anabranch.cli.oracle import oracle
@@ -85,7 +86,14 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=TrainCommand if _command is train else None)(_command)
-_GROUPS = {"adapters": adapters, "experts": experts, "graph": graph, "routers": routers, "gateway": gateway}
+_GROUPS = {
+    "adapters": adapters,
+    "experts": experts,
+    "heads": heads,
+    "graph": graph,
+    "routers": routers,
+    "gateway": gateway,
+}
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 

@@ -177,6 +177,7 @@ def _record(
     import torch
 
     from anabranch.cli.corpora import Tracked, default_length, domain_names, labelled_windows, run_of, say_defaults
+    from anabranch.heads import HeadGate
     from anabranch.report.windows import check_windows
     from anabranch.routing import Router, RoutingTrace, record_routing
     from anabranch.routing.discovery import find_routers
@@ -184,6 +185,8 @@ def _record(
 
     config = network.config
     if not any(config.feed_forward_of(layer).is_routed for layer in range(config.num_layers)):
+        if any(isinstance(module, HeadGate) for module in network.modules()):
+            raise DataError(f"{source} has no routed layers, but routed heads; anabranch heads report is about those")
         raise DataError(f"{source} has no routed layers, so there is no routing to report")
     run = run_of(source)
     length = sequence_length or default_length(run, network.config.max_positions)
@@ -192,8 +195,13 @@ def _record(
     path = Path(out) / _TRACE
     windows: Any = None
     predicted: list[tuple[Any, Any]] = []
-    # Loops of a layer are no experts, whose loads the report is about.
-    routers = {name: module for name, module in find_routers(network).items() if isinstance(module, Router)}
+    # Loops of a layer and heads are no experts, whose loads the report is about.
+    of_heads = {module.router for module in network.modules() if isinstance(module, HeadGate)}
+    routers = {
+        name: module
+        for name, module in find_routers(network).items()
+        if isinstance(module, Router) and module not in of_heads
+    }
     recording = record_routing(network, path=path, scores=kept.scores, routers=routers or None)
     with recording as recorder, torch.inference_mode():
         windows, name = labelled_windows(data, run, tokenizer, length, tokens)

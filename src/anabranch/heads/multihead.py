@@ -17,7 +17,7 @@ __all__ = ["MultiheadForm"]
 
 _ARGUMENTS = (
     "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
-)  # fmt: skip
+)
 _DEFAULTS = {"need_weights": True, "average_attn_weights": True, "is_causal": False}
 
 
@@ -140,7 +140,7 @@ def _check(attention: Any, query: Any, key: Any, value: Any) -> None:
             raise InputError(f"{name} has shape {list(part.shape)}; it must have 3 dimensions, or all parts 2")
     for name, part, width in (
         ("query", query, attention.embed_dim), ("key", key, attention.kdim), ("value", value, attention.vdim),
-    ):  # fmt: skip
+    ):
         if part.shape[-1] != width:
             raise InputError(f"{name} has {part.shape[-1]} numbers of each position; the attention takes {width}")
     if key.shape[:-1] != value.shape[:-1]:

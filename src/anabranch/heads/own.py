@@ -94,7 +94,7 @@ class RoutedAttention(RoutedHeads, Attention, kind="routed_heads"):
         """Attributes: ``attention``, whose heads are routed; ``heads``, how."""
 
         attention: Attention.Config = SelfAttention.Config()
-        heads: HeadRouting
+        heads: HeadRouting = HeadRouting(num_shared=2)
 
         def __post_init__(self) -> None:
             if isinstance(self.attention, RoutedAttention.Config):

@@ -79,7 +79,7 @@ class RoutedHeads(nn.Module):
         config = HeadRouting(
             num_shared=num_shared, routing=routing, top_k=top_k, init=init, target=target, balance=balance, block=block,
             **settings,
-        )  # fmt: skip
+        )
         self._build(attention, config, layer=layer, width=width, generator=torch.Generator().manual_seed(seed))
 
     @classmethod

@@ -87,7 +87,7 @@ class TransformersForm(Form):
             found = f"shape {list(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
             raise InputError(f"hidden_states is {found}; it must be [sequences, positions, width]")
         crosses = any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
-        real_BL = None if crosses else _real(kwargs.get("attention_mask"), hidden.shape[1])
+        real_BL = None if crosses else _real(kwargs.get("attention_mask"), hidden)
         position_BL = kwargs.get("position_ids")
         decision = heads.decide(hidden, real_BL=real_BL, position_BL=position_BL)
         told = _Told(heads, decision, kwargs.get("key_value_states", kwargs.get("encoder_hidden_states")))
@@ -148,7 +148,10 @@ def _attend(
     length = query.shape[2]
     causal = kwargs.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and length > 1
-    some = decision.some if _is_plain(name, attention_mask, kwargs) else None
+    # Alone "sdpa" hides later positions by itself, and there counts them from the first key.
+    hides = is_causal and attention_mask is None and name == "sdpa"
+    is_plain = _is_plain(name, attention_mask, kwargs) and not (hides and length != key.shape[2])
+    some = decision.some if is_plain else None
     told.count(query, key, is_causal, 1.0 if some is None else some.share)
     weight: Tensor | None = None
     if some is None:
@@ -156,7 +159,7 @@ def _attend(
     else:
         mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
         y_BHLD = attention_of_some(
-            query, key, value, some, mask=mask, is_causal=is_causal, scale=kwargs.get("scaling")
+            query, key, value, some, mask=mask, is_causal=hides, scale=kwargs.get("scaling")
         )
         y_BLHD = y_BHLD.transpose(1, 2)
     return decision.scaled(y_BLHD), weight
@@ -185,10 +188,14 @@ def _is_plain(name: str | None, mask: Tensor | None, kwargs: dict[str, Any]) -> 
     return isinstance(mask, Tensor) and mask.dim() == 4
 
 
-def _real(mask: Any, length: int) -> Tensor | None:
-    """bool ``[B, L]``: which queries are no padding, by whether they may look at themselves; None where nothing says it."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] < length:
+def _real(mask: Any, hidden: Tensor) -> Tensor | None:
+    """bool ``[B, L]``: which queries are no padding, by whether they may look at themselves; None where nothing says it.
+
+    Of a mask over more keys than queries it is not known which of them are the queries' own: a cache may be longer than what is in it.
+    """
+    batch, length = hidden.shape[:2]
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2:] != (length, length):
         return None
-    own_BL = mask[:, 0, :, mask.shape[3] - length :].diagonal(dim1=1, dim2=2)
+    own_BL = mask[:, 0].diagonal(dim1=1, dim2=2)
     real_BL = own_BL if mask.dtype == torch.bool else own_BL > torch.finfo(mask.dtype).min / 2
-    return None if bool(real_BL.all()) else real_BL
+    return None if bool(real_BL.all()) else real_BL.expand(batch, length)

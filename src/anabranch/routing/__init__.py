@@ -34,7 +34,9 @@ from anabranch.routing.hash_score import HashScore
 from anabranch.routing.hybrid import HybridEntropy
 from anabranch.routing.layer_overrides import override_routing
 from anabranch.routing.override import Override
+from anabranch.routing.rate import HeadActivation, RateBalance, ReMoEController, SmoothProximity
 from anabranch.routing.record import Recorder, record_routing
+from anabranch.routing.relu import Positive, ReluScore
 from anabranch.routing.replay import replay_routing
 from anabranch.routing.router import Router
 from anabranch.routing.score import CosineScore, LinearScore, Score
@@ -57,19 +59,25 @@ __all__ = [
     "ExpertChoice",
     "GroupTopK",
     "HashScore",
+    "HeadActivation",
     "HybridEntropy",
     "ImportanceLoss",
     "LinearScore",
     "OfPass",
     "Override",
     "PoolLoss",
+    "Positive",
+    "RateBalance",
+    "ReMoEController",
     "Recorder",
+    "ReluScore",
     "Router",
     "Routing",
     "RoutingContext",
     "RoutingTrace",
     "Score",
     "Select",
+    "SmoothProximity",
     "SoftLoss",
     "SwitchLoss",
     "Threshold",

@@ -86,17 +86,25 @@ class _Pressure(_Controller):
     def _state(self) -> Tensor:
         return self.beta
 
-    def loss(self, logit_NE: Tensor, score_NE: Tensor, share_E: Tensor, mask_N: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        logit_NE: Tensor,
+        score_NE: Tensor,
+        share_E: Tensor,
+        mask_N: Tensor | None = None,
+        open_NE: Tensor | None = None,
+    ) -> Tensor:
         """The loss of one set of items.
 
         Args:
             logit_NE: z.
-            score_NE: g.
+            score_NE: g, 0 where a destination is closed.
             share_E: f, the share of items that chose each destination; no gradient goes through it.
             mask_N: bool, False for padding; None if all are real.
+            open_NE: bool ``[E]`` or ``[N, E]``, what can be chosen; None for all.
         """
         if self.form == "logits":
-            size = masked_mean(logit_NE.abs().mean(-1, keepdim=True), mask_N).sum()
+            size = masked_mean(_mean_of_open(logit_NE.abs(), open_NE), mask_N).sum()
         else:
             size = (share_E.detach().to(score_NE.dtype) * masked_mean(score_NE, mask_N)).sum()
         # A copy: the number moves in place, maybe before the backward pass.
@@ -173,11 +181,16 @@ class HeadActivation(_Controller):
     def _state(self) -> Tensor:
         return self.weight
 
-    def loss(self, logit_NE: Tensor, rate: Tensor, mask_N: Tensor | None = None) -> Tensor:
-        """The loss of one set of items with logits z, of whose pairs the share ``rate`` is chosen (a number without gradient)."""
+    def loss(
+        self, logit_NE: Tensor, rate: Tensor, mask_N: Tensor | None = None, open_NE: Tensor | None = None
+    ) -> Tensor:
+        """The loss of one set of items with logits z, of whose pairs the share ``rate`` is chosen (a number without gradient).
+
+        ``mask_N`` and ``open_NE`` as of `SmoothProximity`.
+        """
         rate = rate.detach()
         if self.gradient == "soft":
-            soft = masked_mean((logit_NE / self.tau).sigmoid().mean(-1, keepdim=True), mask_N).sum()
+            soft = masked_mean(_mean_of_open((logit_NE / self.tau).sigmoid(), open_NE), mask_N).sum()
             # In this order the bracket is exactly zero, so that the value is that of the hard rate.
             rate = rate + (soft - soft.detach())
         gap = self.target - rate
@@ -242,32 +255,33 @@ class RateBalance(LoadCounter, kind="activation_rate"):
         mask_N, routing = context.item_mask_N, seen.routing
         load_E = routing.load_E()
         items = load_E.new_full((), routing.num_items).float() if mask_N is None else mask_N.sum().float()
-        context.emit_load(self, load_E, items.expand(1))
+        pairs = items * seen.num_open(mask_N)
+        context.emit_load(self, load_E, pairs.expand(1))
         share_E = load_E.float() / items.clamp_min(1)
-        rate = share_E.mean()
+        rate = load_E.sum() / pairs.clamp_min(1)
         if self.pressure is not None:
-            lost = self.pressure.loss(seen.logit_NE, routing.score_NE, share_E, mask_N)
+            lost = self.pressure.loss(seen.logit_NE, routing.score_NE, share_E, mask_N, seen.open_NE)
             context.emit_part(_over_layers("activation_pressure"), (lost,))
         if self.floor is not None:
-            drawn = self.floor.loss(seen.logit_NE, rate, mask_N)
+            drawn = self.floor.loss(seen.logit_NE, rate, mask_N, seen.open_NE)
             # Where there are no items nothing is too few.
             context.emit_part(_over_layers("activation_floor"), (torch.where(items > 0, drawn, 0.0),))
         if context.is_measured:
             context.emit_metric("activation", rate)
 
     def counts(self) -> list[Tensor]:
-        """How often each destination was chosen, and how many items there were."""
+        """How often each destination was chosen, and how many pairs there were."""
         return [self.load_E, self.num_pairs]
 
     def add_load(self, load_E: Tensor, open_E: Tensor | None = None) -> None:
-        """Take the loads of one forward pass; ``open_E`` is the number of its items, ``[1]``."""
+        """Take the loads of one forward pass; ``open_E`` is the number of its pairs, ``[1]``."""
         super().add_load(load_E)
         if open_E is not None:
             self.num_pairs += open_E
 
     def rate(self) -> Tensor:
         """Of the step so far; NaN before its first item."""
-        return self.load_E.mean() / self.num_pairs.squeeze(0)
+        return self.load_E.sum() / self.num_pairs.squeeze(0)
 
     @torch.no_grad()
     def on_step(self, step: int, fraction: float) -> None:
@@ -277,6 +291,15 @@ class RateBalance(LoadCounter, kind="activation_rate"):
                 if controller is not None:
                     controller.update(self.rate())
         super().on_step(step, fraction)
+
+
+def _mean_of_open(value_NE: Tensor, open_NE: Tensor | None) -> Tensor:
+    """``[N, 1]``: over the open destinations of each item, 0 where none is."""
+    if open_NE is None:
+        return value_NE.mean(-1, keepdim=True)
+    open_NE = open_NE.expand_as(value_NE)
+    total_N1 = torch.where(open_NE, value_NE, 0.0).sum(-1, keepdim=True)
+    return total_N1 / open_NE.sum(-1, keepdim=True).clamp_min(1)
 
 
 class _OverLayers:

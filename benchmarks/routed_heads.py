@@ -1,0 +1,159 @@
+"""What does an attention with routed heads cost while all are on, and what does it spare where they are off?
+
+    all on      a wrapped attention as it starts, which computes what the plain one does, against that: inference, and a step of training.
+                bar: at most 1.10 times its time (a ratio of 0.91)
+    half off    every second (routed head, block of 64 tokens) is off, against the plain attention, which computes all: inference. bar: at
+                most 0.85 times its time (1.18). Results are compared first with those of the same heads computed and multiplied by 0
+    as PVChat   the same with 8 of 12 heads shared, where half of the routed ones are a sixth of all: no bar
+
+Ours of the shape of SmolLM2-135M (576 wide, 9 heads of which 3 are shared by three queries each, causal), torch's of 512 and 8 heads, and of
+PVChat's Q-former (768, 12 heads; 96 queries on 1,024 keys). float32.
+
+    python benchmarks/routed_heads.py --threads 2 --json benchmarks/results/routed_heads.json
+"""
+# Shapes: B sequences, L queries, S keys, W width, H heads
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from _harness import arguments, compare, finish, start
+from anabranch.heads import RoutedHeads
+from anabranch.nn import BuildContext, ForwardContext, Rotary, SelfAttention
+
+BLOCK = 64
+TOLERANCE = 1e-4
+Call = Callable[[nn.Module], Tensor]
+
+
+def ours(batch: int, length: int) -> tuple[nn.Module, Tensor, Call]:
+    """(attention, what its queries are made of, a call of it)."""
+    torch.manual_seed(0)
+    attention = SelfAttention.Config(num_heads=9, num_kv_heads=3).build(BuildContext(dim=576))
+    x_BLW = torch.randn(batch, length, 576)
+    position_BL = torch.arange(length).expand(batch, length)
+    rotary = Rotary.Config().build(64)(position_BL[:1], torch.float32)
+
+    def call(module: nn.Module) -> Tensor:
+        context = ForwardContext(position_BL=position_BL, rotary=rotary, training=module.training)
+        return module(x_BLW, context)
+
+    return attention, x_BLW, call
+
+
+def torchs(batch: int, length: int, keys: int, width: int, heads: int) -> tuple[nn.Module, Tensor, Call]:
+    """The same of a `torch.nn.MultiheadAttention`; it attends to others where ``keys`` is not 0."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(width, heads, batch_first=True)
+    x_BLW = torch.randn(batch, length, width)
+    other = torch.randn(batch, keys, width) if keys else x_BLW
+
+    def call(module: nn.Module) -> Tensor:
+        return module(x_BLW, other, other, need_weights=False)[0]
+
+    return attention, x_BLW, call
+
+
+CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Call]], int]] = {
+    "ours, 4 x 512 tokens": (lambda: ours(4, 512), 3),
+    "ours, 1 x 2048 tokens": (lambda: ours(1, 2048), 3),
+    "torch's, 4 x 512 tokens": (lambda: torchs(4, 512, 0, 512, 8), 2),
+}
+AS_PVCHAT = {
+    "self, 12 heads, 16 x 96 queries": (lambda: torchs(16, 96, 0, 768, 12), 8),
+    "cross, 12 heads, 8 x 96 queries on 1,024 keys": (lambda: torchs(8, 96, 1024, 768, 12), 8),
+}
+
+
+def turn_half_off(heads: RoutedHeads, x_BLW: Tensor) -> None:
+    """Change what comes in so that every second (routed head, block) is off: its number of the width says so."""
+    gate = heads.gate
+    assert gate is not None
+    routed = gate.router.num_destinations
+    batch, length = x_BLW.shape[:2]
+    place_J = torch.arange(-(-length // BLOCK))
+    is_on = (torch.arange(batch)[:, None, None] + place_J[:, None] + torch.arange(routed)) % 2 == 0
+    x_BLW[..., :routed] = is_on.repeat_interleave(BLOCK, 1)[:, :length].float() * 2 - 1
+    with torch.no_grad():
+        gate.router.score.weight.zero_()
+        gate.router.score.weight[:, :routed] = torch.eye(routed)
+        gate.router.score.bias.zero_()
+
+
+def inference(module: nn.Module, call: Call) -> Callable[[], None]:
+    module.eval()
+
+    def work() -> None:
+        with torch.inference_mode():
+            call(module)
+
+    return work
+
+
+def training(module: nn.Module, call: Call) -> Callable[[], None]:
+    module.train()
+
+    def work() -> None:
+        module.zero_grad(set_to_none=True)
+        total = call(module).square().mean()
+        if isinstance(module, RoutedHeads):
+            total = total + module.losses()
+        total.backward()
+
+    return work
+
+
+def check(case: str, found: Tensor, expected: Tensor) -> None:
+    error = ((found - expected).norm() / expected.norm()).item()
+    if not error <= TOLERANCE:
+        raise SystemExit(f"{case}: results differ by {error:.1e}, more than {TOLERANCE:.0e}")
+
+
+def all_on(name: str, made: tuple[nn.Module, Tensor, Call], shared: int, rounds: int) -> list[dict[str, Any]]:
+    attention, _, call = made
+    heads = RoutedHeads(copy.deepcopy(attention), shared)
+    with torch.inference_mode():
+        check(name, call(heads.eval()), call(attention.eval()))
+    rows = []
+    for mode, work in (("inference", inference), ("training", training)):
+        case = f"all on, {name}, {mode}"
+        rows.append(compare(case, work(heads, call), {"the plain attention": work(attention, call)}, rounds=rounds))
+    return rows
+
+
+def half_off(name: str, made: tuple[nn.Module, Tensor, Call], shared: int, rounds: int, what: str) -> dict[str, Any]:
+    attention, x_BLW, call = made
+    heads = RoutedHeads(copy.deepcopy(attention), shared, block=BLOCK).eval()
+    turn_half_off(heads, x_BLW)
+    case = f"{what}, {name}"
+    with torch.inference_mode():
+        heads.forget()
+        spared = call(heads)
+        told = heads.report()
+        heads.skip = False
+        check(case, spared, call(heads))
+        heads.skip = True
+    row = compare(case, inference(heads, call), {"the plain attention": inference(attention, call)}, rounds=rounds)
+    return {**row, "computed": round(told["computed"], 3), "multiply_adds_spared": round(told["saved"], 3)}
+
+
+def main() -> None:
+    options = arguments(str(__doc__)).parse_args()
+    start(options)
+    rows: list[dict[str, Any]] = []
+    for name, (make, shared) in list(CASES.items())[: 1 if options.quick else None]:
+        if options.only in f"all on, {name}":
+            rows += all_on(name, make(), shared, options.rounds)
+        if options.only in f"half off, {name}":
+            rows.append(half_off(name, make(), shared, options.rounds, "half off"))
+    for name, (make, shared) in list(AS_PVCHAT.items())[: 0 if options.quick else None]:
+        if options.only in f"as PVChat, {name}":
+            rows.append(half_off(name, make(), shared, options.rounds, "as PVChat"))
+    finish("routed_heads", rows, options, ["torch"])
+
+
+if __name__ == "__main__":
+    main()

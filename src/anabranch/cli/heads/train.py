@@ -1,0 +1,249 @@
+"""``anabranch heads train``: a model goes on with routed heads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from anabranch.cli.options import AsJson, Assignments, Quiet, Seed, read_assignments
+from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
+from anabranch.cli.progress import Progress
+from anabranch.cli.train import INTERRUPTED
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+
+if TYPE_CHECKING:
+    from anabranch.train import Event, RunConfig, Trainer, TrainResult
+
+# What a model that is there already goes on with unless somebody says otherwise.
+_TRAIN: dict[str, Any] = {"steps": 200, "batch_size": 8, "learning_rate": 3e-4, "eval_every": None, "checkpoint_every": 50}
+# Names of what weighs heads.
+GATES = ".gate."
+
+
+def train(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="What gets routed heads: a training run, a saved model, a Hugging Face folder or a .gguf file.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="TEXT", help="Text to learn from. Default: the source of Python's standard library."),
+    ] = None,
+    shared: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Heads that are always on. Default: two thirds, as in PVChat."),
+    ] = None,
+    routing: Annotated[
+        Literal["relu", "topk"] | None,
+        typer.Option(help="ReMoH, as many heads as a token needs, or MoH, always as many. Default: relu."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Routed heads of a token with topk; of relu's default target. Default: 2."),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of routed heads that shall be on, with relu. Default: top-k of them."),
+    ] = None,
+    init: Annotated[
+        Literal["preserve", "released"] | None,
+        typer.Option(help="Begin as the model is, or as the papers' codes begin. Default: preserve."),
+    ] = None,
+    learn: Annotated[
+        Literal["all", "gates"] | None,
+        typer.Option(help="What learns: the whole model, or what weighs heads alone. Default: all."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Optimizer steps (train.steps). Default: 200.")
+    ] = None,
+    seed: Annotated[Seed | None, typer.Option(metavar="S", help="Of the data order (train.seed). Default: 0.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar=" ", help="Go on with the run in DIR, with its config.")
+    ] = False,
+    assignments: Assignments = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model learn with some of its heads on for some tokens only.
+
+    At the start nothing changes; training then turns heads off where they are not missed, down to the share that is wanted. What learns and
+    for how long is any field of a run: --set train.learning_rate=1e-4, --set data.sequence_length=512.
+
+    Example: anabranch heads train SmolLM2-135M my/texts --shared 6 --target 0.5 --out runs/heads
+    """
+    require("lm", by="anabranch heads train")
+    from anabranch.train import Trainer
+    from anabranch.train.run import check_free, check_new
+    from anabranch.train.start import keep_tokenizer, resumed_parts, start_run
+
+    settings = read_assignments(assignments)
+    settings |= {} if steps is None else {"train.steps": steps}
+    settings |= {} if seed is None else {"train.seed": seed}
+    heads = {"num_shared": shared, "routing": routing, "top_k": top_k, "target": target, "init": init}
+    said = {name: value for name, value in heads.items() if value is not None}
+    given: dict[str, Any]
+    if resume:
+        config = _resumed(out, {"MODEL": model, "TEXT": data, "--learn": learn, **_options(said)}, settings)
+        given = resumed_parts(config, out)
+    else:
+        if model is None:
+            raise ConfigError("MODEL is not given; name the model that gets routed heads, or go on with --resume")
+        check_free(out)
+        check_new(out)
+        config = _config(model, data, said, settings)
+        config, given = start_run(config, model, out)
+        assert config.start is not None
+        config = config.replace(start=config.start.replace(learns=GATES if learn == "gates" else None))
+    first = int(os.environ.get("RANK", "0")) == 0
+    progress = Progress(config.train.steps, "step", quiet=quiet or not first)
+    with progress:
+        trainer = Trainer(config, out, resume=resume, on_event=lambda event: _show(event, progress), **given)
+        if first and not resume:
+            keep_tokenizer(config, given["tokenizer"], out)
+        if first and not quiet:
+            _introduce(trainer)
+        result = trainer.fit()
+    if first:
+        _conclude(trainer, result, out, as_json=as_json)
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
+
+
+def _options(said: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `HeadRouting` as options."""
+    names = {"num_shared": "--shared", "top_k": "--top-k"}
+    return {names.get(name, f"--{name}"): value for name, value in said.items()}
+
+
+def _config(model: str, data: str | None, said: dict[str, Any], settings: dict[str, Any]) -> RunConfig:
+    """That of a new run; its model is as ``model`` with routed heads."""
+    from anabranch.config import override
+    from anabranch.data import DataConfig, corpus_at
+    from anabranch.heads import HeadRouting
+    from anabranch.heads.put_on import decoder_config
+    from anabranch.lm import load_config
+    from anabranch.train import RunConfig, TrainConfig
+
+    held = load_config(model)
+    num_heads = getattr(held.attention, "num_heads", None)
+    if said.get("num_shared") is None:
+        # Of 12 heads PVChat routes 4.
+        said = said | {"num_shared": (num_heads or 1) * 2 // 3}
+    made = decoder_config(held, HeadRouting(**said))
+    length = min(256, held.max_positions)
+    corpus = DataConfig(sequence_length=length)
+    if data is not None:
+        corpus = corpus.replace(corpus=corpus_at(data))
+    wrong = next((name for name in settings if not name.startswith(("train.", "data.", "parallel.", "model.attention.heads."))), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"--set {wrong}: the model is MODEL with routed heads; fields of train, data, parallel and model.attention.heads can be set"
+        )
+    config = override(RunConfig(model=made, data=corpus, train=TrainConfig(**_TRAIN)), settings)
+    if config.model.local_attention is not None:
+        heads: Any = config.model.attention
+        local: Any = config.model.local_attention
+        config = config.replace(model=config.model.replace(local_attention=local.replace(heads=heads.heads)))
+    return config
+
+
+def _resumed(out: Path, said: dict[str, Any], settings: dict[str, Any]) -> RunConfig:
+    """That of the run in ``out``, with what is set anew."""
+    from anabranch.config import override
+    from anabranch.heads import RoutedAttention
+    from anabranch.train import read_run_config
+
+    given = next((name for name, value in said.items() if value is not None), None)
+    if given is not None:
+        raise ConfigError(f"{given} is given with --resume, which goes on with the run in {out} as it began; leave it out")
+    config = read_run_config(out)
+    if not isinstance(config.model.attention, RoutedAttention.Config):
+        raise ConfigError(f"the run in {out} has no routed heads; go on with it by anabranch train --resume")
+    return override(config, settings)
+
+
+def _introduce(trainer: Trainer[RunConfig]) -> None:
+    config = trainer.config
+    attention: Any = config.model.attention
+    heads = attention.heads
+    wanted = f"target {heads.rate(attention.num_heads):.2f}" if heads.routing == "relu" else f"top {heads.top_k}"
+    learns = sum(each.numel() for each in trainer.model.parameters() if each.requires_grad)
+    if config.start is not None:
+        fact("from", config.start.model, to=sys.stderr)
+    fact(
+        "heads",
+        f"{attention.num_heads} in each of {config.model.num_layers} layers, {heads.num_shared} shared, {heads.routing}, {wanted}   "
+        f"{quantity(learns)} parameters learn",
+        to=sys.stderr,
+    )
+    kept, held = (sum(trainer.data.num_tokens(split).values()) for split in ("train", "validation"))
+    fact(
+        "data",
+        f"{config.data.corpus.build().describe()}   {quantity(kept)} tokens, {quantity(held)} held out   {trainer.workers.device}",
+        to=sys.stderr,
+    )
+
+
+def _show(event: Event, progress: Progress) -> None:
+    if event.kind == "step":
+        on = event.values.get("activation")
+        told = "" if on is None else f"  {on:.0%} of routed heads on"
+        progress.update(
+            event.step, f"loss {event.values['loss']:.3f}{told}  {quantity(event.values['tokens_per_second'])} tokens/s"
+        )
+    elif event.kind == "evaluation":
+        width = len(str(event.steps))
+        progress.note(
+            f"step {event.step:>{width}}/{event.steps}  held-out text: {event.values['nats_per_token']:.3f} nats/token"
+        )
+
+
+def _conclude(trainer: Trainer[RunConfig], result: TrainResult, out: Path, *, as_json: bool) -> None:
+    from anabranch.heads import head_report
+
+    # Of the evaluation and of training; what is measured well is told by `heads report`.
+    layers = [] if trainer.workers.is_sharded else head_report(trainer.model)
+    rates = [layer["activation"] for layer in layers if layer["activation"] is not None]
+    config = trainer.config
+    if as_json:
+        print_json(
+            {
+                "folder": str(out),
+                "status": result.status,
+                "step": result.step,
+                "steps": config.train.steps,
+                **(result.evaluation.to_dict() if result.evaluation else {}),
+                "activation_by_layer": rates,
+                "trained_tokens": result.tokens,
+                "seconds": result.seconds,
+                "tokens_per_second": result.tokens_per_second,
+                "peak_memory_bytes": result.peak_memory_bytes,
+                "skipped_steps": result.skipped_steps,
+                "checkpoint": str(result.checkpoint) if result.checkpoint else None,
+            }
+        )
+        return
+    if result.evaluation:
+        fact(
+            "quality", f"{result.bits_per_byte:.3f} bits/byte, {result.nats_per_token:.3f} nats/token on held-out text"
+        )
+    if rates:
+        fact("heads", f"{sum(rates) / len(rates):.0%} of routed heads were on, over all of it")
+    fact(
+        "work",
+        f"{result.step} of {config.train.steps} steps, {quantity(result.tokens)} tokens in {duration(result.seconds)}, "
+        f"{size(result.peak_memory_bytes)} memory",
+    )
+    if result.status == "interrupted":
+        wrote(f"{result.checkpoint}", f"anabranch heads train --out {shell_word(out)} --resume")
+        return
+    wrote(f"{result.checkpoint}", f"anabranch heads report {shell_word(out)}")
