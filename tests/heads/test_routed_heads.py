@@ -101,13 +101,20 @@ def test_every_form_of_torchs_attention(options):
         {"key_padding_mask": padding},
         {"key_padding_mask": padding, "attn_mask": causal, "need_weights": False},
         {"attn_mask": each},
-        {"attn_mask": torch.zeros(5, 7).masked_fill(causal, -math.inf), "is_causal": True, "need_weights": False},
+        {"attn_mask": torch.zeros(5, 7).masked_fill(causal, -math.inf), "need_weights": False},
     ):
         found, expected = heads(query, key, value, **given_), attention(query, key, value, **given_)
         close(found[0], expected[0], 1e-5)
         assert (found[1] is None) == (expected[1] is None)
         if found[1] is not None:
             close(found[1], expected[1], 1e-5)
+
+
+def test_a_causal_mask():
+    attention, x_BLE = multihead(), inputs(2, 5, WIDTH)
+    call = {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "is_causal": True, "need_weights": False}
+    expected, _ = attention(x_BLE, x_BLE, x_BLE, **call)
+    close(RoutedHeads(attention, 5)(x_BLE, x_BLE, x_BLE, **call)[0], expected)
 
 
 def test_a_batch_second_and_no_batch():

@@ -132,12 +132,12 @@ class RoutedAttention(RoutedHeads, Attention, kind="routed_heads"):
         def count(self, context: BuildContext, sequence_length: int) -> Count:
             """The attention inside with all heads on, and what weighs them."""
             added = self.heads.num_parameters(context.dim, self.num_heads)
-            return self.attention.count(context, sequence_length) + Count(added, added, 2 * added)
+            return self.attention.count(context.at("attention"), sequence_length) + Count(added, added, 2 * added)
 
     config: Config
 
     def __init__(self, config: Config, context: BuildContext) -> None:
-        attention = config.attention.build(context)
+        attention = config.attention.build(context.at("attention"))
         self._build(attention, config.heads, layer=context.layer, width=context.dim, generator=context.generator)
         # That of the attention inside is asked for by its own name.
         self.config = config

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError, InputError
-from anabranch.extras import require
 from anabranch.heads.form import Decision, Form, Shape, argument
 from anabranch.heads.routed_heads import RoutedHeads
 from anabranch.nn.some_heads import attention_of_some
@@ -43,7 +42,6 @@ class TransformersForm(Form):
 
     def shape(self, attention: nn.Module) -> Shape:
         """By its first projection."""
-        require("huggingface", by="routed heads of an attention of transformers")
         part: Any = attention
         name = type(attention).__name__
         takes = inspect.signature(part.forward).parameters.values()

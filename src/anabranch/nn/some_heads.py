@@ -194,6 +194,8 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     length, end = query.shape[2], key.shape[2]
+    if scale == query.shape[-1] ** -0.5:
+        scale = None
     if is_causal and length > 1:
         if scale is None and (length == end or (length >= SHORT and native.can(query, key, value))):
             return causal_attention(query, key, value)
