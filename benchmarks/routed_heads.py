@@ -1,12 +1,12 @@
 """What does an attention with routed heads cost while all are on, and what does it spare where they are off?
 
-    all on      a wrapped attention as it starts, which computes what the plain one does, against that: inference, and a step of training.
-                bar: at most 1.10 times its time (a ratio of 0.91)
-    half off    every second (routed head, block of 64 tokens) is off, against the plain attention, which computes all: inference. bar: at
+    all on      a wrapped attention as it starts, which computes what the plain one does, against that: inference, and a step of
+                training. bar: at most 1.10 times its time (a ratio of 0.91)
+    half off    every second (routed head, block of 64 tokens) is off, against the plain attention, which does all: bar, at
                 most 0.85 times its time (1.18). Results are compared first with those of the same heads computed and multiplied by 0
     as PVChat   the same with 8 of 12 heads shared, where half of the routed ones are a sixth of all: no bar
 
-Ours of the shape of SmolLM2-135M (576 wide, 9 heads of which 3 are shared by three queries each, causal), torch's of 512 and 8 heads, and of
+Ours of the shape of SmolLM2-135M (576 wide, 9 heads, each three of which share keys, causal), torch's of 512 and 8 heads, and of
 PVChat's Q-former (768, 12 heads; 96 queries on 1,024 keys). float32.
 
     python benchmarks/routed_heads.py --threads 2 --json benchmarks/results/routed_heads.json

@@ -200,7 +200,10 @@ def variants():
     yield "chain_gated", chain(iterations=3, residual="gated", norm="once", shared_experts=1, **small)
 
 
-@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in variants()])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(config, id=name, marks=[pytest.mark.slow] if name == "relu" else []) for name, config in variants()],
+)
 def test_feed_forward_variants(config):
     layers = getattr(config, "reuse", 1) + 1  # with reuse, a last group that is short
     check_feed_forward(config, num_layers=layers, compile_backend="eager")

@@ -55,7 +55,8 @@ def test_plugin_kinds_come_by_entry_point(plugin):
         (
             "select",
             "zzz",
-            "no select of kind 'zzz'; known: expert_choice, group_top_k, hybrid_entropy, mixture, soft_then_top_k, threshold, top_k, top_p",
+            "no select of kind 'zzz'; known: expert_choice, group_top_k, hybrid_entropy, mixture, positive, soft_then_top_k, "
+            "threshold, top_k, top_p",
         ),
         ("score", "top_k", "no score of kind 'top_k'; known: "),
     ],

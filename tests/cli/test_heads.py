@@ -6,7 +6,10 @@ import shlex
 import pyarrow.parquet as pq
 import pytest
 
-SETTINGS = "--set train.batch_size=2 --set data.sequence_length=32 --set train.device=cpu --set data.validation_fraction=0.3 --set train.eval_tokens=512"
+SETTINGS = (
+    "--set train.batch_size=2 --set data.sequence_length=32 --set train.device=cpu "
+    "--set data.validation_fraction=0.3 --set train.eval_tokens=512"
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,9 @@ def test_at_the_start_it_is_the_model(trained, here, work):
     assert (code, err) == (0, "")
     measured = []
     for model in ("trained", "same"):
-        code, out, _ = here("eval", model, "--data", "text", "--tokens", 512, "--sequence-length", 32, "--json", "--quiet")
+        code, out, _ = here(
+            "eval", model, "--data", "text", "--tokens", 512, "--sequence-length", 32, "--json", "--quiet"
+        )
         measured.append(json.loads(out)["nats_per_token"])
     assert measured[0] == pytest.approx(measured[1], abs=1e-5)
 

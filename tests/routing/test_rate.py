@@ -260,8 +260,8 @@ def test_a_router_learns_back_to_its_target_from_a_dead_start_and_as_released_it
             score=ReluScore.Config(start=-0.5, init_std=1e-3), balance=(RateBalance.Config(floor=floor),)
         )
         router = config.build(8, 4, generator=torch.Generator().manual_seed(1))
-        optimizer, hooks = torch.optim.AdamW(router.parameters(), lr=1e-2), StepHooks(router, 150)
-        for number in range(150):
+        optimizer, hooks = torch.optim.AdamW(router.parameters(), lr=5e-3), StepHooks(router, 120)
+        for number in range(120):
             context = RoutingContext(training=True)
             router(x_ND, context)
             context.commit()

@@ -1,9 +1,9 @@
 """Token -> head: attention whose heads are on for some tokens only. PVChat's ReMoH (arXiv 2503.17069) and MoH (arXiv 2410.11842).
 
-    from anabranch.heads import RoutedHeads, put_heads
+from anabranch.heads import RoutedHeads, put_heads
 
-    heads = RoutedHeads(attention, num_shared=5)      # one attention of ours, of torch or of transformers
-    model = put_heads(model, num_shared=6)            # all of a model's
+heads = RoutedHeads(attention, num_shared=5)      # one attention of ours, of torch or of transformers
+model = put_heads(model, num_shared=6)            # all of a model's
 """
 
 from anabranch.extras import require

@@ -1,7 +1,6 @@
 """`Form`: how one kind of attention is run with routed heads; and which kinds there are."""
 # Shapes: B sequences, L queries, H heads, W width
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +41,12 @@ class Shape:
     layer: int = 0
 
 
-class Form(ABC):
+class Form:
     """One kind of attention. It has no state: the attention is ``heads.attention``."""
 
-    @abstractmethod
     def shape(self, attention: nn.Module) -> Shape:
         """Of an attention of this kind. Raises ConfigError for one that cannot be routed."""
+        raise NotImplementedError  # abstract
 
     def prepare(self, attention: nn.Module) -> None:
         """Change what has to be changed in it; `restore` undoes it."""
@@ -55,9 +54,9 @@ class Form(ABC):
     def restore(self, attention: nn.Module) -> None:
         """Leave it as it was before `prepare`."""
 
-    @abstractmethod
     def run(self, heads: "RoutedHeads", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the attention returns, with its heads scaled."""
+        raise NotImplementedError  # abstract
 
 
 def form_of(attention: Any) -> Form:

@@ -37,7 +37,13 @@ class HeadGate(nn.Module):
     """
 
     def __init__(
-        self, config: HeadRouting, num_heads: int, width: int, *, layer: int = 0, generator: torch.Generator | None = None
+        self,
+        config: HeadRouting,
+        num_heads: int,
+        width: int,
+        *,
+        layer: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         config.check(num_heads)

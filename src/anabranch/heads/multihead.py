@@ -16,7 +16,14 @@ from anabranch.nn.some_heads import SomeHeads, attention_of_some, join_some, pro
 __all__ = ["MultiheadForm"]
 
 _ARGUMENTS = (
-    "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
 )
 _DEFAULTS = {"need_weights": True, "average_attn_weights": True, "is_causal": False}
 
@@ -50,6 +57,7 @@ class MultiheadForm(Form):
         if padding is not None and not is_batched:
             padding = padding.unsqueeze(0)
         real_BL = None
+        _check_padding(padding, key)
         if is_self and padding is not None:
             real_BL = ~padding if padding.dtype == torch.bool else padding > -math.inf
         decision = heads.decide(query, real_BL=real_BL)
@@ -98,14 +106,14 @@ class _Call:
         stored = [F.linear(part, weights[place], biases[place]) for place, part in ((1, key), (2, value))]
         if attention.bias_k is not None:
             more = (attention.bias_k, attention.bias_v)
-            stored = [torch.cat((part, one.expand(len(part), 1, -1)), 1) for part, one in zip(stored, more, strict=True)]
+            stored = [
+                torch.cat((part, one.expand(len(part), 1, -1)), 1) for part, one in zip(stored, more, strict=True)
+            ]
         if attention.add_zero_attn:
             stored = [F.pad(part, (0, 0, 0, 1)) for part in stored]
-        return tuple(part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in (made, *stored))  # type: ignore[return-value]
+        return tuple(part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in (made, *stored))
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention.dropout if self.attention.training else 0.0
         if self.needs_weights:
             score = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
@@ -139,16 +147,27 @@ def _check(attention: Any, query: Any, key: Any, value: Any) -> None:
         if part.dim() not in (2, 3) or part.dim() != query.dim():
             raise InputError(f"{name} has shape {list(part.shape)}; it must have 3 dimensions, or all parts 2")
     for name, part, width in (
-        ("query", query, attention.embed_dim), ("key", key, attention.kdim), ("value", value, attention.vdim),
+        ("query", query, attention.embed_dim),
+        ("key", key, attention.kdim),
+        ("value", value, attention.vdim),
     ):
         if part.shape[-1] != width:
             raise InputError(f"{name} has {part.shape[-1]} numbers of each position; the attention takes {width}")
     if key.shape[:-1] != value.shape[:-1]:
-        raise InputError(f"key has shape {list(key.shape)} and value {list(value.shape)}; they are of the same positions")
+        raise InputError(
+            f"key has shape {list(key.shape)} and value {list(value.shape)}; they are of the same positions"
+        )
     if query.dim() == 3:
         place = 0 if attention.batch_first else 1
         if query.shape[place] != key.shape[place]:
             raise InputError(f"query has {query.shape[place]} sequences and key {key.shape[place]}")
+
+
+def _check_padding(padding: Tensor | None, key: Tensor) -> None:
+    """Raise InputError for a mask of other keys than ``key``, ``[B, S, E]``."""
+    wanted = list(key.shape[:2])
+    if padding is not None and list(padding.shape) != wanted:
+        raise InputError(f"key_padding_mask has shape {list(padding.shape)}; it must be {wanted}")
 
 
 def _mask(
@@ -170,8 +189,6 @@ def _mask(
         total = _added(mask, query_BHLD.dtype, "attn_mask")
         total = total[None, None] if mask.dim() == 2 else total.view(batch, num_heads, length, num_keys)
     if padding is not None:
-        if padding.shape != (batch, num_keys):
-            raise InputError(f"key_padding_mask has shape {list(padding.shape)}; it must be {[batch, num_keys]}")
         hidden = _added(padding, query_BHLD.dtype, "key_padding_mask")[:, None, None]
         total = hidden if total is None else total + hidden
     return F.pad(total, (0, added)) if total is not None and added else total
@@ -184,4 +201,3 @@ def _added(mask: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not mask.is_floating_point():
         raise InputError(f"{name} is {mask.dtype}; it must be bool or of floats")
     return mask.to(dtype)
-

@@ -50,7 +50,7 @@ class OwnForm(Form):
         y_BHLD = attention.per_head(*args, **kwargs, some=decision.some)
         y_BLHD = decision.scaled(y_BHLD.transpose(1, 2))
         self._count(heads, x_BLW, y_BLHD, decision, context)
-        if self._joins_in_parts(attention, decision):
+        if decision.some is not None and self._joins_in_parts(attention, decision):
             return join_some(y_BLHD, attention.out.weight, attention.out.bias, decision.some)
         return call_linear(attention.out, y_BLHD.flatten(2), context)
 

@@ -1,7 +1,7 @@
 """Routed heads on a whole model: put on, taken off, reported, saved beside a model that is not ours.
 
-    model = put_heads(model, num_shared=6)                              # a Decoder becomes another, with the same weights
-    put_heads(whisper, 4, where="model.decoder.layers.*.encoder_attn")  # others are changed in place
+model = put_heads(model, num_shared=6)                              # a Decoder becomes another, with the same weights
+put_heads(whisper, 4, where="model.decoder.layers.*.encoder_attn")  # others are changed in place
 """
 
 import hashlib
@@ -26,7 +26,16 @@ from anabranch.lm.recipes import Material, recipe
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import read_json
 
-__all__ = ["head_losses", "head_report", "load_heads", "put_heads", "routed_heads_of", "save_heads", "take_off_heads", "with_heads"]
+__all__ = [
+    "head_losses",
+    "head_report",
+    "load_heads",
+    "put_heads",
+    "routed_heads_of",
+    "save_heads",
+    "take_off_heads",
+    "with_heads",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,9 +67,7 @@ def put_heads(
         return with_heads(model, config, seed=seed)  # type: ignore[return-value]
     patterns = [where] if isinstance(where, str) else where
     found = _attentions(model)
-    chosen = [
-        name for name in found if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
-    ]
+    chosen = [name for name in found if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)]
     if not chosen:
         there = f"it has {', '.join(list(found)[:4])}{' ...' if len(found) > 4 else ''}" if found else "it has none"
         raise ConfigError(f"no attention of this {type(model).__name__} fits where={where!r}; {there}")
@@ -125,7 +132,7 @@ def _moved(model: Decoder, config: Decoder.Config, *, seed: int = 0) -> Decoder:
     """A decoder of ``config`` with the weights of ``model``, whose attentions are routed where those are not, or the other way."""
     made = Decoder(config, seed=seed)
     state, fresh = model.state_dict(), made.state_dict()
-    before, after = ([name for name in routed_heads_of(one)] for one in (model, made))
+    before, after = (list(routed_heads_of(one)) for one in (model, made))
     renamed = {_renamed(name, before, after): value for name, value in state.items()}
     gates = {name for name in renamed if name not in fresh}
     lacking = {name for name in fresh if name not in renamed}

@@ -77,7 +77,13 @@ class RoutedHeads(nn.Module):
     ) -> None:
         settings: dict[str, Any] = {} if control is None else {"control": control}
         config = HeadRouting(
-            num_shared=num_shared, routing=routing, top_k=top_k, init=init, target=target, balance=balance, block=block,
+            num_shared=num_shared,
+            routing=routing,
+            top_k=top_k,
+            init=init,
+            target=target,
+            balance=balance,
+            block=block,
             **settings,
         )
         self._build(attention, config, layer=layer, width=width, generator=torch.Generator().manual_seed(seed))
@@ -113,13 +119,15 @@ class RoutedHeads(nn.Module):
         self._items = _Items()
         self.gate: HeadGate | None = None
         if not (width or shape.width):
-            raise ConfigError(f"the width that a {type(attention).__name__} makes queries of is not known; say width=...")
-        if config.routing != "none":
-            self.gate = HeadGate(
-                config, shape.num_heads, width or shape.width, layer=self.layer, generator=generator
+            raise ConfigError(
+                f"the width that a {type(attention).__name__} makes queries of is not known; say width=..."
             )
+        if config.routing != "none":
+            self.gate = HeadGate(config, shape.num_heads, width or shape.width, layer=self.layer, generator=generator)
             place = next((each.device for each in attention.parameters()), None)
-            self.gate.to(place)
+            # What is only looked at keeps its buffers.
+            if place is not None and place.type != "meta":
+                self.gate.to(place)
             self.form.prepare(attention)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,9 +175,7 @@ class RoutedHeads(nn.Module):
             return False
         return torch._C._current_graph_task_id() == -1
 
-    def _context(
-        self, batch: int, length: int, real_BL: Tensor | None, position_BL: Tensor | None
-    ) -> RoutingContext:
+    def _context(self, batch: int, length: int, real_BL: Tensor | None, position_BL: Tensor | None) -> RoutingContext:
         """Of a call that comes with none."""
         assert self.gate is not None
         state = {}

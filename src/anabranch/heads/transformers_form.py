@@ -48,7 +48,9 @@ class TransformersForm(Form):
         if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in takes):
             raise ConfigError(f"a {name} hands no arguments on to what attends, so its heads cannot be routed")
         if getattr(part, "reorder_and_upcast_attn", False):
-            raise ConfigError(f"the {name} has reorder_and_upcast_attn, which attends by itself; turn it off in its config")
+            raise ConfigError(
+                f"the {name} has reorder_and_upcast_attn, which attends by itself; turn it off in its config"
+            )
         if hasattr(part, "q_proj"):
             width, inner = part.q_proj.weight.shape[1], part.q_proj.weight.shape[0]
         else:
@@ -156,9 +158,7 @@ def _attend(
         y_BLHD, weight = _function(part, name)(module, query, key, value, attention_mask, **kwargs)
     else:
         mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
-        y_BHLD = attention_of_some(
-            query, key, value, some, mask=mask, is_causal=hides, scale=kwargs.get("scaling")
-        )
+        y_BHLD = attention_of_some(query, key, value, some, mask=mask, is_causal=hides, scale=kwargs.get("scaling"))
         y_BLHD = y_BHLD.transpose(1, 2)
     return decision.scaled(y_BLHD), weight
 
@@ -167,8 +167,8 @@ def _function(module: Any, name: str | None) -> Any:
     """What attends in a model whose config names ``name``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    found = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found = ALL_ATTENTION_FUNCTIONS.get_interface(name or "eager", eager)
     if found is None:
         raise ConfigError(f"a {type(module).__name__} has no function for attn_implementation {name!r}; use 'sdpa'")
     return found

@@ -275,7 +275,14 @@ def attend(
     visits = next_visits(context.visits, layer, query_BHLD.shape[0])
     if context.cache is None:
         return _among(
-            query_BHLD, key_BGLD, value_BGLD, context.attention_mask, None, context.is_causal, scoring=scoring, some=some
+            query_BHLD,
+            key_BGLD,
+            value_BGLD,
+            context.attention_mask,
+            None,
+            context.is_causal,
+            scoring=scoring,
+            some=some,
         )
     if len(visits) == 1:
         return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0], scoring, some)

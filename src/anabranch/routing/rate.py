@@ -15,7 +15,6 @@ micro-batches of a step and over all processes before it updates.
 # Shapes: N items, E destinations
 
 import math
-from functools import cache
 from typing import Any, Literal, Self
 
 import torch
@@ -62,7 +61,7 @@ class _Controller(nn.Module):
         raise NotImplementedError  # abstract
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             made = getattr(self, name)
@@ -204,8 +203,8 @@ class HeadActivation(_Controller):
 class RateBalance(LoadCounter, kind="activation_rate"):
     """Keeps the share of pairs that a router chooses near a target.
 
-    The losses of all layers add up, ``activation_pressure`` and ``activation_floor``, each of the items of one forward pass. What moves with
-    the rate moves after each step, by the rate over its micro-batches and all processes.
+    The losses of all layers add up, ``activation_pressure`` and ``activation_floor``, each of the items of one forward pass. What moves
+    with the rate moves after each step, by the rate over its micro-batches and all processes.
 
     Attributes:
         pressure: `SmoothProximity` or `ReMoEController`, None without.
@@ -261,11 +260,11 @@ class RateBalance(LoadCounter, kind="activation_rate"):
         rate = load_E.sum() / pairs.clamp_min(1)
         if self.pressure is not None:
             lost = self.pressure.loss(seen.logit_NE, routing.score_NE, share_E, mask_N, seen.open_NE)
-            context.emit_part(_over_layers("activation_pressure"), (lost,))
+            context.emit_part(_PRESSURE, (lost,))
         if self.floor is not None:
             drawn = self.floor.loss(seen.logit_NE, rate, mask_N, seen.open_NE)
             # Where there are no items nothing is too few.
-            context.emit_part(_over_layers("activation_floor"), (torch.where(items > 0, drawn, 0.0),))
+            context.emit_part(_FLOOR, (torch.where(items > 0, drawn, 0.0),))
         if context.is_measured:
             context.emit_metric("activation", rate)
 
@@ -313,14 +312,18 @@ class _OverLayers:
         return self.name, torch.stack([part for (part,) in parts]).sum()
 
 
-@cache
-def _over_layers(name: str) -> _OverLayers:
-    """The same for all layers: a context joins parts by whose they are."""
-    return _OverLayers(name)
+# The same for all layers: a context joins parts by whose they are.
+_PRESSURE, _FLOOR = _OverLayers("activation_pressure"), _OverLayers("activation_floor")
 
 
 def _number(
-    name: str, value: float, *, above: float | None = None, least: float | None = None, below: float = math.inf, most: float = math.inf
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float = math.inf,
+    most: float = math.inf,
 ) -> float:
     """``value`` as a float. Raises ConfigError for what is no number, or not within the limits."""
     if isinstance(value, bool) or not isinstance(value, int | float):

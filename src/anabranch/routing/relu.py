@@ -58,8 +58,7 @@ class ReluScore(Score, kind="relu"):
         if not config.zero:
             nn.init.normal_(self.weight, std=config.init_std, generator=generator)
         if config.noisy_start:
-            with torch.no_grad():
-                self.bias += torch.empty_like(self.bias).normal_(std=config.init_std, generator=generator)
+            nn.init.normal_(self.bias, mean=config.start, std=config.init_std, generator=generator)
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """z_NE."""

@@ -29,7 +29,9 @@ def report(
     ] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write every decision (.parquet), for anabranch report and other tools."),
+        typer.Option(
+            metavar="FILE", help="Also write every decision (.parquet), for anabranch report and other tools."
+        ),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -77,7 +79,10 @@ def report(
         print_json({"model": model, "data": name, "sequence_length": length, "saved": saved, "layers": layers})
         return
     first = layers[0]
-    fact("model", f"{model}   {first['heads']} heads in each of {len(layers)} layers, {first['shared']} shared, {first['routing']}")
+    fact(
+        "model",
+        f"{model}   {first['heads']} heads in each of {len(layers)} layers, {first['shared']} shared, {first['routing']}",
+    )
     fact("data", f"{name}   {first['tokens']:,} tokens in windows of {length}")
     _show(layers)
     fact("work", f"{saved:.1%} of the multiply-adds of attention were spared")

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from anabranch.train import Event, RunConfig, Trainer, TrainResult
 
 # What a model that is there already goes on with unless somebody says otherwise.
-_TRAIN: dict[str, Any] = {"steps": 200, "batch_size": 8, "learning_rate": 3e-4, "eval_every": None, "checkpoint_every": 50}
+_TRAIN: dict[str, Any] = {
+    "steps": 200,
+    "batch_size": 8,
+    "learning_rate": 3e-4,
+    "eval_every": None,
+    "checkpoint_every": 50,
+}
 # Names of what weighs heads.
 GATES = ".gate."
 
@@ -48,7 +54,9 @@ def train(
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(metavar="K", min=1, help="Routed heads of a token with topk; of relu's default target. Default: 2."),
+        typer.Option(
+            metavar="K", min=1, help="Routed heads of a token with topk; of relu's default target. Default: 2."
+        ),
     ] = None,
     target: Annotated[
         float | None,
@@ -143,7 +151,10 @@ def _config(model: str, data: str | None, said: dict[str, Any], settings: dict[s
     corpus = DataConfig(sequence_length=length)
     if data is not None:
         corpus = corpus.replace(corpus=corpus_at(data))
-    wrong = next((name for name in settings if not name.startswith(("train.", "data.", "parallel.", "model.attention.heads."))), None)
+    wrong = next(
+        (name for name in settings if not name.startswith(("train.", "data.", "parallel.", "model.attention.heads."))),
+        None,
+    )
     if wrong is not None:
         raise ConfigError(
             f"--set {wrong}: the model is MODEL with routed heads; fields of train, data, parallel and model.attention.heads can be set"
@@ -164,7 +175,9 @@ def _resumed(out: Path, said: dict[str, Any], settings: dict[str, Any]) -> RunCo
 
     given = next((name for name, value in said.items() if value is not None), None)
     if given is not None:
-        raise ConfigError(f"{given} is given with --resume, which goes on with the run in {out} as it began; leave it out")
+        raise ConfigError(
+            f"{given} is given with --resume, which goes on with the run in {out} as it began; leave it out"
+        )
     config = read_run_config(out)
     if not isinstance(config.model.attention, RoutedAttention.Config):
         raise ConfigError(f"the run in {out} has no routed heads; go on with it by anabranch train --resume")
