@@ -62,7 +62,7 @@ def test_decisions_at_every_step_are_each_rows_own(name):
     assert together == [router.generate(prompt, GREEDY, decide="step") for prompt in PROMPTS]
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(
     decisions=st.lists(st.lists(st.integers(0, 2), min_size=BLOCKS, max_size=BLOCKS), min_size=3, max_size=3),
     seed=st.integers(0, 99),

@@ -75,7 +75,7 @@ def test_cached_decoding_is_what_transformers_decodes(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(path=paths_of(), chunks=st.lists(st.integers(1, 4), min_size=1, max_size=3), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_cached_equals_uncached_on_every_path(name, path, chunks, seed):
@@ -86,7 +86,7 @@ def test_cached_equals_uncached_on_every_path(name, path, chunks, seed):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(
     paths=st.lists(paths_of(), min_size=3, max_size=3),
     chunks=st.lists(st.integers(1, 4), min_size=1, max_size=3),

@@ -51,6 +51,14 @@ MODELS = {
     ),
 }  # fmt: skip
 
+# Each model, way and size once; all of them by make test-all.
+USUAL = {
+    ("dense", True, "scarce"),
+    ("dense", False, "plenty"),
+    ("experts", True, "plenty"),
+    ("window", False, "scarce"),
+}
+
 
 @torch.no_grad()
 def chosen(model, prompt, bank=None):
@@ -87,9 +95,16 @@ def serve(model, bank=None, **config):
     return {id: (*found[id], *asked[id]) for id in asked}
 
 
-@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kernel", "limits"),
+    [
+        pytest.param(
+            name, kernel, limits, id=f"{name} {'compiled' if kernel else 'modules'} {size}",
+            marks=[] if (name, kernel, size) in USUAL else [pytest.mark.slow],
+        )
+        for name in MODELS for kernel in (True, False) for size, limits in (("plenty", PLENTY), ("scarce", SCARCE))
+    ],
+)  # fmt: skip
 def test_every_depth_beside_every_other_is_each_request_alone(name, kernel, limits):
     def make_runner(*given, **more):
         return ModelRunner(*given, use_kernel=kernel, **more)

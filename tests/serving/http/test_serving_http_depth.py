@@ -173,23 +173,17 @@ def posted(url, body):
 @pytest.mark.slow
 def test_a_server_process_runs_the_routers_of_a_folder(tmp_path, model):
     folder = saved_bank(tmp_path / "routers", model)
-    router = DepthRouter.attach(model, folder)
+    router, control, depths = DepthRouter.attach(model, folder), -0.25, ("routed", "full", [1, 1])
     prompts = ["hello", "hello there", "x"]
     ids = [ByteTokenizer().encode(prompt) for prompt in prompts]
     config = SamplingConfig(temperature=0, max_tokens=12)
-    wanted = {
-        (depth if isinstance(depth, str) else tuple(depth), control): router.generate(ids, config, depth=depth, control=control)
-        for depth in ("routed", "full", [1, 1]) for control in (-0.5, 0.75)
-    }  # fmt: skip
-    options = ("--set", "engine.dtype=float32")
-    for control in (-0.5, 0.75):
-        with serve_process("--depth", folder, "--depth-control", str(control), *options) as server:
-            for depth in ("routed", "full", [1, 1]):
-                for number, prompt in enumerate(prompts):
-                    body = {**BODY, "model": "small-moe", "prompt": prompt, "depth": depth}
-                    answer = posted(server.url, body)
-                    key = (depth if isinstance(depth, str) else tuple(depth), control)
-                    assert answer["choices"][0]["text"] == ByteTokenizer().decode(wanted[key][number])
+    wanted = [router.generate(ids, config, depth=depth, control=control) for depth in depths]
+    options = ("--depth", folder, "--depth-control", str(control), "--set", "engine.dtype=float32")
+    with serve_process(*options) as server:
+        for depth, tokens in zip(depths, wanted, strict=True):
+            for prompt, own in zip(prompts, tokens, strict=True):
+                answer = posted(server.url, {**BODY, "model": "small-moe", "prompt": prompt, "depth": depth})
+                assert answer["choices"][0]["text"] == ByteTokenizer().decode(own)
 
 
 def test_wrong_lines(tmp_path, model, capsys):
