@@ -36,11 +36,17 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=None, help="rounds per case (default 15, with --quick 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what --json's file has of other cases, if of this commit and machine"
+    )
     return parser
 
 
 def start(options: argparse.Namespace) -> None:
     """Apply the options."""
+    if options.add:
+        # Before hours are spent on rows that could not stand beside those.
+        kept_rows(options, here(options.threads))
     torch.set_num_threads(options.threads)
     options.rounds = options.rounds or (3 if options.quick else 15)
 
@@ -169,15 +175,42 @@ def kernels() -> str:
     return f"{made} ({processor()[1] or 'unknown instructions'})" if made == NATIVE.name else made
 
 
+# What must be the same of rows that stand in one record.
+SAME = ("commit", "cpu", "isa", "threads", "switches")
+
+
+def kept_rows(options: argparse.Namespace, now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the record at ``--json``, to which ``--add`` adds: long benchmarks are recorded in parts, whenever a machine is quiet.
+
+    Raises SystemExit if there is no ``--json``, or its record is of another commit or machine.
+    """
+    if options.json is None:
+        raise SystemExit("--add needs --json, the record to add to")
+    if not options.json.exists():
+        return []
+    record = json.loads(options.json.read_text())
+    for field in SAME:
+        if record.get(field) != now[field]:
+            raise SystemExit(
+                f"{options.json} has {field} {record.get(field)!r}, this run {now[field]!r}; leave out --add"
+            )
+    return list(record["rows"])
+
+
 def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace, packages: Sequence[str]) -> None:
     """Write the result where ``--json`` says; a row of a case is what `compare` returns.
 
     Records in ``benchmarks/results`` that depend on the processor's instructions have them in their name: ``moe_layer.avx512_bf16.json``.
     """
     device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    now = here(options.threads)
+    if options.add:
+        measured = {(row["case"], row.get("peer_name")) for row in rows}
+        others = [row for row in kept_rows(options, now) if (row["case"], row.get("peer_name")) not in measured]
+        rows = [*others, *rows]
     result = {
         "name": name,
-        **here(options.threads),
+        **now,
         **device,
         "kernels": kernels(),
         "rows": with_bars(name, rows),

@@ -49,10 +49,18 @@ def processor() -> tuple[str, str]:
 
 
 def commit() -> str:
-    """The work tree's; "-dirty" behind it where tracked files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The work tree's; "-dirty" behind it where tracked files differ from it, other than records, which runs write and do not measure."""
+
+    def said(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    name = said("describe", "--always", "--abbrev=10", "--exclude=*")
+    return (
+        f"{name}-dirty"
+        if said("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results")
+        else name
+    )
 
 
 # When a run begins: what is committed meanwhile is not what it measures.

@@ -128,6 +128,59 @@ def test_a_command_is_told_without_folders_of_ones_own(benchmark):
     )
 
 
+def test_a_record_is_made_in_parts(benchmark, tmp_path):
+    harness = benchmark("_harness")
+    record = tmp_path / "parts.json"
+
+    def options(*more):
+        return harness.arguments("").parse_args(["--json", str(record), "--threads", "1", *more])
+
+    def rows():
+        return [(row["case"], row["peer_name"], row["ours"]) for row in json.loads(record.read_text())["rows"]]
+
+    def row(case, peer, ours):
+        return {"case": case, "peer_name": peer, "ours": ours, "ratio": 1.0}
+
+    harness.finish("x", [row("a", "p", 1), row("a", "q", 1)], options("--add"), ())
+    harness.finish("x", [row("a", "p", 2), row("b", "p", 2)], options("--add"), ())
+    assert rows() == [("a", "q", 1), ("a", "p", 2), ("b", "p", 2)]
+    harness.finish("x", [row("b", "p", 3)], options(), ())
+    assert rows() == [("b", "p", 3)]
+    other = json.loads(record.read_text()) | {"commit": "another"}
+    record.write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="has commit 'another', this run"):
+        harness.start(options("--add"))
+    with pytest.raises(SystemExit, match="--add needs --json"):
+        harness.start(harness.arguments("").parse_args(["--add"]))
+    assert json.loads(record.read_text()) == other
+
+
+def test_records_do_not_make_a_tree_dirty(benchmark, tmp_path, monkeypatch):
+    machine = benchmark("_machine")
+
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "a.json").write_text("{}")
+    (tmp_path / "code.py").write_text("x = 1")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "benchmarks" / "_machine.py"))
+    clean = machine.commit()
+    assert clean
+    assert "dirty" not in clean
+    (results / "a.json").write_text("{1}")
+    (results / "new.json").write_text("{}")
+    assert machine.commit() == clean
+    (tmp_path / "code.py").write_text("x = 2")
+    assert machine.commit() == clean + "-dirty"
+
+
 # Records
 
 
