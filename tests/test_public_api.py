@@ -67,6 +67,11 @@ PUBLIC = {
         HeadActivation HeadGate HeadRouting RateBalance ReMoEController RoutedAttention RoutedHeads SmoothProximity head_losses
         head_report load_heads put_heads routed_heads_of save_heads take_off_heads with_heads
     """,
+    "anabranch.heads.pvchat": """
+        Actor Balance Clip ClipTask Composed Composer Embedder Generator InkEmbedder KindScore Learned Learning OneShotSet PVChat Part
+        Portrait Pretraining Questions Rates Row Score Subject Vocabulary Warped ask_all exam fitted learn look_alikes measure nearest
+        portraits pretrain read_clip read_drawing read_drawings rows_learning write_clip
+    """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config
         load_model load_weights save_model stream upcycle write_model

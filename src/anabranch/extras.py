@@ -36,6 +36,7 @@ _MODULES = {
     "opentelemetry-sdk": "opentelemetry.sdk",
     "pytest-xdist": "xdist",
     "python-igraph": "igraph",
+    "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
     "scikit-network": "sknetwork",

@@ -179,6 +179,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "labelled_routes": "anabranch.depth.duo_llm:LabelledRoutes",
         "lora_mixer": "anabranch.adapters:MixtureTask",
         "adapt": "anabranch.adapters.adapt:AdaptTask",
+        "pvchat": "anabranch.heads.pvchat.training:ClipTask",
     },
     "adapter_method": {
         "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",

@@ -86,6 +86,13 @@ COMMANDS = {
     "adapters export": (
         "{model} {adapters} --out {OUT}", {"adapters": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "a"}
     ),
+    "pvchat pretrain": ("{drawings} --out {OUT}", {"drawings": "m/d.zip"}, {"OUT": "m"}),
+    "pvchat learn": (
+        "{model} {drawings} --name <a> --bank {bank} --out {OUT}",
+        {"model": "m/config.json", "drawings": "m/a.png", "bank": "m/d.zip"},
+        {"OUT": "m"},
+    ),
+    "pvchat compose": ("{drawings} --out {OUT}", {"drawings": "m/d.zip"}, {"OUT": "m"}),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip

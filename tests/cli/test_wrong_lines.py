@@ -139,6 +139,25 @@ adapt trained deep.jsonl --out z --seed {HUGE}
 adapt trained deep.jsonl --out z --mode z
 adapt trained deep.jsonl --out z --from text
 adapt --out trained --resume
+pvchat pretrain nowhere --out z
+pvchat pretrain text --out z
+pvchat pretrain no.zip --out z
+pvchat pretrain cut.txt.gz --out z --steps {HUGE}
+pvchat pretrain text --out z --seed {HUGE}
+pvchat pretrain text --out z --set learning_rate=nan
+pvchat pretrain text --out z --set model.dim=1e30
+pvchat pretrain text --out z --set model.dim=2147483648
+pvchat pretrain text --out z --set model.heads.control.k=inf
+pvchat pretrain text --out z --heads dense
+pvchat learn trained text --name x --bank text --out z
+pvchat learn nowhere text --name x --bank text --out z
+pvchat ask trained text "where is <a> ?"
+pvchat ask nowhere nowhere x
+pvchat eval trained text --name x --subject y
+pvchat eval nowhere text --name x --subject y --clips {HUGE}
+pvchat compose no.zip --out z
+pvchat compose nowhere --out z
+pvchat compose text --out z --frames {HUGE}
 adapters card trained
 adapters list --family ''
 adapters estimate trained lora --rank {HUGE}

@@ -28,6 +28,7 @@ from anabranch.cli.info import info
 from anabranch.cli.options import FLAG
 from anabranch.cli.oracle import oracle
 from anabranch.cli.plan import plan
+from anabranch.cli.pvchat import app as pvchat
 from anabranch.cli.report import report
 from anabranch.cli.routers import app as routers
 from anabranch.cli.serve import serve
@@ -90,6 +91,7 @@ _GROUPS = {
     "adapters": adapters,
     "experts": experts,
     "heads": heads,
+    "pvchat": pvchat,
     "graph": graph,
     "routers": routers,
     "gateway": gateway,

@@ -36,6 +36,7 @@ STUDIES = {
     "nanoflow": "anabranch.studies.nanoflow:make",
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
+    "pvchat": "anabranch.studies.pvchat:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
     "routing_survey": "anabranch.studies.routing_survey:make",
     "rmoe": "anabranch.studies.rmoe:make",

@@ -1,0 +1,24 @@
+"""``anabranch pvchat``: one module per command."""
+
+import typer
+
+from anabranch.cli.pvchat.ask import ask
+from anabranch.cli.pvchat.compose import compose
+from anabranch.cli.pvchat.evaluate import evaluate
+from anabranch.cli.pvchat.learn import learn
+from anabranch.cli.pvchat.pretrain import pretrain
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Let a small model learn to know a drawn subject from one drawing, and ask it about clips.
+
+    pretrain makes a model of a folder of drawings, learn adds a subject, ask and eval use it; compose makes clips to ask about.""",
+)
+
+app.command("pretrain")(pretrain)
+app.command("learn")(learn)
+app.command("ask")(ask)
+app.command("eval")(evaluate)
+app.command("compose")(compose)

@@ -1,0 +1,66 @@
+"""``anabranch pvchat compose``: clips of drawings, to ask about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from anabranch.cli.options import AsJson, Seed
+from anabranch.cli.output import print_json, shell_word, wrote
+from anabranch.cli.pvchat.shared import Drawings, Groups, read_groups
+from anabranch.errors import DataError
+from anabranch.extras import require
+from anabranch.files import atomic_folder, check_apart
+
+TRUTH = "clips.jsonl"
+_OURS = r"\d{4}\.(gif|webp)|clips\.jsonl"
+
+
+def compose(
+    drawings: Drawings,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the clips.")],
+    subject: Annotated[
+        str | None,
+        typer.Option(metavar="SUBJECT", help="Show this one in every clip, such as Greek/character01. Default: any."),
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How many clips.")] = 8,
+    frames: Annotated[int, typer.Option(metavar="F", min=1, max=64, help="Frames of each.")] = 8,
+    size: Annotated[int, typer.Option(metavar="PIXELS", min=16, max=512, help="Of a frame's side.")] = 48,
+    kind: Annotated[Literal["gif", "webp"], typer.Option(metavar="KIND", help="gif, or webp, which loses no pixel.")] = "webp",
+    groups: Groups = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compose clips in which drawn subjects move over a background, and say in clips.jsonl what they show.
+
+    Example: anabranch pvchat compose drawings --subject cat --out clips && anabranch pvchat ask runs/cat clips/0000.webp "where is <cat> ?"
+    """
+    require("lm", "images", by="anabranch pvchat compose")
+    import torch
+
+    from anabranch.heads.pvchat import Composed, Composer, portraits, read_drawings, write_clip
+
+    check_apart([out], [drawings])
+    subjects = read_drawings(drawings, groups=read_groups(groups))
+    named = {each.name: each for each in subjects}
+    if subject is not None and subject not in named:
+        raise DataError(f"{drawings} has no subject {subject!r}; it has {', '.join(list(named)[:3])}, ...")
+    generator = torch.Generator().manual_seed(seed)
+    made = Composed(Composer(Composer.Config(frames=frames, size=size)), portraits(subjects))
+    lines = []
+    with atomic_folder(out, replacing=_OURS) as folder:
+        for number in range(count):
+            chosen = named[subject] if subject else subjects[int(torch.randint(len(subjects), (), generator=generator))]
+            drawing = int(torch.randint(len(chosen.ink_NSS), (), generator=generator))
+            clip = made.clips([chosen.portrait(drawing)], 1, generator)[0]
+            file = f"{number:04}.{kind}"
+            write_clip(folder / file, clip, scale=max(1, min(4, 192 // size)))
+            lines.append({"file": file, "actors": [vars(actor) for actor in clip.actors]})
+        (folder / TRUTH).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if as_json:
+        print_json({"folder": str(out), "clips": lines})
+        return
+    wrote(f"{out}   {count} clips, {TRUTH}", f"anabranch pvchat ask MODEL {shell_word(out / lines[0]['file'])} 'where is <NAME> ?'")

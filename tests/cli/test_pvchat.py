@@ -1,0 +1,155 @@
+"""``anabranch pvchat``, from a folder of drawings to an answer."""
+
+import json
+
+import pytest
+
+from drawn_subjects import picture, write_drawings
+
+TINY = [
+    "--set=model.dim=32", "--set=model.frames=4", "--set=model.num_queries=4", "--set=model.personal_tokens=2", "--set=batch_size=4",
+    "--set=held_out=8", "--device", "cpu",
+]  # fmt: skip
+FEW = [
+    "--set=data.positives=2", "--set=data.augmented=1", "--set=data.hard_negatives=2", "--set=data.easy_negatives=1",
+    "--image-steps", "2", "--video-steps", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    return write_drawings(tmp_path_factory.mktemp("drawn") / "drawings")
+
+
+@pytest.fixture(scope="module")
+def base(drawings, tmp_path_factory):
+    """The run of a model that knows the subjects of the first group."""
+    from anabranch.cli.main import main
+
+    out = tmp_path_factory.mktemp("base") / "run"
+    line = ["pvchat", "pretrain", str(drawings), "--groups", "one", "--out", str(out), "--steps", "2", "--clips", "8"]
+    assert main([*line, *TINY, "--quiet"]) == 0
+    return out
+
+
+def test_from_drawings_to_an_answer(here, drawings, base, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = here(
+        "pvchat", "learn", base, "two/a:0", "--name", "<Ab>", "--bank", drawings, "--out", run, *FEW, "--json"
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["status"], told["model"]) == ("finished", str(run / "model"))
+    told = told["subjects"]["<Ab>"] | {"stages": told["stages"]}
+    assert told["subject"] == "two/a"
+    assert told["balance"]["clips"] == {"positive": 2, "augmented": 1, "hard": 2, "easy": 1}
+    assert len(told["look_alikes"]) == 2
+    assert all(found["subject"] != "two/a" for found in told["look_alikes"])
+    assert {stage: found["step"] for stage, found in told["stages"].items()} == {"images": 2, "videos": 2}
+    clips = tmp_path / "clips"
+    code, out, err = here("pvchat", "compose", drawings, "--subject", "two/a", "--out", clips, "--count", 2, "--frames", 4, "--json")
+    assert code == 0, err
+    lines = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
+    assert lines == json.loads(out)["clips"]
+    assert all(line["actors"][0]["subject"] == "two/a" for line in lines)
+    asked = ["is <Ab> in the video ?", "where is <Ab> ?"]
+    code, out, err = here("pvchat", "ask", run, clips / "0000.webp", *asked, "--json")
+    assert code == 0, err
+    assert [each["question"] for each in json.loads(out)["answers"]] == asked
+    assert json.loads(out)["frames"] == 4
+    answers = [each["answer"] for each in json.loads(out)["answers"]]
+    code, out, _ = here("pvchat", "ask", run / "model", clips / "0000.webp", *asked)
+    assert out.splitlines() == answers
+    code, out, err = here("pvchat", "eval", run, drawings, "--name", "<Ab>", "--subject", "two/a", "--without", 0, "--clips", 8, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert set(found["kinds"]) == {"existence", "appearance", "action", "location"}
+    assert 0 <= found["balanced"] <= 1
+    code, out, _ = here("pvchat", "eval", run, drawings, "--name", "<Ab>", "--subject", "two/a", "--clips", 8)
+    assert code == 0
+    assert "existence" in out
+    assert "chance 0.5" in out
+
+
+def test_a_second_subject_of_a_file(here, drawings, base, tmp_path):
+    picture(77, 1).save(tmp_path / "cat.png")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert here("pvchat", "learn", base, "two/b", "--name", "<b>", "--bank", drawings, "--out", first, *FEW)[0] == 0
+    line = ["pvchat", "learn", first, tmp_path / "cat.png", "--name", "<cat>", "--bank", drawings, "--out", second, *FEW]
+    code, out, err = here(*line)
+    assert code == 0, err
+    assert "<cat>   cat: 2 positive, 1 augmented, 2 hard, 1 easy clips" in out
+    assert f"next    anabranch pvchat ask {second} CLIP 'is <cat> here ?'" in out
+    assert here("pvchat", "ask", second, tmp_path / "cat.png", "is <b> here ?", "is <cat> here ?")[0] == 0
+    # A drawing of the bank is of who it is, though it is named by its file.
+    line = ["pvchat", "learn", base, drawings / "two" / "c" / "1.png", "--name", "<c>", "--bank", drawings]
+    code, out, _ = here(*line, "--out", tmp_path / "third", *FEW, "--json")
+    found = json.loads(out)["subjects"]["<c>"]
+    assert found["subject"] == "two/c"
+    assert all(each["subject"] != "two/c" for each in found["look_alikes"])
+
+
+def test_two_subjects_at_once(here, drawings, base, tmp_path):
+    run = tmp_path / "run"
+    line = ["pvchat", "learn", base, "two/a", "two/b:1", "--name", "<a>", "--name", "<b>", "--bank", drawings, "--out", run]
+    code, out, err = here(*line, *FEW, "--json")
+    assert code == 0, err
+    assert {name: found["subject"] for name, found in json.loads(out)["subjects"].items()} == {"<a>": "two/a", "<b>": "two/b"}
+    assert here("pvchat", "ask", run, drawings / "two" / "a" / "1.png", "are <a> and <b> here ?")[0] == 0
+
+
+def test_what_there_is_to_be_warned_of(here, drawings, base, tmp_path):
+    none = ["--set=data.hard_negatives=0", "--set=data.easy_negatives=0"]
+    line = ["pvchat", "learn", base, "two/a", "--name", "<Ab>", "--bank", drawings, "--out", tmp_path / "run"]
+    code, _, err = here(*line, *FEW, *none, "--quiet")
+    assert code == 0
+    assert err.strip() == "warning: <Ab> has no negatives: a model that never sees others says yes to everything"
+    picture(1, 1).save(tmp_path / "a.png")
+    code, _, err = here("pvchat", "ask", tmp_path / "run", tmp_path / "a.png", "is my <Ab> here ?")
+    assert (code, err.strip()) == (0, "warning: the model does not know 'my' in 'is my <Ab> here ?'")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("pretrain {d}/no --out {t}/x", "there is no .*no; name a folder of drawings"),
+        ("pretrain {d} --groups three --out {t}/x", "has no group 'three'; it has one, two"),
+        ("pretrain {d} --groups one,, --out {t}/x", "--groups is 'one,,'"),
+        ("pretrain {d} --out {d}/x", "would be lost"),
+        ("pretrain {d} --out {b}", "already holds a run"),
+        ("pretrain {d} --out {t}/x --resume", "no training run"),
+        ("pretrain {d} --out {t}/x --set model.dim=33", "not a multiple of num_heads"),
+        ("pretrain {d} --out {t}/x --set model.heads.num_shared=8", "num_shared is 8"),
+        ("pretrain {d} --out {t}/x --set model.heads.target=1", "target is 1"),
+        ("pretrain {d} --out {t}/x --set clip=9", "did you mean 'clips'"),
+        ("learn {t}/none two/a --name <a> --bank {d} --out {t}/x", "there is no model in"),
+        ("learn {d} two/a --name <a> --bank {d} --out {t}/x", "there is no model in"),
+        ("learn {b} two/z --name <a> --bank {d} --out {t}/x", "neither a picture nor a subject"),
+        ("learn {b} two/a:9 --name <a> --bank {d} --out {t}/x", "has drawings 0 to 2, not 9"),
+        ("learn {b} two/a two/b --name <a> --bank {d} --out {t}/x", "2 drawings and 1 different names"),
+        ("learn {b} two/a two/b --name <a> --name <a> --bank {d} --out {t}/x", "2 drawings and 1 different names"),
+        ("learn {b} two/a --name a --bank {d} --out {t}/x", "must be a word in angle brackets"),
+        ("learn {b} two/a --name <one/a> --bank {d} --out {t}/x", "in the vocabulary already"),
+        ("learn {b} two/a --name <a> --bank {d} --out {b}", "would be lost"),
+        ("learn {b} two/a --name <a> --bank {d} --out {t}/x --image-steps 0 --video-steps 0", "are both 0"),
+        ("learn {b} two/a --name <a> --bank {d} --groups two --out {t}/x --set data.seed=-1", "seed is -1"),
+        ("ask {b} {d}/one/a/0.png here", "names nobody"),
+        ("ask {b} {d}/one/a/0.png <no>", "no subject is named '<no>'"),
+        ("ask {b} {d}/one/a/9.png <one/a>", "cannot read"),
+        ("ask {b} {d}/one <one/a>", "holds no frames"),
+        ("ask {b}/checkpoints {d}/one/a/0.png <one/a>", "there is no model in"),
+        ("eval {b} {d} --name <one/a> --subject one/z", "has no subject 'one/z'"),
+        ("eval {b} {d} --name <no> --subject one/a", "no subject is named '<no>'"),
+        ("compose {d} --out {t}/x --subject one/z", "has no subject 'one/z'"),
+        ("compose {d} --out {d}", "would be lost"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(here, drawings, base, tmp_path, line, match):
+    import re
+
+    words = [word.format(d=drawings, b=base, t=tmp_path) for word in line.split()]
+    code, out, err = here("pvchat", *words, *(["--quiet"] if words[0] in ("pretrain", "learn") else []))
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1, err
+    assert re.search(match, err), err
+    assert not (tmp_path / "x" / "model").exists()
