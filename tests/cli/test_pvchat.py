@@ -47,7 +47,9 @@ def test_from_drawings_to_an_answer(here, drawings, base, tmp_path):
     assert all(found["subject"] != "two/a" for found in told["look_alikes"])
     assert {stage: found["step"] for stage, found in told["stages"].items()} == {"images": 2, "videos": 2}
     clips = tmp_path / "clips"
-    code, out, err = here("pvchat", "compose", drawings, "--subject", "two/a", "--out", clips, "--count", 2, "--frames", 4, "--json")
+    code, out, err = here(
+        "pvchat", "compose", drawings, "--subject", "two/a", "--out", clips, "--count", 2, "--frames", 4, "--json"
+    )
     assert code == 0, err
     lines = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
     assert lines == json.loads(out)["clips"]
@@ -60,7 +62,9 @@ def test_from_drawings_to_an_answer(here, drawings, base, tmp_path):
     answers = [each["answer"] for each in json.loads(out)["answers"]]
     code, out, _ = here("pvchat", "ask", run / "model", clips / "0000.webp", *asked)
     assert out.splitlines() == answers
-    code, out, err = here("pvchat", "eval", run, drawings, "--name", "<Ab>", "--subject", "two/a", "--without", 0, "--clips", 8, "--json")
+    code, out, err = here(
+        "pvchat", "eval", run, drawings, "--name", "<Ab>", "--subject", "two/a", "--without", 0, "--clips", 8, "--json"
+    )
     assert code == 0, err
     found = json.loads(out)
     assert set(found["kinds"]) == {"existence", "appearance", "action", "location"}
@@ -75,7 +79,19 @@ def test_a_second_subject_of_a_file(here, drawings, base, tmp_path):
     picture(77, 1).save(tmp_path / "cat.png")
     first, second = tmp_path / "first", tmp_path / "second"
     assert here("pvchat", "learn", base, "two/b", "--name", "<b>", "--bank", drawings, "--out", first, *FEW)[0] == 0
-    line = ["pvchat", "learn", first, tmp_path / "cat.png", "--name", "<cat>", "--bank", drawings, "--out", second, *FEW]
+    line = [
+        "pvchat",
+        "learn",
+        first,
+        tmp_path / "cat.png",
+        "--name",
+        "<cat>",
+        "--bank",
+        drawings,
+        "--out",
+        second,
+        *FEW,
+    ]
     code, out, err = here(*line)
     assert code == 0, err
     assert "<cat>   cat: 2 positive, 1 augmented, 2 hard, 1 easy clips" in out
@@ -91,10 +107,27 @@ def test_a_second_subject_of_a_file(here, drawings, base, tmp_path):
 
 def test_two_subjects_at_once(here, drawings, base, tmp_path):
     run = tmp_path / "run"
-    line = ["pvchat", "learn", base, "two/a", "two/b:1", "--name", "<a>", "--name", "<b>", "--bank", drawings, "--out", run]
+    line = [
+        "pvchat",
+        "learn",
+        base,
+        "two/a",
+        "two/b:1",
+        "--name",
+        "<a>",
+        "--name",
+        "<b>",
+        "--bank",
+        drawings,
+        "--out",
+        run,
+    ]
     code, out, err = here(*line, *FEW, "--json")
     assert code == 0, err
-    assert {name: found["subject"] for name, found in json.loads(out)["subjects"].items()} == {"<a>": "two/a", "<b>": "two/b"}
+    assert {name: found["subject"] for name, found in json.loads(out)["subjects"].items()} == {
+        "<a>": "two/a",
+        "<b>": "two/b",
+    }
     assert here("pvchat", "ask", run, drawings / "two" / "a" / "1.png", "are <a> and <b> here ?")[0] == 0
 
 

@@ -209,7 +209,11 @@ def test_an_image_is_a_clip_of_one_frame():
 
 
 def test_clips_that_are_none():
-    for wrong in (torch.zeros(2, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)):
+    for wrong in (
+        torch.zeros(2, 3, 4, 4),
+        torch.zeros(3, 4, 4, dtype=torch.uint8),
+        torch.zeros(2, 1, 4, 4, dtype=torch.uint8),
+    ):
         with pytest.raises(DataError, match="must be uint8"):
             Clip(wrong)
     with pytest.raises(DataError, match="is empty"):

@@ -257,9 +257,9 @@ def test_generators_and_embedders_are_pluggable():
 def test_people_need_consent():
     people = Plugged(by_reference, of_people=True)
     few = FEW.replace(hard_negatives=0, easy_negatives=0)
-    for given in ({"positives": people}, {"positives": Plugged(by_reference), "augmented": people}):
+    for parts in ({"positives": people}, {"positives": Plugged(by_reference), "augmented": people}):
         with pytest.raises(ConfigError, match="works on pictures of people; give consent=True"):
-            OneShotSet(few, "<Ab>", Person(), **given)
+            OneShotSet(few, "<Ab>", Person(), **parts)
     with pytest.warns(UserWarning, match="no negatives"):
         OneShotSet(few, "<Ab>", Person(), positives=people, augmented=people, consent=True)
 

@@ -25,7 +25,9 @@ def test_arms_differ_in_one_thing():
     steps = {name: (each.learning(0).image_steps, each.learning(0).video_steps) for name, each in found.items()}
     assert {sum(both) for both in steps.values()} == {120}
     assert (steps["remoh"], steps["videos"]) == ((40, 80), (0, 120))
-    controls = {name: (each.control().pressure, each.control().floor) for name, each in found.items() if name.startswith("dead")}
+    controls = {
+        name: (each.control().pressure, each.control().floor) for name, each in found.items() if name.startswith("dead")
+    }
     assert controls == {
         "dead-none": ("none", "none"),
         "dead-spr": ("smooth", "none"),
@@ -70,7 +72,9 @@ def test_the_rule():
 
 def test_dead_heads_come_to_life_by_our_gradient_alone():
     size = Size(dead_steps=150)
-    found = {name: run(ArmConfig(arm=name, size=size), 0, lambda text: None) for name in ARMS if name.startswith("dead")}
+    found = {
+        name: run(ArmConfig(arm=name, size=size), 0, lambda text: None) for name in ARMS if name.startswith("dead")
+    }
     assert found["dead-none"]["activation"] == 0
     assert found["dead-released"] == found["dead-spr"]
     assert found["dead-released"]["activation"] == 0

@@ -4,9 +4,9 @@
 MoH, .901 with ReMoH; .464 with positives only, .584 with negatives, .781 and .901 with generated positives; the loss is NaN without
 SPR and HAE, activation .217 without HAE and .552 with both (target .5).
 
-Scaled down: Omniglot characters instead of people, since twenty people drew each; clips of 8 frames of 48 x 48 in which one to three of them
-move; a model of half a million parameters that is pretrained on the clips of other alphabets. Identity here is a drawn character: the paper's
-numbers are not comparable, its orders are.
+Scaled down: Omniglot characters instead of people, since twenty people drew each; clips of 8 frames of 48 x 48 in which one to three of
+them move; a model of half a million parameters that is pretrained on the clips of other alphabets. Identity here is a drawn character:
+the numbers of the paper are not comparable, its orders are.
 
 One run: a plain model is pretrained on Korean, Latin and Greek (the same for all arms of a seed); for each of 10 subjects of Balinese and
 Early Aramaic it is copied, gets the arm's heads, which change nothing at first, and learns the subject from ONE drawing by one person, with
@@ -214,7 +214,15 @@ class ArmConfig(Config):
 def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
     tiny = Size(
-        dim=32, steps=6, clips=24, subjects=1, image_steps=2, video_steps=3, learned_clips=8, exam_clips=8, dead_steps=20
+        dim=32,
+        steps=6,
+        clips=24,
+        subjects=1,
+        image_steps=2,
+        video_steps=3,
+        learned_clips=8,
+        exam_clips=8,
+        dead_steps=20,
     )
     size = (Size() if full else tiny).replace(**changes)
     return Study(
@@ -284,9 +292,7 @@ def _means(scores: list[Score]) -> Metrics:
 def _base(size_text: str, seed: int) -> PVChat:
     """The pretrained model of a seed, which all its arms begin from: made once in a process, since arms of a seed follow each other."""
     size = from_dict(Size, json.loads(size_text))
-    config = Pretraining(
-        model=PVChat.Config(dim=size.dim), clips=size.clips, steps=size.steps, held_out=0, seed=seed
-    )
+    config = Pretraining(model=PVChat.Config(dim=size.dim), clips=size.clips, steps=size.steps, held_out=0, seed=seed)
     subjects = read_drawings(size.drawings.path(), groups=size.drawings.known)
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
         model, _ = pretrain(subjects, folder, config, device="cpu")
@@ -328,13 +334,53 @@ def _dead_heads(config: ArmConfig, seed: int) -> Metrics:
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
 _RISES = "accuracy rises"
 _CLAIMS: tuple[Asked, ...] = (
-    ("balanced", "remoh", "balanced", "none", 0.0, "PRIMARY: ReMoH knows more subjects than plain heads", ".901 against .733"),
+    (
+        "balanced",
+        "remoh",
+        "balanced",
+        "none",
+        0.0,
+        "PRIMARY: ReMoH knows more subjects than plain heads",
+        ".901 against .733",
+    ),
     ("balanced", "remoh", "balanced", "moh", -0.005, "ReMoH is at most half a point behind MoH", ".901 against .813"),
-    ("chance", "positives", "zero", "positives", 0.0, "with positives only existence is within 5 points of chance", ".464"),
-    ("yes_share", "positives", "zero", "positives", 0.9, "with positives only more than 90% of the answers are yes", "-"),
-    ("balanced", "easy", "balanced", "positives", -0.01, f"{_RISES} with drawn negatives (within a point)", ".464 to .584"),
+    (
+        "chance",
+        "positives",
+        "zero",
+        "positives",
+        0.0,
+        "with positives only existence is within 5 points of chance",
+        ".464",
+    ),
+    (
+        "yes_share",
+        "positives",
+        "zero",
+        "positives",
+        0.9,
+        "with positives only more than 90% of the answers are yes",
+        "-",
+    ),
+    (
+        "balanced",
+        "easy",
+        "balanced",
+        "positives",
+        -0.01,
+        f"{_RISES} with drawn negatives (within a point)",
+        ".464 to .584",
+    ),
     ("balanced", "hard", "balanced", "easy", -0.01, f"{_RISES} with look-alikes (within a point)", "-"),
-    ("balanced", "remoh", "balanced", "hard", -0.01, f"{_RISES} with drawings made anew (within a point)", ".584 to .901"),
+    (
+        "balanced",
+        "remoh",
+        "balanced",
+        "hard",
+        -0.01,
+        f"{_RISES} with drawings made anew (within a point)",
+        ".584 to .901",
+    ),
 )
 
 

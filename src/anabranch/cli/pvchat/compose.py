@@ -29,7 +29,9 @@ def compose(
     count: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="How many clips.")] = 8,
     frames: Annotated[int, typer.Option(metavar="F", min=1, max=64, help="Frames of each.")] = 8,
     size: Annotated[int, typer.Option(metavar="PIXELS", min=16, max=512, help="Of a frame's side.")] = 48,
-    kind: Annotated[Literal["gif", "webp"], typer.Option(metavar="KIND", help="gif, or webp, which loses no pixel.")] = "webp",
+    kind: Annotated[
+        Literal["gif", "webp"], typer.Option(metavar="KIND", help="gif, or webp, which loses no pixel.")
+    ] = "webp",
     groups: Groups = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -63,4 +65,7 @@ def compose(
     if as_json:
         print_json({"folder": str(out), "clips": lines})
         return
-    wrote(f"{out}   {count} clips, {TRUTH}", f"anabranch pvchat ask MODEL {shell_word(out / lines[0]['file'])} 'where is <NAME> ?'")
+    wrote(
+        f"{out}   {count} clips, {TRUTH}",
+        f"anabranch pvchat ask MODEL {shell_word(out / lines[0]['file'])} 'where is <NAME> ?'",
+    )

@@ -21,7 +21,9 @@ def evaluate(
         typer.Argument(metavar="DRAWINGS", help="Other drawings of the subject and of others, a folder or a zip."),
     ],
     name: Name,
-    subject: Annotated[str, typer.Option(metavar="SUBJECT", help="Which of the drawings are of it: Greek/character01.")],
+    subject: Annotated[
+        str, typer.Option(metavar="SUBJECT", help="Which of the drawings are of it: Greek/character01.")
+    ],
     without: Annotated[
         int | None,
         typer.Option(metavar="NUMBER", min=0, help="Of the drawing that it was learned from, which is not shown."),
@@ -44,7 +46,9 @@ def evaluate(
     subjects = read_drawings(drawings, groups=read_groups(groups))
     known = next((each for each in subjects if each.name == subject), None)
     if known is None:
-        raise DataError(f"{drawings} has no subject {subject!r}; it has {', '.join(each.name for each in subjects[:3])}, ...")
+        raise DataError(
+            f"{drawings} has no subject {subject!r}; it has {', '.join(each.name for each in subjects[:3])}, ..."
+        )
     rows = [number for number in range(len(known.ink_NSS)) if number != without]
     if not rows:
         raise DataError(f"{subject} has one drawing, which it was learned from; give others")
@@ -56,4 +60,7 @@ def evaluate(
         return
     fact("subject", f"{name}   {subject}, {len(rows)} drawings, {clips} clips")
     print_score(score)
-    fact("is it", f"there: {share(score.balanced)} balanced accuracy (chance 0.5), {share(score.yes_share)} of the answers are yes")
+    fact(
+        "is it",
+        f"there: {share(score.balanced)} balanced accuracy (chance 0.5), {share(score.yes_share)} of the answers are yes",
+    )

@@ -43,8 +43,12 @@ def learn(
         int | None, typer.Option(metavar="N", min=0, help="Steps on first frames, before all else. Default: 40.")
     ] = None,
     video_steps: Annotated[int | None, typer.Option(metavar="N", min=0, help="Steps on clips. Default: 80.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")
+    ] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, auto.")] = "auto",
     assignments: Assignments = None,
     quiet: Quiet = False,
@@ -79,9 +83,7 @@ def learn(
     check_apart([out], [folder, bank, *drawings])
     chat = PVChat.load(folder)
     subjects = read_drawings(bank, groups=read_groups(groups))
-    references = {
-        name: reference_in(drawing, subjects, bank) for name, drawing in zip(names, drawings, strict=True)
-    }
+    references = {name: reference_in(drawing, subjects, bank) for name, drawing in zip(names, drawings, strict=True)}
     before = {"images": 0, "videos": config.image_steps}
     progress = Progress(config.image_steps + config.video_steps, "step", quiet=quiet)
     with progress, warnings.catch_warnings():
@@ -112,9 +114,7 @@ def learn(
             }
             for name, reference in references.items()
         },
-        "stages": {
-            stage: {"step": result.step, "seconds": result.seconds} for stage, result in learned.stages.items()
-        },
+        "stages": {stage: {"step": result.step, "seconds": result.seconds} for stage, result in learned.stages.items()},
     }
     if learned.is_finished:
         chat.save(out / MODEL)
@@ -137,7 +137,11 @@ def _tell(told: dict[str, Any], out: Path) -> None:
             fact("near", f"{', '.join(near[:4])}")
     work = [f"{stage} {found['step']} steps in {duration(found['seconds'])}" for stage, found in told["stages"].items()]
     fact("work", ", ".join(work))
+    first = f"is {next(iter(told['subjects']))} here ?"
     if told["status"] == "finished":
-        wrote(told["model"], f"anabranch pvchat ask {shell_word(out)} CLIP {shell_word(f"is {next(iter(told['subjects']))} here ?")}")
+        wrote(
+            told["model"],
+            f"anabranch pvchat ask {shell_word(out)} CLIP {shell_word(first)}",
+        )
     else:
         wrote(str(out), "the same line with --resume")

@@ -27,8 +27,12 @@ def pretrain(
     ] = None,
     clips: Annotated[int | None, typer.Option(metavar="N", min=2, help="Clips to compose. Default: 4000.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps. Default: 2500.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")
+    ] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, auto.")] = "auto",
     assignments: Assignments = None,
     quiet: Quiet = False,

@@ -1,7 +1,7 @@
 """Clips: a few frames in which drawn subjects move over a background, and what there is to say about each of them.
 
-A `Composer` makes them: every subject has a quadrant, an action, a colour and a stroke width of its own, so that only who knows a subject can
-say what it does. Clips of files are read by `read_clip`; of them nobody knows what they show.
+A `Composer` makes them: every subject has a quadrant, an action, a colour and a stroke width of its own, so that only who knows a subject
+can say what it does. Clips of files are read by `read_clip`; of them nobody knows what they show.
 """
 # Shapes: A actors, F frames, C colours (3), H height, W width, S side of a drawing
 
@@ -46,7 +46,7 @@ _TURN, _SMALLEST, _LARGEST = 1.5 * math.pi, 0.6, 1.2
 _MOST_TILT = math.radians(8)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Actor:
     """Who is in a clip.
 
@@ -281,9 +281,12 @@ def write_clip(path: str | Path, clip: Clip, *, scale: int = 4, milliseconds: in
         raise ConfigError(f"{path} ends in {path.suffix!r}; a clip is written as .gif or .webp")
     frame_FHWC = clip.frame_FCHW.permute(0, 2, 3, 1).contiguous().numpy()
     images = [Image.fromarray(frame_HWC) for frame_HWC in frame_FHWC]
-    images = [
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images
-    ]
+    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
     options: dict[str, Any] = {"save_all": True, "append_images": images[1:], "duration": milliseconds, "loop": 0}
     with atomic_file(path) as temporary:
-        images[0].save(temporary, "GIF" if ending == ".gif" else "WEBP", **options, **({"lossless": True} if ending == ".webp" else {}))
+        images[0].save(
+            temporary,
+            "GIF" if ending == ".gif" else "WEBP",
+            **options,
+            **({"lossless": True} if ending == ".webp" else {}),
+        )

@@ -273,7 +273,15 @@ class _Opened:
         try:
             return held.read(entry)
         # A damaged entry may be wrong in any of these ways; a password is a RuntimeError.
-        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            zlib.error,
+            RuntimeError,
+            NotImplementedError,
+            EOFError,
+            ValueError,
+        ) as error:
             raise DataError(f"cannot read {entry.filename} in {self.place}: {error}") from None
 
 

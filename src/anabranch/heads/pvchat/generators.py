@@ -187,9 +187,7 @@ def nearest(
     index.add(vector_ND)
     id_1K, distance_1K = index.search(query_1D, count, ef=max(64, 2 * count))
     return [
-        (int(row), 1.0 - float(distance))
-        for row, distance in zip(id_1K[0], distance_1K[0], strict=True)
-        if row >= 0
+        (int(row), 1.0 - float(distance)) for row, distance in zip(id_1K[0], distance_1K[0], strict=True) if row >= 0
     ]
 
 
@@ -197,7 +195,9 @@ def _unit(vectors: Any, count: int) -> np.ndarray:
     """float32 [N, D] of length 1 (or 0). Raises InputError for anything that is no such table."""
     vector_ND = np.asarray(vectors, np.float32)
     if vector_ND.ndim != 2 or len(vector_ND) != count or not vector_ND.shape[1]:
-        raise InputError(f"the embedder gave {shown(list(vector_ND.shape))} for {count} references; it must give a row for each")
+        raise InputError(
+            f"the embedder gave {shown(list(vector_ND.shape))} for {count} references; it must give a row for each"
+        )
     if not np.isfinite(vector_ND).all():
         raise InputError("the embedder gave numbers that are not finite")
     length_N1 = np.linalg.norm(vector_ND, axis=1, keepdims=True)

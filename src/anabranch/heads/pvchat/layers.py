@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         widths = (3, max(dim // 4, 8), max(dim // 2, 8), dim)
         steps: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             steps += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
         self.patches = nn.Sequential(*steps[:-1])
         side = size // 8

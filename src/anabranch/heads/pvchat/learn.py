@@ -1,8 +1,8 @@
 """The two things that are done with a model: pretrain it on generic clips, and let it learn new subjects in two stages.
 
-    model, result = pretrain(subjects, "runs/base")
-    learn(model, {"<Ab>": portrait}, bank, "runs/ab")     # images first, then videos
-    model.ask(clip, "where is <Ab> ?")
+model, result = pretrain(subjects, "runs/base")
+learn(model, {"<Ab>": portrait}, bank, "runs/ab")     # images first, then videos
+model.ask(clip, "where is <Ab> ?")
 """
 
 from __future__ import annotations
@@ -224,7 +224,13 @@ def learn(
         model.vocabulary.check_new(name)
     given: dict[str, Any] = {"positives": positives, "augmented": augmented, "embedder": embedder, "consent": consent}
     made = {
-        name: OneShotSet(config.data, name, reference, [*bank, *(each for each in references.values() if each is not reference)], **given)
+        name: OneShotSet(
+            config.data,
+            name,
+            reference,
+            [*bank, *(each for each in references.values() if each is not reference)],
+            **given,
+        )
         for name, reference in references.items()
     }
     for stage in ("images", "videos"):
@@ -249,7 +255,9 @@ def learn(
                 questions = Questions.of(parts, model.vocabulary, model.config.frames, model.config.size)
                 run = TaskRunConfig(
                     task=ClipTask.Config(stage=stage, names=tuple(references), rates=config.rates),
-                    train=_train(steps, min(config.batch_size, len(questions)), config.learning_rate, config.seed, device),
+                    train=_train(
+                        steps, min(config.batch_size, len(questions)), config.learning_rate, config.seed, device
+                    ),
                 )
                 trainer = Trainer(
                     run,
@@ -260,7 +268,9 @@ def learn(
                     questions=questions,
                 )
                 done[stage] = trainer.fit()
-    return Learned({name: each.report() for name, each in made.items()}, {name: each.found for name, each in made.items()}, done)
+    return Learned(
+        {name: each.report() for name, each in made.items()}, {name: each.found for name, each in made.items()}, done
+    )
 
 
 def _train(
@@ -315,7 +325,10 @@ def exam(
     drawings = [shown.portrait(number) for number in range(len(shown.ink_NSS))]
     found = [other for other, _ in look_alikes(drawings[0], others, hard, seed=seed)] if hard else []
     others_drawn = torch.randint(len(others), (half - hard,), generator=generator).tolist()
-    absent = [*made.clips(found, hard, generator), *made.clips([others[row] for row in others_drawn], half - hard, generator)]
+    absent = [
+        *made.clips(found, hard, generator),
+        *made.clips([others[row] for row in others_drawn], half - hard, generator),
+    ]
     clips_all = [*made.clips(drawings, half, generator), *absent]
     rows = ask_all(clips_all, name, shown.name, KINDS, 1, generator)
     return Questions.of([Part(name, clips_all, rows)], model.vocabulary, model.config.frames, model.config.size)

@@ -319,7 +319,9 @@ class PVChat(Part, nn.Module):
         if table.get("format") != FORMAT:
             raise CheckpointError(f"{folder} holds no PVChat model (its format is {table.get('format')!r})")
         if table.get("schema") != SCHEMA:
-            raise CheckpointError(f"schema in {folder / 'config.json'} is {table.get('schema')!r}; this version reads {SCHEMA}")
+            raise CheckpointError(
+                f"schema in {folder / 'config.json'} is {table.get('schema')!r}; this version reads {SCHEMA}"
+            )
         words, names = table.get("words"), table.get("names")
         if not all(isinstance(part, list) and all(isinstance(word, str) for word in part) for part in (words, names)):
             raise CheckpointError(f"{folder / 'config.json'} has no lists of words and names")
@@ -354,7 +356,9 @@ def parts_of(model: PVChat) -> dict[str, PartName]:
         if getattr(module, "kind", None) == "low_rank"
         for parameter in module.parameters()
     }
-    upper = [f"encoder.layers.{number}." for number in range(model.config.vision_layers // 2, model.config.vision_layers)]
+    upper = [
+        f"encoder.layers.{number}." for number in range(model.config.vision_layers // 2, model.config.vision_layers)
+    ]
 
     def part(name: str, parameter: nn.Parameter) -> PartName:
         if id(parameter) in routers:

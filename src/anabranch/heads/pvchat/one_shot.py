@@ -4,8 +4,8 @@
     made.report().yes_share                     # of the questions whether <Ab> is there
     images, videos = made.part("images"), made.part("videos")
 
-Positives keep the identity of the reference; hard negatives are those of the bank that look most like it, made into clips the same way; easy
-negatives are drawn from the rest. Whoever learns from positives alone says yes to everything, so that is warned of.
+Positives keep the identity of the reference; hard negatives are those of the bank that look most like it, made into clips the same way;
+easy negatives are drawn from the rest. Whoever learns from positives alone says yes to everything, so that is warned of.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class OneShotSet:
 
         def __post_init__(self) -> None:
             if not self.positives + self.augmented + self.hard_negatives + self.easy_negatives:
-                raise ConfigError("positives, augmented, hard_negatives and easy_negatives are all 0; a set needs clips")
+                raise ConfigError(
+                    "positives, augmented, hard_negatives and easy_negatives are all 0; a set needs clips"
+                )
 
     def __init__(
         self,
@@ -287,5 +289,7 @@ def _subject_of(reference: Any) -> str:
     """The subject of a reference. Raises DataError for what says none."""
     subject = getattr(reference, "subject", None)
     if not isinstance(subject, str) or not subject:
-        raise DataError(f"a reference of type {type(reference).__name__} says no subject; give it one, as a Portrait has")
+        raise DataError(
+            f"a reference of type {type(reference).__name__} says no subject; give it one, as a Portrait has"
+        )
     return subject

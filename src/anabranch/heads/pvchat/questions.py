@@ -18,7 +18,19 @@ from anabranch.bounds import shown
 from anabranch.errors import ConfigError
 from anabranch.heads.pvchat.clips import ACTIONS, COLOURS, PLACES, STROKES, Actor
 
-__all__ = ["KINDS", "OF_IMAGES", "WORDINGS", "Kind", "answer_to", "check_name", "name_of", "question", "says_yes", "split_words", "words"]
+__all__ = [
+    "KINDS",
+    "OF_IMAGES",
+    "WORDINGS",
+    "Kind",
+    "answer_to",
+    "check_name",
+    "name_of",
+    "question",
+    "says_yes",
+    "split_words",
+    "words",
+]
 
 Kind = Literal["existence", "appearance", "action", "location"]
 KINDS: tuple[Kind, ...] = ("existence", "appearance", "action", "location")

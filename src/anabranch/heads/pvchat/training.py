@@ -42,9 +42,7 @@ __all__ = ["ClipTask", "Questions", "Rates", "rows_learning"]
 Stage = Literal["pretrain", "images", "videos"]
 # What learns in each stage; in the first everything but what is there for later.
 _LEARNS: Mapping[Stage, frozenset[PartName]] = {
-    "pretrain": frozenset(
-        ("vision", "upper_vision", "projector", "queries", "router", "personal", "words", "decoder")
-    ),
+    "pretrain": frozenset(("vision", "upper_vision", "projector", "queries", "router", "personal", "words", "decoder")),
     "images": frozenset(("queries", "router", "personal", "words", "lora")),
     "videos": frozenset(("queries", "router", "personal", "words", "lora", "projector", "upper_vision")),
 }

@@ -60,7 +60,9 @@ class Vocabulary:
         if name not in self.names:
             known = ", ".join(self.names[-5:][::-1])
             more = ", ..." if len(self.names) > 5 else ""
-            raise InputError(f"no subject is named {name!r}; {f'known: {known}{more}' if known else 'none is known yet'}")
+            raise InputError(
+                f"no subject is named {name!r}; {f'known: {known}{more}' if known else 'none is known yet'}"
+            )
         return self.names.index(name)
 
     def word(self, name: str) -> int:
