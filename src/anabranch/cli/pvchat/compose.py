@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -52,7 +52,7 @@ def compose(
         raise DataError(f"{drawings} has no subject {subject!r}; it has {', '.join(list(named)[:3])}, ...")
     generator = torch.Generator().manual_seed(seed)
     made = Composed(Composer(Composer.Config(frames=frames, size=size)), portraits(subjects))
-    lines = []
+    lines: list[dict[str, Any]] = []
     with atomic_folder(out, replacing=_OURS) as folder:
         for number in range(count):
             chosen = named[subject] if subject else subjects[int(torch.randint(len(subjects), (), generator=generator))]

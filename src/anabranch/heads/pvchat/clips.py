@@ -151,7 +151,7 @@ class Composer:
                 _any(list(STROKES), generator),
                 _any(ACTIONS, generator),
                 list(PLACES)[place],
-                offset=tuple((0.12 * torch.rand(2, generator=generator) - 0.06).tolist()),  # type: ignore[arg-type]
+                offset=(_shift(generator), _shift(generator)),
                 tilt=_MOST_TILT * (2 * float(torch.rand((), generator=generator)) - 1),
             )
             for portrait, place in zip(cast, places, strict=True)
@@ -212,6 +212,10 @@ def _placed(part: _Part, count: int) -> Tensor:
     cos_F, sin_F = turn_F.cos() / half_F, turn_F.sin() / half_F
     rows = torch.stack([cos_F, sin_F, -(cos_F * x_F + sin_F * y_F), -sin_F, cos_F, sin_F * x_F - cos_F * y_F], 1)
     return rows.view(count, 2, 3)
+
+
+def _shift(generator: torch.Generator) -> float:
+    return 0.12 * float(torch.rand((), generator=generator)) - 0.06
 
 
 def _any(options: Sequence[str], generator: torch.Generator) -> str:

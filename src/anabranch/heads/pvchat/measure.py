@@ -85,11 +85,11 @@ def measure(model: PVChat, questions: Questions, *, batch_size: int = 32) -> Sco
 
 def _score(right_NK: Tensor, yes_NK: Tensor, kind_NK: Tensor, present_N: Tensor) -> Score:
     present_NK = present_N[:, None].expand_as(kind_NK)
-    kinds = {}
+    kinds: dict[str, KindScore] = {}
     for number, kind in enumerate(KINDS):
         of_kind = kind_NK == number
-        sides = [_share(right_NK, of_kind & side) for side in (present_NK, ~present_NK)]
-        kinds[kind] = KindScore(_share(right_NK, of_kind), *sides, int(of_kind.sum()))
+        there, absent = (_share(right_NK, of_kind & side) for side in (present_NK, ~present_NK))
+        kinds[kind] = KindScore(_share(right_NK, of_kind), there, absent, int(of_kind.sum()))
     exists = kind_NK == KINDS.index("existence")
     said_yes, said_no = _share(yes_NK, exists & present_NK), _share(~yes_NK, exists & ~present_NK)
     means = [_mean([kind.present, kind.absent]) for kind in kinds.values()]

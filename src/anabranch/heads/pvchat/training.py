@@ -139,7 +139,7 @@ def _coded(question: str, answer: str, vocabulary: Vocabulary) -> tuple[list[int
 
 
 @contextmanager
-def rows_learning(parameter: nn.Parameter, rows: Sequence[int]) -> Iterator[None]:
+def rows_learning(parameter: Tensor, rows: Sequence[int]) -> Iterator[None]:
     """Within it, gradients of ``parameter`` are zero but in these rows. Raises ConfigError for a row that there is not.
 
     With an optimizer that neither decays the parameter nor has moments of before, all other rows stay as they are to the bit.
