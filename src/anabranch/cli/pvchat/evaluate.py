@@ -37,7 +37,7 @@ def evaluate(
 
     Example: anabranch pvchat eval runs/ab omniglot.zip --name '<Ab>' --subject Greek/character01 --without 0
     """
-    require("lm", "graph", "images", by="anabranch pvchat eval")
+    require("lm", "images", "numba", by="anabranch pvchat eval", of="graph")
     import torch
 
     from anabranch.heads.pvchat import PVChat, Subject, exam, measure, portraits, read_drawings

@@ -60,7 +60,7 @@ def learn(
 
     Example: anabranch pvchat learn runs/base cat.png --name '<cat>' --bank drawings --out runs/cat
     """
-    require("lm", "graph", "images", by="anabranch pvchat learn")
+    require("lm", "images", "numba", by="anabranch pvchat learn", of="graph")
     from anabranch.config import override
     from anabranch.heads.pvchat import Learning, PVChat, portraits, read_drawings
     from anabranch.heads.pvchat import learn as run
