@@ -14,9 +14,9 @@ from random import Random
 from typing import Any
 
 import torch
-from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
 
 from _harness import arguments, compare, finish, start
+from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
 from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.serving.config import ServingConfig

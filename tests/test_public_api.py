@@ -72,6 +72,13 @@ PUBLIC = {
         Portrait Pretraining Questions Rates Row Score Subject Vocabulary Warped ask_all exam fitted learn look_alikes measure nearest
         portraits pretrain read_clip read_drawing read_drawings rows_learning write_clip
     """,
+    "anabranch.depth.dr_llm": """
+        BankConfig ExactMatch Features FitConfig FitReport FlipReport Labels Measured NextToken OptionLikelihood PathRow PathRun
+        PathRunner Question RouterBank SearchConfig SearchReport TreeSearch baselines_at class_balance collect_features compare contexts
+        controlled decide_prompts early_exit find_reward fit_routers influence_of is_bank labels_of measure measure_paths moves_of
+        pool_windows random_skip read_paths read_questions reference_of routing_loss search_paths search_question shortgpt spread
+        train_routers
+    """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config
         load_model load_weights save_model stream upcycle write_model

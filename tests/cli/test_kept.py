@@ -82,6 +82,13 @@ COMMANDS = {
         {"OUT": "m"},
     ),
     "heads report": ("{model} --data {data} --trace {TRACE}", {"model": "m/config.json", "data": "t.parquet"}, {"TRACE": "o.parquet"}),
+    "depth search": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.jsonl"}),
+    "depth train": ("{model} --paths {paths} --out {OUT}", {"model": "m/config.json", "paths": "m/p.jsonl"}, {"OUT": "m"}),
+    "depth report": (
+        "{model} --data {data} --routers {routers} --out {OUT}",
+        {"model": "m/config.json", "data": "text/a.txt", "routers": "b/config.json"},
+        {"OUT": "rep/report.json"},
+    ),
     "adapters merge": ("{adapters} --out {OUT}", {"adapters": "a/adapter_config.json"}, {"OUT": "a"}),
     "adapters export": (
         "{model} {adapters} --out {OUT}", {"adapters": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "a"}
@@ -96,8 +103,14 @@ COMMANDS = {
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
+COMMANDS["depth oracle"] = COMMANDS["oracle"]
 COMMANDS |= {f"routers {name}": COMMANDS[f"gateway {name}"] for name in ("eval", "fit")}
-OWN_NAMES = ("report", "oracle")  # commands whose files have their own names in the folder that is named
+OWN_NAMES = (
+    "report",
+    "oracle",
+    "depth report",
+    "depth oracle",
+)  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
     "compare", "convert", "eval adapter", "study", "train", "heads train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
@@ -106,10 +119,11 @@ READ = {
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "adapt config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
+    "depth eval data", "depth eval routers",
     "routers replay router", "routers replay prices", "routers route router", "adapters recommend",
 }  # fmt: skip
 # What is named on the command line is not the file but its folder.
-FOLDERS = {"model": "m", "router": "routers", "adapters": "a"}
+FOLDERS = {"model": "m", "router": "routers", "adapters": "a", "routers": "b"}
 
 
 def _commands(command, name=()):

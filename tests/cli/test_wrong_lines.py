@@ -189,6 +189,28 @@ heads report trained --trace z
 adapters route trained x
 adapters route nowhere x --model trained
 adapters route trained ''
+depth search trained no.jsonl --out z
+depth search trained deep.jsonl --out z
+depth search trained half.jsonl --out z
+depth search trained text --out z --simulations {HUGE}
+depth search trained text --out z --reward best
+depth search trained text --out z --reward nowhere:x
+depth search trained text --out z --set widening=nan
+depth search trained text --out z --context {HUGE}
+depth search trained text --data text --out z
+depth search no.gguf text --out z
+depth search trained text --out text
+depth train trained --out z
+depth train trained deep.jsonl --out z
+depth train trained half.jsonl --out z
+depth train trained nowhere --out z
+depth train trained number.jsonl --out z --set gamma=nan
+depth eval trained text --routers text
+depth eval trained text --control nan
+depth eval trained text --control 2
+depth eval trained half.jsonl
+depth report trained text --routers nowhere --out z
+depth oracle trained --out z
 experts fit-predictor trained no.npz --out z
 experts fit-predictor trained text --out z --expert-budget nan
 experts fit-predictor trained holes.parquet --out z

@@ -17,6 +17,7 @@ from anabranch.cli.boundary import debug_wanted, guarded
 from anabranch.cli.chat import chat
 from anabranch.cli.compare import compare
 from anabranch.cli.convert import convert
+from anabranch.cli.depth import app as depth
 from anabranch.cli.doctor import doctor
 from anabranch.cli.eval import evaluate
 from anabranch.cli.experts import app as experts
@@ -89,6 +90,7 @@ for _name, _command in _COMMANDS.items():
     app.command(_name, cls=TrainCommand if _command is train else None)(_command)
 _GROUPS = {
     "adapters": adapters,
+    "depth": depth,
     "experts": experts,
     "heads": heads,
     "pvchat": pvchat,

@@ -19,6 +19,7 @@ STUDIES = {
     "alf_lb": "anabranch.studies.alf_lb:make",
     "chain": "anabranch.studies.chain:make",
     "composition_of_experts": "anabranch.studies.composition_of_experts:make",
+    "dr_llm": "anabranch.studies.dr_llm:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
     "elasticmoe": "anabranch.studies.elasticmoe:make",
     "fastrp": "anabranch.studies.fastrp:make",

@@ -1,0 +1,243 @@
+"""The file of found paths: JSON lines, one question each, written as each is finished, so that a search may be stopped at any time.
+
+    {"id": "q1", "base_reward": 1.0, "base_right": true, "path": [0, 1, 3], "good": ["1101"], "evaluations": 14, ...}
+
+``path`` is the label, null where no path was right; ``good`` are all right paths, a digit a block: 0 skipped, 1 run, 2 run twice. A search
+goes on in its file only with the model, reward and settings it began with.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from anabranch.bounds import is_whole, shown
+from anabranch.depth.decisions import MOST_VISITS, decisions_of, path_of
+from anabranch.depth.dr_llm.moves import Steps
+from anabranch.errors import ConfigError, DataError
+from anabranch.files import explained, parse_json
+from anabranch.locks import locked
+
+__all__ = ["PathRow", "PathsFile", "digits_of", "read_paths", "steps_of_digits"]
+
+
+@dataclass(frozen=True)
+class PathRow:
+    """What the search of one question found.
+
+    Attributes:
+        id: of the question.
+        base_reward: of the whole model.
+        base_right: whether that counts as right.
+        path: the label, blocks in order; None where no path was right, or none was looked for.
+        good: all right paths, as digits, shortest first.
+        evaluations: different paths whose reward was computed.
+        simulations: of the tree; a path that was known cost nothing.
+        blocks: block passes made.
+        blocks_naive: those that running each path from the start would have taken.
+        seed: of this question.
+        num_blocks: L.
+        searched: whether paths were looked for; False for a question whose flips are not wanted.
+        prompt: tokens of the prompt, for training.
+        search: twelve letters that say which model, reward and settings.
+    """
+
+    id: str
+    base_reward: float
+    base_right: bool
+    path: tuple[int, ...] | None
+    good: tuple[str, ...]
+    evaluations: int
+    simulations: int
+    blocks: int
+    blocks_naive: int
+    seed: int
+    num_blocks: int
+    searched: bool
+    prompt: tuple[int, ...]
+    search: str
+
+    @property
+    def decisions(self) -> list[int] | None:
+        """The label of each block."""
+        return None if self.path is None else decisions_of(self.path, self.num_blocks)
+
+
+def digits_of(path: Steps, num_blocks: int) -> str:
+    """A path as a digit for each block."""
+    return "".join(map(str, decisions_of(path, num_blocks)))
+
+
+def steps_of_digits(digits: str) -> Steps:
+    """The path of `digits_of`."""
+    return path_of([int(digit) for digit in digits])
+
+
+def read_paths(path: str | Path) -> list[PathRow]:
+    """The rows of a file, as they stand; a last line that was cut off while it was written is left out.
+
+    Raises DataError: no file, no row, a line that is none (with its number), an id that comes twice, rows of several searches.
+    """
+    place = Path(path)
+    rows = list(_rows(place, _content(place)))
+    if not rows:
+        raise DataError(f"{place} holds no paths; anabranch depth search writes such a file")
+    _check(rows, place)
+    return rows
+
+
+def _content(place: Path) -> bytes:
+    try:
+        return place.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {place}: {(error.strerror or str(error)).lower()}") from None
+
+
+def _rows(place: Path, content: bytes) -> Iterator[PathRow]:
+    """Rows in order. What stands behind the last line end was being written when its process was killed, unless it is whole."""
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and (number < len(lines) or _is_whole(line)):
+            yield _row(line, f"{place}, line {number}")
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _row(line: bytes, where: str) -> PathRow:
+    try:
+        table = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: this is no JSON ({error}); it is to be a row of anabranch depth search") from None
+    names = [field.name for field in fields(PathRow)]
+    missing = [name for name in names if not isinstance(table, dict) or name not in table]
+    if missing:
+        raise DataError(f"{where}: there is no field {missing[0]!r}; it is to be a row of anabranch depth search")
+    count = table["num_blocks"]
+    whole = ("evaluations", "simulations", "blocks", "blocks_naive", "seed", "num_blocks")
+    for name in whole:
+        if not is_whole(table[name]) or table[name] < 0:
+            raise DataError(f"{where}: {name} is {shown(table[name])}; it must be a whole number from 0")
+    if not isinstance(table["id"], str) or not isinstance(table["search"], str):
+        raise DataError(f"{where}: id and search must be texts")
+    reward = table["base_reward"]
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or reward != reward:
+        raise DataError(f"{where}: base_reward is {shown(reward)}; it must be a number")
+    prompt = table["prompt"]
+    if not isinstance(prompt, list) or not prompt or not all(is_whole(token) and token >= 0 for token in prompt):
+        raise DataError(f"{where}: prompt is {shown(prompt)}; it must be tokens, at least one")
+    made = {name: table[name] for name in names}
+    made |= {
+        "prompt": tuple(prompt),
+        "path": _path(table["path"], count, where),
+        "good": _good(table["good"], count, where),
+    }
+    for name in ("base_right", "searched"):
+        if not isinstance(table[name], bool):
+            raise DataError(f"{where}: {name} is {shown(table[name])}; it must be true or false")
+    made["base_reward"] = float(reward)
+    return PathRow(**made)
+
+
+def _path(value: Any, num_blocks: int, where: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        decisions_of(value, num_blocks)
+    except (ConfigError, TypeError) as error:
+        raise DataError(f"{where}: path is {shown(value)}: {error}") from None
+    return tuple(value)
+
+
+def _good(value: Any, num_blocks: int, where: str) -> tuple[str, ...]:
+    digits = "".join(map(str, range(MOST_VISITS + 1)))
+    is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if not is_list or any(len(one) != num_blocks or one.strip(digits) for one in value):
+        raise DataError(f"{where}: good is {shown(value)}; it must be texts of {num_blocks} digits 0, 1 or 2")
+    return tuple(value)
+
+
+def _check(rows: Iterable[PathRow], place: Path) -> None:
+    seen: dict[str, PathRow] = {}
+    for row in rows:
+        if row.id in seen:
+            raise DataError(f"{place}: question {shown(row.id)} comes twice")
+        first = next(iter(seen.values()), row)
+        if (row.search, row.num_blocks) != (first.search, first.num_blocks):
+            raise DataError(
+                f"{place}: questions {shown(first.id)} and {shown(row.id)} are of different searches ({first.search}, {row.search}); "
+                "keep those of one model, reward and settings in a file"
+            )
+        seen[row.id] = row
+
+
+class PathsFile:
+    """A file of paths that is being written, by one process at a time.
+
+    Attributes:
+        rows: those that there are, by id.
+    """
+
+    def __init__(self, path: Path, search: str, handle: Any) -> None:
+        self._path, self._search, self._handle = path, search, handle
+        self.rows: dict[str, PathRow] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | Path, search: str) -> Iterator["PathsFile"]:
+        """Open ``path`` to go on, or make it. A line that was cut off is removed.
+
+        Raises DataError where another process is at it, it holds something else, or it is of another search (``search`` names it).
+        """
+        place = Path(path)
+        with explained(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not place.is_file():
+            raise DataError(f"cannot write {place}: it is no file; name a file of JSON lines")
+        with locked(place.with_name(f".{place.name}.lock")) as alone:
+            if not alone:
+                raise DataError(f"{place} is being written by another process; wait for it, or name another file")
+            content = _content(place) if place.exists() else b""
+            found = list(_rows(place, content))
+            _check(found, place)
+            if found and found[0].search != search:
+                raise DataError(
+                    f"{place} holds paths of another search ({found[0].search}, this one is {search}): another model, reward or "
+                    "settings; name another file"
+                )
+            was_there = place.exists()
+            with explained(place):
+                handle = place.open("ab")
+            made = cls(place, search, handle)
+            made.rows = {row.id: row for row in found}
+            try:
+                with handle:
+                    last = content.rpartition(b"\n")[2]
+                    if last and _is_whole(last):
+                        handle.write(b"\n")
+                    else:
+                        handle.truncate(len(content) - len(last))
+                    yield made
+            finally:
+                # Nothing was found before something went wrong, or nothing was asked for.
+                if not was_there and not made.rows:
+                    place.unlink(missing_ok=True)
+
+    def add(self, row: PathRow) -> None:
+        """Write a row; once this returns it stays, whatever happens to the process."""
+        if row.id in self.rows:
+            raise DataError(f"{self._path} has question {row.id!r} already")
+        table = {**asdict(row), "path": None if row.path is None else list(row.path)}
+        with explained(self._path):
+            self._handle.write(json.dumps(table, ensure_ascii=True).encode() + b"\n")
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+        self.rows[row.id] = row

