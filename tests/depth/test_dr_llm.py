@@ -19,6 +19,9 @@ from anabranch.depth.dr_llm.runner import PathRunner, QuestionRuns, padded
 from anabranch.depth.dr_llm.search import control_file, control_of, search_question
 from anabranch.depth.stack import run_path
 from anabranch.errors import ConfigError, DataError, NotFiniteError
+from anabranch.experts.rmoe import RecurrentScore
+from anabranch.nn import MoE
+from anabranch.routing import Router, TopK
 from dr_llm_made import VOCABULARY, Wants, asked, stack, transformers_stack
 
 WHOLE = (0, 1, 2, 3, 4)
@@ -152,6 +155,31 @@ def test_a_path_from_its_prefix_is_the_path_from_the_start(make, keep_bytes):
         path = draw.choice(moves_of(path, model.num_blocks))
     assert runner.naive == naive
     assert (runner.blocks < naive) == (keep_bytes > 0)
+
+
+def test_what_layers_carry_to_others_is_that_of_the_path():
+    """A recurrent router of experts hands a state on from layer to layer: branches must not share it."""
+    routed = MoE.Config(
+        num_experts=4, hidden_dim=8, router=Router.Config(score=RecurrentScore.Config(), select=TopK.Config(top_k=2))
+    )
+    model = stack(feed_forward=routed)
+    token_BL = torch.tensor([[3, 1, 4, 1, 5]])
+    runner = PathRunner(model, token_BL)
+    for path in (WHOLE, (0, 1, 3, 4), (0, 1, 2, 4), (0, 1, 3, 3, 4), (0, 1, 2, 3)):
+        with torch.no_grad():
+            assert torch.equal(runner.logits(path), run_path(model, token_BL, path)), path
+
+
+def test_states_are_kept_up_to_a_number_of_bytes():
+    one = 3 * 16 * 4
+    runner = PathRunner(stack(), torch.tensor([[1, 2, 3]]), keep_bytes=2 * one)
+    runner.logits(WHOLE)
+    before = runner.blocks
+    # The last two prefixes are there, the earlier ones are not.
+    runner.logits((0, 1, 2, 3))
+    assert runner.blocks == before
+    runner.logits((0, 1))
+    assert runner.blocks == before + 2
 
 
 def test_block_passes_are_counted():

@@ -50,11 +50,10 @@ def pool_windows(x_BLD: Tensor, mask_BL: Tensor | None, windows: int) -> tuple[T
         )
     used_B = count_B.clamp_max(windows)
     size_B = count_B // used_B
-    # Which window each token is in, counted among the real ones; beyond the last window in none.
+    # Which window each token is in, counted among the real ones; what is left over would be in window W, which there is not.
     rank_BL = real_BL.long().cumsum(1) - 1
     window_BL = rank_BL // size_B.unsqueeze(1)
-    inside_BL = real_BL & (rank_BL < (used_B * size_B).unsqueeze(1))
-    member_BWL = inside_BL.unsqueeze(1) & (
+    member_BWL = real_BL.unsqueeze(1) & (
         window_BL.unsqueeze(1) == torch.arange(windows, device=x_BLD.device)[None, :, None]
     )
     # Zero times what padding holds is NaN where that is infinite.
