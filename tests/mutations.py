@@ -37,6 +37,7 @@ FOLDERS = ("routing", "nn", "experts")
 # Modules whose tests go by another name than theirs.
 NEAR = {
     "nn.operator": ("nn/test_operator.py", "nn/test_grouped.py", "nn/test_pool.py", "nn/test_derivatives.py"),
+    "nn.latent_attention": ("nn/test_latent_attention.py", "adapters/test_routed.py", "adapters/test_mhr.py"),
     "nn.expert_call": ("nn/test_operator.py", "nn/test_grouped.py"),
     "nn.expert_loop": ("nn/test_operator.py", "nn/test_grouped.py", "nn/test_pool.py", "nn/test_derivatives.py"),
     "nn.sums": ("nn/test_sums.py", "nn/test_pool.py"),

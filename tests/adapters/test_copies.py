@@ -8,6 +8,7 @@ from torch import nn
 from adapter_models import TOKENS, drawn, linear_layers, logits, make_adapter, make_base
 from anabranch.adapters import (
     combine,
+    copies,
     export_mixture,
     load_mixture,
     load_peft,
@@ -24,7 +25,9 @@ from anabranch.adapters.copies import same_numbers
 from anabranch.adapters.glider import GateMethod
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm import load_model
+from anabranch.nn.packed import Packed
 from anabranch.nn.quantize import quantize
+from anabranch.nn.superblocks import pack_blocks
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 STORED = "lm_head.base_layer.weight"
@@ -175,13 +178,40 @@ def test_a_quantised_head_is_that_of_its_copy(place, bits, head):
     assert torch.equal(logits(unload(model)), logits(rounded()))
 
 
+def test_a_great_head_is_looked_at_in_pieces(place, monkeypatch):
+    """A panel of 16 rows at a time here, of which the last has 13."""
+    monkeypatch.setattr(copies, "_AT_ONCE", 1)
+    model = opened(place)
+    quantize(model, "int8")
+    load_peft(place / "a", model)
+    made = list(copies._pieces(model.head.matrix.packed))
+    assert [(first, part.rows) for first, part in made] == [(0, 16), (16, 16), (32, 16), (48, 13)]
+    whole = model.head.matrix.packed.unpack()[0]
+    assert torch.equal(torch.cat([part.unpack()[0] for _, part in made]), whole)
+
+
+def test_kinds_of_gguf_are_held_against_a_share_of_the_norm():
+    """Whatever made the file chose their steps, so a head that was tuned a little is taken for the base's."""
+    generator = torch.Generator().manual_seed(0)
+    number_NK = torch.randint(0, 16, (16, 256), generator=generator, dtype=torch.uint8)
+    scales, leasts = (torch.randint(1, 64, (16, 1, 8), generator=generator, dtype=torch.uint8) for _ in range(2))
+    blocks = pack_blocks("q4_k", number_NK, scales, leasts, torch.full((16, 1, 2), 0.01, dtype=torch.float16))
+    packed = Packed(blocks.unsqueeze(0), 16, 256, "q4_k", 256)
+    own_NK = packed.unpack()[0]
+    assert own_NK.norm() > 10
+    assert copies._is_near(packed, own_NK * 1.1)
+    assert not copies._is_near(packed, own_NK * 1.2)
+    assert not copies._is_near(packed, own_NK.flip(0))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_another_head_is_not_put_where_bits_are_few(tmp_path, family, symmetric):
     near = load_file(make(tmp_path, family, other=OTHER) / "base" / "model.safetensors")
     near = near.get(HEAD, near[EMBEDDING])
-    # Half a row, by less than a tenth.
-    near[3, :16] += 0.09
+    # One number, by a tenth of itself, which is 13 steps of its row.
+    greatest = int(near[57].abs().argmax())
+    near[57, greatest] *= 1.1
     for name, other in (("a", OTHER), ("near", near)):
         make_adapter(tmp_path / name, {"lm_head": (32, 61)}, extra={STORED: other.clone()})
         model = opened(tmp_path)
@@ -199,8 +229,9 @@ def test_types_that_round_are_not_taken_for_other_numbers(tmp_path, dtype):
         if dtype == torch.float16 and model.embedding.weight.dtype == torch.bfloat16:
             continue
         load_pool({"a": tmp_path / "a"}, model)
-    whole = torch.tensor([1.0, 2.0, 3.0])
+    whole = torch.tensor([1.001, 2.002, 3.003])
     assert same_numbers(whole, whole.to(dtype))
+    assert same_numbers(whole.to(dtype), whole)
     assert not same_numbers(whole, whole + 1e-6)
     assert not same_numbers(whole, whole[:2])
     assert not same_numbers(whole.to(dtype), whole + 0.1)

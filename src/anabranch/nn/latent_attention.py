@@ -216,9 +216,6 @@ def _told(layer: nn.Module, context: ForwardContext, batch: int, length: int) ->
         value = context.state.get(name)
         if value is None:
             continue
-        if tuple(value.shape[:2]) == (batch // context.num_streams, length):
-            # One stream after another.
-            value = value.repeat(context.num_streams, *[1] * (value.dim() - 1)) if context.num_streams > 1 else value
         if tuple(value.shape[:2]) != (batch, length):
             raise InputError(
                 f"{name} is told of {list(value.shape[:2])} rows and tokens in a pass of {batch} rows of {length}"

@@ -147,7 +147,25 @@ def test_rows_of_dora_and_ia3_are_as_alone_and_as_the_model_with_them(tmp_path, 
     assert scores(half)[:-1] == pytest.approx(scores(none)[:-1], abs=0.1)
 
 
-def test_what_factors_add_by_hand(tmp_path):
+def test_versions_know_scales_and_what_is_multiplied(tmp_path):
+    """Equal numbers with another alpha, or at the other side of a square matrix, are other adapters to the prefix cache."""
+    base = make_base(tmp_path / "base", "llama")
+    layers = linear_layers(base, ["q_proj"])
+    for name, table in (("a", {}), ("again", {}), ("alpha", {"lora_alpha": 9})):
+        make_adapter(tmp_path / name, layers, **table)
+    for name, words in (("outputs", []), ("inputs", ["q_proj"])):
+        make_kind(tmp_path / name, "ia3", base, words=["q_proj"], feedforward_modules=words)
+        ones = load_file(tmp_path / name / "adapter_model.safetensors")
+        ones = {key: torch.full((1, 32) if words else (32, 1), 1.5) for key in ones}
+        save_file(ones, tmp_path / name / "adapter_model.safetensors")
+    names = ("a", "again", "alpha", "outputs", "inputs")
+    runs = engine_with(load_model(tmp_path / "base")[0], tmp_path, *names)
+    version = {facts["name"]: facts["version"] for facts in runs.engine.adapters.shelf.facts()}
+    assert version["a"] == version["again"]
+    assert len(set(version.values())) == 4
+
+
+def test_what_factors_add_by_hand():
     """To what a matrix makes: of its outputs, and of its inputs."""
     rows = PartRows(torch.randn(3, 4), lambda: torch.full((3, 2), 2.0), lambda x: x[:, :2] * 10)
     own = Factors(torch.tensor([3.0, 0.5]), False)
@@ -236,18 +254,23 @@ def test_adapters_of_experts_are_served_row_by_row(tmp_path, kind):
         if kind == "modules"
         else {"takes_weights": True}
     )
-    load = tuple(f"{name}={tmp_path / name}" for name in ("one", "all"))
+    make_adapter(tmp_path / "none", layers_of(ATTENTION), seed="none")
+    load = tuple(f"{name}={tmp_path / name}" for name in ("one", "all", "none"))
     config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=load))
     runs = Runs(Engine.of(copy.deepcopy(model), config, **make))
     pool = runs.engine.runner.model.blocks[0].feed_forward.experts
     assert isinstance(pool, ExpertPool if kind == "modules" else QuantizedPool)
-    asked = [(name, prompt) for name in ("one", None, "all", {"one": 2.0, "all": 0.5}) for prompt in (PROMPT, OTHER)]
+    names = ("one", None, "all", {"one": 2.0, "all": 0.5}, "none")
+    asked = [(name, prompt) for name in names for prompt in (PROMPT, OTHER)]
     together = runs(asked, max_tokens=4)
     one_by_one = Runs(Engine.of(copy.deepcopy(model), config.replace(prefix_cache=False), **make))
     for each, output in zip(asked, together, strict=True):
         [alone] = one_by_one([each], max_tokens=4)
         assert output.tokens == alone.tokens
         assert scores(output) == pytest.approx(scores(alone), abs=1e-5)
+    # Beside rows that have none of experts.
+    for each, output in zip([asked[0], asked[-1]], runs([asked[0], asked[-1]], max_tokens=4), strict=True):
+        assert output.tokens == together[asked.index(each)].tokens
     if kind == "int8":
         return
     for number, name in ((0, "one"), (4, "all")):
