@@ -269,8 +269,9 @@ def test_adapters_of_experts_are_served_row_by_row(tmp_path, kind):
         assert output.tokens == alone.tokens
         assert scores(output) == pytest.approx(scores(alone), abs=1e-5)
     # Beside rows that have none of experts.
-    for each, output in zip([asked[0], asked[-1]], runs([asked[0], asked[-1]], max_tokens=4), strict=True):
-        assert output.tokens == together[asked.index(each)].tokens
+    few = [asked[4], asked[-1]]
+    for each, output in zip(few, one_by_one(few, max_tokens=4), strict=True):
+        assert scores(output) == pytest.approx(scores(together[asked.index(each)]), abs=1e-5)
     if kind == "int8":
         return
     for number, name in ((0, "one"), (4, "all")):

@@ -127,7 +127,7 @@ def _digest(update: Callable[[bytes | memoryview], None], part: str, numbers: Nu
     tensors = {
         name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in numbers.tensors().items()
     }
-    told = [part, numbers.what, getattr(numbers, "is_input", None)]
+    told: list[object] = [part, numbers.what]
     if not isinstance(numbers, Scale):
         told += [numbers.alpha, numbers.rslora]  # type: ignore[attr-defined]
     update(f"{told!r} {[(name, list(tensor.shape)) for name, tensor in tensors.items()]}\n".encode())
