@@ -289,7 +289,7 @@ def _own_attention(module: Any, implementation: str) -> Callable[..., Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return ALL_ATTENTION_FUNCTIONS.get(implementation, eager)
 
 
 def _causal(length: int, window: int | None, device: torch.device) -> Tensor:

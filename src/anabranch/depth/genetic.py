@@ -33,8 +33,8 @@ class GeneticConfig(Config):
         max_evaluations: chromosomes that are measured at most; the search ends early where the next would exceed it.
     """
 
-    population: int = Field(default=24, ge=2)
-    generations: int = Field(default=20, ge=0)
+    population: int = Field(default=24, ge=2, le=10**5)
+    generations: int = Field(default=20, ge=0, le=10**5)
     tournament: int = Field(default=3, ge=1)
     elitism: int = Field(default=2, ge=0)
     max_evaluations: int = Field(default=500, ge=1)

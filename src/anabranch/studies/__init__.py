@@ -29,6 +29,7 @@ STUDIES = {
     "hnsw": "anabranch.studies.hnsw:make",
     "g_rank": "anabranch.studies.g_rank:make",
     "fully_ppr": "anabranch.studies.fully_ppr:make",
+    "ftp": "anabranch.studies.ftp:make",
     "ic_cache": "anabranch.studies.ic_cache:make",
     "lora_mixer": "anabranch.studies.lora_mixer:make",
     "local_routing_consistency": "anabranch.studies.local_routing_consistency:make",

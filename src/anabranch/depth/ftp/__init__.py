@@ -21,6 +21,7 @@ from anabranch.depth.ftp.evaluate import (
     perplexity,
 )
 from anabranch.depth.ftp.features import FactorConfig, factors_of
+from anabranch.depth.ftp.fitting import FitConfig, Fitted, fit_skipper
 from anabranch.depth.ftp.items import Item
 from anabranch.depth.ftp.redundancy import Redundancy, redundancy_report
 from anabranch.depth.ftp.report import SkipReport
@@ -36,6 +37,8 @@ __all__ = [
     "Contestant",
     "Evaluation",
     "FactorConfig",
+    "FitConfig",
+    "Fitted",
     "Item",
     "Prefilled",
     "Redundancy",
@@ -58,6 +61,7 @@ __all__ = [
     "evaluate_truncated",
     "factors_of",
     "finetune_schedule",
+    "fit_skipper",
     "kl_loss",
     "perplexity",
     "project",

@@ -152,7 +152,7 @@ class Attending:
         position_BK: int64, of the new tokens, rising in each row.
         real_BK: False at what only fills a row up; None for nothing.
         wants_scores: measure how much attention each new token gets.
-        counted_BK: of which tokens, as keys and as queries; None for those that are real.
+        queries_BK, keys_BK: which new tokens count in scores, as queries and as keys; None for those that are real.
         own_only: of scores, see `column_means`.
         allowed: changes who sees whom, given the mask ``[B, K, S]``; None for as it is.
 
@@ -168,7 +168,8 @@ class Attending:
         real_BK: Tensor | None = None,
         *,
         wants_scores: bool = False,
-        counted_BK: Tensor | None = None,
+        queries_BK: Tensor | None = None,
+        keys_BK: Tensor | None = None,
         own_only: bool = False,
         allowed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -176,7 +177,7 @@ class Attending:
         self.score_BK: Tensor | None = None
         self._cache, self._position_BK, self._real_BK = cache, position_BK, real_BK
         self._wants_scores, self._own_only, self._allowed = wants_scores, own_only, allowed
-        self._counted_BK = counted_BK
+        self._queries_BK, self._keys_BK = queries_BK, keys_BK
 
     def __call__(
         self, query_BHKD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, weigh: Weigh, looks: Looks
@@ -201,8 +202,8 @@ class Attending:
                 looks,
                 query_position_BQ=self._position_BK.expand(batch, count),
                 key_position_BS=seen.position_BS,
-                query_real_BQ=self._real_BK if self._counted_BK is None else self._counted_BK,
-                key_real_BS=seen.real_BS if self._counted_BK is None else self._counted_BK,
+                query_real_BQ=self._real_BK if self._queries_BK is None else self._queries_BK,
+                key_real_BS=seen.real_BS if self._keys_BK is None else self._keys_BK,
                 own_only=self._own_only,
             )
             self.score_BK = score_BS[:, -count:]

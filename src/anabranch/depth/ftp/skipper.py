@@ -116,7 +116,7 @@ class TokenSkipper:
         now = {
             "schedule": self.schedule, "router": self.router, "mode": self.mode, "kv": self.kv, "one_pass": self.one_pass,
             "factors": self.factors, "seed": self.seed, **changes,
-        }  # fmt: skip
+        }
         return TokenSkipper(self.stack, **now)
 
     @property
@@ -290,11 +290,11 @@ class TokenSkipper:
             routing = self.routing(prefilled, layer)
             builder.add(
                 TraceLayer(layer=layer, name=f"blocks.{layer}.tokens", num_destinations=2, top_k=1),
-                routing.index_NK.cpu(),
-                routing.weight_NK.cpu(),
-                item_N=row_N.cpu(),
-                position_N=places_of(prefilled.real_BL)[row_N, column_N].cpu(),
-                token_N=prefilled.token_BL[row_N, column_N].cpu(),
+                routing.index_NK.cpu().numpy(),
+                routing.weight_NK.cpu().numpy(),
+                item_N=row_N.cpu().numpy(),
+                position_N=places_of(prefilled.real_BL)[row_N, column_N].cpu().numpy(),
+                token_N=prefilled.token_BL[row_N, column_N].cpu().numpy(),
             )
         return builder.trace()
 

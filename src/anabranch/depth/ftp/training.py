@@ -58,7 +58,7 @@ class TrainingConfig(Config):
         clip: most norm of the gradient.
     """
 
-    steps: int = Field(default=2000, ge=1)
+    steps: int = Field(default=2000, ge=1, le=10**7)
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
     distance: Literal["states", "kl"] = "states"
@@ -193,7 +193,8 @@ def _computed(
         BlockCache(),
         position_1L,
         wants_scores=decider.wants_scores(layer),
-        counted_BK=counted_1L,
+        queries_BK=counted_1L,
+        keys_BK=counted_1L if kv == "drop" else None,
         own_only=decider.factors.causal,
         allowed=(lambda mask_1LL: mask_1LL & (keep_1L.unsqueeze(1) | itself_LL)) if hides else None,
     )

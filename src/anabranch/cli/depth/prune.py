@@ -1,0 +1,132 @@
+"""``anabranch depth prune``: which tokens of a prompt each block of a model computes (FTP)."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
+from anabranch.cli.options import AsJson, Assignments, Device, Dtype, Model, Quiet, Seed, finite_number, read_assignments
+from anabranch.cli.output import fact, print_json, shell_word, wrote
+from anabranch.cli.progress import Progress
+from anabranch.extras import require
+from anabranch.files import check_apart
+
+# What an unfinished fit has measured lies beside its output.
+UNFINISHED = ".unfinished"
+# Tokens behind a prompt of a text.
+AFTER = 16
+
+
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The skipper, one small file.")],
+    source: Source = None,
+    data: Data = None,
+    sparsity: Annotated[
+        float,
+        typer.Option(
+            metavar="S", callback=finite_number, help="Mean share of a prompt's tokens that blocks pass over, below 0.9."
+        ),
+    ] = 0.3,
+    router: Annotated[
+        Literal["learned", "static"],
+        typer.Option(help="What decides: a router that learns, or places alone, where the search of a schedule is all."),
+    ] = "learned",
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The router learns so many prompts (training.steps). Default: 2000.")
+    ] = None,
+    generations: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Of each search (schedule.genetic.generations). Default: 20."),
+    ] = None,
+    calibration: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Prompts on which schedules are measured. Default: 40.")
+    ] = None,
+    mode: Annotated[
+        Literal["topk", "threshold"], typer.Option(help="Compute exactly (1 - s) N tokens, or those that the router wants.")
+    ] = "topk",
+    kv: Annotated[
+        Literal["drop", "keep"], typer.Option(help="Keys and values of tokens that are passed over: none, or made all the same.")
+    ] = "drop",
+    one_pass: Annotated[bool, typer.Option("--one-pass", help="Decide about all blocks behind the first one.")] = False,
+    limit: Limit = None,
+    context: Context = 64,
+    seed: Seed = 0,
+    assignments: Assignments = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a skipper of tokens: search how much each block passes over, let a router of 450 parameters learn, search on with it.
+
+    Nothing of the model changes. Stopped, the same line goes on.
+
+    Example: anabranch depth prune SmolLM2-135M --data questions.jsonl --sparsity 0.3 --out skipper.safetensors
+    """
+    require("lm", by="anabranch depth prune")
+    from anabranch.config import override
+    from anabranch.depth.ftp import FitConfig, Fitted, fit_skipper
+    from anabranch.depth.ftp.schedule import check_sparsity
+    from anabranch.depth.genetic import Generation
+    from anabranch.lm.folder import files_of
+
+    text = one_of(source, data)
+    unfinished = out.with_name(out.name + UNFINISHED)
+    check_apart([out, unfinished], [text, *files_of(model)])
+    said = {
+        "router": router, "mode": mode, "kv": kv, "one_pass": one_pass, "calibration": calibration, "training.steps": steps,
+        "schedule.genetic.generations": generations,
+    }
+    settings = {name: value for name, value in said.items() if value is not None} | read_assignments(assignments)
+    config = override(FitConfig(), settings)
+    check_sparsity(sparsity, config.schedule.s_max)
+    stack, tokenizer = stack_at(model, dtype, device)
+    questions, name = questions_of(model, stack, tokenizer, text, context=context, after=AFTER, limit=limit)
+    items = [(one.prompt, one.answer) for one in questions]
+    searches = 1 if config.router == "static" else 1 + config.rounds
+    learning = 0 if config.router == "static" else config.rounds * config.training.steps
+    total = searches * (config.schedule.genetic.generations + 1) + learning
+    with Progress(total, "step", quiet=quiet) as shown:
+        done = 0
+
+        def generation(stage: str, one: Generation) -> None:
+            nonlocal done
+            done += 1
+            shown.update(done, f"{stage} {one.number}: {-one.best:.4f} nats, {one.evaluations} schedules")
+
+        def step(number: int, losses: dict[str, float]) -> None:
+            nonlocal done
+            done += 1
+            shown.update(done, f"router {number}: loss {losses['loss']:.4f}, skips {losses['achieved']:.3f}")
+
+        fitted: Fitted = fit_skipper(
+            stack, items, sparsity, config, seed=seed, unfinished=unfinished, on_generation=generation, on_step=step
+        )
+    fitted.skipper.save(out)
+    told: dict[str, Any] = {
+        "model": model,
+        "data": name,
+        "items": len(items),
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "sparsity": fitted.skipper.sparsity,
+        "schedule": list(fitted.skipper.schedule),
+        "evaluations": fitted.evaluations,
+        "searched": {"loss": fitted.searched.loss, "initial": fitted.searched.initial},
+        "tuned": [{"loss": one.loss, "before": one.initial["searched"]} for one in fitted.tuned],
+        "router_loss": fitted.history[-1] if fitted.history else None,
+    }
+    if as_json:
+        print_json(told)
+        return
+    fact("model", f"{model}   {stack.num_blocks} blocks")
+    fact("data", f"{name}   {len(items)} prompts, schedules on {min(len(items), config.calibration)} of them")
+    begun = fitted.searched.initial.get("uniform", float("nan"))
+    fact("search", f"uniform {begun:.4f}, found {fitted.searched.loss:.4f} nats per token ({config.objective}), places alone")
+    for one in fitted.tuned:
+        fact("router", f"{one.initial['searched']:.4f} with it, {one.loss:.4f} after the second search")
+    fact("blocks", " ".join(f"{value:.2f}" for value in fitted.skipper.schedule))
+    fact("cost", f"{fitted.evaluations} schedules measured; the file has {out.stat().st_size:,} bytes")
+    wrote(str(out), f"anabranch depth prune-eval {shell_word(model)} {shell_word(out)} --data TEST.jsonl")
