@@ -149,7 +149,7 @@ def test_training_lowers_the_loss_and_meets_the_sparsity():
     assert [step for step, _ in told] == list(range(150))
     assert [losses for _, losses in told] == history
     late = [row["sparsity"] for row in history[-30:]]
-    assert sum(late) / 30 < 0.5 * sum(row["sparsity"] for row in history[:10]) / 10 or sum(late) / 30 < 0.8
+    assert sum(late) / 30 < sum(row["sparsity"] for row in history[:10]) / 10
     found = TokenSkipper(model, schedule, router, mode="threshold").prefill([data[0][0]]).report
     assert found.sparsity == pytest.approx(0.4, abs=0.2)
     again, repeated = train_router(model, data, schedule, config=config)

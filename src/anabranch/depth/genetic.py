@@ -10,6 +10,7 @@ one fitness the search takes the same way again, so a memo on disk makes it stop
 import math
 import random
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -120,7 +121,8 @@ def evolve(
     while len(members) < config.population:
         members.append(mutate(draw.choice(list(initial)), draw))
     history: list[Generation] = []
-    try:
+    # Without an evaluation left, the best of what was measured is what the search has found.
+    with suppress(_Spent):
         for number in range(config.generations + 1):
             if number:
                 members = _next(members, search, cross, mutate, config, draw)
@@ -130,8 +132,6 @@ def evolve(
             history.append(Generation(number, max(values), mean, search.evaluations))
             if on_generation is not None:
                 on_generation(history[-1])
-    except _Spent:
-        pass  # the best of what was measured is what the search has found
     if search.best is None:
         raise NotFiniteError("no chromosome of the search has a finite fitness; is the model, or the data, broken?")
     return Evolved(search.best[0], search.best[1], search.evaluations, history)
