@@ -219,9 +219,7 @@ def test_a_model_that_changes_nothing_is_all_redundant():
     with torch.no_grad():
         for block in model.blocks:
             block.attention.out.weight.zero_()
-            for name, weight in block.feed_forward.named_parameters():
-                if "down" in name:
-                    weight.zero_()
+            block.feed_forward.w2.weight.zero_()
     assert redundancy_report(model, [tokens(1, 6)], (0.99,)).overall == (1.0,)
 
 
