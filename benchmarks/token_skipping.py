@@ -2,9 +2,9 @@
 
 A model of the shape of SmolLM2-135M with weights that were drawn (times do not depend on them), one prompt of 2,048 tokens, S = 0.3 and
 0.4 with a uniform schedule and exact budgets. Ours is `TokenSkipper.prefill`; the peer is the prefill of the same model that passes over
-nothing. Bar: a ratio of at least 0.8 times that of multiply-adds in blocks. Who decides: places alone; the router of 450 parameters with new
-attention scores in each block, in every fourth, or once behind the first block. The share of the time that is the router's alone is timed
-apart; its bar is 2% of a block.
+nothing. Bar: a ratio of at least 0.8 times that of multiply-adds in blocks. Who decides: places alone; the router of 450 parameters with
+new attention scores in each block, in every fourth, or once behind the first block. The share of the time that is the router's alone is
+timed apart; its bar is 2% of a block.
 
     python benchmarks/token_skipping.py --json benchmarks/results/token_skipping.json
 """
@@ -43,7 +43,9 @@ def model_of(layers: int) -> Decoder:
     return config.build(seed=0).eval()
 
 
-def row(model: Decoder, case: str, sparsity: float, options: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, Any]:
+def row(
+    model: Decoder, case: str, sparsity: float, options: dict[str, Any], ids: torch.Tensor, rounds: int
+) -> dict[str, Any]:
     """One decider at one sparsity."""
     layers = len(model.blocks)
     router = options.get("router") or TokenRouter(seed=0)
@@ -53,7 +55,12 @@ def row(model: Decoder, case: str, sparsity: float, options: dict[str, Any], ids
     report = ours.prefill(ids).report
     flop_ratio = 1 / (1 - report.saved)
     found = compare(case, lambda: ours.prefill(ids), {"dense": lambda: dense.prefill(ids)}, rounds=rounds)
-    return {**found, "flop_ratio": round(flop_ratio, 3), "sparsity": round(report.sparsity, 4), "bar": round(BAR * flop_ratio, 3)}
+    return {
+        **found,
+        "flop_ratio": round(flop_ratio, 3),
+        "sparsity": round(report.sparsity, 4),
+        "bar": round(BAR * flop_ratio, 3),
+    }
 
 
 def router_row(model: Decoder, ids: torch.Tensor, rounds: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from anabranch.depth.ftp import TokenRouter
 from anabranch.lm import Decoder
 from anabranch.nn import SelfAttention, SwiGLU
 
@@ -31,3 +32,20 @@ def tokens(batch=1, length=12, seed=0):
 def items(count=3, prompt=10, continuation=4, seed=0):
     rows = tokens(count, prompt + continuation, seed).tolist()
     return [(row[:prompt], row[prompt:]) for row in rows]
+
+
+def router(seed=3, config=None):
+    """One that has not learned, and decides now so, now so: of factors by rank, place and attention; of hidden states by chance."""
+    made = TokenRouter(config, seed=seed).requires_grad_(False)
+    if made.config.inputs == "hidden":
+        made.second.bias.zero_()
+        return made
+    for parameter in made.parameters():
+        parameter.mul_(0.05)
+    place, score, rank = made.first.weight[0], made.first.weight[1], made.first.weight[2]
+    place[0] += 1.0
+    score[1] += 1.0
+    rank[2] += 1.0
+    made.second.weight[1, :3] += torch.tensor([0.3, 0.05, 1.0])
+    made.second.bias[1] -= 0.75
+    return made

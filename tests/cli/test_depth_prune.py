@@ -69,7 +69,9 @@ def test_a_fit_makes_one_small_file_that_is_measured(here, work, pruned, rows, f
     assert found["ours"]["block_flops_saved"] == pytest.approx(ours.saved)
     assert found["dense"]["agreement"] == 1
     assert found["shortgpt"]["block_flops"] >= found["ours"]["block_flops"]
-    alone = told(here("depth", "prune-eval", pruned, "skipper", "--data", rows, "--no-baselines", "--json"))["contestants"]
+    alone = told(here("depth", "prune-eval", pruned, "skipper", "--data", rows, "--no-baselines", "--json"))[
+        "contestants"
+    ]
     assert alone == {name: found[name] for name in ("dense", "ours")}
 
 
@@ -93,7 +95,22 @@ def test_what_people_read(here, pruned, rows, fitted):
 def test_windows_of_a_text_do_as_well(here, work, pruned):
     (work / "pruned.txt").write_text("def total(values):\n    return sum(values)\n" * 20)
     found = told(
-        here("depth", "prune", pruned, "pruned.txt", "--context", 20, "--limit", 3, "--out", "by-text", *SMALL, "--mode", "threshold", "--json")
+        here(
+            "depth",
+            "prune",
+            pruned,
+            "pruned.txt",
+            "--context",
+            20,
+            "--limit",
+            3,
+            "--out",
+            "by-text",
+            *SMALL,
+            "--mode",
+            "threshold",
+            "--json",
+        )
     )
     assert found["items"] == 3
     model, _ = load_model(work / pruned)

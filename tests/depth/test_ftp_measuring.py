@@ -6,9 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from damage import damaged, each, refuse_or_read
 from safetensors import safe_open
-from skipped_models import BLOCKS, decoder, items, tokens
 
 from anabranch.depth.ftp import (
     FactorConfig,
@@ -27,16 +25,19 @@ from anabranch.depth.ftp import (
 from anabranch.depth.influence import block_influence
 from anabranch.depth.stack import run_path, stack_of
 from anabranch.errors import CheckpointError, ConfigError, DataError, InputError, NotFiniteError
+from damage import damaged, each, refuse_or_read
+from skipped_models import BLOCKS, decoder, items, tokens
+from skipped_models import router as undecided
 
 SCHEDULE = (0.0, 0.4, 0.6, 0.3, 0.2)
 
 
 def skipper_of(router=None, **options):
-    return TokenSkipper(decoder(), SCHEDULE, router or TokenRouter(seed=3), **options)
+    return TokenSkipper(decoder(), SCHEDULE, router or undecided(), **options)
 
 
 def nats_of(logits_LV, target):
-    return float(F.cross_entropy(logits_LV, torch.tensor(target), reduction="sum"))
+    return float(F.cross_entropy(logits_LV.detach(), torch.tensor(target), reduction="sum"))
 
 
 # Likelihoods
@@ -98,19 +99,22 @@ def test_pruned_text_has_a_perplexity_only_where_nothing_looks_ahead():
         with pytest.raises(ConfigError, match="would leak its future"):
             perplexity(skipper, text)
     model = decoder()
-    expected = F.cross_entropy(model(text[:, :-1]).logits_BLV[0], text[0, 1:])
     for schedule in ([0.0] * BLOCKS, [0.0, 1.0, 0.0, 0.0, 1.0]):
         found = math.log(perplexity(TokenSkipper(model, schedule), text))
         path = [layer for layer, one in enumerate(schedule) if not one]
-        logits = run_path(stack_of(model), text[:, :-1], path)
+        with torch.no_grad():
+            logits = run_path(stack_of(model), text[:, :-1], path)
         assert found == pytest.approx(float(F.cross_entropy(logits[0], text[0, 1:])), rel=1e-5)
-    assert float(expected) > 0
 
 
 @pytest.mark.parametrize("config", [None, RouterConfig(inputs="hidden", dim=32)])
 def test_causal_decisions_do_not_know_later_tokens(config):
     skipper = TokenSkipper(
-        decoder(), SCHEDULE, TokenRouter(config, seed=3), mode="threshold", factors=FactorConfig(causal=True, positions=20)
+        decoder(),
+        SCHEDULE,
+        undecided(config=config),
+        mode="threshold",
+        factors=FactorConfig(causal=True, positions=20),
     )
     text, other = tokens(1, 16), tokens(1, 16)
     other[0, 10:] = (other[0, 10:] + 7) % 31
@@ -119,9 +123,7 @@ def test_causal_decisions_do_not_know_later_tokens(config):
     torch.testing.assert_close(skipper.uncached(one)[:, :10], skipper.uncached(two)[:, :10], rtol=1e-4, atol=1e-5)
     assert not one.keep_IBL.all()
     # Piece by piece it is what it is at once.
-    nats = [
-        nats_of(skipper.prefill(text[:, :end]).logits_BV, [int(text[0, end])]) for end in range(1, 16)
-    ]
+    nats = [nats_of(skipper.prefill(text[:, :end]).logits_BV, [int(text[0, end])]) for end in range(1, 16)]
     if config is None or config.inputs == "factors":
         assert math.log(perplexity(skipper, text)) == pytest.approx(sum(nats) / 15, rel=1e-4)
 
@@ -133,7 +135,9 @@ def test_truncation_is_the_dense_model_on_the_shorter_prompt():
     assert (found.nats, found.work) == (shorter.nats, shorter.work)
     assert found.dense == evaluate_path(stack, [(prompt, continuation)]).dense > found.work
     # With all blocks alike, static skipping is truncation but for the places of tokens.
-    assert evaluate_truncated(stack, [(prompt, continuation)], 0).nats == pytest.approx(evaluate_path(stack, [(prompt, continuation)]).nats)
+    assert evaluate_truncated(stack, [(prompt, continuation)], 0).nats == pytest.approx(
+        evaluate_path(stack, [(prompt, continuation)]).nats
+    )
 
 
 def test_shortgpt_has_at_least_the_work():
@@ -167,7 +171,14 @@ def test_a_comparison_has_every_baseline_at_its_work():
 
 @pytest.mark.parametrize(
     ("prompt", "continuation", "error"),
-    [([], [1], DataError), ([1], [], DataError), ([1], [77], InputError), ("ab", [1], InputError), (None, [1], InputError), ([1] * 2048, [1], DataError)],
+    [
+        ([], [1], DataError),
+        ([1], [], DataError),
+        ([1], [77], InputError),
+        ("ab", [1], InputError),
+        (None, [1], InputError),
+        ([1] * 2048, [1], DataError),
+    ],
 )
 def test_wrong_pairs(prompt, continuation, error):
     with pytest.raises(error):
@@ -244,7 +255,10 @@ def file_of(tmp_path, router=None, **options):
     ("router", "options"),
     [
         (None, {}),
-        (None, {"mode": "threshold", "kv": "keep", "one_pass": True, "factors": FactorConfig(causal=True, most_score=3.0)}),
+        (
+            None,
+            {"mode": "threshold", "kv": "keep", "one_pass": True, "factors": FactorConfig(causal=True, most_score=3.0)},
+        ),
         ("static", {"kv": "keep"}),
         ("random", {"seed": 7}),
     ],
@@ -268,7 +282,7 @@ def test_a_file_for_as_many_blocks_as_a_real_model_is_small(tmp_path):
 
 def test_a_file_is_of_one_model(tmp_path):
     _, path = file_of(tmp_path)
-    with pytest.raises(CheckpointError, match="is of a model with fingerprint [0-9a-f]{12}; this one has"):
+    with pytest.raises(CheckpointError, match=r"is of a model with fingerprint [0-9a-f]{12}; this one has"):
         TokenSkipper.load(path, decoder(seed=1))
     with pytest.raises(CheckpointError, match="is of a model of 5 blocks; this one has 4"):
         TokenSkipper.load(path, decoder(4))

@@ -6,7 +6,6 @@ import random
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from skipped_models import BLOCKS, decoder, items
 
 from anabranch.depth.ftp import (
     ScheduleConfig,
@@ -23,6 +22,7 @@ from anabranch.depth.ftp.schedule import ScheduleSpace, key_of
 from anabranch.depth.genetic import GeneticConfig
 from anabranch.depth.stack import stack_of
 from anabranch.errors import ConfigError, DataError, InputError
+from skipped_models import BLOCKS, decoder, items
 
 SMALL = ScheduleConfig(genetic=GeneticConfig(population=6, generations=2, elitism=1))
 
@@ -39,7 +39,7 @@ def test_projection_keeps_mean_and_bounds(rows, share):
     assert abs(math.fsum(made) / len(made) - mean) <= 1e-9
     assert all(a <= value <= b for value, a, b in zip(made, low, high, strict=True))
     # What is not at a bound was shifted alike.
-    shifts = [m - v for m, v, a, b in zip(made, values, low, high, strict=True) if a < m < b]
+    shifts = [m - v for m, v, a, b in zip(made, values, low, high, strict=True) if a + 1e-9 < m < b - 1e-9]
     assert not shifts or max(shifts) - min(shifts) < 1e-6
 
 
@@ -50,7 +50,7 @@ def test_projection_by_hand():
         project([0.5, 0.5], 0.8, [0, 0], [0.0, 1.0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     sparsity=st.floats(0, 0.8),
     blocks=st.integers(2, 30),
@@ -111,7 +111,7 @@ def test_a_sparsity_that_the_free_blocks_do_not_allow():
     with pytest.raises(ConfigError, match=r"0\.8 over 2 blocks cannot be; .* allows 0 to 0\.45"):
         uniform_schedule(0.8, 2)
     assert uniform_schedule(0.3, 4) == pytest.approx((0.0, 0.4, 0.4, 0.4))
-    assert uniform_schedule(0.3, 4, ScheduleConfig(first_dense=False)) == (0.3,) * 4
+    assert uniform_schedule(0.3, 4, ScheduleConfig(first_dense=False)) == pytest.approx((0.3,) * 4)
 
 
 @pytest.mark.parametrize("objective", ["nll", "kl"])
@@ -167,7 +167,9 @@ def test_wrong_items(data, error, told):
         search_schedule(decoder(), data, 0.3, config=SMALL)
 
 
-@pytest.mark.parametrize("wrong", [{"s_max": 1.0}, {"s_max": 0}, {"grid": 0}, {"mutation": 2}, {"crossover": -1}, {"most_moved": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"s_max": 1.0}, {"s_max": 0}, {"grid": 0}, {"mutation": 2}, {"crossover": -1}, {"most_moved": 0}]
+)
 def test_wrong_configs(wrong):
     with pytest.raises(ConfigError):
         ScheduleConfig(**wrong)

@@ -5,21 +5,30 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from skipped_models import BLOCKS, decoder, items, tokens
 
-from anabranch.depth.ftp import FactorConfig, RouterConfig, TokenRouter, TokenSkipper, TrainingConfig, sparsity_loss, train_router
+from anabranch.depth.ftp import (
+    FactorConfig,
+    RouterConfig,
+    TokenRouter,
+    TokenSkipper,
+    TrainingConfig,
+    sparsity_loss,
+    train_router,
+)
 from anabranch.depth.ftp.decider import Decider
 from anabranch.depth.ftp.router import straight_through
 from anabranch.depth.ftp.training import frozen, gated_pass
 from anabranch.depth.gathered import gathered
 from anabranch.depth.stack import stack_of
 from anabranch.errors import ConfigError, DataError, NotFiniteError
+from skipped_models import BLOCKS, decoder, items, tokens
+from skipped_models import router as router_of
 
 SCHEDULE = (0.0, 0.4, 0.6, 0.3, 1.0)
 
 
 def router_with_gradient(config=None, seed=3):
-    return TokenRouter(config, seed=seed).requires_grad_(True)
+    return router_of(seed, config).requires_grad_(True)
 
 
 def gated(model, router, token_1L, prompt, schedule=SCHEDULE, kv="drop", **options):
@@ -41,7 +50,9 @@ def test_gates_are_exactly_what_was_decided():
 
 
 @pytest.mark.parametrize("kv", ["drop", "keep"])
-@pytest.mark.parametrize("options", [{}, {"one_pass": True}, {"factors": FactorConfig(causal=True)}, {"factors": FactorConfig(refresh=2)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"one_pass": True}, {"factors": FactorConfig(causal=True)}, {"factors": FactorConfig(refresh=2)}]
+)
 def test_the_pass_with_gates_is_the_pruned_pass(kv, options):
     model, token_1L = decoder(window=5), tokens(1, 15)
     router = router_with_gradient()
@@ -100,7 +111,8 @@ def test_the_gradient_of_a_gate_is_that_of_a_soft_mixture():
     change = ((y - x) * weight).sum(-1)
     # d loss / d soft_1 = weight y, d loss / d soft_0 = weight x; the first token has no say.
     expected = torch.autograd.grad(
-        (soft[:, 1:, 1] * (y * weight).sum(-1)[:, 1:] + soft[:, 1:, 0] * (x * weight).sum(-1)[:, 1:]).sum(), list(router.parameters())
+        (soft[:, 1:, 1] * (y * weight).sum(-1)[:, 1:] + soft[:, 1:, 0] * (x * weight).sum(-1)[:, 1:]).sum(),
+        list(router.parameters()),
     )
     assert change.abs().max() > 0.1
     for one, two in zip(found, expected, strict=True):
@@ -142,27 +154,34 @@ def test_shares_are_those_of_the_prompt_with_a_gradient():
 
 
 def test_training_lowers_the_loss_and_meets_the_sparsity():
-    model, data = decoder(), items(6, prompt=20)
-    config = TrainingConfig(steps=150, learning_rate=1e-2, lambda_d=0.1)
-    schedule, told = (0.0, 0.5, 0.5, 0.5, 0.5), []
-    router, history = train_router(model, data, schedule, config=config, on_step=lambda step, losses: told.append((step, losses)))
-    assert [step for step, _ in told] == list(range(150))
+    model, data = decoder(3), items(6, prompt=20)
+    config = TrainingConfig(steps=60, learning_rate=2e-2, lambda_d=0.1)
+    schedule, told = (0.0, 0.6, 0.6), []
+    router, history = train_router(
+        model, data, schedule, config=config, on_step=lambda step, losses: told.append((step, losses))
+    )
+    assert [step for step, _ in told] == list(range(60))
     assert [losses for _, losses in told] == history
-    late = [row["sparsity"] for row in history[-30:]]
-    assert sum(late) / 30 < sum(row["sparsity"] for row in history[:10]) / 10
+    late = [row["sparsity"] for row in history[-20:]]
+    assert sum(late) / 20 < sum(row["sparsity"] for row in history[:10]) / 10
     found = TokenSkipper(model, schedule, router, mode="threshold").prefill([data[0][0]]).report
     assert found.sparsity == pytest.approx(0.4, abs=0.2)
-    again, repeated = train_router(model, data, schedule, config=config)
-    assert repeated == history
-    assert all(torch.equal(a, b) for a, b in zip(router.parameters(), again.parameters(), strict=True))
+
+
+def test_training_goes_the_same_way_again():
+    model, config = decoder(3), TrainingConfig(steps=5)
+    runs = [train_router(model, items(), (0.0, 0.5, 0.5), config=config, seed=4) for _ in range(2)]
+    assert runs[0][1] == runs[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True))
+    assert train_router(model, items(), (0.0, 0.5, 0.5), config=config, seed=5)[1] != runs[0][1]
 
 
 def test_the_guide_teaches_the_static_router():
-    model, data = decoder(), items(4, prompt=20)
-    config = TrainingConfig(steps=250, learning_rate=2e-2, lambda_d=0, lambda_s=0, guided=1.0)
-    schedule = (0.0, 0.5, 0.5, 0.0, 0.0)
+    model, data = decoder(3), items(4, prompt=20)
+    config = TrainingConfig(steps=80, learning_rate=4e-2, lambda_d=0, lambda_s=0, guided=1.0)
+    schedule = (0.0, 0.5, 0.5)
     router, history = train_router(model, data, schedule, config=config)
-    assert history[-1]["guide"] < 0.3 < history[0]["guide"]
+    assert history[-1]["guide"] < 0.4 < history[0]["guide"]
     keep = TokenSkipper(model, schedule, router).prefill([data[0][0]]).keep_IBL[1:3]
     static = TokenSkipper(model, schedule).prefill([data[0][0]]).keep_IBL[1:3]
     assert float((keep == static).float().mean()) >= 0.9
@@ -202,7 +221,9 @@ def test_a_prompt_of_one_token_teaches_nothing():
     model = decoder()
     router = TokenRouter(seed=1)
     before = [parameter.clone() for parameter in router.parameters()]
-    _, history = train_router(model, [([3], [4, 5])], SCHEDULE, router=router, config=TrainingConfig(steps=2, weight_decay=0))
+    _, history = train_router(
+        model, [([3], [4, 5])], SCHEDULE, router=router, config=TrainingConfig(steps=2, weight_decay=0)
+    )
     assert all(math.isfinite(row["loss"]) for row in history)
     assert all(torch.equal(a, b) for a, b in zip(before, router.parameters(), strict=True))
 

@@ -5,12 +5,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from block_stacks import MAKERS, tokens
-
-from anabranch.depth.ftp import TokenRouter, TokenSkipper, TrainingConfig, evaluate, redundancy_report, train_router
+from anabranch.depth.ftp import TokenSkipper, TrainingConfig, evaluate, redundancy_report, train_router
 from anabranch.depth.gathered import gathered
 from anabranch.depth.stack import run_path, stack_of
 from anabranch.errors import ConfigError
+from block_stacks import MAKERS, tokens
+from skipped_models import router as router_of
 
 THEIRS = [name for name in MAKERS if not name.startswith("ours")]
 SCHEDULE = (0.0, 0.5, 0.3)
@@ -20,10 +20,11 @@ SCHEDULE = (0.0, 0.5, 0.3)
 def test_nothing_to_skip_is_the_dense_model(name):
     model, token_BL = MAKERS[name](), tokens(2, 9)
     before = model.config._attn_implementation
-    for router in ("static", TokenRouter(seed=3)):
+    for router in ("static", router_of()):
         found = TokenSkipper(model, [0.0] * 3, router).prefill(token_BL).logits_BV
         if "window" not in name:
-            assert torch.equal(found, run_path(stack_of(model), token_BL, last_only=True)[:, -1])
+            with torch.no_grad():
+                assert torch.equal(found, run_path(stack_of(model), token_BL, last_only=True)[:, -1])
         torch.testing.assert_close(found, model(token_BL).logits[:, -1], rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == before
 
@@ -32,7 +33,7 @@ def test_nothing_to_skip_is_the_dense_model(name):
 @pytest.mark.parametrize("kv", ["drop", "keep"])
 def test_cached_decoding_is_the_pass_without_a_cache(name, kv):
     whole = tokens(2, 16)
-    for router in ("static", TokenRouter(seed=3)):
+    for router in ("static", router_of()):
         skipper = TokenSkipper(MAKERS[name](), SCHEDULE, router, kv=kv)
         prefilled = skipper.prefill(whole[:, :12])
         pieces = [skipper.decode(whole[:, start:end], prefilled) for start, end in ((12, 13), (13, 16))]
@@ -66,7 +67,9 @@ def test_skipping_is_their_own_blocks_under_a_mask(name):
 def test_the_router_learns(name):
     model = MAKERS[name]().train()
     rows = tokens(3, 14).tolist()
-    router, history = train_router(model, [(row[:10], row[10:]) for row in rows], SCHEDULE, config=TrainingConfig(steps=3))
+    router, history = train_router(
+        model, [(row[:10], row[10:]) for row in rows], SCHEDULE, config=TrainingConfig(steps=3)
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
     assert history[-1]["loss"] > 0
@@ -75,9 +78,11 @@ def test_the_router_learns(name):
 
 def test_padding_and_the_matrix():
     model, row = MAKERS["llama"](), tokens(1, 7)
-    skipper = TokenSkipper(model, SCHEDULE, TokenRouter(seed=3))
+    skipper = TokenSkipper(model, SCHEDULE, router_of())
     padded, mask = torch.cat((torch.full((1, 3), 5), row), dim=1), torch.tensor([[0] * 3 + [1] * 7])
-    torch.testing.assert_close(skipper.prefill(padded, mask).logits_BV, skipper.prefill(row).logits_BV, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        skipper.prefill(padded, mask).logits_BV, skipper.prefill(row).logits_BV, rtol=1e-4, atol=1e-4
+    )
     assert len(redundancy_report(model, [row]).mean) == 3
 
 

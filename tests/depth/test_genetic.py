@@ -26,7 +26,9 @@ def mutate(row, draw):
 
 
 def search(measure=fitness, **options):
-    config = GeneticConfig(**{"population": 20, "generations": 30, "max_evaluations": 2000, **options.pop("config", {})})
+    config = GeneticConfig(
+        **{"population": 20, "generations": 30, "max_evaluations": 2000, **options.pop("config", {})}
+    )
     return evolve([(0,) * 5], measure, cross=cross, mutate=mutate, config=config, **options)
 
 
@@ -91,7 +93,9 @@ def test_one_seed_one_way(seed, population, elitism):
     assert search(seed=seed, config=config) == search(seed=seed, config=config)
 
 
-@pytest.mark.parametrize("wrong", [{"population": 1}, {"elitism": 24}, {"generations": -1}, {"tournament": 0}, {"max_evaluations": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"population": 1}, {"elitism": 24}, {"generations": -1}, {"tournament": 0}, {"max_evaluations": 0}]
+)
 def test_wrong_sizes(wrong):
     with pytest.raises(AnabranchError):
         GeneticConfig(**wrong)

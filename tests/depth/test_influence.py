@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from skipped_models import decoder, tokens
 
 from anabranch.depth.influence import block_cosines, block_influence, least_influence_first, without_least
 from anabranch.depth.stack import stack_of
 from anabranch.errors import ConfigError, DataError
+from skipped_models import decoder, tokens
 
 
 def by_hand(model, token_BL):

@@ -43,7 +43,8 @@ def test_the_frozen_size():
 def test_the_rule():
     def runs(gaps, agreement=0.9):
         return {
-            seed: {"closeness": -gap, "half_closeness": -gap / 2, "agreement": agreement} for seed, gap in enumerate(gaps)
+            seed: {"closeness": -gap, "half_closeness": -gap / 2, "agreement": agreement}
+            for seed, gap in enumerate(gaps)
         }
 
     found = {

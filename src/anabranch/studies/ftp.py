@@ -1,12 +1,12 @@
 """What does skipping tokens cost, beside cutting prompts, leaving out blocks, and skipping at random?
 
-"FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing", 2024, arXiv 2412.11494. The paper, on accuracy retained:
-Qwen1.5-7B at 22% 99.21% against 60.57% of BlockPruner; LLaMA2-7B at 30% 98.03% with a schedule searched and tuned against 72.80% with a
-uniform one, and static router 97.63% against random tokens 68.96%; routers of four factors 98.03%, of hidden states 86.02%.
+"FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing", 2024, arXiv 2412.11494. The paper, on accuracy
+retained: Qwen1.5-7B at 22% 99.21% against 60.57% of BlockPruner; LLaMA2-7B at 30% 98.03% with a schedule searched and tuned against
+72.80% with a uniform one, and static router 97.63% against random tokens 68.96%; routers of four factors 98.03%, of hidden states 86.02%.
 
-Scaled down: SmolLM2-135M-Instruct on GSM8K (``qa/gsm8k_test.jsonl.gz`` of the folder that ANABRANCH_DATA names). A prompt is a question, its
-continuation the worked solution. S = 0.3 of the prompt's tokens. Each seed draws 40 rows to measure schedules on, 200 more for the router to
-learn from, and 100 others to be judged on, all different. Searches have 12 members and 8 generations, the router 500 steps.
+Scaled down: SmolLM2-135M-Instruct on GSM8K (``qa/gsm8k_test.jsonl.gz`` of the folder that ANABRANCH_DATA names). A prompt is a question,
+its continuation the worked solution. S = 0.3 of the prompt's tokens. Each seed draws 40 rows to measure schedules on, 200 more for the
+router to learn from, and 100 others to be judged on, all different. Searches have 12 members and 8 generations, the router 500 steps.
 
 Arms:
 
@@ -20,18 +20,17 @@ Arms:
     truncation         the static router's tokens cut out before the model
     shortgpt           whole blocks left out, with at least as many multiply-adds over prompt and continuation as dynamic_tuned
 
-The rule, fixed before any run. A gap is nats per token of the continuations less those of the dense model on the same rows; closeness is minus
-the gap. PRIMARY: the gap of dynamic_tuned is at most half of that of shortgpt. A claim is about a paired difference over seeds, ours -
-baseline - margin. It holds where that is above 0 by a two-sided paired t-test at 5% after Holm's correction over all claims of this study that
-have run; it does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not resolved.
+The rule, fixed before any run. A gap is nats per token of the continuations less those of the dense model on the same rows; closeness is
+minus the gap. PRIMARY: the gap of dynamic_tuned is at most half of that of shortgpt. A claim is about a paired difference over seeds,
+ours - baseline - margin. It holds where that is above 0 by a two-sided paired t-test at 5% after Holm's correction over all claims of
+this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not resolved.
 
 Not run yet. It is planned for 5 seeds, about three hours of two cores each; what one arm has searched others of its seed read back. The
-smaller size runs on a made model and made rows, and only shows that all of it works. Agreement on 500 contexts (E2), content anywhere in the
-prompt (E1b) and times (E3) are studies of their own, not written.
+smaller size runs on a made model and made rows, and only shows that all of it works. Agreement on 500 contexts (E2), content anywhere in
+the prompt (E1b) and times (E3) are studies of their own, not written.
 """
 
 import gzip
-import json
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -73,7 +72,15 @@ from anabranch.studies.small_model import find_weights
 FILE, SOURCE = "qa/gsm8k_test.jsonl.gz", "openai/grade-school-math"
 SHA256 = "bb13a52c31b1fa4805ebab294dce067e337ccd4b61c3e6461c85c92965282c62"
 ArmName = Literal[
-    "dense", "random", "static", "static_searched", "dynamic_searched", "dynamic_tuned", "hidden", "truncation", "shortgpt"
+    "dense",
+    "random",
+    "static",
+    "static_searched",
+    "dynamic_searched",
+    "dynamic_tuned",
+    "hidden",
+    "truncation",
+    "shortgpt",
 ]
 ARMS: dict[ArmName, str] = {
     "dense": "the model as it is",
@@ -278,26 +285,78 @@ def _made(size: Size, seed: int) -> tuple[BlockStack, list[Item]]:
 # Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
 _ASKED: tuple[Asked, ...] = (
     (
-        "closeness", "dynamic_tuned", "half_closeness", "shortgpt", 0.0,
-        "PRIMARY: FTP's gap is at most half of ShortGPT's at as much work", "99.21% against 60.57% (BlockPruner)",
+        "closeness",
+        "dynamic_tuned",
+        "half_closeness",
+        "shortgpt",
+        0.0,
+        "PRIMARY: FTP's gap is at most half of ShortGPT's at as much work",
+        "99.21% against 60.57% (BlockPruner)",
     ),
     (
-        "closeness", "static", "half_closeness", "random", 0.0,
-        "the static router's gap is at most half of random tokens', uniform schedule", "97.63% against 68.96%",
+        "closeness",
+        "static",
+        "half_closeness",
+        "random",
+        0.0,
+        "the static router's gap is at most half of random tokens', uniform schedule",
+        "97.63% against 68.96%",
     ),
     (
-        "closeness", "static_searched", "closeness", "static", -0.01,
-        "the searched schedule costs at most 0.01 more than the uniform one", "98.03% against 72.80%",
+        "closeness",
+        "static_searched",
+        "closeness",
+        "static",
+        -0.01,
+        "the searched schedule costs at most 0.01 more than the uniform one",
+        "98.03% against 72.80%",
     ),
     (
-        "closeness", "dynamic_searched", "closeness", "static_searched", -0.02,
-        "the router that learned costs at most 0.02 more than the static one", "98.03% against 97.63%",
+        "closeness",
+        "dynamic_searched",
+        "closeness",
+        "static_searched",
+        -0.02,
+        "the router that learned costs at most 0.02 more than the static one",
+        "98.03% against 97.63%",
     ),
-    ("closeness", "static_searched", "closeness", "static", 0.0, "the searched schedule is better than uniform", "98.03% against 72.80%"),
-    ("closeness", "dynamic_tuned", "closeness", "static_searched", 0.0, "FTP whole is better than the static router", "98.03% against 97.63%"),
-    ("closeness", "dynamic_searched", "closeness", "hidden", 0.0, "four factors are better than hidden states", "98.03% against 86.02%"),
+    (
+        "closeness",
+        "static_searched",
+        "closeness",
+        "static",
+        0.0,
+        "the searched schedule is better than uniform",
+        "98.03% against 72.80%",
+    ),
+    (
+        "closeness",
+        "dynamic_tuned",
+        "closeness",
+        "static_searched",
+        0.0,
+        "FTP whole is better than the static router",
+        "98.03% against 97.63%",
+    ),
+    (
+        "closeness",
+        "dynamic_searched",
+        "closeness",
+        "hidden",
+        0.0,
+        "four factors are better than hidden states",
+        "98.03% against 86.02%",
+    ),
     ("closeness", "dynamic_tuned", "closeness", "truncation", 0.0, "FTP is better than cutting the prompt", "-"),
-    ("agreement", "dynamic_tuned", "agreement", "shortgpt", 0.0, "the next token is the dense one more often than ShortGPT's", "-"),
+    (
+        "agreement",
+        "dynamic_tuned",
+        "agreement",
+        "shortgpt",
+        0.0,
+        "the next token is the dense one more often than ShortGPT's",
+        "-",
+    ),
 )
 
 

@@ -4,9 +4,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-
 from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
-from anabranch.cli.options import AsJson, Assignments, Device, Dtype, Model, Quiet, Seed, finite_number, read_assignments
+
+from anabranch.cli.options import (
+    AsJson,
+    Assignments,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    Seed,
+    finite_number,
+    read_assignments,
+)
 from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.extras import require
@@ -26,15 +36,20 @@ def prune(
     sparsity: Annotated[
         float,
         typer.Option(
-            metavar="S", callback=finite_number, help="Mean share of a prompt's tokens that blocks pass over, below 0.9."
+            metavar="S",
+            callback=finite_number,
+            help="Mean share of a prompt's tokens that blocks pass over, below 0.9.",
         ),
     ] = 0.3,
     router: Annotated[
         Literal["learned", "static"],
-        typer.Option(help="What decides: a router that learns, or places alone, where the search of a schedule is all."),
+        typer.Option(
+            help="What decides: a router that learns, or places alone, where the search of a schedule is all."
+        ),
     ] = "learned",
     steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The router learns so many prompts (training.steps). Default: 2000.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="The router learns so many prompts (training.steps). Default: 2000."),
     ] = None,
     generations: Annotated[
         int | None,
@@ -44,10 +59,12 @@ def prune(
         int | None, typer.Option(metavar="N", min=1, help="Prompts on which schedules are measured. Default: 40.")
     ] = None,
     mode: Annotated[
-        Literal["topk", "threshold"], typer.Option(help="Compute exactly (1 - s) N tokens, or those that the router wants.")
+        Literal["topk", "threshold"],
+        typer.Option(help="Compute exactly (1 - s) N tokens, or those that the router wants."),
     ] = "topk",
     kv: Annotated[
-        Literal["drop", "keep"], typer.Option(help="Keys and values of tokens that are passed over: none, or made all the same.")
+        Literal["drop", "keep"],
+        typer.Option(help="Keys and values of tokens that are passed over: none, or made all the same."),
     ] = "drop",
     one_pass: Annotated[bool, typer.Option("--one-pass", help="Decide about all blocks behind the first one.")] = False,
     limit: Limit = None,
@@ -76,7 +93,12 @@ def prune(
     unfinished = out.with_name(out.name + UNFINISHED)
     check_apart([out, unfinished], [text, *files_of(model)])
     said = {
-        "router": router, "mode": mode, "kv": kv, "one_pass": one_pass, "calibration": calibration, "training.steps": steps,
+        "router": router,
+        "mode": mode,
+        "kv": kv,
+        "one_pass": one_pass,
+        "calibration": calibration,
+        "training.steps": steps,
         "schedule.genetic.generations": generations,
     }
     settings = {name: value for name, value in said.items() if value is not None} | read_assignments(assignments)
@@ -124,7 +146,10 @@ def prune(
     fact("model", f"{model}   {stack.num_blocks} blocks")
     fact("data", f"{name}   {len(items)} prompts, schedules on {min(len(items), config.calibration)} of them")
     begun = fitted.searched.initial.get("uniform", float("nan"))
-    fact("search", f"uniform {begun:.4f}, found {fitted.searched.loss:.4f} nats per token ({config.objective}), places alone")
+    fact(
+        "search",
+        f"uniform {begun:.4f}, found {fitted.searched.loss:.4f} nats per token ({config.objective}), places alone",
+    )
     for one in fitted.tuned:
         fact("router", f"{one.initial['searched']:.4f} with it, {one.loss:.4f} after the second search")
     fact("blocks", " ".join(f"{value:.2f}" for value in fitted.skipper.schedule))

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from anabranch.cli.depth.shared import Context, Data, Limit, questions_of, stack_at
 
 from anabranch.cli.depth.prune import AFTER
-from anabranch.cli.depth.shared import Context, Data, Limit, questions_of, stack_at
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Seed
 from anabranch.cli.output import fact, print_json, table
@@ -20,7 +20,8 @@ def prune_eval(
     baselines: Annotated[
         bool,
         typer.Option(
-            "--baselines/--no-baselines", help="Also random tokens, places alone, cut prompts, and ShortGPT at as much work."
+            "--baselines/--no-baselines",
+            help="Also random tokens, places alone, cut prompts, and ShortGPT at as much work.",
         ),
     ] = True,
     limit: Limit = None,
@@ -72,7 +73,10 @@ def prune_eval(
     fact("data", f"{name}   {len(items)} prompts, {found['dense'].tokens:,} tokens behind them")
     report = found["ours"].report
     assert report is not None, "a skipper reports what it skipped"
-    fact("skipped", f"{report.sparsity:.3f} of the prompts' tokens on average over blocks; {report.target_sparsity:.3f} were asked for")
+    fact(
+        "skipped",
+        f"{report.sparsity:.3f} of the prompts' tokens on average over blocks; {report.target_sparsity:.3f} were asked for",
+    )
     shown = [
         [
             row.name,

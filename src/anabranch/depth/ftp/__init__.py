@@ -1,9 +1,9 @@
 """FTP: the tokens of a prompt that a block of a frozen model computes, chosen block by block.
 
 "FTP: A Fine-grained Token-wise Pruner for Large Language Models via Token Routing", 2024, arXiv 2412.11494. Step 1 searches how much each
-block passes over, with a router by places alone (`search_schedule`); step 2 learns a router of 450 parameters for all blocks while the model is
-frozen (`train_router`); step 3 searches on with it (`finetune_schedule`). `TokenSkipper` then runs prompts so, and decodes on; `evaluate` says
-what it costs. Evidence: ``anabranch study ftp``.
+block passes over, with a router by places alone (`search_schedule`); step 2 learns a router of 450 parameters for all blocks while the
+model is frozen (`train_router`); step 3 searches on with it (`finetune_schedule`); `fit_skipper` does all three. `TokenSkipper` then runs
+prompts so, and decodes on; `evaluate` says what it costs. Evidence: ``anabranch study ftp``.
 """
 
 from anabranch.depth.ftp.attention_scores import column_means

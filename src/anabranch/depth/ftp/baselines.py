@@ -39,7 +39,9 @@ class Contestant:
     found: Evaluation
 
 
-def equal_work_path(stack: BlockStack, influence: Sequence[float], lengths: Sequence[int], work: int) -> tuple[int, ...]:
+def equal_work_path(
+    stack: BlockStack, influence: Sequence[float], lengths: Sequence[int], work: int
+) -> tuple[int, ...]:
     """The path of ShortGPT with the fewest blocks that still does at least ``work`` multiply-adds on sequences of these lengths."""
     gone: set[int] = set()
     left = sum(dense_work(stack, length) for length in lengths)

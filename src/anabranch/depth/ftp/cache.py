@@ -179,9 +179,7 @@ class Attending:
         self._wants_scores, self._own_only, self._allowed = wants_scores, own_only, allowed
         self._queries_BK, self._keys_BK = queries_BK, keys_BK
 
-    def __call__(
-        self, query_BHKD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, weigh: Weigh, looks: Looks
-    ) -> Tensor:
+    def __call__(self, query_BHKD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, weigh: Weigh, looks: Looks) -> Tensor:
         """y_BHKD."""
         is_first = self._cache.length == 0
         seen = self._cache.append(key_BGKD, value_BGKD, self._position_BK, self._real_BK)

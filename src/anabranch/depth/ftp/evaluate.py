@@ -1,8 +1,9 @@
 """What skipping costs: likelihood of a continuation behind a pruned prompt, and the baselines at as much work.
 
-Decisions about a prompt look at the whole of it, later tokens included. For a *given* prompt that is right. The likelihood of the prompt's own
-tokens would leak their future, so here a model is measured on (prompt, continuation): of the prompt tokens are skipped as the router says, of
-the continuation by the rule of decoding, which looks at nothing. `perplexity` of pruned text takes a router with causal factors alone.
+Decisions about a prompt look at the whole of it, later tokens included. For a *given* prompt that is right. The likelihood of the prompt's
+own tokens would leak their future, so here a model is measured on (prompt, continuation): of the prompt tokens are skipped as the router
+says, of the continuation by the rule of decoding, which looks at nothing. `perplexity` of pruned text takes a router with causal factors
+alone.
 """
 # Shapes: N tokens of a prompt, C of a continuation, V vocabulary
 
@@ -222,9 +223,9 @@ def kl_loss(stack: BlockStack, items: Sequence[Any]) -> Callable[[TokenSkipper],
 def perplexity(skipper: TokenSkipper, ids: Any) -> float:
     """Perplexity of text while its own tokens are skipped, in one pass.
 
-    Raises ConfigError unless nothing is skipped (or whole blocks), or all decisions look at earlier tokens alone: a router that learned with causal factors
-    (``FactorConfig(causal=True)``), in ``threshold`` mode. Others know later tokens, or how many there are, and the number would be wrong.
-    InputError for fewer than two tokens.
+    Raises ConfigError unless nothing is skipped (or whole blocks), or all decisions look at earlier tokens alone: a router that learned
+    with causal factors (``FactorConfig(causal=True)``), in ``threshold`` mode. Others know later tokens, or how many there are, and the
+    number would be wrong. InputError for fewer than two tokens.
     """
     if any(0 < sparsity < 1 for sparsity in skipper.schedule):
         is_causal = isinstance(skipper.router, TokenRouter) and (

@@ -101,7 +101,13 @@ def fit_skipper(
     check_sparsity(sparsity, config.schedule.s_max)
     learned = items_of(items, stack)
     measured = learned[: config.calibration]
-    about = [stack.fingerprint(), sparsity, seed, to_dict(config), [[*item.prompt, -1, *item.continuation] for item in learned]]
+    about = [
+        stack.fingerprint(),
+        sparsity,
+        seed,
+        to_dict(config),
+        [[*item.prompt, -1, *item.continuation] for item in learned],
+    ]
     memo = FitMemo(unfinished, digest_of(about))
 
     def told(stage: str) -> Callable[[Generation], None]:

@@ -41,7 +41,9 @@ def items_of(items: Iterable[Any], stack: BlockStack, *, needs_continuation: boo
     for number, one in enumerate(items):
         item = one if isinstance(one, Item) else Item(*(tuple(int(token) for token in part) for part in one))
         if not item.prompt or (needs_continuation and not item.continuation):
-            raise DataError(f"item {number} has no {'prompt' if not item.prompt else 'continuation'}; give at least one token")
+            raise DataError(
+                f"item {number} has no {'prompt' if not item.prompt else 'continuation'}; give at least one token"
+            )
         if len(item.tokens) > stack.max_positions:
             raise DataError(
                 f"item {number} has {len(item.tokens)} tokens; the model takes at most {stack.max_positions}, cut it"
@@ -57,7 +59,9 @@ def check_ids(ids: Sequence[int], stack: BlockStack) -> None:
     """Raises InputError for an id that the model has not."""
     low, high = min(ids), max(ids)
     if low < 0 or high >= stack.vocabulary:
-        raise InputError(f"token id {low if low < 0 else high} is none of the model's; it has 0 to {stack.vocabulary - 1}")
+        raise InputError(
+            f"token id {low if low < 0 else high} is none of the model's; it has 0 to {stack.vocabulary - 1}"
+        )
 
 
 def check_tokens(ids: Any, stack: BlockStack, what: str = "ids") -> Tensor:

@@ -57,7 +57,9 @@ class FitMemo:
                 try:
                     router.load_state_dict({name: torch.tensor(value) for name, value in row["state"].items()})
                 except (RuntimeError, TypeError, ValueError) as error:
-                    raise DataError(f"{self.path} is damaged: its router does not fit ({type(error).__name__}); remove it") from None
+                    raise DataError(
+                        f"{self.path} is damaged: its router does not fit ({type(error).__name__}); remove it"
+                    ) from None
                 return True
         return False
 
@@ -116,7 +118,9 @@ def _read(path: Path, head: dict[str, str]) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
         first = parse_json(lines[0])
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no unfinished fit ({type(error).__name__}); name another file, or remove it") from None
+        raise DataError(
+            f"{path} is no unfinished fit ({type(error).__name__}); name another file, or remove it"
+        ) from None
     if not isinstance(first, dict) or first.get("kind") != _KIND:
         raise DataError(f"{path} is no unfinished fit; name another file, or remove it")
     if first != head:

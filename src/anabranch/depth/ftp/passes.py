@@ -191,5 +191,3 @@ def _keep_keys(
     cache.append(*keys_of(blocks, layer, x_BKD, position_BK), position_BK, real_BK)
     if meter is not None:
         meter.add_keys(layer, int(skipped_BL.sum()) * blocks.count_keys(layer))
-
-

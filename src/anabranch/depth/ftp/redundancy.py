@@ -1,7 +1,7 @@
 """How much of what blocks do is redundant: cos(x_i, x_{i+1}) of each token and block, which FTP rests on.
 
-The paper: on 50 sequences of 64 tokens 89.94% (LLaMA2-7B) and 93.16% (Qwen1.5-7B) of the pairs of token and block exceed 0.8, more than 99% in
-middle blocks, fewer in the first and last.
+The paper: on 50 sequences of 64 tokens 89.94% (LLaMA2-7B) and 93.16% (Qwen1.5-7B) of the pairs of token and block exceed 0.8, more than
+99% in middle blocks, fewer in the first and last.
 """
 # Shapes: I blocks, B sequences, L positions
 
@@ -63,9 +63,7 @@ class Redundancy:
         return "\n".join([head, *lines])
 
 
-def redundancy_report(
-    model: Any, batches: Iterable[Batch], thresholds: Iterable[float] = THRESHOLDS
-) -> Redundancy:
+def redundancy_report(model: Any, batches: Iterable[Batch], thresholds: Iterable[float] = THRESHOLDS) -> Redundancy:
     """The matrix of blocks and thresholds, on tokens that are no padding.
 
     Args:

@@ -78,7 +78,9 @@ class SkipReport:
             lines.append(f"{block:>5}  {asked:6.3f}  {done:7.3f}  {saved:11.3f}")
         lines.append(f"  all  {self.target_sparsity:6.3f}  {self.sparsity:7.3f}  {self.saved:11.3f}")
         share = self.overhead / sum(self.dense) if sum(self.dense) else 0.0
-        lines.append(f"{self.tokens} tokens of prompts, {self.decoded} behind them; what decides took {share:.4f} of the dense blocks")
+        lines.append(
+            f"{self.tokens} tokens of prompts, {self.decoded} behind them; what decides took {share:.4f} of the dense blocks"
+        )
         return "\n".join(lines)
 
 

@@ -3,8 +3,8 @@
     450 parameters: Linear(4, 64), ReLU, Linear(64, 2)
 
 It decides by the greater score (``threshold``), where how many tokens a block passes over follows from the scores, or computes the
-ceil((1 - s) N) tokens of the largest margin (``topk``), where it is given. `RouterConfig.inputs` has what the paper compares with: the hidden
-states of tokens instead of their factors, or both.
+ceil((1 - s) N) tokens of the largest margin (``topk``), where it is given. `RouterConfig.inputs` has what the paper compares with: the
+hidden states of tokens instead of their factors, or both.
 """
 # Shapes: B prompts, L positions, D width, F = 4 factors; of two scores the first is for passing over, the second for computing
 

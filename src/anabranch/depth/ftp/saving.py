@@ -86,7 +86,9 @@ def read_skipper(path: str | Path) -> Stored:
     try:
         content = parse_json(text)
         if content["version"] != VERSION:
-            raise CheckpointError(f"{path} is of version {content['version']}; this version of anabranch reads {VERSION}")
+            raise CheckpointError(
+                f"{path} is of version {content['version']}; this version of anabranch reads {VERSION}"
+            )
         return _stored(tensors, content)
     except CheckpointError:
         raise

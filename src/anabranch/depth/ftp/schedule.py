@@ -1,8 +1,8 @@
 """Sparsity schedules: how much each block passes over, so that the mean over blocks is what was asked; and the search for a good one.
 
-A chromosome is the sparsity of each block, on a grid, with the given mean. Members of the first generation are uniform, in proportion to how
-little blocks change what goes through them, ramps up and down, and random ones. Children are crossed block by block and then exchange some
-mass between two blocks.
+A chromosome is the sparsity of each block, on a grid, with the given mean. Members of the first generation are uniform, in proportion to
+how little blocks change what goes through them, ramps up and down, and random ones. Children are crossed block by block and then exchange
+some mass between two blocks.
 """
 
 import math
@@ -42,7 +42,7 @@ class ScheduleConfig(Config):
         crossover: probability that a gene is the father's.
         mutation: probability that a child is changed.
         most_moved: mass that moves from one block to another in a change, at most.
-        first_dense: the first block passes over nothing. It is so with a router that learned, as there is no attention to look at before it.
+        first_dense: the first block passes over nothing. It is so with a router that learned, as there is no attention to look at.
         last_dense: nor does the last.
     """
 

@@ -100,5 +100,3 @@ def _loss_of(skipper: TokenSkipper, items: list[Item], objective: Objective) -> 
         loss = kl_loss(skipper.stack, items)
         return lambda schedule: loss(skipper.with_schedule(schedule))
     return lambda schedule: calibration_loss(skipper.with_schedule(schedule), items)
-
-

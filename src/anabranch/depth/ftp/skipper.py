@@ -114,8 +114,14 @@ class TokenSkipper:
     def changed(self, **changes: Any) -> "TokenSkipper":
         """The same with other arguments of the constructor."""
         now = {
-            "schedule": self.schedule, "router": self.router, "mode": self.mode, "kv": self.kv, "one_pass": self.one_pass,
-            "factors": self.factors, "seed": self.seed, **changes,
+            "schedule": self.schedule,
+            "router": self.router,
+            "mode": self.mode,
+            "kv": self.kv,
+            "one_pass": self.one_pass,
+            "factors": self.factors,
+            "seed": self.seed,
+            **changes,
         }
         return TokenSkipper(self.stack, **now)
 
@@ -182,7 +188,9 @@ class TokenSkipper:
         token_BC = check_tokens(ids, self.stack)
         cache, (batch, count) = prefilled.cache, token_BC.shape
         if batch != len(prefilled.real_BL):
-            raise InputError(f"there are {batch} rows of new tokens and {len(prefilled.real_BL)} prompts; give a row for each")
+            raise InputError(
+                f"there are {batch} rows of new tokens and {len(prefilled.real_BL)} prompts; give a row for each"
+            )
         self._check_length(int(cache.next_B.max()) + count)
         position_BC = cache.next_B.unsqueeze(1) + torch.arange(count, device=token_BC.device)
         real_BC, goes = torch.ones_like(token_BC, dtype=torch.bool), self.decodes_by
@@ -266,7 +274,9 @@ class TokenSkipper:
 
     def _check_length(self, length: int) -> None:
         if length > self.stack.max_positions:
-            raise InputError(f"there are {length} positions; the model takes at most {self.stack.max_positions}, cut the prompt")
+            raise InputError(
+                f"there are {length} positions; the model takes at most {self.stack.max_positions}, cut the prompt"
+            )
 
     def _dense(self, lengths: list[int], past: int | list[int]) -> list[int]:
         """Multiply-adds of each block of the dense model on so many tokens of each sequence, behind others."""
@@ -303,7 +313,15 @@ class TokenSkipper:
         router = None if isinstance(self.router, str) else self.router
         by_place = self.router if isinstance(self.router, str) else None
         stored = Stored(
-            self.schedule, router, by_place, self.mode, self.kv, self.one_pass, self.factors, self.seed, self.stack.fingerprint()
+            self.schedule,
+            router,
+            by_place,
+            self.mode,
+            self.kv,
+            self.one_pass,
+            self.factors,
+            self.seed,
+            self.stack.fingerprint(),
         )
         write_skipper(path, stored)
 

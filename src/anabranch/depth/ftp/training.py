@@ -254,7 +254,7 @@ def train_router(
                 loss.backward()
                 nn.utils.clip_grad_norm_(router.parameters(), config.clip)
                 optimizer.step()
-            told = {"loss": float(loss), **{name: float(value) for name, value in losses.items()}}
+            told = {name: float(value.detach()) for name, value in {"loss": loss, **losses}.items()}
             history.append(told)
             if on_step is not None:
                 on_step(step, told)
@@ -299,9 +299,7 @@ def _losses(
     }
 
 
-def _distance(
-    stack: BlockStack, x_1LD: Tensor, dense_1LD: Tensor, state: Any, kind: Literal["states", "kl"]
-) -> Tensor:
+def _distance(stack: BlockStack, x_1LD: Tensor, dense_1LD: Tensor, state: Any, kind: Literal["states", "kl"]) -> Tensor:
     """L_d."""
     if kind == "states":
         return F.mse_loss(_normalised(x_1LD), _normalised(dense_1LD))
