@@ -154,7 +154,7 @@ class DecoderBlocks:
             is_measured=False,
             position_BL=position_BK.expand(batch, length),
             rotary=model.rotary(distinct(position_BK), model._dtype(x_BKD.device)),
-            cache=_Store(attend),  # type: ignore[arg-type]
+            cache=_Store(attend),
         )
         y_BKD = model.blocks[layer](x_BKD, context)
         if context.carry:

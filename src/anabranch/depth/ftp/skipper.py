@@ -224,7 +224,8 @@ class TokenSkipper:
         prefilled = self.prefill(ids)
         if len(prefilled.logits_BV) != 1:
             raise InputError(f"there are {len(prefilled.logits_BV)} prompts; generate takes one")
-        logits_1V, made = prefilled.logits_BV, []
+        made: list[int] = []
+        logits_1V = prefilled.logits_BV
         while len(made) < max_new_tokens:
             token = int(logits_1V.argmax(-1))
             if token in stop:
