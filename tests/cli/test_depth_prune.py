@@ -12,7 +12,7 @@ from anabranch.depth.stack import stack_of
 from anabranch.lm import Decoder, load_model, save_model
 from anabranch.nn import SelfAttention, SwiGLU
 
-SMALL = ("--steps", 4, "--generations", 1, "--set", "schedule.genetic.population=4", "--quiet")
+SMALL = ("--steps", 2, "--generations", 1, "--set", "schedule.genetic.population=3", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def pruned(work):
 
 @pytest.fixture(scope="module")
 def rows(work):
-    made = [{"prompt": f"{number} plus {number * 7} is", "answer": f" {number * 8}"} for number in range(8)]
+    made = [{"prompt": f"{number} plus {number * 7} is", "answer": f" {number * 8}"} for number in range(4)]
     (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return "prompts.jsonl"
 
@@ -43,14 +43,21 @@ def told(result):
     return json.loads(out)
 
 
+_TOLD = {}
+
+
 @pytest.fixture
 def fitted(here, work, pruned, rows):
-    """What fitting told; the file is ``skipper``."""
-    return told(here("depth", "prune", pruned, rows, "--sparsity", 0.4, "--out", "skipper", *SMALL, "--json"))
+    """What fitting told; the file is ``skipper``, made once."""
+    if not _TOLD:
+        _TOLD.update(
+            told(here("depth", "prune", pruned, rows, "--sparsity", 0.4, "--out", "skipper", *SMALL, "--json"))
+        )
+    return _TOLD
 
 
 def test_a_fit_makes_one_small_file_that_is_measured(here, work, pruned, rows, fitted):
-    assert fitted["items"] == 8
+    assert fitted["items"] == 4
     assert fitted["sparsity"] == pytest.approx(0.4, abs=1e-9)
     assert fitted["schedule"][0] == 0
     assert fitted["bytes"] == (work / "skipper").stat().st_size < 10_000
@@ -62,7 +69,7 @@ def test_a_fit_makes_one_small_file_that_is_measured(here, work, pruned, rows, f
     assert list(found) == ["dense", "ours", "searched", "static", "random", "truncation", "shortgpt"]
     model, _ = load_model(work / pruned)
     skipper = TokenSkipper.load(work / "skipper", model.eval())
-    items = [(list(f"{n} plus {n * 7} is".encode()), list(f" {n * 8}".encode())) for n in range(8)]
+    items = [(list(f"{n} plus {n * 7} is".encode()), list(f" {n * 8}".encode())) for n in range(4)]
     ours, dense = evaluate_items(skipper, items), evaluate_path(stack_of(model), items)
     assert found["ours"]["nats_per_token"] == pytest.approx(ours.nats_per_token)
     assert found["ours"]["gap"] == pytest.approx(ours.nats_per_token - dense.nats_per_token)
@@ -112,7 +119,7 @@ def test_windows_of_a_text_do_as_well(here, work, pruned):
             "--json",
         )
     )
-    assert found["items"] == 3
+    assert found["items"] == 2
     model, _ = load_model(work / pruned)
     assert TokenSkipper.load(work / "by-text", model).mode == "threshold"
 
@@ -125,7 +132,7 @@ def test_a_stopped_fit_goes_on_and_finds_the_same(here, work, pruned, rows, fitt
 
     def stops(skipper, items):
         calls.append(skipper)
-        if len(calls) == 5:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return real(skipper, items)
 
@@ -133,7 +140,7 @@ def test_a_stopped_fit_goes_on_and_finds_the_same(here, work, pruned, rows, fitt
     monkeypatch.setattr(search, "calibration_loss", stops)
     assert here(*line)[0] == 130
     unfinished = work / f"again{UNFINISHED}"
-    assert len(unfinished.read_text().splitlines()) == 5
+    assert len(unfinished.read_text().splitlines()) == 3
     # Half a line, as of a process that was killed.
     with unfinished.open("a") as file:
         file.write('{"stage": "sea')
@@ -142,7 +149,7 @@ def test_a_stopped_fit_goes_on_and_finds_the_same(here, work, pruned, rows, fitt
     assert "unfinished fit of another model, other data or other settings" in other[2]
     monkeypatch.setattr(search, "calibration_loss", lambda *given: calls.append(given) or real(*given))
     assert here(*line)[0] == 0
-    assert len(calls) - 5 == fitted["evaluations"] - 4
+    assert len(calls) - 3 == fitted["evaluations"] - 2
     assert (work / "again").read_bytes() == before
     assert not unfinished.exists()
 

@@ -71,7 +71,8 @@ def write_skipper(path: str | Path, stored: Stored) -> None:
             "fingerprint": stored.fingerprint,
         }
     )
-    data = save(tensors, {_FIELD: text, "digest": _digest(tensors, text)})
+    # One entry, since several come in any order and the same skipper would be other bytes.
+    data = save(tensors, {_FIELD: f"{_digest(tensors, text)} {text}"})
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
@@ -137,10 +138,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (OSError, SafetensorError, UnicodeDecodeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or no skipper of tokens ({type(error).__name__})") from None
-    text = metadata.get(_FIELD)
-    if text is None:
+    stored = metadata.get(_FIELD)
+    if stored is None:
         raise CheckpointError(f"{path} is no skipper of tokens: it lacks the field {_FIELD}")
-    if metadata.get("digest") != _digest(tensors, text):
+    digest, _, text = str(stored).partition(" ")
+    if digest != _digest(tensors, text):
         raise CheckpointError(f"{path} was changed or damaged: its content does not match its digest")
     return tensors, text
 
