@@ -110,7 +110,7 @@ def test_windows_of_a_text_do_as_well(here, work, pruned):
             "--context",
             20,
             "--limit",
-            3,
+            2,
             "--out",
             "by-text",
             *SMALL,
