@@ -82,6 +82,8 @@ COMMANDS = {
         {"OUT": "m"},
     ),
     "heads report": ("{model} --data {data} --trace {TRACE}", {"model": "m/config.json", "data": "t.parquet"}, {"TRACE": "o.parquet"}),
+    "depth prune": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.safetensors"}),
+    "depth prune": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.safetensors"}),
     "depth search": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.jsonl"}),
     "depth train": ("{model} --paths {paths} --out {OUT}", {"model": "m/config.json", "paths": "m/p.jsonl"}, {"OUT": "m"}),
     "depth report": (
@@ -119,7 +121,7 @@ READ = {
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "adapt config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
-    "depth eval data", "depth eval routers",
+    "depth eval data", "depth eval routers", "depth prune-eval data", "depth prune-eval skipper", "depth redundancy data",
     "routers replay router", "routers replay prices", "routers route router", "adapters recommend",
 }  # fmt: skip
 # What is named on the command line is not the file but its folder.

@@ -210,6 +210,26 @@ depth eval trained text --control nan
 depth eval trained text --control 2
 depth eval trained half.jsonl
 depth report trained text --routers nowhere --out z
+depth prune trained text --out z --sparsity 0.9
+depth prune trained text --out z --sparsity nan
+depth prune trained text --out z --sparsity -1
+depth prune trained text --out z --steps {HUGE}
+depth prune trained text --out z --set schedule.grid=0
+depth prune trained text --out z --set training.distance=l1
+depth prune trained text --out z --set factors.refresh=nan
+depth prune trained text --out z --mode best
+depth prune trained text --out z --context {HUGE}
+depth prune trained no.jsonl --out z
+depth prune trained half.jsonl --out z
+depth prune trained deep.jsonl --out z
+depth prune trained text --data text --out z
+depth prune no.gguf text --out z
+depth prune trained text --out text
+depth prune-eval trained nowhere --data text
+depth prune-eval trained text --data text
+depth prune-eval trained short.gguf --data text
+depth redundancy trained half.jsonl
+depth redundancy trained text --context {HUGE}
 depth oracle trained --out z
 experts fit-predictor trained no.npz --out z
 experts fit-predictor trained text --out z --expert-budget nan
