@@ -110,7 +110,7 @@ def test_windows_of_a_text_do_as_well(here, work, pruned):
             "--context",
             20,
             "--limit",
-            2,
+            4,
             "--out",
             "by-text",
             *SMALL,
@@ -119,7 +119,7 @@ def test_windows_of_a_text_do_as_well(here, work, pruned):
             "--json",
         )
     )
-    assert found["items"] == 2
+    assert 1 <= found["items"] <= 4
     model, _ = load_model(work / pruned)
     assert TokenSkipper.load(work / "by-text", model).mode == "threshold"
 

@@ -83,7 +83,6 @@ COMMANDS = {
     ),
     "heads report": ("{model} --data {data} --trace {TRACE}", {"model": "m/config.json", "data": "t.parquet"}, {"TRACE": "o.parquet"}),
     "depth prune": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.safetensors"}),
-    "depth prune": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.safetensors"}),
     "depth search": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.jsonl"}),
     "depth train": ("{model} --paths {paths} --out {OUT}", {"model": "m/config.json", "paths": "m/p.jsonl"}, {"OUT": "m"}),
     "depth report": (
