@@ -17,8 +17,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="""Let a model decide how much of its depth a prompt gets.
 
-    Routers for a pretrained model (Dr.LLM): search paths, train on them, eval, report. Tokens that blocks pass over (FTP): redundancy, prune,
-    prune-eval. Between two sizes of a layer (Duo-LLM): oracle.""",
+    Routers for a pretrained model (Dr.LLM): search paths, train on them, eval, report. Tokens that blocks pass over (FTP): redundancy,
+    prune, prune-eval. Between two sizes of a layer (Duo-LLM): oracle.""",
 )
 
 app.command("search")(search)

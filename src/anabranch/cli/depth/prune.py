@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
 
+from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
 from anabranch.cli.options import (
     AsJson,
     Assignments,

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from anabranch.cli.depth.shared import Context, Data, Limit, questions_of, stack_at
 
 from anabranch.cli.depth.prune import AFTER
+from anabranch.cli.depth.shared import Context, Data, Limit, questions_of, stack_at
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Seed
 from anabranch.cli.output import fact, print_json, table

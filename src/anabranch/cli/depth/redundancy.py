@@ -1,8 +1,7 @@
 """``anabranch depth redundancy``: how little blocks change the tokens that go through them."""
 
-from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
-
 from anabranch.cli.depth.prune import AFTER
+from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet
 from anabranch.cli.output import fact, print_json, table
