@@ -47,6 +47,8 @@ void low_block(const X* const* x, const W* a, int64_t depth, float* const* to) {
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       vec along = load(a + j * depth + k);
+      // Of few rows, memory is what costs, and these are short: what is next is asked for, which the machine would see too late.
+      if constexpr (M <= 2) __builtin_prefetch(a + (j + N) * depth + k, 0, 2);
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) sum[i * N + j] = fused(row[i], along, sum[i * N + j]);
     }
@@ -71,7 +73,10 @@ void high_block(const float* const* h, const W* b, int64_t size, int64_t width, 
   for (; c + VL <= width; c += VL) {
     vec along[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) along[j] = load(b + j * size + c);
+    for (int j = 0; j < N; ++j) {
+      along[j] = load(b + j * size + c);
+      if constexpr (M <= 2) __builtin_prefetch(b + (j + N) * size + c, 0, 2);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       vec one = load(y[i] + c);
