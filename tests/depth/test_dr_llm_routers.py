@@ -102,6 +102,12 @@ def test_the_knob_by_hand(control, wanted):
     assert made[0].tolist() == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize(("control", "decision"), [(-0.76, 0), (0.01, 1)])
+@pytest.mark.parametrize("sure", [0, 1, 2])
+def test_beyond_its_range_the_knob_asks_no_router(control, decision, sure):
+    assert controlled(torch.eye(3)[sure : sure + 1], control).argmax() == decision
+
+
 @pytest.mark.parametrize("control", [1.1, -2, float("nan"), "0", None, True])
 def test_a_knob_that_cannot_be(control):
     with pytest.raises(ConfigError, match="control is"):

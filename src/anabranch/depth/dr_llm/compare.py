@@ -17,8 +17,9 @@ from anabranch.lm.generate import evaluating
 __all__ = ["BASELINES", "CONTROLS", "baselines_at", "compare"]
 
 BASELINES = ("random", "shortgpt", "early_exit")
-# Of the curve: from fewer layers than the router over the router to the whole model.
-CONTROLS = (-0.75, -0.625, PLAIN, -0.25, 0.0, 0.25, 0.5)
+# Of the curve: from fewer layers than the router takes to nearly the whole model. From -0.75 down every block is skipped, from 0 up none
+# is, whatever routers say.
+CONTROLS = (-0.65, -0.6, -0.55, PLAIN, -0.4, -0.25, 0.0)
 
 Progress = Callable[[str], None]
 
