@@ -133,7 +133,7 @@ def test_padding_on_either_side_changes_nothing(name, side):
 def test_a_position_that_passed_a_block_over_is_not_seen_there(name):
     """Positions of one sequence on paths of their own: in a block those that came by are as a sequence of them alone, at their places."""
     stack, token_1L = stack_of(model(name)), tokens(1, 5)
-    came = [[0, 2, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
+    came = [[0, 1, 2, 4], [0, 2, 4], [0, 1, 2, 3, 4]]
     cache, made = stack.new_cache(5), []
     for at in range(5):
         path = [block for block in range(BLOCKS) if at in came[block]]
@@ -332,3 +332,25 @@ def test_wrong_decisions(decision):
 def test_decisions_say_no_order():
     with pytest.raises(ConfigError, match="the path goes back from block 2 to 1"):
         decisions_of((0, 2, 1), 3)
+
+
+@pytest.mark.parametrize("name", ["ours", "llama", "llama-eager", "qwen2", "gpt2"])
+@torch.no_grad()
+def test_padding_and_blocks_that_were_passed_over_go_together(name):
+    """Each pass has a path of its own: what a padded row sees of a block is neither padding nor a position that did not come by."""
+    stack, token_BL = stack_of(model(name)), tokens(2, 7)
+    mask_BL = torch.ones(2, 7, dtype=torch.bool)
+    mask_BL[1, :2] = False
+    passes = [(slice(0, 4), (0, 1)), (slice(4, 5), (1, 2)), (slice(5, 7), (0, 1, 2, 2))]
+
+    def ran(rows, cut):
+        cache, made = stack.new_cache(7), []
+        for part, path in passes:
+            here = slice(max(part.start, cut), part.stop)
+            padding = mask_BL[rows, here] if cut == 0 else None
+            made.append(run_path(stack, token_BL[rows, here], path, cache=cache, attention_mask=padding))
+        return torch.cat(made, 1)
+
+    both = ran(slice(0, 2), 0)
+    torch.testing.assert_close(both[1:, 2:], ran(slice(1, 2), 2), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both[:1], ran(slice(0, 1), 0), atol=1e-5, rtol=1e-4)

@@ -9,7 +9,7 @@ from adapter_models import make_adapter
 from anabranch.adapters import load_peft
 from anabranch.data import ByteTokenizer
 from anabranch.depth import DepthRouter, path_of, routed_pass, stack_of
-from anabranch.errors import ConfigError, InputError
+from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.lm import Decoder, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
 from anabranch.routing import record_routing
@@ -141,6 +141,10 @@ def test_nothing_is_shared_with_a_request_whose_path_is_not_known():
         [answer] = llm.generate([prompt], SAMPLING, **depth)
         cached.append(answer.output.cached_tokens)
     assert cached == [0, 0, 0, 8, 0]
+    reset = llm.engine.controls["reset_prefix_cache"]
+    reset()
+    llm.generate([prompt], SAMPLING, routes_depth=True)
+    assert reset() == 0, "nobody could find what is kept"
     llm.close()
 
 
@@ -212,6 +216,22 @@ def test_a_trace_of_a_routed_request_is_that_of_its_path(limits):
         model(torch.tensor([[*prompt, *answer.tokens[:-1]]]), path=path)
     assert decisions(ours) == decisions(theirs)
     llm.close()
+
+
+@pytest.mark.parametrize("depth", [{"path": (0, 2, 2)}, {"routes_depth": True}])
+def test_experts_of_tokens_are_told_on_any_path(depth):
+    def make_runner(*given, **more):
+        return ModelRunner(*given, use_kernel=False, **more)
+
+    found = []
+    for more in ({}, {"make_runner": make_runner}):
+        llm = LLM(MODELS["experts"], depth_bank=ByState(), **PLENTY, **more)
+        [answer] = llm.generate([PROMPTS[0]], SAMPLING, record_routing=True, **depth)
+        found.append((answer.tokens, answer.output.routing))
+        llm.close()
+    assert found[0] == found[1]
+    path = depth.get("path") or chosen(MODELS["experts"], PROMPTS[0])
+    assert [sorted(route) for route in found[0][1]] == [sorted(set(path))] * 6
 
 
 def test_what_cannot_be_is_refused():
@@ -290,6 +310,10 @@ def test_wrong_configs(fields, message):
 
 
 def test_visits_of_an_open_path_are_where_they_are_of_the_same_known():
+    early = VisitSlots(3, range(3), is_open=True)
+    early.of(0, 0)
+    with pytest.raises(CapacityError, match="layer 0 is visited once more"):
+        early.of(0, 1)  # Layers behind it may still come.
     for path in ((0, 1, 2), (1, 1, 2), (0, 2, 2), (2, 2), (0, 0, 2, 2)):
         for depth in (3, 4, 6):
             if len(path) > depth:
