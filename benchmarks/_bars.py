@@ -83,7 +83,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.3, ".* hand-tied transformers"),
         Bar(0.95, "(training|decode) .* against reuse 1"),
     ),
-    "routed_heads": (Bar(0.91, "all on, .*"), Bar(1.18, "half off, .*")),
+    "routed_heads": (Bar(0.91, "all on, .*"), Bar(1.18, "(half|head) off, .*")),
     "routing_decisions": (Bar(1.0, peer="bar of .*"),),
     "serving_engine": (
         Bar(1.5, "16 streams, ours bfloat16", "transformers"),

@@ -217,22 +217,22 @@ def test_scales_add_up():
 
 
 def test_what_is_off_is_not_computed_and_the_report_says_so():
-    heads = RoutedHeads(multihead(), 4, block=4).eval()
-    x_BLE = inputs(1, 8, WIDTH)
+    heads = RoutedHeads(multihead(), 4, block=16).eval()
+    x_BLE = inputs(1, 32, WIDTH)
     with torch.no_grad():
         # Head 4 is off for good, head 5 in the second block, by the first number of a token.
         heads.gate.router.score.bias.copy_(torch.tensor([-1.0, 0.0, 1.0, 1.0]))
         heads.gate.router.score.weight[1, 0] = 1.0
-        x_BLE[0, :, 0] = torch.tensor([2.0, -1, 2, 2, -1, -1, -1, -1])
+        x_BLE[0, :, 0] = torch.tensor([2.0, -1, 2, 2] * 4 + [-1.0] * 16)
         heads(x_BLE, x_BLE, x_BLE, need_weights=False)
     told = heads.report()
     assert told["by_head"] == [1.0] * 4 + [0.0, 3 / 8, 1.0, 1.0]
     assert told["activation"] == pytest.approx((0 + 3 / 8 + 2) / 4)
-    # 8 heads of 8 tokens, less 8 of head 4 and 4 of head 5.
-    assert told["computed"] == pytest.approx(52 / 64)
-    core, products, stores = 2 * 8 * 8 * WIDTH, 2 * 8 * WIDTH**2, 2 * 8 * WIDTH**2
-    assert told["saved"] == pytest.approx(core * 12 / 64 / (core + products + stores), abs=1e-4)
-    assert (told["tokens"], told["target"], told["heads"], told["shared"]) == (8, 0.5, 8, 4)
+    # 8 heads of 32 tokens, less 32 of head 4 and 16 of head 5.
+    assert told["computed"] == pytest.approx(208 / 256)
+    core, products, stores = 2 * 32 * 32 * WIDTH, 2 * 32 * WIDTH**2, 2 * 32 * WIDTH**2
+    assert told["saved"] == pytest.approx(core * 48 / 256 / (core + products + stores), abs=1e-4)
+    assert (told["tokens"], told["target"], told["heads"], told["shared"]) == (32, 0.5, 8, 4)
     heads.forget()
     assert (heads.report()["by_head"], heads.report()["saved"]) == (None, None)
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.nn.some_heads import SomeHeads, attention_of_some, join_some, project_some
+from anabranch.nn.some_heads import SomeHeads, attention_of_some, can_spare, join_some, project_some
 
 
 def parts(batch=2, heads=4, groups=2, length=7, keys=7, width=16, seed=0):
@@ -39,17 +39,19 @@ def test_a_head_is_wanted_in_a_block_where_one_query_wants_it():
     wanted_BLH[0, 1, 0] = wanted_BLH[0, 4, 2] = True
     some = SomeHeads.of(wanted_BLH, 2)
     assert some.wanted_BJH.tolist() == [[[True, False, False], [False] * 3, [False, False, True]]]
-    # 2 of 5 tokens for the first head, and the shorter last block for the third.
-    assert some.share == pytest.approx(3 / 15)
-    assert [(first, last) for first, last, _ in some.stretches()] == [(0, 2), (2, 4), (4, 5)]
+    # Of so few tokens a head that any wants is computed of all.
+    assert some.share == some.share_of_products == pytest.approx(2 / 3)
+    wanted_BLH = torch.zeros(1, 20, 3, dtype=torch.bool)
+    wanted_BLH[0, 1, 0] = wanted_BLH[0, 18, 2] = True
+    # 8 of 20 tokens for the first head, and the shorter last block for the third.
+    assert SomeHeads.of(wanted_BLH, 8).share == pytest.approx(12 / 60)
     alike = SomeHeads.of(torch.ones(1, 5, 3, dtype=torch.bool), 2)
-    assert [(first, last) for first, last, _ in alike.stretches()] == [(0, 5)]
     assert alike.share == 1.0
 
 
 @given(
     st.integers(1, 3),
-    st.integers(1, 9),
+    st.sampled_from([1, 3, 9, 16, 21]),
     st.integers(1, 5),
     st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
     st.floats(0, 1),
@@ -99,8 +101,9 @@ def test_products_of_wanted_heads(has_bias, share):
     generator = torch.Generator().manual_seed(0)
     x_BLW = torch.randn(2, 7, 6, generator=generator)
     weight_RW, bias_R = torch.randn(12, 6, generator=generator), torch.randn(12, generator=generator)
-    some = SomeHeads.of(wanted(2, 7, 4, share, 3), 3)
+    some = SomeHeads.of(wanted(2, 7, 4, 1.0, 3) & torch.tensor([share > 0, share > 0, share == 1, True]), 3)
     kept_BLH1 = by_token(some).unsqueeze(-1)
+    assert some.share_of_products == {0.0: 0.25, 0.4: 0.75, 1.0: 1.0}[share]
     bias_R = bias_R if has_bias else None
     expected = torch.where(kept_BLH1, F.linear(x_BLW, weight_RW, bias_R).unflatten(-1, (4, 3)), 0.0)
     torch.testing.assert_close(project_some(x_BLW, weight_RW, bias_R, some), expected.flatten(2))
@@ -111,17 +114,6 @@ def test_products_of_wanted_heads(has_bias, share):
     torch.testing.assert_close(join_some(y_BLHD, weight_WR, bias_W, some), expected)
 
 
-def test_each_token_is_in_one_group():
-    some = SomeHeads.of(wanted(3, 10, 4, 0.3, 2), 4)
-    groups = some.groups(torch.device("cpu"))
-    tokens = torch.cat([token_P for token_P, _ in groups])
-    assert sorted(tokens.tolist()) == list(range(30))
-    wanted_NH = by_token(some).flatten(0, 1)
-    for token_P, head_S in groups:
-        for token in token_P.tolist():
-            assert wanted_NH[token].nonzero().flatten().tolist() == head_S.tolist()
-
-
 def test_rows_are_cut():
     some = SomeHeads.of(wanted(3, 5, 2, 0.5, 1), 2)
     assert np.array_equal(some.of_rows([2, 0]).wanted_BJH, some.wanted_BJH[[2, 0]])
@@ -129,7 +121,8 @@ def test_rows_are_cut():
 
 def test_nothing_at_all():
     some = SomeHeads.of(torch.zeros(0, 5, 2, dtype=torch.bool), 2)
-    assert (some.share, some.spares_products) == (1.0, False)
+    assert (some.share, some.share_of_products) == (1.0, 1.0)
+    assert not can_spare(torch.zeros(0, 5, 2), torch.zeros(2, 2), some)
     some = SomeHeads.of(torch.zeros(2, 0, 2, dtype=torch.bool), 2)
     assert some.share == 1.0
     assert attention_of_some(*parts(2, 2, 2, 0, 3), some).shape == (2, 2, 0, 16)

@@ -40,7 +40,7 @@ class HeadRouting(Config):
     init: Literal["preserve", "released"] = "preserve"
     balance: float = Field(default=0.01, ge=0)
     control: RateBalance.Config = RateBalance.Config()
-    block: int = Field(default=64, ge=1)
+    block: int = Field(default=256, ge=1)
 
     def check(self, num_heads: int) -> None:
         """Raise ConfigError unless an attention of ``num_heads`` can be routed so."""

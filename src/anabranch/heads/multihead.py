@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anabranch.errors import InputError
 from anabranch.heads.form import Decision, Form, Shape, argument
 from anabranch.heads.routed_heads import RoutedHeads
-from anabranch.nn.some_heads import SomeHeads, attention_of_some, join_some, project_some
+from anabranch.nn.some_heads import SomeHeads, attention_of_some, can_spare, join_some, project_some
 
 __all__ = ["MultiheadForm"]
 
@@ -76,7 +76,7 @@ class _Call:
         some = decision.some
         # Weights are of all heads.
         self.some: SomeHeads | None = None if self.needs_weights or attention.training else some
-        self.spares = self.some is not None and self.some.spares_products
+        self.spares = can_spare(given["query"], attention.out_proj.weight, self.some)
 
     def run(self, heads: RoutedHeads, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """(y_BLE, weights)."""
@@ -133,7 +133,7 @@ class _Call:
             core=2 * batch * length * num_keys * width,
             pairs=batch * length * self.attention.num_heads,
             share=1.0 if self.some is None else self.some.share,
-            spared=self.spares,
+            share_by_head=self.some.share_of_products if self.some is not None and self.spares else 1.0,
         )
 
 

@@ -13,7 +13,7 @@ from anabranch.heads.routed_heads import RoutedHeads
 from anabranch.nn.attention import Attention, SelfAttention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import call_linear, is_plain, numbers_of
-from anabranch.nn.some_heads import join_some
+from anabranch.nn.some_heads import can_spare, join_some
 from anabranch.routing import RoutingContext
 from anabranch.routing.context import argument_of
 
@@ -50,13 +50,12 @@ class OwnForm(Form):
         y_BHLD = attention.per_head(*args, **kwargs, some=decision.some)
         y_BLHD = decision.scaled(y_BHLD.transpose(1, 2))
         self._count(heads, x_BLW, y_BLHD, decision, context)
-        if decision.some is not None and self._joins_in_parts(attention, decision):
+        if decision.some is not None and self._joins_in_parts(attention, y_BLHD, decision):
             return join_some(y_BLHD, attention.out.weight, attention.out.bias, decision.some)
         return call_linear(attention.out, y_BLHD.flatten(2), context)
 
-    def _joins_in_parts(self, attention: Any, decision: Decision) -> bool:
-        some = decision.some
-        return some is not None and some.spares_products and is_plain(attention.out)
+    def _joins_in_parts(self, attention: Any, y_BLHD: Tensor, decision: Decision) -> bool:
+        return is_plain(attention.out) and can_spare(y_BLHD, attention.out.weight, decision.some)
 
     def _count(self, heads: RoutedHeads, x_BLW: Tensor, y_BLHD: Tensor, decision: Decision, context: Any) -> None:
         """Note the work; what a store attends itself it computes whole."""
@@ -73,13 +72,15 @@ class OwnForm(Form):
         stores = 2 * attention.num_kv_heads * width if is_own else 0
         some = decision.some
         spares = some is not None and is_own and attention.scoring.is_plain and not hasattr(cache, "attend")
+        is_spared = is_own and attention.spares_queries(x_BLW, some)
+        is_spared = is_spared and self._joins_in_parts(attention, y_BLHD, decision)
         heads.work.add(
             by_head=2 * tokens * inner * x_BLW.shape[-1],
             others=tokens * x_BLW.shape[-1] * stores,
             core=2 * batch * inner * seen,
             pairs=tokens * num_heads,
             share=some.share if some is not None and spares else 1.0,
-            spared=spares and self._joins_in_parts(attention, decision) and attention.spares_queries,
+            share_by_head=some.share_of_products if some is not None and is_spared else 1.0,
         )
 
 

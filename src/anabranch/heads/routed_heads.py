@@ -70,7 +70,7 @@ class RoutedHeads(nn.Module):
         target: float | None = None,
         balance: float = 0.01,
         control: RateBalance.Config | None = None,
-        block: int = 64,
+        block: int = 256,
         layer: int | None = None,
         width: int | None = None,
         seed: int = 0,

@@ -37,7 +37,7 @@ class Work:
         self.tokens = self.tokens + (routing.num_items if mask_N is None else mask_N.sum())
 
     def add(
-        self, *, by_head: int, others: int, core: int, pairs: int, share: float = 1.0, spared: bool = False
+        self, *, by_head: int, others: int, core: int, pairs: int, share: float = 1.0, share_by_head: float = 1.0
     ) -> None:
         """Count the work of one pass.
 
@@ -47,10 +47,10 @@ class Work:
             core: of scores and of sums of values.
             pairs: heads times queries.
             share: of the pairs that was computed.
-            spared: whether ``by_head`` was of that share too.
+            share_by_head: share of ``by_head`` that was computed.
         """
         self.possible += by_head + others + core
-        self.needed += round(by_head * (share if spared else 1.0) + core * share) + others
+        self.needed += round(by_head * share_by_head + core * share) + others
         self.all_pairs += pairs
         self.pairs += round(pairs * share)
 

@@ -20,7 +20,7 @@ from anabranch.nn.linear import Projection, build_linear, call_linear, count_lin
 from anabranch.nn.rotary import Rotary, rotate
 from anabranch.nn.scored import PLAIN, Scoring, scored_attention
 from anabranch.nn.shared_prefix import SharedPrefix, attend_few, with_prefix
-from anabranch.nn.some_heads import SomeHeads, attention_of_some, project_some
+from anabranch.nn.some_heads import SomeHeads, attention_of_some, can_spare, project_some
 from anabranch.nn.visits import next_visits
 
 
@@ -208,7 +208,7 @@ class SelfAttention(Attention, kind="attention"):
         self, x_BLW: Tensor, context: ForwardContext, some: SomeHeads | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(query_BHLD, key_BGLD, value_BGLD), with positions; queries that are not wanted may be 0."""
-        if some is not None and self.spares_queries and some.spares_products:
+        if some is not None and self.spares_queries(x_BLW, some):
             query, key, value = self._in_parts(x_BLW, some)
         else:
             query, key, value = call_linear(self.qkv, x_BLW, context).split(self.split, dim=-1)
@@ -226,10 +226,10 @@ class SelfAttention(Attention, kind="attention"):
             query = query * self._growth(distinct(context.position_BL)).to(query.dtype)
         return query, rotate(key, rotary), value
 
-    @property
-    def spares_queries(self) -> bool:
-        """Whether queries of some heads alone can be made: by a plain matrix, and no norm over all of them."""
-        return is_plain(self.qkv) and self.config.qk_norm != "full"
+    def spares_queries(self, x_BLW: Tensor, some: SomeHeads | None) -> bool:
+        """Whether queries of some heads alone are made: by a plain matrix, and with no norm over all of them."""
+        is_alone = is_plain(self.qkv) and self.config.qk_norm != "full"
+        return is_alone and can_spare(x_BLW, self.qkv.weight, some)
 
     def _in_parts(self, x_BLW: Tensor, some: SomeHeads) -> tuple[Tensor, Tensor, Tensor]:
         queries, *stores = self.split

@@ -5,9 +5,9 @@ Keys and values are of all positions, since later queries may want them.
 """
 # Shapes: B sequences, H query heads, G key heads, L queries, J blocks of them, S keys, D head width, V width of a value, N = B L, W width
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 from anabranch.nn.causal import SHORT, attention, causal_attention
 from anabranch.nn.kernels import attention as native
 
-__all__ = ["SomeHeads", "attention_of_some", "join_some", "project_some"]
+__all__ = ["SomeHeads", "attention_of_some", "can_spare", "join_some", "project_some"]
 
-# Tokens in all for which products with a part of a matrix pay, and on average of each part.
-MANY, EACH = 256, 64
+# Tokens from which on products of some heads pay.
+MANY = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,7 @@ class SomeHeads:
     def of(cls, wanted_BLH: Tensor, block: int) -> "SomeHeads":
         """A head is wanted in a block where any of its queries wants it. On a GPU this waits for the device."""
         length = wanted_BLH.shape[1]
+        block = max(1, min(block, length))
         padded = F.pad(wanted_BLH, (0, 0, 0, -length % block))
         by_block = padded.unflatten(1, (-1, block)).any(2) if length else padded
         return cls(by_block.cpu().numpy(), block, length)
@@ -55,48 +56,26 @@ class SomeHeads:
         first_J = np.arange(self.wanted_BJH.shape[1]) * self.block
         return np.minimum(self.block, self.length - first_J)
 
+    def anywhere_H(self) -> np.ndarray:
+        """bool: heads that any query wants."""
+        return np.asarray(self.wanted_BJH.any((0, 1)))
+
+    @property
+    def share_of_products(self) -> float:
+        """Share of heads that any query wants; 1 where there are none."""
+        return float(self.anywhere_H().mean()) if len(self.wanted_BJH) else 1.0
+
     @property
     def share(self) -> float:
-        """Wanted share of all (head, query) pairs, counted by blocks; 1 where there are none."""
+        """Computed share of all (head, query) pairs; 1 where there are none."""
+        if 0 < self.length < SHORT:
+            return self.share_of_products
         total = self.wanted_BJH.shape[0] * self.num_heads * self.length
         return float((self.wanted_BJH.sum((0, 2)) * self.lengths_J()).sum() / total) if total else 1.0
 
     def of_rows(self, rows: Sequence[int]) -> "SomeHeads":
         """Of some of the sequences."""
         return SomeHeads(self.wanted_BJH[list(rows)], self.block, self.length)
-
-    def stretches(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(first query, one past the last, wanted_BH) of neighbouring blocks that want the same."""
-        begin, num_blocks = 0, self.wanted_BJH.shape[1]
-        for end in range(1, num_blocks + 1):
-            if end == num_blocks or not np.array_equal(self.wanted_BJH[:, end], self.wanted_BJH[:, begin]):
-                yield begin * self.block, min(end * self.block, self.length), self.wanted_BJH[:, begin]
-                begin = end
-
-    @property
-    def spares_products(self) -> bool:
-        """Whether the products before and behind attention are worth taking in parts: each part of a matrix is copied."""
-        return len(self.wanted_BJH) * self.length >= max(MANY, EACH * len(self._sets[0]))
-
-    def groups(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """(positions among the N tokens, heads) of the tokens that want the same heads; each token is in one of them."""
-        sets, set_of = self._sets
-        token_BJT = np.arange(len(self.wanted_BJH) * self.length).reshape(len(self.wanted_BJH), self.length)
-        set_BL = np.repeat(set_of, self.block, axis=1)[:, : self.length]
-        return [
-            (
-                torch.from_numpy(token_BJT[set_BL == number]).to(device),
-                torch.from_numpy(np.flatnonzero(wanted_H)).to(device),
-            )
-            for number, wanted_H in enumerate(sets)
-        ]
-
-    @cached_property
-    def _sets(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct sets of heads, ``[sets, H]``, and which of them each block wants, ``[B, J]``."""
-        flat = self.wanted_BJH.reshape(-1, self.num_heads)
-        sets, set_of = np.unique(flat, axis=0, return_inverse=True)
-        return sets, set_of.reshape(self.wanted_BJH.shape[:2])
 
 
 def attention_of_some(
@@ -119,75 +98,81 @@ def attention_of_some(
         is_causal: the queries are those of the last L of S positions, and see none after their own; says nothing beside a ``mask``.
         scale: factor on scores; None for 1 / sqrt(D).
     """
-    length, num_keys = query_BHLD.shape[2], key_BGSD.shape[2]
-    y_BHLV = query_BHLD.new_zeros(*query_BHLD.shape[:3], value_BGSV.shape[-1])
-    is_causal = is_causal and mask is None
-    for first, last, wanted_BH in some.stretches():
-        if not wanted_BH.any():
-            continue
-        end = num_keys - length + last if is_causal else num_keys
-        part = None if mask is None else mask[:, :, first:last, :end] if mask.shape[2] > 1 else mask[..., :end]
-        heads = np.flatnonzero(wanted_BH.any(0))
-        keys, values = key_BGSD[:, :, :end], value_BGSV[:, :, :end]
-        if wanted_BH[:, heads].all():
-            y = _of_heads(query_BHLD[:, :, first:last], keys, values, heads, part, is_causal, scale)
-            if len(heads) == query_BHLD.shape[1]:
-                y_BHLV[:, :, first:last] = y
-            else:
-                y_BHLV[:, torch.from_numpy(heads).to(y.device), first:last] = y
-        else:
-            _of_pairs(y_BHLV, query_BHLD, keys, values, wanted_BH, (first, last), part, is_causal, scale)
+    batch, num_heads, length = query_BHLD.shape[:3]
+    # Laid out as the last product takes it.
+    y_BHLV = query_BHLD.new_zeros(batch, length, num_heads, value_BGSV.shape[-1]).transpose(1, 2)
+    call = _Call(query_BHLD, key_BGSD, value_BGSV, mask, is_causal and mask is None, scale, y_BHLV)
+    # For few queries what counts is how often something is called.
+    wanted_BJH = some.wanted_BJH if some.length >= SHORT else some.anywhere_H()[None, None]
+    everywhere_H = np.asarray(wanted_BJH.all((0, 1)))
+    for heads in call.pieces(everywhere_H):
+        call.run(slice(None), heads, slice(0, some.length))
+    for head in np.flatnonzero(some.anywhere_H() & ~everywhere_H).tolist():
+        for rows, wanted_J in _alike(wanted_BJH[:, :, head]):
+            for first, last in _runs(wanted_J):
+                place = slice(first * some.block, min(last * some.block, some.length))
+                call.run(rows, slice(head, head + 1), place)
+    if some.length < SHORT:
+        kept_BLH = torch.from_numpy(np.repeat(some.wanted_BJH, some.block, 1)[:, : some.length]).to(y_BHLV.device)
+        y_BHLV = torch.where(kept_BLH.transpose(1, 2).unsqueeze(-1), y_BHLV, 0.0)
     return y_BHLV
 
 
-def _of_heads(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    heads: np.ndarray,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Tensor:
-    """y of some heads of all sequences, ``[B, heads, L, V]``."""
-    num_heads, groups = query.shape[1], key.shape[1]
-    if len(heads) < num_heads:
-        head_P = torch.from_numpy(heads).to(query.device)
-        query = query[:, head_P]
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, head_P]
-        group_of_P = heads // (num_heads // groups)
-        group_P, count = np.unique(group_of_P, return_counts=True)
-        # Heads of one group stand together, so key heads stay shared where all are by as many.
-        wanted = group_P if (count == count[0]).all() else group_of_P
-        if len(wanted) != groups or wanted is group_of_P:
-            kept = torch.from_numpy(wanted).to(query.device)
-            key, value = key[:, kept], value[:, kept]
-    return _attend(query, key, value, mask, is_causal, scale)
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Attention, of which parts are computed. All of it is by views: what is copied costs as much as what is spared."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    y: Tensor
+
+    @property
+    def shared(self) -> int:
+        """Query heads of a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def pieces(self, wanted_H: np.ndarray) -> Iterator[slice]:
+        """Ranges of these heads that keys can be cut for: of whole groups, or within one."""
+        for first, last in _runs(wanted_H):
+            begin, end = -(-first // self.shared) * self.shared, last // self.shared * self.shared
+            bounds = (
+                [first, begin, end, last] if begin < end else [first, *([begin] if first < begin < last else []), last]
+            )
+            yield from (slice(a, b) for a, b in itertools.pairwise(bounds) if a < b)
+
+    def run(self, rows: slice, heads: slice, place: slice) -> None:
+        """Compute these queries of these heads."""
+        groups = slice(heads.start // self.shared, -(-heads.stop // self.shared))
+        end = self.key.shape[2] - self.query.shape[2] + place.stop if self.is_causal else self.key.shape[2]
+        query = self.query[rows, heads, place]
+        key, value = self.key[rows, groups, :end], self.value[rows, groups, :end]
+        mask = self.mask
+        if mask is not None:
+            sizes = zip((rows, heads, place), mask.shape, strict=False)
+            mask = mask[tuple(part if size > 1 else slice(None) for part, size in sizes)][..., :end]
+        self.y[rows, heads, place] = _attend(query, key, value, mask, self.is_causal, self.scale)
 
 
-def _of_pairs(
-    y_BHLV: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    wanted_BH: np.ndarray,
-    place: tuple[int, int],
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> None:
-    """Write y of the wanted (sequence, head) pairs, each taken as a sequence of one head."""
-    row, head = (torch.from_numpy(found).to(query.device) for found in np.nonzero(wanted_BH))
-    group = head // (query.shape[1] // key.shape[1])
-    first, last = place
-    if mask is not None:
-        mask = mask.expand(len(wanted_BH), query.shape[1] if mask.shape[1] > 1 else 1, -1, -1)
-        mask = mask[row, head if mask.shape[1] > 1 else torch.zeros_like(head)].unsqueeze(1)
-    query_P, key_P, value_P = (
-        part.unsqueeze(1) for part in (query[row, head, first:last], key[row, group], value[row, group])
-    )
-    y_BHLV[row, head, first:last] = _attend(query_P, key_P, value_P, mask, is_causal, scale).squeeze(1)
+def _runs(wanted: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, one past the last) of neighbours that are True."""
+    change = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
+    yield from zip(change[::2].tolist(), change[1::2].tolist(), strict=True)
+
+
+def _alike(wanted_BJ: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows that want the same blocks, where they stand at equal distances, else one by one; and what they want."""
+    sets, set_of_B = np.unique(wanted_BJ, axis=0, return_inverse=True)
+    for number, wanted_J in enumerate(sets):
+        rows = np.flatnonzero(set_of_B.reshape(-1) == number)
+        step = np.unique(np.diff(rows))
+        if len(step) <= 1:
+            yield slice(int(rows[0]), int(rows[-1]) + 1, int(step[0]) if len(step) else 1), wanted_J
+        else:
+            yield from ((slice(row, row + 1), wanted_J) for row in rows.tolist())
 
 
 def _attend(
@@ -203,32 +188,38 @@ def _attend(
     return attention(query, key, value, attn_mask=mask, scale=scale)
 
 
+def can_spare(x: Tensor, weight: Tensor, some: SomeHeads | None) -> bool:
+    """Whether products of wanted heads alone are quicker: of all tokens, where a head is wanted of none of them.
+
+    They are written where they belong, so nothing may be differentiated through them, nor cast on the way. Products of a head by parts of
+    the tokens were tried, and took longer than they spared.
+    """
+    if some is None or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    is_large = len(some.wanted_BJH) * some.length >= MANY
+    return is_large and x.dtype == weight.dtype and not bool(some.anywhere_H().all())
+
+
 def project_some(x_BLW: Tensor, weight_RW: Tensor, bias_R: Tensor | None, some: SomeHeads) -> Tensor:
-    """``[B, L, R]``: R = H D numbers of each token, of wanted heads; 0 of the others."""
+    """``[B, L, R]``: R = H D numbers of each token, of heads that any token wants; 0 of the others."""
     x_NW, width = x_BLW.flatten(0, 1), len(weight_RW) // some.num_heads
-    weight_HDW = weight_RW.unflatten(0, (some.num_heads, width))
-    bias_HD = None if bias_R is None else bias_R.unflatten(0, (some.num_heads, width))
-    y_NHD: Tensor | None = None
-    for token_P, head_S in some.groups(x_BLW.device):
-        bias = None if bias_HD is None else bias_HD[head_S].flatten()
-        made = F.linear(x_NW[token_P], weight_HDW[head_S].flatten(0, 1), bias).unflatten(-1, (-1, width))
-        if y_NHD is None:
-            y_NHD = made.new_zeros(len(x_NW), some.num_heads, width)
-        y_NHD[token_P.unsqueeze(1), head_S] = made
-    assert y_NHD is not None, "there are tokens, or it was not worth it"
-    return y_NHD.view(*x_BLW.shape[:2], -1)
+    y_NR = x_NW.new_zeros(len(x_NW), len(weight_RW))
+    for first, last in _runs(some.anywhere_H()):
+        own = slice(first * width, last * width)
+        if bias_R is None:
+            torch.mm(x_NW, weight_RW[own].t(), out=y_NR[:, own])
+        else:
+            torch.addmm(bias_R[own], x_NW, weight_RW[own].t(), out=y_NR[:, own])
+    return y_NR.view(*x_BLW.shape[:2], -1)
 
 
 def join_some(y_BLHD: Tensor, weight_WR: Tensor, bias_W: Tensor | None, some: SomeHeads) -> Tensor:
-    """``[B, L, W]``: the last product of wanted heads; others give nothing."""
-    y_NHD, width = y_BLHD.flatten(0, 1), y_BLHD.shape[-1]
-    weight_WHD = weight_WR.unflatten(1, (some.num_heads, width))
-    out_NW: Tensor | None = None
-    for token_P, head_S in some.groups(y_BLHD.device):
-        rows = y_NHD[token_P.unsqueeze(1), head_S].flatten(1)
-        made = F.linear(rows, weight_WHD[:, head_S].flatten(1), bias_W)
-        if out_NW is None:
-            out_NW = made.new_empty(len(y_NHD), len(weight_WR))
-        out_NW[token_P] = made
-    assert out_NW is not None, "there are tokens, or it was not worth it"
+    """``[B, L, W]``: the last product of heads that any token wants; others give nothing."""
+    y_NR, width = y_BLHD.flatten(2).flatten(0, 1), y_BLHD.shape[-1]
+    out_NW = y_NR.new_zeros(len(y_NR), len(weight_WR))
+    if bias_W is not None:
+        out_NW += bias_W
+    for first, last in _runs(some.anywhere_H()):
+        own = slice(first * width, last * width)
+        out_NW.addmm_(y_NR[:, own], weight_WR[:, own].t())
     return out_NW.view(*y_BLHD.shape[:2], -1)
