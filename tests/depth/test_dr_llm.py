@@ -467,6 +467,8 @@ def test_more_questions_leave_what_was_decided(tmp_path):
     assert all(again[row.id] == row for row in first.rows)
     assert second.control.probe == sum(row.searched for row in second.rows) >= 2
     assert control_of(tmp_path / "a.jsonl", second.rows) == second.control
+    left = [question for question in wrong_ones(6) if not again[question.id].searched]
+    assert search_paths(stack(), left, answers, config, tmp_path / "a.jsonl").control.probe == 0
 
 
 def test_nothing_is_left_where_nothing_was_found(tmp_path):
