@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Layer", "PatchEncoder", "QueryFormer", "attended", "attention_of"]
+__all__ = ["SPREAD", "Layer", "PatchEncoder", "QueryFormer", "attended", "attention_of"]
+
+# Standard deviation of what is learned for places, times and queries at the start. Much less, and attention makes all queries alike.
+SPREAD = 0.3
 
 # What replaces an attention: RoutedHeads around it, say. It is called with the layer's number.
 Wrap = Callable[[nn.MultiheadAttention], nn.Module]
@@ -79,9 +82,11 @@ class PatchEncoder(nn.Module):
         for before, after in itertools.pairwise(widths):
             steps += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
         self.patches = nn.Sequential(*steps[:-1])
+        # What convolutions give is small at first, and would be lost beside where it is.
+        self.patch_norm = nn.LayerNorm(dim)
         side = size // 8
-        self.place = nn.Parameter(0.02 * torch.randn(side * side, dim))
-        self.time = nn.Parameter(0.02 * torch.randn(frames, dim))
+        self.place = nn.Parameter(SPREAD * torch.randn(side * side, dim))
+        self.time = nn.Parameter(SPREAD * torch.randn(frames, dim))
         self.layers = nn.ModuleList(Layer(dim, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 
@@ -90,7 +95,7 @@ class PatchEncoder(nn.Module):
         batch, frames = frame_BFCHW.shape[:2]
         picture = frame_BFCHW.flatten(0, 1).to(self.place.dtype) / 127.5 - 1
         # A row of patches after the other.
-        x = self.patches(picture).flatten(2).transpose(1, 2) + self.place
+        x = self.patch_norm(self.patches(picture).flatten(2).transpose(1, 2)) + self.place
         for layer in self.layers:
             x = layer(x)
         x_BFPD = self.norm(x).unflatten(0, (batch, frames)) + self.time[:frames, None]
@@ -109,7 +114,7 @@ class QueryFormer(nn.Module):
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, num_queries: int) -> None:
         super().__init__()
-        self.query = nn.Parameter(0.02 * torch.randn(num_queries, dim))
+        self.query = nn.Parameter(SPREAD * torch.randn(num_queries, dim))
         self.layers = nn.ModuleList(Layer(dim, num_heads, cross=number % 2 == 0) for number in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 

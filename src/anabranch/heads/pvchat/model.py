@@ -28,7 +28,7 @@ from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.heads.config import HeadRouting
 from anabranch.heads.pvchat import heads as heads_of
 from anabranch.heads.pvchat.clips import Clip, fitted
-from anabranch.heads.pvchat.layers import PatchEncoder, QueryFormer
+from anabranch.heads.pvchat.layers import SPREAD, PatchEncoder, QueryFormer
 from anabranch.heads.pvchat.vocabulary import END, PAD, Vocabulary
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_tensors
@@ -126,7 +126,7 @@ class PVChat(Part, nn.Module):
             self.queries = QueryFormer(dim, config.query_layers, config.num_heads, config.num_queries)
             self.projector = nn.Linear(dim, dim)
             count = len(self.vocabulary.names)
-            self.personal = nn.Parameter(0.02 * torch.randn(count, config.personal_tokens, dim))
+            self.personal = nn.Parameter(SPREAD * torch.randn(count, config.personal_tokens, dim))
         self.decoder: Decoder = config.decoder(len(self.vocabulary)).build(seed=seed)
         heads_of.put_on(self.queries, config.heads, seed=seed)
 
@@ -152,7 +152,7 @@ class PVChat(Part, nn.Module):
         old_SND = self.personal
         shape = old_SND.shape[1:]
         start_ND = old_SND.mean(0) if len(old_SND) else torch.zeros_like(old_SND.new_empty(shape))
-        spread = float(old_SND.std()) if len(old_SND) else 0.02
+        spread = float(old_SND.std()) if len(old_SND) else SPREAD
         noise_ND = 0.1 * spread * torch.randn(shape, generator=generator).to(old_SND)
         self.personal = nn.Parameter(torch.cat([old_SND, (start_ND + noise_ND)[None]]))
         return len(self.vocabulary.names) - 1
