@@ -53,7 +53,9 @@ Weigh = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 class Attend(Protocol):
     """What does a block's attention."""
 
-    def __call__(self, query_BHKD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, weigh: Weigh, looks: Looks) -> Tensor:
+    def __call__(
+        self, query_BHKD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, weigh: Weigh, looks: Looks, /
+    ) -> Tensor:
         """y_BHKD of the gathered tokens; ``weigh`` is the block's own attention."""
 
 

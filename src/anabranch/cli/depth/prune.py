@@ -153,5 +153,5 @@ def prune(
     for one in fitted.tuned:
         fact("router", f"{one.initial['searched']:.4f} with it, {one.loss:.4f} after the second search")
     fact("blocks", " ".join(f"{value:.2f}" for value in fitted.skipper.schedule))
-    fact("cost", f"{fitted.evaluations} schedules measured; the file has {out.stat().st_size:,} bytes")
+    fact("cost", f"{fitted.evaluations} schedules measured in this run; the file has {out.stat().st_size:,} bytes")
     wrote(str(out), f"anabranch depth prune-eval {shell_word(model)} {shell_word(out)} --data TEST.jsonl")
