@@ -101,6 +101,18 @@ def test_a_change_moves_mass_between_two_blocks():
     assert max(abs(a - b) for one in halved for a, b in zip(one, begun, strict=True)) <= 0.1 + 1e-9
 
 
+def test_no_more_mass_moves_than_there_is_and_has_room():
+    space, draw = ScheduleSpace.of(0.3, 6, ScheduleConfig(mutation=1.0)), random.Random(2)
+    begun = space.exact([0.0, 0.0, 0.9, 0.05, 0.85, 0.0])
+    for _ in range(80):
+        changed = [
+            block
+            for block, (a, b) in enumerate(zip(space.mutate(begun, draw), begun, strict=True))
+            if abs(a - b) > 1e-9
+        ]
+        assert len(changed) in (0, 2)
+
+
 @pytest.mark.parametrize("wrong", [-0.1, 0.9, 1.0, 2, float("nan"), float("inf"), True, "0.3", None])
 def test_wrong_sparsities(wrong):
     with pytest.raises(ValueError, match=r"sparsity is .*; it must be at least 0 and below s_max=0\.9"):
