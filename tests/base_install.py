@@ -53,6 +53,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "generate x --prompt x": "lm",
     "chat x": "lm",
     "report x --out x": "lm,plots",
+    "adapters report x x --out x": "lm,plots",
     "experts fit-predictor x x": "lm",
     "adapt x y --out z": "lm",
     "heads train x --out y": "lm",

@@ -1,6 +1,13 @@
 """A small model that the compiled step runs, adapters for it, and runs of an engine with requests of several adapters."""
 
+import torch
+
 from adapter_models import make_adapter
+from anabranch.adapters import DynMoLE, MixedLowRank
+from anabranch.adapters.glider import describe_expert
+from anabranch.adapters.mhr import MultiHeadRouted
+from anabranch.adapters.own_folder import write_own
+from anabranch.adapters.put_on import added_names, put_on
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import Router, TopK
@@ -94,3 +101,63 @@ class Runs:
 def scores(output):
     """Log probabilities of prompt and answer."""
     return [told.logprob for told in (*output.prompt_logprobs, *output.logprobs)]
+
+
+# Routers over several adapters, and adapters that go by task
+
+TASKS = ("sql", "law", "sum")
+INSTRUCTIONS = {
+    "sql": "Write a SQL query that answers a question about a table.",
+    "law": "Name the law that a legal case falls under.",
+    "sum": "Summarise a news article in one sentence.",
+}
+# What stands beside matrices, by the kind that a server says of it.
+LAYERS_OF = {
+    "routed_low_rank": lambda: DynMoLE(num_experts=3, rank=2, alpha=8).linears(LAYERS),
+    "mixed_low_rank": lambda: {
+        "*.attention.[qkv]": MixedLowRank.Config(ranks=(2, 3, 2), router_group="qkv", router=_router()),
+        "*.feed_forward.down": MixedLowRank.Config(ranks=(2, 3, 2), router=_router()),
+    },
+    "multi_head_routed": lambda: {
+        "*.attention.*": MultiHeadRouted.Config(
+            tasks=TASKS, skills=3, heads=2, rank=2, alpha=4.0, granularity="layerwise"
+        )
+    },
+}
+
+
+def _router():
+    return Router.Config(select=TopK.Config(top_k=2, normalize="sum"), balance=())
+
+
+def with_layers(kind, model=None):
+    """A model with layers of this kind beside its matrices, whose numbers are drawn."""
+    made = put_on(make_model() if model is None else model, LAYERS_OF[kind](), seed=1)
+    state, generator = made.state_dict(), torch.Generator().manual_seed(2)
+    for name in added_names(made):
+        if state[name].is_floating_point() and state[name].dim() > 1:
+            state[name].copy_(torch.randn(state[name].shape, generator=generator) * 0.3)
+    return made.eval()
+
+
+def make_pool(root, *, instructions=True):
+    """A pool: adapters of other ranks and layers, of which two have gates."""
+    words = {"sql": ATTENTION, "law": tuple(SIZES), "sum": ("self_attn.q_proj", "mlp.down_proj")}
+    for number, (name, own) in enumerate(words.items()):
+        layers = layers_of(own)
+        make_adapter(root / name, layers, seed=name, rank=2 + number)
+        generator = torch.Generator().manual_seed(number)
+        gates = {module: torch.randn(inputs, generator=generator) for module, (inputs, _) in layers.items()}
+        describe_expert(
+            root / name, instruction=INSTRUCTIONS[name] if instructions else None, gate=gates if number else None
+        )
+    return str(root)
+
+
+def make_routers(root):
+    """Folders by name: a pool, and adapters in our own form."""
+    made = {"pool": make_pool(root / "pool")}
+    for kind in LAYERS_OF:
+        write_own(root / kind, with_layers(kind), base="demo")
+        made[kind] = str(root / kind)
+    return made

@@ -640,3 +640,28 @@ def test_a_model_with_a_pool_is_a_model_like_others(root, tmp_path):
     with torch.no_grad():
         padded = model(token_BL, token_mask_BL=mask_BL, state=pool.rows([QUERY, None], 8)).logits_BLV[:, 2:]
     assert torch.allclose(padded, run(model, state), atol=1e-4)
+
+
+def test_no_second_model_is_built_on_the_way(root, monkeypatch):
+    from anabranch.adapters.lora_mixer import load
+
+    made, build = [], load.built_alone
+    monkeypatch.setattr(load, "built_alone", lambda *a, **k: made.append(build(*a, **k)) or made[-1])
+    model = filled(root).onto(opened(root))
+    assert len(made) == 1
+    assert made[0].blocks[0].feed_forward.w13.weight.is_meta
+    assert made[0].config == model.config
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_pool_that_left_its_model_goes_on_comparing(root):
+    pool = filled(root)
+    model = pool.onto(opened(root))
+    before, bias_BE = run(model), pool.bias([QUERY])
+    pool.leave()
+    with pytest.raises(ConfigError, match="are on no model"):
+        _ = pool.model
+    assert torch.equal(pool.bias([QUERY]), bias_BE)
+    assert torch.equal(run(model), before)
+    pool.remove("sum")
+    assert torch.equal(run(model), before)

@@ -8,11 +8,13 @@ import torch
 from adapter_models import CONFIGS, TOKENS
 from anabranch.adapters import LowRank, RoutedLowRank
 from anabranch.adapters.dora import Dora
+from anabranch.adapters.graft import layers_of
 from anabranch.adapters.own_folder import read_own, write_own
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.rexmoe import ReXMoE
 from anabranch.lm import Decoder
+from anabranch.lm.tensors import build_empty
 from anabranch.nn import MoE, SelfAttention
 
 Q = {"*.attention.q": LowRank.Config(rank=2)}
@@ -223,3 +225,26 @@ def test_another_base_of_the_same_sizes_is_told_by_its_numbers(tmp_path):
     del table["base_digest"]
     (tmp_path / "a" / "adapter.json").write_text(json.dumps(table))
     read_own(tmp_path / "a", near)
+
+
+def test_onto_a_frame_whose_numbers_are_elsewhere(tmp_path):
+    """A frame has the sizes of the base alone; who the base is, is asked of the base."""
+    base, other = (CONFIGS["llama"]().build(seed=seed).eval() for seed in (3, 4))
+    write_own(tmp_path / "a", drawn(put_on(CONFIGS["llama"]().build(seed=3).eval(), KINDS["low_rank"])))
+
+    def frame():
+        made = build_empty(base.config)
+        made.embedding.weight = torch.nn.Parameter(base.embedding.weight.detach(), requires_grad=False)
+        return made
+
+    found = read_own(tmp_path / "a", frame(), base=base)
+    wanted = read_own(tmp_path / "a", base)
+    for (name, layer), own in zip(layers_of(found).items(), layers_of(wanted).values(), strict=True):
+        assert torch.equal(layer.a, own.a), name
+        assert torch.equal(layer.b, own.b), name
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        read_own(tmp_path / "a", frame(), base=other)
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        read_own(tmp_path / "a", other)
+    # Where there is nothing to compare with, nothing is compared.
+    read_own(tmp_path / "a", frame(), is_base_known=False)

@@ -101,6 +101,11 @@ COMMANDS = {
         {"OUT": "m"},
     ),
     "pvchat compose": ("{drawings} --out {OUT}", {"drawings": "m/d.zip"}, {"OUT": "m"}),
+    "adapters report": (
+        "{model} {adapter} --data {data} --out {OUT}",
+        {"model": "m/config.json", "adapter": "a/adapter_config.json", "data": "text/a.txt"},
+        {"OUT": "rep/adapters.html"},
+    ),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
@@ -111,6 +116,7 @@ OWN_NAMES = (
     "oracle",
     "depth report",
     "depth oracle",
+    "adapters report",
 )  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
@@ -124,7 +130,7 @@ READ = {
     "routers replay router", "routers replay prices", "routers route router", "adapters recommend",
 }  # fmt: skip
 # What is named on the command line is not the file but its folder.
-FOLDERS = {"model": "m", "router": "routers", "adapters": "a", "routers": "b"}
+FOLDERS = {"model": "m", "router": "routers", "adapters": "a", "adapter": "a", "routers": "b"}
 
 
 def _commands(command, name=()):

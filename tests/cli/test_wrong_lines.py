@@ -231,6 +231,10 @@ depth prune-eval trained short.gguf --data text
 depth redundancy trained half.jsonl
 depth redundancy trained text --context {HUGE}
 depth oracle trained --out z
+adapters report trained text --out z
+adapters report trained trained --data text --out z
+adapters report trained arrow:text --out z
+adapters report trained text --rows 0 --out z
 experts fit-predictor trained no.npz --out z
 experts fit-predictor trained text --out z --expert-budget nan
 experts fit-predictor trained holes.parquet --out z

@@ -1,10 +1,11 @@
 """What each row of a batch is told, in passes of a model that others call: through a cache, whose rows leave and repeat.
 
-`telling` reaches whoever calls the model. Who makes a pass of its parts (`Decoder.context`, `Decoder.hidden`) asks for `told_state`.
+`telling` reaches whoever calls the model. Who makes a pass of its parts (`Decoder.context`, `Decoder.hidden`) knows its rows, and asks what
+these are told: `told_rows`.
 """
 # Shapes: B rows
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError, InputError
 
-__all__ = ["check_one_told", "telling", "told_state"]
+__all__ = ["check_told", "telling", "told_keys", "told_rows"]
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def telling(
             own_B = rows.of[block]
         return state(own_B.to(token_BL.device), length)
 
-    block = _Block(of_pass, what, 1 if for_all else len(value_B))
+    block = _Block(of_pass, what, value_B, state)
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token_BL = args[0] if args else kwargs["token_BL"]
@@ -74,33 +75,51 @@ def telling(
         handle.remove()
 
 
-def told_state(model: nn.Module, token_BL: Tensor, cache: Any = None) -> dict[str, Any]:
-    """The ``state`` that a pass of the model would have by the blocks of `telling` that it is made in; empty outside of any.
+def told_rows(model: nn.Module, rows: Sequence[int], length: int) -> dict[str, Any]:
+    """The ``state`` of a pass of L positions by the blocks of `telling` that it is made in; empty outside of any.
 
-    Raises InputError as `telling`.
+    Args:
+        model: whose pass it is.
+        rows: of each row of the pass, which of those that were told something it is; of a block that tells all the same, no matter which.
+        length: L.
     """
     told: dict[str, Any] = {}
     for block in _BLOCKS.get(model, ()):
-        told |= block.of_pass(block, token_BL, cache)
+        value_B = block.value_B
+        own_B = value_B.expand(len(rows), *value_B.shape[1:]) if block.count == 1 else value_B[torch.tensor(rows)]
+        told |= block.state(own_B.to(next(model.parameters()).device), length)
     return told
 
 
-def check_one_told(model: nn.Module, who: str) -> None:
-    """Raise ConfigError where rows are told different things, for ``who`` makes passes whose rows are its own."""
+def told_keys(model: nn.Module, count: int) -> list[Hashable]:
+    """Of each of ``count`` rows a key; rows that are told the same have equal ones."""
+    blocks = [block for block in _BLOCKS.get(model, ()) if block.count > 1]
+    return [tuple(tuple(block.value_B[row].flatten().tolist()) for block in blocks) for row in range(count)]
+
+
+def check_told(model: nn.Module, count: int, who: str) -> None:
+    """Raise ConfigError where rows are told so many things that nobody knows which are of the ``count`` texts of ``who``."""
     for block in _BLOCKS.get(model, ()):
-        if block.count != 1:
+        if block.count not in (1, count):
             raise ConfigError(
-                f"{block.count} {block.what} are told to the rows of the model, and {who} has passes of other rows; tell one at a time"
+                f"{block.count} {block.what} are told to the rows of the model, and {who} has {count} texts; "
+                "tell one for each, or one for all"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One use of `telling`, as long as it lasts: the state of a pass, what is told, and how many of it."""
+    """One use of `telling`, as long as it lasts: the state of a pass, what is told, and its arguments."""
 
     of_pass: Callable[["_Block", Tensor, Any], dict[str, Any]]
     what: str
-    count: int
+    value_B: Tensor
+    state: Callable[[Tensor, int], dict[str, Any]]
+
+    @property
+    def count(self) -> int:
+        """Of the values; one is for all."""
+        return len(self.value_B)
 
 
 # Of each model, outermost first.

@@ -18,6 +18,7 @@ from anabranch.adapters.peft_folder import read_peft, write_peft
 from anabranch.adapters.pooled import load_pool, rows_for
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 
 __all__ = ["Exported", "export_mixture"]
 
@@ -68,9 +69,8 @@ def export_mixture(
     token_BL = torch.randint(
         model.config.vocab_size, (1, _length(model)), generator=torch.Generator().manual_seed(0)
     ).to(model.embedding.weight.device)
-    was_training = model.training
-    try:
-        load_pool(names, model.eval(), family=family)
+    with evaluating(model):
+        load_pool(names, model, family=family)
         try:
             wanted_BLV = model(token_BL, state=rows_for(model, [mixture], token_BL.shape[1])).logits_BLV
         finally:
@@ -83,8 +83,6 @@ def export_mixture(
             found_BLV = model(token_BL).logits_BLV
         finally:
             unload(model)
-    finally:
-        model.train(was_training)
     return Exported(made, _greatest(found_BLV - wanted_BLV), _greatest(wanted_BLV))
 
 

@@ -63,8 +63,10 @@ def graft(model: Decoder, made: Decoder, put: Callable[[str, Any], None]) -> Non
     for part, layer in layers_of(made).items():
         put(part, layer)
     for name, added in [(name, module) for name, module in made.named_modules() if isinstance(module, Added)]:
+        # Before it has the matrix of the model, which keeps its mode.
+        added.train(model.training)
         added.matrix = model.get_submodule(name)
-        _set(model, name, added.train(model.training))
+        _set(model, name, added)
     for name, layers in _pools(made):
         pool: Any = model.get_submodule(name)
         pool.layers = layers.train(model.training)

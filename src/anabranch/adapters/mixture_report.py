@@ -19,6 +19,7 @@ from anabranch.adapters.graft import layers_of
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 from anabranch.routing import HybridEntropy, Router, Routing
 from anabranch.routing.uncertainty import uncertainty
 
@@ -131,18 +132,14 @@ def mixture_report(model: nn.Module, rows: Iterable[Rows]) -> MixtureReport:
         assert layer.router is not None
         names.setdefault(layer.router, []).append(name)
     sums = {router: _Sums(router) for router in names}
-    was_training = model.training
-    model.eval()
-    try:
-        with ExitStack() as stack:
-            for router, total in sums.items():
-                stack.callback(router.register_forward_hook(partial(_see, total)).remove)
-            for token_BL, mask_BL, label_B in rows:
-                for total in sums.values():
-                    total.begin(token_BL, mask_BL, label_B)
-                _run(model, token_BL, mask_BL)
-    finally:
-        model.train(was_training)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for router, total in sums.items():
+            stack.callback(router.register_forward_hook(partial(_see, total)).remove)
+        for token_BL, mask_BL, label_B in rows:
+            for total in sums.values():
+                total.begin(token_BL, mask_BL, label_B)
+            _run(model, token_BL, mask_BL)
     if not all(total.tokens for total in sums.values()):
         raise InputError("there are no rows to report on")
     return MixtureReport(tuple(total.facts(tuple(names[router])) for router, total in sums.items()))

@@ -76,13 +76,22 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
         write_file(temporary / NUMBERS, numbers)
 
 
-def read_own(folder: str | Path, model: Decoder, *, trainable: bool = False) -> Decoder:
+def read_own(
+    folder: str | Path,
+    model: Decoder,
+    *,
+    trainable: bool = False,
+    base: Decoder | None = None,
+    is_base_known: bool = True,
+) -> Decoder:
     """Put the adapter in ``folder`` onto ``model``, in place, and return it.
 
     Args:
         folder: as `write_own` wrote it.
         model: the base.
         trainable: whether the adapter learns. The base does not.
+        base: whose numbers the adapter has to know, where ``model`` has but their sizes; None for ``model``.
+        is_base_known: False where there are no such numbers, for a look at the folder alone.
 
     Raises CheckpointError where there is none, it is damaged or of another model, by sizes or by content; ConfigError as `put_on`. The
     model is then as it was. Of one whose matrices are quantized or elsewhere the content is looked at only where it is as it was.
@@ -100,7 +109,8 @@ def read_own(folder: str | Path, model: Decoder, *, trainable: bool = False) -> 
             raise CheckpointError(
                 f"{place} is of a model whose {name} is {table.get(name)!r}, and this one's is {ours}"
             )
-    _check_base(place, table, model)
+    if is_base_known:
+        _check_base(place, table, model if base is None else base)
     try:
         layers = from_dict(_Layers, {"linears": table.get("linears")})
     except ConfigError as error:

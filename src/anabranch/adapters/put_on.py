@@ -23,7 +23,7 @@ from anabranch.lm.tensors import build_empty, with_memory
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.linear import Projection
 
-__all__ = ["added_names", "put_on", "take_off"]
+__all__ = ["added_names", "built_alone", "put_on", "take_off"]
 
 
 class _Drawn(Linear):
@@ -77,9 +77,7 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
     base = model.config
     # Checked as it will be, whose errors speak of what was asked for.
     wanted = base.replace(linears=dict(linears))
-    made = build_empty(
-        base.replace(linears={key: _Drawn.Config(inner=kind, seed=seed) for key, kind in linears.items()})
-    )
+    made = built_alone(base, linears, seed=seed)
     check_pools(model, made)
     model.requires_grad_(False)
     device = model.embedding.weight.device
@@ -90,6 +88,13 @@ def put_on(model: Decoder, linears: Mapping[str, Linear.Config], *, seed: int = 
             model.shared[name] = module.to(device)
     model.config = wanted
     return model
+
+
+def built_alone(base: Decoder.Config, linears: Mapping[str, Linear.Config], *, seed: int = 0) -> Decoder:
+    """A model of ``base`` with the layers of ``linears``, which alone take memory; their numbers are drawn by their names."""
+    drawn = {key: _Drawn.Config(inner=kind, seed=seed) for key, kind in linears.items()}
+    made: Decoder = build_empty(base.replace(linears=drawn))
+    return made
 
 
 def take_off(model: Decoder) -> Decoder:

@@ -24,7 +24,18 @@ from anabranch.bounds import shown
 from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
 
-__all__ = ["AVERAGE", "TASK", "Unknown", "numbers_of", "on_tasks", "task_names", "task_rows", "told_tasks"]
+__all__ = [
+    "AVERAGE",
+    "TASK",
+    "Unknown",
+    "goes_by_task",
+    "needs_task",
+    "numbers_of",
+    "on_tasks",
+    "task_names",
+    "task_rows",
+    "told_tasks",
+]
 
 Unknown = Literal["error", "average"]
 # Of a forward context's state: the number of each item's task.
@@ -48,6 +59,20 @@ def task_names(model: nn.Module) -> tuple[str, ...]:
             f"layers of the model route by other tasks: {shown(list(first))} and {shown(list(second))}; they must have the same"
         )
     return found.pop()
+
+
+def goes_by_task(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` asks which task a row is of."""
+    return any(getattr(module, "routes_by_task", False) for module in model.modules())
+
+
+def needs_task(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` has nothing for a row that is of no task."""
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "routes_by_task", False)]
+    return any(
+        getattr(layer.config, "unknown", "error") == "error" and not getattr(layer.config, "uniform", False)
+        for layer in layers
+    )
 
 
 def numbers_of(names: Sequence[str | None], known: Sequence[str], unknown: Unknown = "error") -> list[int]:

@@ -60,6 +60,8 @@ def print_plan(plan: MemoryPlan, *, to: TextIO | None = None) -> None:
     rows = [("weights", plan.rest, "beside experts" if plan.experts else "all of them")]
     if plan.experts:
         rows.append(("experts", plan.resident, f"{plan.resident / plan.experts:.0%} of {_size(plan.experts)}"))
+    if plan.adapters:
+        rows.append(("adapters", plan.adapters, "that requests may use"))
     rows += [
         ("keys", plan.kv, "and values of requests"),
         ("work", plan.work, "at most, of a step or of loading"),

@@ -86,8 +86,9 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER",
-            help="An adapter in a folder of peft's, which requests use as the model NAME, or several as A+B (engine.adapters.load). "
-            "May be repeated.",
+            help="An adapter in a folder of peft's or of anabranch adapt, which requests use as the model NAME, or several as A+B; or a "
+            "folder of such folders, among which a router chooses (arrow:FOLDER, phatgoose:FOLDER: by tokens alone). May be repeated "
+            "(engine.adapters.load).",
         ),
     ] = None,
     adapter_root: Annotated[

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 from anabranch.lm.recipes import Material, fields_beyond, recipe
 from anabranch.nn.context import set_unregistered
 from anabranch.precision import autocast_dtype, cast, full_precision, wide
@@ -349,11 +350,10 @@ def _seen(model: Decoder, token_BL: Tensor) -> Iterator[tuple[list[Routing], dic
         inputs[router] = argument_of(Tensor, args, kwargs)  # type: ignore[index, assignment]
 
     handles = [router.register_forward_hook(note, with_kwargs=True) for router in _routers(model)]
-    was_training = model.training
     try:
-        model.eval()(token_BL)
+        with evaluating(model):
+            model(token_BL)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     yield decided, inputs

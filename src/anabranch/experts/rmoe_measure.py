@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 from anabranch.nn.activation import activation_of
 from anabranch.nn.pool import ExpertPool, check_stacked
 from anabranch.routing import Router, Routing
@@ -76,11 +77,10 @@ def measure_gates(model: Decoder, token_BL: Tensor) -> GateFacts:
         seen.append(routing)
 
     handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, Router)]
-    was_training = model.training
     try:
-        model.eval()(token_BL)
+        with evaluating(model):
+            model(token_BL)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return gate_facts(seen)

@@ -117,6 +117,11 @@ class Linear(Part, nn.Module, family="linear", default="dense"):
         """
         return rows.y + self(rows.x, context).to(rows.y.dtype)
 
+    @classmethod
+    def only_adds(cls) -> bool:
+        """Whether `around` gives what the matrix makes of x and added to it `forward` of x, of each row by itself; it may be faster."""
+        return cls.around is Linear.around and cls.start is Linear.start
+
     def start(self, weight_RC: Tensor) -> None:
         """Begin beside a matrix with these numbers, which a layer may start from; nothing unless it says so."""
 

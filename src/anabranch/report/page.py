@@ -28,15 +28,47 @@ class Section:
 def page(
     title: str, summary: Summary, sentences: Iterable[str], sections: Iterable[Section], extra: Mapping[str, Any]
 ) -> str:
-    """The whole page."""
+    """The whole page of a report."""
+    return html(
+        title,
+        extra=extra,
+        tiles=_tiles(summary),
+        sentences=sentences,
+        sections=sections,
+        tables=tables(summary),
+        facts="summary.json",
+    )
+
+
+def html(
+    title: str,
+    *,
+    extra: Mapping[str, Any],
+    tiles: Iterable[tuple[str, str]],
+    sentences: Iterable[str],
+    sections: Iterable[Section],
+    tables: Iterable[Table],
+    facts: str,
+) -> str:
+    """A whole page.
+
+    Args:
+        title: its heading.
+        extra: shown below it.
+        tiles: (number, what it is of), beside each other.
+        sentences: what there is to say.
+        sections, tables: what there is to see.
+        facts: the file that has the same facts.
+    """
     return _PAGE.substitute(
         title=escape(title),
         extra=_extra(extra),
-        tiles=_tiles(summary),
+        tiles="".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles),
         text="".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
         sections="".join(_section(section) for section in sections),
-        tables="".join(map(_table, tables(summary))),
+        tables="".join(map(_table, tables)),
         version=escape(__version__),
+        facts=escape(facts),
     )
 
 
@@ -55,7 +87,7 @@ def _extra(extra: Mapping[str, Any]) -> str:
     return f"<dl>{items}</dl>" if items else ""
 
 
-def _tiles(summary: Summary) -> str:
+def _tiles(summary: Summary) -> list[tuple[str, str]]:
     layers, worst = summary.layers, summary.worst
     sizes = sorted({layer.num_destinations for layer in layers})
     shape = f"{len(layers)} {TIMES} {sizes[0] if len(sizes) == 1 else f'{sizes[0]} to {sizes[-1]}'}"
@@ -81,7 +113,7 @@ def _tiles(summary: Summary) -> str:
     if summary.caches is not None and not summary.caches.is_everything:
         label = f"the active experts: recommended cache (LRU hits {percent(summary.caches.lru)})"
         tiles.append((_number(summary.caches.recommended_ratio, 2, TIMES), label))
-    return "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
+    return tiles
 
 
 def _table(table: Table) -> str:
@@ -151,7 +183,7 @@ $extra
 <div class="words">$text</div>
 $sections
 $tables
-<footer>Written by Anabranch $version. The same facts are in summary.json, the pictures as PNG beside this page.</footer>
+<footer>Written by Anabranch $version. The same facts are in $facts, the pictures as PNG beside this page.</footer>
 </main>
 </body>
 </html>

@@ -152,13 +152,15 @@ def write_report(
         if picture is None:
             path.unlink(missing_ok=True)  # of an earlier report
             continue
-        _save(path, to_png(picture))
+        save_picture(path, to_png(picture))
         sections.append(Section(heading, how_to_read, to_svg(picture)))
     atomic_write_text(folder / "report.html", page(title, summary, sentences, sections, extra))
     return folder / "report.html"
 
 
-def _save(path: Path, data: bytes) -> None:
+def save_picture(path: Path, data: bytes) -> None:
+    """Write the bytes of a picture, all or nothing."""
+
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 

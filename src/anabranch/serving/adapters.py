@@ -14,7 +14,8 @@ class AdaptersConfig(Config):
     """Adapters of an engine: those it starts with, and how much memory all of them may take.
 
     Attributes:
-        load: ``NAME=FOLDER`` of each adapter that is there from the start and never leaves memory.
+        load: ``NAME=FOLDER`` of each adapter that is there from the start and never leaves memory. A folder of adapters' folders is a
+            router over them, also as ``NAME=arrow:FOLDER`` or ``NAME=phatgoose:FOLDER``, see `anabranch.serving.engine.layer_reader`.
         memory: bytes of all adapters in memory, such as ``2GiB``; those that no request uses leave when others come.
     """
 

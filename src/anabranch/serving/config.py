@@ -38,8 +38,9 @@ class ServingConfig(Config):
         quantize: weights of linear layers in fewer bits.
         device: where it runs.
         threads: of one step; None leaves PyTorch's choice.
-        memory: bytes for everything: the program, weights, keys and values, and what a step takes. ``quantize``, ``expert_budget`` and
-            ``kv_memory`` follow from it unless they are given, see `anabranch.serving.memory`; None leaves them as they are.
+        memory: bytes for everything: the program, weights, adapters, keys and values, and what a step takes. ``quantize``,
+            ``expert_budget`` and ``kv_memory`` follow from it unless they are given, see `anabranch.serving.memory`; None leaves them as
+            they are.
         kv_memory: bytes of the key-value cache, such as ``2GiB``; None for 1 GiB, or with ``memory`` a part of that.
         num_blocks: of the key-value cache, instead of ``kv_memory``; of layers with windows there may be fewer, see
             `anabranch.serving.engine.kinds`.
@@ -143,7 +144,6 @@ class ServingConfig(Config):
             raise ConfigError("disk_kv is set, but host_kv is not; blocks reach the disk by way of main memory")
         self._check_experts()
         self._check_lookup()
-        self._check_adapters()
 
     def _check_experts(self) -> None:
         self.experts.check_budget(self.expert_budget is not None or self.memory is not None)
@@ -176,15 +176,6 @@ class ServingConfig(Config):
         for name, (is_set, why) in others.items():
             if is_set:
                 raise ConfigError(f"prompt_lookup is {self.prompt_lookup}, which {why}; leave {name} out")
-
-    def _check_adapters(self) -> None:
-        if not self.adapters.load:
-            return
-        if self.memory is not None:
-            raise ConfigError(
-                f"memory is {self.memory}, which is for everything, and does not count adapters; leave it out, and say kv_memory and "
-                "adapters.memory"
-            )
 
     def planned(self) -> "ServingConfig":
         """With what ``memory`` means in its place, see `anabranch.serving.memory.plan_memory`; itself without it.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.data.batch import Batch
+from anabranch.lm.generate import evaluating
 
 
 class EvaluationWindows(Protocol):
@@ -141,11 +142,6 @@ def _evaluation(total_3: Tensor) -> Evaluation:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without gradients, and with ``model`` as it is when it is used; afterwards it is as before."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    """Without gradients, and with ``model`` as it is when it is used; afterwards each of its modules is as before."""
+    with evaluating(model), torch.no_grad():
+        yield

@@ -15,6 +15,7 @@ from anabranch.routing import ExpertChoice, Router, TopK
 
 MODEL = MoE.Config(num_experts=4, hidden_dim=16, router=Router.Config(select=TopK.Config(normalize="sum")))
 GREEDY = SamplingConfig(max_tokens=12, temperature=0)
+SHORT = GREEDY.replace(max_tokens=7)
 QUICK = Rewiring(interval=5, steps=2, eta=0.5, scale_step=False)
 
 
@@ -213,7 +214,7 @@ def test_streams_beside_each_other_are_each_alone_and_keep_modes():
 
 
 def test_what_rows_are_told_is_followed(tmp_path):
-    """Queries of a pool: one for all rows, in phase 1 and in phase 2; several are refused, for rows of passes are the rerouter's own."""
+    """Queries of a pool: one for all rows, in phase 1 and in phase 2."""
     base = make_base(tmp_path / "base", "olmoe")
     for name in ("sql", "law"):
         make_adapter(tmp_path / "pool" / name, linear_layers(base, ATTENTION), seed=name)
@@ -236,10 +237,12 @@ def test_what_rows_are_told_is_followed(tmp_path):
     assert found[0] != found[1]
     assert losses[0] != losses[1]
     with pool.answering(["sql", "law"]):
-        with pytest.raises(ConfigError, match="2 queries are told to the rows of the model, and a rerouter"):
-            turned.generate(prompts, GREEDY)
-        with pytest.raises(ConfigError, match="tell one at a time"):
-            turned.adapt(prompts, [turned.new_state() for _ in prompts])
+        with pytest.raises(
+            ConfigError, match="2 queries are told to the rows of the model, and a rerouter has 3 texts"
+        ):
+            turned.generate([*prompts, text(3)], GREEDY)
+        with pytest.raises(ConfigError, match="tell one for each, or one for all"):
+            turned.adapt(prompts[:1], [turned.new_state()])
         # Scoring is a plain pass of the model's.
         with turned.attached(turned.new_state()):
             model(torch.tensor([text(5), text(5, 1)]))
@@ -254,3 +257,71 @@ def test_in_inference_mode_too():
     assert found == Rerouter(model_of(), QUICK).generate([text()], GREEDY)
     with pytest.raises(ConfigError, match="made in inference mode"):
         Rerouter(made_inside, QUICK).generate([text()], GREEDY)
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory):
+    """A model with a pool on it, whose queries matter much."""
+    place = tmp_path_factory.mktemp("pooled")
+    base = make_base(place / "base", "olmoe")
+    for name in ("sql", "law", "sum"):
+        make_adapter(place / "pool" / name, linear_layers(base, ATTENTION), seed=name)
+        describe_expert(place / "pool" / name, instruction=f"It is about {name}.")
+    pool = GliderPool.load(place / "pool", GliderConfig(weight=100.0, top_k=1))
+    return pool, pool.onto(load_model(place / "base")[0].eval())
+
+
+@pytest.mark.parametrize("changes", [{"cache": "keep"}, {"guard": False, "interval": 2}], ids=str)
+def test_each_text_is_told_something_of_its_own(pooled, changes):
+    """Tokens, vectors and reports are those of each text alone, told alone; also where rows leave, and where texts are too short to fit."""
+    pool, model = pooled
+    turned = Rerouter(model, QUICK.replace(**changes))
+    prompts, queries = [text(30), text(1, 2), text(24, 1), text(30)], ["sql", "law", "sum", "law"]
+    alone = []
+    for prompt, query in zip(prompts, queries, strict=True):
+        with pool.answering([query]):
+            alone.append(turned.generate([prompt], SHORT)[0])
+    # A row that stops leaves the others what they were told.
+    stops = SHORT.replace(stop=(alone[0][1],))
+    states = [turned.new_state() for _ in prompts]
+    with pool.answering(queries):
+        found = turned.generate(prompts, stops, states=states)
+    for own, mine in zip(found, alone, strict=True):
+        cut = mine.index(alone[0][1]) if alone[0][1] in mine else len(mine)
+        assert own == mine[:cut]
+    # Equal texts that are told other things are fitted apart.
+    with pool.answering(queries):
+        together = [turned.new_state() for _ in prompts]
+        turned.adapt(prompts, together)
+    for prompt, query, state in zip(prompts, queries, together, strict=True):
+        own = turned.new_state()
+        with pool.answering([query]):
+            turned.adapt([prompt], [own])
+        assert (own.phases[0].skipped is None) == (len(prompt) > 1)
+        assert own.phases[0].loss_before in (None, pytest.approx(state.phases[0].loss_before or 0, rel=1e-4))
+        for mine_E, all_E in zip(own.delta, state.delta, strict=True):
+            torch.testing.assert_close(mine_E, all_E, rtol=1e-3, atol=1e-4)
+    assert together[0].phases[0].loss_before != pytest.approx(together[3].phases[0].loss_before, rel=1e-4)
+
+
+def test_equal_chains_that_are_told_other_things_are_not_fitted_as_one(pooled, monkeypatch):
+    pool, model = pooled
+    turned, seen, fit = Rerouter(model, QUICK), [], rerouter.fit
+    monkeypatch.setattr(rerouter, "fit", lambda *a, **k: seen.append(len(a[3])) or fit(*a, **k))
+    for queries, batch in ((["sql", "sql", "law"], 2), (["sql"], 1)):
+        with pool.answering(queries):
+            found = turned.generate([text(30)] * 3, GREEDY.replace(max_tokens=3))
+        assert seen.pop() == batch
+        assert found[0] == found[1]
+    assert not seen
+
+
+def test_a_block_that_ends_or_changes_in_the_middle_is_told(pooled):
+    pool, model = pooled
+    turned = Rerouter(model, QUICK)
+    with pool.answering(["sql", "law"]):
+        steps = turned.stream([text(20), text(20, 1)], GREEDY)
+        next(steps)
+    next(steps)
+    with pool.answering(["a", "b", "c"]), pytest.raises(ConfigError, match="3 queries are told"):
+        next(steps)

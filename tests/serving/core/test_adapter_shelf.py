@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from serving_thread import until
 class Fake:
     nbytes: int
     version: str
+    told: ClassVar[dict[str, str]] = {"kind": "made up"}
 
 
 class Folders:
@@ -62,7 +64,7 @@ def begin(shelf, id, *names):
     future = shelf.lease(id, tuple((name, 1.0) for name in names))
     if future is not None:
         future.result(10)
-    return [held.version for held, _ in shelf.held_by(id)]
+    return [held.version for _, held, _ in shelf.held_by(id)]
 
 
 def test_the_least_recently_used_leaves_and_comes_again(shelf, folders):
@@ -105,7 +107,7 @@ def test_one_takes_the_place_of_another(shelf):
     shelf.load("a", "40/1").result(10)
     assert begin(shelf, "old", "a") == ["40/1"]
     shelf.load("a", "40/2").result(10)
-    assert [held.version for held, _ in shelf.held_by("old")] == ["40/1"]
+    assert [held.version for _, held, _ in shelf.held_by("old")] == ["40/1"]
     assert begin(shelf, "new", "a") == ["40/2"]
     assert shelf.stats().gauges["adapters_in_memory"] == 2
     shelf.release("old")
@@ -122,13 +124,13 @@ def test_unloading(shelf):
     shelf.load("a", "40/a").result(10)
     begin(shelf, "1", "a")
     assert shelf.remove("a") == {
-        "name": "a", "folder": "40/a", "pinned": False, "in_memory": True, "bytes": 40, "version": "40/a", "requests": 1,
+        "name": "a", "folder": "40/a", "pinned": False, "in_memory": True, "bytes": 40, "version": "40/a", "requests": 1, "kind": "made up",
     }  # fmt: skip
     with pytest.raises(InputError, match="no adapter 'a'; there is none"):
         shelf.lease("2", (("a", 1.0),))
     with pytest.raises(InputError, match="no adapter 'a'"):
         shelf.remove("a")
-    assert [held.version for held, _ in shelf.held_by("1")] == ["40/a"]
+    assert [held.version for _, held, _ in shelf.held_by("1")] == ["40/a"]
     shelf.release("1")
     assert shelf.stats().gauges["adapter_resident_bytes"] == 0
     shelf.release("1")  # nothing
@@ -171,7 +173,7 @@ def test_reading_holds_nobody_up_and_is_done_once(shelf, folders):
     folders.gate.set()
     first.result(10), second.result(10)
     assert folders.read == ["10/b", "10/a"]
-    assert [(held.version, weight) for held, weight in shelf.held_by("2")] == [("10/a", 0.5), ("10/b", 2.0)]
+    assert [(held.version, weight) for _, held, weight in shelf.held_by("2")] == [("10/a", 0.5), ("10/b", 2.0)]
 
 
 def test_who_asks_for_one_whose_folder_went_is_not_told_where_it_was(shelf, folders, caplog):
@@ -314,7 +316,7 @@ def test_no_room_is_ever_overdrawn_and_nobody_loses_an_adapter(steps):
                 del running[id]
         except (InputError, BusyError):
             pass
-        assert {id: shelf.held_by(id)[0][0].version for id in running} == running
+        assert {id: shelf.held_by(id)[0][1].version for id in running} == running
         assert shelf.stats().gauges["adapter_resident_bytes"] <= 100
         assert set(shelf.names) == set(versions)
     for id in running:

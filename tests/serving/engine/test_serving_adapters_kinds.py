@@ -20,7 +20,7 @@ from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine import ModelRunner
 from anabranch.serving.engine.adapter_parts import Factors, PartRows
-from anabranch.serving.engine.adapter_place import size_of
+from anabranch.serving.engine.adapter_place import folder_of, size_of
 from anabranch.serving.engine.engine import Engine
 from served_adapters import ATTENTION, Runs, layers_of, make_model, scores
 
@@ -93,11 +93,11 @@ def test_routes_are_recorded_and_paths_are_run(mixture):
         assert together[2 * number + 1].tokens == alone.tokens != outputs[number].tokens
 
 
-@pytest.mark.parametrize("kind", ["poly", "prompt", "prefix"])
-def test_what_has_tasks_or_tokens_is_not_served_for_some_rows_alone(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens_are_not_served_for_some_rows_alone(tmp_path, kind):
     base = make_base(tmp_path / "base", "llama")
     make_kind(tmp_path / kind, kind, base)
-    with pytest.raises(ConfigError, match=r"is (Poly|\w+ tuning), and requests choose among LoRA, DoRA and IA3 alone"):
+    with pytest.raises(ConfigError, match=r"is \w+ tuning, and requests choose among LoRA, DoRA and IA3 alone"):
         engine_with(load_model(tmp_path / "base")[0], tmp_path, kind)
 
 
@@ -207,8 +207,9 @@ def test_memory_is_not_asked_for_a_copy_of_the_head(tmp_path):
     extra = {"lm_head.base_layer.weight": base["lm_head.weight"].clone()}
     make_adapter(tmp_path / "a", {"lm_head": (32, 61)}, extra=extra)
     held, whole = 4 * 4 * (32 + 61), 4 * (4 * (32 + 61) + 61 * 32)
-    assert size_of(tmp_path / "a", 4, (61, 32)) == held
-    assert size_of(tmp_path / "a", 4, (60, 32)) == size_of(tmp_path / "a") == whole
+    found = folder_of(str(tmp_path / "a"), None)
+    assert size_of(found, 4, (61, 32)) == held
+    assert size_of(found, 4, (60, 32)) == size_of(found) == whole
     config = ServingConfig(**SMALL, adapters=AdaptersConfig(load=(f"a={tmp_path / 'a'}",), memory=f"{held}B"))
     Engine.of(load_model(tmp_path / "base")[0], config)
 

@@ -1,10 +1,11 @@
-"""Two futures as one."""
+"""Two futures as one, and one after another."""
 
-from concurrent.futures import CancelledError, Future
+import threading
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import pytest
 
-from anabranch.serving.engine.futures import both
+from anabranch.serving.engine.futures import after, both
 
 
 def test_one_or_none_is_itself():
@@ -47,3 +48,59 @@ def test_one_that_is_cancelled_cancels_the_other():
     with pytest.raises(CancelledError):
         made.result(1)
     assert second.cancelled()
+
+
+@pytest.fixture
+def executor():
+    with ThreadPoolExecutor(1) as made:
+        yield made
+
+
+def test_work_that_follows(executor):
+    first, done = Future(), []
+    made = after(first, executor, lambda: done.append(1) or "made")
+    assert not made.done()
+    assert done == []
+    first.set_result(None)
+    assert made.result(5) == "made"
+    assert after(None, executor, lambda: 7).result(5) == 7
+
+
+def test_work_does_not_follow_what_failed(executor):
+    first, done = Future(), []
+    made = after(first, executor, lambda: done.append(1))
+    first.set_exception(ValueError("first"))
+    with pytest.raises(ValueError, match="first"):
+        made.result(5)
+
+    def fails():
+        raise KeyError("work")
+
+    with pytest.raises(KeyError, match="work"):
+        after(None, executor, fails).result(5)
+    assert done == []
+
+
+def test_to_cancel_it_cancels_what_it_waits_for(executor):
+    first, gate, done = Future(), threading.Event(), []
+    made = after(first, executor, lambda: done.append(1))
+    assert made.cancel()
+    assert first.cancelled()
+    # Work that waits for its turn is not begun.
+    executor.submit(gate.wait, 5)
+    waiting = after(None, executor, lambda: done.append(2))
+    assert waiting.cancel()
+    gate.set()
+    executor.submit(int).result(5)
+    cancelled = Future()
+    follows = after(cancelled, executor, lambda: done.append(3))
+    cancelled.cancel()
+    assert follows.cancelled()
+    assert done == []
+
+
+def test_of_an_executor_that_was_shut_down_nothing_follows():
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    with pytest.raises(CancelledError):
+        after(None, executor, lambda: 1).result(5)

@@ -350,8 +350,10 @@ def test_configs_that_cannot_be(tmp_path, root):
         ({"http.adapter_root": str(tmp_path / "none")}, "which is no folder"),
         ({"engine.adapters.load": (f"a={root / 'a'}",), "devices": 2}, "engine.adapters is for one engine"),
         ({"http.adapter_root": str(root), "devices": 2}, "adapter_root is for one engine"),
-        ({"engine.adapters.load": (f"a={root / 'a'}",), "engine.memory": "2GiB"}, "does not count adapters"),
-        ({"http.adapter_root": str(root), "engine.memory": "2GiB"}, "does not count adapters"),
+        (
+            {"http.adapter_root": str(root), "engine.memory": "2GiB"},
+            "nobody knows how large adapters are that come while it serves",
+        ),
     ):
         with pytest.raises(ConfigError, match=what):
             override(ServeConfig(engine=ServingConfig(model=str(tmp_path / "demo"))), config).check_model()
@@ -512,14 +514,14 @@ def test_only_the_files_that_are_read_are_looked_at(own, own_root, monkeypatch):
 
 
 def test_nobody_waits_while_a_folder_is_looked_at(own, monkeypatch):
-    gate, come, place_of = threading.Event(), threading.Event(), adapter_reader.place_of
+    gate, come, folder_of = threading.Event(), threading.Event(), adapter_reader.folder_of
 
     def slow(*where):
         come.set()
         assert gate.wait(20)
-        return place_of(*where)
+        return folder_of(*where)
 
-    monkeypatch.setattr(adapter_reader, "place_of", slow)
+    monkeypatch.setattr(adapter_reader, "folder_of", slow)
     made = []
     thread = threading.Thread(target=lambda: made.append(change(own, {"name": "x", "folder": "c"}, token=None)[0]))
     thread.start()
@@ -538,14 +540,14 @@ def test_a_load_goes_on_where_its_sender_leaves(own, before, monkeypatch):
     """The engine and the server say the same of the adapter, and so does the next engine."""
     if before is not None:
         load(own, "ghost", before)
-    gate, come, place_of = threading.Event(), threading.Event(), adapter_reader.place_of
+    gate, come, folder_of = threading.Event(), threading.Event(), adapter_reader.folder_of
 
     def slow(*where):
         come.set()
         assert gate.wait(20)
-        return place_of(*where)
+        return folder_of(*where)
 
-    monkeypatch.setattr(adapter_reader, "place_of", slow)
+    monkeypatch.setattr(adapter_reader, "folder_of", slow)
     body = b'{"name": "ghost", "folder": "c"}'
     fields = [f"host: 127.0.0.1:{own.port}", "content-type: application/json", f"content-length: {len(body)}"]
     head = "\r\n".join(["POST /v1/adapters HTTP/1.1", *fields, "", ""])

@@ -18,6 +18,7 @@ from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm import Decoder, convert, export_huggingface, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.serving import LLM, Sampling
+from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.http.serve import ServeConfig
 from anabranch.serving.memory import plan_memory
@@ -25,6 +26,7 @@ from anabranch.serving.memory.forms import Form
 from anabranch.serving.memory.plan import Ladder
 from anabranch.serving.memory.work import load_bytes, step_bytes
 from anabranch.sizes import parse_bytes
+from served_adapters import make_adapters, make_model, make_routers
 
 PROGRAM = 100 << 20
 MIXTURE = Decoder.Config(
@@ -366,3 +368,61 @@ def test_layers_with_windows_are_planned_with_what_they_keep():
     assert [pool.num_blocks for pool in pools] == [3, 3]
     fixed = Ladder(config.replace(num_blocks=3), windowed, measure=lambda model, processes: PROGRAM).plan(1 << 40)
     assert 2 * fixed.kv == sum(pool.size_bytes for pool in pools)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """(model's folder, NAME=FOLDER of what it is served with: LoRA, a pool whose ranks differ, a mixture, skills of tasks)."""
+    root = tmp_path_factory.mktemp("adapted")
+    save_model(root / "m", make_model(), ByteTokenizer())
+    folders = {**make_adapters(root / "lora"), **make_routers(root / "routers")}
+    names = ("a", "b", "pool", "routed_low_rank", "multi_head_routed")
+    return str(root / "m"), tuple(f"{name}={folders[name]}" for name in names)
+
+
+def test_adapters_are_counted_as_they_lie_in_memory(adapted, monkeypatch):
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 0)
+    model, load = adapted
+    config = ServingConfig(model=model, memory="1TiB", process=False, dtype="float32")
+    plain = plan_memory(config, measure=lambda *a, **k: 0)
+    plan = plan_memory(config.replace(adapters=AdaptersConfig(load=load)), measure=lambda *a, **k: 0)
+    assert (plain.adapters, plain.to_dict()["bytes"].get("adapters")) == (0, None)
+    assert plan.to_dict()["bytes"]["adapters"] == plan.adapters
+    assert plan.least >= plain.least + plan.adapters
+    assert plan.total == plan.rest + plan.resident + plan.kv + plan.work + plan.program + plan.adapters
+    llm = LLM(model, memory="1TiB", process=False, dtype="float32", adapters=AdaptersConfig(load=load))
+    shelf = llm.engine.adapters.shelf
+    assert shelf.stats().gauges["adapter_resident_bytes"] == plan.adapters
+    tensors = {}
+    for name in shelf.names:
+        held = shelf.peek(name)
+        if hasattr(held, "experts"):
+            layers = [*held.parts.values(), *(layer.table for layer in held.parts.values() if hasattr(layer, "table"))]
+            tensors |= {tensor.data_ptr(): tensor for layer in layers for tensor in layer.state_dict().values()}
+        else:
+            tensors |= {half.data_ptr(): half for a_RC, b_RO, _ in held.parts.values() for half in (a_RC, b_RO)}
+    assert plan.adapters == sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    llm.close()
+
+
+def test_memory_that_adapters_alone_pass_is_too_little(adapted):
+    model, load = adapted
+    config = ServingConfig(model=model, memory="1TiB", process=False, dtype="float32")
+    least = plan_memory(config, measure=lambda *a, **k: 0).least
+    short = config.replace(memory=f"{least}B", adapters=AdaptersConfig(load=load))
+    plan_memory(config.replace(memory=f"{least}B"), measure=lambda *a, **k: 0).check()
+    with pytest.raises(CapacityError, match=r"takes at least .* for adapters"):
+        plan_memory(short, measure=lambda *a, **k: 0).check()
+    plan_memory(
+        short.replace(memory=f"{plan_memory(short, measure=lambda *a, **k: 0).least}B"), measure=lambda *a, **k: 0
+    ).check()
+
+
+def test_the_command_tells_adapters(adapted, monkeypatch, capsys):
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", lambda model, processes: 0)
+    model, load = adapted
+    options = ["--memory", "1GiB", "--set", f"engine.adapters.load={json.dumps(load)}"]
+    assert main(["plan", model, *options]) == 0
+    assert "that requests may use" in capsys.readouterr().out
+    assert main(["plan", model, *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"]["adapters"] > 0

@@ -6,9 +6,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from anabranch import presets
+from anabranch.adapters import LowRank
+from anabranch.adapters.mhr import MultiHeadRouted
+from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import CapacityError, ConfigError, DataError
+from anabranch.lm import Decoder
+from anabranch.lm.tensors import build_empty
+from anabranch.nn import SelfAttention, SwiGLU
 from anabranch.serving.planning.cost import Workload, estimate, fitting_devices, largest_batch, op_cost
 from anabranch.serving.planning.hardware import PROFILES, Efficiency, Hardware, find_hardware
 from anabranch.serving.planning.shape import PUBLISHED, find_shape, shape_of
@@ -141,7 +148,9 @@ def test_shapes_of_our_designs_agree_with_their_counts(preset):
     shape, count = shape_of(config, preset), config.count()
     assert shape.num_layers == config.num_layers
     extra = config.replace(streams=None).count().parameters if config.streams is not None else count.parameters
-    assert shape.parameters == pytest.approx(extra, rel=0.03)  # what merges streams is not of the layers
+    # What the formulas know, without norms, is all but little of it; what merges streams is not of the layers.
+    assert shape.matrix_parameters == pytest.approx(extra, rel=0.03)
+    assert abs(shape.other_parameters) <= 0.03 * extra + count.parameters - extra
     if (
         config.streams is None
     ):  # an active parameter counts as often as a token goes through it; FLOPs without attention's
@@ -223,3 +232,61 @@ def test_planning_needs_neither_torch_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
+
+
+def _stored(config, dtype=torch.float32):
+    return sum(parameter.numel() * dtype.itemsize for parameter in build_empty(config).parameters())
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_memory_of_weights_is_that_of_the_built_model(preset, dtype):
+    """Norms, routers, prefixes of streams, and what stands beside matrices (DynMoLE, MHR, LoRA-Mixer) among them."""
+    config = presets.find(preset)("tiny").model
+    shape = shape_of(config, preset, weight_bytes=dtype.itemsize, kv_bytes=dtype.itemsize)
+    assert shape.weights_bytes == pytest.approx(_stored(config, dtype), abs=0.5)
+
+
+BESIDE = {
+    "lora": {"linears": {"*.attention.*": LowRank.Config(rank=3), "head": LowRank.Config(rank=2)}},
+    "pool": {"linears": {"*": RoutedLowRank.Config(ranks=(2, 5, 3))}},
+    "a table for all": {
+        "linears": {
+            "*.attention.*": MultiHeadRouted.Config(tasks=("a", "b"), heads=2, rank=2, granularity="coarsegrained")
+        }
+    },
+    "tied": {"tie_embeddings": True, "linears": {"*.feed_forward.*": LowRank.Config(rank=2)}},
+    "biases and norms of heads": {"attention": SelfAttention.Config(num_heads=4, qkv_bias=True, qk_norm="head")},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_matrices_is_counted_once(name):
+    config = Decoder.Config(
+        vocab_size=61, dim=32, num_layers=3, attention=SelfAttention.Config(num_heads=4), feed_forward=SwiGLU.Config(hidden_dim=48)
+    ).replace(**BESIDE[name])  # fmt: skip
+    shape, plain = (shape_of(one, weight_bytes=4, kv_bytes=4) for one in (config, config.replace(linears={})))
+    assert shape.weights_bytes == pytest.approx(_stored(config), abs=0.5)
+    # It makes no matrix wider.
+    assert shape.feed_forwards == plain.feed_forwards
+    assert shape.matrix_parameters == plain.matrix_parameters
+
+
+def test_what_is_no_matrix_is_not_stored_in_few_bits():
+    config = presets.find(next(iter(presets.PRESETS)))("tiny").model
+    shape = shape_of(config, weight_bytes=0.5, kv_bytes=2)
+    assert shape.weights_bytes == shape.matrix_parameters / 2 + shape.other_parameters * 2
+    assert replace(shape, other_bytes=4).weights_bytes == shape.matrix_parameters / 2 + shape.other_parameters * 4
+
+
+def test_memory_that_the_rest_alone_passes_is_too_little():
+    """A pool so large that it does not fit is refused with its bytes, where the matrices alone would do."""
+    small = Decoder.Config(
+        vocab_size=61, dim=32, num_layers=2, attention=SelfAttention.Config(num_heads=4), feed_forward=SwiGLU.Config(hidden_dim=48)
+    )  # fmt: skip
+    large = small.replace(linears={"*": RoutedLowRank.Config(ranks=(64,) * 40)})
+    hardware = find_hardware("a100").replace(memory_bytes=2e6)
+    workload = Workload(prompt=8, output=8, dense_batch=64)
+    assert estimate(shape_of(small), hardware, workload).kv_tokens > 0
+    with pytest.raises(CapacityError, match=f"{shape_of(large).weights_bytes:,.0f} of weights"):
+        estimate(shape_of(large), hardware, workload)

@@ -268,7 +268,8 @@ class GliderPool:
         before = getattr(model, ATTACHED, None)
         folders = {name: expert.folder for name, expert in experts.items()}
         try:
-            load_mixture(folders, model, router=self.config.router(len(experts)), groups={}, family=family)
+            router = self.config.router(len(experts))
+            load_mixture(folders, model, router=router, groups={}, family=family, draws=False)
             self._give_vectors(experts, model)
         except BaseException:
             # Not what somebody else put on, for which this was refused.
@@ -301,6 +302,11 @@ class GliderPool:
         model = self._model
         # By now somebody else's adapter may be there.
         return model if model is not None and getattr(model, ATTACHED, None) is self._attached else None
+
+    def leave(self) -> None:
+        """Know no more of the model that the experts are on, which keeps them; the pool goes on comparing queries."""
+        self._model = self._attached = self._family = None
+        self._there = {}
 
     @property
     def model(self) -> Decoder:

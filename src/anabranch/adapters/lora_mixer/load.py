@@ -24,6 +24,7 @@ from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.names import names_of
 from anabranch.adapters.peft_folder import CONFIG, Adapter, read_peft
 from anabranch.adapters.pooled import load_pool
+from anabranch.adapters.put_on import built_alone
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
@@ -56,6 +57,7 @@ def load_mixture(
     preserved: bool = False,
     family: str | None = None,
     seed: int = 0,
+    draws: bool = True,
 ) -> Any:
     """Put adapters onto ``model`` as experts that routers choose for each token, in place, and return the model.
 
@@ -74,6 +76,8 @@ def load_mixture(
         preserved: keep what experts were, for `preservation`.
         family: as for `load_peft`.
         seed: of the routers.
+        draws: False for a ``router`` whose first numbers do not matter, since it will be given some: then of a model of ours nothing is
+            built on the way but the layers.
 
     Raises:
         ConfigError: fewer than two folders, ``top_k`` above their number, and as `load_pool`.
@@ -92,7 +96,7 @@ def load_mixture(
         router = Router.Config(score=score, select=SoftThenTopK.Config(top_k=top_k), balance=(balance,))
     shared = MixedLowRank.Config(ranks=(1,) * len(folders), router=router, preserved=preserved)
     if isinstance(model, Decoder):
-        _onto_decoder(folders, model, shared, groups, family, seed)
+        _onto_decoder(folders, model, shared, groups, family, seed, draws=draws)
     else:
         _onto_module(folders, model, shared, groups, fused or {}, seed)
     _warn_of_bases(folders)
@@ -121,6 +125,8 @@ def _onto_decoder(
     groups: Mapping[str, Sequence[str]],
     family: str | None,
     seed: int,
+    *,
+    draws: bool,
 ) -> None:
     load_pool(folders, model, family=family)
     pooled: dict[str, RoutedLowRank] = layers_of(model)
@@ -130,8 +136,11 @@ def _onto_decoder(
         shared, {part: (layer.config.ranks, layer.config.alphas) for part, layer in pooled.items()}, lacking, groups
     )
     parts = names_of(plain, (), family).parts
-    made = plain.replace(linears=patterns_of(configs, parts)).build(seed=seed)
+    linears = patterns_of(configs, parts)
+    made = plain.replace(linears=linears).build(seed=seed) if draws else built_alone(plain, linears, seed=seed)
     strip(model)
+    # As it says of itself, in names that others look up.
+    made.config = plain.replace(linears=linears)
     device = model.embedding.weight.device
     graft(model, made, lambda part, layer: _take(layer.to(device), pooled[part].pool.a, pooled[part].pool.b))
 

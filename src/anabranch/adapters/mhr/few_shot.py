@@ -29,6 +29,7 @@ from anabranch.adapters.tasks import task_names, task_rows
 from anabranch.bounds import shown
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 from anabranch.lm.tensors import some
 
 __all__ = ["MODES", "Mode", "adapt", "export_task", "merge_task", "mu", "to_single_lora"]
@@ -222,11 +223,11 @@ def _held_against(out: str | Path, base: Decoder, adapter: Adapter, state: dict[
     """Write ``adapter``, and tell how ``base`` with it differs from what it has on, which is taken off."""
     token_BL = torch.randint(base.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     token_BL = token_BL.to(base.embedding.weight.device)
-    base.eval()
-    expected = base(token_BL, state={name: value.to(token_BL.device) for name, value in state.items()}).logits_BLV
-    write_peft(out, adapter)
-    load_peft(out, take_off(base))
-    difference = (base(token_BL).logits_BLV - expected).float().abs().max()
+    with evaluating(base):
+        expected = base(token_BL, state={name: value.to(token_BL.device) for name, value in state.items()}).logits_BLV
+        write_peft(out, adapter)
+        load_peft(out, take_off(base))
+        difference = (base(token_BL).logits_BLV - expected).float().abs().max()
     return {
         "difference": float(difference),
         "greatest_logit": float(expected.float().abs().max()),

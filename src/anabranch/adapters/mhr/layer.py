@@ -173,6 +173,11 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
                 )
         return y + self._added(x, task_BL, context).to(y.dtype)
 
+    @classmethod
+    def only_adds(cls) -> bool:
+        """So it does, in one product."""
+        return True
+
     def _begun(self, x: Tensor, context: Any) -> Tensor | None:
         """The task of each item as `_told`; what is added to the loss is emitted."""
         task_BL = self._told(context, x)

@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anabranch.adapters.by_row import told_state
 from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.measure import confidence, difference, row_means, token_losses
 from anabranch.adapters.rewiring.prefix import Prefix
 from anabranch.adapters.rewiring.state import Phase, RewiringState
 from anabranch.adapters.rewiring.step import Optimizer, layer_weights
-from anabranch.adapters.rewiring.vectors import Seen, Vectors, Watch, has_gradient, is_shift_free, router_of, run
+from anabranch.adapters.rewiring.vectors import Seen, Texts, Vectors, Watch, has_gradient, is_shift_free, router_of, run
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import evaluating, pad_left
@@ -37,12 +36,16 @@ def fit(
     contexts: Sequence[Sequence[int]],
     states: Sequence[RewiringState],
     clock: Clock = time.perf_counter,
+    texts: Texts | None = None,
 ) -> list[Phase]:
     """One phase 1 of each request: its ``states`` go on, each with a report more, which is given too.
+
+    ``texts`` say which of those that were told something the contexts are; None for each in turn.
 
     Raises ConfigError for a model through whose experts no gradient comes, or that was made in inference mode.
     """
     begun = clock()
+    texts = Texts.all(len(contexts)) if texts is None else texts
     if model.embedding.weight.is_inference():
         raise ConfigError(
             "the model was made in inference mode, so nothing can be differentiated through it; load it outside"
@@ -56,7 +59,7 @@ def fit(
     if going:
         own_contexts, own = [contexts[row] for row in going], [states[row] for row in going]
         with _frozen(model, config.checkpointing):
-            batch = _Batch(model, layers, config, own_contexts, own, begun, clock)
+            batch = _Batch(model, layers, config, own_contexts, own, texts.of(going), begun, clock)
             done = batch.fitted()
         seconds = clock() - begun
         for row, report in zip(going, done, strict=True):
@@ -115,11 +118,12 @@ class _Batch:
         config: Rewiring,
         contexts: Sequence[Sequence[int]],
         states: Sequence[RewiringState],
+        texts: Texts,
         begun: float,
         clock: Clock,
     ) -> None:
         self.model, self.layers, self.config, self.states = model, layers, config, states
-        self.begun, self.clock = begun, clock
+        self.texts, self.begun, self.clock = texts, begun, clock
         self.device = model.embedding.weight.device
         self.token_BL, self.mask_BL = pad_left(contexts, self.device)
         self.size, self.length = self.token_BL.shape
@@ -137,7 +141,7 @@ class _Batch:
         ]
         self.prefix = Prefix(model, layers)
         if self.prefix.is_there:
-            told = told_state(model, self.token_BL)
+            told = self.texts.state(model, self.token_BL.shape[1])
             context = model.context(self.token_BL, token_mask_BL=self.mask_BL, state=told)
             self.prefix.keep(model, self.token_BL, context)
         self.watch = Watch(layers)
@@ -227,10 +231,10 @@ class _Batch:
         mask_BL = None if self.mask_BL is None else self.mask_BL[:, : self.run_length]
         if look:
             with self.watch.seeing(vectors):
-                logits_BLV = run(self.model, token_BL, mask_BL, vectors, prefix=self.prefix)
+                logits_BLV = run(self.model, token_BL, mask_BL, vectors, self.texts, prefix=self.prefix)
             self.before = self.watch.seen
         else:
-            logits_BLV = run(self.model, token_BL, mask_BL, vectors, prefix=self.prefix)
+            logits_BLV = run(self.model, token_BL, mask_BL, vectors, self.texts, prefix=self.prefix)
         loss_BL = token_losses(logits_BLV, token_BL)
         loss_B = row_means(loss_BL, counted_BL)
         if look:
@@ -253,10 +257,11 @@ class _Batch:
         count = len(candidates)
         delta = [torch.cat(of_layer) for of_layer in zip(*candidates, strict=True)]
         vectors = Vectors(self.layers, delta, self.length)
+        texts = self.texts.of(list(range(self.size)) * count)
         token_BL = self.token_BL.repeat(count, 1)
         mask_BL = None if self.mask_BL is None else self.mask_BL.repeat(count, 1)
         with self.watch.seeing(vectors):
-            logits_BLV = run(self.model, token_BL, mask_BL, vectors, prefix=self.prefix)
+            logits_BLV = run(self.model, token_BL, mask_BL, vectors, texts, prefix=self.prefix)
             loss_BL = token_losses(logits_BLV, token_BL)
         return loss_BL.view(count, self.size, -1), self.watch.seen
 

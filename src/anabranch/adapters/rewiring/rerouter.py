@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from anabranch.adapters.by_row import check_one_told
+from anabranch.adapters.by_row import check_told, told_keys
 from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.phase import fit
 from anabranch.adapters.rewiring.state import Phase, RewiringState
-from anabranch.adapters.rewiring.vectors import Vectors, routed_layers, router_of, run
+from anabranch.adapters.rewiring.vectors import Texts, Vectors, routed_layers, router_of, run
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
@@ -57,11 +57,16 @@ class Rerouter:
 
         Raises ConfigError for another number of states than contexts, one state named twice, a state of another model, an empty context
         or ids outside the vocabulary, for a model through whose experts no gradient comes, and in a block that tells rows of the model
-        several queries or tasks (one, for all, is followed).
+        other than one query or task for each context, or one for all.
         """
+        return self._adapt(contexts, states, Texts.all(len(contexts)))
+
+    def _adapt(self, contexts: Sequence[Sequence[int]], states: Sequence[RewiringState], texts: Texts) -> list[Phase]:
         self._check(contexts, states)
-        check_one_told(self.model, "a rerouter")
-        return fit(self.model, self.layers, self.config, contexts, states) if contexts else []
+        if not contexts:
+            return []
+        check_told(self.model, texts.total, "a rerouter")
+        return fit(self.model, self.layers, self.config, contexts, states, texts=texts)
 
     @contextmanager
     def attached(self, state: RewiringState) -> Iterator[None]:
@@ -98,7 +103,8 @@ class Rerouter:
         """As `anabranch.lm.stream`, with the two phases: new tokens as they come. Sequences that stop leave the batch.
 
         Args:
-            prompts: token ids. Equal ones (sampled chains) whose states are new are fitted once, and go on each for itself.
+            prompts: token ids. Equal ones (sampled chains) whose states are new, and that are told the same, are fitted once, and go on
+                each for itself.
             sampling: how tokens are chosen.
             states: of the requests, which go on; new ones where a conversation begins. They hold the reports afterwards.
 
@@ -107,7 +113,7 @@ class Rerouter:
         sampling = sampling or SamplingConfig()
         states = [self.new_state() for _ in prompts] if states is None else list(states)
         self._check(prompts, states)
-        check_one_told(self.model, "a rerouter")
+        check_told(self.model, len(prompts), "a rerouter")
         self.model.check_causal()
         steps = self._steps([list(prompt) for prompt in prompts], states, sampling)
         while True:
@@ -121,17 +127,18 @@ class Rerouter:
     def _steps(self, texts: list[list[int]], states: list[RewiringState], sampling: SamplingConfig) -> Iterator[Step]:
         device, interval = self.model.embedding.weight.device, self.config.interval
         generator = torch.Generator(device=device).manual_seed(sampling.seed)
-        rows, decoding = list(range(len(texts))), _Decoding(self)
+        rows, decoding, total = list(range(len(texts))), _Decoding(self), len(texts)
         for number in range(sampling.max_tokens if texts else 0):
             going, left = [states[row] for row in rows], sampling.max_tokens - number
+            those = Texts(tuple(rows), total)
             if number == 0 or (interval is not None and number % interval == 0):
                 so_far = [texts[row] for row in rows]
                 if number == 0 and self.config.cache == "keep":
                     # Their keys and values are those of the vectors of before.
-                    decoding.begin([text[:-1] for text in so_far], going, left + 1)
-                if self._adapt_once(so_far, going) and self.config.cache == "recompute":
+                    decoding.begin([text[:-1] for text in so_far], going, left + 1, those)
+                if self._adapt_once(so_far, going, those) and self.config.cache == "recompute":
                     decoding.forget()
-            logits_BV = decoding.next([texts[row] for row in rows], going, left)
+            logits_BV = decoding.next([texts[row] for row in rows], going, left, those)
             next_B = sample(logits_BV, sampling, generator)
             on = [token not in sampling.stop for token in next_B.tolist()]
             if not all(on):
@@ -144,16 +151,18 @@ class Rerouter:
                 texts[row].append(token)
             yield Step(list(rows), next_B.tolist())
 
-    def _adapt_once(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState]) -> bool:
+    def _adapt_once(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], those: Texts) -> bool:
         """`adapt`, of chains that begin alike once. Gives whether a vector has changed."""
         first: dict[object, int] = {}
         like = []
+        check_told(self.model, those.total, "a rerouter")
+        told = told_keys(self.model, those.total)
         for row, (text, state) in enumerate(zip(texts, states, strict=True)):
             is_new = not state.phases and not state.steps and state.is_zero
-            like.append(first.setdefault(tuple(text) if is_new else row, row))
+            like.append(first.setdefault((tuple(text), told[those.rows[row]]) if is_new else row, row))
         own = sorted(set(like))
         before = [state.delta for state in states]
-        self.adapt([texts[row] for row in own], [states[row] for row in own])
+        self._adapt([texts[row] for row in own], [states[row] for row in own], those.of(own))
         for row, source in enumerate(like):
             if row != source:
                 states[row].__dict__.update(vars(states[source].copy()))
@@ -185,17 +194,17 @@ class _Decoding:
         self._cache: KeyValueCache | None = None
 
     @torch.no_grad()
-    def begin(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int) -> None:
+    def begin(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int, those: Texts) -> None:
         """Fill a new cache with ``texts``, for ``room`` tokens more."""
         if any(texts):
-            self._run(texts, states, room)
+            self._run(texts, states, room, those)
 
     @torch.no_grad()
-    def next(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int) -> Tensor:
+    def next(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int, those: Texts) -> Tensor:
         """logits_BV behind ``texts``, of which the cache has all but the last token, or which it is made of."""
         if self._cache is not None and self._cache.length == self._cache.max_length:
             self.forget()
-        return self._run(texts if self._cache is None else [text[-1:] for text in texts], states, room)
+        return self._run(texts if self._cache is None else [text[-1:] for text in texts], states, room, those)
 
     def forget(self) -> None:
         """What was computed before is of other vectors."""
@@ -222,14 +231,14 @@ class _Decoding:
             )
         return room
 
-    def _run(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int) -> Tensor:
+    def _run(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int, those: Texts) -> Tensor:
         device = self._model.embedding.weight.device
         token_BL, mask_BL = pad_left(texts, device)
         if self._cache is None:
             self._cache = self._model.new_cache(token_BL.shape[1] + self._room(len(texts), token_BL.shape[1], room))
         delta = [torch.stack(of_layer).to(device) for of_layer in zip(*(state.delta for state in states), strict=True)]
         vectors = Vectors(self._layers, delta, token_BL.shape[1])
-        return run(self._model, token_BL, mask_BL, vectors, cache=self._cache, last_only=True)[:, -1]
+        return run(self._model, token_BL, mask_BL, vectors, those, cache=self._cache, last_only=True)[:, -1]
 
 
 class _InAllRows:

@@ -4,12 +4,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from anabranch.adapters.by_row import told_state
+from anabranch.adapters.by_row import check_told, told_rows
 from anabranch.adapters.rewiring.prefix import Prefix
 from anabranch.errors import ConfigError
 from anabranch.lm.cache import KeyValueCache
@@ -90,11 +90,39 @@ class Vectors:
         return self.items(num_items, context) // self.length % self.batch
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Which texts the rows of a pass are, of those that whoever calls was given: they may be told something each (`telling`).
+
+    Attributes:
+        rows: of each row of the pass, the number of its text.
+        total: how many texts there are.
+    """
+
+    rows: tuple[int, ...]
+    total: int
+
+    @classmethod
+    def all(cls, total: int) -> Self:
+        """Each once."""
+        return cls(tuple(range(total)), total)
+
+    def of(self, rows: Sequence[int]) -> Self:
+        """Some of these rows."""
+        return type(self)(tuple(self.rows[row] for row in rows), self.total)
+
+    def state(self, model: Decoder, length: int) -> dict[str, Any]:
+        """What these rows are told. Raises ConfigError where others are told something than these texts."""
+        check_told(model, self.total, "a rerouter")
+        return told_rows(model, self.rows, length)
+
+
 def run(
     model: Decoder,
     token_BL: Tensor,
     mask_BL: Tensor | None,
     vectors: Vectors,
+    texts: Texts | None = None,
     *,
     cache: KeyValueCache | None = None,
     last_only: bool = False,
@@ -104,7 +132,8 @@ def run(
 
     ``prefix`` is what the model makes of these rows before its first router.
     """
-    context = model.context(token_BL, cache=cache, token_mask_BL=mask_BL, state=told_state(model, token_BL, cache))
+    told = {} if texts is None else texts.state(model, token_BL.shape[1])
+    context = model.context(token_BL, cache=cache, token_mask_BL=mask_BL, state=told)
     context.routing.append(vectors)
     context.refuses_nan = False
     keep_L = torch.tensor([token_BL.shape[1] - 1], device=token_BL.device) if last_only else None

@@ -6,6 +6,7 @@ from anabranch.cli.adapters.card import card
 from anabranch.cli.adapters.catalogue import estimate, list_methods, recommend
 from anabranch.cli.adapters.export import export
 from anabranch.cli.adapters.merge import merge
+from anabranch.cli.adapters.report import report
 from anabranch.cli.adapters.route import route
 
 app = typer.Typer(
@@ -24,3 +25,4 @@ app.command("recommend")(recommend)
 app.command("merge")(merge)
 app.command("export")(export)
 app.command("route")(route)
+app.command("report")(report)

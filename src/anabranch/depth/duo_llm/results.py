@@ -15,6 +15,7 @@ from anabranch.depth.duo_llm.routes import RouteSpace, Walk
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_file
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating as in_evaluation
 
 BOUNDS = {"uniform": "optimistic", "self_consistent": "exact", "descent": "lower bound"}
 
@@ -99,14 +100,9 @@ class OracleResult:
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
+    with in_evaluation(model), torch.no_grad():
+        yield
 
 
 def token_losses(logits_BLV: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:

@@ -35,6 +35,10 @@ class Held(Protocol):
     def version(self) -> str:
         """Equal where the numbers are, whatever the name or folder."""
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What it says of itself: its kind, and whom it chooses among."""
+
 
 H = TypeVar("H", bound=Held)
 R = TypeVar("R")
@@ -79,6 +83,7 @@ class _Entry(Generic[H]):
             "bytes": self.nbytes,
             "version": None if self.held is None else self.held.version,
             "requests": self.uses,
+            **({} if self.held is None else self.held.told),
         }
 
 
@@ -119,8 +124,14 @@ class AdapterShelf(Generic[H]):
         with self._lock:
             return tuple(self._entries)
 
+    def peek(self, name: str) -> H | None:
+        """What an adapter holds in memory, for whoever looks and does not keep it; None where it is not there."""
+        with self._lock:
+            entry = self._entries.get(name)
+            return None if entry is None else entry.held
+
     def facts(self) -> list[dict[str, Any]]:
-        """Each adapter: name, folder, whether it is pinned and in memory, bytes, version, requests under way."""
+        """Each adapter: name, folder, whether it is pinned and in memory, bytes, version, requests under way, what it says of itself."""
         with self._lock:
             return [entry.facts() for entry in self._entries.values()]
 
@@ -217,12 +228,12 @@ class AdapterShelf(Generic[H]):
             is_there = all(entry.held is not None for entry in entries)
         return None if is_there else self._submit(lambda: self._fill(entries))
 
-    def held_by(self, id: str) -> tuple[tuple[H, float], ...]:
-        """What a request uses, whose adapters are all there; nothing for one that has begun with none."""
+    def held_by(self, id: str) -> tuple[tuple[str, H, float], ...]:
+        """(name, what it holds, weight) of what a request uses, whose adapters are all there; nothing for one that has begun with none."""
         with self._lock:
             lease = self._leases.get(id)
-            made = [] if lease is None else [(entry.held, weight) for entry, weight in lease.uses]
-        return tuple((held, weight) for held, weight in made if held is not None)
+            made = [] if lease is None else [(entry.name, entry.held, weight) for entry, weight in lease.uses]
+        return tuple((name, held, weight) for name, held, weight in made if held is not None)
 
     def release(self, id: str) -> None:
         """A request has ended. Nothing for one that has begun with none."""

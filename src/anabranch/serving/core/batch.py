@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from anabranch.serving.core.request import Request, TokenLogprob
+from anabranch.serving.core.request import Request, Route, TokenLogprob
 
 # A token that the step before has yet to sample (asynchronous scheduling); the runner knows it.
 PENDING = -1
@@ -86,7 +86,7 @@ class Sampled:
         id: the request's.
         token: the new one; `PENDING` for a chunk that does not sample.
         logprob: its own, where asked.
-        routing: {layer: destinations}, where recorded.
+        routing: where recorded, see `Output.routing`.
         error: why there is neither a token nor a score.
         prompt_logprobs: of the chunk's ``targets``.
         embedding: the vector of the prompt, where asked for and whole.
@@ -97,7 +97,7 @@ class Sampled:
     id: str
     token: int
     logprob: TokenLogprob | None = None
-    routing: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    routing: Route = field(default_factory=dict)
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()

@@ -17,6 +17,18 @@ class BusyError(AnabranchError):
     """Something that a request needs has no room for it now: no fault of the request, and worth asking again."""
 
 
+class FieldInputError(InputError):
+    """A field of a request has a value that it can never have.
+
+    Attributes:
+        field: its name.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class NotBegunError(AnabranchError):
     """The engine failed before it did anything for a request, which may be given to the next one."""
 
@@ -43,6 +55,7 @@ class EngineInfo:
         max_depth: most blocks that a request's own path may have; None where requests at a server say none.
         routes_depth: whether there are depth routers.
         depth: ``routed`` or ``full``, of a request that does not say.
+        tasks: names of the tasks that the model itself goes by; none where it does not.
     """
 
     model: str
@@ -62,6 +75,7 @@ class EngineInfo:
     max_depth: int | None = None
     routes_depth: bool = False
     depth: str = "full"
+    tasks: tuple[str, ...] = ()
 
     def check_streams(self, num_streams: int | None) -> None:
         """Raises InputError for a number of parallel streams that a request cannot have."""

@@ -19,6 +19,8 @@ _MAY_BE_NONE = ("seed", "logprobs", "prompt_logprobs")
 _WHOLE = ("max_tokens", "min_tokens", "top_k", *_MAY_BE_NONE)
 _MOST_BIAS = 1e30
 POOLINGS = ("last", "mean")
+# Of a token: {layer: destinations}, and of routers beside matrices {matrix: adapters}, by name.
+Route = dict[int | str, tuple[int | str, ...]]
 
 
 class Finish(StrEnum):
@@ -199,7 +201,11 @@ class Request:
             shared. The path is told with the first output (`Output.path`).
         pooling: make a vector of the prompt (`Output.embedding`) of the model's last states, after the norm: that of the ``last`` token, or
             their ``mean``, for which the whole prompt is computed; it makes no tokens (`Sampling.max_tokens` is 0). None makes none.
-        adapters: names and weights of the adapters that are added up for it; none for the base. A name, or a mapping, is taken too.
+        adapters: names and weights of the adapters, and routers over several, that are added up for it; none for the base. A name, or a
+            mapping, is taken too.
+        task: name of its task, where the model or what is added goes by tasks; None for none.
+        instruction: what its routers compare with the instructions of their adapters: what it asks for, in words. None for token by token
+            alone.
         bound: what the engine has found for ``adapters``; for the engine alone.
         buffer: outputs that wait for its reader before it is paused; None for `core.stream.BUFFER`.
         stall_s: seconds that its reader may leave it paused before it is ended; None for `core.stream.STALL_S`, infinity for no end.
@@ -220,6 +226,8 @@ class Request:
     routes_depth: bool = False
     pooling: str | None = None
     adapters: Mixture = ()
+    task: str | None = None
+    instruction: str | None = None
     bound: Any = field(default=None, repr=False, compare=False)
     buffer: int | None = None
     stall_s: float | None = None
@@ -236,6 +244,10 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise InputError(f"{name} is {shown(value)}; it must be text")
+        for name in ("task", "instruction"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise InputError(f"{name} is {shown(value)}; it must be text, or None")
         if not isinstance(self.prompt, tuple) or not _are_tokens(self.prompt):
             raise InputError(
                 f"the prompt is {shown(self.prompt)}; it must be a tuple of token ids, which are whole numbers"
@@ -292,7 +304,7 @@ class Output:
         engine_failed: the engine failed, and this request with it; False where it failed alone, and the others go on.
         cached_tokens: prompt tokens whose keys and values were there already; set with the first output.
         queue_s: seconds it waited before its first chunk ran; set with the first output.
-        routing: where recorded, for each new token {layer: destinations}.
+        routing: where recorded, for each new token {layer: destinations}, and of routers that it asked for {matrix: adapters}, by name.
         prompt_logprobs: where asked for, of the prompt's next tokens since the last output; the first is of the second token, as nothing
             comes before the first. All are told before the first new token, or with it, and each once.
         embedding: the vector of the prompt, where asked for; with the last output.
@@ -307,7 +319,7 @@ class Output:
     engine_failed: bool = False
     cached_tokens: int | None = None
     queue_s: float | None = None
-    routing: tuple[dict[int, tuple[int, ...]], ...] = ()
+    routing: tuple[Route, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
     path: tuple[int, ...] | None = None

@@ -84,8 +84,9 @@ class Coordinator:
         self.group.info.check_streams(request.num_streams)
         if request.path is not None:
             raise InputError("a request has a path, which a group of devices does not run; leave it out")
-        if request.adapters:
-            raise InputError("a request has adapters, which a group of devices does not serve; leave them out")
+        if request.adapters or request.task is not None:
+            what = "adapters" if request.adapters else "a task"
+            raise InputError(f"a request has {what}, and a group of devices serves the model alone; leave it out")
         # The ranks have no time for what cannot be followed.
         if request.sampling.grammar is not None:
             key_of(request.sampling.grammar)

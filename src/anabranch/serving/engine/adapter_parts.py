@@ -22,7 +22,7 @@ from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.scaling import Scale
 from anabranch.errors import AnabranchError, ConfigError
 
-__all__ = ["SERVED", "Factors", "LowRankPart", "PartRows", "ServedPart", "Turned", "part_of"]
+__all__ = ["SERVED", "Factors", "LowRankPart", "PartRows", "ServedPart", "Turned", "part_bytes", "part_of"]
 
 # Kinds of `anabranch.adapters.numbers.Numbers` that rows can choose.
 SERVED: tuple[type[Numbers], ...] = (Pair, Decomposed, Scale)
@@ -40,6 +40,8 @@ class PartRows:
         x_MC: what goes in.
         made: gives y_MO, what the part makes of it, without any adapter.
         of: what it makes of another x_MC.
+        group: of these rows, for layers, and ``x_1MC``: x_MC as these get it, one tensor for all parts of a matrix, by which routers that
+            the parts share know that they have decided. None where the rows use no layers.
 
     Where there is no ``made`` or ``of``, what needs them is not served.
     """
@@ -47,6 +49,8 @@ class PartRows:
     x_MC: Tensor
     made: Callable[[], Tensor] = _not_served
     of: Callable[[Tensor], Tensor] = _not_served
+    group: Any = None
+    x_1MC: Tensor | None = None
 
 
 class ServedPart(Protocol):
@@ -146,3 +150,12 @@ def part_of(
     if not gain_O.isfinite().all():
         raise ConfigError("a row of the matrix with the adapter has no length, so DoRA cannot give it another")
     return Turned(low, gain_O, None if bias_O is None else bias_O.detach())
+
+
+def part_bytes(numbers: Any, dtype: torch.dtype) -> int:
+    """What `part_of` takes in memory."""
+    if isinstance(numbers, Scale):
+        return numbers.factor_F.numel() * torch.float32.itemsize
+    pair = numbers.pair if isinstance(numbers, Decomposed) else numbers
+    gain = numbers.magnitude_O.numel() * torch.float32.itemsize if isinstance(numbers, Decomposed) else 0
+    return int((pair.a_RC.numel() + pair.b_OR.numel()) * dtype.itemsize + gain)

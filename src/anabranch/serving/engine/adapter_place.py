@@ -1,31 +1,81 @@
-"""Where an adapter lies, and how large it is, before any of its numbers is read."""
+"""Where an adapter or a pool of them lies, and how large it is, before any of its numbers is read."""
 
 import math
 import os
 import stat
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
+from anabranch.adapters.glider.folder import CARD, GATES
+from anabranch.adapters.own_folder import NUMBERS, OWN
 from anabranch.adapters.peft_file import INNER, PREFIX
 from anabranch.adapters.peft_folder import CONFIG, WEIGHTS
 from anabranch.bounds import shown
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.tensors import read_header
 
-__all__ = ["MOST_CONFIG", "MOST_HEADER", "check_small", "place_of", "size_of"]
+__all__ = ["MOST_CONFIG", "MOST_EXPERTS", "MOST_HEADER", "Folder", "PoolKind", "check_small", "folder_of", "size_of"]
 
+PoolKind = Literal["glider", "phatgoose", "arrow"]
 PICKLE = "adapter_model.bin"
 _HEAD = f"{PREFIX}lm_head{INNER}.weight"
 # Bytes that are read as one table, which no other thread of the engine's process can interrupt: those of the largest adapters of attention
 # and dense layers are a third of it.
 MOST_CONFIG, MOST_HEADER = 256 << 10, 1 << 20
+# Adapters of a pool, and entries of its folder that are looked at.
+MOST_EXPERTS, MOST_ENTRIES = 1000, 10_000
+_TABLES, _TENSORS = (CONFIG, OWN, CARD), (WEIGHTS, NUMBERS, GATES)
 
 
-def place_of(folder: str, root: str | None) -> Path:
-    """The folder of an adapter, below ``root`` whatever links there are, as are the files that are read; anywhere where that is None.
+@dataclass(frozen=True)
+class Folder:
+    """A folder that holds what can be served.
 
-    Nothing is listed, however much lies in the folder. Raises CheckpointError for one that is not there, or is not below.
+    Attributes:
+        path: of it.
+        kind: how a pool routes, where that was said.
+        experts: of a pool, the folders of its adapters by name; nothing for a single adapter.
     """
+
+    path: Path
+    kind: PoolKind | None = None
+    experts: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is an adapter in our own form."""
+        return (self.path / OWN).is_file()
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Each folder whose files are read."""
+        return tuple(self.experts.values()) or (self.path,)
+
+
+def folder_of(said: str, root: str | None) -> Folder:
+    """What ``said`` is: a path, of a pool also with its kind in front (``arrow:adapters/all``).
+
+    It lies below ``root`` whatever links there are, as do the files that are read; anywhere where that is None. Nothing is listed but the
+    folder of a pool. Raises CheckpointError for one that is not there, or is not below; ConfigError for a kind in front of what is no pool.
+    """
+    kind, sign, rest = said.partition(":")
+    given: PoolKind | None = None
+    if sign and rest and kind in get_args(PoolKind):
+        given, said = kind, rest  # type: ignore[assignment]
+    place = _place_of(said, root)
+    if (place / CONFIG).is_file() or (place / OWN).is_file():
+        if given is not None:
+            raise ConfigError(
+                f"{said} is one adapter, and {given} routes among several; give the folder of their folders"
+            )
+        return Folder(place)
+    return Folder(place, given, _experts_in(place, root))
+
+
+def _place_of(folder: str, root: str | None) -> Path:
     if root is None:
         return Path(folder)
     try:
@@ -36,40 +86,83 @@ def place_of(folder: str, root: str | None) -> Path:
             raise CheckpointError(f"folder is {shown(folder)}; it must be below the server's --adapter-root")
         if not stat.S_ISDIR(place.stat().st_mode):
             raise CheckpointError(f"folder is {shown(folder)}, which cannot be read: it is no folder")
-        files = (CONFIG, WEIGHTS, PICKLE)
-        stray = next((name for name in files if not (place / name).resolve().is_relative_to(top)), None)
+        _check_below(place, top)
     except (OSError, RuntimeError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else None
         raise CheckpointError(f"folder is {shown(folder)}, which cannot be read: {what or error}") from None
-    if stray is not None:
-        raise CheckpointError(f"folder has {stray!r}, which lies outside of the server's --adapter-root")
     return place
 
 
-def check_small(place: Path) -> None:
-    """Raise CheckpointError for an adapter_config.json or a header of tensors so large that to read it would hold all others up."""
-    for path, size, most, what in (
-        (place / CONFIG, _file_size(place / CONFIG), MOST_CONFIG, "it"),
-        (place / WEIGHTS, _header_size(place / WEIGHTS), MOST_HEADER, "its header of tensors"),
-    ):
-        if size > most:
+def _check_below(place: Path, top: Path) -> None:
+    """Raise CheckpointError where a file that may be read lies elsewhere."""
+    files = (CONFIG, WEIGHTS, PICKLE, OWN, NUMBERS, CARD, GATES)
+    stray = next((name for name in files if not (place / name).resolve().is_relative_to(top)), None)
+    if stray is not None:
+        raise CheckpointError(f"folder has {stray!r}, which lies outside of the server's --adapter-root")
+
+
+def _experts_in(place: Path, root: str | None) -> dict[str, Path]:
+    """The folders of adapters in that of a pool, by name, sorted; none where there are none."""
+    names: list[str] = []
+    try:
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                for number, entry in enumerate(entries):
+                    if number == MOST_ENTRIES:
+                        raise CheckpointError(
+                            f"{place} has more than {MOST_ENTRIES:,} entries; a pool holds adapters alone"
+                        )
+                    if (place / entry.name / CONFIG).is_file():
+                        names.append(entry.name)
+        if len(names) > MOST_EXPERTS:
             raise CheckpointError(
-                f"cannot read {path}: {what} has {size:,} bytes; an adapter is served with {most:,} at most"
+                f"{place} has {len(names):,} adapters; a pool is served with {MOST_EXPERTS:,} at most"
             )
+        found = {}
+        for name in sorted(names):
+            expert = place / name
+            if root is not None:
+                top = Path(root).resolve()
+                if not expert.resolve().is_relative_to(top):
+                    raise CheckpointError(f"folder has {name!r}, which lies outside of the server's --adapter-root")
+                _check_below(expert, top)
+            found[name] = expert
+    except (OSError, RuntimeError) as error:
+        what = error.strerror if isinstance(error, OSError) else None
+        raise CheckpointError(f"cannot read {place}: {what or error}") from None
+    return found
 
 
-def size_of(place: Path, item_bytes: int = 4, head: tuple[int, int] | None = None) -> int:
-    """Bytes of the adapter's numbers, ``item_bytes`` each, by the header of its file; of a pickled one what they take at least.
+def check_small(folder: Folder) -> None:
+    """Raise CheckpointError for a table or a header of tensors so large that to read it would hold all others up."""
+    for place in folder.places:
+        sizes = [(place / name, _file_size(place / name), MOST_CONFIG, "it") for name in _TABLES]
+        sizes += [(place / name, _header_size(place / name), MOST_HEADER, "its header of tensors") for name in _TENSORS]
+        for path, size, most, what in sizes:
+            if size > most:
+                raise CheckpointError(
+                    f"cannot read {path}: {what} has {size:,} bytes; an adapter is served with {most:,} at most"
+                )
+
+
+def size_of(folder: Folder, item_bytes: int = 4, head: tuple[int, int] | None = None) -> int:
+    """Bytes of the numbers by the headers of their files, ``item_bytes`` each, of layers four; of pickled ones what they take at least.
 
     A copy of the model's head, of shape ``head``, which peft writes beside an adapter of it, is looked at and not kept. 0 where there is no
     file. Raises CheckpointError for a damaged one.
     """
-    if (place / WEIGHTS).is_file():
-        entries = read_header(place / WEIGHTS)[1]
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        return item_bytes * sum(math.prod(shape) for name, shape in shapes.items() if (name, shape) != (_HEAD, head))
+    if folder.experts or folder.is_own:
+        return sum(_size_of(place, 4, None) for place in folder.places)
+    return _size_of(folder.path, item_bytes, head)
+
+
+def _size_of(place: Path, item_bytes: int, head: tuple[int, int] | None) -> int:
+    found = [place / name for name in _TENSORS if (place / name).is_file()]
+    shapes = [(name, tuple(entry["shape"])) for path in found for name, entry in read_header(path)[1].items()]
+    numbers = sum(math.prod(shape) for name, shape in shapes if (name, shape) != (_HEAD, head))
     # As if all were of float64.
-    return _file_size(place / PICKLE) // 8 * item_bytes
+    is_pickled = not (place / WEIGHTS).is_file() and not (place / NUMBERS).is_file()
+    return item_bytes * (numbers + (_file_size(place / PICKLE) // 8 if is_pickled else 0))
 
 
 def _file_size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""`AdapterReader`: a folder of peft's as an adapter that can be served."""
+"""`AdapterReader`: a folder of peft's, one of our own form, or a pool of the former, as what can be served."""
 
 import functools
 import hashlib
@@ -14,15 +14,20 @@ from anabranch.adapters.fits import check_fits
 from anabranch.adapters.names import Names, names_of
 from anabranch.adapters.numbers import Numbers
 from anabranch.adapters.scaling import Scale
-from anabranch.errors import ConfigError
+from anabranch.adapters.skills import Skills
+from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
-from anabranch.serving.engine.adapter_parts import SERVED, ServedPart, part_of
-from anabranch.serving.engine.adapter_place import check_small, place_of, size_of
+from anabranch.serving.engine.adapter_parts import SERVED, ServedPart, part_bytes, part_of
+from anabranch.serving.engine.adapter_place import Folder, check_small, folder_of, size_of
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
+from anabranch.serving.engine.layer_reader import LayerReader
 from anabranch.serving.engine.pass_adapters import ServedAdapter
+from anabranch.serving.engine.served_layers import ServedLayers
 
-__all__ = ["AdapterReader", "kept_as"]
+__all__ = ["AdapterReader", "Served", "kept_as"]
+
+Served = ServedAdapter | ServedLayers
 
 # A request adapter's numbers by the part of a matrix that they are for.
 _Layers = Mapping[str, Numbers]
@@ -40,7 +45,8 @@ class AdapterReader:
         config: the model's, without adapters.
         sites: its matrices where it is served; None to `check` alone.
         device: where the numbers shall be.
-        dtype: what they are kept in, see `kept_as`.
+        dtype: what they are kept in, see `kept_as`; layers are in float32.
+        is_steady: see `LayerReader`.
     """
 
     def __init__(
@@ -49,6 +55,8 @@ class AdapterReader:
         sites: Sites | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        is_steady: bool = False,
     ) -> None:
         if config.linears:
             first = next(iter(config.linears))
@@ -59,14 +67,13 @@ class AdapterReader:
         self._config = config.replace(tie_embeddings=False)
         self._sites, self._device, self._dtype = sites, torch.device(device), dtype
         self._names: Names | None = None
+        self._of_layers = LayerReader(config, sites, self._device, is_steady=is_steady)
 
-    def __call__(
-        self, folder: str, root: str | None = None, check: Callable[[int], None] | None = None
-    ) -> ServedAdapter:
-        """The adapter in ``folder``.
+    def __call__(self, folder: str, root: str | None = None, check: Callable[[int], None] | None = None) -> Served:
+        """What is in ``folder``.
 
         Args:
-            folder: its path, from ``root`` where there is one.
+            folder: its path, from ``root`` where there is one; of a pool also with its kind in front (`PoolKind`), ``arrow:pool``.
             root: folder that it has to be below, links followed; None where it may be anywhere.
             check: called with the bytes that it will take in memory before any number is read; what it raises is raised.
 
@@ -76,22 +83,43 @@ class AdapterReader:
             ConfigError: it is of a kind, or changes what cannot be changed for some rows alone: whole tensors, or experts.
         """
         assert self._sites is not None, "a reader without sites only checks"
-        place = place_of(folder, root)
-        check_small(place)
+        found = folder_of(folder, root)
+        check_small(found)
         if check is not None:
-            check(size_of(place, self._dtype.itemsize, (self._config.vocab_size, self._config.dim)))
-        layers = self._layers(place, self._sites)
-        return self._served(layers, self._sites, str(place))
+            check(size_of(found, self._dtype.itemsize, (self._config.vocab_size, self._config.dim)))
+        made = self._made_of(found)
+        if not isinstance(made, Adapter):
+            return made
+        layers, kind = self._layers(made, found.path, self._sites)
+        return self._served(layers, self._sites, str(found.path), kind)
 
-    def check(self, folder: str) -> None:
-        """Raise what reading ``folder`` raises whatever the numbers of the model are."""
-        place = place_of(folder, None)
-        check_small(place)
-        self._layers(place, None)
+    def check(self, folder: str) -> int:
+        """The bytes that ``folder`` will take. Raises what reading it raises whatever the numbers of the model are."""
+        found = folder_of(folder, None)
+        check_small(found)
+        made = self._made_of(found)
+        if not isinstance(made, Adapter):
+            return made.nbytes
+        layers, _ = self._layers(made, found.path, None)
+        return sum(part_bytes(numbers, self._dtype) for numbers in layers.values())
 
-    def _layers(self, place: Path, sites: Sites | None) -> _Layers:
-        folder = str(place)
+    def _made_of(self, found: Folder) -> ServedLayers | Adapter:
+        """The layers of a pool, of an adapter of our own form, of a Poly of peft's; the numbers of any other."""
+        place = found.path
+        if found.experts:
+            return self._of_layers.pool(place, found.experts, found.kind)
+        if found.kind is not None:
+            raise CheckpointError(
+                f"{place} has no folders of adapters, so there is nothing that {found.kind} could choose from"
+            )
+        if found.is_own:
+            return self._of_layers.own(place)
         adapter = read_peft(place)
+        is_poly = adapter.layers and all(isinstance(one, Skills) for one in adapter.layers.values())
+        return self._of_layers.skills(place) if is_poly and not adapter.saved else adapter
+
+    def _layers(self, adapter: Adapter, place: Path, sites: Sites | None) -> tuple[_Layers, str]:
+        folder = str(place)
         _check_kind(adapter, folder)
         why = "which all requests would get; serve the model that it was merged into"
         if adapter.saved:
@@ -102,7 +130,7 @@ class AdapterReader:
             adapter = without_copies(adapter, names, sites.model, folder, why)
         layers = our_layers(names, adapter, self._config)
         _check_parts(layers, None if sites is None else sites.parts, folder)
-        return layers
+        return layers, adapter.what
 
     def _names_for(self, adapter: Adapter) -> Names:
         """Of the family that has all of the adapter's layers, which those of one model share: to find it takes a while."""
@@ -110,7 +138,7 @@ class AdapterReader:
             self._names = names_of(self._config, adapter.layers)
         return self._names
 
-    def _served(self, layers: _Layers, sites: Sites, folder: str) -> ServedAdapter:
+    def _served(self, layers: _Layers, sites: Sites, folder: str, kind: str) -> ServedAdapter:
         digest = hashlib.sha256()
         parts: dict[str, ServedPart] = {}
         for part, numbers in sorted(layers.items()):
@@ -119,7 +147,7 @@ class AdapterReader:
                 parts[part] = part_of(numbers, self._device, self._dtype, functools.partial(sites.numbers, part))
             except ConfigError as error:
                 raise ConfigError(f"{folder} adapts {part}: {error}") from None
-        return ServedAdapter(parts, digest.hexdigest())
+        return ServedAdapter(parts, digest.hexdigest(), kind.lower())
 
 
 def _digest(update: Callable[[bytes | memoryview], None], part: str, numbers: Numbers) -> None:

@@ -51,9 +51,11 @@ class Adapting(Linear):
         adapters, index = of_items(context, len(x_NC))
         for number, row_M in adapters.groups(index):
             own_MC = x_NC if row_M is None else x_NC[row_M]
+            group = adapters.rows(index, number, row_M, context)
+            for_layers = (group, None if group is None else own_MC.unsqueeze(0))
             for part, (start, size) in self.parts.items():
                 part_NO = y_NO[:, start : start + size]
-                delta_MO = adapters.delta(number, part, self._rows(own_MC, part_NO, row_M, start, context))
+                delta_MO = adapters.delta(number, part, self._rows(own_MC, part_NO, row_M, start, context, for_layers))
                 if delta_MO is None:
                     continue
                 delta_MO = delta_MO.to(y_NO.dtype)
@@ -63,13 +65,22 @@ class Adapting(Linear):
                     part_NO.index_add_(0, row_M, delta_MO)
         return y_NO.view(y.shape)
 
-    def _rows(self, x_MC: Tensor, part_NO: Tensor, row_M: Tensor | None, start: int, context: Any) -> PartRows:
+    def _rows(
+        self,
+        x_MC: Tensor,
+        part_NO: Tensor,
+        row_M: Tensor | None,
+        start: int,
+        context: Any,
+        for_layers: tuple[Any, Tensor | None],
+    ) -> PartRows:
         """Some rows at the part that begins at ``start``; ``part_NO`` is what it made of all rows, and of these still is."""
         size = part_NO.shape[1]
         return PartRows(
             x_MC,
             lambda: part_NO if row_M is None else part_NO[row_M],
             lambda x_MC: call_linear(self.matrix, x_MC, context)[:, start : start + size],
+            *for_layers,
         )
 
 

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from anabranch.errors import AnabranchError, BackendError, InputError
-from anabranch.serving.core.client import BusyError, EngineInfo
+from anabranch.errors import AnabranchError, BackendError
+from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Event, Refused
@@ -77,7 +77,7 @@ class Background:
     def _of(id: str, event: Event) -> Output | None:
         """The request's output that an event is; None for anything else, such as what was left of one that was given up."""
         if isinstance(event, Refused) and event.id == id:
-            raise BusyError(event.error) if event.is_busy else InputError(event.error)
+            raise event.reason
         if not isinstance(event, Output) or event.id != id:
             return None
         if event.finish is Finish.ERROR:

@@ -125,7 +125,7 @@ class Engine:
         )
         runner.depths = Depths.of(model, config, depth_bank, runner.pool.shape.layers)
         tables = None if runner.fast is None else runner.fast.adapters
-        adapters = runner.adapters = ServedAdapters(model, config.adapters, tables)
+        adapters = runner.adapters = ServedAdapters(model, config.adapters, tables, is_steady=config.deterministic)
         limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams,
             window=kinds.windows[0],
@@ -148,6 +148,7 @@ class Engine:
                 width=model.config.dim,
                 experts=dict(experts),
                 adapters=adapters.shelf.names,
+                tasks=adapters.tasks,
                 num_layers=model.config.num_layers,
                 max_depth=None if config.max_depth is None else runner.pool.shape.layers,
                 routes_depth=depth_bank is not None,

@@ -1,11 +1,12 @@
-"""`both`: one future for two."""
+"""`both`: one future for two; `after`: one that follows another."""
 
 import threading
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Executor, Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["both"]
+__all__ = ["after", "both"]
 
 
 def both(first: "Future[Any] | None", second: "Future[Any] | None") -> "Future[Any] | None":
@@ -41,4 +42,42 @@ def both(first: "Future[Any] | None", second: "Future[Any] | None") -> "Future[A
     made.add_done_callback(told)
     first.add_done_callback(lambda future: done(0, future))
     second.add_done_callback(lambda future: done(1, future))
+    return made
+
+
+def after(first: "Future[Any] | None", executor: Executor, work: Callable[[], Any]) -> "Future[Any]":
+    """``work`` in a thread of ``executor`` once ``first`` is done, at once where there is none; it raises what ``first`` raises.
+
+    To cancel it cancels ``first``, and work that has not begun.
+    """
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        if not made.set_running_or_notify_cancel():
+            return
+        try:
+            made.set_result(work())
+        except BaseException as error:
+            made.set_exception(error)
+
+    def begin(future: "Future[Any] | None") -> None:
+        error = None if future is None else CancelledError() if future.cancelled() else future.exception()
+        # Whoever waited may have cancelled.
+        with suppress(InvalidStateError):
+            if isinstance(error, CancelledError):
+                made.cancel()
+            elif error is not None:
+                made.set_exception(error)
+            else:
+                try:
+                    executor.submit(run)
+                except RuntimeError:
+                    # It was shut down: the engine ends.
+                    made.cancel()
+
+    if first is None:
+        begin(None)
+    else:
+        made.add_done_callback(lambda future: first.cancel() if future.cancelled() else None)
+        first.add_done_callback(begin)
     return made

@@ -10,7 +10,6 @@ from anabranch.data.tokenizer import Tokenizer
 from anabranch.errors import AnabranchError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
-from anabranch.serving.core.client import BusyError
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.core.stream import joined
 from anabranch.serving.engine.engine import Engine
@@ -108,7 +107,7 @@ class LLM:
         outputs: dict[str, Output] = {}
         for event in self._events:
             if isinstance(event, Refused):
-                raise BusyError(event.error) if event.is_busy else InputError(event.error)
+                raise event.reason
             if isinstance(event, Output):
                 outputs[event.id] = joined(outputs[event.id], event) if event.id in outputs else event
         return [self._generation(request, outputs[request.id]) for request in requests]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from anabranch.errors import AnabranchError, InputError
 from anabranch.serving.core.batch import Batch, Sampled
-from anabranch.serving.core.client import BusyError, EngineStats
+from anabranch.serving.core.client import BusyError, EngineStats, FieldInputError
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.engine.messages import (
     Abort,
@@ -268,7 +268,8 @@ class EngineLoop:
         self._forget(id)
         if not isinstance(error, AnabranchError):
             logger.error("request %s could not be prepared: %s", id, error, exc_info=error)
-        self._emit([Refused(id, str(error) or type(error).__name__, is_busy=isinstance(error, BusyError))])
+        is_busy = isinstance(error, BusyError)
+        self._emit([Refused(id, str(error) or type(error).__name__, is_busy=is_busy, field=_field_of(error))])
 
     def _schedule(self, request: Request) -> None:
         try:
@@ -283,7 +284,7 @@ class EngineLoop:
     def _refuse(self, request: Request, error: Exception) -> None:
         """Tell that a request cannot be taken: it never ran, so whatever it is that raised, nobody else is concerned."""
         if isinstance(error, InputError):
-            self._emit([Refused(request.id, str(error))])
+            self._emit([Refused(request.id, str(error), field=_field_of(error))])
             return
         logger.error("request %s cannot be taken", request.id, exc_info=error)
         self._emit([Refused(request.id, f"the request cannot be taken: {type(error).__name__}: {error}")])
@@ -369,6 +370,11 @@ class EngineLoop:
         stats.samples["step_time"], self._step_times = self._step_times, []
         self._picture_at = time.monotonic()
         return stats
+
+
+def _field_of(error: BaseException) -> str:
+    """The field of a request that an error is about; "" where it does not say."""
+    return error.field if isinstance(error, FieldInputError) else ""
 
 
 def _reply(number: int, future: "Future[Any]") -> Reply:

@@ -4,7 +4,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from anabranch.serving.core.client import EngineStats
+from anabranch.errors import AnabranchError, InputError
+from anabranch.serving.core.client import BusyError, EngineStats, FieldInputError
 from anabranch.serving.core.request import Output, Request
 
 # Commands, to the loop
@@ -76,11 +77,19 @@ Command = Add | Abort | Pause | Resume | Control | Close | Prepared | Answered
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A request that can never run, or with ``is_busy`` cannot now, and why."""
+    """A request that can never run, or with ``is_busy`` cannot now, and why; ``field`` names the one of its fields that is wrong."""
 
     id: str
     error: str
     is_busy: bool = False
+    field: str = ""
+
+    @property
+    def reason(self) -> AnabranchError:
+        """The error to raise."""
+        if self.is_busy:
+            return BusyError(self.error)
+        return FieldInputError(self.error, self.field) if self.field else InputError(self.error)
 
 
 @dataclass(frozen=True, slots=True)

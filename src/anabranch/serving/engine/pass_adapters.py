@@ -1,23 +1,57 @@
-"""The adapters of one forward pass: which row uses which mixture, and what a mixture adds to a part of a matrix."""
-# Shapes: T tokens of a pass, N = P T items of a layer, P streams, M rows of one mixture, O outputs
+"""The adapters of one forward pass: which row uses which mixture, and what a mixture adds to a part of a matrix.
 
-from collections.abc import Mapping, Sequence
+A mixture adds up products of adapters' numbers, and what layers make of the rows (`anabranch.serving.engine.served_layers`): routers that
+choose among a pool, and adapters that go by a task. Layers get the rows of a mixture with a forward context of these alone (`Group`).
+"""
+# Shapes: T tokens of a pass, N = P T items of a layer, P streams, M rows of one mixture, O outputs, K choices of a row
+
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from anabranch.errors import AnabranchError
+from anabranch.nn import items
 from anabranch.routing.context import OfPass
+from anabranch.serving.core.request import Route
 from anabranch.serving.engine.adapter_parts import PartRows, ServedPart
 
-__all__ = ["Mixed", "PassAdapters", "ServedAdapter", "of_items"]
+__all__ = ["ROUTES", "Group", "Mixed", "PassAdapters", "Routes", "ServedAdapter", "Use", "of_items"]
 
-# In a context's state: the mixture of each item, and the pass's `PassAdapters`.
-_INDEX, _PASS = "served_adapters.index", "served_adapters.pass"
+# In a context's state: the mixture of each item, its request, and the pass's `PassAdapters`.
+_INDEX, _REQUEST, _PASS = "served_adapters.index", "served_adapters.request", "served_adapters.pass"
+# Likewise, of the rows of a group: its `Routes`, where somebody wants them.
+ROUTES = "served_adapters.routes"
 _EXPERTS = ".experts."
+
+
+class Use(Protocol):
+    """What adds to rows of matrices: the numbers of an adapter, or layers with what a request tells them.
+
+    Attributes:
+        parts: what there is for each part of a linear layer that it adds to, by our names (``blocks.3.attention.q``).
+        version: equal where all that is added is.
+        pools: names of the pools of experts that it adapts.
+        key: rows whose uses have equal keys are computed together.
+        has_layers: whether its parts are layers, which want a context of their rows.
+    """
+
+    @property
+    def parts(self) -> Mapping[str, ServedPart]: ...  # noqa: D102
+    @property
+    def version(self) -> str: ...  # noqa: D102
+    @property
+    def pools(self) -> frozenset[str]: ...  # noqa: D102
+    @property
+    def key(self) -> Hashable: ...  # noqa: D102
+    @property
+    def has_layers(self) -> bool: ...  # noqa: D102
+
+    def state(self, uses: Sequence[Any], request_M: Tensor) -> dict[str, Any]:
+        """What the context of rows with this key has beside; ``uses`` are of all requests of the pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +61,36 @@ class ServedAdapter:
     Attributes:
         parts: what it has for each part of a linear layer that it adapts, by our names (``blocks.3.attention.q``).
         version: equal where all numbers are.
+        kind: as peft calls it, in lower case.
     """
 
     parts: Mapping[str, ServedPart]
     version: str
+    kind: str = "lora"
 
     @property
     def nbytes(self) -> int:
         """Of all numbers."""
         return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """For whoever asks what there is."""
+        return {"kind": self.kind}
+
+    @property
+    def key(self) -> Hashable:
+        """Itself."""
+        return id(self)
+
+    @property
+    def has_layers(self) -> bool:
+        """None."""
+        return False
+
+    def state(self, uses: Sequence[Any], request_M: Tensor) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     @cached_property
     def pools(self) -> frozenset[str]:
@@ -44,7 +99,61 @@ class ServedAdapter:
 
 
 # A request's adapters with their weights.
-Mixed = tuple[tuple[ServedAdapter, float], ...]
+Mixed = tuple[tuple[Use, float], ...]
+
+
+@dataclass(eq=False)
+class Group:
+    """Rows of a matrix that are computed together, for layers of their mixture.
+
+    Attributes:
+        item_M: int64, which of the N items that the matrix sees they are.
+        request_M: int64, the number of the request of each.
+    """
+
+    item_M: Tensor
+    request_M: Tensor
+    _adapters: "PassAdapters"
+    _context: Any
+    _size: int
+    # By use. Each goes on through the layers of the pass: a router may hand something on.
+    _contexts: dict[Hashable, Any] = field(default_factory=dict)
+
+    def context(self, use: Use) -> Any:
+        """The forward context of these rows for a use of theirs."""
+        if use.key not in self._contexts:
+            own = items.of_items(self._context, self.item_M, self._size)
+            asked = self._adapters.asked
+            own.state |= use.state([_same(mixed, use.key) for mixed in asked], self.request_M)
+            if self._adapters.routes:
+                own.state[ROUTES] = OfPass(Routes(self._adapters.routes, len(self._adapters.number_T)))
+            self._contexts[use.key] = own
+        return self._contexts[use.key]
+
+
+def _same(mixed: Mixed, key: Hashable) -> Use | None:
+    """The use of a request with this key."""
+    return next((use for use, _ in mixed if use.key == key), None)
+
+
+class Routes:
+    """Where routers beside matrices leave what they chose for tokens whose routes are wanted.
+
+    Args:
+        of_row: by the token's place in the pass, ``{matrix: adapters}`` that is filled in.
+        num_tokens: T of the pass.
+    """
+
+    def __init__(self, of_row: Mapping[int, Route], num_tokens: int) -> None:
+        self._of_row, self._num_tokens = of_row, num_tokens
+
+    def note(self, matrix: str, names: Sequence[str], item_M: Tensor, index_MK: Tensor) -> None:
+        """A decision for M items of the pass; of several streams each adapter counts once."""
+        for item, chosen in zip(item_M.tolist(), index_MK.tolist(), strict=True):
+            route = self._of_row.get(item % self._num_tokens)
+            if route is not None:
+                used = [names[number] for number in chosen if number >= 0]
+                route[matrix] = tuple(dict.fromkeys((*route.get(matrix, ()), *used)))
 
 
 @dataclass(eq=False)
@@ -54,31 +163,48 @@ class PassAdapters:
     Attributes:
         mixtures: those that differ.
         number_T: of each token its mixture; -1 for none.
+        asked: the mixture of each request of the pass.
+        request_T: of each token its request.
+        routes: by token, what its routers chose, filled in; see `Routes`.
     """
 
     mixtures: list[Mixed] = field(default_factory=list)
     number_T: list[int] = field(default_factory=list)
+    asked: list[Mixed] = field(default_factory=list)
+    request_T: list[int] = field(default_factory=list)
+    routes: Mapping[int, Route] = field(default_factory=dict)
     # By the index tensor that a layer was given, which is kept, so that no other takes its place in memory.
     _groups: dict[int, tuple[Tensor, list[tuple[int, Tensor | None]]]] = field(default_factory=dict)
+    # By that tensor and the mixture.
+    _rows: dict[tuple[int, int], Group] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, mixed: Sequence[Mixed], counts: Sequence[int]) -> "PassAdapters":
+    def of(
+        cls, mixed: Sequence[Mixed], counts: Sequence[int], routes: Mapping[int, Route] | None = None
+    ) -> "PassAdapters":
         """That of requests with these adapters, and so many tokens each, in order."""
-        made, numbers = cls(), dict[Any, int]()
-        for one, count in zip(mixed, counts, strict=True):
+        made, numbers = cls(routes=routes or {}), dict[Any, int]()
+        for request, (one, count) in enumerate(zip(mixed, counts, strict=True)):
             number = -1
             if one:
-                key = tuple((id(adapter), weight) for adapter, weight in one)
+                key = tuple((use.key, weight) for use, weight in one)
                 number = numbers.setdefault(key, len(made.mixtures))
                 if number == len(made.mixtures):
                     made.mixtures.append(one)
+            made.asked.append(one)
             made.number_T += [number] * count
+            made.request_T += [request] * count
         return made
 
     def state(self, streams: int, device: torch.device) -> dict[str, Any]:
         """For the context of the pass."""
-        index_1T = torch.tensor([self.number_T], dtype=torch.int64, device=device)
-        return {_INDEX: index_1T.expand(streams, -1), _PASS: OfPass(self)}
+        index_1T, request_1T = (
+            torch.tensor([told], dtype=torch.int64, device=device) for told in (self.number_T, self.request_T)
+        )
+        told = {_INDEX: index_1T.expand(streams, -1), _PASS: OfPass(self)}
+        if any(use.has_layers for mixed in self.mixtures for use, _ in mixed):
+            told[_REQUEST] = request_1T.expand(streams, -1)
+        return told
 
     def groups(self, index: Tensor) -> list[tuple[int, Tensor | None]]:
         """Each mixture with its rows, None for all; found once for all layers that see the same items."""
@@ -92,6 +218,28 @@ class PassAdapters:
                     found.append((number, None if bool(is_own_N.all()) else is_own_N.nonzero().flatten()))
             kept = self._groups[id(index)] = index, found
         return kept[1]
+
+    def rows(self, index: Tensor, number: int, row_M: Tensor | None, context: Any) -> Group | None:
+        """The rows of a mixture for its layers; None where it has none.
+
+        Args:
+            index: of each item its mixture.
+            number, row_M: of the mixture, as of `groups`.
+            context: of the pass, as the first of the layers that see these items has it.
+        """
+        if not any(use.has_layers for use, _ in self.mixtures[number]):
+            return None
+        key = id(index), number
+        if key not in self._rows:
+            request_N = context.state[_REQUEST].reshape(-1)
+            item_M = torch.arange(len(request_N), device=index.device) if row_M is None else row_M
+            self._rows[key] = Group(item_M, request_N[item_M], self, context, len(request_N))
+        return self._rows[key]
+
+    def end(self) -> None:
+        """The pass has run. Groups know its context, which knows them: without this they would lie about until somebody collects."""
+        self._groups.clear()
+        self._rows.clear()
 
     def adapts_experts(self, number: int, pool: str) -> bool:
         """Whether a mixture has parts of the experts of a pool."""

@@ -1,7 +1,7 @@
 """`Pass`: the part of a step that goes through the model at once, since its requests are computed alike.
 
-Requests that run the model otherwise, in another number of parallel streams, over other blocks or with adapters, take turns within the
-step. Each pass computes what a step of these requests alone would.
+Requests that run the model otherwise, in another number of parallel streams, over other blocks, with adapters or of another task, take
+turns within the step. Each pass computes what a step of these requests alone would.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -19,12 +19,14 @@ class Variant:
         path: the blocks that it runs; None for each once.
         is_adapted: module by module, with adapters.
         chooser: the request, where depth routers are to choose its path by this pass, so that it runs alone.
+        task: number of the one that it is of, where the model goes by tasks.
     """
 
     num_streams: int = 1
     path: tuple[int, ...] | None = None
     is_adapted: bool = False
     chooser: str | None = None
+    task: int | None = None
 
 
 @dataclass

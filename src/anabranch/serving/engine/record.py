@@ -11,8 +11,7 @@ from torch import nn
 from anabranch.routing.decision import Routing
 from anabranch.routing.discovery import find_routers, router_layers
 from anabranch.routing.router import Router
-
-Route = dict[int, tuple[int, ...]]
+from anabranch.serving.core.request import Route
 
 
 class RoutingTap:

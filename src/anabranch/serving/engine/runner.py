@@ -22,7 +22,7 @@ from anabranch.routing.sequences import WHEN_DONE
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
-from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.core.request import Request, Route, Sampling
 from anabranch.serving.engine.any_path import AnyPath
 from anabranch.serving.engine.depths import Depths
 from anabranch.serving.engine.head import RowsOfPass, logits_of
@@ -34,7 +34,7 @@ from anabranch.serving.engine.overrides import OverridesById, RequestOverrides
 from anabranch.serving.engine.paged import PagedPool, ToldSlot
 from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.pool import Pooling
-from anabranch.serving.engine.record import Route, RoutingTap
+from anabranch.serving.engine.record import RoutingTap
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.served_adapters import ServedAdapters
 from anabranch.serving.engine.steady import steady
@@ -169,6 +169,8 @@ class ModelRunner:
         # Of the step under way, for a head that routes: the pass that ran last, and all with their rows.
         self._context_run: ForwardContext | None = None
         self._passes: list[RowsOfPass] = []
+        # Of the pass under way: routes by row that routers beside matrices fill in.
+        self._wanted: Mapping[int, Route] = {}
         self._isolation = Isolation(self._step, self._try_out)
         self._usual = Variant(self.num_streams)
         # Of requests that ask for another; of what hooks say knows `RequestOverrides`.
@@ -179,7 +181,7 @@ class ModelRunner:
     def run(self, batch: Batch) -> list[Sampled]:
         """One result for each chunk that samples or is scored, in order."""
         self._set_up(batch)
-        if self._overrides is not None or self.watch.is_watched:
+        if self._overrides is not None or self._is_watched:
             batch = without_drafts(batch)
         tokens = [
             self._last[chunk.id] if token == PENDING else token for chunk in batch.chunks for token in chunk.tokens
@@ -351,6 +353,11 @@ class ModelRunner:
         with steady(self.model) if self.deterministic else nullcontext():
             return logits_of(self.model, x_RD.to(self.model.embedding.weight.dtype), first, self._passes)
 
+    @property
+    def _is_watched(self) -> bool:
+        """Whether anyone listens inside the model, or to routers beside it."""
+        return self.watch.is_watched or (self.adapters is not None and self.adapters.is_watched)
+
     def _compiled(self) -> FastDecoder | None:
         """The compiled step where there is one, and nobody listens whom it would run past."""
         return None if self.fast is None or self.watch.is_watched else self.fast
@@ -358,7 +365,7 @@ class ModelRunner:
     def _compiled_for(self, chunks: Sequence[Chunk]) -> FastDecoder | None:
         """The same, for chunks that run the model alike: it knows no path but the usual one."""
         variant = self._variant_of(chunks[0])
-        is_usual = variant.path is None and variant.chooser is None and not variant.is_adapted
+        is_usual = variant.path is None and variant.chooser is None and not variant.is_adapted and variant.task is None
         return self._compiled() if is_usual else None
 
     def _hidden_of(
@@ -367,7 +374,8 @@ class ModelRunner:
         """x_RD of ``rows``; fills in ``routes``."""
         # One that failed may have left its context.
         self._context_run, self._passes = None, []
-        if not self._variants and self._overrides is None and self._adapted() is None:
+        is_alike = not self._variants and self._overrides is None and self._adapted() is None
+        if is_alike and (self.adapters is None or not self.adapters.tasks):
             x_RD = self._hidden_alike(chunks, tokens, rows, routes)
             self._note_pass(range(len(rows)), rows)
             return x_RD
@@ -400,7 +408,10 @@ class ModelRunner:
         if self._overrides is not None:
             own = self._overrides.variant_of(chunk.id, own)
         adapters = self.adapters
-        if adapters is None or not adapters.is_of(chunk.id):
+        if adapters is None:
+            return own
+        own = replace(own, task=adapters.task_of(chunk.id)) if adapters.tasks else own
+        if not adapters.is_of(chunk.id):
             return own
         is_usual = own.path is None and own.chooser is None
         is_compiled = is_usual and self._compiled() is not None and adapters.is_compiled(chunk)
@@ -494,8 +505,12 @@ class ModelRunner:
         fast = self._compiled_for(chunks)
         if fast is not None:
             return self._fast_hidden(fast, chunks, tokens, rows, routes)
-        with self.tap.listen(list(routes), len(tokens)) as found:
-            x_RD = self._hidden(chunks, tokens, rows)
+        self._wanted = routes if variant.is_adapted else {}
+        try:
+            with self.tap.listen(list(routes), len(tokens)) as found:
+                x_RD = self._hidden(chunks, tokens, rows)
+        finally:
+            self._wanted = {}
         for route, noted in zip(routes.values(), found, strict=True):
             route.update(noted)
         return x_RD
@@ -524,14 +539,23 @@ class ModelRunner:
     @contextmanager
     def _running(self, chunks: Sequence[Chunk], context: ForwardContext) -> Iterator[None]:
         """How a pass through the modules runs: with the adapters of its requests, and steadily where that is asked for."""
-        adapters = self.adapters if self._variant_of(chunks[0]).is_adapted else None
-        if adapters is not None:
-            context.state |= adapters.of_pass(chunks).state(context.num_streams, self.device)
-        with (
-            nullcontext() if adapters is None else adapters.on(),
-            steady(self.model) if self.deterministic else nullcontext(),
-        ):
-            yield
+        variant = self._variant_of(chunks[0])
+        adapters = self.adapters if variant.is_adapted else None
+        if self.adapters is not None and variant.task is not None:
+            length = sum(len(chunk.tokens) for chunk in chunks)
+            context.state |= self.adapters.told(variant.task, context.num_streams, length)
+        own = None if adapters is None else adapters.of_pass(chunks, self._wanted)
+        if own is not None:
+            context.state |= own.state(context.num_streams, self.device)
+        try:
+            with (
+                nullcontext() if adapters is None else adapters.on(),
+                steady(self.model) if self.deterministic else nullcontext(),
+            ):
+                yield
+        finally:
+            if own is not None:
+                own.end()
 
     def _fast_hidden(
         self,
@@ -572,7 +596,7 @@ class ModelRunner:
             is_measured=False,
             refuses_nan=False,
             routing=list(self._routing),
-            state=self._for_recorders(chunks) if self.watch.is_watched else {},
+            state=self._for_recorders(chunks) if self._is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
             cache=self.stores.view(
@@ -596,7 +620,7 @@ class ModelRunner:
 
     def _tell(self, chunks: Sequence[Chunk]) -> None:
         """The layers have run: recorders keep what they heard."""
-        if not self.watch.is_watched:
+        if not self._is_watched:
             return
         for chunk in chunks:
             self._told[chunk.id] = max(self._told.get(chunk.id, 0), chunk.start + len(chunk.tokens))

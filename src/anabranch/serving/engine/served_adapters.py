@@ -1,34 +1,51 @@
-"""`ServedAdapters`: the adapters of an engine, from the folder to the rows of a step."""
+"""`ServedAdapters`: the adapters of an engine, from the folder to the rows of a step; and the tasks that its model goes by."""
 
 import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from anabranch.errors import CapacityError
+from anabranch.adapters.tasks import goes_by_task, needs_task, task_names, told_tasks
+from anabranch.errors import CapacityError, InputError
 from anabranch.lm.decoder import Decoder
+from anabranch.routing import Router
 from anabranch.serving.adapters import AdaptersConfig
 from anabranch.serving.core.adapter_shelf import AdapterShelf
 from anabranch.serving.core.batch import Chunk
-from anabranch.serving.core.client import BusyError
-from anabranch.serving.core.request import Request
+from anabranch.serving.core.client import BusyError, FieldInputError
+from anabranch.serving.core.request import Request, Route
 from anabranch.serving.engine.adapter_parts import LowRankPart, PartRows
-from anabranch.serving.engine.adapter_reader import AdapterReader, kept_as
+from anabranch.serving.engine.adapter_reader import AdapterReader, Served, kept_as
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
+from anabranch.serving.engine.futures import after
 from anabranch.serving.engine.pass_adapters import Mixed, PassAdapters, ServedAdapter
+from anabranch.serving.engine.served_layers import BoundLayers, ServedLayers, number_of
 from anabranch.serving.fast.adapters import AdapterTable, AdapterTables, AdapterUses
 from anabranch.sizes import parse_bytes
 
-__all__ = ["OPTION", "ServedAdapters"]
+__all__ = ["OPTION", "TASK_OPTION", "Bound", "ServedAdapters"]
 
-# In `Request.options`, where it keeps keys and values of other adapters apart.
-OPTION = "adapters"
+# In `Request.options`, where they keep keys and values of other adapters, and of other tasks, apart.
+OPTION, TASK_OPTION = "adapters", "task"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the engine has found for a request.
+
+    Attributes:
+        mixed: its adapters with their weights.
+        task: the number of its task among those of the model itself; None where that goes by none.
+    """
+
+    mixed: Mixed = ()
+    task: int | None = None
 
 
 class ServedAdapters:
@@ -36,24 +53,39 @@ class ServedAdapters:
 
     Attributes:
         shelf: which there are.
+        tasks: that the model itself goes by; none where it does not.
 
     Args:
         model: as the runner runs it.
         config: which are there from the start, and how much memory there is.
         tables: what the runner's compiled step is told of adapters; None where it has none.
+        is_steady: see `ServingConfig.deterministic`.
 
     Raises as `AdapterReader` for one that cannot be had.
     """
 
-    def __init__(self, model: Decoder, config: AdaptersConfig, tables: AdapterTables | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        config: AdaptersConfig,
+        tables: AdapterTables | None = None,
+        *,
+        is_steady: bool = False,
+    ) -> None:
         self._model, self._device = model, model.embedding.weight.device
-        self._tables = tables
-        self.shelf: AdapterShelf[ServedAdapter] = AdapterShelf(self._read, parse_bytes(config.memory))
+        self._tables, self._is_steady = tables, is_steady
+        self.tasks = task_names(model) if goes_by_task(model) else ()
+        self._needs_task = needs_task(model)
+        self.shelf: AdapterShelf[Served] = AdapterShelf(self._read, parse_bytes(config.memory))
         # Of requests that the runner has, by id; in its thread alone.
         self._mixed: dict[str, Mixed] = {}
+        self._task: dict[str, int] = {}
         # The same for the compiled step, of requests whose adapters it can all add.
         self._used: dict[str, tuple[tuple[AdapterTable, float], ...]] = {}
         self._table_of: WeakKeyDictionary[ServedAdapter, AdapterTable] = WeakKeyDictionary()
+        # What requests ask for, compared with the instructions of adapters beside the loop: by request, of each of its pools.
+        self._biases: dict[str, dict[str, tuple[float, ...] | None]] = {}
+        self._comparing: ThreadPoolExecutor | None = None
         for name, folder in config.folders:
             try:
                 self.shelf.load_now(name, folder, is_pinned=True)
@@ -68,11 +100,23 @@ class ServedAdapters:
 
     @functools.cached_property
     def _reader(self) -> AdapterReader:
-        weight = self._model.embedding.weight
-        return AdapterReader(self._model.config, self._sites, self._device, kept_as(weight.dtype))
+        model = self._model
+        dtype = kept_as(model.embedding.weight.dtype)
+        return AdapterReader(model.config, self._sites, self._device, dtype, is_steady=self._is_steady)
 
-    def _read(self, folder: str, root: str | None, check: Callable[[int], None]) -> ServedAdapter:
+    def _read(self, folder: str, root: str | None, check: Callable[[int], None]) -> Served:
         return self._reader(folder, root, check)
+
+    def routers(self, name: str) -> Mapping[str, Router]:
+        """The routers of an adapter that is in memory, by matrix: for ``record_routing(model, routers=...)`` around an engine.
+
+        Raises InputError for one that there is not, or that has none.
+        """
+        held = self.shelf.peek(name)
+        found = held.routers if isinstance(held, ServedLayers) else {}
+        if not found:
+            raise InputError(f"adapter {name!r} is not in memory, or has no routers that choose for each token")
+        return found
 
     # In the loop's thread
 
@@ -88,52 +132,107 @@ class ServedAdapters:
 
     def prepare(self, request: Request) -> "Future[None] | None":
         """Begin a request: its adapters stay until `release`. See `AdapterShelf.lease`."""
+        if not request.adapters:
+            return None
         # One without a weight is checked, and then of no account.
-        return self.shelf.lease(request.id, request.adapters) if request.adapters else None
+        reading = self.shelf.lease(request.id, request.adapters)
+        if request.instruction is None or (reading is None and not self._compares(request)):
+            return reading
+        if self._comparing is None:
+            self._comparing = ThreadPoolExecutor(1, "anabranch-instructions")
+        return after(reading, self._comparing, lambda: self._compare(request))
+
+    def _pools(self, request: Request) -> dict[str, ServedLayers]:
+        held = self.shelf.held_by(request.id)
+        return {name: one for name, one, weight in held if isinstance(one, ServedLayers) and one.compares and weight}
+
+    def _compares(self, request: Request) -> bool:
+        return bool(self._pools(request))
+
+    def _compare(self, request: Request) -> None:
+        """In a thread of its own: what a request asks for may be long, and the embedder slow."""
+        assert request.instruction is not None
+        found = {name: one.bias(request.instruction) for name, one in self._pools(request).items()}
+        # It may have been aborted meanwhile.
+        if self._pools(request):
+            self._biases[request.id] = found
 
     def bind(self, request: Request) -> Request:
-        """The request with the numbers of its adapters, and their versions among its options."""
-        if not request.adapters:
-            return request
+        """The request with what its adapters add, and their versions among its options; with the number of its task.
+
+        Raises `FieldInputError` for a task that there is not, or that must be said.
+        """
+        biases = self._biases.pop(request.id, {})
         # In an order of their own, so that the sum is the same to the bit however they were named.
-        found = sorted(self.shelf.held_by(request.id), key=lambda pair: pair[0].version)
-        mixed = tuple((held, float(weight)) for held, weight in found if weight)
-        if not mixed:
+        found = sorted(
+            (
+                (self._bound(name, held, request, biases.get(name)), float(weight))
+                for name, held, weight in self.shelf.held_by(request.id)
+                if weight
+            ),
+            key=lambda pair: pair[0].version,
+        )
+        takes_task = bool(self.tasks) or any(isinstance(use, BoundLayers) and use.layers.tasks for use, _ in found)
+        if request.task is not None and not takes_task:
+            what = "what it adds goes" if found else "the model goes"
+            raise FieldInputError(f"task is {request.task!r:.80}, and nothing in {what} by tasks; leave it out", "task")
+        options, task = request.options, None
+        if self.tasks:
+            task = number_of(request.task, self.tasks, needs_task=self._needs_task, who="the model")
+            options = (*options, (TASK_OPTION, str(task)))
+        if found:
+            names = ",".join(f"{use.version}*{weight!r}" for use, weight in found)
+            options = (*options, (OPTION, names))
+        if not found and task is None:
             return request
-        names = ",".join(f"{held.version}*{weight!r}" for held, weight in mixed)
-        return replace(request, bound=mixed, options=(*request.options, (OPTION, names)))
+        return replace(request, bound=Bound(tuple(found), task), options=options)
+
+    @staticmethod
+    def _bound(
+        name: str, held: Served, request: Request, bias: tuple[float, ...] | None
+    ) -> ServedAdapter | BoundLayers:
+        return held.bound(name, request.task, bias) if isinstance(held, ServedLayers) else held
 
     def release(self, id: str) -> None:
         """A request has ended."""
+        self._biases.pop(id, None)
         self.shelf.release(id)
 
     # In the runner's
 
     def add(self, request: Request) -> None:
         """Note a request that appears in a step."""
-        if not request.bound:
+        bound: Bound | None = request.bound
+        if bound is None:
             return
-        self._mixed[request.id] = request.bound
-        tables = [self._table(adapter) for adapter, _ in request.bound]
-        used = [(table, weight) for table, (_, weight) in zip(tables, request.bound, strict=True) if table is not None]
+        if bound.task is not None:
+            self._task[request.id] = bound.task
+        if not bound.mixed:
+            return
+        self._mixed[request.id] = bound.mixed
+        tables = [self._table(use) for use, _ in bound.mixed]
+        used = [(table, weight) for table, (_, weight) in zip(tables, bound.mixed, strict=True) if table is not None]
         if len(used) == len(tables):
             self._used[request.id] = tuple(used)
 
     def forget(self, id: str) -> None:
         """Drop what is kept of it."""
         self._mixed.pop(id, None)
+        self._task.pop(id, None)
         self._used.pop(id, None)
 
-    def _table(self, adapter: ServedAdapter) -> AdapterTable | None:
+    def _table(self, use: Any) -> AdapterTable | None:
         """What the compiled step is told of an adapter; None where it cannot add all of it."""
-        # The head is behind the step.
-        own = {name: part for name, part in adapter.parts.items() if name != HEAD}
-        parts = {name: part for name, part in own.items() if isinstance(part, LowRankPart)}
-        if self._tables is None or len(parts) < len(own) or not self._tables.takes(parts):
+        if self._tables is None or not isinstance(use, ServedAdapter):
             return None
-        if adapter not in self._table_of:
-            self._table_of[adapter] = self._tables.table(parts, adapter.version)
-        return self._table_of[adapter]
+        # The head is behind the step.
+        own = {name: part for name, part in use.parts.items() if name != HEAD}
+        parts = {name: part for name, part in own.items() if isinstance(part, LowRankPart)}
+        if len(parts) < len(own) or not self._tables.takes(parts):
+            return None
+        if use not in self._table_of:
+            self._table_of[use] = self._tables.table(parts, use.version)
+        return self._table_of[use]
 
     @property
     def is_used(self) -> bool:
@@ -144,6 +243,25 @@ class ServedAdapters:
         """Whether a request uses adapters."""
         return id in self._mixed
 
+    def task_of(self, id: str) -> int | None:
+        """The number of a request's task, where the model goes by tasks: one that was told none is of the first, as what warms it up."""
+        return self._task.get(id, 0) if self.tasks else None
+
+    def told(self, task: int, num_streams: int, length: int) -> dict[str, Any]:
+        """For the context of a pass of one task."""
+        return told_tasks(torch.full((num_streams,), task, dtype=torch.int64, device=self._device), length)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anyone listens to routers that requests use."""
+        held = {
+            id(use.layers): use.layers
+            for mixed in self._mixed.values()
+            for use, _ in mixed
+            if isinstance(use, BoundLayers)
+        }
+        return any(layers.is_watched for layers in held.values())
+
     def is_compiled(self, chunk: Chunk) -> bool:
         """Whether the compiled step can add all that the request's adapters do."""
         return chunk.id in self._used
@@ -153,11 +271,10 @@ class ServedAdapters:
         used = [self._used.get(chunk.id, ()) for chunk in chunks]
         return AdapterUses(used, [len(chunk.tokens) for chunk in chunks]) if any(used) else None
 
-    def of_pass(self, chunks: Sequence[Chunk]) -> PassAdapters:
-        """The adapters of a forward pass of these chunks."""
-        return PassAdapters.of(
-            [self._mixed.get(chunk.id, ()) for chunk in chunks], [len(chunk.tokens) for chunk in chunks]
-        )
+    def of_pass(self, chunks: Sequence[Chunk], routes: Mapping[int, Route] | None = None) -> PassAdapters:
+        """The adapters of a forward pass of these chunks; ``routes`` by row are filled in with what their routers choose."""
+        mixed, counts = [self._mixed.get(chunk.id, ()) for chunk in chunks], [len(chunk.tokens) for chunk in chunks]
+        return PassAdapters.of(mixed, counts, routes)
 
     def on(self) -> AbstractContextManager[None]:
         """The model runs with the adapters of the pass's context."""
@@ -165,7 +282,7 @@ class ServedAdapters:
 
     def add_to_head(self, logits_RV: Tensor, x_RD: Tensor, ids: Sequence[str]) -> Tensor:
         """Logits of rows with what the adapters of each add to the head; ``ids`` are the requests of the rows."""
-        if not any(HEAD in adapter.parts for id in set(ids) for adapter, _ in self._mixed.get(id, ())):
+        if not any(HEAD in use.parts for id in set(ids) for use, _ in self._mixed.get(id, ())):
             return logits_RV
         adapters = PassAdapters.of([self._mixed.get(id, ()) for id in ids], [1] * len(ids))
         made_RV = logits_RV.clone()
@@ -181,3 +298,5 @@ class ServedAdapters:
     def close(self) -> None:
         """The engine ends."""
         self.shelf.close()
+        if self._comparing is not None:
+            self._comparing.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from anabranch.errors import AnabranchError, BackendError, InputError
-from anabranch.serving.core.client import BusyError, EngineInfo, EngineStats, NotBegunError
+from anabranch.serving.core.client import EngineInfo, EngineStats, NotBegunError
 from anabranch.serving.core.request import Finish, Output, Request
 from anabranch.serving.core.stream import Stream
 from anabranch.serving.engine.loop import PING
@@ -210,7 +210,7 @@ class StreamsClient:
         if stream is None:
             return
         if isinstance(event, Refused):
-            stream.refuse(BusyError(event.error) if event.is_busy else InputError(event.error))
+            stream.refuse(event.reason)
         else:
             stream.push(event)
 

@@ -221,6 +221,7 @@ class App:
         return {
             "id": name, "object": "model", "created": self._created, "owned_by": "anabranch", **parent,
             "max_model_len": info.max_positions, "routed_layers": {str(at): count for at, count in info.routed_layers.items()},
+            **({"tasks": list(info.tasks)} if info.tasks and not parent else {}),
         }  # fmt: skip
 
     def _log(self, context: RequestContext) -> None:

@@ -3,14 +3,14 @@
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
-from anabranch.serving.core.request import Finish, Output, Request, TokenLogprob
+from anabranch.serving.core.request import Finish, Output, Request, Route, TokenLogprob
 from anabranch.serving.http.answer_text import AnswerText, Text
 from anabranch.serving.http.scores import PromptScores
 from anabranch.web.api_error import ApiError
 
 ENGINE_FAILED = "the engine failed; the server's log says how"
-Experts = dict[int, tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -21,14 +21,14 @@ class TokenText:
         token: id.
         start, end: characters of the answer that it stands for.
         logprob: its own and those of its rivals, where asked for.
-        experts: {layer: destinations}, where asked for.
+        route: see `Output.routing`, where asked for.
     """
 
     token: int
     start: int
     end: int
     logprob: TokenLogprob | None = None
-    experts: Experts | None = None
+    route: Route | None = None
 
 
 @dataclass(slots=True)
@@ -66,6 +66,13 @@ def refused(output: Output, request: Request) -> ApiError | None:
     return ApiError(500, "request_failed", message, headers=again)
 
 
+def sides_of(route: Route) -> tuple[dict[int, tuple[int, ...]], dict[str, tuple[str, ...]]]:
+    """({layer: experts}, {matrix: adapters}) of a token."""
+    experts: Any = {layer: chosen for layer, chosen in route.items() if isinstance(layer, int)}
+    adapters: Any = {matrix: chosen for matrix, chosen in route.items() if isinstance(matrix, str)}
+    return experts, adapters
+
+
 class Choice:
     """One sequence of an answer.
 
@@ -76,6 +83,7 @@ class Choice:
         queue_s: seconds it waited in the engine.
         times: seconds of `time.monotonic` at which outputs came, with their numbers of tokens.
         experts: tokens by (layer, expert), and tokens that were recorded, for the summary.
+        adapters: tokens by (matrix, adapter) of the routers that were asked for.
         finish: why it ended; None while it goes on.
         path: the blocks that its tokens run, where they are not all blocks; None for all.
         scores: of its prompt, complete before the first change; None where they were not asked for.
@@ -105,6 +113,7 @@ class Choice:
         self.queue_s: float | None = None
         self.times: list[tuple[float, int]] = []
         self.experts: Counter[tuple[int, int]] = Counter()
+        self.adapters: Counter[tuple[str, str]] = Counter()
         self.recorded, self.layers_run = 0, 0
         self.finish: Finish | None = None
 
@@ -152,14 +161,16 @@ class Choice:
         self._has_told = self._has_told or bool(told[0] or told[1])
 
     def _note(self, output: Output, at: int, token: int, start: int) -> None:
-        experts = output.routing[at] if at < len(output.routing) else None
-        if experts is not None:
+        route = output.routing[at] if at < len(output.routing) else None
+        if route is not None:
+            experts, adapters = sides_of(route)
             self.recorded += 1
             self.layers_run += sum(1 for chosen in experts.values() if chosen)
             self.experts.update((layer, expert) for layer, chosen in experts.items() for expert in chosen)
+            self.adapters.update((matrix, name) for matrix, chosen in adapters.items() for name in chosen)
         if self._keeps:
             logprob = output.logprobs[at] if at < len(output.logprobs) else None
-            self._held.append(TokenText(token, start, self._text.read, logprob, experts))
+            self._held.append(TokenText(token, start, self._text.read, logprob, route))
 
     def _release(self, told: int) -> list[TokenText]:
         """Tokens whose text is told in full."""

@@ -13,7 +13,7 @@ from typing import Self
 
 from anabranch.errors import InputError
 from anabranch.serving.core.admission import Ticket
-from anabranch.serving.core.client import BusyError
+from anabranch.serving.core.client import BusyError, FieldInputError
 from anabranch.serving.core.request import Output, Request
 from anabranch.serving.http.choice import Choice, ChoiceDelta
 from anabranch.web.api_error import ApiError
@@ -108,7 +108,8 @@ class Completion:
             raise
         except InputError as error:
             # What the engine says can never run is the client's mistake.
-            self.fail(ApiError(400, "invalid_value", str(error), param=self._param))
+            param = error.field if isinstance(error, FieldInputError) else self._param
+            self.fail(ApiError(400, "invalid_value", str(error), param=param))
         except BusyError as error:
             self.fail(ApiError(503, "busy", str(error), param=self._param, headers={"Retry-After": "1"}))
         except Exception as error:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from anabranch.errors import InputError
 from anabranch.serving.core.admission import Admission, Ticket
-from anabranch.serving.core.client import BusyError, EngineInfo
+from anabranch.serving.core.client import BusyError, EngineInfo, FieldInputError
 from anabranch.serving.core.mixture import Mixture
 from anabranch.serving.core.request import Output, Request, Sampling
 from anabranch.serving.http import fields
@@ -30,6 +30,7 @@ KNOWN = {
     "model": fields.text(256), "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
     "encoding_format": (lambda value: value in ("float", "base64"), '"float" or "base64"'), "user": fields.text(512),
     "dimensions": fields.integer(1, 2**20), "cache_salt": fields.text(256), "adapters": fields.ADAPTERS,
+    "task": fields.TASK,
 }  # fmt: skip
 MOST_INPUTS = 2048
 # Sequences of one request in the engine at a time: the others wait for them, not among everybody's.
@@ -63,11 +64,11 @@ class Embeddings:
             raise wrong("dimensions", f"dimensions is {size:,}; this model's vectors have {info.width:,}")
         prompts = await self._read(context, body.get("input"), reader, info)
         salt, is_packed = str(body.get("cache_salt") or ""), body.get("encoding_format") == "base64"
-        model, adapters = body["model"], chosen(body, frontend.names, frontend.adapters)
+        model, asked = body["model"], (chosen(body, frontend.names, frontend.adapters), body.get("task"))
         # Texts that wait for the engine take no room from bodies that others send.
         del body
         context.let_go()
-        vectors, cached = await self._made(context, prompts, info, salt, adapters)
+        vectors, cached = await self._made(context, prompts, info, salt, asked)
         tokens = sum(map(len, prompts))
         data = [
             {"object": "embedding", "index": at, "embedding": _shown(vector[:size], is_packed)}
@@ -104,17 +105,17 @@ class Embeddings:
         return read_inputs(given, reader, info)
 
     async def _made(
-        self, context: Asked, prompts: Prompts, info: EngineInfo, salt: str, adapters: Mixture
+        self, context: Asked, prompts: Prompts, info: EngineInfo, salt: str, asked: tuple[Mixture, str | None]
     ) -> tuple[list[tuple[float, ...]], int]:
-        """Vectors of prompts, and how many of their tokens were there. Raises ApiError."""
-        frontend, left_s = self._frontend, context.left_s()
+        """Vectors of prompts, and how many of their tokens were there; ``asked`` are the adapters and the task. Raises ApiError."""
+        frontend, left_s, (adapters, task) = self._frontend, context.left_s(), asked
         [first] = frontend.admit([len(prompts[0])], context.key, left_s)
         self._serial += 1
         salt = frontend.salt_of(context.key, salt)
         requests = [
             Request(
                 id=f"{context.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
-                arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf, adapters=adapters,
+                arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf, adapters=adapters, task=task,
             )
             for at, prompt in enumerate(prompts)
         ]  # fmt: skip
@@ -126,7 +127,8 @@ class Embeddings:
         except TimeoutError:
             raise ApiError(504, "deadline_exceeded", "the request's deadline has passed") from None
         except InputError as error:
-            raise ApiError(400, "invalid_value", str(error), param="input") from None
+            param = error.field if isinstance(error, FieldInputError) else "input"
+            raise ApiError(400, "invalid_value", str(error), param=param) from None
         except BusyError as error:
             raise ApiError(503, "busy", str(error), headers={"Retry-After": "1"}) from None
         except ApiError as error:

@@ -16,6 +16,8 @@ Check = tuple[Callable[[Any], bool], str]
 MOST_STOPS, MOST_STOP_LENGTH, MOST_LOGPROBS = 4, 1000, 20
 # Of a depth; a block may come twice.
 MOST_BLOCKS = 2 * MOST_LAYERS
+# Characters of what a request asks for, as routers of adapters compare it with their instructions.
+MOST_QUERY = 2000
 INT64 = 2**63
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
 # Of the path of a field.
@@ -85,6 +87,7 @@ BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
 OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
 DEPTH: Check = (_is_depth, f'"full", "routed" or a list of at most {MOST_BLOCKS} blocks')
 ADAPTERS: Check = (OBJECT[0], "an object of adapters and their weights")
+TASK: Check = text(256)
 KWARGS: Check = (
     _is_kwargs,
     "an object of at most 16 names, nested at most 8 deep, with at most 10,000 characters as JSON",
@@ -118,6 +121,8 @@ SHARED: dict[str, Check] = {
     "num_streams": integer(1, 2**31 - 1),
     "depth": DEPTH,
     "adapters": ADAPTERS,
+    "task": TASK,
+    "query": text(MOST_QUERY),
 }
 CHAT: dict[str, Check] = {
     **SHARED,

@@ -107,6 +107,8 @@ class Generate:
         if adapters:
             request = replace(request, adapters=adapters)
             context.facts["adapters"] = dict(adapters)
+        if request.task is not None:
+            context.facts["task"] = request.task
         context.warn(request.unknown, KNOWN[request.kind])
         if self._frontend.config.log_prompts:
             context.facts["prompts"] = [reader.decode(prompt) for prompt in request.prompts]

@@ -45,7 +45,9 @@ class GenerationRequest:
         tools: what may be called.
         reasoning: how the model's reasoning is told apart; None where it is part of the text.
         is_routing: tell which experts each token went to.
-        priority, cache_salt, num_streams, adapters: see `Request`.
+        priority, cache_salt, num_streams, adapters, task: see `Request`.
+        query: what is asked for, in words, for routers of adapters; None for what is asked last (`asked`), or the prompt.
+        asked: the last message of a chat that a user wrote.
         depth: ``full``, ``routed``, or the blocks to run.
         unknown: fields that nobody knows.
         response_of: the request to ``/v1/responses`` that this chat is made of; None for any other.
@@ -71,6 +73,9 @@ class GenerationRequest:
     num_streams: int | None = None
     depth: str | tuple[int, ...] = "full"
     adapters: Mixture = ()
+    task: str | None = None
+    query: str | None = None
+    asked: str = ""
     unknown: tuple[str, ...] = ()
     response_of: dict[str, Any] | None = None
 
@@ -87,6 +92,13 @@ class GenerationRequest:
     def text(self, reader: Reader) -> AnswerText:
         """What makes the text of a choice."""
         return AnswerText(reader, self.stop, self.reasoning, shows_marks=self.tools is not None)
+
+    def instruction_of(self, prompt: int) -> str | None:
+        """What a prompt asks for, in words, for routers of adapters; None for nothing."""
+        if self.query is not None:
+            return self.query or None
+        text = self.asked or (self.texts[prompt] if self.texts else "")
+        return text[: fields.MOST_QUERY] or None
 
     @property
     def grammar_param(self) -> str | None:
@@ -155,8 +167,20 @@ def _read_chat(
         shared["sampling"] = replace(shared["sampling"], preamble=preamble)
     return GenerationRequest(
         kind="chat", prompts=(prompt,), tools=tools, reasoning=reasoning, logprobs=logprobs, **shared,
-        unknown=(*unknown, *unknown_values),
+        unknown=(*unknown, *unknown_values), asked=last_asked(body["messages"]),
     )  # fmt: skip
+
+
+def last_asked(messages: Sequence[Any]) -> str:
+    """The text of the last message that a user wrote; "" where there is none."""
+    for message in reversed(messages):
+        if not isinstance(message, dict) or message.get("role") != "user":
+            continue
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        texts = [part.get("text") for part in parts if isinstance(part, dict)]
+        return content if isinstance(content, str) else "\n".join(text for text in texts if isinstance(text, str))
+    return ""
 
 
 def read_completion(
@@ -237,6 +261,8 @@ def _shared(
         "cache_salt": body.get("cache_salt") or "",
         "num_streams": body.get("num_streams"),
         "depth": tuple(depth) if isinstance(depth, list) else depth,
+        "task": body.get("task"),
+        "query": body.get("query"),
     }
 
 

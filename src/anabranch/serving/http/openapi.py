@@ -57,6 +57,8 @@ def _shared(most_n: int) -> dict[str, Any]:
         "num_streams": {**_integer(1), "description": "parallel streams, of a model that has them (ParScale)"},
         "depth": _depth(),
         "adapters": _adapters(),
+        "task": _task(),
+        "query": {**_maybe("string", maxLength=2000), "description": _QUERY},
     }
 
 
@@ -70,6 +72,14 @@ def _adapters() -> dict[str, Any]:
     weight = {"type": "number", "minimum": -1000, "maximum": 1000}
     what = "adapters and the weights with which they are added up, where model names none"
     return {**_maybe("object", maxProperties=16, additionalProperties=weight), "description": what}
+
+
+_QUERY = "what is asked for, in words, as routers compare it with instructions of adapters; default: the last message, or the prompt"
+
+
+def _task() -> dict[str, Any]:
+    what = "name of the task, where the model or an adapter goes by tasks (Poly, MHR)"
+    return {**_maybe("string", maxLength=256), "description": what}
 
 
 def _texts() -> dict[str, Any]:
@@ -135,7 +145,7 @@ def _bodies(most_n: int) -> dict[str, dict[str, Any]]:
         ),
         "Embeddings": body(["model", "input"], model=_NAME, input=_texts(), encoding_format={"enum": ["float", "base64", None]},
             dimensions={**_integer(1), "description": "of the vectors: as many of their first numbers, of length 1 again"},
-            cache_salt=_maybe("string", maxLength=256), adapters=_adapters()),
+            cache_salt=_maybe("string", maxLength=256), adapters=_adapters(), task=_task()),
         "Tokenize": body(
             [], model=_NAME, prompt=_TEXT, messages=messages, add_generation_prompt=_maybe("boolean"),
             chat_template_kwargs=_maybe("object", maxProperties=16), return_token_strs=_maybe("boolean"),

@@ -160,8 +160,8 @@ class ServeConfig(Config):
             raise ConfigError(f"http.adapter_root is {root!r}, which is no folder")
         if root is not None and self.engine.memory is not None:
             raise ConfigError(
-                f"engine.memory is {self.engine.memory}, which is for everything, and does not count adapters; leave it or "
-                "http.adapter_root out"
+                f"engine.memory is {self.engine.memory}, which is for everything, and nobody knows how large adapters are that come "
+                "while it serves; leave it or http.adapter_root out, or name the adapters at the start (engine.adapters.load)"
             )
         if root is not None and self.devices is not None:
             raise ConfigError(

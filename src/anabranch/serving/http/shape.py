@@ -8,7 +8,7 @@ from typing import Any
 from anabranch import __version__
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, TokenLogprob
-from anabranch.serving.http.choice import Choice, ChoiceDelta, TokenText
+from anabranch.serving.http.choice import Choice, ChoiceDelta, TokenText, sides_of
 from anabranch.serving.http.deltas import Delta, MessageDeltas, message_of
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
@@ -127,7 +127,18 @@ class Shape:
                 row[str(expert)] = row.get(str(expert), 0) + count
         recorded = sum(choice.recorded for choice in self.choices)
         depth = sum(choice.layers_run for choice in self.choices) / recorded if recorded else 0.0
-        return {"arm": self._head["model"], "experts": experts, "depth": round(depth, 3), "tokens": recorded}
+        made = {"arm": self._head["model"], "experts": experts, "depth": round(depth, 3), "tokens": recorded}
+        chosen = self._adapters()
+        return {**made, "adapters": chosen} if chosen else made
+
+    def _adapters(self) -> dict[str, dict[str, int]]:
+        """How many tokens of the answer went to each adapter beside each matrix, where routers were asked for."""
+        found: dict[str, dict[str, int]] = {}
+        for choice in self.choices:
+            for (matrix, name), count in sorted(choice.adapters.items()):
+                row = found.setdefault(matrix, {})
+                row[name] = row.get(name, 0) + count
+        return found
 
     def _choice(self, at: int, changes: Sequence[ChoiceDelta]) -> dict[str, Any]:
         raise NotImplementedError
@@ -140,10 +151,16 @@ class Shape:
         """Tokens with the experts they went to, where asked for."""
         if not self.request.is_routing:
             return {}
-        rows = [
-            {"text": self.reader.token_text(item.token)[0], "experts": {str(at): list(to) for at, to in (item.experts or {}).items()}}
-            for item in tokens
-        ]  # fmt: skip
+        rows = []
+        for item in tokens:
+            experts, adapters = sides_of(item.route or {})
+            row: dict[str, Any] = {
+                "text": self.reader.token_text(item.token)[0],
+                "experts": {str(layer): list(chosen) for layer, chosen in experts.items()},
+            }
+            if adapters:
+                row["adapters"] = {matrix: list(chosen) for matrix, chosen in adapters.items()}
+            rows.append(row)
         return {"routing": {"tokens": rows}}
 
 

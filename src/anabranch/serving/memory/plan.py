@@ -24,6 +24,7 @@ from anabranch.nn.quantize import QuantizedPool
 from anabranch.serving.config import DEFAULT_KV, ServingConfig
 from anabranch.serving.experts import ExpertsConfig
 from anabranch.serving.load import dtype_of
+from anabranch.serving.memory.adapters import adapter_bytes
 from anabranch.serving.memory.forms import Form, Quantize
 from anabranch.serving.memory.program import program_bytes
 from anabranch.serving.memory.work import load_bytes, step_bytes
@@ -54,6 +55,7 @@ class MemoryPlan:
         kv: keys and values.
         work: what a step takes beside all this, or loading does, whichever is more; a bound.
         program: interpreters and libraries of all processes, tokenizers too; measured.
+        adapters: those that requests may use, which all stay in memory.
         disk: of the cache folder, for experts that are rounded when the engine starts; 0 where they are read from the model's own files.
         least: memory that would do for this model, on its last rung.
     """
@@ -68,11 +70,12 @@ class MemoryPlan:
     program: int
     disk: int
     least: int
+    adapters: int = 0
 
     @property
     def total(self) -> int:
         """The most that is in memory at a time."""
-        return self.rest + self.resident + self.kv + self.work + self.program
+        return self.rest + self.resident + self.kv + self.work + self.program + self.adapters
 
     @property
     def fits(self) -> bool:
@@ -87,10 +90,11 @@ class MemoryPlan:
     def check(self) -> "MemoryPlan":
         """Itself. Raises CapacityError, with the least memory that would do, if it does not fit."""
         if not self.fits:
+            beside = f", {self.adapters:,} for adapters" if self.adapters else ""
             raise CapacityError(
                 f"memory is {self.memory:,} bytes, and {self.config.model} takes at least {self.least:,}: {self.program:,} for the "
                 f"program, {self.work:,} for steps, {self.rest:,} for weights beside experts, {self.resident:,} for experts, "
-                f"{self.kv:,} for keys and values"
+                f"{self.kv:,} for keys and values{beside}"
             )
         return self
 
@@ -111,6 +115,7 @@ class MemoryPlan:
                 "kv": self.kv,
                 "work": self.work,
                 "program": self.program,
+                **({"adapters": self.adapters} if self.adapters else {}),
             },
             "total_bytes": self.total,
             "all_expert_bytes": self.experts,
@@ -155,6 +160,7 @@ class Ladder:
         self.model: str | Decoder.Config = config.model if shape is None else shape
         self.found = None if shape is not None else find_model(config.model)
         self.resident, self.on_disk = self._rungs()
+        self.adapters = adapter_bytes(config, self.model)
         self.program = (measure or program_bytes)(config.model, processes=2 if config.process else 1)
 
     def plan(self, memory: int) -> MemoryPlan:
@@ -248,7 +254,9 @@ class Ladder:
         step = self._step(form, on_disk=on_disk)
         # Slots of experts, keys and values are not written before all else is there.
         later = kv + (resident if on_disk else 0)
-        work = max(step, load_bytes(form, is_rounded=is_rounded, on_disk=on_disk) - later)
+        # Adapters are read when the model is there, and no step runs yet.
+        reading = self.adapters.reading
+        work = max(step, load_bytes(form, is_rounded=is_rounded, on_disk=on_disk) - later, reading)
         changes: dict[str, Any] = {"memory": None, "quantize": form.quantize}
         if on_disk and config.expert_budget is None:
             changes["expert_budget"] = f"{resident}B"
@@ -259,7 +267,7 @@ class Ladder:
             changes["kv_memory"] = f"{kv}B"
         return MemoryPlan(
             config.replace(**changes), memory=memory, rest=form.rest, experts=form.experts, resident=resident, kv=kv, work=work,
-            program=self.program, disk=form.experts if on_disk and is_rounded else 0, least=0,
+            program=self.program, disk=form.experts if on_disk and is_rounded else 0, least=0, adapters=self.adapters.held,
         )  # fmt: skip
 
     def _step(self, form: Form, *, on_disk: bool) -> int:
@@ -267,7 +275,7 @@ class Ladder:
         config = self.config
         return step_bytes(
             form, config.max_batched_tokens, config.max_seqs, self._positions(form), prompt_lookup=config.prompt_lookup,
-            workers=config.experts.workers if on_disk else 0,
+            workers=config.experts.workers if on_disk else 0, is_adapted=bool(self.adapters.held),
         )  # fmt: skip
 
     def _left(self, made: MemoryPlan, form: Form, *, on_disk: bool) -> int:

@@ -40,7 +40,14 @@ PAGE = 4096
 
 
 def step_bytes(
-    form: Form, max_batched_tokens: int, max_seqs: int, max_positions: int, *, prompt_lookup: int = 0, workers: int = 0
+    form: Form,
+    max_batched_tokens: int,
+    max_seqs: int,
+    max_positions: int,
+    *,
+    prompt_lookup: int = 0,
+    workers: int = 0,
+    is_adapted: bool = False,
 ) -> int:
     """Of the largest step, at most.
 
@@ -51,6 +58,7 @@ def step_bytes(
         max_positions: of the longest request.
         prompt_lookup: guesses before each row that is sampled from.
         workers: threads that load experts from disk; 0 where all are in memory.
+        is_adapted: whether rows may have adapters, whose outputs are there beside those of the matrices.
     """
     model, tokens = form.model, max_batched_tokens
     config: Any = model.config
@@ -58,7 +66,7 @@ def step_bytes(
     heads, width = attention.num_heads, sum(attention.kept(config.dim))
     row = 12 * config.dim + 4 * heads * attention.width(config.dim) + 4 * attention.kv_heads * width
     row += max((_row_of_experts(module) for module in model.modules() if isinstance(module, MoE)), default=0)
-    row += 3 * max((_width(module) for module in model.blocks.modules()), default=0)
+    row += (5 if is_adapted else 3) * max((_width(module) for module in model.blocks.modules()), default=0)
     logits = max(min(TILE, tokens) * SCORED, max_seqs * SAMPLED) * config.vocab_size
     if prompt_lookup:
         # Those of guesses lie there until it is their turn, and whose turn it is are copied.

@@ -1,7 +1,7 @@
 """`ModelShape`: what the calculator needs of a model, of ours or published, dense or routed."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anabranch.errors import ConfigError
@@ -58,6 +58,10 @@ class ModelShape:
         weight_bytes: of one weight; kv_bytes: of one stored key or value; activation_bytes: of one activation.
         streams: parallel streams of a token (ParScale).
         tie_embeddings: the head is the embedding.
+        other_parameters: what is stored beside the matrices that the formulas know: norms, biases, layers that stand beside matrices, what
+            streams and other kinds of attention have more (or less: then it is below 0). Of published shapes it is 0: norms are less than
+            a thousandth of those.
+        other_bytes: of one of them; None for `weight_bytes`, but 2 at least, as what is no matrix is not stored in few bits.
     """
 
     name: str
@@ -72,6 +76,8 @@ class ModelShape:
     weight_bytes: float = 2
     kv_bytes: float = 2
     activation_bytes: float = 2
+    other_parameters: float = 0
+    other_bytes: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -100,7 +106,12 @@ class ModelShape:
 
     @property
     def parameters(self) -> float:
-        """All that is stored, norms and biases left out."""
+        """All that is stored."""
+        return self.matrix_parameters + self.other_parameters
+
+    @property
+    def matrix_parameters(self) -> float:
+        """Embedding, head, attention, experts and routers: what the formulas know."""
         table = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         experts = sum(
             part.num_layers
@@ -127,7 +138,8 @@ class ModelShape:
     @property
     def weights_bytes(self) -> float:
         """Memory of all weights."""
-        return self.parameters * self.weight_bytes
+        other = max(self.weight_bytes, 2) if self.other_bytes is None else self.other_bytes
+        return self.matrix_parameters * self.weight_bytes + self.other_parameters * other
 
 
 def shape_of(config: Any, name: str = "model", *, weight_bytes: float = 2, kv_bytes: float = 2) -> ModelShape:
@@ -139,9 +151,10 @@ def shape_of(config: Any, name: str = "model", *, weight_bytes: float = 2, kv_by
     attention = config.attention
     kinds: dict[FeedForwardShape, int] = {}
     for context in config.contexts():
-        part = _feed_forward(config.feed_forward_of(context.layer), context)
+        # What stands beside matrices is no width of theirs.
+        part = _feed_forward(config.feed_forward_of(context.layer), replace(context, linears={}))
         kinds[part] = kinds.get(part, 0) + 1
-    return ModelShape(
+    made = ModelShape(
         name=name,
         dim=config.dim,
         num_heads=attention.num_heads,
@@ -157,6 +170,8 @@ def shape_of(config: Any, name: str = "model", *, weight_bytes: float = 2, kv_by
         kv_bytes=kv_bytes,
         activation_bytes=kv_bytes,
     )
+    # Whatever there is beside, the model itself counts it.
+    return replace(made, other_parameters=config.count().parameters - made.matrix_parameters)
 
 
 def _fields(part: FeedForwardShape) -> dict[str, Any]:

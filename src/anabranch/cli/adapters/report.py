@@ -1,0 +1,168 @@
+"""``anabranch adapters report``: which adapter serves which task and layer, as a page with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
+from anabranch.cli.output import fact, print_json, table, visible, wrote
+from anabranch.errors import ConfigError, DataError
+from anabranch.extras import require
+from anabranch.files import check_apart
+
+if TYPE_CHECKING:
+    from anabranch.adapters.adapt.rows import Row
+    from anabranch.adapters.glider import GliderPool
+    from anabranch.adapters.use import AdapterUse
+    from anabranch.data import Tokenizer
+    from anabranch.lm import Decoder
+
+# Rows of a pass, and adapters that a terminal has room for.
+BATCH, COLUMNS = 8, 8
+
+
+def report(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base of the adapters.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="What chooses: a pool (a folder of adapters' folders; arrow:POOL or phatgoose:POOL for one way alone), or an adapter of "
+            "anabranch adapt (dynmole, lora_mixer, poly, mhr) or of peft's Poly.",
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Folder for the page and its pictures.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Rows of tasks as JSON lines, which routers see. Not for what goes by task: its tables say it.",
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of each task that are looked at.")] = 32,
+    max_tokens: Annotated[int, typer.Option(metavar="L", min=1, help="Most tokens of a row.")] = 256,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which adapter serves which task, and beside which matrix of the model: a page, two pictures, and the numbers as JSON.
+
+    Example: anabranch adapters report SmolLM2-135M pool --data rows.jsonl --out pool-report
+    """
+    require("lm", "plots", by="anabranch adapters report")
+    from anabranch.lm import load_model
+    from anabranch.lm.folder import files_of
+    from anabranch.report.adapter_use import FILES, check_use_place, explain_use, write_use
+    from anabranch.serving.engine.adapter_place import folder_of
+
+    found = folder_of(adapter, None)
+    own = [Path(out) / name for name in FILES]
+    read: list[Any] = [*(files_of(model) if Path(model).is_dir() else [model])]
+    read += [path for place in found.places if place.is_dir() for path in place.iterdir() if path.is_file()]
+    check_apart(own, [*read, *([] if data is None else [data])])
+    check_use_place(out)
+    base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
+    use = _use(base, tokenizer, adapter, data, rows, max_tokens)
+    extra = {"model": model, "adapter": adapter, "rows": "none: by its tables" if data is None else data}
+    page = write_use(use, out, title=found.path.name or adapter, extra=extra)
+    if as_json:
+        print_json({"page": str(page), **extra, **use.to_dict()})
+        return
+    fact("adapter", f"{visible(adapter)}   on {visible(model)}")
+    total_E = use.share_TE.sum(0)
+    most = sorted(sorted(range(len(total_E)), key=lambda number: -total_E[number])[:COLUMNS])
+    shares = [[f"{row_E[number]:.3f}" for number in most] for row_E in use.share_TE]
+    heads = ["task", *(visible(use.adapters[number]) for number in most)]
+    table(heads, [[visible(name), *row] for name, row in zip(use.tasks, shares, strict=True)])
+    for sentence in explain_use(use):
+        fact("", visible(sentence))
+    wrote(f"{out}/{{{','.join(FILES)}}}", f"open {page} in a browser")
+
+
+def _use(
+    base: Decoder, tokenizer: Tokenizer | None, adapter: str, data: str | None, most_rows: int, max_tokens: int
+) -> AdapterUse:
+    """Put what is at ``adapter`` onto the base, and see whom it chooses."""
+    from anabranch.adapters.adapt.rows import read_rows
+    from anabranch.adapters.mixture_report import routed_layers
+    from anabranch.adapters.tasks import goes_by_task
+    from anabranch.adapters.use import use_of_rows, use_of_tables
+
+    # Before anything runs.
+    rows = [] if data is None else _some(read_rows(data), most_rows)
+    pool = _put(base, adapter)
+    if goes_by_task(base):
+        if data is not None:
+            raise ConfigError(f"{adapter} goes by task, and its tables say who serves which; leave out --data")
+        return use_of_tables(base)
+    routers = routed_layers(base)
+    if not routers:
+        raise ConfigError(
+            f"{adapter} chooses nobody: it is one adapter for all rows; give a pool, or a mixture with routers"
+        )
+    if data is None:
+        raise ConfigError(f"{adapter} has routers that choose by token, which need rows to see; give some with --data")
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer, so that rows have no tokens")
+    most = max(len(layer.config.ranks) for layer in routers.values())
+    adapters = tuple(map(str, range(most))) if pool is None else pool.names
+    tasks = list(dict.fromkeys(row.task or "(none)" for row in rows))
+    return use_of_rows(base, _batches(base, tokenizer, rows, tasks, pool, max_tokens), tasks=tasks, adapters=adapters)
+
+
+def _put(base: Decoder, adapter: str) -> GliderPool | None:
+    """What is at ``adapter`` onto the base; the pool, where it is one."""
+    from anabranch.adapters import load_peft
+    from anabranch.adapters.own_folder import read_own
+    from anabranch.serving.engine.adapter_place import folder_of
+    from anabranch.serving.engine.layer_reader import pool_of
+
+    found = folder_of(adapter, None)
+    if found.experts:
+        pool = pool_of(found.experts, found.kind)
+        pool.onto(base)
+        return pool
+    if found.kind is not None:
+        raise DataError(
+            f"{found.path} has no folders of adapters, so there is nothing that {found.kind} could choose from"
+        )
+    (read_own if found.is_own else load_peft)(found.path, base)
+    return None
+
+
+def _some(rows: list[Row], most: int) -> list[Row]:
+    """The first rows of each task."""
+    seen: dict[str, int] = {}
+    kept = []
+    for row in rows:
+        seen[row.task] = seen.get(row.task, 0) + 1
+        if seen[row.task] <= most:
+            kept.append(row)
+    return kept
+
+
+def _batches(
+    base: Decoder, tokenizer: Tokenizer, rows: list[Row], tasks: list[str], pool: GliderPool | None, max_tokens: int
+) -> Iterator[Any]:
+    """Rows as passes; while one is looked at, its rows ask a pool what they say."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from anabranch.lm.generate import pad_left
+
+    length = min(max_tokens, base.config.max_positions)
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        ids = [
+            (tokenizer.encode_prompt(row.prompt) + tokenizer.encode(row.answer, parse_special=False))[:length]
+            for row in some
+        ]
+        token_BL, mask_BL = pad_left(ids, base.embedding.weight.device)
+        task_B = torch.tensor([tasks.index(row.task or "(none)") for row in some])
+        with nullcontext() if pool is None else pool.answering([row.prompt for row in some]):
+            yield token_BL, mask_BL, task_B

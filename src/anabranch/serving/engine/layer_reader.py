@@ -1,0 +1,182 @@
+"""`LayerReader`: pools of adapters with their routers, and adapters that go by task, from folders to layers that can be served."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.adapters import load_peft
+from anabranch.adapters.glider import GliderConfig, GliderPool
+from anabranch.adapters.graft import layers_of
+from anabranch.adapters.own_folder import read_own
+from anabranch.adapters.pool import LowRankPool
+from anabranch.adapters.put_on import added_names
+from anabranch.adapters.routed import RoutedLowRank
+from anabranch.adapters.tasks import goes_by_task, needs_task, task_names
+from anabranch.config import to_dict
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import build_empty, some
+from anabranch.serving.engine.adapter_place import PoolKind
+from anabranch.serving.engine.adapter_rows import HEAD, Sites
+from anabranch.serving.engine.served_layers import ServedLayers
+
+__all__ = ["LayerReader", "pool_of"]
+
+_OF_EXPERTS = (
+    "{folder} adapts experts ({name}), which are served as they are; serve the model that it was merged into, or an adapter of attention "
+    "and dense layers"
+)
+_POOLS: dict[PoolKind, GliderConfig] = {
+    "glider": GliderConfig(),
+    "phatgoose": GliderConfig(instruction=False),
+    "arrow": GliderConfig(local="arrow", instruction=False),
+}
+
+
+class LayerReader:
+    """Reads layers for one model.
+
+    They are put onto a frame of its sizes, which has none of its matrices, and taken from there.
+
+    Args:
+        config: the model's, without adapters.
+        sites: its matrices where it is served, whose numbers adapters of our own form know; None where there are none to compare with,
+            and all can be adapted.
+        device: where the numbers shall be.
+        is_steady: a row's sums must not depend on how many rows there are, to the bit.
+    """
+
+    def __init__(
+        self,
+        config: Decoder.Config,
+        sites: Sites | None,
+        device: torch.device,
+        *,
+        is_steady: bool = False,
+    ) -> None:
+        self._config, self._device = config, device
+        self._parts, self._base = (None, None) if sites is None else (sites.parts, sites.model)
+        self._is_steady = is_steady
+
+    def pool(self, folder: Path, experts: Mapping[str, Path], kind: PoolKind | None) -> ServedLayers:
+        """A router over these adapters of peft's, each with what `anabranch.adapters.glider.describe_expert` wrote.
+
+        Args:
+            folder: of them all, for messages.
+            experts: their folders by name.
+            kind: ``glider`` (by what a request asks for, and token by token), ``phatgoose`` (by gates, and prototypes where there are
+                none), ``arrow`` (by prototypes); None for the first.
+
+        Raises CheckpointError and ConfigError as `GliderPool.add` and `GliderPool.onto`, ConfigError for what cannot be served.
+        """
+        pool = pool_of(experts, kind)
+        frame = self._frame()
+        pool.onto(frame)
+        pool.leave()
+        if pool.config.instruction and len(pool.matcher.members()[0]) > 1:
+            # Now, and not while the first request waits.
+            pool.calibrate()
+        return self._served(frame, folder, kind or "glider", experts=tuple(experts), pool=pool)
+
+    def own(self, folder: Path) -> ServedLayers:
+        """An adapter in our own form. Raises as `read_own`, ConfigError for what cannot be served."""
+        frame = read_own(folder, self._frame(), base=self._base, is_base_known=self._base is not None)
+        layers = layers_of(frame)
+        most = max(
+            (len(layer.config.ranks) for layer in layers.values() if isinstance(layer, RoutedLowRank)), default=0
+        )
+        kind = next(iter(frame.config.linears.values())).owner.kind
+        return self._served(frame, folder, kind, experts=tuple(map(str, range(most))))
+
+    def skills(self, folder: Path) -> ServedLayers:
+        """A Poly of peft's, whose tasks are numbers. Raises as `load_peft`, ConfigError for what cannot be served."""
+        return self._served(load_peft(folder, self._frame()), folder, "poly")
+
+    def _frame(self) -> Decoder:
+        made: Decoder = build_empty(self._config)
+        # What is put on is made where the embedding is; it takes no memory of its own.
+        if self._base is None:
+            weight = torch.empty(self._config.vocab_size, self._config.dim, device=self._device)
+        else:
+            weight = self._base.embedding.weight.detach()
+        made.embedding.weight = nn.Parameter(weight, requires_grad=False)
+        return made
+
+    def _served(
+        self,
+        frame: Decoder,
+        folder: Path,
+        kind: str,
+        *,
+        experts: tuple[str, ...] = (),
+        pool: GliderPool | None = None,
+    ) -> ServedLayers:
+        layers: dict[str, Any] = layers_of(frame)
+        self._check(layers, folder)
+        # All of it: tables that layers share are none of theirs.
+        frame.eval().requires_grad_(False)
+        for layer in layers.values():
+            layer.to(self._device)
+            for module in layer.modules():
+                if self._is_steady and isinstance(module, LowRankPool):
+                    # A product for each adapter, which is then made of tiles.
+                    module.backend = "reference"
+        state = frame.state_dict()
+        tensors = {name: state[name] for name in added_names(frame)}
+        by_task = goes_by_task(frame)
+        return ServedLayers(
+            layers,
+            version=_digest(frame.config, tensors),
+            nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+            kind=kind,
+            experts=experts,
+            tasks=task_names(frame) if by_task else (),
+            needs_task=needs_task(frame),
+            pool=pool,
+        )
+
+    def _check(self, layers: Mapping[str, Any], folder: Path) -> None:
+        """Raise ConfigError for layers that cannot be added for some rows alone."""
+        homeless = [part for part in layers if part == HEAD or ".experts." in part]
+        if self._parts is not None:
+            homeless = [part for part in layers if part in homeless or part not in self._parts]
+        if any(".experts." in part for part in homeless):
+            raise ConfigError(_OF_EXPERTS.format(folder=folder, name=some(homeless)))
+        if homeless:
+            raise ConfigError(
+                f"{folder} adapts {some(homeless)}, which is computed behind the pass or as a matrix of all rows; of it requests may have "
+                "plain LoRA alone"
+            )
+        for part, layer in layers.items():
+            kind = layer.config.owner.kind
+            if not layer.only_adds():
+                raise ConfigError(
+                    f"{folder} has a layer of kind {kind!r} at {part}, which does more than add to what its matrix makes, and is not "
+                    "served for some requests alone; serve the model that it was merged into"
+                )
+            if isinstance(layer, RoutedLowRank) and layer.router is None:
+                raise ConfigError(
+                    f"{folder} has a pool at {part} and no router, so nobody chooses; name its adapters one by one instead"
+                )
+
+
+def pool_of(experts: Mapping[str, Path], kind: PoolKind | None = None) -> GliderPool:
+    """A pool of these adapters, each with what was written beside it; on no model yet. See `LayerReader.pool`."""
+    pool = GliderPool(_POOLS[kind or "glider"])
+    for name, path in experts.items():
+        pool.add(path, name=name)
+    pool.matcher.fit()
+    return pool
+
+
+def _digest(config: Decoder.Config, tensors: Mapping[str, Tensor]) -> str:
+    """Equal where layers and numbers are."""
+    digest = hashlib.sha256(repr(to_dict(config)["linears"]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
