@@ -1,6 +1,5 @@
 """Depth routers that are told what to decide, or decide by what they see."""
 
-import pytest
 import torch
 
 
@@ -29,10 +28,9 @@ class ByState:
 def saved_bank(folder, model, seed=0):
     """Folder of a `RouterBank` of random numbers, of ``model``."""
     from anabranch.depth import stack_of
-
-    made = pytest.importorskip("anabranch.depth.dr_llm.bank")
+    from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
 
     stack = stack_of(model)
-    config = made.BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
-    made.RouterBank(config, seed=seed).save(folder)
+    config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
+    RouterBank(config, seed=seed).save(folder)
     return str(folder)
