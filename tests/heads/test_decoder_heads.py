@@ -136,7 +136,9 @@ def test_a_padded_batch():
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ["relu", "topk"])
 def test_the_contract_of_attention(routing):
-    check_attention(RoutedAttention.Config(attention=GROUPED, heads=HeadRouting(num_shared=1, routing=routing)))
+    # All of topk's: among logits that are alike at the start any step chooses others, so that derivatives say nothing.
+    heads = HeadRouting(num_shared=1, routing=routing, top_k=3)
+    check_attention(RoutedAttention.Config(attention=GROUPED, heads=heads))
 
 
 @torch.no_grad()
