@@ -59,7 +59,8 @@ class LayerReader:
         is_steady: bool = False,
     ) -> None:
         self._config, self._device = config, device
-        self._parts, self._base = (None, None) if sites is None else (sites.parts, sites.model)
+        self._parts = None if sites is None else sites.parts
+        self._base = None if sites is None else sites.model
         self._is_steady = is_steady
 
     def pool(self, folder: Path, experts: Mapping[str, Path], kind: PoolKind | None) -> ServedLayers:
