@@ -7,7 +7,9 @@
     HeadActivation   loss w (exp(2 (R - T)) - 1) where R > T, else 0                                           too few: drawn up
 
 PVChat (arXiv 2503.17069) has the first and the third, ReMoE (arXiv 2412.14711) the second. In PVChat's released code R counts g > 0, so the
-third has no gradient and what is off stays off; here its value is of the hard rate and its gradient of mean sigmoid(z / tau).
+third has no gradient and what is off stays off. Ours: its value is of the hard rate, and its gradient that of mean sigmoid(z / tau), with a slope
+of at least 0.02 / tau wherever z < 0. The slope of the sigmoid alone vanishes (1e-13 / tau at z = -30 tau), and what is that far off would stay
+off as well.
 
 They are objects of their own, ``loss(...)`` and ``update(rate)``; `RateBalance` makes a router's balancer of them, which counts over the
 micro-batches of a step and over all processes before it updates.
@@ -27,6 +29,8 @@ from anabranch.routing.context import RoutingContext
 
 __all__ = ["HeadActivation", "RateBalance", "ReMoEController", "SmoothProximity"]
 
+# The least slope of the soft rate below 0, of the 0.25 that it has at 0: those that are near still come on first.
+LEAST_SLOPE = 0.02
 # What beta is kept within, see PVChat's code.
 LEAST_BETA, MOST_BETA = 1e-15, 10.0
 # Below this rate a router counts as dead, and the weight of `HeadActivation` grows by the factor, up to the limit.
@@ -153,11 +157,11 @@ class ReMoEController(_Pressure):
 
 
 class HeadActivation(_Controller):
-    """PVChat's Head Activation Enhancement: draws destinations up where too few are chosen.
+    """PVChat's Head Activation Enhancement: draws destinations up where too few are chosen, however far off they are.
 
     Args:
         w: its weight (0.5). While the rate is below 1e-4 every step multiplies it by 1.2, up to 10; else it goes back.
-        tau: temperature of the soft rate that the gradient is of, mean sigmoid(z / tau).
+        tau: temperature of the soft rate that the gradient is of: mean sigmoid(z / tau), below 0 with a slope of at least 0.02 / tau.
         target: the rate that is wanted.
         gradient: ``soft``, ours; ``none``, as released: the loss is of the hard rate alone, which has no gradient.
 
@@ -189,15 +193,22 @@ class HeadActivation(_Controller):
         """
         rate = rate.detach()
         if self.gradient == "soft":
-            soft = masked_mean(_mean_of_open((logit_NE / self.tau).sigmoid(), open_NE), mask_N).sum()
-            # In this order the bracket is exactly zero, so that the value is that of the hard rate.
-            rate = rate + (soft - soft.detach())
+            # Exactly zero, so that the value is that of the hard rate.
+            soft_NE = _slope(logit_NE.detach(), self.tau) * (logit_NE - logit_NE.detach())
+            rate = rate + masked_mean(_mean_of_open(soft_NE, open_NE), mask_N).sum()
         gap = self.target - rate
         return self.weight.clone() * torch.where(gap > 0, torch.expm1(2 * gap), 0.0)
 
     def _move(self, rate: Tensor) -> None:
         grown = (self.weight * GROWTH).clamp(max=MOST_WEIGHT)
         self.weight.copy_(torch.where(rate < DEAD, grown, self.w))
+
+
+def _slope(logit_NE: Tensor, tau: float) -> Tensor:
+    """d/dz of the soft rate: that of sigmoid(z / tau), which below 0 is not let vanish."""
+    soft_NE = (logit_NE / tau).sigmoid()
+    slope_NE = soft_NE * (1 - soft_NE)
+    return torch.where(logit_NE < 0, slope_NE.clamp_min(LEAST_SLOPE), slope_NE) / tau
 
 
 class RateBalance(LoadCounter, kind="activation_rate"):
