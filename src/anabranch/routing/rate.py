@@ -7,9 +7,9 @@
     HeadActivation   loss w (exp(2 (R - T)) - 1) where R > T, else 0                                           too few: drawn up
 
 PVChat (arXiv 2503.17069) has the first and the third, ReMoE (arXiv 2412.14711) the second. In PVChat's released code R counts g > 0, so the
-third has no gradient and what is off stays off. Ours: its value is of the hard rate, and its gradient that of mean sigmoid(z / tau), with a slope
-of at least 0.02 / tau wherever z < 0. The slope of the sigmoid alone vanishes (1e-13 / tau at z = -30 tau), and what is that far off would stay
-off as well.
+third has no gradient and what is off stays off. Ours: its value is of the hard rate, and its gradient that of mean sigmoid(z / tau), with a
+slope of at least 0.02 / tau wherever z < 0. The slope of the sigmoid alone vanishes (1e-13 / tau at z = -30 tau), and what is that far off
+would stay off as well.
 
 They are objects of their own, ``loss(...)`` and ``update(rate)``; `RateBalance` makes a router's balancer of them, which counts over the
 micro-batches of a step and over all processes before it updates.
