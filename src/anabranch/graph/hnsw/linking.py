@@ -7,6 +7,7 @@ import numpy as np
 
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.build import come_prepared, insert_singly, link_back, link_new, prepare_singly
+from anabranch.graph.hnsw.close import LEAST_TRIED, TRIED, find_close
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.mending import bridge, points_at, reach, repair_links
 from anabranch.graph.hnsw.storage import Storage
@@ -105,28 +106,53 @@ class Linker:
         self.linked += 1
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
-        """Insert a batch side by side; of equal vectors the first, then the others one by one, each of which finds those before."""
-        is_first_B = self._storage.are_first(batch_B)
-        self._link_beside(batch_B[is_first_B], workers)
-        again_B = batch_B[~is_first_B]
+        """Insert a batch side by side; then, one by one, of equal vectors all but the first, and what is close to others of the batch: each
+        finds those before."""
+        is_beside_B = self._storage.are_first(batch_B)
+        is_beside_B[is_beside_B] = ~self._link_beside(batch_B[is_beside_B], workers)
+        again_B = batch_B[~is_beside_B]
         for begin in range(0, len(again_B), EQUALS):
             self._one_by_one(again_B, begin, min(begin + EQUALS, len(again_B)))
             self._lock.make_room()
 
-    def _link_beside(self, batch_B: np.ndarray, workers: Workers) -> None:
+    def _link_beside(self, batch_B: np.ndarray, workers: Workers) -> np.ndarray:
+        """Insert elements side by side, but those that are close to others of them, see `close`; which these are, bool [B]."""
         held, graph = self._storage, self._storage.linked_by()
+        is_close_B = np.zeros(len(batch_B), np.uint8)
+        # It writes the lists of the new elements alone, which nothing leads to yet.
+        with self._lock.open_to_readers():
+            first = TRIED if len(batch_B) >= LEAST_TRIED else 1
+            tried_B = batch_B[::first]
+            copies = self._forward(tried_B, workers)
+            find_close(graph, batch_B, 0, len(batch_B), first, is_close_B)
+            if 2 * int(is_close_B.sum()) >= max(len(tried_B), 2):
+                is_close_B[:] = 1
+                copies = 0
+            elif first > 1:
+                copies += self._forward(batch_B[np.arange(len(batch_B)) % first > 0], workers)
+                workers.run(lambda begin, end: find_close(graph, batch_B, begin, end, 1, is_close_B), len(batch_B), 64)
+        self.num_copies += copies
+        is_close_B = is_close_B.astype(bool)
+        if is_close_B.any():
+            close_B, batch_B = batch_B[is_close_B], batch_B[~is_close_B]
+            held.links[close_B] = -1
+            held.upper[held.lists_of(close_B)] = -1
+        if len(batch_B):
+            for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
+                self._link_back(batch_B[held.level[batch_B] >= level], level, workers)
+        return is_close_B
+
+    def _forward(self, slot_B: np.ndarray, workers: Workers) -> int:
+        """Write the links of new elements, each from the graph as it is; how many of them lead to an equal."""
+        graph = self._storage.linked_by()
         copies: list[int] = []
 
         def forward(begin: int, end: int) -> None:
-            with Marks(held) as marks:
-                copies.append(link_new(graph, marks, batch_B, begin, end))
+            with Marks(self._storage) as marks:
+                copies.append(link_new(graph, marks, slot_B, begin, end))
 
-        # It writes the lists of the new elements alone, which nothing leads to yet.
-        with self._lock.open_to_readers():
-            workers.run(forward, len(batch_B), 4)
-        self.num_copies += sum(copies)
-        for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
-            self._link_back(batch_B[held.level[batch_B] >= level], level, workers)
+        workers.run(forward, len(slot_B), 4)
+        return sum(copies)
 
     def _link_back(self, base_S: np.ndarray, level: int, workers: Workers) -> None:
         """Add new elements to the lists of those that they link to."""
