@@ -108,7 +108,7 @@ def test_the_gates_alone_learn(trained, here, work):
         ("heads train trained text --routing topk --top-k 9 --out z", "top_k is 9"),
         ("heads train trained text --set model.dim=8 --out z", "--set model.dim"),
         ("heads train trained nowhere.txt --out z", "nowhere.txt"),
-        ("heads train routed text --out z", "routed heads already"),
+        ("heads train routed text --out z", "routed has routed heads already; a run of them goes on"),
         ("heads report trained", "trained has no routed heads; anabranch heads train puts some on"),
         ("heads report routed --trace x.csv", "must end with .parquet"),
         ("heads report routed --data nowhere", "nowhere"),

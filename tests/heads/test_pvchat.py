@@ -357,6 +357,37 @@ def test_several_subjects_at_once(tmp_path):
         learn(model, {}, bank, tmp_path / "none", LEARNING, device="cpu")
 
 
+def test_learning_that_fails_leaves_the_names_free(tmp_path):
+    base = model_of()
+    references, bank = {"<Ab>": SUBJECTS[5].portrait(0), "<Cd>": SUBJECTS[4].portrait(1)}, portraits(SUBJECTS)
+    learn(copy.deepcopy(base), references, bank, tmp_path / "a", LEARNING.replace(video_steps=0), device="cpu")
+    before = state(base)
+
+    def stop(stage, event):
+        raise RuntimeError("the disk is full")
+
+    failing = [
+        # The run there is of both.
+        ({"<Ab>": references["<Ab>"]}, tmp_path / "a", {"resume": True}, ConfigError, "cannot resume"),
+        # The second name is none.
+        ({**references, "Ef": references["<Ab>"]}, tmp_path / "b", {}, ConfigError, "'Ef'"),
+        # In the middle of training: rows and names go, see `learn`.
+        (references, tmp_path / "c", {"on_event": stop}, RuntimeError, "disk is full"),
+    ]
+    for number, (given, out, options, error, match) in enumerate(failing):
+        with pytest.raises(error, match=match):
+            learn(base, given, bank, out, LEARNING, device="cpu", **options)
+        assert base.vocabulary.names == NAMES
+        assert len(base.vocabulary) == len(before["decoder.embedding.weight"]) == base.decoder.config.vocab_size
+        after = state(base)
+        same = after if number < 2 else {name: after[name] for name in ("decoder.embedding.weight", "personal")}
+        assert all(torch.equal(tensor, before[name]) for name, tensor in same.items())
+    assert base.decoder.embedding.weight.requires_grad
+    # Who calls again is not told that they are taken, and a run that was interrupted goes on.
+    assert learn(base, references, bank, tmp_path / "a", LEARNING, device="cpu", resume=True).is_finished
+    assert base.vocabulary.names == [*NAMES, "<Ab>", "<Cd>"]
+
+
 def test_rates_are_relative(tmp_path):
     model = model_of()
     model.add_subject("<Ab>")

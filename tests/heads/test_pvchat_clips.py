@@ -104,7 +104,7 @@ def test_drawings_that_are_none(tmp_path):
     refused("has no group 'three'; it has one, two", groups=["three"])
     refused("no folder of at least 9 pictures", least=9)
     (tmp_path / "d" / "one" / "a" / "9.png").write_bytes(b"no picture")
-    refused("one/a/9.png is no picture that can be read")
+    refused("one/a/9.png is no picture that can be read: it is in none of the formats that are known$")
     Image.new("L", (20, 20), 200).save(tmp_path / "d" / "one" / "a" / "9.png")
     refused("one/a/9.png: it shows nothing")
     (tmp_path / "d.zip").write_bytes(b"PK\x03\x04" + b"x" * 60)

@@ -140,6 +140,19 @@ def test_look_alikes_are_the_nearest_of_the_bank():
     assert look_alikes(SUBJECTS[0].portrait(0), others, 0) == []
 
 
+def test_what_is_in_a_bank_twice_counts_once():
+    """As learning several subjects at once gives it, whose bank holds the other references already: equal drawings, of other objects."""
+    other, same = (
+        made(),
+        made(bank=[*BANK, *(Portrait(one.subject, one.ink_SS.clone()) for one in BANK[::2]), BANK[-1]]),
+    )
+    assert same.found == other.found
+    assert len(same.bank) == len(other.bank)
+    # One drawing of two subjects is two.
+    twin = Portrait("twin", BANK[-1].ink_SS)
+    assert len(made(bank=[*BANK, twin]).bank) == len(other.bank) + 1
+
+
 def test_a_set_is_a_function_of_its_seed():
     one, same, other = made(), made(), made(FEW.replace(seed=1))
     for source in ("positive", "augmented", "hard", "easy"):

@@ -257,6 +257,20 @@ def test_padding_is_not_routed_and_counts_for_nothing():
     assert heads.report()["by_head"] == [1.0] * 8
 
 
+@torch.no_grad()
+def test_wrapping_changes_real_rows_of_a_padded_batch_by_nothing_and_turns_routed_heads_of_padding_off():
+    attention = multihead()
+    x_BLE, padding = inputs(2, 5, WIDTH), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    plain = attention(x_BLE, x_BLE, x_BLE, key_padding_mask=padding)[0]
+    heads = RoutedHeads(attention, 5).eval()
+    routed = heads(x_BLE, x_BLE, x_BLE, key_padding_mask=padding)[0]
+    close(routed[~padding], plain[~padding])
+    # What the shared heads alone give.
+    attention.out_proj.weight[:, 5 * WIDTH // 8 :] = 0
+    close(routed[padding], attention(x_BLE, x_BLE, x_BLE, key_padding_mask=padding)[0][padding])
+
+
 # Losses
 
 

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from safetensors.torch import load_file, save_file
 
 from anabranch.errors import CheckpointError, ConfigError, DataError, InputError
 from anabranch.heads import (
@@ -254,6 +255,12 @@ def damaged(folder, change):
     (folder / "heads.json").write_text(json.dumps(table))
 
 
+def changed(folder, change):
+    path = folder / "heads.safetensors"
+    numbers = load_file(path)
+    save_file({name: change(value).contiguous() for name, value in numbers.items()}, path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -271,6 +278,15 @@ def damaged(folder, change):
             ),
             "num_shared is 9",
         ),
+        (
+            lambda folder: damaged(
+                folder, lambda table: list(table["modules"].values())[-1]["heads"].update(routing="none")
+            ),
+            "its routing is 'none'; it must be 'relu' or 'topk'",
+        ),
+        (lambda folder: damaged(folder, lambda table: table["modules"].clear()), "names no attention"),
+        (lambda folder: changed(folder, lambda value: value * float("nan")), r"gate\..* is not finite everywhere"),
+        (lambda folder: changed(folder, lambda value: value[..., None]), "is of shape"),
         (lambda folder: (folder / "heads.safetensors").write_bytes(b"no"), "cannot be read"),
         (lambda folder: (folder / "heads.safetensors").unlink(), "cannot be read"),
     ],

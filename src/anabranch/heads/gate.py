@@ -61,7 +61,7 @@ class HeadGate(nn.Module):
                     nn.init.zeros_(cast(Tensor, score.weight))
 
     def forward(self, x_NW: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """(scale_NH, the routing of the routed heads). Routed heads of padding weigh 0."""
+        """(scale_NH, the routing of the routed heads). Routed heads of padding weigh 0, with ``preserve`` too."""
         routing: Routing = self.router(x_NW, context)
         pair_N2 = self.pair.project(x_NW, context)
         most = self.config.most_pair

@@ -231,7 +231,7 @@ def save_heads(folder: str | Path, model: nn.Module) -> None:
 def load_heads(folder: str | Path, model: M) -> M:
     """Put the routed heads of `save_heads` onto ``model``, in place, as they were.
 
-    Raises CheckpointError for a folder that holds none, a model that is another, and numbers that do not fit.
+    Raises CheckpointError for a folder that holds none, a model that is another, and numbers that do not fit, or are none.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -242,6 +242,8 @@ def load_heads(folder: str | Path, model: M) -> M:
     table = read_json(place / CONFIG)
     if table.get("format") != FORMAT or table.get("schema") != SCHEMA or not isinstance(table.get("modules"), dict):
         raise CheckpointError(f"{place / CONFIG} is not of routed heads that this program knows")
+    if not table["modules"]:
+        raise CheckpointError(f"{place / CONFIG} names no attention, so there are no routed heads to put on")
     if table.get("base") != fingerprint(model):
         raise CheckpointError(f"the routed heads in {place} are of another model than this {type(model).__name__}")
     try:
@@ -254,8 +256,8 @@ def load_heads(folder: str | Path, model: M) -> M:
         own = {key: tensors.get(f"{name}.{key}") for key in _state(heads)}
         for key, value in own.items():
             like = _state(heads)[key]
-            if value is None or value.shape != like.shape:
-                found = "not there" if value is None else f"of shape {list(value.shape)}, not {list(like.shape)}"
+            found = _wrong_with(value, like)
+            if found is not None:
                 for other in made.values():
                     other.unwrap()
                 raise CheckpointError(f"{name}.{key} in {place / NUMBERS} is {found}")
@@ -263,6 +265,15 @@ def load_heads(folder: str | Path, model: M) -> M:
     for name, heads in made.items():
         _put(model, name, heads)
     return model
+
+
+def _wrong_with(value: Tensor | None, like: Tensor) -> str | None:
+    """What a tensor of the file is that cannot take the place of ``like``; None for one that can."""
+    if value is None:
+        return "not there"
+    if value.shape != like.shape:
+        return f"of shape {list(value.shape)}, not {list(like.shape)}"
+    return None if bool(value.isfinite().all()) else "not finite everywhere; copy the folder again"
 
 
 def _made(modules: dict[str, Any], model: nn.Module, place: Path) -> Iterator[tuple[str, RoutedHeads]]:
@@ -275,6 +286,10 @@ def _made(modules: dict[str, Any], model: nn.Module, place: Path) -> Iterator[tu
             layer = int(said["layer"])
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{place / CONFIG} says of {name} what cannot be: {error}") from None
+        if config.routing == "none":
+            raise CheckpointError(
+                f"{place / CONFIG} says of {name} that its routing is 'none'; it must be 'relu' or 'topk', as save_heads writes it"
+            )
         yield name, RoutedHeads.of(there[name], config, layer=layer)
 
 

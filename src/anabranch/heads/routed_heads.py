@@ -5,7 +5,8 @@
     loss = ... + heads.losses()                       # where no forward context takes them
     heads.report()["activation"]
 
-Head h of token t is multiplied by s_th (`anabranch.heads.gate`) before the last projection. At the start all s are 1, so nothing changes.
+Head h of token t is multiplied by s_th (`anabranch.heads.gate`) before the last projection. At the start all s are 1, so nothing changes,
+but where a mask says that a query is padding: its routed heads are off, and what comes out there is another than of the plain attention.
 Outside of training a head that is 0 for all tokens of a block is not computed.
 """
 # Shapes: B sequences, L queries, N = B L, H heads, W width

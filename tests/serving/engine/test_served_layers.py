@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -102,6 +103,15 @@ def put_on_it(folders, name):
         pool = GliderPool.load(folders["pool"], how[kind if sign else ""])
         return pool.onto(model), pool
     return read_own(folders[name], model).eval(), None
+
+
+def test_what_a_client_asks_for_without_words_is_no_warning_of_the_server(folders):
+    """Its vector has length 0, so the pool has no preference; a Python warning would be written for each request."""
+    layers = shared(folders).engine.adapters.shelf.peek("pool")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert layers.bias("?! ...") is None
+    assert layers.bias(INSTRUCTIONS["sql"]) is not None
 
 
 # As the model that has it put on

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from adapter_models import drawn, make_adapter, make_kind
 from anabranch.config import override
@@ -48,6 +49,17 @@ def root(tmp_path_factory):
     make_kind(made / "ia3", "ia3", downs, words=["down_proj"])
     head = make_model().head.weight.detach()
     make_adapter(made / "head as peft", {"lm_head": (64, 257)}, extra={"lm_head.base_layer.weight": head})
+    other_head = {"lm_head.base_layer.weight": head + 1}
+    make_adapter(made / "other head", {"lm_head": (64, 257)}, extra=other_head)
+    make_adapter(made / "other shape", {"model.layers.0.self_attn.q_proj": (32, 64)})
+    made_numbers = make_adapter(made / "not a number", layers_of(("self_attn.q_proj",)))
+    save_file(
+        {name: tensor * float("nan") for name, tensor in made_numbers.items()},
+        made / "not a number" / "adapter_model.safetensors",
+    )
+    for name in ("pool", "damaged"):
+        make_adapter(made / name / "one", layers_of(("self_attn.q_proj",)))
+    (made / "damaged" / "one" / "adapter_model.safetensors").write_bytes(b"no")
     (made / "link").symlink_to(outside / "a")
     (made / "linked").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -248,6 +260,8 @@ def test_other_kinds_and_adapters_of_the_head_are_loaded_too(server):
 FOLDERS = [
     ("..", "below"), ("../outside/a", "below"), ("a/../../x", "below"), (".", "below"), ("/", "below"), ("/etc", "below"),
     ("link", "below"), ("linked", "outside"), ("loop", "cannot be read"), ("gone", "cannot be read"), ("file", "cannot be read"),
+    ("other head", "brings lm_head.weight whole"), ("other shape", "model's has 64 and 64"), ("not a number", "NaN"),
+    ("arrow:damaged", "damaged/one"), ("arrow:a", "is one adapter"),
     ("empty", "adapter_config.json"), ("broken", "adapter_config.json"), ("a\0b", "must be the path"), ("", "must be the path"),
     (7, "must be the path"), (None, "missing"), ("x" * 5000, "must be the path"), ("x" * 300, "cannot be read"),
 ]  # fmt: skip
@@ -256,10 +270,12 @@ FOLDERS = [
 @pytest.mark.parametrize(
     ("folder", "what"), FOLDERS, ids=[str(row[0])[:20].replace("\0", "0") or "none" for row in FOLDERS]
 )
-def test_folders_that_are_not_loaded(server, folder, what):
+def test_folders_that_are_not_loaded(server, root, folder, what):
     status, _, body = change(server, {"name": "x", "folder": folder})
     assert (status, body["error"]["param"]) == (400, "folder"), body
     assert what in body["error"]["message"]
+    # Nothing of where it lies beyond the root.
+    assert str(root) not in body["error"]["message"]
     assert "x" not in [row["id"] for row in server.ask("/v1/adapters")[2]["data"]]
 
 

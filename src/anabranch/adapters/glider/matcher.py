@@ -38,6 +38,9 @@ class Matcher:
         writer: makes the instruction of a query that comes without one; None takes the query itself.
         cached: queries whose vectors are kept.
         many: experts from which on a graph finds neighbours, where the extra ``graph`` is installed.
+
+    Attributes:
+        warns: whether a query whose vector has length 0 is warned of; a server, whose clients may ask what they like, sets it to False.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Matcher:
     ) -> None:
         self.embedder: Any = TextFeatures() if embedder is None else embedder
         self.writer, self.cached, self.many = writer, cached, many
+        self.warns = True
         self.texts: dict[str, tuple[str, ...]] = {}
         # Unit vectors, by name; None for an expert without an instruction.
         self.vectors: dict[str, Vector | None] = {}
@@ -130,7 +134,7 @@ class Matcher:
             if not isinstance(text, str):
                 raise ConfigError(f"the writer gave a {type(text).__name__} for a query; it must be a text")
         found = text, embedded(self.embedder, [text], self.dim)[0]
-        if self.members()[0] and is_zero(found[1]):
+        if self.warns and self.members()[0] and is_zero(found[1]):
             warnings.warn("the instruction of a query has a vector of length 0: all global scores are 0", stacklevel=4)
         self._seen[key] = found
         while len(self._seen) > self.cached:

@@ -136,12 +136,16 @@ def _config(model: str, data: str | None, said: dict[str, Any], settings: dict[s
     """That of a new run; its model is as ``model`` with routed heads."""
     from anabranch.config import override
     from anabranch.data import DataConfig, corpus_at
-    from anabranch.heads import HeadRouting
+    from anabranch.heads import HeadRouting, RoutedAttention
     from anabranch.heads.put_on import decoder_config
     from anabranch.lm import load_config
     from anabranch.train import RunConfig, TrainConfig
 
     held = load_config(model)
+    if isinstance(held.attention, RoutedAttention.Config):
+        raise ConfigError(
+            f"{model} has routed heads already; a run of them goes on, with more steps: anabranch heads train --out RUN --resume --steps N"
+        )
     num_heads = getattr(held.attention, "num_heads", None)
     if said.get("num_shared") is None:
         # Of 12 heads PVChat routes 4.

@@ -198,7 +198,7 @@ def _read(data: bytes, where: str) -> Tensor:
 
 def _decoded(data: bytes, where: str, use: Callable[[Any], Any]) -> Any:
     """What ``use`` makes of a picture. Raises DataError if it is none, or too large."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -209,6 +209,11 @@ def _decoded(data: bytes, where: str, use: Callable[[Any], Any]) -> Any:
             return use(image)
     except DataError:
         raise
+    # Its own words name an object in memory.
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{where} is no picture that can be read: it is in none of the formats that are known"
+        ) from None
     # Pillow's readers raise whatever a damaged file brings about.
     except Exception as error:
         raise DataError(f"{where} is no picture that can be read: {shown(str(error))}") from None

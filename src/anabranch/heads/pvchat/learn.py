@@ -7,8 +7,8 @@ model.ask(clip, "where is <Ab> ?")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,8 +214,8 @@ def learn(
         device: of training.
         on_event: told of the stage and of what the trainer tells.
 
-    Raises as `OneShotSet` and `Trainer`, and ConfigError for no reference. An interrupted stage leaves the model as it is then; see
-    `Learned.is_finished`.
+    Raises as `OneShotSet` and `Trainer`, and ConfigError for no reference; the model has none of the new subjects then, and what a stage
+    had taught other parts stays. An interrupted stage leaves the model as it is then; see `Learned.is_finished`.
     """
     config = Learning() if config is None else config
     if not references:
@@ -237,10 +237,38 @@ def learn(
         check_free(Path(out) / stage)
         if not resume:
             check_new(Path(out) / stage)
-    # Now that all else has been looked at: who calls again must not find the names taken.
-    for name in references:
-        model.add_subject(name, seed=config.seed)
-    words, subjects = model.rows_of(references)
+    with _taken_up(model, references, config.seed):
+        done = _learned(model, list(references), made, Path(out), config, resume, device, on_event)
+    return Learned(
+        {name: each.report() for name, each in made.items()}, {name: each.found for name, each in made.items()}, done
+    )
+
+
+@contextmanager
+def _taken_up(model: PVChat, names: Iterable[str], seed: int) -> Iterator[None]:
+    """New subjects of ``model``, which has them no more where learning them fails: who calls again must not find the names taken."""
+    before = len(model.vocabulary.names)
+    try:
+        for name in names:
+            model.add_subject(name, seed=seed)
+        yield
+    except BaseException:
+        model.drop_subjects(len(model.vocabulary.names) - before)
+        raise
+
+
+def _learned(
+    model: PVChat,
+    names: Sequence[str],
+    made: Mapping[str, OneShotSet],
+    out: Path,
+    config: Learning,
+    resume: bool,
+    device: str,
+    on_event: OnEvent,
+) -> dict[str, TrainResult]:
+    """How each stage ended."""
+    words, subjects = model.rows_of(names)
     done: dict[str, TrainResult] = {}
     stages: tuple[tuple[Literal["images", "videos"], int], ...] = (
         ("images", config.image_steps),
@@ -254,23 +282,21 @@ def learn(
                 parts = [each.part(stage) for each in made.values()]
                 questions = Questions.of(parts, model.vocabulary, model.config.frames, model.config.size)
                 run = TaskRunConfig(
-                    task=ClipTask.Config(stage=stage, names=tuple(references), rates=config.rates),
+                    task=ClipTask.Config(stage=stage, names=tuple(names), rates=config.rates),
                     train=_train(
                         steps, min(config.batch_size, len(questions)), config.learning_rate, config.seed, device
                     ),
                 )
                 trainer = Trainer(
                     run,
-                    Path(out) / stage,
-                    resume=resume and (Path(out) / stage / "config.json").is_file(),
+                    out / stage,
+                    resume=resume and (out / stage / "config.json").is_file(),
                     on_event=partial(on_event, stage),
                     model=model,
                     questions=questions,
                 )
                 done[stage] = trainer.fit()
-    return Learned(
-        {name: each.report() for name, each in made.items()}, {name: each.found for name, each in made.items()}, done
-    )
+    return done
 
 
 def _train(

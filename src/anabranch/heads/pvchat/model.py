@@ -157,6 +157,15 @@ class PVChat(Part, nn.Module):
         self.personal = nn.Parameter(torch.cat([old_SND, (start_ND + noise_ND)[None]]))
         return len(self.vocabulary.names) - 1
 
+    @torch.no_grad()
+    def drop_subjects(self, count: int) -> None:
+        """Take the last ``count`` subjects off again, with their words and tokens. Nothing else changes."""
+        self.vocabulary.drop(count)
+        kept_VD = self.decoder.embedding.weight[: len(self.vocabulary)].detach().clone()
+        self.decoder.embedding = nn.Embedding.from_pretrained(kept_VD, freeze=False)
+        self.decoder.config = self.decoder.config.replace(vocab_size=len(self.vocabulary))
+        self.personal = nn.Parameter(self.personal[: len(self.vocabulary.names)].detach().clone())
+
     def rows_of(self, names: Iterable[str]) -> tuple[list[int], list[int]]:
         """(numbers of words, numbers of subjects) of ``names``. Raises InputError for one that is not known."""
         names = list(names)

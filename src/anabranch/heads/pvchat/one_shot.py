@@ -24,6 +24,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, DataError
 from anabranch.heads.pvchat.clips import Clip
+from anabranch.heads.pvchat.drawings import Portrait
 from anabranch.heads.pvchat.generators import Composed, Embedder, Generator, InkEmbedder, Warped, is_of_people, nearest
 from anabranch.heads.pvchat.questions import KINDS, OF_IMAGES, Kind, answer_to, check_name, question
 
@@ -99,7 +100,8 @@ class OneShotSet:
         config: how much of what.
         name: of the subject, in angle brackets.
         reference: the one picture (or what else the generators take) of the subject.
-        bank: others. Those of the reference's own subject are left out.
+        bank: others. Those of the reference's own subject are left out, and one that is given twice, be it as two equal drawings of one
+            subject, counts once.
         positives: makes clips of the reference as it is, and of negatives; default `Composed` beside others of the bank.
         augmented: makes clips of the reference drawn anew; default `Warped`.
         embedder: by which hard negatives are found.
@@ -153,7 +155,7 @@ class OneShotSet:
     ) -> None:
         self.config, self.name, self.reference = config, check_name(name), reference
         self.subject = _subject_of(reference)
-        self.bank = [other for other in bank if _subject_of(other) != self.subject]
+        self.bank = [other for other in _once(bank) if _subject_of(other) != self.subject]
         plain = Composed(others=tuple(self.bank))
         self._positives = plain if positives is None else positives
         self._augmented = Warped(plain) if augmented is None else augmented
@@ -283,6 +285,18 @@ def ask_all(
                 if answer is not None:
                     rows.append(Row(number, kind, question(kind, name, wording), answer, actor is not None, turn))
     return rows
+
+
+def _once(bank: Sequence[Any]) -> list[Any]:
+    """The bank without what is in it a second time: references that are learned at once are often drawings of the bank too."""
+    first: dict[Any, Any] = {}
+    for other in bank:
+        key: Any = id(other)
+        if isinstance(other, Portrait):
+            drawn = other.ink_SS.detach().cpu().contiguous()
+            key = other.subject, tuple(drawn.shape), blake2b(drawn.numpy().tobytes()).digest()
+        first.setdefault(key, other)
+    return list(first.values())
 
 
 def _subject_of(reference: Any) -> str:

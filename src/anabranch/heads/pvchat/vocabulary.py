@@ -55,6 +55,13 @@ class Vocabulary:
         self.names.append(name)
         return self._id_of[name]
 
+    def drop(self, count: int) -> None:
+        """Take the last ``count`` names off again; no other number changes."""
+        for name in self.names[len(self.names) - count :]:
+            del self._id_of[name]
+            self._texts.remove(name)
+            self.names.remove(name)
+
     def subject(self, name: str) -> int:
         """The number of a name as a subject. Raises InputError for one that is not known."""
         if name not in self.names:

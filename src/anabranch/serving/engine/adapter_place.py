@@ -4,7 +4,8 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,10 +15,20 @@ from anabranch.adapters.own_folder import NUMBERS, OWN
 from anabranch.adapters.peft_file import INNER, PREFIX
 from anabranch.adapters.peft_folder import CONFIG, WEIGHTS
 from anabranch.bounds import shown
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError
 from anabranch.lm.tensors import read_header
 
-__all__ = ["MOST_CONFIG", "MOST_EXPERTS", "MOST_HEADER", "Folder", "PoolKind", "check_small", "folder_of", "size_of"]
+__all__ = [
+    "MOST_CONFIG",
+    "MOST_EXPERTS",
+    "MOST_HEADER",
+    "Folder",
+    "PoolKind",
+    "check_small",
+    "folder_of",
+    "root_untold",
+    "size_of",
+]
 
 PoolKind = Literal["glider", "phatgoose", "arrow"]
 PICKLE = "adapter_model.bin"
@@ -73,6 +84,21 @@ def folder_of(said: str, root: str | None) -> Folder:
             )
         return Folder(place)
     return Folder(place, given, _experts_in(place, root))
+
+
+@contextmanager
+def root_untold(root: str | None) -> Iterator[None]:
+    """Errors tell of what lies below ``root`` by its path from there: they go to whoever asked, whom the server's folders are no
+    concern of. With None they stay as they are."""
+    try:
+        yield
+    except AnabranchError as error:
+        if root is not None:
+            tops = {f"{Path(top)}{os.sep}" for top in (root, os.path.abspath(root), os.path.realpath(root))}
+            # The longest first, and of the top of all there is nothing to hide.
+            for top in sorted(tops - {os.sep * 2}, key=len, reverse=True):
+                error.args = tuple(arg.replace(top, "") if isinstance(arg, str) else arg for arg in error.args)
+        raise
 
 
 def _place_of(folder: str, root: str | None) -> Path:

@@ -19,7 +19,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.tensors import some
 from anabranch.serving.engine.adapter_parts import SERVED, ServedPart, part_bytes, part_of
-from anabranch.serving.engine.adapter_place import Folder, check_small, folder_of, size_of
+from anabranch.serving.engine.adapter_place import Folder, check_small, folder_of, root_untold, size_of
 from anabranch.serving.engine.adapter_rows import HEAD, Sites
 from anabranch.serving.engine.layer_reader import LayerReader
 from anabranch.serving.engine.pass_adapters import ServedAdapter
@@ -79,19 +79,20 @@ class AdapterReader:
 
         Raises:
             CheckpointError: as `anabranch.adapters.load_peft`: there is none, it is damaged, or it is of another model; it is not below
-                ``root``, or its config is larger than `MOST_CONFIG`.
+                ``root``, or its config is larger than `MOST_CONFIG`. Where there is a ``root``, paths in messages begin below it.
             ConfigError: it is of a kind, or changes what cannot be changed for some rows alone: whole tensors, or experts.
         """
         assert self._sites is not None, "a reader without sites only checks"
-        found = folder_of(folder, root)
-        check_small(found)
-        if check is not None:
-            check(size_of(found, self._dtype.itemsize, (self._config.vocab_size, self._config.dim)))
-        made = self._made_of(found)
-        if not isinstance(made, Adapter):
-            return made
-        layers, kind = self._layers(made, found.path, self._sites)
-        return self._served(layers, self._sites, str(found.path), kind)
+        with root_untold(root):
+            found = folder_of(folder, root)
+            check_small(found)
+            if check is not None:
+                check(size_of(found, self._dtype.itemsize, (self._config.vocab_size, self._config.dim)))
+            made = self._made_of(found)
+            if not isinstance(made, Adapter):
+                return made
+            layers, kind = self._layers(made, found.path, self._sites)
+            return self._served(layers, self._sites, str(found.path), kind)
 
     def check(self, folder: str) -> int:
         """The bytes that ``folder`` will take. Raises what reading it raises whatever the numbers of the model are."""

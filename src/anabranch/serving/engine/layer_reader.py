@@ -171,6 +171,7 @@ def pool_of(experts: Mapping[str, Path], kind: PoolKind | None = None) -> Glider
     for name, path in experts.items():
         pool.add(path, name=name)
     pool.matcher.fit()
+    pool.matcher.warns = False
     return pool
 
 
