@@ -47,21 +47,44 @@ def test_once_much_was_found_there_may_be_more_until_the_reader_has_waited():
     assert (one.known_at, one.texts, one.text_bytes) == (15.0, 12, 12)
 
 
-STEPS = st.lists(st.tuples(st.floats(0, 3), st.sampled_from([1, AHEAD_BYTES, AHEAD_BYTES + 1])), max_size=20)
+STEPS = st.lists(
+    st.tuples(
+        st.floats(0, 3), st.sampled_from([1, AHEAD_BYTES, AHEAD_BYTES + 1]), st.sampled_from(["", "text", "told"])
+    ),
+    max_size=20,
+)
 
 
 @given(STEPS)
 def test_it_is_known_no_later_than_what_was_read_without_a_wait_behind_it(steps):
     clock, one = lag()
-    behind_since, waited = None, 0.0
-    for seconds, size in steps:
+    behind_since, waited, texts, told, grew_at, is_new = None, 0.0, 0, 0, clock.now, False
+    for seconds, size, grown in steps:
         clock.now += seconds
         one.waited(seconds)
         before = one.known_at
-        one.took(size, 1, 1)
+        texts, told, is_new = texts + (grown == "text"), told + (grown == "told"), is_new or grown != ""
+        one.took(size, texts, texts, told or None)
         waited = 0.0 if size > AHEAD_BYTES else waited + seconds
         if size > AHEAD_BYTES:
             behind_since = before if behind_since is None else behind_since
         elif waited >= CAUGHT_UP_S:
             behind_since = None
-        assert one.known_at == (clock.now if behind_since is None else behind_since)
+        if behind_since is None and is_new:
+            grew_at, is_new = clock.now, False
+        assert one.known_at == (grew_at if behind_since is None else behind_since)
+
+
+def test_what_comes_beside_the_answer_tells_nothing_of_what_was_made():
+    clock, one = lag()
+    one.took(10, 1, 1, (0, False))
+    for at, texts, told, known_at in (
+        (11.0, 1, (0, False), 10.0),
+        (12.0, 2, (0, False), 12.0),
+        (13.0, 2, (9, False), 13.0),
+        (14.0, 2, (9, False), 13.0),
+        (15.0, 2, (9, True), 15.0),
+    ):
+        clock.now = at
+        one.took(10, texts, texts, told)
+        assert (one.known_at, one.texts) == (known_at, texts)

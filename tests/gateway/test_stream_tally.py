@@ -42,6 +42,41 @@ def test_an_escape_counts_as_what_it_stands_for():
     assert tally.text_bytes == 3 + 3 + 1 + 1
 
 
+@pytest.mark.parametrize(
+    ("delta", "num_bytes", "thought", "media"),
+    [
+        ({"content": 'he said "audio": {"thinking": ["reasoning_details"]}'}, 52, False, False),
+        (
+            {"content": "a", "reasoning_content": "", "reasoning_details": [], "audio": None, "images": []},
+            1,
+            False,
+            False,
+        ),
+        ({"reasoning_content": "abc"}, 3, True, False),
+        ({"reasoning_details": [{"type": "reasoning.summary", "summary": "abc"}]}, 3, True, False),
+        ({"reasoning_details": [{"type": "reasoning.encrypted", "data": "AAAA"}]}, 0, True, False),
+        ({"thinking_blocks": [{"type": "redacted_thinking", "data": "AAAA"}]}, 0, True, False),
+        (
+            {"tool_calls": [{"index": 0, "type": "custom", "custom": {"name": "f", "input": "print(1)"}}]},
+            9,
+            False,
+            False,
+        ),
+        ({"audio": {"data": "AAAA"}}, 0, False, True),
+        ({"audio": {"transcript": "hm"}}, 2, False, True),
+        ({"images": [{"image_url": {"url": "data:image/png;base64,AAAA"}}]}, 0, False, True),
+    ],
+)
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_which_fields_have_text_and_which_what_is_none(delta, num_bytes, thought, media, is_whole):
+    tally = Tally(1, 1)
+    data = b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode()
+    tally.count(data + b"\n\n") if is_whole else tally.count_begun(data)
+    assert (tally.has_thought, tally.has_media) == (thought, media)
+    assert (tally.text_bytes if is_whole else max(tally.text_bytes, num_bytes)) >= num_bytes
+    assert tally.text_bytes <= num_bytes + 16
+
+
 def test_spaces_in_json_hide_no_text():
     tally = Tally(1, 1)
     tally.count(b'data: {"choices" : [{"delta" : {"content" :  "abc"}}]}\n\n')

@@ -51,7 +51,11 @@ def opened(rate, *parts):
         dispatcher=SimpleNamespace(now=lambda: clock.now), began=0.0, ends=ends,
         rules=SimpleNamespace(margin_s=MARGIN_S, bytes_per_token=1.0),
     )  # fmt: skip
-    live = SimpleNamespace(rate=rate, provider=SimpleNamespace(translator=lambda request: None), name="m")
+    live = SimpleNamespace(
+        rate=rate,
+        provider=SimpleNamespace(translator=lambda request: None, config=SimpleNamespace(model="m")),
+        name="m",
+    )
     attempt = SimpleNamespace(start_s=0.0, first_token_s=1.0, most=MOST, seen=0, is_late=False)
     request = SimpleNamespace(wants_usage=False, body={}, prompt_tokens=7, endpoint="chat")
     return Opened(run, live, attempt, request, Reply(clock, *parts)), clock, charged
@@ -78,9 +82,66 @@ def test_what_lies_unread_is_charged_by_the_time_since_all_was_read(rate, known,
     stream.taken(large(found))
     clock.now = 5.0
     stream.drop()
-    seen = 3 * (known + found) + 1
+    seen = max(3 * (known + found) + 1, 0 if rate is None else math.ceil(wanted))
     # The first second, of which nothing was seen, and three since all was read.
     assert charged == [Usage(7, seen + FEW + math.ceil(wanted * (1 + 3 + MARGIN_S)), 0, True)]
+
+
+@pytest.mark.parametrize("beside", [b": keep-alive\n\n", b'data: {"choices": []}\n\n'])
+@pytest.mark.parametrize(("rate", "made"), [(10.0, 10.0), (None, 30.0)])
+def test_pings_and_comments_say_nothing_of_what_is_made_meanwhile(beside, rate, made):
+    stream, clock, charged = opened(rate)
+    clock.now = 2.0
+    stream.taken(chunks(10))
+    for _ in range(11):
+        clock.now += 0.5
+        stream.taken(beside)
+    stream.drop()
+    # The first second, the time since the text grew, and the margin.
+    assert charged == [Usage(7, 31 + FEW + math.ceil(made * (1 + 5.5 + MARGIN_S)), 0, True)]
+
+
+def thought(text="so, let me see"):
+    one = {"choices": [{"index": 0, "delta": {"reasoning_content": text}, "finish_reason": None}]}
+    return b"data: " + json.dumps(one).encode() + b"\n\n"
+
+
+def test_thoughts_of_which_a_summary_is_shown_are_charged_by_all_the_time():
+    for rate, made in ((100.0, FEW + 850 + 150), (None, MOST.completion)):
+        stream, clock, charged = opened(rate)
+        for _ in range(17):
+            clock.now += 0.5
+            stream.taken(thought())
+        stream.drop()
+        assert charged == [Usage(7, made, 0, True)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "is_most"),
+    [
+        ({}, "m", False),
+        ({}, "openai/gpt-5-mini", True),
+        ({"reasoning_effort": "low"}, "m", True),
+        ({"reasoning_effort": "none", "thinking": {"type": "disabled"}}, "m", False),
+        ({"modalities": ["text", "audio"]}, "m", True),
+    ],
+)
+def test_where_nobody_knows_how_fast_it_is_what_may_think_is_charged_the_most(asked, model, is_most):
+    stream, clock, charged = opened(None)
+    stream.request.body, stream.live.provider.config.model = asked, model
+    clock.now = 2.0
+    stream.taken(chunks(10))
+    stream.drop()
+    assert (charged[0].completion == MOST.completion) == is_most
+
+
+@pytest.mark.parametrize("rate", [None, 10.0])
+def test_sound_and_pictures_are_charged_the_most(rate):
+    stream, clock, charged = opened(rate)
+    clock.now = 2.0
+    stream.taken(chunks(10) + b'data: {"choices": [{"index": 0, "delta": {"audio": {"data": "AAAA"}}}]}\n\n')
+    stream.drop()
+    assert charged == [Usage(7, MOST.completion, 0, True)]
 
 
 def test_a_reader_who_waits_for_what_comes_has_caught_up():

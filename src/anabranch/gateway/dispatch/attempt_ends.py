@@ -47,8 +47,11 @@ class AttemptEnds:
         self.tokens, self._streams = request.prompt_tokens, request.stream
         self.avoid: set[str] = set()
 
-    def won(self, live: Live, attempt: Attempt, usage: Usage) -> None:
-        """End an attempt that brought a whole answer, of which so many tokens are ``seen`` as are known."""
+    def won(self, live: Live, attempt: Attempt, usage: Usage, waited_s: float | None = None) -> None:
+        """End an attempt that brought a whole answer, of which so many tokens are ``seen`` as are known.
+
+        ``waited_s`` of the seconds since a stream's first token its upstream was waited for, in the others its reader; None for all.
+        """
         now = self.dispatcher.now()
         attempt.status, attempt.total_s = "ok", now - self.began - attempt.start_s
         attempt.call, attempt.is_guess = None, usage.is_estimated
@@ -56,7 +59,7 @@ class AttemptEnds:
         live.senders.answered(self.plan.sender, now)
         live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
         self._leave_room(live, attempt)
-        live.timed(attempt.total_s, attempt.first_token_s, usage.completion)
+        live.timed(attempt.total_s, attempt.first_token_s, usage.completion, waited_s)
         if attempt.first_token_s is None:
             self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)
         self.report.model, self.report.deployment = live.model, live.name

@@ -28,6 +28,9 @@ FORGETS = 0.01
 # Tokens from which on a stream tells how fast it is.
 TELLING = 16
 
+# And of its time since the first of them, the part in which it was waited for: in the rest its reader was, which may have held it up.
+TELLING_SHARE = 0.75
+
 # Share of failures, smoothed, above which a deployment is not trusted blindly.
 SHAKY = 0.05
 
@@ -240,8 +243,26 @@ class Live:
         else:
             self.tokens.take_back(since, -by)
 
-    def timed(self, latency_s: float | None, first_token_s: float | None = None, tokens: int = 0) -> None:
-        """Learn from how long a successful attempt took."""
+    def timed(
+        self,
+        latency_s: float | None,
+        first_token_s: float | None = None,
+        tokens: int = 0,
+        waited_s: float | None = None,
+    ) -> None:
+        """Learn from how long a successful attempt took.
+
+        Args:
+            latency_s: in all; None if that says nothing.
+            first_token_s: of them, up to a stream's first token; None of a whole answer.
+            tokens: that it came to.
+            waited_s: of them, those after the first token in which the upstream was waited for; None for all. What its reader took longer
+                than that is no time of the upstream's: a little is left out, and of a stream that was read slowly nothing is learned
+                but its first token.
+        """
+        if latency_s is not None and first_token_s is not None and waited_s is not None:
+            is_telling = waited_s >= TELLING_SHARE * (latency_s - first_token_s)
+            latency_s = first_token_s + waited_s if is_telling else None
         if latency_s is not None:
             self.latency_s = _smoothed(self.latency_s, latency_s)
         if first_token_s is not None:

@@ -4,6 +4,9 @@ What a slow reader does not take lies in buffers: in this process up to `Upstrea
 together. So the moment at which bytes are taken says nothing of when they were made. While little is found at once none of those buffers
 was full, and what was taken is all there was. Once much was found, it is not known how much more there is, until the reader has waited for
 a while for what comes: so long it takes what lies on the other side to arrive.
+
+And what comes beside the answer (pings, comments of servers that keep the line alive) says that it is still under way, not what was made
+meanwhile: that is known up to where the answer, or what is told of it, last grew.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ class Lag:
     """See the module.
 
     Attributes:
-        known_at: the latest moment, by ``now``, up to which all that was sent has been read.
+        known_at: the latest moment, by ``now``, at which the answer grew and all that was sent had been read.
         texts, text_bytes: that had come by then, see `Tally`.
 
     Args:
@@ -32,16 +35,17 @@ class Lag:
         self.texts = self.text_bytes = 0
         self._is_behind = False
         self._waited_s = 0.0
+        self._told: object = None
 
     def waited(self, seconds: float) -> None:
         """Nothing was there, and it took so long until something came, or nobody waited any more."""
         self._waited_s += seconds
 
-    def took(self, size: int, texts: int, text_bytes: int) -> None:
-        """All that was there has been taken: ``size`` bytes of it; so much text has come by now."""
+    def took(self, size: int, texts: int, text_bytes: int, told: object = None) -> None:
+        """All that was there has been taken: ``size`` bytes of it; so much text has come by now, and so much is ``told`` of it."""
         if size > AHEAD_BYTES:
             self._is_behind, self._waited_s = True, 0.0
         elif self._waited_s >= CAUGHT_UP_S:
             self._is_behind = False
-        if not self._is_behind:
-            self.known_at, self.texts, self.text_bytes = self._now(), texts, text_bytes
+        if not self._is_behind and (texts, text_bytes, told) != (self.texts, self.text_bytes, self._told):
+            self.known_at, self.texts, self.text_bytes, self._told = self._now(), texts, text_bytes, told

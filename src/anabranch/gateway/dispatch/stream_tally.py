@@ -11,10 +11,18 @@ from anabranch.gateway.dispatch.billed import USUAL_BYTES, tokens_of
 from anabranch.gateway.providers.provider import Json, Usage
 from anabranch.gateway.providers.usage import is_untold
 
-_FIELD = rb'"(?:content|reasoning_content|reasoning|thinking|text|arguments|refusal|name|transcript)"\s*:\s*"'
+_FIELD = (
+    rb'"(content|reasoning_content|reasoning|thinking|summary|text|arguments|input|refusal|name|transcript)"\s*:\s*"'
+)
 _TEXT = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)"')
 # Of an event that has not come to its end.
 _BEGUN = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)')
+_THOUGHTS = frozenset({b"reasoning_content", b"reasoning", b"thinking", b"summary"})
+# Looked for before all else is: what they name is seldom there. In a text a backslash is before their last quote.
+_RARE = (b'"reasoning_details"', b'"thinking_blocks"', b'"audio"', b'"images"', b'"video"', b'"image_url"')
+# Thoughts that may be sealed, and what is no text; said with nothing in it by some with every chunk.
+_SEALED = re.compile(rb'"(?:reasoning_details|thinking_blocks)"\s*:\s*\[\s*\{')
+_NO_TEXT = re.compile(rb'"(?:audio|images|video|image_url)"\s*:\s*(?:\[\s*)?(?:\{|"[^"])')
 
 
 class Tally:
@@ -24,6 +32,8 @@ class Tally:
         usage: as the upstream said last; None until it names a prompt.
         texts: pieces of text that came.
         text_bytes: of them, at most.
+        has_thought: thoughts came, or a summary of them, or sealed ones: how many tokens they were is not to be seen.
+        has_media: sound or a picture came, likewise.
 
     Args:
         prompt_tokens: counted or estimated.
@@ -34,6 +44,7 @@ class Tally:
     def __init__(self, prompt_tokens: int, num_choices: int, echoes: bool = False) -> None:
         self.usage: Usage | None = None
         self.texts = self.text_bytes = 0
+        self.has_thought = self.has_media = False
         self._prompt_tokens, self._num_choices, self._echoes = prompt_tokens, num_choices, echoes
         # When the usage was said: how many texts were before it, whether the answer was at its end, and nothing else was said with it.
         self._texts_told, self._at_end, self._is_alone = -1, False, False
@@ -64,15 +75,24 @@ class Tally:
 
     def count(self, block: bytes) -> None:
         """Take note of the texts in whole events."""
-        for text in _TEXT.findall(block):
+        for field, text in _TEXT.findall(block):
             self.texts += 1
             self.text_bytes += _num_bytes(text)
+            self.has_thought = self.has_thought or field in _THOUGHTS
+        self._note(block)
 
     def count_begun(self, rest: bytes) -> None:
         """Take note of what has come of an event that will not come to its end."""
-        for text in _BEGUN.findall(rest):
+        for field, text in _BEGUN.findall(rest):
             self.texts += 1
             self.text_bytes += len(text)
+            self.has_thought = self.has_thought or field in _THOUGHTS
+        self._note(rest)
+
+    def _note(self, data: bytes) -> None:
+        if any(name in data for name in _RARE):
+            self.has_thought = self.has_thought or _SEALED.search(data) is not None
+            self.has_media = self.has_media or _NO_TEXT.search(data) is not None
 
     def is_told(self, is_done: bool) -> bool:
         """Whether `usage` is that of the whole answer; ``is_done`` once the stream has said its last."""

@@ -6,11 +6,13 @@ and what they say is counted, for upstreams that send no usage. All else (an err
 
 import asyncio
 import logging
+import math
 import re
 from typing import TYPE_CHECKING
 
 from anabranch.gateway.dispatch.billed import USUAL_BYTES, broken_off, tokens_of
 from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.hidden import asks_media, may_think
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, Lag
 from anabranch.gateway.dispatch.stream_tally import Tally
@@ -88,6 +90,8 @@ class Opened:
         )
         self._has_begun = self._is_settled = False
         self._num_bytes = 0
+        # Seconds since the first token in which it was waited for.
+        self._waited_s = 0.0
         self._num_choices, self._whole = _num_choices(request), set[int]()
         self.tally = Tally(request.prompt_tokens, self._num_choices, bool(request.body.get("echo")))
 
@@ -114,7 +118,7 @@ class Opened:
             if not self._is_told and most is not None:
                 usage = self._whole_at_most(most, True)
             self.live.tells_usage = self.live.tells_usage or self._is_told
-            self.run.ends.won(self.live, self.attempt, usage)
+            self.run.ends.won(self.live, self.attempt, usage, self._waited_s)
 
     def drop(self, failure: Failure | None = None) -> None:
         """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
@@ -191,6 +195,8 @@ class Opened:
         """The most that may be billed of it, of which ``hidden_s`` seconds were not seen."""
         tally, lag, bytes_per_token = self.tally, self._lag, self.run.rules.bytes_per_token
         seen = tally.at_most(bytes_per_token)
+        if self._is_hidden:
+            return broken_off(most, self.told, seen, None, 0.0)
         first_at = self.run.began + self.attempt.start_s + (self.attempt.first_token_s or 0.0)
         # Of a slow reader what came later came as fast as they read: that says how fast it is at least.
         known_s, read_s = lag.known_at - first_at, self.run.dispatcher.now() - first_at
@@ -199,14 +205,27 @@ class Opened:
             # How fast tokens come depends little on how long they are.
             known = tokens_of(lag.texts, lag.text_bytes, USUAL_BYTES)
             rate = max(rate, known / max(known_s, TELLING_S), tally.usual / max(read_s, TELLING_S))
+            # Between what is shown there may be thoughts, of which a summary comes: all the time it was made as fast as can be.
+            seen = max(seen, math.ceil(rate * known_s))
         elif known_s > 0:
             known = tokens_of(lag.texts, lag.text_bytes, bytes_per_token)
             rate = max(known / known_s, seen / read_s)
         return broken_off(most, self.told, seen, rate, hidden_s)
 
+    @property
+    def _is_hidden(self) -> bool:
+        """What came, and when, says nothing of how much was made."""
+        if self.tally.has_media or asks_media(self.request.body):
+            return True
+        if self.live.rate is not None:
+            return False
+        config = self.live.provider.config
+        model, is_told = str(getattr(config, "model", None) or ""), getattr(config, "reasons", None)
+        return self.tally.has_thought or may_think(self.request.body, model, is_told)
+
     def _whole_at_most(self, most: Usage, has_said_all: bool) -> Usage:
         """The most that may be billed of an answer that is whole, and did not say what it comes to."""
-        if has_said_all and not self.live.tells_usage:
+        if has_said_all and not self.live.tells_usage and not self.tally.has_media:
             return broken_off(most, self.told, self.tally.at_most(self.run.rules.bytes_per_token), 0.0, 0.0)
         # What it was about to say may hold thoughts that were not shown, of the time before the first token.
         return self._at_most(most, self.attempt.first_token_s or 0.0)
@@ -273,7 +292,10 @@ class Opened:
             else:
                 raise
         finally:
-            self._lag.waited(self.run.dispatcher.now() - began)
+            waited_s = self.run.dispatcher.now() - began
+            self._lag.waited(waited_s)
+            if self.attempt.first_token_s is not None:
+                self._waited_s += waited_s
         return self.taken(data) if data else self._ended()
 
     def taken(self, data: bytes) -> bytes:
@@ -282,7 +304,9 @@ class Opened:
         try:
             return self._passed(self.splitter.feed(data))
         finally:
-            self._lag.took(len(data), self.tally.texts, self.tally.text_bytes)
+            told = self.told
+            said = (0 if told is None else told.completion, self.has_finished)
+            self._lag.took(len(data), self.tally.texts, self.tally.text_bytes, said)
 
     def _passed(self, block: bytes) -> bytes:
         """What is passed on of whole events. Raises UpstreamError."""

@@ -1,0 +1,151 @@
+"""The ledger against the invoice of a provider that makes what it does not show: thoughts, or a parameter that comes whole.
+
+Meanwhile it says nothing, or that it is still there, or a summary; readers are in no hurry, and leave in the middle. All that was made is
+on the invoice. Provider and gateway share a loop whose time is that in which both could work.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+
+import pytest
+
+from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LostConfig, ModelConfig
+from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.providers.anthropic import Anthropic
+from anabranch.gateway.providers.openai import OpenAI
+from anabranch.gateway.store import LedgerQuery
+from anabranch.routers.money import Price
+from billing_provider import AnthropicForm, BillingProvider, OpenAIForm
+from paced_time import pace, run_paced
+
+PRICE = Price.of_dollars("0", "10")
+TOKEN_S, LEAVES_S, MOST = 0.01, 0.7, 2000
+# By the number of a request: what comes of it after its first words. Those from USUAL on say all.
+KINDS = ("ping", "comment", "summary", "seldom", "words", "silent", "nothing")
+USUAL = 1000
+
+
+def data(value, name):
+    return f"event: {name}\ndata: {json.dumps(value)}\n\n".encode()
+
+
+def openai(delta):
+    return b"data: " + json.dumps({**OpenAIForm.head, "choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+
+
+def anthropic(kind, text):
+    delta = {"type": f"{kind}_delta", kind: text}
+    return data({"type": "content_block_delta", "index": 0, "delta": delta}, "content_block_delta")
+
+
+def shown(call, usual, word, thought, ping):
+    """What is sent for some tokens that were made."""
+    kind = "usual" if call.number >= USUAL else KINDS[call.number % len(KINDS)]
+    call.sent = sent = getattr(call, "sent", 0) + 1
+    if kind == "usual":
+        return usual
+    if kind == "nothing":
+        return ping if sent % 3 == 0 else b""
+    if sent <= 2:
+        return usual
+    return {
+        "ping": ping,
+        "comment": b": PROCESSING\n\n",
+        "summary": thought if sent % 4 == 0 else b"",
+        "seldom": word if sent % 10 == 0 else ping,
+        "words": word if sent % 4 == 0 else b"",
+        "silent": b"",
+    }[kind]
+
+
+@pytest.fixture(autouse=True)
+def hides(monkeypatch):
+    """What is made is shown in part."""
+    openai_token, anthropic_token = OpenAIForm.token, AnthropicForm.token
+
+    def of_openai(form, call, size):
+        pings = b": keep-alive\n\n"
+        thought = openai({"reasoning_content": "hm, "})
+        return shown(call, openai_token(form, call, size), openai({"content": "word "}), thought, pings)
+
+    def of_anthropic(form, call, size):
+        usual, ping = anthropic_token(form, call, size), data({"type": "ping"}, "ping")
+        return shown(call, usual, anthropic("text", "word "), anthropic("thinking", "hm, "), ping)
+
+    monkeypatch.setattr(OpenAIForm, "token", of_openai)
+    monkeypatch.setattr(AnthropicForm, "token", of_anthropic)
+
+
+def config(url, tmp_path, kind):
+    base = f"{url}/v1" if kind is OpenAI else url
+    provider = kind.Config(model="m", base_url=base, key_env=None)
+    return GatewayConfig(
+        models=(ModelConfig(name="m", price=PRICE, deployments=(DeploymentConfig(provider=provider),)),),
+        require_key=False, store=str(tmp_path / "g.db"), lost=LostConfig(margin_s=0.2),
+    )  # fmt: skip
+
+
+async def read(gateway, number, most, leaves_s=None, stalls_s=(), **more):
+    """One request, whose reader takes so long after each of its first blocks, and leaves."""
+    messages = [{"role": "user", "content": f"#{number} some words"}]
+    body = {"model": "m", "messages": messages, "user": str(number), "max_tokens": most, "stream": True, **more}
+    stalls = iter(stalls_s)
+
+    async def whole():
+        reply = await gateway.handle("chat", body)
+        try:
+            async for _ in reply.stream:
+                await asyncio.sleep(next(stalls, 0.0))
+        finally:
+            await reply.stream.aclose()
+
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(whole(), leaves_s)
+
+
+async def charged(tmp_path, kind, draw, warm, slow, **more):
+    """For each request that was left: its number, its bill and what it was charged."""
+    provider = BillingProvider({"m": PRICE}, 1, token_s=TOKEN_S)
+    numbers = range(2 * len(KINDS))
+    async with provider.running(), Gateway(config(provider.url, tmp_path, kind)) as gateway:
+        pace(gateway)
+        for number in range(warm):
+            await read(gateway, USUAL + number, 30)
+        stalled = [(0.0, 1.2), (0.0, 0.4, 0.4, 0.4)]
+        await asyncio.gather(
+            *(read(gateway, USUAL + 100 + number, 30, stalls_s=stalled[number % 2]) for number in range(slow))
+        )
+        await asyncio.gather(
+            *(
+                read(
+                    gateway, number, MOST, LEAVES_S * draw.uniform(0.6, 1.0), [draw.choice((0.0, 0.1, 0.3))] * 2, **more
+                )
+                for number in numbers
+            )
+        )
+        await gateway.settled()
+        await provider.idle()
+        rows = {int(row.user): row for row in await gateway.store.ledger(LedgerQuery(limit=1000))}
+    assert all(provider.bills[number] > 0 for number in numbers)
+    return [(number, provider.bills[number], rows[number].cost_nano) for number in numbers]
+
+
+@pytest.mark.parametrize("kind", [OpenAI, Anthropic])
+@pytest.mark.parametrize("slow", [0, 16])
+def test_what_is_made_and_not_shown_is_charged(tmp_path, kind, slow):
+    found = run_paced(charged(tmp_path, kind, random.Random(slow), 2, slow))
+    below = [(KINDS[number % len(KINDS)], bill, cost) for number, bill, cost in found if cost < bill]
+    assert not below
+    # By its time, not by all that can have been.
+    assert sum(cost for _, _, cost in found) < 10 * sum(bill for _, bill, _ in found)
+
+
+@pytest.mark.parametrize("kind", [OpenAI, Anthropic])
+@pytest.mark.parametrize("slow", [0, 2])
+def test_and_where_nobody_knows_how_fast_it_is(tmp_path, kind, slow):
+    """Slow readers alone teach nothing."""
+    found = run_paced(charged(tmp_path, kind, random.Random(slow), 0, slow, reasoning_effort="low"))
+    below = [(KINDS[number % len(KINDS)], bill, cost) for number, bill, cost in found if cost < bill]
+    assert not below
