@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from adapter_models import CONFIGS, linear_layers, make_base
-from anabranch.adapters import LowRank, names
+from adapter_models import CONFIGS, linear_layers, make_adapter, make_base
+from anabranch.adapters import LowRank, load_peft, load_pool, merge, names
 from anabranch.adapters.graft import patterns_of
+from anabranch.errors import CheckpointError
+from anabranch.heads import put_heads, take_off_heads
 from anabranch.lm.tensors import Change
+from anabranch.serving.engine.adapter_reader import AdapterReader
 
 LAST = {
     "q_proj": "attention.q",
@@ -35,6 +38,31 @@ def test_every_linear_layer_has_its_place(family, tmp_path):
         if "experts" in words:
             assert f".experts.{words[-2]}." in place.part
     assert found.tensors.keys() == base.keys()
+
+
+@torch.no_grad()
+def test_a_model_with_routed_heads_is_refused_with_a_way_out_that_works(tmp_path):
+    """Its adapter is merged before heads are put on; the model as it was stays as it was."""
+    model = CONFIGS["llama"]().build(seed=0).eval()
+    dim = model.config.dim
+    sizes = {f"model.layers.{layer}.self_attn.q_proj": (dim, dim) for layer in range(model.config.num_layers)}
+    make_adapter(tmp_path / "a", sizes)
+    routed, token_BL = put_heads(model, 1), torch.arange(8)[None]
+    plain = routed(token_BL).logits_BLV
+    for refused in (
+        lambda: load_peft(tmp_path / "a", routed),
+        lambda: load_pool({"a": tmp_path / "a"}, routed),
+        lambda: AdapterReader(routed.config).check(str(tmp_path / "a")),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"the model has routed heads, .* merge it .* before put_heads, or take"
+        ):
+            refused()
+    assert torch.equal(routed(token_BL).logits_BLV, plain)
+    merged = merge(load_peft(tmp_path / "a", take_off_heads(routed)), keep=False)
+    expected = merged(token_BL).logits_BLV
+    assert not torch.allclose(expected, plain)
+    torch.testing.assert_close(put_heads(merged, 1)(token_BL).logits_BLV, expected)
 
 
 def test_a_family_is_found_by_the_names_of_an_adapter(monkeypatch):

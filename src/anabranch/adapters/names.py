@@ -121,9 +121,15 @@ def names_of(config: Decoder.Config, wanted: Collection[str], family: str | None
         family: a ``model_type``, where it is known.
 
     Raises:
-        CheckpointError: no family, or not the one asked for, can express the model.
+        CheckpointError: no family, or not the one asked for, can express the model; none can with routed heads.
         ConfigError: there is no such family.
     """
+    # By its name: adapters stand beside heads, and neither imports the other.
+    if config.attention.owner.kind == "routed_heads":
+        raise CheckpointError(
+            "the model has routed heads, and adapters of peft are put onto plain attention alone: put the adapter on and merge it "
+            "(anabranch.adapters.merge) before put_heads, or take the heads off first (take_off_heads)"
+        )
     parts, empty = dict(_parts(config)), build_empty(config)
     all_parts = tuple(projection.name for projection in parts.values())
     first = None
