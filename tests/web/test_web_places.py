@@ -4,10 +4,11 @@ import resource
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.web.places import NUM_BEYOND, Places
+from anabranch.web.places import NUM_BEYOND, Places, host_of
 
 
 class Connection:
@@ -32,6 +33,30 @@ def test_as_many_as_there_are_places_and_one_that_is_idle_makes_place():
     places.leave(first)
     assert len(places) == 1
     assert places.enter(Connection(), "c")
+
+
+def test_a_host_of_ipv6_has_one_part_however_many_addresses_it_takes():
+    places = Places(16, 0.5)
+    assert sum(places.enter(Connection(), f"2001:db8::{number:x}") for number in range(100)) == 8
+    of_next = Connection()
+    assert places.enter(of_next, "2001:db8:0:1::1")
+    places.leave(of_next)
+    assert places.enter(Connection(), "192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        ("a", "a"),
+    ],
+)
+def test_whose_an_address_is(address, host):
+    assert host_of(address) == host
 
 
 def test_an_address_has_its_part_and_makes_place_for_itself_alone():

@@ -1,11 +1,13 @@
-"""`Places`: how many connections a server keeps open, in all and from one address."""
+"""`Places`: how many connections a server keeps open, in all and from one address: of IPv6 one network of 64 bits, which is what a host is given."""
 
+import ipaddress
 from collections import Counter
+from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 from anabranch.sharing import most_beside
 
-__all__ = ["Places", "room_for_files"]
+__all__ = ["Places", "host_of", "room_for_files"]
 
 # Beyond the limit, so that who asks whether the server lives is told; the one that came first makes place for the next.
 NUM_BEYOND = 64
@@ -24,6 +26,20 @@ class Closable(Protocol):
 T = TypeVar("T", bound=Closable)
 
 
+@lru_cache(maxsize=4096)
+def host_of(address: str) -> str:
+    """Whose an address is: itself; of IPv6 the network of its first 64 bits, in which a host may take any; what is none as it is."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return address
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
+
+
 class Places(Generic[T]):
     """For one thread (an event loop).
 
@@ -34,7 +50,7 @@ class Places(Generic[T]):
 
     def __init__(self, limit: int | None, share: float = 1.0) -> None:
         self._limit, self._share = limit, share
-        # In the order of coming, with their addresses.
+        # In the order of coming, with whose they are.
         self._open: dict[T, str] = {}
         self._of_address: Counter[str] = Counter()
         self._beyond: dict[T, None] = {}
@@ -44,6 +60,7 @@ class Places(Generic[T]):
 
     def enter(self, connection: T, address: str) -> bool:
         """Whether there is a place for it. One that is idle makes place: of the same address where that has too many."""
+        address = host_of(address)
         if self._limit is not None and (why_not := self._why_not(address)) is not None:
             idle = (
                 other

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from anabranch.web.places import host_of
+
 __all__ = ["Readers", "Watched"]
 
 PATIENCE_S = 30.0
@@ -78,7 +80,7 @@ class Readers:
 
     def enter(self, transport: asyncio.BaseTransport, address: str) -> "Watched":
         """What a new connection writes to."""
-        return Watched(transport, address, self)
+        return Watched(transport, host_of(address), self)
 
     def watch(self, watched: "Watched") -> None:
         """It is behind from now on."""
@@ -145,7 +147,7 @@ class Watched:
     """In place of a connection's transport: counts what is written, and does all else as the transport does.
 
     Attributes:
-        address: of the other side.
+        address: whose it is, see `host_of`.
     """
 
     def __init__(self, transport: asyncio.BaseTransport, address: str, readers: Readers) -> None:
