@@ -1,4 +1,7 @@
-"""`Places`: how many connections a server keeps open, in all and from one address: of IPv6 one network of 64 bits, which is what a host is given."""
+"""`Places`: how many connections a server keeps open, in all and from one address.
+
+Of IPv6 an address is one network of 64 bits, which is what a host is given.
+"""
 
 import ipaddress
 from collections import Counter
