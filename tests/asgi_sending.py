@@ -6,7 +6,7 @@ import asyncio
 class Sending:
     """A request whose body comes in pieces, to an application without a server."""
 
-    def __init__(self, app, host, length=None):
+    def __init__(self, app, host, length=None, path="/v1/search"):
         self.pieces, self.status, self.answer = asyncio.Queue(), None, b""
         headers = [(b"content-type", b"application/json")]
         if length is not None:
@@ -14,8 +14,8 @@ class Sending:
         scope = {
             "type": "http",
             "method": "POST",
-            "path": "/v1/search",
-            "raw_path": b"/v1/search",
+            "path": path,
+            "raw_path": path.encode(),
             "root_path": "",
             "query_string": b"",
             "headers": headers,

@@ -100,19 +100,33 @@ def room_bytes(root: Path = Path("/")) -> int:
     return max(0, min([*sizes, *_left_of_rlimits(root)], default=2**63 - 1))
 
 
-def _left_of_rlimits(root: Path) -> list[int]:
-    """Of the address space and of the data of this process."""
+def whole_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process might take if it were alone here: of the machine, control groups and its own limits (rlimits).
+
+    2^63 - 1 where the system says nothing. Unlike `room_bytes`, the same whenever it is asked.
+    """
+    usable = memory(root).usable_bytes
+    return min([*([] if usable is None else [usable]), *(limit for _, limit in _rlimits())], default=2**63 - 1)
+
+
+def _rlimits() -> list[tuple[str, int]]:
+    """Of the address space and of the data of this process, where there are any, each with its name in /proc/self/status."""
     try:
         import resource
     except ModuleNotFoundError:
         return []
+    limits = (("VmSize", resource.RLIMIT_AS), ("VmData", resource.RLIMIT_DATA))
+    soft = [(name, resource.getrlimit(kind)[0]) for name, kind in limits]
+    return [(name, limit) for name, limit in soft if limit != resource.RLIM_INFINITY]
+
+
+def _left_of_rlimits(root: Path) -> list[int]:
+    """Of the address space and of the data of this process."""
     held = {
         name: 1024 * int(size)
         for name, size in re.findall(r"(?m)^(Vm\w+):\s+(\d+) kB$", _read(root / "proc/self/status") or "")
     }
-    limits = (("VmSize", resource.RLIMIT_AS), ("VmData", resource.RLIMIT_DATA))
-    soft = [(name, resource.getrlimit(kind)[0]) for name, kind in limits]
-    return [limit - held.get(name, 0) for name, limit in soft if limit != resource.RLIM_INFINITY]
+    return [limit - held.get(name, 0) for name, limit in _rlimits()]
 
 
 def give_back_freed() -> None:

@@ -16,14 +16,8 @@ from anabranch.errors import AnabranchError, CapacityError, DataError, InputErro
 from anabranch.graph import Graph
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.fully_ppr import FullyPPR, FullyPPRResult, fully_ppr
-from anabranch.graph.fully_ppr.options import (
-    ENTRY_NS,
-    STEP_NS,
-    choose_chunk,
-    decompose_ns,
-    exact_bytes,
-    walk_bytes,
-)
+from anabranch.graph.fully_ppr.chunks import begun
+from anabranch.graph.fully_ppr.options import choose_chunk, exact_bytes, walk_bytes
 from anabranch.graph.powerwalk import PowerWalk
 
 
@@ -272,17 +266,22 @@ def test_seeds_of_any_size_are_taken():
 # What "auto" means
 
 
+def chosen(graph, num_sources=None, *, is_kept=False, begun=None, **options):
+    """Method of "auto" on this machine."""
+    return FullyPPR(**options)._options().choose_method(graph, "local", num_sources, is_kept=is_kept, begun=begun)
+
+
 def test_auto_takes_the_least_work():
     small, large = random_graph(0), random_graph(0, nodes=50_000, edges=200_000)
+    assert chosen(small) == "exact"
+    assert chosen(large) == "decompose"
+    assert chosen(large, walks=10) == "walks"
+    assert chosen(large, eps=0.5, delta=0.01, p_f=0.1) == "walks"
+    assert chosen(small, method="walks") == "walks"
     model = FullyPPR()
-    assert model._options().choose_method(small, "local") == "exact"
-    assert model._options().choose_method(large, "local") == "decompose"
-    assert FullyPPR(walks=10)._options().choose_method(large, "local") == "walks"
-    assert FullyPPR(eps=0.5, delta=0.01, p_f=0.1)._options().choose_method(large, "local") == "walks"
     assert model._options().choose_method(small, "spark") == "walks"
-    assert FullyPPR(method="walks")._options().choose_method(small, "local") == "walks"
-    tight = walk_bytes(large) + 10_000_000  # an index of 100 walks does not fit
-    assert FullyPPR(memory_limit=tight)._options().choose_method(large, "local") == "walks"
+    tight = walk_bytes(large) + 5_000_000  # neither an index of 100 walks nor a factor fits
+    assert chosen(large, memory_limit=tight) == "walks"
     assert FullyPPR(memory_limit=100)._choose_engine(large, FullyPPR(memory_limit=100)._options()) == "spark"
     assert model._choose_engine(large, model._options()) == "local"
 
@@ -291,19 +290,91 @@ def test_auto_solves_where_a_decomposition_would_read_most_of_the_graph():
     # Sixty neighbours each: neighbours of neighbours are everybody, and every one's walks are added up for every source.
     dense = random_graph(0, nodes=2_000, edges=60_000, directed=False)
     sparse = random_graph(0, nodes=10_000, edges=30_000, directed=False)
-    assert FullyPPR()._options().choose_method(dense, "local") == "exact"
-    assert FullyPPR()._options().choose_method(sparse, "local") == "decompose"
-    tight = exact_bytes(dense, 1) - 1
-    assert FullyPPR(memory_limit=int(tight), workers=1)._options().choose_method(dense, "local") != "exact"
+    assert chosen(dense) == "exact"
+    assert chosen(sparse) == "decompose"
+    assert chosen(dense, memory_limit=int(exact_bytes(dense, 1)) - 1) != "exact"
+    # Twenty rounds reach everybody on the sparse one too.
+    assert chosen(sparse, rounds=20) == "exact"
+    # An index of all nodes is too much for one source.
+    assert chosen(sparse, 1) == "exact"
 
 
-def test_work_of_a_decomposition_by_hand():
-    # From 0 two rounds end at 2; from 1 at 2, which has no edge on; from 2 nothing is reached.
-    path = Graph.from_edges([0, 1], [1, 2], None, True, 3)
-    walks, alpha = 10, 0.5
-    assert decompose_ns(path, walks, alpha, 2) == STEP_NS * 20 + ENTRY_NS * (1 / 3) * 3
-    assert decompose_ns(path, walks, alpha, 1) == STEP_NS * 20 + ENTRY_NS * (2 / 3) * 3
-    assert decompose_ns(path, walks, alpha, 0) == STEP_NS * 20 + ENTRY_NS * 3
+def test_auto_solves_where_the_index_alone_does_not_fit():
+    path = Graph.from_edges(np.arange(19_999), np.arange(1, 20_000))
+    assert chosen(path) == "decompose"
+    assert chosen(path, memory_limit=60_000_000) == "exact"
+
+
+@pytest.mark.parametrize("workers", [1, 64])
+def test_auto_does_not_look_at_threads_and_uses_no_more_than_fit(workers):
+    graph = random_graph(0, nodes=1000, edges=40_000, directed=False)
+    limit = int(exact_bytes(graph, 2))
+    model = FullyPPR(memory_limit=limit, workers=workers, top_k=5, sources=[0, 1, 2, 3, 4, 5, 6, 7]).fit(graph)
+    assert model.result_.facts["method"] == "exact"
+    options = model._options()
+    fitting = options.fitting_workers(graph, "exact", 8, is_kept=True)
+    assert fitting == 1 if workers == 1 else 1 <= fitting < 8
+    assert options.needed(graph, "exact", fitting, 8, is_kept=True) <= limit
+    plenty = FullyPPR(memory_limit=10**12, workers=workers)._options()
+    assert plenty.fitting_workers(graph, "exact", 8, is_kept=True) == min(workers, 8)
+
+
+def test_auto_does_not_look_at_what_memory_is_free(monkeypatch):
+    graph = random_graph(0, nodes=1000, edges=40_000, directed=False)
+    assert chosen(graph) == "exact"
+    monkeypatch.setattr("anabranch.machine.room_bytes", lambda *_: 1_000_000)
+    assert chosen(graph) == "exact"
+    assert FullyPPR()._choose_engine(graph, FullyPPR()._options()) == "local"
+    with pytest.raises(CapacityError, match=r"method 'exact' .* a memory_limit that is free now"):
+        fully_ppr(graph)
+    monkeypatch.setattr("anabranch.machine.whole_bytes", lambda *_: 2_000_000)
+    assert chosen(graph) == "walks"
+
+
+@pytest.mark.parametrize("method", ["exact", "decompose"])
+def test_a_run_goes_on_by_the_method_that_it_began_with(method, tmp_path, monkeypatch):
+    graph, cancel = random_graph(0, nodes=300, edges=3000), threading.Event()
+    out, sources = tmp_path / "x", list(range(200))
+    monkeypatch.setattr("anabranch.graph.fully_ppr.options.is_exact_quicker", lambda *_: method == "exact")
+    with pytest.raises(AnabranchError, match="cancelled"):
+        fully_ppr(graph, sources=sources, out=out, workers=1, cancel=cancel, progress=lambda *_: cancel.set())
+    monkeypatch.setattr("anabranch.graph.fully_ppr.options.is_exact_quicker", lambda *_: method != "exact")
+    # As when the machine says that it has less: not even engine and method "walks" come instead.
+    monkeypatch.setattr("anabranch.machine.whole_bytes", lambda *_: 1000)
+    found = fully_ppr(graph, sources=sources, out=out, workers=4)
+    assert found.facts["method"] == method
+    assert same(found, fully_ppr(graph, sources=sources, method=method, engine="local", memory_limit=10**12))
+    # A method that is named is another run.
+    assert chosen(graph, begun={"method": "exact"}, method="walks") == "walks"
+    assert chosen(graph, begun={"method": "exact"}, walks=5) == "walks"
+
+
+def test_what_lies_at_out_and_is_no_run_does_not_choose(tmp_path):
+    graph = random_graph(0)
+    assert begun(tmp_path / "x") is None
+    assert begun("s3a://bucket/x") is None
+    (tmp_path / "x.parts").mkdir()
+    for text in ("", "{", "[]", '{"job": 3}', '{"job": {"facts": [1]}}', '{"job": {"facts": {"method": "other"}}}'):
+        (tmp_path / "x.parts" / "manifest.json").write_text(text)
+        assert chosen(graph, begun=begun(tmp_path / "x")) == "exact"
+        with pytest.raises(DataError, match="remove"):
+            fully_ppr(graph, out=tmp_path / "x")
+
+
+def test_auto_counts_rows():
+    # Exact rows are of 12 bytes an entry, those of a decomposition of 8.
+    graph = random_graph(0, nodes=2000, edges=60_000, directed=False)
+    options = FullyPPR(top_k=None)._options()
+    exact, decompose, walks = (
+        options.needed(graph, name, 1, 2001, is_kept=True) for name in ("exact", "decompose", "walks")
+    )
+    assert walks < decompose < exact
+    for limit, method in ((exact, "exact"), (exact - 1, "decompose"), (decompose - 1, "walks")):
+        assert chosen(graph, is_kept=True, top_k=None, memory_limit=int(limit)) == method
+    # What goes to a file is not kept.
+    assert chosen(graph, top_k=None, memory_limit=int(exact) - 1) == "exact"
+    model = FullyPPR(top_k=None, memory_limit=int(decompose) - 1, workers=1).fit(graph)
+    assert model.result_.facts["method"] == "walks"
 
 
 def test_chunks_fit_the_memory():
@@ -488,6 +559,8 @@ def test_powerwalk_answers_from_these_rows():
         ({"rounds": -1}, "rounds is -1"),
         ({"tol": 0}, "tol is 0"),
         ({"memory_limit": 0}, "memory_limit is 0"),
+        ({"memory_limit": float("inf")}, "memory_limit is inf; it must be a positive number of bytes, or None"),
+        ({"memory_limit": float("nan")}, "memory_limit is nan"),
         ({"seed": 0.5}, "seed is 0.5"),
         ({"workers": 0}, "workers is 0"),
         ({"plan": "both"}, "plan is 'both'"),
@@ -529,7 +602,7 @@ def test_too_little_memory_says_how_much_is_needed(tmp_path):
     graph = random_graph(0, nodes=5000, edges=20_000)
     with pytest.raises(CapacityError, match=r"needs about [\d.]+ MiB, [\d.]+ MiB are allowed; use out=FILE"):
         fully_ppr(graph, walks=100, engine="local", memory_limit=1_000_000, workers=1)
-    with pytest.raises(CapacityError, match="use fewer workers"):
+    with pytest.raises(CapacityError, match="use a smaller top_k"):
         fully_ppr(graph, walks=100, engine="local", memory_limit=200_000, workers=1, out=tmp_path / "x")
     found = fully_ppr(graph, walks=100, engine="local", memory_limit=1_000_000, workers=1, out=tmp_path / "x")
     assert same(found, fully_ppr(graph, walks=100))

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import InputError
-from anabranch.graph import HNSW
+from anabranch.graph import HNSW, Graph, PowerWalk
 from anabranch.graph.names import Names, write_names
 from anabranch.graph.serve import Limits, Sources, answer_room, create_app, requests, text
 from anabranch.graph.serve.answer_room import AnswerRoom, HeldAnswer
 from anabranch.graph.serve.gate import LateError
+from anabranch.graph.serve.reach import reachable
 from anabranch.graph.serve.requests import RequestError, parse
 from anabranch.graph.serve.text import PART, SHORT, Sent, Text
 from anabranch.web.json_text import to_json
@@ -398,3 +399,96 @@ def test_limits_of_answers_that_make_no_sense():
     for changes in ({"answers_bytes": 1000}, {"connections": 0}, {"stall_s": 0.0}):
         with pytest.raises(InputError, match=next(iter(changes))):
             Limits(**changes)
+
+
+# What is kept for an answer before it is made
+
+
+def reserved_by(app, body, monkeypatch, route="/v1/search"):
+    """Bytes that were kept for an answer, and the answer."""
+    kept, reserve = [], HeldAnswer.reserve
+    with monkeypatch.context() as patched:
+        patched.setattr(HeldAnswer, "reserve", lambda self, more: kept.append(more) or reserve(self, more))
+
+        async def main():
+            async with app.router.lifespan_context(app):
+                await ready(app)
+                one = Sending(app, "a", path=route)
+                await one.send(json.dumps(body).encode(), more=False)
+                await asyncio.wait_for(one.task, 20)
+                assert one.status == 200, one.answer
+                return one.answer
+
+        answer = asyncio.run(main())
+    assert len(kept) == 1
+    return kept[0], answer
+
+
+@pytest.mark.parametrize(
+    "filter",
+    [
+        {"ids": [1, 2, 3]},
+        {"ids": [3, 1, 2, 2, 10**12]},
+        {"names": [f'n"{number} \u20ac' for number in (1, 2, 3)]},
+        {"ids": [0, *range(4, COUNT)], "exclude": True},
+    ],
+)
+def test_no_more_is_kept_than_a_filter_lets_through(path, filter, monkeypatch):
+    app = create_app(Sources([path]), Limits(answers_bytes=1 << 20))
+    # All of 500 x 599 hits would be over the limit.
+    kept, answer = reserved_by(app, {"ids": [*range(500)], "k": COUNT - 1, "filter": filter}, monkeypatch)
+    assert all(len(row["ids"]) <= 3 for row in json.loads(answer)["results"])
+    assert 0.5 * len(answer) < kept < 2 * len(answer)
+    whole, _ = reserved_by(app, {"ids": [0], "k": 50}, monkeypatch)
+    outside, answer = reserved_by(app, {"ids": [0], "k": 50, "filter": {"ids": [10**12], "exclude": True}}, monkeypatch)
+    assert whole == outside
+
+
+@pytest.mark.parametrize("walks", [False, True])
+def test_no_more_is_kept_than_nodes_that_seeds_reach(tmp_path, walks, monkeypatch):
+    # Pairs of nodes, and one ring of 300.
+    ring = np.arange(300)
+    graph = Graph.from_edges(
+        np.r_[ring, 300 + 2 * ring[:100]], np.r_[(ring + 1) % 300, 301 + 2 * ring[:100]], num_nodes=500
+    )
+    graph.save(tmp_path / "graph.anb")
+    paths = [tmp_path / "graph.anb"]
+    if walks:
+        PowerWalk(walks=200, seed=1).build(graph).save(tmp_path / "walks.anb")
+        paths = [tmp_path / "walks.anb", tmp_path / "graph.anb"]
+    app = create_app(Sources(paths), Limits())
+    pairs = {"seeds": [300, 301, 302], "k": 400}
+    kept, answer = reserved_by(app, pairs, monkeypatch, "/v1/ppr")
+    assert len(json.loads(answer)["results"][0]["ids"]) == 4
+    assert kept < 300
+    kept, answer = reserved_by(app, {"seeds": [0], "k": 400}, monkeypatch, "/v1/ppr")
+    assert kept >= 300 * 20
+
+
+def test_a_short_look_never_finds_too_few():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        graph = Graph.from_edges(*rng.integers(0, 40, (2, 30)), directed=bool(seed % 2), num_nodes=40)
+        reach = np.linalg.matrix_power(np.eye(40) + graph.to_scipy().toarray(), 40) > 0
+        ids = rng.integers(0, 40, 2)
+        for most in (1, 5, 40):
+            assert reachable(graph, ids, most) == min(reach[ids].any(0).sum(), most)
+    star = Graph.from_edges(np.zeros(99, int), np.arange(1, 100))
+    assert [reachable(star, np.array([5]), most) for most in (1, 10, 100)] == [1, 10, 100]
+    # A clique below what is asked for has more edges than are looked at.
+    clique = Graph.from_edges(*np.triu_indices(60, 1), num_nodes=200)
+    assert reachable(clique, np.array([0]), 60) == 60
+    assert reachable(clique, np.array([0]), 61) == 61
+    assert reachable(clique, np.array([70]), 61) == 1
+
+
+def test_results_of_unlike_sizes_give_back_what_they_do_not_need():
+    room = AnswerRoom(1_000_000)
+    made = Text(room.enter("a"))
+    made.expect([1000, 50_000, 100])
+    assert room.num_bytes == 51_100 + text.HEAD
+    left = []
+    for number in range(3):
+        run(made.rows([{"ids": [number]}]))
+        left.append(room.num_bytes - made.num_bytes)
+    assert left == [50_100 + text.HEAD, 100 + text.HEAD, text.HEAD]

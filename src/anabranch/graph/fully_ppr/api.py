@@ -2,7 +2,7 @@
 # Shapes: N nodes, S sources
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.fully_ppr import chunks
 from anabranch.graph.fully_ppr.devices import THETA
-from anabranch.graph.fully_ppr.local import WalkWork, decompose_work, exact_work, scratch_bytes
+from anabranch.graph.fully_ppr.local import WalkWork, decompose_work, exact_work
 from anabranch.graph.fully_ppr.options import (
     INDEX_WALKS,
     Engine,
@@ -25,9 +25,7 @@ from anabranch.graph.fully_ppr.options import (
     Plan,
     check_room,
     choose_chunk,
-    exact_bytes,
-    index_bytes,
-    row_bytes,
+    score_type,
     walk_bytes,
 )
 from anabranch.graph.fully_ppr.result import FullyPPRResult
@@ -58,7 +56,8 @@ class FullyPPR(Estimator):
             suffice.
         method: ``walks``; ``decompose``: rounds of exact decomposition on an index of few walks, the most accurate for its time, local;
             ``exact``: within ``tol`` of the truth in L1, local; ``auto``: walks where their number, an accuracy or Spark is asked for,
-            else exact where that is less work, as on small and on dense graphs, else decompose.
+            else exact where that is less work for so many sources, as on small and on dense graphs, else decompose; of these, one whose
+            bytes fit into ``memory_limit``, and walks where neither does. A run that goes on keeps the method that it began with.
         estimator: of ``walks``: count the ``endpoint`` of each (as the paper does), or every visit (``fullpath``), which is more accurate.
         sources: nodes to start from, distinct, by id or name; None for all.
         dangling: what walks do at nodes without out-edges, see `anabranch.graph.ppr.rules`.
@@ -68,8 +67,8 @@ class FullyPPR(Estimator):
             (``s3a://...``) where edges come from files. A run that was stopped
             goes on where it was when it is started again with the same ``out``. None keeps the result in memory.
         memory_limit: bytes to use at most. Default: what the machine has; on Spark, what an executor has.
-        seed: of the walks. Results depend on it alone, not on threads, chunks or partitions.
-        workers: threads. Default: one per core.
+        seed: of the walks. Results depend on it alone, not on threads, chunks or partitions, nor on what memory is free.
+        workers: threads at most; fewer where memory does not suffice for so many. Default: one per core.
         progress: called with the numbers of sources done and of all (on Spark's partitioned plan: of walks).
         cancel: set this event to stop at the next chunk or round.
         plan: on Spark: ``broadcast`` (every worker maps the whole graph), ``partitioned`` (rounds of joins), or ``auto``: broadcast where
@@ -163,13 +162,14 @@ class FullyPPR(Estimator):
         # Refuses graphs without nodes, or of negative weights.
         Transition(graph, self.alpha, self.dangling)
         source_S, is_all = check_sources(given, self.sources)
-        engine = self._choose_engine(graph, options)
+        begun = None if self.out is None else chunks.begun(self.out)
+        engine = self._choose_engine(graph, options, begun)
         if engine == "spark":
             from anabranch.graph.fully_ppr.spark import run_spark
 
             self._found = run_spark(self, options, graph, source_S, is_all)
         else:
-            self._found = self._fit_local(options, graph, source_S, is_all)
+            self._found = self._fit_local(options, graph, source_S, is_all, begun)
         return self
 
     def _fit_files(self, options: Options, given: EdgeFiles) -> Self:
@@ -207,33 +207,34 @@ class FullyPPR(Estimator):
     def _options(self) -> Options:
         return Options(**{name: getattr(self, name) for name in Options.__dataclass_fields__})
 
-    def _choose_engine(self, graph: Graph, options: Options) -> str:
+    def _choose_engine(self, graph: Graph, options: Options, begun: Mapping[str, Any] | None = None) -> str:
         if self.engine != "auto":
             return self.engine
-        return "local" if walk_bytes(graph) <= options.room() else "spark"
+        if begun is not None:
+            return "spark" if begun.get("engine") == "spark" else "local"
+        return "local" if walk_bytes(graph) <= options.most() else "spark"
 
-    def _fit_local(self, options: Options, graph: Graph, source_S: np.ndarray, is_all: bool) -> FullyPPRResult | Path:
-        method, room = options.choose_method(graph, "local"), options.room()
-        workers = min(options.num_workers, max(len(source_S), 1))
-        dtype: Any = np.float64 if method == "exact" else np.float32
-        most = graph.num_nodes if method != "walks" or self.estimator == "fullpath" else options.num_walks
-        per_row = row_bytes(graph, self.top_k, most, np.dtype(dtype).itemsize)
-        kept = 0 if self.out is not None else per_row * len(source_S)
-        needed = self._held(options, graph, method, workers) + kept + 2 * (workers + 1) * per_row
-        hint = "use fewer workers or a smaller top_k" if self.out is not None else "use out=FILE or a smaller top_k"
+    def _fit_local(
+        self,
+        options: Options,
+        graph: Graph,
+        source_S: np.ndarray,
+        is_all: bool,
+        begun: Mapping[str, Any] | None,
+    ) -> FullyPPRResult | Path:
+        number, is_kept = len(source_S), self.out is None
+        method, room = options.choose_method(graph, "local", number, is_kept=is_kept, begun=begun), options.room()
+        workers = options.fitting_workers(graph, method, number, is_kept=is_kept)
+        needed = options.needed(graph, method, workers, number, is_kept=is_kept)
+        hint = "use out=FILE or a smaller top_k" if is_kept else "use a smaller top_k"
+        if self.memory_limit is None and self.method == "auto":
+            hint += ", or a memory_limit that is free now, for a method that fits into it"
         check_room(needed, room, f"method {method!r} on this machine", f"{hint}, or engine='spark'")
-        chunk = choose_chunk(len(source_S), workers, per_row, room - needed)
+        per_row = options.row_bytes(graph, method)
+        chunk = choose_chunk(number, workers, per_row, room - needed)
         facts = options.facts(method)
-        job = chunks.Job(graph, source_S, is_all, facts, dtype, chunk, workers, self.progress, self.cancel)
+        job = chunks.Job(graph, source_S, is_all, facts, score_type(method), chunk, workers, self.progress, self.cancel)
         return chunks.run(job, lambda: self._work(options, graph, method, workers), self.out)
-
-    def _held(self, options: Options, graph: Graph, method: str, workers: int) -> float:
-        """Bytes of all that is not rows."""
-        if method == "exact":
-            return exact_bytes(graph, workers)
-        if method == "decompose":
-            return walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) + 24 * graph.num_nodes * workers
-        return walk_bytes(graph) + workers * scratch_bytes(graph.num_nodes, options.num_walks)
 
     def _work(self, options: Options, graph: Graph, method: str, workers: int) -> chunks.Work:
         """What makes rows of sources."""

@@ -69,6 +69,17 @@ class Job:
         return {"facts": dict(self.facts), "graph": [_crc(array) for array in arrays], "sources": _crc(self.source_S)}
 
 
+def begun(out: str | Path) -> dict[str, Any] | None:
+    """Facts of the run whose parts lie at ``out``, here or of Spark; None where there is none, or `run` will not be able to read it."""
+    if "://" in str(out):
+        return None
+    try:
+        found = parse_json((_folder(Path(out)) / MANIFEST).read_text(encoding="utf-8"))["job"]["facts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def run(job: Job, prepare: Callable[[], Work], out: str | Path | None) -> FullyPPRResult | Path:
     """Do all chunks that are missing; gives the result in memory, or the file that was written.
 
@@ -86,7 +97,7 @@ def run(job: Job, prepare: Callable[[], Work], out: str | Path | None) -> FullyP
         raise DataError(f"cannot write {out}: it is a folder; name a file")
     # In the end it would be too late to say so.
     check_unchanged(out)
-    folder = out.with_name(f"{out.name}.parts")
+    folder = _folder(out)
     _check_names(folder)
     with holding_parts(folder):
         job, done = _resumed(job, folder)
@@ -133,6 +144,10 @@ def _count(job: Job) -> int:
 
 def _part(job: Job, number: int) -> np.ndarray:
     return job.source_S[number * job.chunk : (number + 1) * job.chunk]
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -2,6 +2,7 @@
 # Shapes: N nodes, M stored edges, S sources
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,8 +11,10 @@ import numpy as np
 from anabranch import machine
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.fully_ppr.devices import num_walks
+from anabranch.graph.fully_ppr.estimates import is_exact_quicker
+from anabranch.graph.fully_ppr.local import scratch_bytes
 from anabranch.graph.ppr.blocks import MOST_NODES
-from anabranch.graph.ppr.rules import check_alpha, check_dangling, check_tol
+from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling, check_tol
 from anabranch.graph.ppr.walks import check_count
 from anabranch.graph.projection import BLOCK
 from anabranch.graph.rows import check_top_k, id_type
@@ -23,16 +26,11 @@ Method = Literal["auto", "walks", "decompose", "exact"]
 Estimate = Literal["endpoint", "fullpath"]
 Plan = Literal["auto", "broadcast", "partitioned"]
 WALKS, INDEX_WALKS = 1000, 100  # defaults; ours
+LOCAL_METHODS = ("walks", "decompose", "exact")
 
 # Of a run, about: how often progress is told and how much is lost when it is stopped.
 CHUNKS = 64
 LARGEST_CHUNK = 4096  # sources
-# Nanoseconds on one core of a shared machine, for the choice of a method alone: a step of a walk, an edge in a pass of an exact solution
-# for one source and for a block of sources, an entry of the index that a decomposition adds up. By the record of benchmarks/fully_ppr.
-STEP_NS, EDGE_NS, BLOCK_EDGE_NS, ENTRY_NS = 200.0, 1.0, 0.2, 0.5
-
-# Over the edges that an exact solution takes per factor e of its error.
-PASSES = 1.3
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Options:
     engine: Engine
     method: Method
     estimator: Estimate
-    dangling: str
+    dangling: Dangling
     index_walks: int
     rounds: int
     tol: float
@@ -86,8 +84,8 @@ class Options:
             raise InputError(f"seed is {self.seed!r}; it must be a whole number")
         if self.workers is not None:
             check_count("workers", self.workers)
-        if self.memory_limit is not None and not self.memory_limit > 0:
-            raise InputError(f"memory_limit is {self.memory_limit!r}; it must be a positive number of bytes")
+        if self.memory_limit is not None and not 1 <= self.memory_limit < math.inf:
+            raise InputError(f"memory_limit is {self.memory_limit!r}; it must be a positive number of bytes, or None")
 
     def _check_accuracy(self) -> None:
         accuracy = {"eps": self.eps, "delta": self.delta, "p_f": self.p_f}
@@ -122,21 +120,62 @@ class Options:
         """Threads."""
         return num_workers(self.workers)
 
-    def choose_method(self, graph: Graph, engine: str) -> str:
-        """What "auto" is: walks where they are asked for or on Spark, else exact or decompose, whichever is less work by `exact_ns` and
-        `decompose_ns` and fits; walks where neither does."""
+    def choose_method(
+        self,
+        graph: Graph,
+        engine: str,
+        num_sources: int | None = None,
+        *,
+        is_kept: bool = False,
+        begun: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What "auto" is: walks where they are asked for or on Spark, else exact or decompose, whichever fits and is less work by
+        `is_exact_quicker`; walks where neither fits. Threads and what memory is free now have no part in it.
+
+        Args:
+            num_sources: None for all nodes.
+            is_kept: whether rows of all sources are kept in memory.
+            begun: facts of the run that lies at ``out``, which goes on as it began.
+        """
         if engine == "spark":
             return self.spark_method()
         if self.method != "auto":
             return self.method
         if self.walks is not None or self.eps is not None:
             return "walks"
-        room = self.room()
-        exact_fits = exact_bytes(graph, self.num_workers) <= room
-        index_fits = walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) <= room
-        if exact_fits and exact_ns(graph, self.tol) <= decompose_ns(graph, self.index_walks, self.alpha, self.rounds):
-            return "exact"
-        return "decompose" if index_fits else "walks"
+        if begun is not None and begun.get("method") in LOCAL_METHODS:
+            return str(begun["method"])
+        most, sources = self.most(), graph.num_nodes if num_sources is None else num_sources
+        fitting = [
+            name for name in ("exact", "decompose") if self.needed(graph, name, 1, sources, is_kept=is_kept) <= most
+        ]
+        if len(fitting) == 2:
+            transition = Transition(graph, self.alpha, self.dangling)
+            is_quicker = is_exact_quicker(transition, self.tol, self.index_walks, self.rounds, sources)
+            return "exact" if is_quicker else "decompose"
+        return fitting[0] if fitting else "walks"
+
+    def row_bytes(self, graph: Graph, method: str) -> int:
+        """Bytes of a source's row at most."""
+        most = graph.num_nodes if method != "walks" or self.estimator == "fullpath" else self.num_walks
+        return row_bytes(graph, self.top_k, most, np.dtype(score_type(method)).itemsize)
+
+    def needed(self, graph: Graph, method: str, workers: int, num_sources: int, *, is_kept: bool) -> float:
+        """Bytes of a run on this machine: what it makes once, scratch and rows of each thread, and all rows where they are kept."""
+        if method == "exact":
+            held = exact_bytes(graph, workers)
+        elif method == "decompose":
+            held = walk_bytes(graph) + index_bytes(graph, self.index_walks, self.alpha) + 24 * graph.num_nodes * workers
+        else:
+            held = walk_bytes(graph) + workers * scratch_bytes(graph.num_nodes, self.num_walks)
+        each = self.row_bytes(graph, method)
+        return held + (each * num_sources if is_kept else 0) + 2 * (workers + 1) * each
+
+    def fitting_workers(self, graph: Graph, method: str, num_sources: int, *, is_kept: bool) -> int:
+        """Threads: as many as are asked for and there are sources, fewer where so many do not fit into `room`; at least 1."""
+        wished = min(self.num_workers, max(num_sources, 1))
+        one, two = (self.needed(graph, method, workers, num_sources, is_kept=is_kept) for workers in (1, 2))
+        return max(1, min(wished, 1 + int(max(self.room() - one, 0.0) / (two - one))))
 
     def spark_method(self) -> str:
         """What "auto" is on Spark. Raises InputError for methods of one machine."""
@@ -169,8 +208,17 @@ class Options:
         return {**found, "walks": self.num_walks, "estimator": self.estimator}
 
     def room(self) -> int:
-        """Bytes that may be used."""
+        """Bytes that may be used now."""
         return int(self.memory_limit) if self.memory_limit is not None else machine.room_bytes()
+
+    def most(self) -> int:
+        """Bytes that may be used at most: of the machine, all of it, whatever others take of it now."""
+        return int(self.memory_limit) if self.memory_limit is not None else machine.whole_bytes()
+
+
+def score_type(method: str) -> type[np.floating]:
+    """Of scores of a method on this machine."""
+    return np.float64 if method == "exact" else np.float32
 
 
 def walk_bytes(graph: Graph) -> int:
@@ -182,28 +230,6 @@ def walk_bytes(graph: Graph) -> int:
 def index_bytes(graph: Graph, walks: int, alpha: float) -> float:
     """Bytes of a full-path index at most: a visit is an id and a 16-bit count at worst, and a walk makes 1 / alpha of them."""
     return graph.num_nodes * min(graph.num_nodes, walks / alpha) * (np.dtype(id_type(graph.num_nodes)).itemsize + 2)
-
-
-def exact_ns(graph: Graph, tol: float) -> float:
-    """Nanoseconds of one source's exact solution, about."""
-    is_in_blocks = not graph.is_directed and graph.num_nodes <= MOST_NODES
-    edges = len(graph.indices) + graph.num_nodes
-    return (BLOCK_EDGE_NS if is_in_blocks else EDGE_NS) * edges * max(-math.log(tol), 1.0) * PASSES
-
-
-def decompose_ns(graph: Graph, walks: int, alpha: float, rounds: int) -> float:
-    """Nanoseconds of one source's share of an index, and of one decomposition, about.
-
-    A decomposition adds up the rows of the index of the nodes that it reaches. Two rounds reach at most the neighbours of neighbours: a
-    few dozen nodes of a sparse graph, nearly all nodes of a dense one, where this is most of the work.
-    """
-    size, steps = graph.num_nodes, walks / alpha
-    reached_N = np.ones(size)
-    for _ in range(min(rounds, 2)):
-        sum_M = np.concatenate([[0.0], np.cumsum(reached_N[graph.indices])])
-        reached_N = np.minimum(sum_M[graph.indptr[1:]] - sum_M[graph.indptr[:-1]], size)
-    reached = float(reached_N.mean()) if size else 0.0
-    return STEP_NS * steps + ENTRY_NS * reached * min(size, steps)
 
 
 def exact_bytes(graph: Graph, workers: int) -> float:

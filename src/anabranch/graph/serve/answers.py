@@ -40,11 +40,11 @@ def answer_search(loaded: Loaded, wanted: Search, limits: Limits, text: Text) ->
     else:
         assert wanted.vectors is not None
         query = fitting(wanted.vectors, index)
-    filter = _filter(wanted, held.names, index)
+    filter, let_through = _filter(wanted, held.names, index)
     step, told = _step(index, wanted), _Told(limits)
     # How many lie within a radius nobody knows before.
-    k = min(wanted.k, len(index)) if wanted.radius is None else 0
-    text.expect(len(query), _row_bytes(k, len(index), held.names))
+    k = min(wanted.k, let_through) if wanted.radius is None else 0
+    text.expect([_row_bytes(k, len(index), held.names)] * len(query))
     for first in range(0, len(query), step):
         part = slice(first, first + step)
         mine = None if own is None else own[part]
@@ -137,11 +137,13 @@ def answer_ppr(loaded: Loaded, wanted: Ppr, limits: Limits, text: Text) -> Steps
     held = loaded.scores
     if held is None:
         raise RequestError(404, "not_served", "this server holds no graph, so it answers no PageRank requests")
-    told = _Told(limits)
-    most = held.num_nodes
-    text.expect(len(wanted.queries), _row_bytes(min(wanted.k, most), most, held.names))
+    told, ids_of, expected = _Told(limits), [], []
     for seeds, field in zip(wanted.queries, wanted.field_of, strict=True):
-        ids = _seeds(seeds, field, held.names, held.num_nodes)
+        ids_of.append(_seeds(seeds, field, held.names, held.num_nodes))
+        expected.append(_row_bytes(held.most(ids_of[-1], wanted.k), held.num_nodes, held.names))
+        yield
+    text.expect(expected)
+    for ids, seeds in zip(ids_of, wanted.queries, strict=True):
         found, scores = held.top(ids, seeds.weights, wanted.k)
         result = {"ids": found.tolist(), "scores": scores.tolist()}
         result = result if held.names is None else {**result, "names": told.names(held.names, found)}
@@ -214,14 +216,16 @@ def _bytes(vectors: np.ndarray) -> np.ndarray:
     return vectors.astype(np.uint8)
 
 
-def _filter(wanted: Search, names: Names | None, index: Any) -> Any:
-    """What `HNSW.search` takes, worked out once. Ids that no element has let nothing through, which is no mistake."""
+def _filter(wanted: Search, names: Names | None, index: Any) -> tuple[Any, int]:
+    """What `HNSW.search` takes, worked out once, and how many elements it lets through. Ids that no element has are no mistake."""
     ids = wanted.filter_ids
     if wanted.filter_names is not None:
         ids = _by_name(names, wanted.filter_names, "filter.names")
     if ids is None:
-        return None
-    return index.prepare_filter(np.setdiff1d(index.ids, ids) if wanted.is_exclude else ids)
+        return None, len(index)
+    let_through = np.setdiff1d(index.ids, ids) if wanted.is_exclude else np.unique(ids[ids >= 0])
+    number = len(let_through) if wanted.is_exclude else int(index.contains(let_through).sum())
+    return index.prepare_filter(let_through), number
 
 
 def _by_name(names: Names | None, asked: list[Any], field: str) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
 from anabranch.graph.array_file import MAGIC, kind_of
 from anabranch.graph.names import Names, names_path
+from anabranch.graph.serve.reach import reachable
 
 if TYPE_CHECKING:
     from anabranch.graph.disk import DiskIndex
@@ -37,6 +38,9 @@ class Scores(Protocol):
 
     def top(self, ids: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores of the k most related nodes of a weighted set."""
+
+    def most(self, ids: np.ndarray, k: int) -> int:
+        """How many of k scores there may be, by a short look at the graph (`anabranch.graph.serve.reach`)."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +313,10 @@ class GraphScores:
         """See `Scores`."""
         return self._engine.personalized(self._graph, (ids, weights), k)
 
+    def most(self, ids: np.ndarray, k: int) -> int:
+        """See `Scores`."""
+        return reachable(self._graph, ids, min(k, self.num_nodes))
+
 
 class WalkScores:
     """PageRank estimated from an index of walks, by `PowerWalk`."""
@@ -318,6 +326,7 @@ class WalkScores:
 
         graph = _read_graph(graph_path, sources)
         self._engine = PowerWalk.load(path, graph, mmap=sources.mmap)
+        self._graph = graph
         self._rounds = sources.rounds
         self.num_nodes = graph.num_nodes
         self.names = None if graph.names is None else Names(graph.names)
@@ -335,6 +344,13 @@ class WalkScores:
     def top(self, ids: np.ndarray, weights: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Scores`."""
         return self._engine.query((ids, weights), k, self._rounds)
+
+    def most(self, ids: np.ndarray, k: int) -> int:
+        """See `Scores`."""
+        # From a node without out-edges walks may go on anywhere.
+        if self._engine.dangling == "uniform":
+            return min(k, self.num_nodes)
+        return reachable(self._graph, ids, min(k, self.num_nodes))
 
 
 _ROLES = {

@@ -5,7 +5,7 @@ One call of `json.dumps` holds Python's lock to its end: 36 MB stop the event lo
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -47,20 +47,21 @@ class Text:
         self.parts: deque[bytes] = deque()
         self.num_bytes = self.num_rows = 0
         self._held, self._last = held, bytearray()
-        # Rows that come, and what one is thought to take.
-        self._expected = self._each = 0
+        # What each result that comes is thought to take, the next one last; and all of them.
+        self._row_bytes: list[int] = []
+        self._expected = 0
 
-    def expect(self, num_rows: int, each: int) -> None:
-        """Keep room for so many results of so many bytes. Raises RequestError where there is none."""
-        self._expected, self._each = num_rows, each
-        self._held.reserve(num_rows * each + HEAD)
+    def expect(self, row_bytes: Sequence[int]) -> None:
+        """Keep room for results of so many bytes each. Raises RequestError where there is none."""
+        self._row_bytes, self._expected = [*reversed(row_bytes)], sum(row_bytes)
+        self._held.reserve(self._expected + HEAD)
 
     def rows(self, rows: Iterable[dict[str, Any]]) -> Steps[None]:
         """Some more of ``results``, a step for each."""
         for row in rows:
             self._write(b"," if self.num_rows else b'{"results":[')
             self.num_rows += 1
-            self._expected -= 1
+            self._expected -= self._row_bytes.pop() if self._row_bytes else 0
             if max(map(_length, row.values()), default=0) <= AT_ONCE:
                 self._write(to_json(row, SHORT))
                 self._keep()
@@ -70,7 +71,7 @@ class Text:
                 self._keep()
 
     def _keep(self) -> None:
-        self._held.keep_reserved(max(self._expected, 0) * self._each + HEAD)
+        self._held.keep_reserved(self._expected + HEAD)
 
     def _long(self, row: dict[str, Any]) -> Steps[None]:
         """A result in slices of its lists."""
