@@ -278,6 +278,9 @@ class Slow:
     def close(self):
         pass
 
+    def most(self, ids, k):
+        return k
+
     def top(self, ids, weights, k):
         self.begun.release()
         assert self.go.wait(60)
