@@ -7,6 +7,7 @@ from anabranch.adapters import DynMoLE, MixedLowRank
 from anabranch.adapters.glider import describe_expert
 from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.adapters.own_folder import write_own
+from anabranch.adapters.pool import LowRankPool
 from anabranch.adapters.put_on import added_names, put_on
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention, SwiGLU
@@ -137,6 +138,11 @@ def with_layers(kind, model=None):
     for name in added_names(made):
         if state[name].is_floating_point() and state[name].dim() > 1:
             state[name].copy_(torch.randn(state[name].shape, generator=generator) * 0.3)
+    # As a pool has it: nothing beyond an adapter's own rank, where products need not look.
+    for pool in (module for module in made.modules() if isinstance(module, LowRankPool)):
+        for adapter, rank in enumerate(pool.ranks):
+            pool.a.data[adapter, rank:] = 0
+            pool.b.data[adapter, :, rank:] = 0
     return made.eval()
 
 

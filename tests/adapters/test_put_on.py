@@ -233,7 +233,7 @@ def test_onto_a_frame_whose_numbers_are_elsewhere(tmp_path):
     write_own(tmp_path / "a", drawn(put_on(CONFIGS["llama"]().build(seed=3).eval(), KINDS["low_rank"])))
 
     def frame():
-        made = build_empty(base.config)
+        made = build_empty(CONFIGS["llama"]())
         made.embedding.weight = torch.nn.Parameter(base.embedding.weight.detach(), requires_grad=False)
         return made
 
