@@ -3,9 +3,10 @@
 What is written and not read lies in the transport of a connection, in this process. A transport that is closed waits for it to be read,
 too, for ever; only `abort` lets go of it. So a connection that is behind (its transport has asked to pause, or was closed with bytes left)
 has to take `rate` bytes a second, looked at every `patience_s`. Whose buffer has grown takes nothing for longer: Linux shuts the window of
-a connection whose buffer is full, and opens it only once a sixteenth of that was read. So who has taken much before has as much longer as
-it takes to read a sixteenth of it at `rate`, `LONGEST` times `patience_s` at most. And where all together hold more than `most_bytes`,
-those of whom most is held for one address are cut off.
+a connection whose buffer is full, and opens it only once a part of that was read: a sixteenth at least, and, as it lets go of what it
+keeps in pieces, up to half of a buffer that has not grown. So who has taken much before has as much longer as it takes to read half of it
+at `rate`, `LONGEST` times `patience_s` at most. And where all together hold more than `most_bytes`, those of whom most is held for one
+address are cut off.
 
     connection_made   transport = readers.enter(transport, address), which the connection writes to in place of its own
     pause_writing     transport.is_behind()
@@ -32,7 +33,7 @@ RATE = 1 << 10
 MOST_BYTES = 256 << 20
 
 # The part of a full buffer that is read before anything more is taken; and how many times as long anyone may take nothing because of that.
-OPENS, LONGEST = 1 / 16, 4
+OPENS, LONGEST = 1 / 2, 4
 
 # A connection that is behind for less than this makes no place for others.
 GRACE_S = 2.0
