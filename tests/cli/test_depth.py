@@ -71,6 +71,11 @@ def test_from_text_to_a_report(here, work, deep, text):
     assert {row.num_blocks for row in rows} == {4}
     again = told(here(*search, "--simulations", 12, "--json"))
     assert again == found
+    reward = (work / "my_reward.py").read_text()
+    (work / "my_reward.py").write_text(reward.replace("== 0", "== 1"))
+    code, _, err = here(*search, "--simulations", 12)
+    assert (code, "another search" in err) == (2, True), err
+    (work / "my_reward.py").write_text(reward)
     code, out, err = here(*search, "--simulations", 13)
     assert (code, out) == (2, "")
     assert "another search" in err
@@ -142,6 +147,11 @@ def test_what_a_reader_sees(here, work, deep, questions):
     )
     assert code == 0, err
     assert "macro-F1" in out
+    assert "no router will" not in err
+    asked = (work / questions).read_text()
+    (work / "edited.jsonl").write_text(asked.replace("plus", "and"))
+    code, out, err = here("depth", "search", deep, "edited.jsonl", "-o", "q-paths.jsonl", "--simulations", 8, "--quiet")
+    assert (code, "with another prompt or answer than is asked now" in err) == (2, True), err
     code, out, err = here(
         "depth", "eval", deep, "--data", questions, "--routers", "routers-b", "--baselines", "--quiet"
     )
@@ -212,6 +222,11 @@ def test_routers_of_another_model(here, work, deep, questions):
         here("depth", "train", deep, "of-deep.jsonl", "-o", "of-deep", "--epochs", 1, "--flips", "keep", "--quiet")[0]
         == 0
     )
+    config = config.replace(num_layers=4)
+    save_model(work / "as-deep", config.build(seed=1), ByteTokenizer())
+    code, _, err = here("depth", "train", "as-deep", "of-deep.jsonl", "--out", "z", "--flips", "keep", "--quiet")
+    assert (code, "the paths are of another model: fingerprint" in err) == (2, True), err
+    assert not (work / "z").exists()
     code, _, err = here("depth", "train", "shallow", "of-deep.jsonl", "--out", "z", "--flips", "keep", "--quiet")
     assert code == 2
     assert "4 blocks, and this one has 3" in err

@@ -154,6 +154,19 @@ def test_a_stopped_fit_goes_on_and_finds_the_same(here, work, pruned, rows, fitt
     assert not unfinished.exists()
 
 
+def test_a_line_that_was_refused_leaves_nothing_behind(here, work, pruned, rows):
+    line = ("depth", "prune", pruned, rows, "--out", "refused", *SMALL)
+    # Three of four blocks may pass over 0.9 at most.
+    code, _, err = here(*line, "--sparsity", 0.89)
+    assert (code, "a mean sparsity of 0.89 over 4 blocks cannot be" in err) == (2, True), err
+    unfinished = work / f"refused{UNFINISHED}"
+    assert not unfinished.exists()
+    # A head without a measurement, as earlier versions left it, keeps nothing.
+    unfinished.write_text('{"kind": "anabranch fit of a token skipper", "digest": "another"}\n')
+    assert here(*line, "--sparsity", 0.3)[0] == 0
+    assert not unfinished.exists()
+
+
 def test_a_damaged_unfinished_fit_is_told(here, work, pruned, rows):
     for content in ("", "x", "[]", '{"kind": "other"}\n'):
         (work / f"bad{UNFINISHED}").write_text(content)

@@ -283,6 +283,9 @@ def of_token(question, run):
     return float(run.logits([question.prompt], last_only=True)[0, -1].argmax() % 2 == 0)
 
 
+of_token.name = "of token"
+
+
 def test_neither_order_nor_a_stop_changes_what_is_found(tmp_path):
     model, questions = stack(), asked(8)
     config = SearchConfig(simulations=12, seed=3)
@@ -299,7 +302,7 @@ def test_neither_order_nor_a_stop_changes_what_is_found(tmp_path):
         wanted(question, run)
         return of_token(question, run)
 
-    counted.__qualname__ = of_token.__qualname__
+    counted.name = of_token.name
     went_on = search_paths(model, questions, counted, config, tmp_path / "c.jsonl")
     assert {row.id: row for row in went_on.rows} == {row.id: row for row in whole.rows}
     done = {json.loads(line)["id"] for line in lines[:3] if json.loads(line)["base_right"]}
@@ -357,6 +360,58 @@ def test_a_file_goes_on_with_its_own_search(tmp_path, change, message):
     with pytest.raises(DataError, match="another search"):
         search_paths(stack(seed=1), questions, of_token, config, tmp_path / "a.jsonl")
     assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": (5, 6)}, {"answer": (7,)}, {"answer_text": "seven"}, {"options": ((1,), (2,)), "correct": 0}]
+)
+@pytest.mark.parametrize("flips", ["auto", "drop"])
+def test_a_row_of_a_question_that_asked_something_else_is_refused(tmp_path, change, flips):
+    """Not only what is right already, but also in the null control."""
+    model, place, config = stack(), tmp_path / "a.jsonl", SearchConfig(simulations=4, flip_labels=flips)
+    search_paths(model, [QUESTION, *asked(4)], of_token, config, place)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    changed = replace(QUESTION, **change)
+    with pytest.raises(DataError, match=r"a\.jsonl has question 'one' with another prompt or answer than is asked now"):
+        search_paths(model, [changed], of_token, config, place)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    # Another name is another question, and those that are not asked any more say nothing.
+    other = search_paths(model, [replace(changed, id="two")], of_token, config, place)
+    assert (other.rows[0].id, other.rows[0].prompt) == ("two", changed.prompt)
+
+
+def test_the_control_of_questions_that_asked_something_else_is_refused(tmp_path):
+    answers = Answers(lambda question, path: 0 if path == WHOLE else hash(path) % 16 + 3)
+    place, config = tmp_path / "a.jsonl", SearchConfig(simulations=20, probe=3)
+    rows = search_paths(stack(), wrong_ones(4), answers, config, place).rows
+    assert {row.question for row in read_paths(control_file(place))} <= {one.content() for one in wrong_ones(4)}
+    assert control_of(place, rows).probe == 3
+    changed = [replace(row, question="x") for row in rows]
+    with pytest.raises(DataError, match=r"a\.control\.jsonl has question 'w\d' with another prompt or answer"):
+        control_of(place, changed)
+    place.unlink()
+    changed = [replace(one, prompt=(*one.prompt, 9)) for one in wrong_ones(4)]
+    with pytest.raises(DataError, match=r"a\.control\.jsonl has question 'w\d' with another prompt"):
+        search_paths(stack(), changed, answers, config, place)
+    assert not place.exists()
+
+
+def test_a_file_knows_a_reward_by_the_name_that_it_was_given(tmp_path):
+    """A function is called the same after it has been changed."""
+
+    def half(question, run):
+        return 1.0
+
+    model, place, config = stack(), tmp_path / "a.jsonl", SearchConfig(simulations=2)
+    with pytest.raises(ConfigError, match=r"reward '.*half' has no attribute name, by which a file of paths knows it"):
+        search_paths(model, [QUESTION], half, config, place)
+    assert list(tmp_path.iterdir()) == []
+    assert search_paths(model, [QUESTION], half, config).rows[0].base_right
+    half.name = "half-1"
+    search_paths(model, [QUESTION], half, config, place)
+    half.name = "half-2"
+    with pytest.raises(DataError, match="another search"):
+        search_paths(model, [QUESTION], half, config, place)
 
 
 def test_a_file_is_written_by_one_process(tmp_path):
@@ -472,8 +527,12 @@ def test_more_questions_leave_what_was_decided(tmp_path):
 
 
 def test_nothing_is_left_where_nothing_was_found(tmp_path):
+    def nothing(question, run):
+        return None
+
+    nothing.name = "nothing"
     with pytest.raises(DataError, match="must be a finite number"):
-        search_paths(stack(), asked(2), lambda question, run: None, None, tmp_path / "a.jsonl")
+        search_paths(stack(), asked(2), nothing, None, tmp_path / "a.jsonl")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -520,13 +579,17 @@ def test_labels_and_their_quota():
     assert (len(some), some.num_flips) == (9, 3)
     assert some.ids == tuple(name for name in labels.ids if name in some.ids)
     assert len(labels_of(made, quota=2)) == 2
+    assert labels.model == labels.take([1, 2]).model == stack().fingerprint()
+    with pytest.raises(DataError, match="rows are of different models"):
+        labels_of([*made, replace(made[1], model="another")])
 
 
 # The file
 
 GOOD = {
     "id": "a", "base_reward": 1.0, "base_right": True, "path": [0, 1], "good": ["11000"], "evaluations": 2, "simulations": 3, "blocks": 9,
-    "blocks_naive": 12, "seed": 1, "num_blocks": 5, "searched": True, "prompt": [1], "search": "x",
+    "blocks_naive": 12, "seed": 1, "num_blocks": 5, "searched": True, "prompt": [1], "search": "x", "question": "q",
+    "model": "m",
 }  # fmt: skip
 
 
@@ -550,8 +613,10 @@ GOOD = {
         ({"base_reward": True}, "base_reward is True"),
         ({"base_right": 1}, "base_right is 1; it must be true or false"),
         ({"searched": "yes"}, "searched is 'yes'"),
-        ({"id": 3}, "must be texts"),
-        ({"search": None}, "must be texts"),
+        ({"id": 3}, "id is 3; it must be a text"),
+        ({"search": None}, "search is None; it must be a text"),
+        ({"question": ""}, "question is ''; it must be a text"),
+        ({"model": 7}, "model is 7; it must be a text"),
     ],
 )
 def test_rows_that_are_none(tmp_path, change, message):
@@ -571,6 +636,7 @@ def test_rows_that_are_none(tmp_path, change, message):
         ('{"id": "a"}\n', "no field 'base_reward'"),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n", "'a' comes twice"),
         (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "b", "search": "y"}) + "\n", "different searches"),
+        (json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "b", "model": "n"}) + "\n", "different searches"),
     ],
 )
 def test_files_that_are_none(tmp_path, text, message):

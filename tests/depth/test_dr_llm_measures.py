@@ -1,10 +1,15 @@
 """What routers are worth: measures on paths, and baselines at the same number of layers."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.depth.dr_llm import (
+    Question,
     baselines_at,
     compare,
     early_exit,
@@ -114,6 +119,40 @@ def test_baselines_have_as_many_layers(mean):
     for paths in (random_skip(5, mean, 40), early_exit(5, mean, 40), shortgpt([0.5, 0.1, 0.9, 0.2, 0.3], mean, 40)):
         assert [len(path) for path in paths] == numbers
         assert all(list(path) == sorted(set(path)) for path in paths)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=12, max_size=40), st.floats(0, 5), st.integers(0, 3))
+def test_baselines_have_as_many_layers_over_tokens(tokens, mean, seed):
+    numbers = spread(mean, len(tokens), 5, seed, tokens=tokens)
+    assert min(numbers) >= 0
+    assert max(numbers) - min(numbers) <= 1
+    assert max(numbers) <= 5
+    error = sum(number * length for number, length in zip(numbers, tokens, strict=True)) - mean * sum(tokens)
+    # No sequence and no exchange of two would come nearer.
+    more = [length for number, length in zip(numbers, tokens, strict=True) if number > math.floor(mean)]
+    less = [length for number, length in zip(numbers, tokens, strict=True) if number == math.floor(mean)]
+    if len(set(tokens)) > 1 and mean < 5:
+        changes = [b - a for a in (0, *more) for b in (0, *less)]
+        assert abs(error) <= min(abs(error + change) for change in changes) + 1e-5
+    assert numbers == spread(mean, len(tokens), 5, seed, tokens=tokens)
+
+
+def test_baselines_take_as_many_layers_as_routers_where_lengths_differ():
+    """Five long prompts would shift a mean over questions by half a layer."""
+    model = stack()
+    generator = torch.Generator().manual_seed(2)
+    asked_for = [
+        Question(f"q{number}", tuple(torch.randint(23, (40 if number % 4 == 0 else 5,), generator=generator).tolist()), (7,))
+        for number in range(20)
+    ]  # fmt: skip
+    for seed in range(2):
+        for name, found in baselines_at(model, asked_for, 3.4, [0.1, 0.2, 0.3, 0.4, 0.5], seed=seed).items():
+            assert found.layers_per_token == pytest.approx(3.4, abs=0.0092), name
+    with pytest.raises(ConfigError, match=r"tokens is \[1, 0\]; it must be a number from 1 for each of 2"):
+        spread(1.5, 2, 5, tokens=[1, 0])
+    with pytest.raises(ConfigError, match="for each of 3"):
+        spread(1.5, 3, 5, tokens=[1, 2])
 
 
 def test_baselines_by_hand():

@@ -17,7 +17,7 @@ from anabranch.depth.dr_llm import (
 )
 from anabranch.depth.dr_llm.masked import embed_masked, takes_masks
 from anabranch.depth.dr_llm.questions import is_questions
-from anabranch.depth.dr_llm.rewards import boxed, first_letter, name_of, shared_prompt
+from anabranch.depth.dr_llm.rewards import OwnReward, boxed, first_letter, identity_of, name_of, shared_prompt
 from anabranch.depth.dr_llm.runner import QuestionRuns
 from anabranch.depth.stack import run_path
 from anabranch.errors import ConfigError, DataError
@@ -192,6 +192,17 @@ def test_a_reward_of_ones_own(tmp_path):
     assert find_reward(f"{file}:length", TOKENIZER)(CHOICE, run) == 2
     with pytest.raises(DataError, match="fails on question 'c': ZeroDivisionError: division by zero"):
         find_reward(f"{file}:broken", TOKENIZER)(CHOICE, run)
+    # It is another one when the file is changed, unless it says itself what it is.
+    before = identity_of(find_reward(f"{file}:length", TOKENIZER))
+    assert before == identity_of(find_reward(f"{file}:length", TOKENIZER)) != f"{file}:length"
+    file.write_text("def length(question, run):\n    return -len(run.path)\n")
+    assert identity_of(find_reward(f"{file}:length", TOKENIZER)) != before
+    file.write_text(file.read_text() + "\n\nlength.name = 'second'\n")
+    assert identity_of(find_reward(f"{file}:length", TOKENIZER)) == f"{file}:length second"
+    assert identity_of(OwnReward("mine", own)) == "mine"
+    for nameless in (own, type("Nameless", (), {"name": "", "__call__": own})()):
+        with pytest.raises(ConfigError, match="has no attribute name"):
+            identity_of(nameless)
     file.write_text("def")
     with pytest.raises(ConfigError, match="cannot be loaded: SyntaxError"):
         find_reward(f"{file}:length", TOKENIZER)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -350,6 +351,13 @@ def labels_by(rule, count=24, num_blocks=5):
 
 def even_or_odd(token):
     return [1, 0, 1, 2, 1] if token % 2 else [1, 1, 1, 1, 0]
+
+
+def test_labels_of_another_model_of_the_same_sizes_are_refused():
+    labels = replace(labels_by(even_or_odd, count=6), model=stack().fingerprint())
+    assert len(collect_features(stack(), labels).weight_NW) == 6
+    with pytest.raises(DataError, match="the paths are of another model: fingerprint"):
+        train_routers(stack(seed=1), labels)
 
 
 def test_features_are_what_stands_before_each_block_on_the_label_path():

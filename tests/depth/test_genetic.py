@@ -71,6 +71,25 @@ def test_a_stopped_search_goes_on_where_it_was():
     assert (rest.best, rest.evaluations) == (whole.best, whole.evaluations - 25)
 
 
+@pytest.mark.parametrize("stop", [1, 10, 29])
+def test_a_stopped_search_ends_where_the_whole_one_ends_also_by_its_limit(stop):
+    limit, memo, left = {"max_evaluations": 30}, {}, [stop]
+    whole = search(config=limit)
+
+    def measure(row):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return fitness(row)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(measure, memo=memo, config=limit)
+    rest = search(memo=memo, config=limit)
+    assert (rest.best, rest.fitness, rest.evaluations) == (whole.best, whole.fitness, 30 - stop)
+    assert [one.best for one in rest.history] == [one.best for one in whole.history]
+    assert len(memo) == 30
+
+
 def test_evaluations_are_limited():
     calls = []
     found = search(lambda row: calls.append(row) or fitness(row), config={"max_evaluations": 30})

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anabranch.depth import DepthRouter, path_of, routed_pass, run_path, stack_of
+from anabranch.depth.dr_llm import BankConfig, RouterBank
 from anabranch.errors import ConfigError
 from anabranch.lm.generate import SamplingConfig, generate
 from block_stacks import BLOCKS, decoder, model, tokens
@@ -180,6 +181,48 @@ class OfAnother(Scripted):
 def test_wrong_banks(bank, message):
     with pytest.raises(ConfigError, match=message):
         DepthRouter.attach(model("ours"), bank)
+
+
+def test_a_bank_of_another_model_of_the_same_sizes():
+    stack = stack_of(decoder(seed=3))
+    fields = {"num_blocks": stack.num_blocks, "width": stack.width}
+    bank = RouterBank(BankConfig(**fields, fingerprint=stack.fingerprint()))
+    assert DepthRouter.attach(decoder(seed=3), bank).bank is bank
+    with pytest.raises(
+        ConfigError, match=f"of another model of the same sizes: fingerprint {stack.fingerprint()}, and"
+    ):
+        DepthRouter.attach(decoder(seed=4), bank)
+    # Of no certain model.
+    assert DepthRouter.attach(decoder(seed=4), RouterBank(BankConfig(**fields))).bank is not None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("abc", "prompt is 'abc'; give token ids, or several lists"),
+        (None, "prompt is None; give token ids"),
+        (7, "prompt is 7; give token ids"),
+        (torch.tensor(7), "prompt is 7; give token ids"),
+        ([True], r"prompt 0 is \[True\]; a prompt is a list of token ids"),
+        ([1.0], r"prompt 0 is \[1.0\]"),
+        (["abc"], r"prompt 0 is \['abc'\]"),
+        ([[1], "a"], "prompt 1 is 'a'"),
+        ([[1], 2], "prompt 1 is 2"),
+        ([[1], None], "prompt 1 is None"),
+        ([1, [2]], r"prompt 0 is \[1, \[2\]\]"),
+    ],
+)
+def test_prompts_that_are_none(prompt, message):
+    router = DepthRouter.attach(model("ours"))
+    with pytest.raises(ConfigError, match=message):
+        router.generate(prompt, GREEDY, depth="full")
+    for prompts in ("abc", None, 7):
+        with pytest.raises(ConfigError, match=r"prompts is .*; give lists of token ids"):
+            list(router.stream(prompts, GREEDY, depth="full"))
+        with pytest.raises(ConfigError, match=r"prompts is .*; give lists of token ids"):
+            generate(model("ours"), prompts, GREEDY)
+    with pytest.raises(ConfigError, match=r"prompt 0 is \[True\]"):
+        generate(model("ours"), [[True]], GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="BLOCKS",
-            help="Run these blocks, in this order, e.g. 0,1,2,2,3: skip some, repeat some. Default: each once.",
+            help="Run these blocks, in this order, each at most twice, e.g. 0,1,2,2,3: skip some, repeat some. Default: each once.",
         ),
     ] = None,
     cached: Annotated[
@@ -62,6 +62,7 @@ def evaluate(
     from anabranch.adapters import load_peft
     from anabranch.adapters.own_folder import is_own, read_own
     from anabranch.cli.corpora import Tracked, default_length, run_of, say_defaults, windows_of
+    from anabranch.depth.decisions import check_depth_path
     from anabranch.lm.on_path import OnPath
     from anabranch.train import evaluate as measure
 
@@ -77,9 +78,9 @@ def evaluate(
             say(f"warning: {model} is meant for {network.config.max_positions} positions, windows have {length}")
         windows, name = windows_of(data, run, tokenizer, length, tokens)
         say_defaults(model, name, length, run=run, is_chosen=data is not None and sequence_length is not None)
-        measured = OnPath(
-            network, None if path is None else read_path(path), chunk=PIECE if cached else None, num_streams=streams
-        )
+        # The rule of depth routing, as everywhere: no block is come to a third time.
+        blocks: Any = None if path is None else check_depth_path(read_path(path), len(network.blocks))
+        measured = OnPath(network, blocks, chunk=PIECE if cached else None, num_streams=streams)
         with told:
             result = measure(measured, Tracked(windows, quiet))
     if as_json:

@@ -4,7 +4,8 @@
     next:         the best ``elitism`` as they are; the rest are children: two winners of tournaments crossed, then changed
 
 A chromosome is measured once: its fitness is kept under its key, also from call to call where the caller gives the memo. With one seed and
-one fitness the search takes the same way again, so a memo on disk makes it stoppable.
+one fitness the search takes the same way again, so a memo on disk makes it stoppable: what it knows counts against ``max_evaluations`` like
+what is measured anew.
 """
 
 import math
@@ -31,7 +32,8 @@ class GeneticConfig(Config):
         generations: how many follow the first.
         tournament: members that are drawn, the best of which becomes a parent.
         elitism: the best members that go on unchanged.
-        max_evaluations: chromosomes that are measured at most; the search ends early where the next would exceed it.
+        max_evaluations: different chromosomes that a search comes to at most, measured or known to its memo; it ends early where the next
+            would exceed it.
     """
 
     population: int = Field(default=24, ge=2, le=10**5)
@@ -146,12 +148,16 @@ class _Search(Generic[C]):
         self.evaluations = 0
         self.best: tuple[C, float] | None = None
         self._fitness, self._key, self._memo, self._most = fitness, key, memo, most
+        # All that this search has come to, also what a stopped one had measured: both end at the same chromosome.
+        self._seen: set[Hashable] = set()
 
     def __call__(self, chromosome: C) -> float:
         name = self._key(chromosome)
-        if name not in self._memo:
-            if self.evaluations >= self._most:
+        if name not in self._seen:
+            if len(self._seen) >= self._most:
                 raise _Spent
+            self._seen.add(name)
+        if name not in self._memo:
             self.evaluations += 1
             value = float(self._fitness(chromosome))
             self._memo[name] = -math.inf if math.isnan(value) else value

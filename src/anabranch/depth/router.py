@@ -71,6 +71,12 @@ class DepthRouter:
             theirs = getattr(bank, name, own)
             if theirs != own:
                 raise ConfigError(f"the routers have {name}={theirs}, and the model {own}; they are of another model")
+        # Empty, or not there, where routers are of no certain model.
+        theirs = getattr(getattr(bank, "config", None), "fingerprint", "")
+        if theirs and theirs != stack.fingerprint():
+            raise ConfigError(
+                f"the routers are of another model of the same sizes: fingerprint {theirs}, and this one has {stack.fingerprint()}"
+            )
         return cls(stack, bank)
 
     def reset(self) -> None:
@@ -105,10 +111,13 @@ class DepthRouter:
                 model, 1 repeats all.
             decide: of routed depth: once on the ``"prompt"``, for all tokens that follow; or on every new token of its own (``"step"``).
 
-        Raises ConfigError (a ValueError) for a path that cannot be, routed depth without routers, and what is neither.
+        Raises ConfigError (a ValueError) for a path that cannot be, routed depth without routers, what is neither, and prompts that are no
+        token ids.
         """
         given: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        several = len(given) > 0 and isinstance(given[0], Sequence)
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise ConfigError(f"prompt is {shown(given)}; give token ids, or several lists of them")
+        several = len(given) > 0 and isinstance(given[0], Sequence) and not isinstance(given[0], str)
         prompts: Any = given if several else [given]
         results: list[list[int]] = [[] for _ in prompts]
         for step in self.stream(prompts, config, depth=depth, control=control, decide=decide):
@@ -128,6 +137,8 @@ class DepthRouter:
     ) -> Iterator[Step]:
         """Like `generate` of several prompts, but yields each step as it is made. Sequences that stop leave the batch."""
         config = config or SamplingConfig()
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+            raise ConfigError(f"prompts is {shown(prompts)}; give lists of token ids")
         paths = self.paths(depth, len(prompts))
         control = check_control(control)
         if decide not in get_args(Decide):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anabranch.bounds import is_whole, shown
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Seed, Size, configclass
 from anabranch.errors import ConfigError, NotFiniteError
@@ -53,8 +54,9 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens of each. ``num_streams`` as of `Decoder.forward`.
 
-    Raises ConfigError for an empty prompt, a prompt with ids outside the vocabulary, or streams that the model does not have.
+    Raises ConfigError for an empty prompt, a prompt that is no list of ids of the vocabulary, or streams that the model does not have.
     """
+    check_prompts(model, prompts)
     results: list[list[int]] = [[] for _ in prompts]
     for step in stream(model, prompts, config, num_streams=num_streams):
         for row, token in zip(step.rows, step.tokens, strict=True):
@@ -130,13 +132,17 @@ def sample(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator
 
 
 def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise ConfigError for an empty prompt, or one with ids outside the vocabulary."""
+    """Raise ConfigError for an empty prompt, one with ids outside the vocabulary, and what is no list of ids."""
     check_token_ids(prompts, model.config.vocab_size)
 
 
 def check_token_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     """`check_prompts` for a model of so many tokens."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+        raise ConfigError(f"prompts is {shown(prompts)}; give lists of token ids")
     for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, Sequence) or not all(map(is_whole, prompt)):
+            raise ConfigError(f"prompt {number} is {shown(prompt)}; a prompt is a list of token ids, whole numbers")
         if not prompt:
             raise ConfigError(f"prompt {number} is empty; give at least one token")
         if max(prompt) >= vocab_size or min(prompt) < 0:

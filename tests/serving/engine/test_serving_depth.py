@@ -9,6 +9,7 @@ from adapter_models import make_adapter
 from anabranch.adapters import load_peft
 from anabranch.data import ByteTokenizer
 from anabranch.depth import DepthRouter, path_of, routed_pass, stack_of
+from anabranch.depth.dr_llm.bank import BankConfig, RouterBank
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.lm import Decoder, save_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
@@ -146,6 +147,21 @@ def test_nothing_is_shared_with_a_request_whose_path_is_not_known():
     llm.generate([prompt], SAMPLING, routes_depth=True)
     assert reset() == 0, "nobody could find what is kept"
     llm.close()
+
+
+def test_loaded_routers_of_another_model_are_refused():
+    model = MODELS["dense"]
+    stack = stack_of(model)
+    for fields, message in (
+        ({"num_blocks": 4}, "num_blocks=4, and the model 3"),
+        ({"width": 16}, "width=16, and the model 32"),
+        ({"fingerprint": "f" * 64}, "of another model of the same sizes: fingerprint f"),
+    ):
+        bank = RouterBank(BankConfig(**{"num_blocks": stack.num_blocks, "width": stack.width, **fields}))
+        with pytest.raises(ConfigError, match=message):
+            Engine.of(model, ServingConfig(num_blocks=16), tokenizer=ByteTokenizer(), depth_bank=bank)
+    with pytest.raises(ConfigError, match="bank is a int"):
+        Engine.of(model, ServingConfig(num_blocks=16), tokenizer=ByteTokenizer(), depth_bank=7)
 
 
 def test_control_is_given_to_the_routers():

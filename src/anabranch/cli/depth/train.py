@@ -84,7 +84,7 @@ def train(
         return
     if min(report.counts) == 0:
         missing = ("skip", "run", "repeat")[report.counts.index(0)]
-        say(f"note: no label says {missing}, so no router will")
+        say(f"note: no label says {missing}: routers have not learned when to, and where one does it is by chance")
     fact("model", f"{model}   {stack.num_blocks} blocks, {quantity(bank.num_parameters)} parameters of routers")
     skip, run, again = report.counts
     fact(

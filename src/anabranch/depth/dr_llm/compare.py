@@ -45,13 +45,15 @@ def baselines_at(
     reference: Reference | None = None,
     seed: int = 0,
 ) -> dict[str, Measured]:
-    """Each of `BASELINES` at a mean number of layers, at most that of the whole model."""
+    """Each of `BASELINES` at a mean number of layers per token, at most that of the whole model."""
     count, num_blocks = len(questions), stack.num_blocks
+    # As `measure_paths` counts layers: over all tokens that go through the model.
+    tokens = [len(question.prompt) + len(question.answer) - 1 for question in questions]
     mean_layers = min(mean_layers, num_blocks)
     paths = {
-        "random": random_skip(num_blocks, mean_layers, count, seed=seed),
-        "shortgpt": shortgpt(influence, mean_layers, count, seed=seed),
-        "early_exit": early_exit(num_blocks, mean_layers, count, seed=seed),
+        "random": random_skip(num_blocks, mean_layers, count, seed=seed, tokens=tokens),
+        "shortgpt": shortgpt(influence, mean_layers, count, seed=seed, tokens=tokens),
+        "early_exit": early_exit(num_blocks, mean_layers, count, seed=seed, tokens=tokens),
     }
     return {name: measure_paths(stack, questions, own, reference=reference) for name, own in paths.items()}
 

@@ -75,7 +75,7 @@ def collect_features(
         batch_size: prompts at once.
         progress: is told how many prompts are done.
 
-    Raises DataError for labels of another depth or tokens that the model has not, NotFiniteError where its states are NaN.
+    Raises DataError for labels of another model, depth or tokens that the model has not, NotFiniteError where its states are NaN.
     """
     _check(stack, labels)
     count, num_blocks = len(labels), stack.num_blocks
@@ -130,6 +130,11 @@ def _check(stack: BlockStack, labels: Labels) -> None:
     if labels.num_blocks != stack.num_blocks:
         raise DataError(
             f"the paths are of a model with {labels.num_blocks} blocks, and this one has {stack.num_blocks}"
+        )
+    own = stack.fingerprint()
+    if labels.model and labels.model != own:
+        raise DataError(
+            f"the paths are of another model: fingerprint {labels.model}, and this one has {own}; search paths of this model"
         )
     for name, prompt in zip(labels.ids, labels.prompts, strict=True):
         beyond = [token for token in prompt if token >= stack.vocabulary]

@@ -26,12 +26,14 @@ class Labels:
         prompts: tokens of each.
         decision_NL: int64, how often each block is run.
         num_flips: how many are of questions that the whole model answers wrongly.
+        model: fingerprint of the model that was searched; empty for labels of no certain model.
     """
 
     ids: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
     decision_NL: Tensor
     num_flips: int = 0
+    model: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,6 +60,7 @@ class Labels:
             tuple(self.ids[place] for place in chosen),
             tuple(self.prompts[place] for place in chosen),
             self.decision_NL[chosen],
+            model=self.model,
         )
 
 
@@ -76,13 +79,15 @@ def labels_of(
         quota: the most labels; None for all. Where flips are taken, later ones take the place of others until their share is reached.
         flip_share: of flips among the quota.
 
-    Raises DataError where there is none.
+    Raises DataError where there is none, or rows are of several models.
     """
     found = [row for row in rows if row.path is not None and (flips or row.base_right)]
     if not found:
         raise DataError(
             f"none of {len(rows)} questions has a right path, so there is nothing to learn; give questions that the model answers"
         )
+    if len({row.model for row in found}) > 1:
+        raise DataError("the rows are of different models; give those of one search")
     if quota is not None:
         found = _within(found, quota, flip_share)
     num_blocks = found[0].num_blocks
@@ -92,6 +97,7 @@ def labels_of(
         tuple(row.prompt for row in found),
         decisions,
         sum(not row.base_right for row in found),
+        found[0].model,
     )
 
 

@@ -64,6 +64,13 @@ class Question:
         told = json.dumps([self.prompt, self.answer, self.options, self.correct])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
+    def content(self) -> str:
+        """Like `digest`, of the texts of answers too: all that a reward may look at but the id."""
+        told = json.dumps(
+            [self.prompt, self.answer, self.options, self.correct, self.answer_text, list(self.option_texts)]
+        )
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
+
 
 def is_questions(path: str | Path) -> bool:
     """Whether a file looks like questions: JSON lines whose first row asks something. Other files are text."""

@@ -3,12 +3,12 @@
     {"id": "q1", "base_reward": 1.0, "base_right": true, "path": [0, 1, 3], "good": ["1101"], "evaluations": 14, ...}
 
 ``path`` is the label, null where no path was right; ``good`` are all right paths, a digit a block: 0 skipped, 1 run, 2 run twice. A search
-goes on in its file only with the model, reward and settings it began with.
+goes on in its file only with the model, reward and settings it began with, and with questions that ask what they asked.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -43,6 +43,9 @@ class PathRow:
         searched: whether paths were looked for; False for a question whose flips are not wanted.
         prompt: tokens of the prompt, for training.
         search: twelve letters that say which model, reward and settings.
+        question: twelve letters that say what was asked and answered, see `Question.content`; in a null control, of the question whose
+            decoy this is.
+        model: its fingerprint; routers learn from rows of their own model alone.
     """
 
     id: str
@@ -59,6 +62,8 @@ class PathRow:
     searched: bool
     prompt: tuple[int, ...]
     search: str
+    question: str
+    model: str
 
     @property
     def decisions(self) -> list[int] | None:
@@ -126,8 +131,9 @@ def _row(line: bytes, where: str) -> PathRow:
     for name in whole:
         if not is_whole(table[name]) or table[name] < 0:
             raise DataError(f"{where}: {name} is {shown(table[name])}; it must be a whole number from 0")
-    if not isinstance(table["id"], str) or not isinstance(table["search"], str):
-        raise DataError(f"{where}: id and search must be texts")
+    for name in ("id", "search", "question", "model"):
+        if not isinstance(table[name], str) or not (table[name] or name == "id"):
+            raise DataError(f"{where}: {name} is {shown(table[name])}; it must be a text")
     reward = table["base_reward"]
     if isinstance(reward, bool) or not isinstance(reward, int | float) or reward != reward:
         raise DataError(f"{where}: base_reward is {shown(reward)}; it must be a number")
@@ -171,7 +177,7 @@ def _check(rows: Iterable[PathRow], place: Path) -> None:
         if row.id in seen:
             raise DataError(f"{place}: question {shown(row.id)} comes twice")
         first = next(iter(seen.values()), row)
-        if (row.search, row.num_blocks) != (first.search, first.num_blocks):
+        if (row.search, row.num_blocks, row.model) != (first.search, first.num_blocks, first.model):
             raise DataError(
                 f"{place}: questions {shown(first.id)} and {shown(row.id)} are of different searches ({first.search}, {row.search}); "
                 "keep those of one model, reward and settings in a file"
@@ -230,6 +236,19 @@ class PathsFile:
                 # Nothing was found before something went wrong, or nothing was asked for.
                 if not was_there and not made.rows:
                     place.unlink(missing_ok=True)
+
+    def check_questions(self, content: Mapping[str, str]) -> None:
+        """Raise DataError for a row whose question asked something else.
+
+        Args:
+            content: `Question.content` of each question, by id.
+        """
+        for row in self.rows.values():
+            if content.get(row.id, row.question) != row.question:
+                raise DataError(
+                    f"{self._path} has question {shown(row.id)} with another prompt or answer than is asked now; name another file, or "
+                    "give the question another id"
+                )
 
     def add(self, row: PathRow) -> None:
         """Write a row; once this returns it stays, whatever happens to the process."""

@@ -1,10 +1,12 @@
 """Rewards of Dr.LLM's search: 1 where the model answers a question rightly on a path, 0 where not; or a user's own number.
 
 A reward is anything that is called with a `Question` and a `PathRun` and gives a finite number, best from 0 to 1. `find_reward` knows the
-ones below by name, and any other as ``module:name`` or ``file.py:name``.
+ones below by name, and any other as ``module:name`` or ``file.py:name``. A file of paths
+knows a reward by its attribute ``name``; one from a module or file without that, by the content of the file.
 """
 # Shapes: B sequences, L positions, V vocabulary
 
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -33,6 +35,7 @@ __all__ = [
     "checked",
     "find_reward",
     "first_letter",
+    "identity_of",
     "name_of",
 ]
 
@@ -215,13 +218,14 @@ def find_reward(name: str, tokenizer: Tokenizer, *, max_tokens: int | None = Non
             f"there is no reward {name!r}; use {', '.join(REWARDS)}, or your own as module:name or file.py:name"
         )
     try:
-        found = getattr(_module(module), attribute)
+        loaded = _module(module)
+        found = getattr(loaded, attribute)
     # Whatever code of a user's raises while it is loaded.
     except Exception as error:
         raise ConfigError(f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"reward {name!r} is a {type(found).__name__}; it must be called with a question and a run")
-    return OwnReward(name, found)
+    return OwnReward(name, found, version=_version(found, loaded))
 
 
 def _module(name: str) -> Any:
@@ -236,16 +240,26 @@ def _module(name: str) -> Any:
     return made
 
 
+def _version(found: Any, module: Any) -> str:
+    """What a function says that it is, by its attribute ``name``; else the content of the file that it is from."""
+    told = getattr(found, "name", None)
+    if isinstance(told, str) and told:
+        return told
+    file = Path(getattr(module, "__file__", None) or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ""
+
+
 class OwnReward:
     """A function of a user's, whose errors say that they are its own.
 
     Args:
         name: where it is from.
         function: (question, run) -> number.
+        version: another whenever it changes; empty where ``name`` says it already.
     """
 
-    def __init__(self, name: str, function: Reward) -> None:
-        self.name, self._function = name, function
+    def __init__(self, name: str, function: Reward, *, version: str = "") -> None:
+        self.name, self.version, self._function = name, version, function
 
     def __call__(self, question: Question, run: PathRun) -> float:
         """What the function gives. Raises DataError for what it raises, unless that is an error of anabranch's."""
@@ -263,6 +277,20 @@ def name_of(reward: Reward) -> str:
     """What a file says of a reward."""
     told = getattr(reward, "name", None) or getattr(reward, "__qualname__", None) or type(reward).__qualname__
     return str(told)
+
+
+def identity_of(reward: Reward) -> str:
+    """What tells a reward from another, so that a file of paths holds none of both: its ``name``, and its ``version`` where it has one.
+
+    Raises ConfigError for one without a name: a function is called the same after it has been changed.
+    """
+    told = getattr(reward, "name", None)
+    if not isinstance(told, str) or not told:
+        raise ConfigError(
+            f"reward {name_of(reward)!r} has no attribute name, by which a file of paths knows it; set one, and another whenever it changes"
+        )
+    version = getattr(reward, "version", "")
+    return f"{told} {version}" if version else told
 
 
 def checked(value: object, question: Question) -> float:

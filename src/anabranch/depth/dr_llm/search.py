@@ -7,7 +7,7 @@ questions nor a stop in the middle changes what is found.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from anabranch.depth.dr_llm.mcts import TreeSearch
 from anabranch.depth.dr_llm.moves import Steps, in_common, moves_of
 from anabranch.depth.dr_llm.questions import Question, check_questions
 from anabranch.depth.dr_llm.records import PathRow, PathsFile, digits_of, read_paths
-from anabranch.depth.dr_llm.rewards import Reward, checked, name_of
+from anabranch.depth.dr_llm.rewards import Reward, checked, identity_of, name_of
 from anabranch.depth.dr_llm.runner import QuestionRuns
 from anabranch.depth.dr_llm.settings import SearchConfig, seed_of
 from anabranch.depth.stack import BlockStack
@@ -127,6 +127,8 @@ def search_question(
         searched=searched,
         prompt=question.prompt,
         search=search,
+        question=question.content(),
+        model=stack.fingerprint(),
     )
 
 
@@ -166,6 +168,9 @@ def control_of(out: str | Path, rows: Sequence[PathRow], significance: float = 0
     decoys = read_paths(place)
     if decoys[0].search != rows[0].search:
         raise DataError(f"{place} is the control of another search than {out}; remove it, or search again")
+    for row in decoys:
+        if row.id in truth and truth[row.id].question != row.question:
+            raise DataError(f"{place} has question {row.id!r} with another prompt or answer than {out}; search again")
     pairs = [
         Flip(row.id, truth[row.id].path is not None, row.path is not None)
         for row in decoys
@@ -191,23 +196,27 @@ def search_paths(
     Args:
         stack: of the model, which is in evaluation meanwhile and is not changed.
         questions: each with an id of its own.
-        reward: of a path, see `anabranch.depth.dr_llm.rewards`.
+        reward: of a path, see `anabranch.depth.dr_llm.rewards`; with ``out``, one that has a name.
         config: settings; None for the paper's.
         out: file of JSON lines, which is gone on with if it is there; None keeps rows in memory. The control lies in `control_file`.
         progress: is told of each question.
 
-    Raises DataError: no question, an id twice, a file of another search; what the reward and the model raise.
+    Raises DataError: no question, an id twice, a file of another search or of the same ids with other prompts or answers; ConfigError for a
+    reward without a name where there is a file; what the reward and the model raise.
     """
     config = config or SearchConfig()
     if not questions:
         raise DataError("there are no questions to search; give at least one")
     check_questions(questions, "the questions", stack.vocabulary)
-    search = config.digest(stack.fingerprint(), name_of(reward))
+    search = config.digest(stack.fingerprint(), name_of(reward) if out is None else identity_of(reward))
+    content = {question.id: question.content() for question in questions}
     with evaluating(stack.module):
         job = _Search(stack, questions, reward, config, search, progress)
         if out is None:
             return job.run({}, {}, lambda row: None, lambda row: None)
         with PathsFile.open(out, search) as paths, PathsFile.open(control_file(out), search) as control:
+            paths.check_questions(content)
+            control.check_questions(content)
             return job.run(paths.rows, control.rows, paths.add, control.add)
 
 
@@ -297,7 +306,8 @@ class _Search:
                 decoy = self._decoy(question)
                 if decoy is None:
                     continue
-                row = self._of(decoy)
+                # A row of the control is of the question, whichever wrong answer it was searched towards.
+                row = replace(self._of(decoy), question=question.content())
                 add_control(row)
             pairs.append(
                 Flip(question.id, self._searched(question, found, keep).path is not None, row.path is not None)

@@ -11,7 +11,7 @@ from anabranch.depth.ftp.items import items_of
 from anabranch.depth.ftp.memo import FitMemo, digest_of
 from anabranch.depth.ftp.passes import Kept
 from anabranch.depth.ftp.router import Mode, RouterConfig, TokenRouter
-from anabranch.depth.ftp.schedule import ScheduleConfig, Searched, check_sparsity
+from anabranch.depth.ftp.schedule import ScheduleConfig, ScheduleSpace, Searched
 from anabranch.depth.ftp.search import Objective, finetune_schedule, search_schedule
 from anabranch.depth.ftp.skipper import TokenSkipper
 from anabranch.depth.ftp.training import TrainingConfig, train_router
@@ -98,7 +98,9 @@ def fit_skipper(
     Raises ConfigError (a ValueError) for a sparsity that cannot be, DataError for no items or an ``unfinished`` of another fit.
     """
     stack, config = stack_of(model), config or FitConfig()
-    check_sparsity(sparsity, config.schedule.s_max)
+    first = config.schedule if config.router == "static" else config.schedule.replace(first_dense=True)
+    # What cannot be is refused before anything is written.
+    ScheduleSpace.of(sparsity, stack.num_blocks, first)
     learned = items_of(items, stack)
     measured = learned[: config.calibration]
     about = [
@@ -114,7 +116,6 @@ def fit_skipper(
         return lambda generation: None if on_generation is None else on_generation(stage, generation)
 
     options: dict[str, Any] = {"objective": config.objective, "seed": seed}
-    first = config.schedule if config.router == "static" else config.schedule.replace(first_dense=True)
     searched = search_schedule(
         stack,
         measured,

@@ -29,7 +29,7 @@ class FitMemo:
     """Losses of schedules, by stage, and routers that have learned.
 
     Args:
-        path: the file, which is made, or read and gone on with; None keeps all in memory.
+        path: the file, which is read and gone on with, or made once there is something to keep; None keeps all in memory.
         digest: of all that decides the fit.
 
     Raises DataError for a file of another fit, or that is no such file.
@@ -38,13 +38,11 @@ class FitMemo:
     def __init__(self, path: str | Path | None = None, digest: str = "") -> None:
         self.path = None if path is None else Path(path)
         self._rows: list[dict[str, Any]] = []
-        head = {"kind": _KIND, "digest": digest}
-        if self.path is None:
-            return
-        if self.path.is_file():
-            self._rows = _read(self.path, head)
-        # Written anew, since a killed process may have left half a line.
-        atomic_write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in (head, *self._rows)))
+        self._head = {"kind": _KIND, "digest": digest}
+        self._is_written = False
+        if self.path is not None and self.path.exists():
+            self._rows = _read(self.path, self._head)
+            self._write()
 
     def losses(self, stage: str) -> MutableMapping[Schedule, float]:
         """Minus the loss of each schedule that was measured in a stage; what is set is on disk at once."""
@@ -71,11 +69,19 @@ class FitMemo:
     def add(self, row: dict[str, Any]) -> None:
         """Note a row, on disk at once."""
         self._rows.append(row)
-        if self.path is not None:
+        if self.path is not None and not self._is_written:
+            self._write()
+        elif self.path is not None:
             with explained(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(row)}\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _write(self) -> None:
+        """All of it anew, since a killed process may have left half a line."""
+        assert self.path is not None, "nothing is written without a file"
+        atomic_write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in (self._head, *self._rows)))
+        self._is_written = True
 
     def remove(self) -> None:
         """The fit is finished: nothing of it needs to be gone on with."""
@@ -123,7 +129,8 @@ def _read(path: Path, head: dict[str, str]) -> list[dict[str, Any]]:
         ) from None
     if not isinstance(first, dict) or first.get("kind") != _KIND:
         raise DataError(f"{path} is no unfinished fit; name another file, or remove it")
-    if first != head:
+    # A head alone keeps nothing that could be lost.
+    if first != head and any(lines[1:]):
         raise DataError(
             f"{path} is an unfinished fit of another model, other data or other settings; finish that one, name another file, or remove it"
         )

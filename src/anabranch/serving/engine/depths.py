@@ -95,11 +95,13 @@ def check_depth(request: Request, depths: Depths | None) -> None:
         raise InputError("routes_depth is set, and the engine has no depth routers (engine.depth.routers)")
 
 
-def load_routers(model: Decoder, folder: str) -> Any:
-    """The depth routers in a folder.
+def routers_of(model: Decoder, bank: Any) -> Any:
+    """Depth routers, or those in a folder, held against the model that they are to decide for; None stays None.
 
-    Raises CheckpointError where there are none, ConfigError where they are of another model.
+    Raises CheckpointError where a folder has none or those of another model, ConfigError for loaded ones of another model.
     """
+    if bank is None:
+        return None
     from anabranch.depth.router import DepthRouter
 
-    return DepthRouter.attach(model, folder).bank
+    return DepthRouter.attach(model, bank).bank

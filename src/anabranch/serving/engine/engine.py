@@ -19,7 +19,7 @@ from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
 from anabranch.serving.core.tier import KVTier, Memory
-from anabranch.serving.engine.depths import Depths, check_depth, load_routers
+from anabranch.serving.engine.depths import Depths, check_depth, routers_of
 from anabranch.serving.engine.futures import both
 from anabranch.serving.engine.kinds import Kinds
 from anabranch.serving.engine.loop import EngineLoop
@@ -91,9 +91,10 @@ class Engine:
             order: groups the requests that decode into two steps of ``config.experts.dual_batch`` each.
             experts: see `EngineInfo`.
             most_positions: longest prompt and output together, where ``config`` says no less; None for what the model is meant for.
-            depth_bank: depth routers of the model that are loaded; None for those of ``config.depth.routers``.
+            depth_bank: depth routers that are loaded; None for those of ``config.depth.routers``. Raises ConfigError for those of another
+                model.
         """
-        depth_bank = depth_bank if config.depth.routers is None else load_routers(model, config.depth.routers)
+        depth_bank = routers_of(model, depth_bank if config.depth.routers is None else config.depth.routers)
         if depth_bank is not None and config.max_depth is None:
             # Room for any path that they may choose.
             config = config.replace(max_depth=MOST_VISITS * model.config.num_layers)
