@@ -61,7 +61,8 @@ def _of_sum(wanted: float, sizes: Sequence[int], order: Sequence[int]) -> set[in
         out = sorted(((sizes[place], place) for place in order if place not in taken), key=lambda one: one[0])
         out_sizes = [0, *(size for size, _ in out)]
         out_places = [None, *(place for _, place in out)]
-        best, change = abs(left), (None, None)
+        best = abs(left)
+        change: tuple[int | None, int | None] = (None, None)
         for given in (None, *(place for place in order if place in taken)):
             room = left + (0 if given is None else sizes[given])
             at = bisect.bisect_left(out_sizes, room)
