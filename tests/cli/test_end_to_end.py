@@ -286,6 +286,7 @@ def test_the_same_report_is_made_again_where_its_text_lies(trained, here, work):
     assert (place / "one.py").read_text() == TEXT
 
 
+@pytest.mark.slow
 def test_report_of_a_chain_says_how_passes_follow_each_other(here, work):
     trace = Path(__file__).parents[1] / "experts/saved/chain-tied.parquet"
     code, text, _ = here("report", trace, "--out", work / "chain")
@@ -455,6 +456,7 @@ def test_one_line_starts_a_run_and_goes_on_with_it(train, work):
     assert "holds a run whose layers are 'rexmoe'" in train("dense", "--resume=auto", *line)
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_goes_on_with_its_own_run_and_no_other(train, work, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -734,6 +736,7 @@ def test_a_run_starts_from_a_trained_model_and_goes_on_without_naming_it(here, t
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_experts_beside_a_trained_model_learn_and_it_stays(here, tmp_path, tiny, data):
     """`train dynmole --from`: the base to the bit, its experts another; the run goes on, is measured, and generates."""
     sizes = [option for option in tiny if not option.startswith("--set=model.")]
@@ -827,6 +830,7 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
+@pytest.mark.slow
 def test_what_the_terminal_shows_of_a_report_is_in_its_folder(trained, here, work, text_file):
     folder, _ = trained
     asked = ["--window", 4, "--window", 16, "--cache", 1, "--cache", 1.5, "--balance-audit", "--predictions", "--quiet"]
@@ -863,6 +867,7 @@ def is_within(words, cells):
     return at == len(words)
 
 
+@pytest.mark.slow
 def test_a_short_run_balanced_by_signs_is_told_of_what_suits_it(here, tmp_path, tiny, data):
     line = ["train", "moe-lossfree", "--steps", 2, *tiny, *data]
     code, _, err = here(*line, "--out", tmp_path / "signs")

@@ -53,6 +53,7 @@ def told(found):
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_a_line_that_writes_beside_the_routers_works_again(run, place):
     line = "eval other.jsonl --router routers --markdown routers/e.md --html routers/e.html --picture routers/e.svg --json --quiet"
     for _ in range(2):
@@ -136,6 +137,7 @@ def test_what_a_table_was_read_as_is_said(run, place):
     assert not (place / "odd2").exists()
 
 
+@pytest.mark.slow
 def test_other_outcomes_are_judged_whole_and_shared_ones_refused(run, place):
     assert told(run("eval", "other.jsonl", "--router", "routers", "--json", "--quiet"))["num_test"] == 40
     (place / "half.jsonl").write_text("\n".join((place / "data.jsonl").read_text().splitlines()[:80]))
@@ -302,6 +304,7 @@ def test_a_damaged_router_is_refused(run, place):
     )
 
 
+@pytest.mark.slow
 def test_routes_and_judgements_of_light_strategies_load_no_torch(place):
     script = (
         "import sys; from anabranch.cli.main import main\n"

@@ -96,6 +96,7 @@ def test_a_key_is_shown_once(run):
     assert [line[:8].strip() for line in lines] == ["key", "id", "note"]
 
 
+@pytest.mark.slow
 def test_a_key_is_edited_and_renewed(run, facts, here, store):
     made = facts("keys", "create", "web", "--team", "ml", "--rpm", 60, "--tag", "a", "--expires", "90d")
     changed = facts(
@@ -156,6 +157,7 @@ def test_budgets(run, facts):
     assert [one["subject"] for one in facts("budget", "list")["budgets"]] == ["global"]
 
 
+@pytest.mark.slow
 def test_a_budget_of_a_key_is_set_and_lifted_by_its_name_too(run, facts, here, store):
     """A limit under a name that no request carries would never apply."""
     id = facts("keys", "list")["keys"][0]["id"]
@@ -177,6 +179,7 @@ def test_a_budget_of_a_key_is_set_and_lifted_by_its_name_too(run, facts, here, s
     assert facts("budget", "list")["budgets"] == []
 
 
+@pytest.mark.slow
 def test_a_key_is_edited_with_a_budget_and_told_how_a_limit_is_lifted(facts, here, store):
     facts("keys", "edit", "ci", "--budget", 2, "--period", "week")
     assert [(one["period"], one["limit_usd"]) for one in facts("budget", "list")["budgets"]] == [("week", 2.0)]
@@ -211,6 +214,7 @@ def test_ledger_list_and_spend(run, facts):
     assert run("ledger", "spend").splitlines()[-1].split() == ["m1", "1", "1", "1,000", "0", "0.00"]
 
 
+@pytest.mark.slow
 def test_calls_of_strategies_are_listed_where_they_are_asked_for(run, facts, store, tmp_path):
     async def add():
         async with open_store(store) as opened:

@@ -159,6 +159,7 @@ def test_a_learned_router_mixes_in_training_and_chooses_in_evaluation():
     torch.testing.assert_close(y_BLD, torch.where(is_big_BL1, layer.big(x_BLD), layer.small(x_BLD)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allow_skip", [False, True])
 def test_a_learned_router_keeps_the_contract(allow_skip):
     router = learned_router(0.5, skip=0.2 if allow_skip else None)
@@ -166,6 +167,7 @@ def test_a_learned_router_keeps_the_contract(allow_skip):
     check_feed_forward(config, num_layers=2, compile_backend="eager")
 
 
+@pytest.mark.slow
 def test_skipping_keeps_the_contract():
     check_feed_forward(
         DuoFFN.Config(big=24, small=8, allow_skip=True, p_skip=0.2), num_layers=2, compile_backend="eager"

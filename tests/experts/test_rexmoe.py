@@ -484,6 +484,7 @@ def test_empty_batch():
     assert layer(torch.zeros(0, 3, 16), layer_context(training=True)).shape == (0, 3, 16)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_and_without_recompiling_per_step():
     model = model_of(rexmoe(), num_layers=2)
     token_BL = tokens()

@@ -356,6 +356,7 @@ def test_a_check_looks_where_the_store_would_be_and_makes_none(tmp_path, monkeyp
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("require_key", ["true", "false"])
 def test_the_command_that_is_told_next_works(tmp_path, require_key):
     """As it stands, with a key where one is needed."""

@@ -246,6 +246,7 @@ async def _check(path, limits, held, ended):
         assert left == [(0,)]
 
 
+@pytest.mark.slow
 def test_five_kills(tmp_path):
     drill(tmp_path, 5)
 

@@ -315,6 +315,7 @@ def test_images_alone_leave_vision_as_it_is(tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in still)
 
 
+@pytest.mark.slow
 def test_several_subjects_one_after_the_other(tmp_path):
     model = model_of()
     for number, name in enumerate(("<Ab>", "<Cd>")):

@@ -577,6 +577,7 @@ def train(rank, world, scope="global_batch"):
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_with_half_batches_equal_one_with_the_whole(tmp_path):
     namespace = {}
     exec(RANKS, namespace)

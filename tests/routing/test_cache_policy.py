@@ -181,6 +181,7 @@ def test_many_sequences_are_simulated_in_batches(monkeypatch):
     assert hit_rates(index_STK, 6)["lru"] == pytest.approx(simulate(index_STK, 6, "lru").rate_C)
 
 
+@pytest.mark.slow
 def test_long_sequences_take_wide_keys():
     """Priorities beyond 31 bits: 33,007 tokens of LFU need 16 bits of count and 16 of time. What is used most stays."""
     index_STK = np.array([0] * 33_000 + [1, 2] * 3 + [0]).reshape(1, -1, 1)

@@ -353,6 +353,7 @@ def test_messages():
             tower(items(), RoutingContext())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Olmoe", "Mixtral", "Qwen3Moe"])
 def test_a_transformers_model_is_recorded_from_outside(family):
     """Choices equal the top k of the logits that the model returns; sequences and padding are as the recorder is told."""

@@ -187,6 +187,7 @@ def test_k_and_writers_are_checked():
     assert matcher({"none": ()}).retrieve("x") == []
 
 
+@pytest.mark.slow
 def test_a_graph_finds_what_all_products_find():
     rng = np.random.default_rng(0)
     vectors = {f"t{number}": rng.normal(size=16) for number in range(150)}
