@@ -309,8 +309,8 @@ def test_report_of_a_model_and_of_its_trace(trained, here, work):
     assert found["domains"] == ["alpha", "beta"]
     for name in ("report.html", "trace.parquet", "load.png", "summary.json"):
         assert (work / "report" / name).stat().st_size > 0
-    code, text, _ = here("report", work / "report" / "trace.parquet", "--out", work / "again")
-    assert code == 0
+    code, text, said = here("report", work / "report" / "trace.parquet", "--out", work / "again")
+    assert code == 0, said
     assert "MaxVio" in text
     assert (work / "again" / "report.html").is_file()
     asked = [
@@ -790,8 +790,8 @@ def test_a_report_at_windows_and_caches_is_the_measures_of_its_trace(trained, he
     token_L = torch.tensor(decisions.token_N[decisions.item_N == 2])
     expected_L = model(token_L[None]).logits_BLV[0].argmax(-1)
     assert decisions.predicted_N[decisions.item_N == 2].tolist() == expected_L.tolist()
-    code, again, _ = here("report", work / "windows/trace.parquet", "--out", work / "again", *sizes)
-    assert code == 0
+    code, again, said = here("report", work / "windows/trace.parquet", "--out", work / "again", *sizes)
+    assert code == 0, said
     assert "by the one" in again
     assert re.search(r"window of 16 tokens: consistency of group \d of 4 \(.*16 tokens\); SCH ", again)
     assert "window of 4 tokens: SCH" in again
