@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
+from anabranch.cli.depth.shared import After, Context, Data, Limit, Source, one_of, questions_of, stack_at
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Seed, finite_number
 from anabranch.cli.output import fact, print_json, table
 from anabranch.cli.progress import Progress
@@ -42,9 +42,7 @@ def evaluate(
     ] = False,
     limit: Limit = None,
     context: Context = 64,
-    after: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Of text: tokens behind the prompt that are foretold.")
-    ] = 16,
+    after: After = 16,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,

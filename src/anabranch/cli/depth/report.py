@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.depth.evaluate import NAMES
-from anabranch.cli.depth.shared import Context, Data, Limit, Source, one_of, questions_of, stack_at
+from anabranch.cli.depth.shared import After, Context, Data, Limit, Source, one_of, questions_of, stack_at
 from anabranch.cli.options import AsJson, Device, Dtype, Model, Quiet, Seed
 from anabranch.cli.output import fact, print_json, say, table, wrote
 from anabranch.extras import require
@@ -23,9 +23,7 @@ def report(
     data: Data = None,
     limit: Limit = None,
     context: Context = 64,
-    after: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Of text: tokens behind the prompt that are foretold.")
-    ] = 16,
+    after: After = 16,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,

@@ -25,6 +25,7 @@ Data = Annotated[
 ]
 Source = Annotated[str | None, typer.Argument(metavar="DATA", help="The same as --data.")]
 Context = Annotated[int, typer.Option(metavar="L", min=1, help="Of text: tokens of a prompt, which routers see.")]
+After = Annotated[int, typer.Option(metavar="N", min=1, help="Of text: tokens behind the prompt that are foretold.")]
 Limit = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Only so many questions. Default: all of a file, 256 of text.")
 ]

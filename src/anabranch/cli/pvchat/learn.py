@@ -9,11 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.bounds import MOST_SEED
-from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import duration, fact, print_json, say, shell_word, wrote
 from anabranch.cli.progress import Progress
-from anabranch.cli.pvchat.shared import MODEL, ChatModel, Groups, model_folder, read_groups, reference_in, shown
+from anabranch.cli.pvchat.shared import (
+    MODEL,
+    AnyDevice,
+    ChatModel,
+    Groups,
+    Resume,
+    RunFolder,
+    RunSeed,
+    model_folder,
+    read_groups,
+    reference_in,
+    shown,
+)
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -37,19 +48,15 @@ def learn(
             help="Drawings of others, a folder or a zip as of pretrain: what the subject is told apart from.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the model is DIR/model.")],
+    out: RunFolder,
     groups: Groups = None,
     image_steps: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Steps on first frames, before all else. Default: 40.")
     ] = None,
     video_steps: Annotated[int | None, typer.Option(metavar="N", min=0, help="Steps on clips. Default: 80.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")
-    ] = False,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, auto.")] = "auto",
+    seed: RunSeed = None,
+    resume: Resume = False,
+    device: AnyDevice = "auto",
     assignments: Assignments = None,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -7,11 +7,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from anabranch.bounds import MOST_SEED
-from anabranch.cli.options import FLAG, AsJson, Assignments, Quiet, read_assignments
+from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, wrote
 from anabranch.cli.progress import Progress
-from anabranch.cli.pvchat.shared import MODEL, Drawings, Groups, read_groups, share, shown
+from anabranch.cli.pvchat.shared import (
+    MODEL,
+    AnyDevice,
+    Drawings,
+    Groups,
+    Resume,
+    RunFolder,
+    RunSeed,
+    read_groups,
+    share,
+    shown,
+)
 from anabranch.cli.train import INTERRUPTED
 from anabranch.extras import require
 from anabranch.files import check_apart
@@ -19,7 +29,7 @@ from anabranch.files import check_apart
 
 def pretrain(
     drawings: Drawings,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the model is DIR/model.")],
+    out: RunFolder,
     groups: Groups = None,
     heads: Annotated[
         Literal["relu", "topk", "none"] | None,
@@ -27,13 +37,9 @@ def pretrain(
     ] = None,
     clips: Annotated[int | None, typer.Option(metavar="N", min=2, help="Clips to compose. Default: 4000.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps. Default: 2500.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")
-    ] = False,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, auto.")] = "auto",
+    seed: RunSeed = None,
+    resume: Resume = False,
+    device: AnyDevice = "auto",
     assignments: Assignments = None,
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.bounds import MOST_SEED
+from anabranch.cli.options import FLAG
 from anabranch.cli.output import table
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError, DataError
@@ -28,6 +30,12 @@ Groups = Annotated[
     typer.Option(metavar="NAME,...", help="Only the subjects in these folders, such as alphabets. Default: all."),
 ]
 ChatModel = Annotated[Path, typer.Argument(metavar="MODEL", help="What pretrain or learn made.")]
+RunFolder = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the model is DIR/model.")
+]
+RunSeed = Annotated[int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of everything. Default: 0.")]
+Resume = Annotated[bool, typer.Option("--resume", metavar=FLAG, help="Go on with the run in DIR, of the same line.")]
+AnyDevice = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, auto.")]
 Name = Annotated[str, typer.Option(metavar="NAME", help="The subject's name, in angle brackets: '<Ab>'.")]
 
 
