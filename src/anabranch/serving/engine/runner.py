@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from anabranch.nn.context import ForwardContext
 from anabranch.nn.linear import takes_context
 from anabranch.nn.visits import check_path
 from anabranch.routing.override import Overrides
-from anabranch.routing.sequences import WHEN_DONE
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.batch import PENDING, Batch, Chunk, Sampled
 from anabranch.serving.core.hooks import OverrideHook, StepHook
@@ -35,10 +34,12 @@ from anabranch.serving.engine.paged import PagedPool, ToldSlot
 from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.pool import Pooling
 from anabranch.serving.engine.record import RoutingTap
+from anabranch.serving.engine.recorders import Told
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.served_adapters import ServedAdapters
 from anabranch.serving.engine.steady import steady
 from anabranch.serving.engine.stores import Stores
+from anabranch.serving.engine.variants import Variants
 from anabranch.serving.engine.verify import sampled_rows, verify, without_drafts
 from anabranch.serving.fast import FastDecoder, Watch
 from anabranch.serving.sampling import Sampler
@@ -159,11 +160,7 @@ class ModelRunner:
         # Of requests that want their prompts scored, see `Sampling.prompt_logprobs`.
         self._tops: dict[str, int] = {}
         self._pooling = Pooling()
-        # Of requests, for whoever records where they go: an id may come again.
-        self._names: dict[str, object] = {}
-        # Positions of each request that hooks have seen, and what they have recorded of the step under way: it may fail and be run again.
-        self._told: dict[str, int] = {}
-        self._recordings: list[Callable[[], None]] = []
+        self._told = Told()
         # The newest token of each request, for chunks that carry `PENDING`.
         self._last: dict[str, int] = {}
         # Of the step under way, for a head that routes: the pass that ran last, and all with their rows.
@@ -172,9 +169,8 @@ class ModelRunner:
         # Of the pass under way: routes by row that routers beside matrices fill in.
         self._wanted: Mapping[int, Route] = {}
         self._isolation = Isolation(self._step, self._try_out)
-        self._usual = Variant(self.num_streams)
-        # Of requests that ask for another; of what hooks say knows `RequestOverrides`.
-        self._variants: dict[str, Variant] = {}
+        # Of what hooks say knows `RequestOverrides`.
+        self._variants = Variants(self.num_streams, len(model.blocks))
         self._prefixes = {number: _prefixes(model, number) for number in model.config.stream_choices}
 
     @torch.inference_mode()
@@ -231,7 +227,7 @@ class ModelRunner:
         """Steps of one chunk each, of a request that no scheduler has; nothing is left of it but what its blocks hold."""
         self.sampler.add(Request(id=_NOBODY, prompt=(0,), sampling=Sampling(max_tokens=len(chunks), temperature=0.0)))
         # Not for traces.
-        self._told[_NOBODY] = max(chunk.start + len(chunk.tokens) for chunk in chunks)
+        self._told.hide(_NOBODY, max(chunk.start + len(chunk.tokens) for chunk in chunks))
         try:
             for chunk in chunks:
                 self._step([chunk], chunk.tokens)
@@ -258,10 +254,7 @@ class ModelRunner:
                 self._overrides.add(request)
             if self.depths is not None:
                 self.depths.add(request)
-            chooser = request.id if request.routes_depth else None
-            variant = Variant(request.num_streams or self.num_streams, self._own_path(request.path), chooser=chooser)
-            if variant != self._usual:
-                self._variants[request.id] = variant
+            self._variants.add(request)
             if request.record_routing:
                 self._recorded.add(request.id)
             if request.sampling.prompt_logprobs is not None:
@@ -275,12 +268,11 @@ class ModelRunner:
 
     def _forget(self, id: str) -> None:
         self._last.pop(id, None)
-        self._names.pop(id, None)
-        self._told.pop(id, None)
+        self._told.forget(id)
         self._recorded.discard(id)
         self._tops.pop(id, None)
         self._pooling.forget(id)
-        self._variants.pop(id, None)
+        self._variants.forget(id)
         if self.adapters is not None:
             self.adapters.forget(id)
         if self.depths is not None:
@@ -292,7 +284,7 @@ class ModelRunner:
         for chunk in chunks:
             self._choose_ahead(chunk)
         rows, routes = sampled_rows(chunks), self._routes(chunks)
-        self._recordings.clear()
+        self._told.begin()
         scored, pooled_rows = scored_rows(chunks), self._pooling.rows(chunks)
         x_RD = self._hidden_of(chunks, tokens, [*rows, *scored, *pooled_rows], routes)
         first = len(rows) + len(scored)
@@ -301,7 +293,8 @@ class ModelRunner:
         pooled = self._pooling.of(x_RD[first:], chunks)
         logits_RV = head(x_RD[: len(rows)], 0) if rows else None
         # Behind all that may route.
-        self._tell(chunks)
+        if self._is_watched:
+            self._told.end(chunks)
         # Last of what may fail: a sample that is taken cannot be taken back.
         sampled = [] if logits_RV is None else verify(self.sampler, logits_RV, chunks)
         results = {result.id: result for result in sampled}
@@ -404,7 +397,7 @@ class ModelRunner:
 
     def _variant_of(self, chunk: Chunk) -> Variant:
         """How a request runs the model."""
-        own = self._variants.get(chunk.id, self._usual)
+        own = self._variants.of(chunk.id)
         if self._overrides is not None:
             own = self._overrides.variant_of(chunk.id, own)
         adapters = self.adapters
@@ -427,12 +420,6 @@ class ModelRunner:
         if check_path(path, len(self.model.blocks), 1) != tuple(path):
             raise ConfigError(f"path is {path!r}; a request has one path, of block numbers")
         self.stores.check_path(path)
-
-    def _own_path(self, path: Sequence[int] | None) -> tuple[int, ...] | None:
-        """A request's path; None where it is that of everybody else."""
-        if path is None or tuple(path) == tuple(range(len(self.model.blocks))):
-            return None
-        return tuple(path)
 
     def _pass_of(self, chunks: Sequence[Chunk]) -> Callable[[Chunk], Hashable]:
         """What chunks go through the model together by: how they run it, or only that their paths do not matter."""
@@ -490,7 +477,7 @@ class ModelRunner:
         """x_1LD behind the last block of the path that routers choose, which is the request's from now on."""
         assert self.depths is not None, "only they have requests that wait"
         x_1LD, path = self.depths.choose(id, x_1LD, run)
-        self._variants[id] = replace(self._variants[id], path=self._own_path(path), chooser=None)
+        self._variants.chosen(id, path)
         return x_1LD
 
     def _hidden_alike(
@@ -584,7 +571,6 @@ class ModelRunner:
     def _context(
         self, layout: StepLayout, token_1T: Tensor, chunks: Sequence[Chunk], told: ToldSlot | None = None
     ) -> ForwardContext:
-        names = [self._names.setdefault(chunk.id, object()) for chunk in chunks for _ in chunk.tokens]
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0) + self.model.first_position
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
         variant = self._variant_of(chunks[0])
@@ -592,11 +578,11 @@ class ModelRunner:
         return ForwardContext(
             num_streams=streams,
             path=variant.path,
-            sequences=names,
+            sequences=self._told.names(chunks),
             is_measured=False,
             refuses_nan=False,
             routing=list(self._routing),
-            state=self._for_recorders(chunks) if self._is_watched else {},
+            state=self._told.state(chunks, streams) if self._is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
             cache=self.stores.view(
@@ -604,29 +590,6 @@ class ModelRunner:
             ),
             token_BL=token_1T.expand(streams, -1),
         )
-
-    def _for_recorders(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        """What recorders are told: where to put what they record, and of positions that they have seen before, in requests that are
-        computed again."""
-        state: dict[str, Any] = {WHEN_DONE: self._recordings}
-        repeated = [
-            position < self._told.get(chunk.id, 0)
-            for chunk in chunks
-            for position in range(chunk.start, chunk.start + len(chunk.tokens))
-        ]
-        if any(repeated):
-            state["repeated_N"] = torch.tensor(repeated).repeat(self._variant_of(chunks[0]).num_streams)
-        return state
-
-    def _tell(self, chunks: Sequence[Chunk]) -> None:
-        """The layers have run: recorders keep what they heard."""
-        if not self._is_watched:
-            return
-        for chunk in chunks:
-            self._told[chunk.id] = max(self._told.get(chunk.id, 0), chunk.start + len(chunk.tokens))
-        for record in self._recordings:
-            record()
-        self._recordings.clear()
 
 
 def _ids_of(rows: Sequence[int], chunks: Sequence[Chunk]) -> list[str]:
