@@ -136,10 +136,10 @@ def test_a_stopped_fit_goes_on_and_finds_the_same(here, work, pruned, rows, fitt
             raise KeyboardInterrupt
         return real(skipper, items)
 
-    line = ("depth", "prune", pruned, rows, "--sparsity", 0.4, "--out", "again", *SMALL)
+    line = ("depth", "prune", pruned, rows, "--sparsity", 0.4, "--out", "pruned-again", *SMALL)
     monkeypatch.setattr(search, "calibration_loss", stops)
     assert here(*line)[0] == 130
-    unfinished = work / f"again{UNFINISHED}"
+    unfinished = work / f"pruned-again{UNFINISHED}"
     assert len(unfinished.read_text().splitlines()) == 3
     # Half a line, as of a process that was killed.
     with unfinished.open("a") as file:
@@ -150,7 +150,7 @@ def test_a_stopped_fit_goes_on_and_finds_the_same(here, work, pruned, rows, fitt
     monkeypatch.setattr(search, "calibration_loss", lambda *given: calls.append(given) or real(*given))
     assert here(*line)[0] == 0
     assert len(calls) - 3 == fitted["evaluations"] - 2
-    assert (work / "again").read_bytes() == before
+    assert (work / "pruned-again").read_bytes() == before
     assert not unfinished.exists()
 
 

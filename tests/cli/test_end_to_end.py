@@ -790,7 +790,7 @@ def test_a_report_at_windows_and_caches_is_the_measures_of_its_trace(trained, he
     token_L = torch.tensor(decisions.token_N[decisions.item_N == 2])
     expected_L = model(token_L[None]).logits_BLV[0].argmax(-1)
     assert decisions.predicted_N[decisions.item_N == 2].tolist() == expected_L.tolist()
-    code, again, said = here("report", work / "windows/trace.parquet", "--out", work / "again", *sizes)
+    code, again, said = here("report", work / "windows/trace.parquet", "--out", work / "windows-again", *sizes)
     assert code == 0, said
     assert "by the one" in again
     assert re.search(r"window of 16 tokens: consistency of group \d of 4 \(.*16 tokens\); SCH ", again)

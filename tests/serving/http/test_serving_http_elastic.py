@@ -58,6 +58,7 @@ GIVEN = {
     "pipeline": {"nano_batches": True, "pipeline": "order.json"},
     "experts": {"expert_budget": "1MiB", "experts.policy": "lru"},
     "adapters": {"adapters.memory": "1MiB"},
+    "depth": {"depth.routers": "somewhere"},
 }
 
 
