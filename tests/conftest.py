@@ -5,6 +5,7 @@ import logging
 import os
 
 import pytest
+import slow_tests
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -16,7 +17,32 @@ settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True
 settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
+# Where to record how long each test takes.
+_DURATIONS = []
+
 torch.set_num_threads(1)  # shapes are tiny: more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-durations",
+        metavar="FILE",
+        help="add a line to FILE for each test: seconds and its name (tests/slow_tests.py)",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_logreport(report):
+    """Each test once, by the process that hears of all."""
+    yield
+    if _DURATIONS and report.when == "call":
+        with open(_DURATIONS[0], "a", encoding="utf-8") as file:
+            file.write(f"{report.duration:.3f} {report.nodeid}\n")
+
+
+def pytest_configure(config):
+    if (path := config.getoption("--record-durations")) and not hasattr(config, "workerinput"):
+        _DURATIONS.append(path)
 
 
 def pytest_collection_finish():
@@ -27,8 +53,12 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Whatever runs on ``cuda`` by one of its parameters is marked so: ``-m cuda`` runs it."""
-    for item in items:
+    """Whatever runs on ``cuda`` by one of its parameters is marked so: ``-m cuda`` runs it; and what the list of slow tests names is slow."""
+    for item, is_slow in zip(
+        items, slow_tests.slow_ones((item.nodeid for item in items), slow_tests.read()), strict=True
+    ):
+        if is_slow:
+            item.add_marker(pytest.mark.slow)
         parameters = getattr(item, "callspec", None)
         if parameters is not None and any(isinstance(x, str) and x == "cuda" for x in parameters.params.values()):
             item.add_marker(pytest.mark.cuda)

@@ -140,10 +140,13 @@ def test_what_runs_on_cuda_is_marked():
 
     def item(name, **parameters):
         return SimpleNamespace(
-            callspec=SimpleNamespace(params=parameters), add_marker=lambda mark: marked.append((name, mark.name))
+            nodeid=name,
+            callspec=SimpleNamespace(params=parameters),
+            add_marker=lambda mark: marked.append((name, mark.name)),
         )
 
-    hook([item("a", device="cuda"), item("b", device="cpu"), item("c", text="cuda:77"), SimpleNamespace()])
+    plain = SimpleNamespace(nodeid="d")
+    hook([item("a", device="cuda"), item("b", device="cpu"), item("c", text="cuda:77"), plain])
     assert marked == [("a", "cuda")]
 
 

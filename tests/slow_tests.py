@@ -1,0 +1,95 @@
+"""Which tests `make test` leaves to `make test-all`, by how long they take: what the list beside this file says, and how it is made.
+
+``make test-all ARGS="--record-durations FILE"``, then ``python tests/slow_tests.py FILE`` writes the list anew. A test keeps as many of its variants, the
+first ones, as run in `EACH` seconds, and at least one; one whose first variant alone takes longer than `ALONE` runs in ``make test-all`` only, unless
+it is one of `KEPT`. A mark ``slow`` beside a test stays the way to say that it is slow by its nature.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+LIST = Path(__file__).with_suffix(".txt")
+
+# Seconds.
+EACH, ALONE = 0.75, 1.0
+
+# One way through each front door, whatever it takes: -> how many variants.
+KEPT = {
+    "tests/cli/test_end_to_end.py::test_resume_ends_where_an_uninterrupted_run_does": 1,
+    "tests/cli/test_end_to_end.py::test_train_prints_one_json_object_and_makes_a_run": 1,
+    "tests/cli/test_end_to_end.py::test_generate_gives_what_the_library_gives": 1,
+    "tests/cli/test_depth.py::test_from_text_to_a_report": 1,
+    "tests/cli/test_heads.py::test_a_trained_model_goes_on_with_routed_heads": 1,
+    "tests/cli/test_pvchat.py::test_from_drawings_to_an_answer": 1,
+    "tests/gateway/test_gateway_learns.py::test_from_requests_and_feedback_to_a_router_that_serves": 1,
+    "tests/gateway/test_invoice.py::test_two_thousand_requests_on_a_bad_day": 1,
+    "tests/gateway/test_gateway_serve.py::test_it_starts_small_quick_and_without_torch": 1,
+}
+
+
+def function_of(node: str) -> str:
+    """Of a test's node id: without its variant."""
+    return node.partition("[")[0]
+
+
+def read() -> dict[str, int]:
+    """Function -> how many of its first variants run in ``make test``."""
+    lines = LIST.read_text().splitlines() if LIST.exists() else []
+    return {function: int(count) for count, _, function in (line.partition(" ") for line in lines)}
+
+
+def slow_ones(nodes: Iterable[str], kept: dict[str, int]) -> list[bool]:
+    """Which tests, in the order of their collection, are left to ``make test-all``."""
+    seen: Counter[str] = Counter()
+    found = []
+    for node in nodes:
+        function = function_of(node)
+        seen[function] += 1
+        found.append(function in kept and seen[function] > kept[function])
+    return found
+
+
+def chosen(seconds: dict[str, float]) -> dict[str, int]:
+    """The list, from seconds of every test, in the order of their collection."""
+    by_function: dict[str, list[float]] = {}
+    for node, took in seconds.items():
+        by_function.setdefault(function_of(node), []).append(took)
+    found = {}
+    for function, times in by_function.items():
+        count = KEPT.get(function) or _variants(times)
+        if count < len(times):
+            found[function] = count
+    return found
+
+
+def _variants(times: list[float]) -> int:
+    """How many of the first run."""
+    if sum(times) <= EACH:
+        return len(times)
+    if times[0] > ALONE:
+        return 0
+    count, total = 1, times[0]
+    while count < len(times) and total + times[count] <= EACH:
+        total += times[count]
+        count += 1
+    return count
+
+
+def main() -> None:
+    seconds = {}
+    for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
+        took, _, node = line.partition(" ")
+        seconds[node] = float(took)
+    before, count = read(), Counter(map(function_of, seconds))
+    # What is on the list keeps its place where the record was made without its other variants.
+    stays = {function: kept for function, kept in before.items() if count[function] <= kept}
+    LIST.write_text(
+        "".join(f"{kept} {function}\n" for function, kept in sorted((chosen(seconds) | stays).items())),
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()
