@@ -5,10 +5,10 @@ import logging
 import os
 
 import pytest
-import slow_tests
 import torch
 from hypothesis import HealthCheck, settings
 
+import slow_tests
 from anabranch import native
 from anabranch.nn import kernels
 

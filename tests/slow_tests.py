@@ -1,8 +1,8 @@
-"""Which tests `make test` leaves to `make test-all`, by how long they take: what the list beside this file says, and how it is made.
+"""Which tests ``make test`` leaves to ``make test-all`` for the time they take: the list beside this file, and how it is made.
 
-``make test-all ARGS="--record-durations FILE"``, then ``python tests/slow_tests.py FILE`` writes the list anew. A test keeps as many of its variants, the
-first ones, as run in `EACH` seconds, and at least one; one whose first variant alone takes longer than `ALONE` runs in ``make test-all`` only, unless
-it is one of `KEPT`. A mark ``slow`` beside a test stays the way to say that it is slow by its nature.
+``make test-all ARGS="--record-durations FILE"``, then ``python tests/slow_tests.py FILE`` writes the list anew. A test keeps as many of its
+variants, the first ones, as run in `EACH` seconds, and at least one; one whose first variant alone takes longer than `ALONE` runs in
+``make test-all`` only, unless it is one of `KEPT`. A mark ``slow`` beside a test stays the way to say that it is slow by its nature.
 """
 
 import sys

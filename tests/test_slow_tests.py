@@ -3,9 +3,9 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_tests import ALONE, EACH, KEPT, chosen, function_of, read, slow_ones
 
 from anabranch import __file__ as package
+from slow_tests import ALONE, EACH, KEPT, chosen, function_of, read, slow_ones
 
 ROOT = Path(package).parents[2]
 
