@@ -53,7 +53,7 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Whatever runs on ``cuda`` by one of its parameters is marked so: ``-m cuda`` runs it; and what the list of slow tests names is slow."""
+    """What has ``cuda`` among its parameters is marked so: ``-m cuda`` runs it. What the list of slow tests names is slow."""
     for item, is_slow in zip(
         items, slow_tests.slow_ones((item.nodeid for item in items), slow_tests.read()), strict=True
     ):
