@@ -111,6 +111,23 @@ BUILTIN: dict[str, dict[str, str]] = {
         "thompson": "anabranch.routers.strategies.bandit:Thompson",
         "eps_greedy": "anabranch.routers.strategies.bandit:EpsGreedy",
         "ic_cache": "anabranch.routers.ic_cache.strategy:ICCacheRouting",
+        "scale": "anabranch.routers.scale.program:Scale",
+    },
+    "decomposer": {
+        "prompt": "anabranch.routers.scale.decompose:Prompted",
+        "identity": "anabranch.routers.scale.decompose:Identity",
+        "given": "anabranch.routers.scale.decompose:Given",
+    },
+    "assessor": {
+        "prompt": "anabranch.routers.scale.assess:PromptScore",
+        "entropy": "anabranch.routers.scale.assess:Entropy",
+        "disagreement": "anabranch.routers.scale.assess:Disagreement",
+        "constant": "anabranch.routers.scale.assess:Constant",
+    },
+    "mode_rule": {
+        "threshold": "anabranch.routers.scale.rules:Threshold",
+        "top_fraction": "anabranch.routers.scale.rules:TopFraction",
+        "budgeted": "anabranch.routers.scale.rules:Budgeted",
     },
     "predictor": {
         "knn": "anabranch.routers.strategies.knn:Knn",

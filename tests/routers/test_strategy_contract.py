@@ -36,6 +36,7 @@ async def middling(arm, messages, **how):
 ASKED = {
     "oracle": {"decides": False},
     "prompt": {"plays": False, "ask": middling},
+    "scale": {"plays": False},
 }
 
 
@@ -73,13 +74,14 @@ def test_strategy(kind):
         ("automix", {"max_length": 3}),
         ("logprob", {"measure": "entropy"}),
         ("consistency", {"models": ("small", "large")}),
+        ("scale", {"system1": "small", "system2": "large", "budget_tokens": 100}),
     ],
 )
 def test_options(kind, fields):
     family = "predictor" if kind in kinds("predictor") else "strategy"
     if "large" in fields or "models" in fields:  # a model that odd data lack is refused, which the contract allows
         fields = dict(fields)
-    check_strategy(resolve(family, kind).Config(**fields))
+    check_strategy(resolve(family, kind).Config(**fields), **ASKED.get(kind, {}))
 
 
 def test_no_torch_to_decide():

@@ -28,7 +28,7 @@ _MODELS = (
         100.0,
     ),
 )
-_STRATEGIES = ("rules", "cheapest", "random", "round_robin", "least_latency")
+_STRATEGIES = ("rules", "cheapest", "random", "round_robin", "least_latency", "scale")
 
 
 def default_config() -> GatewayConfig:

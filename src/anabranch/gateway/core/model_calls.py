@@ -24,7 +24,7 @@ from anabranch.gateway.observe.trace_context import Trace
 from anabranch.gateway.prompt_tokens import room_of
 from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
-from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said
+from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said, Spent
 from anabranch.routers.money import dollars
 from anabranch.web.large_json import LARGE
 from anabranch.web.sse import read_data
@@ -143,6 +143,13 @@ class ModelCalls:
     def left(self) -> int:
         """See `Ask`."""
         return max(0, self._runtime.config.limits.strategy_calls - self._num_asked)
+
+    @property
+    def spent(self) -> Spent:
+        """See `Spent`."""
+        usage = sum((call.report.usage for call in self.made), Usage())
+        cost = dollars(sum(call.report.cost for call in self.made))
+        return Spent(prompt_tokens=usage.prompt, completion_tokens=usage.completion, cost=cost)
 
     @property
     def busy_s(self) -> float:

@@ -71,19 +71,21 @@ def _most_s(state: RequestState, decided: Decided) -> float:
 def _begun(state: RequestState, program: Program, decided: Decided) -> ProgramRun:
     body: Mapping[str, Any] = state.body
     options = body.get("stream_options")
+    left_s = state.calls.deadline_s - state.elapsed()
     request = ProgramRequest(
         query=decided.query,
         pool=pool_of(state),
         decision=decided.decision,
         is_streamed=bool(body.get("stream")),
         settings={field: value for field, value in body.items() if field not in NOT_SETTINGS},
+        left_s=left_s,
     )
     return ProgramRun(
         program,
         request,
         state.calls,
         id=state.id,
-        left_s=state.calls.deadline_s - state.elapsed(),
+        left_s=left_s,
         beat_s=state.runtime.dispatcher.rules.heartbeat_s,
         wants_usage=isinstance(options, dict) and bool(options.get("include_usage")),
     )

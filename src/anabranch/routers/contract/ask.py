@@ -89,6 +89,22 @@ class Said:
     text: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What all calls made through an `Ask` came to so far, those among them that failed: what a ledger has of them.
+
+    An `Ask` that knows it says so as ``spent``; it is to be read while no call is under way.
+
+    Attributes:
+        prompt_tokens, completion_tokens: of all attempts at all calls.
+        cost: dollars.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
 class Ask(Protocol):
     """See the module.
 

@@ -16,6 +16,7 @@ request itself where the program fails before it has said anything. What it lear
 """
 
 import json
+import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -52,6 +53,7 @@ class ProgramRequest:
         settings: what else the sender asked for, in OpenAI's form (``temperature``, ``max_tokens``, ``tools``, ``response_format``): made
             to be an `Arm`'s.
         is_streamed: the sender reads the answer as it is made.
+        left_s: seconds from now until it must have ended; infinity where nobody says.
     """
 
     query: Query
@@ -59,6 +61,7 @@ class ProgramRequest:
     decision: Decision
     settings: Mapping[str, Any] = field(default_factory=dict)
     is_streamed: bool = False
+    left_s: float = math.inf
 
     @property
     def messages(self) -> Messages:

@@ -1,0 +1,148 @@
+"""Calls that ended, written down as they do, so that a run that broke off goes on without making them again.
+
+A file of lines in JSON. The first says whose it is. Each further one holds a call that came, by its place in the run (stage, index,
+attempt), the digest of what was asked, and the answer; one that failed, with the name of its error; or what was lost in calls that failed,
+in all so far. A call that failed is asked again only where none that came was written after it: past others the run went on, and does so
+again. A last line that was not written to its end is dropped, and written over. Answers are texts of models: whoever keeps the file keeps
+those.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import DataError
+from anabranch.routers.contract.ask import Answered
+from anabranch.routers.scale.records import Tokens
+
+VERSION = 1
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Journal:
+    """One run's.
+
+    Attributes:
+        lost: tokens of calls that failed, of all runs so far.
+
+    Args:
+        path: of the file; made where there is none, gone on with where there is one.
+        run: digest of what tells this run from others: its problem, seed and systems.
+
+    Raises DataError for a file that is none, or of another run.
+    """
+
+    def __init__(self, path: str | Path, run: str) -> None:
+        self._path = Path(path)
+        self._known: dict[str, tuple[str, Answered]] = {}
+        # Of calls that failed: what was asked, the error, and how many had come before.
+        self._failed: dict[str, tuple[str, str, int]] = {}
+        self.lost = Tokens()
+        self._end = self._read(run)
+        if not self._end:
+            self._append({"version": VERSION, "run": run})
+
+    def find(self, key: str, digest: str) -> Answered | None:
+        """The answer that a call had; None if none came. Raises DataError if something else was asked there."""
+        if key not in self._known:
+            return None
+        asked, found = self._known[key]
+        self._check(key, asked, digest)
+        return found
+
+    def find_failed(self, key: str, digest: str) -> str | None:
+        """The error that a call ended with, past which the run went on; None for none. Raises as `find`."""
+        asked, status, came_before = self._failed.get(key, ("", "", 0))
+        if not status or len(self._known) <= came_before:
+            return None
+        self._check(key, asked, digest)
+        return status
+
+    def _check(self, key: str, asked: str, digest: str) -> None:
+        if asked != digest:
+            raise DataError(
+                f"journal {str(self._path)!r} has another call as {key}: prompts or settings have changed since; take another file"
+            )
+
+    def note(self, key: str, digest: str, found: Answered) -> None:
+        """Write down a call that came."""
+        self._append({"key": key, "digest": digest, "answer": _written(found)})
+
+    def note_failed(self, key: str, digest: str, status: str) -> None:
+        """Write down a call that failed."""
+        self._append({"key": key, "digest": digest, "failed": status})
+
+    def note_lost(self, lost: Tokens) -> None:
+        """Write down what was lost in failed calls, in all so far."""
+        if lost != self.lost:
+            self.lost = lost
+            self._append({"lost": [lost.prompt, lost.completion, lost.cost, lost.calls]})
+
+    def _read(self, run: str) -> int:
+        """Where the last whole line ends; 0 for no file."""
+        if not self._path.exists():
+            return 0
+        data = self._path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        lines = data[:end].splitlines()
+        if data and not end:
+            # Not even the first line was written to its end.
+            return 0
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._take(json.loads(line), run, is_first=number == 1)
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                if isinstance(error, DataError):
+                    raise
+                raise DataError(
+                    f"journal {str(self._path)!r}, line {number}: {type(error).__name__}: {error}"
+                ) from None
+        return end
+
+    def _take(self, line: Mapping[str, Any], run: str, *, is_first: bool) -> None:
+        if is_first:
+            if line["version"] != VERSION:
+                raise ValueError(f"version {line['version']!r}; this program reads {VERSION}")
+            if line["run"] != run:
+                raise DataError(
+                    f"journal {str(self._path)!r} is of another problem, seed or pair of systems; take another file"
+                )
+        elif "lost" in line:
+            self.lost = Tokens(*line["lost"])
+        elif "failed" in line:
+            self._failed[line["key"]] = line["digest"], str(line["failed"]), len(self._known)
+        else:
+            self._known[line["key"]] = line["digest"], _read_answer(line["answer"])
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        with open(self._path, "r+b" if self._path.exists() else "wb") as file:
+            file.seek(self._end)
+            file.truncate()
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._end += len(data)
+
+
+def _written(found: Answered) -> dict[str, Any]:
+    return {
+        "model": found.model,
+        "choices": list(found.choices),
+        "prompt_tokens": found.prompt_tokens,
+        "completion_tokens": found.completion_tokens,
+        "cached_tokens": found.cached_tokens,
+        "cost": found.cost,
+        "latency_s": found.latency_s,
+    }
+
+
+def _read_answer(table: Mapping[str, Any]) -> Answered:
+    return Answered(**{**table, "choices": tuple(table["choices"])})
