@@ -58,6 +58,8 @@ NEEDS = {  # a command as it is given, and the extras it names
     "adapt x y --out z": "lm",
     "heads train x --out y": "lm",
     "heads report x": "lm",
+    "cluster plan x": "lm",
+    "cluster plan x --picture y.svg": "lm,plots",
     "adapters card x": "lm",
     "adapters list": "lm",
     "adapters estimate x y": "lm",

@@ -52,6 +52,10 @@ PUBLIC = {
     "anabranch.graph.disk": "DiskIndex build from_hnsw is_on_disk",
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
+    "anabranch.cluster": """
+        Durations GPipe KeyedDropout LayerCost MessageLog Partition Plan Pop SCHEDULES SavedBytes Schedule Slot Stash Timeline
+        keyed_uniform partition plan random_key schedule simulate
+    """,
     "anabranch.depth": """
         BlockStack DepthReport DepthRouter EXECUTE REPEAT RoutedPass SKIP check_depth_path decisions_of path_of routed_pass run_path
         stack_of
@@ -104,8 +108,8 @@ PUBLIC = {
         Coordinator ElasticConfig Group Placement Policy ScalePlan ScaleReport place plan_scale
     """,
     "anabranch.testing": """
-        DEVICES check_attention check_balancer check_block check_feed_forward check_linear check_parallel check_pool check_provider
-        check_router check_routing check_score check_select check_strategy check_streams check_task
+        DEVICES RankError Ranks check_attention check_balancer check_block check_feed_forward check_linear check_parallel check_pool
+        check_provider check_router check_routing check_score check_select check_strategy check_streams check_task run_ranks
     """,
     "anabranch.train": """
         Constant Cosine DecoderTask Evaluation Event Examples LanguageModel Losses RunConfig Schedule StepHooks Stream

@@ -77,6 +77,18 @@ compare moe dense --out z --steps -1
 compare moe deep.toml --out z
 study rexmoe --out z --seeds 0-{HUGE}
 study rexmoe --out z --set steps=1e30
+cluster plan trained --ranks 0
+cluster plan trained --ranks 99999
+cluster plan trained --ranks 64
+cluster plan trained --ranks 2 --schedule pipedream
+cluster plan trained --ranks 2 --schedule gpipe --visits 2
+cluster plan trained --ranks 2 --micro-batches {HUGE}
+cluster plan trained --ranks 2 --hardware nothing
+cluster plan trained --ranks 2 --efficiency nan
+cluster plan trained --ranks 2 --sequences {HUGE}
+cluster plan trained --ranks 2 --picture x.txt
+cluster plan text
+cluster plan no.gguf
 eval trained --tokens -1
 eval trained --sequence-length 0
 eval trained --device meta

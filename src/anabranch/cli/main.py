@@ -15,6 +15,7 @@ from anabranch.cli.adapt import adapt
 from anabranch.cli.adapters import app as adapters
 from anabranch.cli.boundary import debug_wanted, guarded
 from anabranch.cli.chat import chat
+from anabranch.cli.cluster import app as cluster
 from anabranch.cli.compare import compare
 from anabranch.cli.convert import convert
 from anabranch.cli.depth import app as depth
@@ -90,6 +91,7 @@ for _name, _command in _COMMANDS.items():
     app.command(_name, cls=TrainCommand if _command is train else None)(_command)
 _GROUPS = {
     "adapters": adapters,
+    "cluster": cluster,
     "depth": depth,
     "experts": experts,
     "heads": heads,

@@ -6,6 +6,7 @@
         check_feed_forward(MyLayer.Config(num_experts=8))
 
 Each check builds the part, puts it through its paces on tiny inputs, and raises AssertionError that says what is broken.
+`run_ranks` and `Ranks` run a function in several processes, for what happens between ranks.
 Tolerances: 1e-4 where the same numbers are summed in another order, 2e-2 (of the loss) for bf16.
 """
 
@@ -15,6 +16,7 @@ require("lm", by=__name__)
 
 import torch
 
+from anabranch.cluster.ranks import RankError, Ranks, run_ranks
 from anabranch.gateway.providers.checks import check_provider
 from anabranch.routers.checks import check_strategy
 from anabranch.testing.model import check_attention, check_block, check_feed_forward, check_linear, check_streams
@@ -25,6 +27,8 @@ from anabranch.train.task_contract import check_task
 
 __all__ = [
     "DEVICES",
+    "RankError",
+    "Ranks",
     "check_attention",
     "check_balancer",
     "check_block",
@@ -40,6 +44,7 @@ __all__ = [
     "check_strategy",
     "check_streams",
     "check_task",
+    "run_ranks",
 ]
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -1,0 +1,22 @@
+"""``anabranch cluster``: one module per command."""
+
+import typer
+
+from anabranch.cli.cluster.plan import plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Put a model on several machines: stages of a pipeline, and the network between them.
+
+    Nothing here needs a GPU or a second machine.""",
+)
+
+
+@app.callback()
+def _group() -> None:
+    """So that one command alone is not the whole group."""
+
+
+app.command("plan")(plan)

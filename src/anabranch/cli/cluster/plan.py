@@ -1,0 +1,187 @@
+"""``anabranch cluster plan``: which layers go to which rank, in what order micro-batches run, and how long a step takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from anabranch.cli.options import AsJson
+from anabranch.cli.output import fact, print_json, size, table
+from anabranch.cli.plan import read_hardware
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+from anabranch.files import atomic_write, check_apart
+
+if TYPE_CHECKING:
+    from anabranch.cluster import Plan
+    from anabranch.lm import Decoder
+
+# Beyond these a table of slots is no longer looked at, and takes long to make.
+_MOST_RANKS, _MOST_MICRO_BATCHES, _MOST_TOKENS = 1024, 4096, 2**31
+# Clocks that a terminal has room for.
+_MOST_CLOCKS = 60
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A training run, a saved model, a preset, or a folder of Hugging Face's."),
+    ],
+    ranks: Annotated[int, typer.Option(metavar="K", min=1, max=_MOST_RANKS, help="Ranks of the pipeline.")] = 8,
+    schedule: Annotated[
+        Literal["gpipe", "1f1b", "interleaved", "zero-bubble"],
+        typer.Option(metavar="NAME", help="gpipe, 1f1b, interleaved or zero-bubble."),
+    ] = "gpipe",
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            metavar="M", min=1, max=_MOST_MICRO_BATCHES, help="Micro-batches of a step. Default: 4 times the ranks."
+        ),
+    ] = None,
+    visits: Annotated[
+        int | None, typer.Option(metavar="V", min=1, max=64, help="Chunks of each rank, of interleaved. Default: 2.")
+    ] = None,
+    checkpoint: Annotated[
+        Literal["always", "except_last", "never"],
+        typer.Option(metavar="MODE", help="Recompute activations: always, except_last (micro-batch) or never."),
+    ] = "except_last",
+    sequences: Annotated[
+        int, typer.Option(metavar="N", min=1, max=_MOST_TOKENS, help="Sequences of a micro-batch.")
+    ] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(metavar="L", min=1, help="Tokens of a sequence. Default: the model's longest.")
+    ] = None,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of one rank: a100, h100, ...; cpu or cuda measures this machine; or compute=312T,bandwidth=2T,memory=80G.",
+        ),
+    ] = "a100",
+    efficiency: Annotated[
+        float, typer.Option(metavar="SHARE", min=0.001, max=1, help="What of the hardware's peak FLOP/s layers reach.")
+    ] = 0.4,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the step: .svg or .png.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan the pipeline of a model: the best contiguous stages, the schedule, and a simulated step.
+
+    Layers are counted, not run: a step's time is that of their operations at the hardware's speed, sends at that of its links.
+    """
+    require("lm", *(["plots"] if picture is not None else []), by="anabranch cluster plan")
+    if picture is not None:
+        if picture.suffix.lower() not in (".svg", ".png"):
+            raise ConfigError(f"--picture is {str(picture)!r}; its name must end with .svg or .png")
+        check_apart([picture], [*_read_of(model), hardware])
+    from anabranch.cluster import plan as made_of
+    from anabranch.lm.layers import layer_costs, uncut_groups
+
+    config = _config(model)
+    length = sequence_length or config.max_positions
+    if sequences * length > _MOST_TOKENS:
+        raise ConfigError(f"{sequences} sequences of {length} tokens are more than {_MOST_TOKENS} in a micro-batch")
+    import torch
+
+    device = read_hardware(hardware, "float16")
+    made = made_of(
+        layer_costs(config, tokens=sequences * length, sequence_length=length, dtype=torch.bfloat16),
+        ranks=ranks,
+        schedule_name=schedule,
+        micro_batches=micro_batches,
+        visits=visits,
+        checkpoint=checkpoint,
+        flops_s=device.compute * efficiency,
+        bytes_s=device.network_bandwidth or None,
+        uncut=uncut_groups(config),
+    )
+    if picture is not None:
+        _draw(made, picture, f"{model}: {schedule}, {ranks} ranks, {made.schedule.num_micro_batches} micro-batches")
+    if as_json:
+        print_json({"model": model, "hardware": device.name, "efficiency": efficiency, **made.to_dict()})
+        return
+    _print(made, model, f"{device.name} at {efficiency:.0%} of {device.compute / 1e12:,.0f} TFLOP/s")
+    if picture is not None:
+        fact("wrote", str(picture))
+
+
+def _config(model: str) -> Decoder.Config:
+    if not Path(model).exists():
+        from anabranch import presets
+
+        if model in presets.names():
+            return presets.find(model)("tiny").model
+    from anabranch.lm import load_config
+
+    return load_config(model)
+
+
+def _read_of(model: str) -> list[Path]:
+    if not Path(model).is_dir():
+        return [Path(model)]
+    from anabranch.lm.folder import files_of
+
+    return files_of(model)
+
+
+def _draw(made: Plan, picture: Path, title: str) -> None:
+    from anabranch.report.pipeline import pipeline_picture
+
+    bars: list[dict[str, Any]] = made.timeline.to_dict()["bars"]
+    is_svg = picture.suffix.lower() == ".svg"
+    drawn = pipeline_picture(bars, num_stages=made.schedule.num_stages, title=title, is_svg=is_svg)
+    data = drawn.encode() if isinstance(drawn, str) else drawn
+    atomic_write(picture, lambda place: _put(place, data))
+
+
+def _put(place: Path, data: bytes) -> None:
+    place.write_bytes(data)
+
+
+def _print(made: Plan, model: str, on: str) -> None:
+    table_of = made.schedule
+    visits = f", {table_of.num_visits} visits" if table_of.num_visits > 1 else ""
+    fact("model", f"{model}   {len(made.layers)} layers on {table_of.num_stages} ranks, each {on}")
+    fact("table", f"{table_of.name}   {table_of.num_micro_batches} micro-batches{visits}, {table_of.num_clocks} clocks")
+    rows = []
+    for rank in range(table_of.num_stages):
+        parts = made.chunks_of(rank)
+        names = [made.layers[number] for part in parts for number in part]
+        rows.append(
+            [
+                str(rank),
+                " and ".join(_span([made.layers[number].name for number in part]) for part in parts),
+                f"{sum(layer.parameters for layer in names) / 1e6:,.2f}",
+                f"{sum(layer.flops for layer in names) / 1e9:,.2f}",
+                f"{made.timeline.busy_K[rank] * 1e3:,.3f}",
+                f"{1 - made.timeline.busy_K[rank] / made.timeline.step_s:.1%}" if made.timeline.step_s else "0.0%",
+                size(sum(made.layers[part.start - 1].output_bytes for part in parts if part.start)),
+            ]
+        )
+    headers = [
+        "rank",
+        "layers",
+        "parameters\n(M)",
+        "forward\n(GFLOP)",
+        "busy\n(ms)",
+        "idle",
+        "receives\n(a micro-batch)",
+    ]
+    table(headers, rows, text_columns=2)
+    print()
+    fact(
+        "step",
+        f"{made.timeline.step_s * 1e3:,.3f} ms simulated, {made.timeline.idle:.1%} idle; one rank {made.one_rank_s * 1e3:,.3f} ms",
+    )
+    fact(
+        "gain",
+        f"{made.speedup:.2f} x one rank, of at most {table_of.num_stages}; at most {table_of.most_in_flight} micro-batches in flight",
+    )
+    if table_of.num_clocks <= _MOST_CLOCKS:
+        print()
+        print(table_of)
+
+
+def _span(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

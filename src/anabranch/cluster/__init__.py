@@ -1,0 +1,57 @@
+"""Tensor -> machine: what of a model, a batch or a sequence is on which machine, and how it gets there.
+
+    from anabranch.cluster import GPipe
+
+    pipe = GPipe(model, stages=4, micro_batches=8)      # any nn.Sequential
+    loss = pipe.step(x, target, loss_fn)                # gradients are those of the model that was not split
+
+Names are loaded when they are first used: what plans and draws needs numpy alone, what trains needs torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from anabranch.extras import lazy
+
+if TYPE_CHECKING:
+    from anabranch.cluster.gpipe import GPipe, Pop, Stash
+    from anabranch.cluster.keyed_random import KeyedDropout, keyed_uniform, random_key
+    from anabranch.cluster.messages import MessageLog
+    from anabranch.cluster.partitions import Partition, partition
+    from anabranch.cluster.plans import LayerCost, Plan, plan
+    from anabranch.cluster.saved_bytes import SavedBytes
+    from anabranch.cluster.schedules import SCHEDULES, Schedule, Slot, schedule
+    from anabranch.cluster.simulation import Durations, Timeline, simulate
+
+__all__ = [
+    "SCHEDULES",
+    "Durations",
+    "GPipe",
+    "KeyedDropout",
+    "LayerCost",
+    "MessageLog",
+    "Partition",
+    "Plan",
+    "Pop",
+    "SavedBytes",
+    "Schedule",
+    "Slot",
+    "Stash",
+    "Timeline",
+    "keyed_uniform",
+    "partition",
+    "plan",
+    "random_key",
+    "schedule",
+    "simulate",
+]
+_HOMES: dict[str, str | None] = {
+    **dict.fromkeys(("GPipe", "Pop", "Stash"), ".gpipe"),
+    **dict.fromkeys(("KeyedDropout", "keyed_uniform", "random_key"), ".keyed_random"),
+    "MessageLog": ".messages",
+    "SavedBytes": ".saved_bytes",
+    **dict.fromkeys(("Durations", "Timeline", "simulate"), ".simulation"),
+    **dict.fromkeys(("LayerCost", "Plan", "plan"), ".plans"),
+    **dict.fromkeys(("Partition", "partition"), ".partitions"),
+    **dict.fromkeys(("SCHEDULES", "Schedule", "Slot", "schedule"), ".schedules"),
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,0 +1,258 @@
+"""A chunk: a contiguous part of the model, run forward and backward one micro-batch at a time.
+
+Between the two a chunk keeps of a micro-batch either its graph, or its inputs alone; then backward does the forward again first, with the
+same random numbers and without moving running statistics.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.cluster.gpipe.batch_norm import DeferredStatistics, untracked
+from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
+from anabranch.cluster.gpipe.skips import Area, Route
+from anabranch.cluster.keyed_random import drawing, random_key
+from anabranch.cluster.saved_bytes import Held, SavedBytes
+from anabranch.errors import InputError
+
+__all__ = ["Chunk", "Gradients", "StepKey"]
+
+# One entry of each tensor of a nested value, None where it has no gradient.
+Gradients = list[Tensor | None]
+LossFunction = Callable[..., Tensor]
+
+_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What random numbers are a function of, beside layer and micro-batch."""
+
+    seed: int
+    step: int
+
+
+@dataclass
+class _Kept:
+    """What is kept of a micro-batch between forward and backward."""
+
+    entry: Any
+    imports: dict[str, Tensor]
+    output: Any = None
+    exports: dict[str, Tensor] = field(default_factory=dict)
+    # Whether there is a graph; else the forward is done again.
+    has_graph: bool = False
+    held: Held | None = None
+
+
+class Chunk:
+    """Layers ``part`` of a model.
+
+    Args:
+        layers: those of the part, in order.
+        part: their numbers in the model, by which random numbers are keyed.
+        routes: the skips of the whole model.
+        number, num_chunks: which chunk of how many.
+        is_deferred: whether batch norms track a whole batch, see `DeferredStatistics`.
+        meter: counts what is kept between forward and backward; None for no count.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        part: range,
+        routes: Sequence[Route],
+        number: int,
+        num_chunks: int,
+        *,
+        is_deferred: bool = False,
+        meter: SavedBytes | None = None,
+    ) -> None:
+        self.layers, self.part, self.number = list(layers), part, number
+        self.is_first, self.is_last = number == 0, number == num_chunks - 1
+        self.imports = [route for route in routes if route.target == number != route.source]
+        self.exports = [route for route in routes if route.source == number != route.target]
+        self.modules = [module for layer in self.layers for module in layer.modules()]
+        self.statistics = DeferredStatistics.of(self.modules) if is_deferred else []
+        self.meter = meter
+        # Layers that draw: told by their modules, or seen to. None until one has run in training.
+        self._draws: list[bool | None] = [_has_dropout(layer) or None for layer in self.layers]
+        self._loss_draws: bool | None = None
+        self._kept: dict[int, _Kept] = {}
+
+    def clear(self) -> None:
+        """Forget micro-batches that were not finished."""
+        for micro_batch in list(self._kept):
+            self._forget(micro_batch)
+        for statistics in self.statistics:
+            statistics.clear()
+
+    def infer(self, entry: Any, imports: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Output and exported skips, without gradients."""
+        with torch.no_grad():
+            return self._run(entry, imports, None, 0)
+
+    def forward(
+        self, micro_batch: int, entry: Any, imports: dict[str, Tensor], key: StepKey, *, keeps_graph: bool
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Output and exported skips; what backward needs is kept.
+
+        Args:
+            micro_batch: its number.
+            entry: what the first layer gets. Its tensors are leaves: those that ``requires_grad`` get gradients.
+            imports: skips of other chunks by name, likewise.
+            key: of random numbers.
+            keeps_graph: keep the graph, or inputs alone.
+        """
+        kept = self._kept[micro_batch] = _Kept(entry, imports)
+        if not keeps_graph:
+            if self.meter is not None:
+                kept.held = self.meter.hold(*tensors_of(entry), *imports.values())
+            with torch.no_grad(), self._counting():
+                versions = [tensor._version for tensor in tensors_of(entry)]
+                output, exports = self._run(entry, imports, key, micro_batch)
+            self._check_unchanged(entry, versions)
+            # What would need a gradient cannot be told without a graph: all that can have one.
+            return _as_sent(output, None), _as_sent(exports, None)
+        with torch.enable_grad(), self._counting(), self._watching():
+            kept.output, kept.exports = self._run(entry, imports, key, micro_batch)
+        kept.has_graph = True
+        return _as_sent(kept.output, True), _as_sent(kept.exports, True)
+
+    def prepare(self, micro_batch: int, key: StepKey) -> None:
+        """Do the forward again where there is no graph; the gradient is not needed for that."""
+        kept = self._kept[micro_batch]
+        if kept.has_graph:
+            return
+        if kept.held is not None:
+            # From here on autograd counts them.
+            kept.held.release()
+        with torch.enable_grad(), untracked(self.modules), self._watching():
+            kept.output, kept.exports = self._run(kept.entry, kept.imports, key, micro_batch)
+        kept.has_graph = True
+
+    def loss(
+        self, micro_batch: int, target: Any, loss_fn: LossFunction, weight: float, key: StepKey
+    ) -> tuple[Tensor, Tensor]:
+        """(what is to be differentiated, its value) of the last chunk: the micro-batch's part of the batch's loss."""
+        kept = self._kept[micro_batch]
+        with torch.enable_grad(), self._watching():
+            if weight == 0:
+                # A mean over nothing is NaN, and NaN times 0 is too.
+                loss = sum((tensor * 0).sum() for tensor in tensors_of(kept.output) if tensor.is_floating_point())
+            elif self._loss_draws is False:
+                loss = loss_fn(kept.output, target)
+            else:
+                devices = {tensor.device for tensor in tensors_of(kept.output)}
+                with drawing(random_key(key.seed, key.step, self.part.stop, micro_batch), [*devices]) as mode:
+                    loss = loss_fn(kept.output, target)
+                self._loss_draws = mode.has_drawn
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shown = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"loss_fn gave {shown}; it must give one number, the mean over a micro-batch's items")
+        loss = loss.reshape(()) * weight
+        return loss, loss.detach()
+
+    def backward(
+        self, micro_batch: int, gradients: Gradients, skip_gradients: dict[str, Tensor | None]
+    ) -> tuple[Gradients, dict[str, Tensor | None]]:
+        """Gradients of the entry and of imported skips; those of parameters are added to theirs.
+
+        Args:
+            micro_batch: its number; `prepare` has been called.
+            gradients: of each tensor of the output.
+            skip_gradients: of exported skips.
+        """
+        kept = self._kept[micro_batch]
+        roots, with_respect = [], []
+        pairs = [*zip(tensors_of(kept.output), gradients, strict=True)]
+        pairs += [(kept.exports[name], gradient) for name, gradient in skip_gradients.items()]
+        for tensor, gradient in pairs:
+            if tensor.requires_grad and gradient is not None:
+                roots.append(tensor)
+                with_respect.append(gradient)
+        return self._differentiate(micro_batch, roots, with_respect)
+
+    def backward_loss(
+        self, micro_batch: int, loss: Tensor, skip_gradients: dict[str, Tensor | None]
+    ) -> tuple[Gradients, dict[str, Tensor | None]]:
+        """As `backward`, of the last chunk."""
+        return self._differentiate(micro_batch, [loss] if loss.requires_grad else [], [None])
+
+    def _differentiate(
+        self, micro_batch: int, roots: list[Tensor], gradients: Sequence[Tensor | None]
+    ) -> tuple[Gradients, dict[str, Tensor | None]]:
+        kept = self._kept[micro_batch]
+        if roots:
+            torch.autograd.backward(roots, list(gradients))
+        found = [tensor.grad for tensor in tensors_of(kept.entry)]
+        skips = {name: tensor.grad for name, tensor in kept.imports.items()}
+        self._forget(micro_batch)
+        return found, skips
+
+    def _forget(self, micro_batch: int) -> None:
+        kept = self._kept.pop(micro_batch)
+        if kept.held is not None:
+            kept.held.release()
+
+    def _run(
+        self, x: Any, imports: dict[str, Tensor], key: StepKey | None, micro_batch: int
+    ) -> tuple[Any, dict[str, Tensor]]:
+        area = Area(imports)
+        if key is not None and any(getattr(module, "inplace", False) for module in self.layers[0].modules()):
+            # It would overwrite what a recomputation needs, and may not change a leaf.
+            x = map_tensors(x, lambda tensor: tensor.clone())
+        with area.here():
+            for place, layer in enumerate(self.layers):
+                x = self._call(place, layer, x, key, micro_batch)
+        return x, {route.name: area.waiting.pop(route.name) for route in self.exports}
+
+    def _call(self, place: int, layer: nn.Module, x: Any, key: StepKey | None, micro_batch: int) -> Any:
+        """One layer; where it draws, with numbers that are a function of (seed, step, layer, micro-batch)."""
+        if key is None or not layer.training or self._draws[place] is False:
+            return layer(x)
+        devices = {tensor.device for tensor in tensors_of(x)}
+        with drawing(random_key(key.seed, key.step, self.part[place], micro_batch), [*devices]) as mode:
+            x = layer(x)
+        if self._draws[place] is None:
+            self._draws[place] = mode.has_drawn
+        return x
+
+    def _check_unchanged(self, entry: Any, versions: list[int]) -> None:
+        if [tensor._version for tensor in tensors_of(entry)] != versions:
+            raise InputError(
+                f"layer {self.part.start} changes its input in place, which its recomputation needs; "
+                'let it make a new tensor, or use checkpoint="never"'
+            )
+
+    def _counting(self) -> ExitStack:
+        stack = ExitStack()
+        if self.statistics:
+            stack.enter_context(untracked(statistics.module for statistics in self.statistics))
+            for statistics in self.statistics:
+                stack.enter_context(statistics.counting())
+        return stack
+
+    def _watching(self) -> Any:
+        return nullcontext() if self.meter is None else self.meter.watch()
+
+
+def _has_dropout(layer: nn.Module) -> bool:
+    return any(
+        isinstance(module, _DROPOUTS) or (isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0)
+        for module in layer.modules()
+    )
+
+
+def _as_sent(value: Any, is_of_graph: bool | None) -> Any:
+    """``value`` as leaves for the next chunk."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        can = tensor.is_floating_point() or tensor.is_complex()
+        return tensor.detach().requires_grad_(can and (tensor.requires_grad or is_of_graph is None))
+
+    return map_tensors(value, leaf)

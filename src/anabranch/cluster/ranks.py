@@ -1,0 +1,392 @@
+"""A few processes with a rank each, on gloo: the way to test what happens between ranks, without a launcher and without a hang.
+
+    from anabranch.testing import run_ranks
+
+    def sums(rank, world):                       # in a module that other processes can import
+        value = torch.tensor([float(rank)])
+        dist.all_reduce(value)
+        return value.item()
+
+    run_ranks(sums, 4)                           # [6.0, 6.0, 6.0, 6.0]
+
+A rank that raises ends them all: `RankError` says which and why, with its traceback. What takes longer than ``timeout_s`` is killed, and
+the error shows where each rank stood. `Ranks` is the same with the processes in hand: kill one, let another join, see what went over wires.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+__all__ = ["RankError", "Ranks", "run_ranks"]
+
+# What the server from which ranks are forked has loaded; a rank then starts in milliseconds.
+_PRELOADED = ["torch.distributed", "anabranch.cluster.ranks", "anabranch.cluster.gpipe"]
+# Seconds in which ranks that lost another may end by themselves, with an error that says more.
+_GRACE_S = 3.0
+_TAIL = 4000
+# Offsets in struct tcp_info of Linux: bytes that arrived at the other end, and that were received.
+_ACKED_AT, _TCP_INFO_SIZE = 120, 232
+
+
+class RankError(RuntimeError):
+    """A rank failed, ended without a result, or did not end in time.
+
+    Attributes:
+        rank: which.
+        why: ``TypeName: message`` of what it raised; or how it ended.
+    """
+
+    def __init__(self, rank: int, why: str, told: str = "") -> None:
+        self.rank, self.why, self.told = rank, why, told
+        super().__init__(f"rank {rank}: {why}" + (f"\n{told}" if told else ""))
+
+    def __reduce__(self) -> Any:
+        return RankError, (self.rank, self.why, self.told)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a rank tells in the end: a value, or an error; and what it sent by connection, (local port, remote port, bytes)."""
+
+    value: Any = None
+    why: str | None = None
+    trace: str = ""
+    sent: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass
+class _Rank:
+    """One process.
+
+    Attributes:
+        rank: its number.
+        process, connection: of it.
+        output: where its standard output and error go.
+        result: once it has told.
+        is_killed: whether `Ranks.kill` ended it.
+    """
+
+    rank: int
+    process: Any
+    connection: Connection
+    output: Path
+    result: _Result | None = None
+    is_killed: bool = False
+
+
+class Ranks:
+    """Processes with a rank each. A context manager: at its end no process is left.
+
+        with Ranks(4, train, config) as ranks:
+            ranks.kill(2)                         # as if its machine went away
+            ranks.join(train, config, rank=2)     # another takes its place; how it finds the others is up to the function
+            values = ranks.wait()
+
+    Args:
+        world: how many.
+        function: called as ``function(rank, world, *arguments)`` in each process, in a gloo group of all; importable by name.
+        arguments: given to it.
+        backend: of the group; None for none, where the function makes its own, with ``MASTER_ADDR`` and ``MASTER_PORT`` of a store that
+            outlives every rank.
+        timeout_s: from the start until the last rank has ended.
+        threads: of torch in each process.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        backend: str | None = "gloo",
+        timeout_s: float = 60.0,
+        threads: int = 1,
+    ) -> None:
+        if world < 1:
+            raise ValueError(f"world is {world}; use at least 1")
+        self.world, self.timeout_s = world, timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._settings = {"backend": backend, "timeout_s": timeout_s, "threads": threads}
+        self._folder = tempfile.TemporaryDirectory(prefix="anabranch-ranks-")
+        # In this process, so that no rank's end takes it along.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._ranks: dict[int, _Rank] = {}
+        self._ended: list[_Rank] = []
+        self._sent: dict[int, tuple[tuple[int, int, int], ...]] = {}
+        try:
+            for rank in range(world):
+                self._start(rank, function, arguments)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def pid(self, rank: int) -> int:
+        """The process of a rank."""
+        return int(self._ranks[rank].process.pid)
+
+    def kill(self, rank: int, sign: int = signal.SIGKILL) -> None:
+        """End a rank's process at once; with another signal, such as SIGSTOP, do that to it instead."""
+        found = self._ranks[rank]
+        os.kill(found.process.pid, sign)
+        if sign in (signal.SIGKILL, signal.SIGTERM):
+            found.is_killed = True
+            found.process.join(5)
+
+    def join(self, function: Callable[..., Any], *arguments: Any, rank: int | None = None) -> int:
+        """Start one more process, with the number of one that was killed or the next one. Returns its rank."""
+        number = max(self._ranks) + 1 if rank is None else rank
+        old = self._ranks.get(number)
+        if old is not None and not old.is_killed:
+            raise ValueError(f"rank {number} is still there; kill it first, or let the next number join")
+        if old is not None:
+            self._ended.append(old)
+        self._start(number, function, arguments)
+        return number
+
+    def wait(self) -> list[Any]:
+        """What the function returned in each rank that was not killed, in order of ranks.
+
+        Raises RankError for the rank that failed first, or that did not end in time; then no process is left.
+        """
+        try:
+            while open_ranks := [rank for rank in self._ranks.values() if rank.result is None and not rank.is_killed]:
+                self._gather(open_ranks, self._deadline)
+        except BaseException:
+            self.close()
+            raise
+        # They stay until all have a result, so that no connection ends under another's hands.
+        for rank in self._ranks.values():
+            rank.connection.close()
+        for rank in self._ranks.values():
+            rank.process.join(5)
+        return [
+            rank.result.value
+            for _, rank in sorted(self._ranks.items())
+            if rank.result is not None and not rank.is_killed
+        ]
+
+    def output(self, rank: int) -> str:
+        """What a rank has printed so far, on both streams."""
+        return self._ranks[rank].output.read_text(encoding="utf-8", errors="replace")
+
+    def sent_bytes(self) -> np.ndarray | None:
+        """int64 ``[world, world]``: bytes that each rank (row) sent to each (column) through TCP, as the kernel counted them.
+
+        Of all connections between ranks that were open when they ended, so of gloo whatever operations were used. After `wait`. None where
+        the kernel does not say (it is Linux that does).
+        """
+        if not any(self._sent.values()):
+            return None
+        owner = {(local, remote): rank for rank, rows in self._sent.items() for local, remote, _ in rows}
+        found = np.zeros((self.world, self.world), np.int64)
+        for rank, rows in self._sent.items():
+            for local, remote, sent in rows:
+                peer = owner.get((remote, local))
+                if peer is not None and rank < self.world and peer < self.world:
+                    found[rank, peer] += sent
+        return found
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for rank in [*self._ranks.values(), *self._ended]:
+            if rank.process.is_alive():
+                rank.process.kill()
+                rank.process.join(5)
+            rank.connection.close()
+        self._folder.cleanup()
+
+    def _start(self, rank: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        context = _context()
+        ours, theirs = context.Pipe()
+        place = Path(self._folder.name) / f"{rank}-{len(self._ended)}"
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+        process = context.Process(
+            target=_run,
+            args=(
+                rank,
+                self.world,
+                pickle.dumps((function, arguments)),
+                theirs,
+                str(place),
+                environment,
+                self._settings,
+            ),
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        self._ranks[rank] = _Rank(rank, process, ours, place)
+
+    def _gather(self, open_ranks: Sequence[_Rank], deadline: float) -> None:
+        """Wait for one of the ranks to tell or to end. Raises RankError where it failed."""
+        left = deadline - time.monotonic()
+        ready = wait([rank.connection for rank in open_ranks], max(left, 0)) if left > 0 else []
+        if not ready:
+            raise self._late(open_ranks)
+        for rank in open_ranks:
+            if rank.connection in ready:
+                self._read(rank)
+        if failed := [rank for rank in open_ranks if rank.result is not None and rank.result.why is not None]:
+            raise self._failed(failed[0])
+
+    def _read(self, rank: _Rank) -> None:
+        try:
+            told = rank.connection.recv_bytes()
+        except (EOFError, OSError):
+            rank.process.join(5)
+            code = rank.process.exitcode
+            how = (
+                f"ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+            )
+            rank.result = _Result(why=f"{how} before it had a result")
+            return
+        rank.result = pickle.loads(told)
+        self._sent[rank.rank] = rank.result.sent
+
+    def _failed(self, first: _Rank) -> RankError:
+        """The error of the rank where it began: others often fail since that one went away."""
+        deadline = time.monotonic() + _GRACE_S
+        others = [rank for rank in self._ranks.values() if rank.result is None and not rank.is_killed]
+        while others and (left := deadline - time.monotonic()) > 0:
+            ready = wait([rank.connection for rank in others], left)
+            for rank in others:
+                if rank.connection in ready:
+                    self._read(rank)
+            others = [rank for rank in others if rank.result is None]
+        result = first.result
+        assert result is not None
+        assert result.why is not None
+        told = result.trace or self._tail(first)
+        also = [
+            f"rank {rank.rank} then: {rank.result.why}"
+            for rank in self._ranks.values()
+            if rank is not first and rank.result is not None and rank.result.why is not None
+        ]
+        return RankError(first.rank, result.why, "\n".join([told.rstrip(), *also]).strip())
+
+    def _late(self, open_ranks: Sequence[_Rank]) -> RankError:
+        for rank in open_ranks:
+            if rank.process.is_alive() and hasattr(signal, "SIGUSR1"):
+                # Its handler writes the stacks of all threads where its output goes.
+                os.kill(rank.process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        told = [f"rank {rank.rank} stood at\n{self._tail(rank)}" for rank in open_ranks]
+        return RankError(open_ranks[0].rank, f"no result after {self.timeout_s:g} s", "\n".join(told))
+
+    def _tail(self, rank: _Rank) -> str:
+        text = rank.output.read_text(encoding="utf-8", errors="replace") if rank.output.exists() else ""
+        return text[-_TAIL:]
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *arguments: Any,
+    backend: str | None = "gloo",
+    timeout_s: float = 60.0,
+    threads: int = 1,
+) -> list[Any]:
+    """``function(rank, world, *arguments)`` in ``world`` processes; what each returned, in order of ranks. See `Ranks`.
+
+    Raises RankError: with the rank, what it raised and its traceback, or where each rank stood after ``timeout_s``.
+    """
+    with Ranks(world, function, *arguments, backend=backend, timeout_s=timeout_s, threads=threads) as ranks:
+        return ranks.wait()
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _run(
+    rank: int,
+    world: int,
+    call: bytes,
+    connection: Connection,
+    output: str,
+    environment: dict[str, str],
+    settings: dict[str, Any],
+) -> None:
+    """In a rank's process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    torch.set_num_threads(settings["threads"])
+    try:
+        if settings["backend"] is not None:
+            store = dist.TCPStore("127.0.0.1", int(environment["MASTER_PORT"]), is_master=False)
+            bound = timedelta(seconds=settings["timeout_s"])
+            dist.init_process_group(settings["backend"], store=store, rank=rank, world_size=world, timeout=bound)
+        function, arguments = pickle.loads(call)
+        result = _Result(function(rank, world, *arguments), sent=_sent_by_connection())
+        told = pickle.dumps(result)
+    except BaseException as error:
+        result = _Result(why=f"{type(error).__name__}: {error}", trace=traceback.format_exc()[-_TAIL:])
+        told = pickle.dumps(result)
+    sys.stdout.flush()
+    # Bytes by plain pickle: what multiprocessing makes of tensors would need this process to be there when they are read.
+    connection.send_bytes(told)
+    with suppress(EOFError, OSError):
+        # Until the other end is closed.
+        connection.recv_bytes()
+    # A group that a failed rank took part in may wait for the others when it is destroyed; nothing here is worth that.
+    os._exit(0 if result.why is None else 1)
+
+
+def _sent_by_connection() -> tuple[tuple[int, int, int], ...]:
+    """(local port, remote port, bytes sent) of each open TCP connection of this process."""
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir() or not hasattr(socket, "TCP_INFO"):
+        return ()
+    found = []
+    for entry in folder.iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                local, remote = connection.getsockname(), connection.getpeername()
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+        except (OSError, ValueError):
+            # No TCP, not connected, or closed since the folder was read.
+            continue
+        if isinstance(local, tuple) and len(info) >= _ACKED_AT + 8:
+            (acked,) = struct.unpack_from("=Q", info, _ACKED_AT)
+            found.append((local[1], remote[1], int(acked)))
+    return tuple(found)

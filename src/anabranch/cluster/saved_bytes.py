@@ -1,0 +1,116 @@
+"""`SavedBytes`: what autograd keeps for the backward pass, in bytes, now and at most.
+
+with SavedBytes(ignored=model.parameters()) as meter:
+    loss = model(x).sum()
+    meter.now              # bytes of activations that are kept
+    loss.backward()
+meter.most
+"""
+
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any, Self
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+__all__ = ["SavedBytes"]
+
+
+class _Kept:
+    """A tensor that autograd keeps; when the graph lets go of this, the meter is told."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class SavedBytes:
+    """Counts the storages that autograd keeps, each once however often it is saved.
+
+    A context manager; `watch` does the same for a part of the work in another thread. It may be read at any time.
+
+    Args:
+        ignored: tensors that are there anyway (parameters, buffers).
+
+    Attributes:
+        now: bytes that are kept.
+        most: the most that were, since the meter was made or `restart` was called.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
+        self.now = 0
+        self.most = 0
+        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+        self._uses: dict[int, list[int]] = {}
+        # Backward passes of several threads let go of tensors at once; finalizers may run while the lock is held.
+        self._lock = threading.RLock()
+        self._open: list[saved_tensors_hooks] = []
+
+    def __enter__(self) -> Self:
+        hooks = self.watch()
+        hooks.__enter__()
+        self._open.append(hooks)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.pop().__exit__(*error)
+
+    def watch(self) -> saved_tensors_hooks:
+        """A context in which this thread's saved tensors count too."""
+        return saved_tensors_hooks(self._pack, lambda kept: kept.tensor if isinstance(kept, _Kept) else kept)
+
+    def restart(self) -> None:
+        """Forget the most."""
+        self.most = self.now
+
+    def hold(self, *tensors: Tensor) -> "Held":
+        """Count tensors that are kept for backward without autograd (inputs of what is recomputed) until ``release`` of the result."""
+        return Held(self, tensors)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        # Of a parameter itself, hooks may not give back another object (it is checked for changes), and it does not count.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._ignored or not storage.nbytes():
+            return tensor
+        kept = _Kept(tensor)
+        self._add(storage.data_ptr(), storage.nbytes())
+        weakref.finalize(kept, self._remove, storage.data_ptr())
+        return kept
+
+    def _add(self, pointer: int, size: int) -> None:
+        with self._lock:
+            uses = self._uses.setdefault(pointer, [0, size])
+            if not uses[0]:
+                self.now += size
+                self.most = max(self.most, self.now)
+            uses[0] += 1
+
+    def _remove(self, pointer: int) -> None:
+        with self._lock:
+            uses = self._uses[pointer]
+            uses[0] -= 1
+            if not uses[0]:
+                self.now -= uses[1]
+                del self._uses[pointer]
+
+
+class Held:
+    """Tensors that count until they are released."""
+
+    def __init__(self, meter: SavedBytes, tensors: Iterable[Tensor]) -> None:
+        self._meter = meter
+        self._pointers = []
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in meter._ignored:
+                meter._add(storage.data_ptr(), storage.nbytes())
+                self._pointers.append(storage.data_ptr())
+
+    def release(self) -> None:
+        """They are no longer kept."""
+        for pointer in self._pointers:
+            self._meter._remove(pointer)
+        self._pointers.clear()

@@ -1,0 +1,72 @@
+"""A decoder as a list of layers with their costs: embedding, blocks, head. What a pipeline's stages are cut from."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from anabranch.cluster import LayerCost
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import build_empty
+from anabranch.nn.count import Count
+from anabranch.nn.linear import count_linear
+
+__all__ = ["layer_costs", "uncut_groups"]
+
+
+def layer_costs(config: Decoder.Config, *, tokens: int, sequence_length: int, dtype: torch.dtype) -> list[LayerCost]:
+    """Embedding, blocks, and last norm with head, in order. Nothing is built.
+
+    Args:
+        config: of the model.
+        tokens: of a micro-batch.
+        sequence_length: over which attention is counted.
+        dtype: of what goes from layer to layer.
+    """
+    width = tokens * config.dim * dtype.itemsize
+    table = config.vocab_size * config.dim
+    # The look-up costs no operations, but the table is memory.
+    costs = [LayerCost(name="embedding", flops=0.0, parameters=table, output_bytes=width)]
+    head = Count()
+    for number, context in enumerate(config.contexts()):
+        count = config.block.count(context, sequence_length)
+        costs.append(
+            LayerCost(
+                name=f"block {number}", flops=count.flops * tokens, parameters=count.parameters, output_bytes=width
+            )
+        )
+        head = Count(0, 0, 2 * table) if config.tie_embeddings else count_linear(config.head(context), context)
+    scores = tokens * config.vocab_size * dtype.itemsize
+    costs.append(
+        LayerCost(name="head", flops=head.flops * tokens, parameters=head.parameters + config.dim, output_bytes=scores)
+    )
+    return costs
+
+
+def uncut_groups(config: Decoder.Config) -> list[range]:
+    """Layers of `layer_costs` that use modules together (the pool of a ReXMoE group, a recurrence), so that one stage must have them.
+
+    A group is a range from its first user to its last.
+    """
+    model = build_empty(config)
+    users: dict[int, list[int]] = {}
+    for number, block in enumerate(model.blocks):
+        for module in _referred(block, {id(part) for part in model.shared.modules()}):
+            users.setdefault(module, []).append(number)
+    spans = sorted({(min(found), max(found)) for found in users.values() if len(set(found)) > 1})
+    merged: list[tuple[int, int]] = []
+    for first, last in spans:
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    # Layer 0 is the embedding.
+    return [range(first + 1, last + 2) for first, last in merged]
+
+
+def _referred(block: nn.Module, shared: set[int]) -> Iterator[int]:
+    """Those of the shared modules that a block's modules hold without registering them."""
+    for module in block.modules():
+        for value in vars(module).values():
+            if isinstance(value, nn.Module) and id(value) in shared:
+                yield id(value)

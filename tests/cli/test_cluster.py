@@ -1,0 +1,58 @@
+"""``anabranch cluster``, through its front door."""
+
+import json
+
+from anabranch import presets
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.layers import layer_costs, uncut_groups
+
+
+def test_a_plan_is_told_as_json_and_drawn(here, tmp_path):
+    picture = tmp_path / "step.svg"
+    code, out, err = here(
+        "cluster", "plan", "moe", "--ranks", "2", "--micro-batches", "4", "--picture", str(picture), "--json"
+    )
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert [rank["rank"] for rank in told["ranks"]] == [0, 1]
+    assert told["schedule"]["clocks"] == 2 * (4 + 1)
+    assert told["ranks"][0]["layers"][0][0] == 0
+    assert told["ranks"][0]["layers"][0][1] + 1 == told["ranks"][1]["layers"][0][0]
+    assert 1 < told["speedup"] < 2
+    assert picture.read_text().startswith("<svg")
+    assert picture.read_text().count("<path") > 16
+
+
+def test_a_plan_is_told_in_words(here, tmp_path):
+    picture = tmp_path / "step.png"
+    code, out, _ = here("cluster", "plan", "dense", "--ranks", "2", "--schedule", "1f1b", "--picture", str(picture))
+    assert code == 0
+    assert "head" in out
+    assert "0: F0 F1" in out
+    assert f"wrote   {picture}" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_sum_to_the_model():
+    config = presets.find("moe")("tiny").model
+    import torch
+
+    costs = layer_costs(config, tokens=7, sequence_length=64, dtype=torch.float32)
+    count = config.count(64)
+    assert sum(cost.flops for cost in costs) == 7 * count.flops
+    assert sum(cost.parameters for cost in costs) == count.parameters
+    tied = config.replace(tie_embeddings=True)
+    costs = layer_costs(tied, tokens=1, sequence_length=64, dtype=torch.float32)
+    assert sum(cost.parameters for cost in costs) == tied.count(64).parameters
+    assert sum(cost.flops for cost in costs) == tied.count(64).flops
+
+
+def test_layers_that_share_a_pool_stay_together(here):
+    config = presets.find("rexmoe")("tiny").model
+    groups = uncut_groups(config)
+    assert groups
+    assert all(len(group) > 1 for group in groups)
+    code, _, err = here("cluster", "plan", "rexmoe", "--ranks", str(config.num_layers + 2))
+    assert code == 2
+    assert "some stay together" in err
+    assert uncut_groups(Decoder.Config(num_layers=3)) == []

@@ -1,0 +1,129 @@
+"""Random numbers by key: known answers of Philox, rows alone, and what a thread draws."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anabranch.cluster import KeyedDropout, keyed_uniform, random_key
+from anabranch.cluster.keyed_random import drawing, philox
+from anabranch.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # known answers of Random123, philox4x32-10
+        ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_known_answers(counter, key, expected):
+    assert philox(torch.tensor([counter]), key).tolist() == [expected]
+
+
+def test_a_row_is_a_function_of_its_number():
+    key = {"seed": 3, "step": 5, "layer": 2}
+    whole = keyed_uniform((8, 3, 5), **key)
+    assert whole.shape == (8, 3, 5)
+    assert whole.min() >= 0
+    assert whole.max() < 1
+    parts = torch.cat([keyed_uniform((2, 3, 5), rows=torch.arange(start, start + 2), **key) for start in (0, 2, 4, 6)])
+    assert torch.equal(parts, whole)
+    # Fewer numbers of a row are its first ones.
+    assert torch.equal(keyed_uniform((8, 2), **key), whole.reshape(8, -1)[:, :2])
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"step": 6}, {"layer": 3}, {"micro_batch": 1}])
+def test_every_part_of_the_key_counts(change):
+    key = {"seed": 3, "step": 5, "layer": 2}
+    assert (keyed_uniform((4, 64), **key) == keyed_uniform((4, 64), **{**key, **change})).float().mean() < 0.05
+
+
+def test_numbers_are_uniform_and_independent():
+    drawn = keyed_uniform((64, 1024), seed=0, step=0, layer=0).double()
+    assert drawn.mean() == pytest.approx(0.5, abs=0.005)
+    assert drawn.var() == pytest.approx(1 / 12, abs=0.002)
+    between = torch.corrcoef(drawn)
+    assert (between - torch.eye(64)).abs().max() < 0.2
+
+
+def test_keyed_dropout_keeps_the_mean_and_needs_no_layout():
+    layer = KeyedDropout(0.25, seed=1, layer=4)
+    layer.step = 9
+    x = torch.ones(6, 4096)
+    whole = layer(x)
+    assert whole.unique().tolist() == [0, pytest.approx(4 / 3)]
+    assert whole.mean() == pytest.approx(1, abs=0.02)
+    layer.first_row = 4
+    assert torch.equal(layer(x[4:]), whole[4:])
+    assert layer.eval()(x) is x
+    assert KeyedDropout(1.0)(x).sum() == 0
+
+
+def test_keys_differ_and_are_seeds():
+    keys = {random_key(seed, step, layer) for seed in range(3) for step in range(3) for layer in range(3)}
+    assert len(keys) == 27
+    assert all(0 <= key < 2**63 for key in keys)
+    assert random_key(1, 2) != random_key(2, 1)
+
+
+def test_what_is_drawn_in_a_block_is_a_function_of_its_seed():
+    x = torch.ones(256)
+    with drawing(7) as mode:
+        first = F.dropout(x, 0.5), torch.rand(3), torch.randn(2, 2), torch.empty(4).uniform_()
+    assert mode.has_drawn
+    torch.rand(11)
+    before = torch.get_rng_state()
+    with drawing(7):
+        again = F.dropout(x, 0.5), torch.rand(3), torch.randn(2, 2), torch.empty(4).uniform_()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_threads_do_not_mix_what_they_draw():
+    def many(seed, found):
+        with drawing(seed):
+            found.append(torch.stack([torch.rand(10) for _ in range(200)]))
+
+    alone = []
+    many(0, alone)
+    many(1, alone)
+    both = [[], []]
+    threads = [threading.Thread(target=many, args=(seed, both[seed])) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(both[0][0], alone[0])
+    assert torch.equal(both[1][0], alone[1])
+
+
+def test_what_draws_nothing_is_known_to():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4))
+    query = torch.ones(1, 1, 3, 4)
+    with drawing(0) as mode:
+        model(torch.ones(2, 4))
+        F.scaled_dot_product_attention(query, query, query)
+    assert not mode.has_drawn
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: keyed_uniform((), seed=0, step=0, layer=0), "shape is empty"),
+        (lambda: keyed_uniform((2, 2), seed=0, step=-1, layer=0), "step is -1"),
+        (lambda: keyed_uniform((2, 2), seed=0, step=0, layer=0, rows=torch.arange(3)), "rows has shape"),
+        (lambda: random_key(2**64), "whole numbers of 64 bits"),
+        (lambda: KeyedDropout(1.5), "p is 1.5"),
+    ],
+)
+def test_wrong_keys_are_told(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

@@ -1,0 +1,196 @@
+"""Models, data and ranks for tests of pipelines; other processes import this."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from anabranch.cluster import GPipe, MessageLog, Pop, Stash
+
+
+def mlp(layers=6, width=8, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    made = [part for _ in range(layers // 2) for part in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(*made).to(dtype)
+
+
+def with_skips(dtype=torch.float64):
+    """A U of six layers whose two skips cross each other's stages."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Stash("outer")),
+        nn.Sequential(nn.Linear(8, 8), Stash("inner")),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Sequential(Pop("inner", torch.add), nn.Linear(8, 8)),
+        nn.Sequential(Pop("outer", torch.mul), nn.Linear(8, 8)),
+    ).to(dtype)
+
+
+class TiedHead(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.weight = embedding.weight
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+def language_model(dropout=0.0, dtype=torch.float64, width=12, vocab=17, seed=2):
+    """Embedding, three blocks with attention, head with the embedding's weight."""
+    torch.manual_seed(seed)
+    embedding = nn.Embedding(vocab, width)
+    blocks = [
+        nn.TransformerEncoderLayer(width, 2, 24, dropout=dropout, batch_first=True, norm_first=True) for _ in range(3)
+    ]
+    return nn.Sequential(embedding, *blocks, TiedHead(embedding)).to(dtype)
+
+
+def token_loss(logits, target):
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def batch(items=10, width=8, dtype=torch.float64, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(items, width, generator=generator, dtype=dtype) for _ in range(2))
+
+
+def gradients(model, x, target, loss_fn):
+    """(loss, {name: gradient}) of the model as it is."""
+    model.zero_grad()
+    loss = loss_fn(model(x), target)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+MODELS = {"mlp": mlp, "skips": with_skips, "lm": language_model}
+
+
+def data_of(kind, items):
+    if kind == "lm":
+        generator = torch.Generator().manual_seed(4)
+        return torch.randint(17, (2, items, 5), generator=generator).unbind()
+    return tuple(batch(items))
+
+
+def loss_of(kind):
+    return token_loss if kind == "lm" else F.mse_loss
+
+
+def steps_of(rank, world, kind, items, options, steps=2):
+    """What a rank of a distributed pipeline has after some steps: losses, gradients, the whole state, bytes sent."""
+    log = MessageLog(world)
+    tied = "auto" if kind == "lm" else ()
+    pipe = GPipe(MODELS[kind](), stages=world, runner="distributed", tied=tied, log=log, **options)
+    losses = []
+    for step in range(steps):
+        x, target = data_of(kind, items + step)
+        pipe.zero_grad()
+        losses.append(pipe.step(x if rank == 0 else None, target if rank == world - 1 else None, loss_of(kind)).item())
+    output = pipe.eval()(x if rank == 0 else None)
+    grads = {name: p.grad for name, p in pipe.named_parameters() if p.grad is not None}
+    return {"losses": losses, "gradients": grads, "state": pipe.state_dict(), "log": log, "output": output}
+
+
+class Failing(nn.Module):
+    """Fails in a micro-batch of three items, forward or backward."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        if len(x) == 3 and self.kind == "forward":
+            raise ValueError("out of luck")
+        return _Back.apply(x) if len(x) == 3 else x
+
+
+class _Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError("out of luck")
+
+
+def failing_step(rank, world, kind, stage):
+    """The error of a step in which one stage fails, and the loss of a step after it, in the same pipeline."""
+    layers = list(mlp(6))
+    layers[2 * stage + 1] = Failing(kind)
+    pipe = GPipe(nn.Sequential(*layers), balance=[2] * world, micro_batches=2, runner="distributed", checkpoint="never")
+    x, target = batch(7)
+    try:
+        pipe.step(x, target, F.mse_loss)
+        told = None
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}", repr(error.__cause__)
+    x, target = batch(8)
+    return told, pipe.step(x, target, F.mse_loss).item()
+
+
+def replicas(rank, world, items):
+    """Two pipelines of two stages, each with half of a batch: gradients of a rank."""
+    pipelines = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    stages = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    pipe = GPipe(
+        mlp(), stages=2, micro_batches=2, runner="distributed", group=pipelines[rank // 2], data_group=stages[rank % 2]
+    )
+    x, target = batch(items)
+    half = slice(0, items // 2) if rank < 2 else slice(items // 2, None)
+    pipe.step(x[half], target[half], F.mse_loss)
+    return {name: p.grad for name, p in pipe.named_parameters()}
+
+
+def total(rank, world):
+    value = torch.ones(250_000)
+    dist.all_reduce(value)
+    return value[0].item()
+
+
+def ring(rank, world, numbers):
+    """Each rank sends so many float32 to the next."""
+    sends = dist.isend(torch.zeros(numbers), (rank + 1) % world)
+    dist.recv(torch.empty(numbers), (rank - 1) % world)
+    sends.wait()
+    dist.barrier()
+    return rank
+
+
+def fail_at(rank, world, which):
+    if rank == which:
+        raise KeyError("a reason")
+    dist.barrier()
+
+
+def wait_forever(rank, world):
+    if rank == 1:
+        while True:
+            _asleep()
+    return rank
+
+
+def _asleep():
+    import time
+
+    time.sleep(0.05)
+
+
+def vanish(rank, world):
+    import os
+
+    print("about to go", flush=True)
+    os.abort()
+
+
+def meet(rank, world):
+    """Without a group: wait in the store until two have come, and say which."""
+    import os
+
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+    number = store.add("came", 1)
+    while rank == 1 and number == 1:
+        _asleep()
+    store.wait(["second"]) if number == 1 else store.set("second", "here")
+    return number
