@@ -67,6 +67,10 @@ PUBLIC = {
         labelled_rows load_mixture load_peft load_pool lora_moe merge mixture_report mola mu read_peft rows_for save_peft
         static_mixture unload unmerge write_peft
     """,
+    "anabranch.rl": """
+        Actions ActorCritic Agent Beta Categorical Clipped Distribution Ends Environment Episodes Film Gymnasium Kind Layout Normal PPO
+        PRESETS Preset Rollout Rollouts Samples World advantages clipped_losses episode_seed judge load_agent record training
+    """,
     "anabranch.heads": """
         HeadActivation HeadGate HeadRouting RateBalance ReMoEController RoutedAttention RoutedHeads SmoothProximity head_losses
         head_report load_heads put_heads routed_heads_of save_heads take_off_heads with_heads

@@ -197,6 +197,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "lora_mixer": "anabranch.adapters:MixtureTask",
         "adapt": "anabranch.adapters.adapt:AdaptTask",
         "pvchat": "anabranch.heads.pvchat.training:ClipTask",
+        "ppo": "anabranch.rl:PPO",
+    },
+    "environment": {
+        "gymnasium": "anabranch.rl:Gymnasium",
     },
     "adapter_method": {
         "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",

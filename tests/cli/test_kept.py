@@ -107,6 +107,8 @@ COMMANDS = {
         {"model": "m/config.json", "adapter": "a/adapter_config.json", "data": "text/a.txt"},
         {"OUT": "rep/adapters.html"},
     ),
+    "rl eval": ("{run} --csv {CSV}", {"run": "m/config.json"}, {"CSV": "o.csv"}),
+    "rl replay": ("{run} --out {OUT}", {"run": "m/config.json"}, {"OUT": "o.gif"}),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),
 }  # fmt: skip
@@ -121,7 +123,7 @@ OWN_NAMES = (
 )  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
-    "compare", "convert", "eval adapter", "study", "train", "heads train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
+    "compare", "convert", "eval adapter", "study", "train", "heads train", "rl train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "serve adapter_root", "gateway serve config_files", "gateway serve store",
     "serve depth",
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
@@ -131,7 +133,7 @@ READ = {
     "routers replay router", "routers replay prices", "routers route router", "adapters recommend",
 }  # fmt: skip
 # What is named on the command line is not the file but its folder.
-FOLDERS = {"model": "m", "router": "routers", "adapters": "a", "adapter": "a", "routers": "b"}
+FOLDERS = {"model": "m", "run": "m", "router": "routers", "adapters": "a", "adapter": "a", "routers": "b"}
 
 
 def _commands(command, name=()):

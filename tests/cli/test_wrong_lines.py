@@ -189,6 +189,22 @@ adapters merge text --method dare --seed {HUGE} --out z
 adapters export trained text --out z
 adapters export trained --out z
 adapters export trained --rank 2 --out z
+rl train --out z
+rl train cartpole --out z --samples 0
+rl train cartpole --out z --samples {HUGE}
+rl train cartpole --out z --seed {HUGE}
+rl train cartpole --out z --set task.gamma=nan
+rl train cartpole --out z --set task.hidden=[0]
+rl train cartpole --out z --set task.num_envs=1e30
+rl train cartpole --out z --set task.reward_scale=0
+rl train cartpole --out z --set train.learning_rate=inf
+rl train --out text --resume
+rl train --out trained --resume
+rl eval trained
+rl eval text
+rl eval no.gguf
+rl replay trained --out z.gif
+rl replay trained --out z.gif --frames {HUGE}
 heads train
 heads train trained --out z --target nan
 heads train trained --out z --shared {HUGE}

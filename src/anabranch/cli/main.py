@@ -32,6 +32,7 @@ from anabranch.cli.oracle import oracle
 from anabranch.cli.plan import plan
 from anabranch.cli.pvchat import app as pvchat
 from anabranch.cli.report import report
+from anabranch.cli.rl import app as rl
 from anabranch.cli.routers import app as routers
 from anabranch.cli.serve import serve
 from anabranch.cli.study import study
@@ -96,6 +97,7 @@ _GROUPS = {
     "experts": experts,
     "heads": heads,
     "pvchat": pvchat,
+    "rl": rl,
     "graph": graph,
     "routers": routers,
     "gateway": gateway,

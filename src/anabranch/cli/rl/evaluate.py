@@ -1,0 +1,62 @@
+"""``anabranch rl eval``: how good a policy is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anabranch.bounds import MOST_SEED
+from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.output import fact, print_json, shell_word, wrote
+from anabranch.cli.progress import Progress
+from anabranch.cli.rl.train import _returned
+from anabranch.extras import require
+from anabranch.files import check_apart
+
+# Told first, or not as they are.
+_KNOWN = ("mean_return", "return_deviation", "return_interval", "episodes", "mean_length", "terminated")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run of anabranch rl train.")],
+    episodes: Annotated[int, typer.Option(metavar="N", min=1, max=1_000_000, help="Whole episodes.")] = 100,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of their beginnings. Default: the run's, as after training."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a line for each episode.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a policy act for whole episodes, without trying anything out, from beginnings that are no training's.
+
+    Example: anabranch rl eval runs/cartpole --episodes 100 --csv episodes.csv
+    """
+    require("lm", by="anabranch rl eval")
+    from anabranch.rl import judge, load_agent
+
+    check_apart([csv], [run])
+    agent = load_agent(run)
+    begins = agent.config.train.seed if seed is None else seed
+    with Progress(episodes, "episode", quiet=quiet) as progress:
+        found = judge(
+            agent.model,
+            agent.task.environment,
+            episodes=episodes,
+            seed=begins,
+            on_step=lambda world, ended: progress.update(ended),
+        )
+    measures = found.measures()
+    if csv is not None:
+        found.write_csv(csv)
+    if as_json:
+        print_json({"folder": str(run), "step": agent.step, "seed": begins, **measures})
+        return
+    fact("return", _returned(measures))
+    fact("length", f"{measures['mean_length']:.1f} steps on average; {measures['terminated']:.0%} of episodes ended by themselves")
+    for name, value in measures.items():
+        if name not in _KNOWN:
+            fact(name, f"{value:.4g}")
+    wrote(str(csv) if csv is not None else "nothing", f"anabranch rl replay {shell_word(run)} --out episode.gif")

@@ -1,0 +1,55 @@
+"""Learning by acting: PPO as a task of the trainer, policies, rollouts, environments, evaluation.
+
+    from anabranch.rl import training
+    from anabranch.train import Trainer
+
+    result = Trainer(training("cartpole", samples=100_000), "runs/cartpole").fit()
+
+An environment is anything that gymnasium makes, or `LaneWorld`, roads of our own on which thousands of cars drive at once.
+"""
+
+from anabranch.extras import require
+
+require("lm", by=__name__)
+
+from anabranch.rl.environment import Environment, Gymnasium, World, episode_seed
+from anabranch.rl.evaluation import Episodes, judge
+from anabranch.rl.film import Film, record
+from anabranch.rl.network import ActorCritic, Layout
+from anabranch.rl.policies import Actions, Beta, Categorical, Distribution, Kind, Normal
+from anabranch.rl.ppo import PPO, Clipped, clipped_losses
+from anabranch.rl.returns import Ends, advantages
+from anabranch.rl.rollout import Rollout, Rollouts, Samples
+from anabranch.rl.runs import PRESETS, Agent, Preset, load_agent, training
+
+__all__ = [
+    "PPO",
+    "PRESETS",
+    "ActorCritic",
+    "Actions",
+    "Agent",
+    "Beta",
+    "Categorical",
+    "Clipped",
+    "Distribution",
+    "Ends",
+    "Environment",
+    "Episodes",
+    "Film",
+    "Gymnasium",
+    "Kind",
+    "Layout",
+    "Normal",
+    "Preset",
+    "Rollout",
+    "Rollouts",
+    "Samples",
+    "World",
+    "advantages",
+    "clipped_losses",
+    "episode_seed",
+    "judge",
+    "load_agent",
+    "record",
+    "training",
+]

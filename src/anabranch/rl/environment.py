@@ -1,0 +1,200 @@
+"""`Environment`: where an agent acts, as part of a config, and what PPO asks of one while it runs (`World`).
+
+    class Maze(Environment):                            # in a package of yours: an entry point in the group anabranch.environment
+        def make(self, num, *, seed, first=0): ...      # a `World`
+
+Whatever gymnasium (Towers et al., arXiv 2407.17032) can make is `Gymnasium`. Worlds are gymnasium's vector environments that begin an
+ended episode anew in the same step, and that can say where they are.
+"""
+# Shapes: N environments, D numbers of an observation, A numbers of an action
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Part, configclass
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+from anabranch.rl.network import Layout
+from anabranch.rl.policies import Actions
+
+__all__ = ["CRITIC", "OUTCOME", "POLICY", "Environment", "Gymnasium", "World", "episode_seed", "flat", "layout_of"]
+
+# Of an observation that is a dict: what the policy sees, and what only the critic does.
+POLICY, CRITIC = "policy", "critic"
+# In what a step tells beside its reward: numbers about an episode by name, ``[N]`` each, good where it has ended.
+OUTCOME = "outcome"
+
+
+class World(Protocol):
+    """N environments that run side by side: a ``gymnasium.vector.VectorEnv`` in the mode ``SAME_STEP``, whose place can be kept.
+
+    Episode e of environment n begins as `episode_seed` says, so an episode is a function of the seed, n and e, and of what is done in it.
+    Where an episode ends, the observation that comes back is the next one's first, and ``infos["final_obs"]`` has its last.
+    """
+
+    num_envs: int
+    single_observation_space: Any
+    single_action_space: Any
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Begin the first episode in every environment; ``seed`` is not looked at."""
+        ...
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Observations, rewards, terminations, truncations, infos."""
+        ...
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Where it is: arrays whose first axis are the environments, and whose second, if lengths differ, is filled up with 0."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> Any:
+        """Go to where ``state`` says; the observations of there."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class Environment(Part, family="environment"):
+    """Interface: makes worlds of one kind. What its config says is saved with the run."""
+
+    @configclass
+    class Config(BaseConfig):
+        """Without fields of its own."""
+
+    def __init__(self, config: Environment.Config) -> None:
+        self.config = config
+        self._layout: Layout | None = None
+
+    def make(self, num: int, *, seed: int, first: int = 0) -> World:
+        """The environments ``first`` to ``first + num - 1`` of a world with this seed.
+
+        Raises ConfigError if there is no such environment, MissingExtraError if a package is missing.
+        """
+        raise NotImplementedError  # abstract
+
+    def frame(self, world: World) -> np.ndarray:
+        """A picture of the first environment of ``world``: ``[height, width, 3]``, red, green and blue from 0 to 255.
+
+        Raises ConfigError where there is none.
+        """
+        raise ConfigError(f"{type(self).__name__} draws no pictures")
+
+    @property
+    def layout(self) -> Layout:
+        """What an agent sees and does there."""
+        if self._layout is None:
+            world = self.make(1, seed=0)
+            try:
+                self._layout = layout_of(world.single_observation_space, world.single_action_space)
+            finally:
+                world.close()
+        return self._layout
+
+
+class Gymnasium(Environment, kind="gymnasium"):
+    """An environment that ``gymnasium.make`` knows; needs the extra ``rl``.
+
+    A place in it is kept as the actions since the episode began, which are done again where a run is resumed: so any environment will do
+    whose episodes follow from the seed of its ``reset`` and what is done.
+    """
+
+    @configclass
+    class Config(Environment.Config):
+        """Which environment.
+
+        Attributes:
+            id: of gymnasium's registry: ``CartPole-v1``, or ``package:Name-v0``, which imports ``package`` first.
+            arguments: of ``gymnasium.make``.
+        """
+
+        id: str = Field(default="CartPole-v1", min_length=1)
+        arguments: dict[str, Any] = Field(default_factory=dict)
+
+    config: Config
+
+    def make(self, num: int, *, seed: int, first: int = 0, **drawing: Any) -> World:
+        """See `Environment`."""
+        require("gymnasium", by=f"the environment {self.config.id}")
+        from anabranch.rl.replayed import ReplayedWorld
+
+        return ReplayedWorld(lambda: self.single(**drawing), num, seed=seed, first=first)
+
+    def single(self, **drawing: Any) -> Any:
+        """One environment as gymnasium makes it. Raises ConfigError if it makes none of this name and these arguments."""
+        import gymnasium
+
+        self.register()
+        try:
+            return gymnasium.make(self.config.id, **self.config.arguments, **drawing)
+        except (gymnasium.error.Error, ImportError, TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ConfigError(f"environment.id is {self.config.id!r}: {_one_line(error)}") from None
+
+    def register(self) -> None:
+        """Make a package tell gymnasium what it has. Default: nothing to do."""
+
+    def frame(self, world: World) -> np.ndarray:
+        """See `Environment`; the world must have been made with ``render_mode="rgb_array"``."""
+        picture = world.envs[0].render()  # type: ignore[attr-defined]
+        if not isinstance(picture, np.ndarray) or picture.ndim != 3:
+            raise ConfigError(f"{self.config.id} draws no pictures (render_mode 'rgb_array')")
+        return picture
+
+
+def episode_seed(seed: int, environment: int, episode: int) -> int:
+    """What episode number ``episode`` of an environment begins from: below 2**31, and no two are related."""
+    return int(np.random.SeedSequence([seed, environment, episode]).generate_state(1, np.uint32)[0] >> 1)
+
+
+def layout_of(observation_space: Any, action_space: Any) -> Layout:
+    """What an agent needs to be for these spaces of gymnasium, of one environment.
+
+    Observations are boxes, flattened, or a dict of two: ``policy`` and ``critic``. Raises ConfigError for any others.
+    """
+    import gymnasium
+
+    spaces = gymnasium.spaces
+    private = 0
+    if isinstance(observation_space, spaces.Dict):
+        if set(observation_space.spaces) != {POLICY, CRITIC}:
+            raise ConfigError(
+                f"observations are a dict of {', '.join(observation_space.spaces)}; use boxes called {POLICY!r} and {CRITIC!r}, or one box"
+            )
+        private = _size(observation_space[CRITIC])
+        observation_space = observation_space[POLICY]
+    observed = _size(observation_space)
+    if isinstance(action_space, spaces.Discrete):
+        if int(action_space.start) != 0:
+            raise ConfigError(f"actions begin at {action_space.start}; they must begin at 0")
+        return Layout(observed, private, Actions(int(action_space.n)))
+    if isinstance(action_space, spaces.Box) and len(action_space.shape) == 1:
+        low, high = (tuple(float(bound) for bound in side) for side in (action_space.low, action_space.high))
+        return Layout(observed, private, Actions(0, low, high))
+    raise ConfigError(f"actions are {action_space}; use a discrete space, or a box with one axis")
+
+
+def _size(space: Any) -> int:
+    import gymnasium
+
+    if not isinstance(space, gymnasium.spaces.Box):
+        raise ConfigError(f"observations are {space}; use a box, or a dict of two boxes")
+    return int(np.prod(space.shape))
+
+
+def flat(observations: Any) -> np.ndarray:
+    """Observations of N environments as float32 ``[N, D]``: the policy's numbers, and behind them what only the critic sees."""
+    if isinstance(observations, Mapping):
+        return np.concatenate([flat(observations[POLICY]), flat(observations[CRITIC])], axis=1)
+    array = np.asarray(observations, dtype=np.float32)
+    return array.reshape(len(array), -1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,147 @@
+"""How good a policy is: whole episodes from fixed beginnings, in which it does what it holds for best and tries nothing out.
+
+The beginnings are never those of training. Which they are follows from the seed and their number alone, so policies are compared on the
+same ones; a policy that ends its episodes quickly does not get more of the quick ones.
+"""
+# Shapes: N environments, E episodes
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anabranch.errors import ConfigError, DataError
+from anabranch.files import atomic_file
+from anabranch.rl.environment import OUTCOME, Environment, World, flat
+from anabranch.rl.network import ActorCritic
+
+__all__ = ["Episodes", "judge"]
+
+# Of all episodes of evaluations, beside the seed: none of them is one of training.
+_EVALUATION = 7_919
+# Environments side by side, at most: one pass of the network serves them all.
+_MOST_BESIDE = 64
+# Of a normal distribution: 95 % lie within so many deviations.
+_WITHIN_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What an evaluation gave, one entry an episode, in a fixed order.
+
+    Attributes:
+        return_E: sum of rewards.
+        length_E: steps.
+        terminated_E: whether it ended by itself; the others were cut off.
+        outcomes: other numbers about it by name, which the environment tells.
+    """
+
+    return_E: np.ndarray
+    length_E: np.ndarray
+    terminated_E: np.ndarray
+    outcomes: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def measures(self) -> dict[str, Any]:
+        """JSON-ready: means, the deviation of returns, and half the width of the 95 % interval of their mean (nan for one episode)."""
+        number = len(self.return_E)
+        deviation = float(self.return_E.std(ddof=1)) if number > 1 else math.nan
+        return {
+            "mean_return": float(self.return_E.mean()),
+            "return_deviation": deviation,
+            "return_interval": _WITHIN_95 * deviation / math.sqrt(number),
+            "mean_length": float(self.length_E.mean()),
+            "terminated": float(self.terminated_E.mean()),
+            "episodes": number,
+            **{name: float(np.nanmean(values)) for name, values in sorted(self.outcomes.items())},
+        }
+
+    def write_csv(self, path: str | Path) -> None:
+        """A line for each episode, below the names of columns. Raises DataError if it cannot be written."""
+        names = sorted(self.outcomes)
+        with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["episode", "return", "length", "terminated", *names])
+            for place in range(len(self.return_E)):
+                told = [self.return_E[place], self.length_E[place], int(self.terminated_E[place])]
+                writer.writerow([place, *told, *(self.outcomes[name][place] for name in names)])
+
+
+def judge(
+    model: ActorCritic,
+    environment: Environment,
+    *,
+    episodes: int = 100,
+    seed: int = 0,
+    on_step: Callable[[World, int], None] | None = None,
+    world: World | None = None,
+) -> Episodes:
+    """Let a policy act for so many episodes.
+
+    Args:
+        model: acts by the mode of its distributions; in whatever process group it is, each process does all of it.
+        environment: where.
+        episodes: E; the first E beginnings of the seed.
+        seed: another one has other beginnings.
+        on_step: called after each step with the world and how many episodes have ended.
+        world: use this one, of the first beginnings, instead of making one.
+
+    Raises ConfigError for less than one episode, DataError if the environment gives a reward that is not finite.
+    """
+    if episodes < 1:
+        raise ConfigError(f"episodes is {episodes}; use at least 1")
+    owned = world is None
+    if world is None:
+        world = environment.make(min(episodes, _MOST_BESIDE), seed=evaluation_seed(seed))
+    try:
+        return _played(model, world, episodes, on_step)
+    finally:
+        if owned:
+            world.close()
+
+
+def evaluation_seed(seed: int) -> int:
+    """The seed of worlds in which policies are judged."""
+    return int(np.random.SeedSequence([seed, _EVALUATION]).generate_state(1, np.uint32)[0] >> 1)
+
+
+@torch.no_grad()
+def _played(
+    model: ActorCritic, world: World, episodes: int, on_step: Callable[[World, int], None] | None
+) -> Episodes:
+    num, device = world.num_envs, next(model.parameters()).device
+    # How many episodes each environment still plays for the count.
+    left_N = np.array([len(range(place, episodes, num)) for place in range(num)])
+    played_N = np.zeros(num, np.int64)
+    return_E, length_E = np.zeros(episodes), np.zeros(episodes, np.int64)
+    terminated_E = np.zeros(episodes, bool)
+    outcomes: dict[str, np.ndarray] = {}
+    return_N, length_N = np.zeros(num), np.zeros(num, np.int64)
+    observations, _ = world.reset()
+    while left_N.any():
+        parameter_NP = model(torch.from_numpy(flat(observations)).to(device), "policy").cpu()
+        action_NA = model.kind.distribution(parameter_NP).mode()
+        observations, reward_N, over_N, cut_N, infos = world.step(model.kind.to_environment(action_NA).numpy())
+        return_N += reward_N
+        length_N += 1
+        for place in np.flatnonzero((over_N | cut_N) & (left_N > 0)):
+            number = int(place + played_N[place] * num)
+            if not math.isfinite(return_N[place]):
+                raise DataError(f"episode {number} has the return {return_N[place]}: the environment gave a reward that is no number")
+            return_E[number], length_E[number] = return_N[place], length_N[place]
+            terminated_E[number] = over_N[place]
+            for name, values in infos.get(OUTCOME, {}).items():
+                outcomes.setdefault(name, np.full(episodes, np.nan))[number] = values[place]
+            played_N[place] += 1
+            left_N[place] -= 1
+        return_N[over_N | cut_N] = 0.0
+        length_N[over_N | cut_N] = 0
+        if on_step is not None:
+            on_step(world, int(played_N.sum()))
+    return Episodes(return_E, length_E, terminated_E, outcomes)

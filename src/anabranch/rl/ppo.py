@@ -1,0 +1,276 @@
+"""Proximal policy optimisation: `PPO`, a task of the trainer (Schulman et al., arXiv 1707.06347).
+
+    run = training("cartpole", samples=100_000)                   # a `TaskRunConfig` with a tuned config
+    result = Trainer(run, "runs/cartpole").fit()
+    print(result.headline)                                        # mean return of 100 episodes
+
+    ratio = pi(a | s) / pi_old(a | s)
+    L = -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + c_v mean max((V - R)^2, (V_clipped - R)^2) / 2 - c_e mean H
+
+Every optimizer step of the trainer is one mini-batch; `Rollouts` acts in between. The page of `anabranch.rl` numbers every detail of the
+implementation and says where it comes from.
+"""
+# Shapes: B samples of a part of a mini-batch, D numbers of an observation, A of an action, P parameters of its distribution
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.bounds import Size
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.rl.environment import Environment, Gymnasium
+from anabranch.rl.evaluation import judge
+from anabranch.rl.network import ActorCritic
+from anabranch.rl.policies import Distribution
+from anabranch.rl.rollout import Collecting, Rollouts, Samples
+from anabranch.train import Losses, Task, TaskContext
+
+__all__ = ["PPO", "Clipped", "clipped_losses"]
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The parts of PPO's loss on some samples, each a mean over them.
+
+    Attributes:
+        policy: minus the clipped surrogate.
+        value: half the squared error of the critic, the larger of the clipped and the plain one.
+        entropy: of the policy, in nats.
+        ratio_clipped: share of samples whose ratio lies outside of the clip.
+        approximate_divergence: mean of ratio - 1 - log ratio (Schulman's third estimator), an estimate of KL(old || new).
+        divergence: KL(old || new) itself.
+    """
+
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    ratio_clipped: Tensor
+    approximate_divergence: Tensor
+    divergence: Tensor
+
+
+def clipped_losses(
+    new: Distribution, old: Distribution, value_B: Tensor, samples: Samples, *, clip: float, value_clip: float | None
+) -> Clipped:
+    """The parts of PPO's loss.
+
+    Args:
+        new: the policy as it is now, on the observations of ``samples``.
+        old: the one that acted.
+        value_B: what the critic says now.
+        samples: with advantages normalised as they are to be.
+        clip: epsilon of the ratio.
+        value_clip: the critic's say moves at most so far from that of the rollout before its error counts as if it had not; None: no clip.
+    """
+    log_ratio_B = new.log_prob(samples.action_BA) - samples.log_prob_B
+    ratio_B = log_ratio_B.exp()
+    plain_B = ratio_B * samples.advantage_B
+    bounded_B = ratio_B.clamp(1 - clip, 1 + clip) * samples.advantage_B
+    error_B = (value_B - samples.return_B) ** 2
+    if value_clip is not None:
+        moved_B = samples.value_B + (value_B - samples.value_B).clamp(-value_clip, value_clip)
+        error_B = torch.maximum(error_B, (moved_B - samples.return_B) ** 2)
+    with torch.no_grad():
+        is_clipped_B = ((ratio_B - 1).abs() > clip).to(ratio_B.dtype)
+        divergence_B = old.divergence(new)
+    return Clipped(
+        -torch.minimum(plain_B, bounded_B).mean(),
+        0.5 * error_B.mean(),
+        new.entropy().mean(),
+        is_clipped_B.mean(),
+        (ratio_B.detach() - 1 - log_ratio_B.detach()).mean(),
+        divergence_B.mean(),
+    )
+
+
+class PPO(Task, kind="ppo"):
+    """Learns a policy by acting. See the module, and `PPO.Config`.
+
+    Attributes:
+        environment: where it acts.
+        rollouts: what mini-batches come from; None before training began.
+    """
+
+    headline = "mean_return"
+    unit = "uses"
+    material = "environment"
+
+    @configclass
+    class Config(Task.Config):
+        """What is learned where, and how. Mini-batch, learning rate and clipping of gradients are the run's, in `TrainConfig`.
+
+        Attributes:
+            environment: where.
+            num_envs: environments that run side by side, in all processes together.
+            rollout_steps: steps in each of them before the policy learns again.
+            epochs: how often it learns from each of these samples.
+            gamma: discount of a step.
+            gae_lambda: of the advantages, see `advantages`.
+            bootstrap_truncated: count what would have followed an episode that was cut off.
+            reward_scale: rewards are multiplied by it in learning; those that are told are the environment's own.
+            clip: epsilon of the ratio.
+            clip_anneals: it falls to 0 in a line over the training.
+            value_clip: of the critic's change, in units of scaled returns; None for none.
+            value_weight: of the critic's loss.
+            entropy_weight: of the entropy, which is to be high.
+            normalize_advantage: per ``minibatch``, per ``batch`` (a rollout), or ``none``.
+            policy: ``categorical``, ``normal``, ``beta``; ``auto``: as the actions ask for.
+            hidden: widths of the layers of policy and critic.
+            activation: ``tanh`` or ``relu``.
+            observation_scale: observations are divided by it, number by number; empty for as they are.
+            eval_episodes: of an evaluation.
+        """
+
+        environment: Environment.Config = Field(default_factory=Gymnasium.Config)
+        num_envs: Size = Field(default=8, ge=1)
+        rollout_steps: Size = Field(default=128, ge=1)
+        epochs: int = Field(default=4, ge=1)
+        gamma: float = Field(default=0.99, ge=0, le=1)
+        gae_lambda: float = Field(default=0.95, ge=0, le=1)
+        bootstrap_truncated: bool = True
+        reward_scale: float = Field(default=1.0, gt=0)
+        clip: float = Field(default=0.2, gt=0)
+        clip_anneals: bool = False
+        value_clip: float | None = Field(default=None, gt=0)
+        value_weight: float = Field(default=0.5, ge=0)
+        entropy_weight: float = Field(default=0.0, ge=0)
+        normalize_advantage: Literal["minibatch", "batch", "none"] = "minibatch"
+        policy: Literal["auto", "categorical", "normal", "beta"] = "auto"
+        hidden: tuple[Annotated[Size, Field(ge=1)], ...] = (64, 64)
+        activation: Literal["tanh", "relu"] = "tanh"
+        observation_scale: tuple[Annotated[float, Field(gt=0)], ...] = ()
+        eval_episodes: int = Field(default=100, ge=1)
+
+        @property
+        def collecting(self) -> Collecting:
+            """How `Rollouts` acts."""
+            return Collecting(
+                num_envs=self.num_envs,
+                steps=self.rollout_steps,
+                epochs=self.epochs,
+                gamma=self.gamma,
+                gae_lambda=self.gae_lambda,
+                bootstrap_truncated=self.bootstrap_truncated,
+                reward_scale=self.reward_scale,
+                normalize=self.normalize_advantage,
+            )
+
+    config: Config
+
+    def __init__(self, config: PPO.Config, *, model: nn.Module | None = None) -> None:
+        if model is not None and not isinstance(model, ActorCritic):
+            raise ConfigError(f"model is a {type(model).__name__}; PPO trains an ActorCritic")
+        super().__init__(config, model=model)
+        self.environment: Environment = config.environment.build()
+        self.rollouts: Rollouts | None = None
+
+    # What it learns
+
+    def build_model(self, context: TaskContext) -> ActorCritic:
+        """A new `ActorCritic`, or the one that was given."""
+        model = self.model if isinstance(self.model, ActorCritic) else self.network()
+        if self.rollouts is not None:
+            self.rollouts.model = model
+        return model
+
+    def network(self) -> ActorCritic:
+        """A new network as the config says, from torch's default generator."""
+        config = self.config
+        return ActorCritic(
+            self.environment.layout,
+            hidden=config.hidden,
+            activation=config.activation,
+            policy=config.policy,
+            scale=config.observation_scale,
+        )
+
+    # From what
+
+    def training_data(self, context: TaskContext) -> Rollouts:
+        """See `Rollouts`."""
+        self.rollouts = Rollouts(
+            self.environment,
+            self.config.collecting,
+            batch_size=context.settings.batch_size,
+            seed=context.settings.seed,
+            rank=context.rank,
+            world_size=context.world_size,
+            device=context.device,
+        )
+        return self.rollouts
+
+    def validation_data(self, context: TaskContext) -> int:
+        """How many episodes an evaluation has."""
+        return self.config.eval_episodes
+
+    # How
+
+    def step(self, model: nn.Module, batch: Samples, context: TaskContext) -> Losses:
+        """PPO's loss on a mini-batch, or a part of one."""
+        config = self.config
+        parameter_BP, value_B = model(batch.observation_BD)
+        kind = _kind(self.rollouts)
+        parts = clipped_losses(
+            kind.distribution(parameter_BP),
+            kind.distribution(batch.parameter_BP),
+            value_B,
+            batch,
+            clip=config.clip * (1 - context.fraction) if config.clip_anneals else config.clip,
+            value_clip=config.value_clip,
+        )
+        return Losses.of(
+            policy=parts.policy,
+            value=config.value_weight * parts.value,
+            entropy=-config.entropy_weight * parts.entropy,
+            metrics={
+                "policy_entropy": parts.entropy,
+                "ratio_clipped": parts.ratio_clipped,
+                "divergence": parts.divergence,
+                "approximate_divergence": parts.approximate_divergence,
+                **{name: torch.tensor(value, device=value_B.device) for name, value in self._told().items()},
+            },
+        )
+
+    def _told(self) -> Mapping[str, float]:
+        """Of the rollout that the mini-batch is from; nan where no episode ended in it."""
+        assert self.rollouts is not None
+        rollout = self.rollouts.rollout
+        assert rollout is not None
+        return {
+            "training_return": rollout.mean_return,
+            "training_length": rollout.mean_length,
+            "explained_variance": rollout.explained_variance,
+            "samples": float((rollout.number + 1) * self.config.collecting.num_samples),
+        }
+
+    def evaluate(self, model: nn.Module, data: int, context: TaskContext) -> dict[str, Any]:
+        """`judge` on the run's seed; the measures of `Episodes`."""
+        assert isinstance(model, ActorCritic)
+        return judge(model, self.environment, episodes=data, seed=context.settings.seed).measures()
+
+    # What is kept
+
+    def save(self, folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """As `Task.save`, and the rollout."""
+        super().save(folder, model, tensors)
+        if self.rollouts is not None:
+            self.rollouts.save(folder)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """As `Task.load`, and the rollout where training goes on."""
+        super().load(folder, model)
+        if self.rollouts is not None:
+            self.rollouts.load(folder)
+
+
+def _kind(rollouts: Rollouts | None) -> Any:
+    assert rollouts is not None
+    assert isinstance(rollouts.model, ActorCritic)
+    return rollouts.model.kind

@@ -1,0 +1,137 @@
+"""`ReplayedWorld`: single environments of gymnasium side by side, in this process, whose place is kept without pickling anything.
+
+What is kept of an environment is the number of its episode and what was done since that began. To go back there the episode is begun
+anew from its seed, and everything is done again; that takes as long as it took, and no more is asked of an environment than that.
+"""
+# Shapes: N environments, L steps since an episode began, A numbers of an action
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from anabranch.errors import CheckpointError, ConfigError
+from anabranch.rl.environment import OUTCOME, episode_seed
+
+__all__ = ["ReplayedWorld"]
+
+
+class ReplayedWorld(VectorEnv):
+    """See the module. A `anabranch.rl.environment.World`.
+
+    Args:
+        make: makes one environment.
+        num: N.
+        seed: of all episodes, see `episode_seed`.
+        first: number of the first environment; the others follow.
+
+    Attributes:
+        envs: the environments.
+
+    An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, make: Callable[[], gymnasium.Env], num: int, *, seed: int, first: int = 0) -> None:
+        if num < 1:
+            raise ConfigError(f"{num} environments; there must be at least one")
+        self.envs = [make() for _ in range(num)]
+        self.num_envs = num
+        self.single_observation_space = self.envs[0].observation_space
+        self.single_action_space = self.envs[0].action_space
+        self.observation_space = batch_space(self.single_observation_space, num)
+        self.action_space = batch_space(self.single_action_space, num)
+        self.is_discrete = isinstance(self.single_action_space, gymnasium.spaces.Discrete)
+        self._seed, self._first = seed, first
+        self._episode_N = np.zeros(num, np.int64)
+        self._done: list[list[Any]] = [[] for _ in range(num)]
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Begin episode 0 in every environment. ``seed`` and ``options`` are not looked at."""
+        self._episode_N[:] = 0
+        return self._batched([self._begin(place) for place in range(self.num_envs)]), {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One step of each; see `anabranch.rl.environment.World`."""
+        num = self.num_envs
+        reward_N = np.zeros(num)
+        terminated_N, truncated_N = np.zeros(num, bool), np.zeros(num, bool)
+        observations: list[Any] = []
+        infos: dict[str, Any] = {}
+        for place in range(num):
+            action = int(actions[place]) if self.is_discrete else np.array(actions[place])
+            seen, reward_N[place], terminated_N[place], truncated_N[place], told = self.envs[place].step(action)
+            self._done[place].append(action)
+            if terminated_N[place] or truncated_N[place]:
+                self._tell(infos, place, seen, told)
+                self._episode_N[place] += 1
+                seen = self._begin(place)
+            observations.append(seen)
+        return self._batched(observations), reward_N, terminated_N, truncated_N, infos
+
+    def _begin(self, place: int) -> Any:
+        self._done[place] = []
+        start = episode_seed(self._seed, self._first + place, int(self._episode_N[place]))
+        return self.envs[place].reset(seed=start)[0]
+
+    def _tell(self, infos: dict[str, Any], place: int, seen: Any, told: Mapping[str, Any]) -> None:
+        num = self.num_envs
+        infos.setdefault("final_obs", np.full(num, None, dtype=object))[place] = seen
+        infos.setdefault("_final_obs", np.zeros(num, bool))[place] = True
+        for name, value in told.get(OUTCOME, {}).items():
+            infos.setdefault(OUTCOME, {}).setdefault(name, np.full(num, np.nan))[place] = value
+
+    def _batched(self, observations: list[Any]) -> Any:
+        if isinstance(self.single_observation_space, gymnasium.spaces.Dict):
+            return {
+                name: np.stack([seen[name] for seen in observations]) for name in self.single_observation_space.spaces
+            }
+        return np.stack(observations)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Number of the episode ``[N]``, steps since it began ``[N]``, and what was done in them ``[N, L, A]``, filled up with 0."""
+        length_N = np.array([len(done) for done in self._done], np.int64)
+        numbers = 1 if self.is_discrete else int(np.prod(self.single_action_space.shape or (1,)))
+        dtype = np.int64 if self.is_discrete else self.single_action_space.dtype
+        action_NLA = np.zeros((self.num_envs, int(length_N.max(initial=0)), numbers), dtype)
+        for place, done in enumerate(self._done):
+            if done:
+                action_NLA[place, : len(done)] = np.asarray(done).reshape(len(done), -1)
+        return {"episode": self._episode_N.copy(), "length": length_N, "action": action_NLA}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> Any:
+        """Do again what ``state`` tells of; the observations of there.
+
+        Raises CheckpointError if it does not fit, or an episode ends sooner this time: then the environment is another one than before, or
+        does not follow from its seed.
+        """
+        episode_N, length_N, action_NLA = (state[name] for name in ("episode", "length", "action"))
+        if not len(episode_N) == len(length_N) == len(action_NLA) == self.num_envs:
+            raise CheckpointError(f"the state is of {len(episode_N)} environments, and there are {self.num_envs}")
+        self._episode_N = np.array(episode_N, np.int64)
+        return self._batched([self._again(place, action_NLA[place, : length_N[place]]) for place in range(self.num_envs)])
+
+    def _again(self, place: int, action_LA: np.ndarray) -> Any:
+        seen = self._begin(place)
+        shape = self.single_action_space.shape
+        for step, action_A in enumerate(action_LA):
+            action = int(action_A[0]) if self.is_discrete else action_A.reshape(shape)
+            seen, _, terminated, truncated, _ = self.envs[place].step(action)
+            self._done[place].append(action)
+            if terminated or truncated:
+                raise CheckpointError(
+                    f"environment {self._first + place} ended its episode after step {step + 1} of {len(action_LA)} that were done again; "
+                    "it is another one than before, or does not follow from its seed, and the run cannot be resumed"
+                )
+        return seen
+
+    def close_extras(self, **_: Any) -> None:
+        """Close the environments."""
+        for env in self.envs:
+            env.close()

@@ -1,0 +1,189 @@
+"""Ready trainings by the name of what is learned, and agents back from the folder of a run.
+
+    run = training("pendulum", samples=300_000, seed=0)
+    Trainer(run, "runs/pendulum").fit()
+    agent = load_agent("runs/pendulum")
+    print(judge(agent.model, agent.task.environment).measures())
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.rl.environment import Gymnasium
+from anabranch.rl.network import ActorCritic
+from anabranch.rl.ppo import PPO
+from anabranch.train import TaskRunConfig, TrainConfig, WarmupStableDecay, checkpoints, read_task_run_config
+from anabranch.train.checkpoint import read_checkpoint
+
+__all__ = ["PRESETS", "Agent", "Preset", "load_agent", "samples_of", "steps_for", "training"]
+
+# Of Adam, as OpenAI's baselines and CaRL have it; the usual 1e-8 makes the first updates larger.
+_EPS = 1e-5
+_CHECKPOINTS = 10
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How something is learned well.
+
+    Attributes:
+        config: of the task.
+        learning_rate: it falls to 0 in a line.
+        num_batches: mini-batches of a rollout.
+        samples: of a training that nobody says the length of.
+        about: where the numbers come from.
+    """
+
+    config: PPO.Config
+    learning_rate: float
+    num_batches: int
+    samples: int
+    about: str
+
+
+def _cartpole() -> Preset:
+    config = PPO.Config(
+        environment=Gymnasium.Config(id="CartPole-v1"),
+        num_envs=8,
+        rollout_steps=32,
+        epochs=20,
+        gamma=0.98,
+        gae_lambda=0.8,
+        clip=0.2,
+        clip_anneals=True,
+    )
+    return Preset(config, 1e-3, 1, 100_000, "tuned values of RL Baselines3 Zoo for CartPole-v1")
+
+
+def _pendulum() -> Preset:
+    config = PPO.Config(
+        environment=Gymnasium.Config(id="Pendulum-v1"),
+        num_envs=4,
+        rollout_steps=1024,
+        epochs=10,
+        gamma=0.9,
+        gae_lambda=0.95,
+        clip=0.2,
+        policy="beta",
+        # The largest angular speed is 8; costs of a step are up to 16.3.
+        observation_scale=(1.0, 1.0, 8.0),
+        reward_scale=0.1,
+    )
+    return Preset(config, 1e-3, 64, 300_000, "RL Baselines3 Zoo for Pendulum-v1, with a Beta policy and scaled rewards of our own")
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {"cartpole": _cartpole, "pendulum": _pendulum}
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name. Raises ConfigError, with the nearest name, for another."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(PRESETS)}"
+        raise ConfigError(f"nothing called {name!r} is there to be learned; {hint}")
+    return PRESETS[name]()
+
+
+def training(name: str, *, samples: int | None = None, seed: int = 0) -> TaskRunConfig:
+    """A run that learns ``cartpole``, ``pendulum``, ...
+
+    Args:
+        name: one of `PRESETS`.
+        samples: steps of environments to learn from, at most: as many whole rollouts as there is room for. Where there is room for none,
+            rollouts are made shorter. None for the preset's own number.
+        seed: of everything random.
+
+    Raises ConfigError for another name, or where there are fewer samples than environments side by side.
+    """
+    found = preset(name)
+    config = found.config
+    samples = found.samples if samples is None else samples
+    if samples < max(config.num_envs, 2):
+        raise ConfigError(
+            f"samples is {samples}, and {name} has {config.num_envs} environments side by side; use at least {max(config.num_envs, 2)}"
+        )
+    config = config.replace(rollout_steps=min(config.rollout_steps, samples // config.num_envs))
+    rollout = config.collecting.num_samples
+    # Whole mini-batches of at least two samples, and about as many of them as the preset has.
+    num_batches = next(
+        number
+        for number in range(min(found.num_batches, rollout // 2), 0, -1)
+        if rollout % number == 0
+    )
+    train = TrainConfig(
+        steps=steps_for(config, rollout // num_batches, samples),
+        batch_size=rollout // num_batches,
+        learning_rate=found.learning_rate,
+        schedule=WarmupStableDecay.Config(warmup=0, decay=1.0, final=0.0),
+        betas=(0.9, 0.999),
+        eps=_EPS,
+        weight_decay=0.0,
+        clip=0.5,
+        eval_every=None,
+        checkpoint_every=None,
+        log_every=config.epochs * num_batches,
+        seed=seed,
+    )
+    rollouts = train.steps // train.log_every
+    return TaskRunConfig(
+        task=config, train=train.replace(checkpoint_every=max(rollouts // _CHECKPOINTS, 1) * train.log_every)
+    )
+
+
+def steps_for(config: PPO.Config, batch_size: int, samples: int) -> int:
+    """Optimizer steps of a training on so many samples: whole rollouts, and at least one."""
+    rollout = config.collecting.num_samples
+    return max(samples // rollout, 1) * config.epochs * (rollout // batch_size)
+
+
+def samples_of(config: TaskRunConfig, step: int) -> int:
+    """Steps of environments that were made for ``step`` optimizer steps: whole rollouts."""
+    task: Any = config.task
+    rollout = task.collecting.num_samples
+    rollouts = -(-step * config.train.batch_size // (rollout * task.epochs))
+    return rollouts * rollout
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What was learned.
+
+    Attributes:
+        task: with the environment.
+        model: in evaluation mode, on the CPU.
+        config: of the run.
+        step: optimizer steps that it has learned for.
+    """
+
+    task: PPO
+    model: ActorCritic
+    config: TaskRunConfig
+    step: int
+
+
+def load_agent(out: str | Path) -> Agent:
+    """The agent of a run, from its newest checkpoint.
+
+    Raises DataError if there is no run of PPO in ``out``, or it has no checkpoint yet, CheckpointError if that is damaged.
+    """
+    config = read_task_run_config(out, PPO)
+    found = checkpoints(out)
+    if not found:
+        raise DataError(f"the run in {out} has no checkpoint yet; wait for one, or go on with --resume")
+    state, _ = read_checkpoint(found[-1])
+    task = config.task.build()
+    with torch.random.fork_rng([]):
+        model = task.network()
+    try:
+        task.load(found[-1], model)
+    except ValueError as error:
+        raise CheckpointError(f"{found[-1]} does not fit its run: {error}") from None
+    return Agent(task, model.eval(), config, state["progress"]["step"])

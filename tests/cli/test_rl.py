@@ -1,0 +1,85 @@
+"""``anabranch rl``: train, eval, replay, from a command line to files."""
+
+import json
+
+import pytest
+
+from anabranch.cli.main import main
+
+pytest.importorskip("gymnasium")
+
+
+def run(capfd, *words):
+    code = main([*map(str, words)])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("rl") / "run"
+    assert main(["rl", "train", "cartpole", "--samples", "1100", "--seed", "2", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_train_tells_as_json(capfd, tmp_path):
+    code, out, _ = run(capfd, "rl", "train", "cartpole", "--samples", 600, "--seed", 1, "--out", tmp_path / "run", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["samples"] == 512
+    assert told["mean_return"] > 5
+    assert told["samples_per_second"] > 0
+    assert (told["status"], told["episodes"], told["seed"]) == ("finished", 100, 1)
+
+
+def test_eval_says_what_training_said(capfd, trained, tmp_path):
+    code, out, _ = run(capfd, "rl", "eval", trained, "--json", "--quiet")
+    told = json.loads(out)
+    assert code == 0
+    metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert told["mean_return"] == metrics[-1]["mean_return"]
+    code, out, _ = run(capfd, "rl", "eval", trained, "--episodes", 3, "--seed", 8, "--csv", tmp_path / "e.csv")
+    assert code == 0
+    assert "on average of 3 episodes" in out
+    assert len((tmp_path / "e.csv").read_text().splitlines()) == 4
+
+
+def test_replay_draws_a_film(capfd, trained, tmp_path):
+    pytest.importorskip("pygame")
+    code, out, _ = run(capfd, "rl", "replay", trained, "--out", tmp_path / "a.gif", "--frames", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["frames"] == 3
+    assert (tmp_path / "a.gif").read_bytes().startswith(b"GIF8")
+
+
+def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
+    where = tmp_path / "run"
+    assert run(capfd, "rl", "train", "cartpole", "--samples", 256, "--out", where, "--quiet")[0] == 0
+    code, out, _ = run(capfd, "rl", "train", "--out", where, "--resume", "--samples", 768, "--json", "--quiet")
+    assert code == 0
+    assert json.loads(out)["samples"] == 768
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--out", "x"], "WHAT is not given"),
+        (["train", "cartpol", "--out", "x"], "did you mean 'cartpole'"),
+        (["train", "cartpole", "--samples", "2", "--out", "x"], "use at least 8"),
+        (["train", "cartpole", "--out", "x", "--set", "model.dim=3"], "fields of task and train can be set"),
+        (["train", "cartpole", "--out", "x", "--set", "task.environment.id=Nothing-v3"], "task.environment.id is 'Nothing-v3'"),
+        (["train", "cartpole", "--out", "x", "--set", "train.batch_size=7"], "does not divide the 256 samples"),
+        (["train", "cartpole", "--out", "x", "--resume"], "WHAT is given with --resume"),
+        (["train", "--out", "nowhere", "--resume"], "no training run in nowhere"),
+        (["eval", "nowhere"], "no training run in nowhere"),
+        (["eval", "{run}", "--episodes", "0"], "episodes"),
+        (["eval", "{run}", "--csv", "{run}/config.json"], "is read"),
+        (["replay", "{run}", "--out", "a.png"], "ends in .gif"),
+    ],
+)
+def test_wrong_lines_are_one_line(capfd, trained, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capfd, "rl", *(word.replace("{run}", str(trained)) for word in words))
+    assert code == 2
+    assert message in err
+    assert err.strip().count("\n") == 0

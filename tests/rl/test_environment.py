@@ -1,0 +1,164 @@
+"""Environments of gymnasium: kept and resumed by doing again what was done, spaces, and what is refused. And ready runs of them."""
+
+import numpy as np
+import pytest
+import torch
+
+gymnasium = pytest.importorskip("gymnasium")
+
+from anabranch.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from anabranch.rl import Gymnasium, episode_seed, judge, load_agent, record, training  # noqa: E402
+from anabranch.rl.environment import flat, layout_of  # noqa: E402
+from anabranch.rl.runs import PRESETS, samples_of  # noqa: E402
+from anabranch.train import Trainer  # noqa: E402
+
+spaces = gymnasium.spaces
+CARTPOLE = Gymnasium.Config(id="CartPole-v1").build()
+PENDULUM = Gymnasium.Config(id="Pendulum-v1", arguments={"max_episode_steps": 5}).build()
+
+
+def test_an_episode_follows_from_its_seed_and_what_is_done():
+    """Environment 3 of a world is environment 1 of the part that begins at 2, and gymnasium's own from that seed."""
+    whole, part = CARTPOLE.make(4, seed=9), CARTPOLE.make(2, seed=9, first=2)
+    own = gymnasium.make("CartPole-v1")
+    seen, _ = own.reset(seed=episode_seed(9, 3, 0))
+    observations, others = whole.reset()[0], part.reset()[0]
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        assert np.array_equal(observations[3], seen)
+        assert np.array_equal(observations[2:], others)
+        action = rng.integers(0, 2, 4)
+        observations, reward, over, cut, infos = whole.step(action)
+        others = part.step(action[2:])[0]
+        seen, _, ended, _, _ = own.step(int(action[3]))
+        if ended:
+            assert over[3]
+            assert np.array_equal(infos["final_obs"][3], seen)
+            assert infos["_final_obs"][3]
+            break
+    assert ended
+    seen, _ = own.reset(seed=episode_seed(9, 3, 1))
+    assert np.array_equal(observations[3], seen)
+
+
+def test_a_place_is_kept_and_found_again():
+    for environment, draw in (
+        (CARTPOLE, lambda rng: rng.integers(0, 2, 3)),
+        (PENDULUM, lambda rng: rng.uniform(-2, 2, (3, 1)).astype(np.float32)),
+    ):
+        rng = np.random.default_rng(1)
+        world, other = environment.make(3, seed=2), environment.make(3, seed=2)
+        world.reset()
+        for _ in range(13):
+            observations = world.step(draw(rng))[0]
+        found = other.load_state_dict(world.state_dict())
+        assert np.array_equal(found, observations)
+        for _ in range(20):
+            action = draw(rng)
+            mine, theirs = world.step(action), other.step(action)
+            for one, two in zip(mine[:4], theirs[:4], strict=True):
+                assert np.array_equal(one, two)
+
+
+def test_a_place_that_does_not_fit_is_refused():
+    world = CARTPOLE.make(2, seed=0)
+    world.reset()
+    with pytest.raises(CheckpointError, match="of 2 environments, and there are 3"):
+        CARTPOLE.make(3, seed=0).load_state_dict(world.state_dict())
+    state = {"episode": np.zeros(2, int), "length": np.array([60, 0]), "action": np.ones((2, 60, 1), int)}
+    with pytest.raises(CheckpointError, match=r"environment 0 ended its episode after step \d+ of 60"):
+        world.load_state_dict(state)
+
+
+def test_layouts_of_spaces():
+    box = spaces.Box(-1, 1, (2, 3))
+    found = layout_of(spaces.Dict(policy=box, critic=spaces.Box(0, 1, (4,))), spaces.Discrete(5))
+    assert (found.num_observed, found.num_private, found.actions.choices) == (6, 4, 5)
+    found = layout_of(box, spaces.Box(np.array([-1.0, 0.0]), np.array([1.0, np.inf]), dtype=np.float64))
+    assert found.actions.low_A == (-1.0, 0.0)
+    assert not found.actions.is_bounded
+    seen = {"policy": np.ones((3, 2, 3)), "critic": np.zeros((3, 4))}
+    assert flat(seen).shape == (3, 10)
+    assert flat(seen).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("seen", "done", "message"),
+    [
+        (spaces.Discrete(3), spaces.Discrete(2), "observations are Discrete"),
+        (spaces.Dict(a=spaces.Box(0, 1, (1,))), spaces.Discrete(2), "a dict of a; use boxes called 'policy' and 'critic'"),
+        (spaces.Box(0, 1, (1,)), spaces.Discrete(2, start=1), "actions begin at 1"),
+        (spaces.Box(0, 1, (1,)), spaces.MultiDiscrete([2, 2]), "use a discrete space, or a box with one axis"),
+        (spaces.Box(0, 1, (1,)), spaces.Box(0, 1, (2, 2)), "use a discrete space, or a box with one axis"),
+    ],
+)
+def test_spaces_that_are_not_for_us(seen, done, message):
+    with pytest.raises(ConfigError, match=message):
+        layout_of(seen, done)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gymnasium.Config(id="Nothing-v7"),
+        Gymnasium.Config(id="no_such_package:Nothing-v7"),
+        Gymnasium.Config(id="CartPole-v1", arguments={"colour": "red"}),
+        Gymnasium.Config(id="a b"),
+    ],
+)
+def test_what_gymnasium_does_not_make_is_one_line(config):
+    with pytest.raises(ConfigError, match="environment.id is") as caught:
+        config.build().make(1, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+# Ready runs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_divide_any_number_of_samples(name):
+    for samples in (None, 130, 2_000, 50_001):
+        run = training(name, samples=samples)
+        assert run.task.collecting.num_samples % run.train.batch_size == 0
+        made = samples_of(run, run.train.steps)
+        assert made <= (PRESETS[name]().samples if samples is None else samples)
+        # No more than a rollout is left over.
+        assert made > 0 if samples is None else samples - made < max(run.task.collecting.num_samples, run.task.num_envs)
+
+
+def test_what_is_not_there_to_be_learned():
+    with pytest.raises(ConfigError, match="did you mean 'pendulum'"):
+        training("pendulun")
+    with pytest.raises(ConfigError, match="samples is 3, and cartpole has 8 environments side by side; use at least 8"):
+        training("cartpole", samples=3)
+
+
+def test_an_agent_comes_back_from_its_run(tmp_path):
+    trainer = Trainer(training("cartpole", samples=512, seed=4), tmp_path / "run")
+    result = trainer.fit()
+    agent = load_agent(tmp_path / "run")
+    assert agent.step == result.step
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(agent.model.state_dict()[name], value)
+    assert judge(agent.model, agent.task.environment, seed=4).measures()["mean_return"] == result.headline
+    with pytest.raises(DataError, match="no training run"):
+        load_agent(tmp_path)
+
+
+def test_a_film_of_an_episode(tmp_path):
+    pytest.importorskip("pygame")
+    image = pytest.importorskip("PIL.Image")
+    task = training("cartpole").task.build()
+    film = record(task.network(), task.environment, every=3, most=4)
+    assert len(film.frames) == min(4, (film.steps - 1) // 3)
+    assert film.total == film.steps
+    film.write_gif(tmp_path / "a.gif")
+    with image.open(tmp_path / "a.gif") as picture:
+        assert picture.n_frames >= 1
+        assert picture.size == film.frames[0].shape[1::-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "samples", "least"), [("cartpole", 100_000, 475.0), ("pendulum", 300_000, -250.0)])
+def test_it_learns_what_others_do(tmp_path, name, samples, least):
+    assert Trainer(training(name, samples=samples), tmp_path / "run").fit().headline >= least

@@ -1,0 +1,414 @@
+"""PPO's loss by hand and by finite differences, rollouts by hand, and the contract of tasks: resumed to the bit, shared by processes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.rl import PPO, ActorCritic, Actions, Categorical, Layout, Rollouts, Samples, clipped_losses, judge
+from anabranch.rl.evaluation import evaluation_seed
+from anabranch.rl.rollout import normalised
+from anabranch.testing import check_task
+from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, checkpoints, read_metrics
+from rl_worlds import LIMIT, Corridor
+
+
+def run(*, batch_size=8, steps=8, train=None, **fields):
+    environment = fields.pop("environment", Corridor.Config())
+    config = PPO.Config(
+        **{"environment": environment, "num_envs": 4, "rollout_steps": 8, "epochs": 2, "hidden": (8,), "eval_episodes": 4}
+        | fields
+    )
+    settings = {"schedule": Constant.Config(), "weight_decay": 0.0, "learning_rate": 1e-2} | (train or {})
+    return TaskRunConfig(task=config, train=TrainConfig(steps=steps, batch_size=batch_size, **settings))
+
+
+def samples(**changes):
+    """One sample whose ratio is decided by the policy that is asked."""
+    made = {
+        "observation_BD": torch.zeros(1, 2),
+        "action_BA": torch.zeros(1, 1),
+        "parameter_BP": torch.zeros(1, 2),
+        "log_prob_B": torch.tensor([math.log(0.5)]),
+        "value_B": torch.tensor([0.0]),
+        "advantage_B": torch.tensor([2.0]),
+        "return_B": torch.tensor([1.0]),
+    }
+    return Samples(**(made | {name: torch.as_tensor(value) for name, value in changes.items()}))
+
+
+def policy(probability):
+    """Does 0 with this probability."""
+    return Categorical(torch.tensor([[math.log(probability), math.log(1 - probability)]]))
+
+
+# The loss
+
+
+@pytest.mark.parametrize(
+    ("probability", "advantage", "loss", "clipped"),
+    [
+        (0.55, 2.0, -2.2, 0),  # ratio 1.1: -1.1 * 2
+        (0.75, 2.0, -2.4, 1),  # ratio 1.5, better only up to 1.2
+        (0.75, -2.0, 3.0, 1),  # and a bad action counts whole
+        (0.25, 2.0, -1.0, 1),  # ratio 0.5 of a good action counts whole
+        (0.25, -2.0, 1.6, 1),  # of a bad one only down to 0.8
+    ],
+)
+def test_the_clipped_surrogate_by_hand(probability, advantage, loss, clipped):
+    found = clipped_losses(
+        policy(probability),
+        policy(0.5),
+        torch.tensor([0.0]),
+        samples(advantage_B=[advantage]),
+        clip=0.2,
+        value_clip=None,
+    )
+    assert found.policy.item() == pytest.approx(loss, abs=1e-5)
+    assert found.ratio_clipped.item() == clipped
+    ratio = probability / 0.5
+    assert found.approximate_divergence.item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-5)
+    expected = 0.5 * math.log(0.5 / probability) + 0.5 * math.log(0.5 / (1 - probability))
+    assert found.divergence.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "value_clip", "loss"),
+    [
+        (0.5, None, 0.125),  # (0.5 - 1)^2 / 2
+        (0.5, 0.1, 0.405),  # moved by 0.1 at most, so the error stays 0.9
+        (0.05, 0.1, 0.45125),  # within the clip: 0.95^2 / 2
+        (3.0, 0.1, 2.0),  # (3 - 1)^2 / 2 is the larger one
+    ],
+)
+def test_the_clipped_value_by_hand(value, value_clip, loss):
+    found = clipped_losses(policy(0.5), policy(0.5), torch.tensor([value]), samples(), clip=0.2, value_clip=value_clip)
+    assert found.value.item() == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["categorical", "normal", "beta"])
+def test_gradients_by_finite_differences(kind):
+    actions = Actions(3) if kind == "categorical" else Actions(0, (-1.0,), (1.0,))
+    torch.manual_seed(0)
+    model = ActorCritic(Layout(2, 1, actions), hidden=(4,), policy=kind).double()
+    observation_BD = torch.randn(6, 3, dtype=torch.float64)
+    with torch.no_grad():
+        parameter_BP, value_B = model(observation_BD)
+        old = model.kind.distribution(parameter_BP + 0.3 * torch.randn_like(parameter_BP))
+        action_BA = old.mode() if kind != "categorical" else torch.tensor([[0.0], [1], [2], [0], [1], [2]]).double()
+        batch = Samples(
+            observation_BD,
+            action_BA,
+            parameter_BP,
+            old.log_prob(action_BA),
+            value_B + 0.3,
+            torch.randn(6, dtype=torch.float64),
+            torch.randn(6, dtype=torch.float64),
+        )
+
+    def loss(*weights):
+        names = [name for name, _ in model.named_parameters()]
+        parameter_BP, value_B = torch.func.functional_call(model, dict(zip(names, weights, strict=True)), (observation_BD,))
+        parts = clipped_losses(model.kind.distribution(parameter_BP), old, value_B, batch, clip=0.2, value_clip=0.2)
+        return parts.policy + 0.5 * parts.value - 0.01 * parts.entropy
+
+    assert torch.autograd.gradcheck(loss, tuple(model.parameters()), atol=1e-5)
+
+
+def test_advantages_are_normalised_by_hand():
+    # Mean 2, deviation sqrt(((-1)^2 + 0 + 1) / 2) = 1.
+    torch.testing.assert_close(normalised(torch.tensor([1.0, 2.0, 3.0])), torch.tensor([-1.0, 0.0, 1.0]))
+    with pytest.raises(ConfigError, match="a mini-batch of 1 has no deviation"):
+        normalised(torch.tensor([1.0]))
+
+
+# Networks
+
+
+def test_the_policy_sees_less_than_the_critic():
+    torch.manual_seed(0)
+    model = ActorCritic(Layout(2, 1, Actions(2)), hidden=(8,))
+    seen = torch.randn(5, 3)
+    other = seen.clone()
+    other[:, 2] += 1.0
+    assert torch.equal(model(seen, "policy"), model(other, "policy"))
+    assert not torch.equal(model(seen, "value"), model(other, "value"))
+    parameter_BP, value_B = model(seen)
+    assert torch.equal(parameter_BP, model(seen, "policy"))
+    assert torch.equal(value_B, model(seen, "value"))
+
+
+def test_at_first_all_actions_are_about_as_likely():
+    torch.manual_seed(0)
+    model = ActorCritic(Layout(4, 0, Actions(5)))
+    share_BE = model(torch.randn(32, 4), "policy").softmax(-1)
+    assert (share_BE - 0.2).abs().max() < 0.01
+    weight = model.policy[0].weight
+    torch.testing.assert_close(weight.T @ weight, 2 * torch.eye(4))
+
+
+def test_observations_are_divided_by_their_scale():
+    torch.manual_seed(0)
+    plain = ActorCritic(Layout(2, 0, Actions(2)), hidden=(4,))
+    torch.manual_seed(0)
+    scaled = ActorCritic(Layout(2, 0, Actions(2)), hidden=(4,), scale=(1.0, 8.0))
+    assert torch.equal(plain(torch.tensor([[3.0, 1.0]]))[0], scaled(torch.tensor([[3.0, 8.0]]))[0])
+    with pytest.raises(ConfigError, match="observation_scale has 1 numbers; use 2 above 0"):
+        ActorCritic(Layout(2, 0, Actions(2)), scale=(1.0,))
+
+
+# Rollouts
+
+
+def rollouts(model_seed=0, **fields):
+    made = run(**fields)
+    task = made.task.build()
+    torch.manual_seed(model_seed)
+    stream = Rollouts(task.environment, made.task.collecting, batch_size=made.train.batch_size, seed=3)
+    stream.model = task.network()
+    return stream
+
+
+def test_a_rollout_is_what_happened():
+    """Walked again by hand from the actions: rewards, ends, values of last observations, and the mean return."""
+    stream = rollouts(epochs=1)
+    stream.next_batch(8)
+    found = stream.rollout
+    world = stream.environment.make(4, seed=3)
+    observations, _ = world.reset()
+    action_TN = found.samples.action_BA.view(8, 4)
+    returns, ended = np.zeros(4), []
+    for step in range(8):
+        flat = np.concatenate([observations["policy"], observations["critic"]], 1)
+        assert np.array_equal(found.samples.observation_BD.view(8, 4, 3)[step].numpy(), flat)
+        observations, reward, over, cut, _ = world.step(action_TN[step].numpy())
+        returns += reward
+        ended += list(returns[over | cut])
+        returns[over | cut] = 0
+    assert found.mean_return == pytest.approx(np.mean(ended))
+    assert found.num_ended == len(ended) > 0
+    parameter_BP, value_B = stream.model(found.samples.observation_BD)
+    assert torch.equal(parameter_BP, found.samples.parameter_BP)
+    assert torch.equal(value_B, found.samples.value_B)
+    log_prob = stream.model.kind.distribution(parameter_BP).log_prob(found.samples.action_BA)
+    assert torch.equal(log_prob, found.samples.log_prob_B)
+    torch.testing.assert_close(found.samples.return_B, found.samples.advantage_B + value_B)
+
+
+def test_a_truncated_episode_is_bootstrapped_and_a_terminated_one_is_not():
+    """A critic that says 7 everywhere: with lambda 0, A = r + gamma 7 - 7 at every step but those that end for good."""
+    stream = rollouts(epochs=1, rollout_steps=20, gae_lambda=0.0, gamma=0.5, batch_size=80, normalize_advantage="none")
+    with torch.no_grad():
+        stream.model.critic[-1].weight.zero_()
+        stream.model.critic[-1].bias.fill_(7.0)
+        # To the left, so that most episodes are cut off.
+        stream.model.policy[-1].bias.copy_(torch.tensor([2.0, 0.0]))
+    stream.next_batch(80)
+    advantage = stream.rollout.samples.advantage_B
+    values = {round(value, 4) for value in advantage.tolist()}
+    assert values <= {round(-0.1 + 3.5 - 7, 4), round(1.0 - 7, 4)}
+    without = rollouts(
+        epochs=1, rollout_steps=20, gae_lambda=0.0, gamma=0.5, batch_size=80, normalize_advantage="none",
+        bootstrap_truncated=False,
+    )  # fmt: skip
+    without.model = stream.model
+    without.next_batch(80)
+    changed = (without.rollout.samples.advantage_B - advantage).nonzero().numel()
+    assert changed > 0
+    assert {round(value, 4) for value in without.rollout.samples.advantage_B.tolist()} >= {round(-0.1 - 7, 4)}
+
+
+def test_every_sample_comes_once_an_epoch_in_another_order():
+    stream = rollouts(normalize_advantage="none")
+    epochs = [torch.cat([stream.next_batch(8).advantage_B for _ in range(4)]) for _ in range(2)]
+    whole = stream.rollout.samples.advantage_B
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, whole.sort().values)
+    assert not torch.equal(*epochs)
+    assert stream.rollout.number == 0
+    stream.next_batch(8)
+    assert stream.rollout.number == 1
+
+
+def test_advantages_are_normalised_over_what_is_said():
+    per_batch = rollouts(normalize_advantage="minibatch").next_batch(8).advantage_B
+    assert per_batch.mean().item() == pytest.approx(0, abs=1e-6)
+    assert per_batch.std().item() == pytest.approx(1, abs=1e-5)
+    stream = rollouts(normalize_advantage="batch")
+    whole = torch.cat([stream.next_batch(8).advantage_B for _ in range(4)])
+    assert whole.std().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_micro_batches_together_are_the_mini_batch():
+    whole, parts = rollouts(), rollouts()
+    first = whole.next_batch(8)
+    pieces = [parts.next_batch(4) for _ in range(2)]
+    for name, tensor in first._asdict().items():
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), tensor), name
+
+
+def test_rewards_are_scaled_in_learning_alone():
+    plain, scaled = (rollouts(epochs=1, reward_scale=scale) for scale in (1.0, 10.0))
+    for stream in (plain, scaled):
+        with torch.no_grad():
+            stream.model.critic[-1].weight.zero_()
+        stream.next_batch(8)
+    torch.testing.assert_close(scaled.rollout.samples.return_B, 10 * plain.rollout.samples.return_B)
+    assert scaled.rollout.mean_return == plain.rollout.mean_return
+
+
+def test_a_rollout_goes_on_where_it_was(tmp_path):
+    """In the midst of the second rollout: what comes then is the same from memory and from a file."""
+    kept = rollouts()
+    for _ in range(11):
+        kept.next_batch(8)
+    kept.save(tmp_path)
+    state = json.loads(json.dumps(kept.state_dict()))
+    other = rollouts()
+    other.load(tmp_path)
+    other.load_state_dict(state)
+    for _ in range(20):
+        mine, theirs = kept.next_batch(8), other.next_batch(8)
+        for name, tensor in mine._asdict().items():
+            assert torch.equal(getattr(theirs, name), tensor), name
+    assert kept.rollout.mean_return == other.rollout.mean_return
+
+
+def test_a_rollout_that_does_not_fit_is_refused(tmp_path):
+    stream = rollouts()
+    with pytest.raises(DataError, match="the checkpoint is damaged"):
+        stream.load_state_dict({"position": 8})
+    stream.next_batch(8)
+    stream.save(tmp_path)
+    with pytest.raises(CheckpointError, match="has 32 samples, and a rollout 64"):
+        rollouts(rollout_steps=16).load(tmp_path)
+    (tmp_path / "rollout.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        rollouts().load(tmp_path)
+
+
+def test_a_reward_that_is_no_number_is_told_with_its_environment():
+    stream = rollouts(environment=Corridor.Config(bad=2))
+    with pytest.raises(DataError, match="environment 2 gave the reward nan"):
+        stream.next_batch(8)
+    assert stream.rollout is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 7}, "train.batch_size is 7, which does not divide the 32 samples of a rollout"),
+        ({"batch_size": 1}, "advantages of one sample cannot be normalised"),
+        ({"policy": "beta"}, "use categorical"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused_at_once(tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(run(**fields), tmp_path / "run")
+
+
+# The task
+
+
+def test_contract():
+    check_task(run())
+
+
+def test_contract_of_vectors_in_micro_batches():
+    beta = run(environment=Corridor.Config(is_vector=True), train={"accumulation": 2}, value_clip=0.2, entropy_weight=0.01)
+    check_task(beta, ranks=False)
+    check_task(beta.replace(task=beta.task.replace(policy="normal")), ranks=False)
+
+
+def test_a_run_stopped_in_a_rollout_ends_as_one_that_was_not(tmp_path):
+    """Stopped after 11 of 24 steps, in the midst of the second rollout's first epoch."""
+    whole = run(steps=24, train={"log_every": 1, "checkpoint_every": 11, "keep_checkpoints": 9})
+    straight = Trainer(whole, tmp_path / "straight").fit()
+
+    class StopError(Exception):
+        pass
+
+    def stop(event):
+        if event.kind == "checkpoint":
+            raise StopError
+
+    with pytest.raises(StopError):
+        Trainer(whole, tmp_path / "cut", on_event=stop).fit()
+    resumed = Trainer(whole, tmp_path / "cut", resume=True).fit()
+    assert resumed.headline == straight.headline
+    ours, theirs = (checkpoints(tmp_path / name)[-1] for name in ("cut", "straight"))
+    for name in ("model.safetensors", "optimizer.safetensors", "rollout.safetensors"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def test_a_bad_reward_saves_what_was_learned_and_is_resumed_from_there(tmp_path):
+    """The second rollout fails: the checkpoint is of the last step of the first, and its world is where that ended."""
+    bad = run(steps=16, train={"checkpoint_every": None, "log_every": 1}, environment=Corridor.Config(bad=3), rollout_steps=2, batch_size=8)
+    with pytest.raises(DataError, match="environment 3 gave the reward nan"):
+        Trainer(bad, tmp_path / "run").fit()
+    saved = checkpoints(tmp_path / "run")
+    assert [path.name for path in saved] == ["step-00000002"]
+    trainer = Trainer(bad, tmp_path / "run", resume=True)
+    assert trainer.stream.rollout.number == 0
+    trainer.close()
+
+
+def test_metrics_say_how_it_goes(tmp_path):
+    Trainer(run(steps=16, train={"log_every": 8}), tmp_path / "run").fit()
+    lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert [line["samples"] for line in lines] == [32, 64]
+    for name in ("training_return", "training_length", "policy_entropy", "divergence", "ratio_clipped", "explained_variance"):
+        assert lines[-1][name] is not None, name
+
+
+# Evaluation
+
+
+def test_an_evaluation_has_its_own_beginnings_and_plays_each_once():
+    task = run().task.build()
+    torch.manual_seed(0)
+    model = task.network()
+    with torch.no_grad():
+        model.policy[-1].bias.copy_(torch.tensor([0.0, 50.0]))
+    found = judge(model, task.environment, episodes=70, seed=5)
+    world = task.environment.make(64, seed=evaluation_seed(5))
+    world.reset()
+    # Always to the right: from place p it takes 5 - p steps, each but the last at -0.1.
+    lengths = 5 - world.place
+    assert found.length_E[:64].tolist() == lengths.tolist()
+    assert found.return_E[:64] == pytest.approx(1 - 0.1 * (lengths - 1))
+    assert found.terminated_E.all()
+    assert found.outcomes["arrived"].tolist() == [1.0] * 70
+    again = judge(model, task.environment, episodes=70, seed=5)
+    assert again.return_E.tolist() == found.return_E.tolist()
+    measures = found.measures()
+    assert measures["episodes"] == 70
+    assert measures["mean_return"] == pytest.approx(found.return_E.mean())
+    assert measures["return_interval"] == pytest.approx(1.96 * found.return_E.std(ddof=1) / 70**0.5)
+
+
+def test_an_episode_that_is_cut_off_counts_as_such(tmp_path):
+    task = run().task.build()
+    torch.manual_seed(0)
+    model = task.network()
+    with torch.no_grad():
+        model.policy[-1].bias.copy_(torch.tensor([50.0, 0.0]))
+    found = judge(model, task.environment, episodes=3)
+    assert found.length_E.tolist() == [LIMIT] * 3
+    assert not found.terminated_E.any()
+    found.write_csv(tmp_path / "e.csv")
+    lines = (tmp_path / "e.csv").read_text().splitlines()
+    assert lines[0] == "episode,return,length,terminated,arrived"
+    assert lines[1].startswith("0,-0.9")
+    with pytest.raises(ConfigError, match="episodes is 0"):
+        judge(model, task.environment, episodes=0)
+
+
+def test_it_learns_to_walk_to_the_end(tmp_path):
+    """2,560 samples: from wherever it begins, straight to the right."""
+    result = Trainer(run(steps=160, eval_episodes=20, batch_size=16, rollout_steps=16, num_envs=8), tmp_path / "run").fit()
+    assert result.measures["arrived"] == 1.0
+    assert result.headline > 0.6
