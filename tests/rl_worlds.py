@@ -1,4 +1,7 @@
-"""A small world for tests of reinforcement learning, which needs no gymnasium: a walk in a corridor."""
+"""A small world for tests of reinforcement learning, which needs no gymnasium: a walk in a corridor.
+
+It is found as those of other packages are, by the entry point in rl_worlds-0.dist-info.
+"""
 
 import numpy as np
 
@@ -8,7 +11,7 @@ from anabranch.rl import Actions, Environment, Layout, episode_seed
 LENGTH, LIMIT = 6, 9
 
 
-class Corridor(Environment):
+class Corridor(Environment, kind="corridor"):
     """Walk to the right end of a corridor of 6 places: reward 1 there, -0.1 a step; cut off after 9 steps.
 
     With ``is_vector`` an action is a number from -2 to 2, and above 0 goes right. ``bad`` is the number of an environment whose reward is
@@ -46,7 +49,9 @@ class CorridorWorld:
 
     def _begin(self, which):
         for place in np.flatnonzero(which):
-            self.place[place] = episode_seed(self.seed, self.first + int(place), int(self.episode[place])) % (LENGTH - 1)
+            self.place[place] = episode_seed(self.seed, self.first + int(place), int(self.episode[place])) % (
+                LENGTH - 1
+            )
             self.steps[place] = 0
 
     def _seen(self):

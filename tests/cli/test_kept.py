@@ -123,7 +123,8 @@ OWN_NAMES = (
 )  # commands whose files have their own names in the folder that is named
 # Options with a place that these and other commands only read, and commands whose folders may hold nothing that is not theirs.
 READ = {
-    "compare", "convert", "eval adapter", "study", "train", "heads train", "rl train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
+    "rl train",
+    "compare", "convert", "eval adapter", "study", "train", "heads train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "serve adapter_root", "gateway serve config_files", "gateway serve store",
     "serve depth",
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",

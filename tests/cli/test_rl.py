@@ -8,6 +8,8 @@ from anabranch.cli.main import main
 
 pytest.importorskip("gymnasium")
 
+FEW = ["--set", "task.eval_episodes=5", "--set", "task.epochs=2"]
+
 
 def run(capfd, *words):
     code = main([*map(str, words)])
@@ -18,22 +20,26 @@ def run(capfd, *words):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("rl") / "run"
-    assert main(["rl", "train", "cartpole", "--samples", "1100", "--seed", "2", "--out", str(out), "--quiet"]) == 0
+    assert (
+        main(["rl", "train", "cartpole", "--samples", "1100", "--seed", "2", "--out", str(out), "--quiet", *FEW]) == 0
+    )
     return out
 
 
 def test_train_tells_as_json(capfd, tmp_path):
-    code, out, _ = run(capfd, "rl", "train", "cartpole", "--samples", 600, "--seed", 1, "--out", tmp_path / "run", "--json")
+    code, out, _ = run(
+        capfd, "rl", "train", "cartpole", "--samples", 600, "--seed", 1, "--out", tmp_path / "run", "--json", *FEW
+    )
     told = json.loads(out)
     assert code == 0
     assert told["samples"] == 512
     assert told["mean_return"] > 5
     assert told["samples_per_second"] > 0
-    assert (told["status"], told["episodes"], told["seed"]) == ("finished", 100, 1)
+    assert (told["status"], told["episodes"], told["seed"]) == ("finished", 5, 1)
 
 
 def test_eval_says_what_training_said(capfd, trained, tmp_path):
-    code, out, _ = run(capfd, "rl", "eval", trained, "--json", "--quiet")
+    code, out, _ = run(capfd, "rl", "eval", trained, "--episodes", 5, "--json", "--quiet")
     told = json.loads(out)
     assert code == 0
     metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -54,7 +60,7 @@ def test_replay_draws_a_film(capfd, trained, tmp_path):
 
 def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
     where = tmp_path / "run"
-    assert run(capfd, "rl", "train", "cartpole", "--samples", 256, "--out", where, "--quiet")[0] == 0
+    assert run(capfd, "rl", "train", "cartpole", "--samples", 256, "--out", where, "--quiet", *FEW)[0] == 0
     code, out, _ = run(capfd, "rl", "train", "--out", where, "--resume", "--samples", 768, "--json", "--quiet")
     assert code == 0
     assert json.loads(out)["samples"] == 768
@@ -67,7 +73,10 @@ def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
         (["train", "cartpol", "--out", "x"], "did you mean 'cartpole'"),
         (["train", "cartpole", "--samples", "2", "--out", "x"], "use at least 8"),
         (["train", "cartpole", "--out", "x", "--set", "model.dim=3"], "fields of task and train can be set"),
-        (["train", "cartpole", "--out", "x", "--set", "task.environment.id=Nothing-v3"], "task.environment.id is 'Nothing-v3'"),
+        (
+            ["train", "cartpole", "--out", "x", "--set", "task.environment.id=Nothing-v3"],
+            "environment.id is 'Nothing-v3'",
+        ),
         (["train", "cartpole", "--out", "x", "--set", "train.batch_size=7"], "does not divide the 256 samples"),
         (["train", "cartpole", "--out", "x", "--resume"], "WHAT is given with --resume"),
         (["train", "--out", "nowhere", "--resume"], "no training run in nowhere"),

@@ -28,7 +28,7 @@ def test_an_episode_follows_from_its_seed_and_what_is_done():
         assert np.array_equal(observations[3], seen)
         assert np.array_equal(observations[2:], others)
         action = rng.integers(0, 2, 4)
-        observations, reward, over, cut, infos = whole.step(action)
+        observations, _, over, _, infos = whole.step(action)
         others = part.step(action[2:])[0]
         seen, _, ended, _, _ = own.step(int(action[3]))
         if ended:
@@ -86,7 +86,11 @@ def test_layouts_of_spaces():
     ("seen", "done", "message"),
     [
         (spaces.Discrete(3), spaces.Discrete(2), "observations are Discrete"),
-        (spaces.Dict(a=spaces.Box(0, 1, (1,))), spaces.Discrete(2), "a dict of a; use boxes called 'policy' and 'critic'"),
+        (
+            spaces.Dict(a=spaces.Box(0, 1, (1,))),
+            spaces.Discrete(2),
+            "a dict of a; use boxes called 'policy' and 'critic'",
+        ),
         (spaces.Box(0, 1, (1,)), spaces.Discrete(2, start=1), "actions begin at 1"),
         (spaces.Box(0, 1, (1,)), spaces.MultiDiscrete([2, 2]), "use a discrete space, or a box with one axis"),
         (spaces.Box(0, 1, (1,)), spaces.Box(0, 1, (2, 2)), "use a discrete space, or a box with one axis"),
@@ -107,7 +111,7 @@ def test_spaces_that_are_not_for_us(seen, done, message):
     ],
 )
 def test_what_gymnasium_does_not_make_is_one_line(config):
-    with pytest.raises(ConfigError, match="environment.id is") as caught:
+    with pytest.raises(ConfigError, match=r"environment\.id is") as caught:
         config.build().make(1, seed=0)
     assert "\n" not in str(caught.value)
 
@@ -124,6 +128,13 @@ def test_presets_divide_any_number_of_samples(name):
         assert made <= (PRESETS[name]().samples if samples is None else samples)
         # No more than a rollout is left over.
         assert made > 0 if samples is None else samples - made < max(run.task.collecting.num_samples, run.task.num_envs)
+
+
+def test_what_is_set_leaves_the_samples_as_they_are():
+    run = training("cartpole", samples=2_560, settings={"task.epochs": 2, "train.batch_size": 64, "task.gamma": 0.9})
+    assert samples_of(run, run.train.steps) == 2_560
+    assert (run.task.gamma, run.train.batch_size, run.train.log_every) == (0.9, 64, 8)
+    assert training("cartpole", settings={"train.steps": 3}).train.steps == 3
 
 
 def test_what_is_not_there_to_be_learned():

@@ -79,7 +79,8 @@ def test_the_scale_of_actions_cancels_in_ratios():
     other = kind.distribution(parameter_BP + 0.1)
     plain_other = Beta(other.alpha_BA, other.beta_BA)
     torch.testing.assert_close(
-        other.log_prob(action_BA) - made.log_prob(action_BA), plain_other.log_prob(action_BA) - plain.log_prob(action_BA)
+        other.log_prob(action_BA) - made.log_prob(action_BA),
+        plain_other.log_prob(action_BA) - plain.log_prob(action_BA),
     )
     torch.testing.assert_close(made.divergence(other), plain.divergence(plain_other))
 

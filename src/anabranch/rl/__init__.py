@@ -25,8 +25,8 @@ from anabranch.rl.runs import PRESETS, Agent, Preset, load_agent, training
 __all__ = [
     "PPO",
     "PRESETS",
-    "ActorCritic",
     "Actions",
+    "ActorCritic",
     "Agent",
     "Beta",
     "Categorical",

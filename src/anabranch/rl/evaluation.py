@@ -112,9 +112,7 @@ def evaluation_seed(seed: int) -> int:
 
 
 @torch.no_grad()
-def _played(
-    model: ActorCritic, world: World, episodes: int, on_step: Callable[[World, int], None] | None
-) -> Episodes:
+def _played(model: ActorCritic, world: World, episodes: int, on_step: Callable[[World, int], None] | None) -> Episodes:
     num, device = world.num_envs, next(model.parameters()).device
     # How many episodes each environment still plays for the count.
     left_N = np.array([len(range(place, episodes, num)) for place in range(num)])
@@ -133,7 +131,9 @@ def _played(
         for place in np.flatnonzero((over_N | cut_N) & (left_N > 0)):
             number = int(place + played_N[place] * num)
             if not math.isfinite(return_N[place]):
-                raise DataError(f"episode {number} has the return {return_N[place]}: the environment gave a reward that is no number")
+                raise DataError(
+                    f"episode {number} has the return {return_N[place]}: the environment gave a reward that is no number"
+                )
             return_E[number], length_E[number] = return_N[place], length_N[place]
             terminated_E[number] = over_N[place]
             for name, values in infos.get(OUTCOME, {}).items():

@@ -86,19 +86,19 @@ class ActorCritic(nn.Module):
     def forward(self, observation_BD: Tensor, part: Literal["both", "policy", "value"] = "both") -> Any:
         """Parameters of the action's distribution ``[B, P]`` and the value ``[B]``; or one of them alone."""
         if part == "policy":
-            return self._parameters(observation_BD)
+            return self._acts(observation_BD)
         if part == "value":
-            return self._value(observation_BD)
-        return self._parameters(observation_BD), self._value(observation_BD)
+            return self._judges(observation_BD)
+        return self._acts(observation_BD), self._judges(observation_BD)
 
-    def _parameters(self, observation_BD: Tensor) -> Tensor:
+    def _acts(self, observation_BD: Tensor) -> Tensor:
         seen = self.layout.num_observed
         given = self.policy((observation_BD / self.scale_D)[:, :seen])
         if self.kind.name != "normal":
             return given
         return torch.cat([given, self.log_deviation_A.expand_as(given)], dim=-1)
 
-    def _value(self, observation_BD: Tensor) -> Tensor:
+    def _judges(self, observation_BD: Tensor) -> Tensor:
         return self.critic(observation_BD / self.scale_D).squeeze(-1)
 
 

@@ -115,7 +115,9 @@ class ReplayedWorld(VectorEnv):
         if not len(episode_N) == len(length_N) == len(action_NLA) == self.num_envs:
             raise CheckpointError(f"the state is of {len(episode_N)} environments, and there are {self.num_envs}")
         self._episode_N = np.array(episode_N, np.int64)
-        return self._batched([self._again(place, action_NLA[place, : length_N[place]]) for place in range(self.num_envs)])
+        return self._batched(
+            [self._again(place, action_NLA[place, : length_N[place]]) for place in range(self.num_envs)]
+        )
 
     def _again(self, place: int, action_LA: np.ndarray) -> Any:
         seen = self._begin(place)

@@ -257,7 +257,9 @@ class Rollouts:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None
         if any(len(tensor) != self.collecting.num_samples for tensor in samples):
-            raise CheckpointError(f"{path} has {len(samples.value_B)} samples, and a rollout {self.collecting.num_samples}")
+            raise CheckpointError(
+                f"{path} has {len(samples.value_B)} samples, and a rollout {self.collecting.num_samples}"
+            )
         self.rollout = Rollout(int(number), samples, mean_return, mean_length, int(num_ended))
         self._state = {name.removeprefix(_WORLD): tensor.numpy() for name, tensor in tensors.items()}
         self._drop_world()
@@ -307,14 +309,18 @@ class Rollouts:
         network = _network(self.model)
         kind, own = network.kind, slice(self._first, self._first + self._num_own)
         generator = _generator(self.seed, _ACTING, number)
-        acted = _Acted.empty(self.collecting.steps, self._num_own, self._observation_nD.shape[1], kind.actions.num_numbers)
+        acted = _Acted.empty(
+            self.collecting.steps, self._num_own, self._observation_nD.shape[1], kind.actions.num_numbers
+        )
         for step in range(self.collecting.steps):
             seen_nD = torch.from_numpy(self._observation_nD)
             parameter_nP = self.model(seen_nD.to(self.device), "policy").cpu()  # type: ignore[misc]
             noise = kind.noise(generator, self.collecting.num_envs)[own]
             action_nA = kind.distribution(parameter_nP).sample(noise)
             acted.observation_TnD[step], acted.action_TnA[step] = seen_nD, action_nA
-            observations, reward_n, terminated_n, truncated_n, infos = world.step(kind.to_environment(action_nA).numpy())
+            observations, reward_n, terminated_n, truncated_n, infos = world.step(
+                kind.to_environment(action_nA).numpy()
+            )
             self._check("reward", np.asarray(reward_n)[:, None])
             acted.reward_Tn[step] = torch.as_tensor(np.asarray(reward_n, np.float32))
             acted.terminated_Tn[step], acted.truncated_Tn[step] = (
@@ -336,7 +342,7 @@ class Rollouts:
         for place in np.flatnonzero(done_n):
             acted.ended.append((float(self._return_n[place]), int(self._length_n[place])))
             if acted.truncated_Tn[step, place]:
-                last_1D = flat(_row(final, place))
+                last_1D = flat(_row(final, int(place)))
                 self._check("observation", last_1D, first=self._first + int(place))
                 acted.final_TnD[step, place] = torch.from_numpy(last_1D[0])
         self._return_n[done_n] = 0.0
@@ -348,7 +354,9 @@ class Rollouts:
         if not finite_n.all():
             place = int(np.flatnonzero(~finite_n)[0])
             bad = array_nX[place][~np.isfinite(array_nX[place])][0]
-            raise DataError(f"environment {(self._first if first is None else first) + place} gave the {what} {bad}; mend it, and resume")
+            raise DataError(
+                f"environment {(self._first if first is None else first) + place} gave the {what} {bad}; mend it, and resume"
+            )
 
     def _finish(self, number: int, acted: _Acted) -> None:
         """Exchange what processes did, and work out advantages: all processes do the same from here on."""
@@ -389,9 +397,7 @@ class Rollouts:
             observation_SD, action_SA, parameter_SP, log_prob_S, value_S, advantage_S, advantage_S + value_S
         )
         returns, lengths = zip(*acted.ended, strict=True) if acted.ended else ((math.nan,), (math.nan,))
-        self.rollout = Rollout(
-            number, samples, float(np.mean(returns)), float(np.mean(lengths)), len(acted.ended)
-        )
+        self.rollout = Rollout(number, samples, float(np.mean(returns)), float(np.mean(lengths)), len(acted.ended))
 
     def _judged(self, observation_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(parameters, values) on the CPU."""

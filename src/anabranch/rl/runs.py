@@ -1,21 +1,22 @@
 """Ready trainings by the name of what is learned, and agents back from the folder of a run.
 
-    run = training("pendulum", samples=300_000, seed=0)
-    Trainer(run, "runs/pendulum").fit()
-    agent = load_agent("runs/pendulum")
-    print(judge(agent.model, agent.task.environment).measures())
+run = training("pendulum", samples=300_000, seed=0)
+Trainer(run, "runs/pendulum").fit()
+agent = load_agent("runs/pendulum")
+print(judge(agent.model, agent.task.environment).measures())
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from anabranch.config import override
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.rl.environment import Gymnasium
 from anabranch.rl.network import ActorCritic
@@ -77,7 +78,9 @@ def _pendulum() -> Preset:
         observation_scale=(1.0, 1.0, 8.0),
         reward_scale=0.1,
     )
-    return Preset(config, 1e-3, 64, 300_000, "RL Baselines3 Zoo for Pendulum-v1, with a Beta policy and scaled rewards of our own")
+    return Preset(
+        config, 1e-3, 64, 300_000, "RL Baselines3 Zoo for Pendulum-v1, with a Beta policy and scaled rewards of our own"
+    )
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {"cartpole": _cartpole, "pendulum": _pendulum}
@@ -92,7 +95,9 @@ def preset(name: str) -> Preset:
     return PRESETS[name]()
 
 
-def training(name: str, *, samples: int | None = None, seed: int = 0) -> TaskRunConfig:
+def training(
+    name: str, *, samples: int | None = None, seed: int = 0, settings: Mapping[str, Any] | None = None
+) -> TaskRunConfig:
     """A run that learns ``cartpole``, ``pendulum``, ...
 
     Args:
@@ -100,11 +105,13 @@ def training(name: str, *, samples: int | None = None, seed: int = 0) -> TaskRun
         samples: steps of environments to learn from, at most: as many whole rollouts as there is room for. Where there is room for none,
             rollouts are made shorter. None for the preset's own number.
         seed: of everything random.
+        settings: fields of the run by dotted path, such as ``task.gamma``. How many steps it takes then follows from ``samples`` still.
 
-    Raises ConfigError for another name, or where there are fewer samples than environments side by side.
+    Raises ConfigError for another name, a setting that cannot be, or where there are fewer samples than environments side by side.
     """
-    found = preset(name)
-    config = found.config
+    found, settings = preset(name), dict(settings or {})
+    of_task = {path: value for path, value in settings.items() if path.startswith("task.")}
+    config: Any = override(TaskRunConfig(task=found.config), of_task).task
     samples = found.samples if samples is None else samples
     if samples < max(config.num_envs, 2):
         raise ConfigError(
@@ -113,13 +120,8 @@ def training(name: str, *, samples: int | None = None, seed: int = 0) -> TaskRun
     config = config.replace(rollout_steps=min(config.rollout_steps, samples // config.num_envs))
     rollout = config.collecting.num_samples
     # Whole mini-batches of at least two samples, and about as many of them as the preset has.
-    num_batches = next(
-        number
-        for number in range(min(found.num_batches, rollout // 2), 0, -1)
-        if rollout % number == 0
-    )
+    num_batches = next(number for number in range(min(found.num_batches, rollout // 2), 0, -1) if rollout % number == 0)
     train = TrainConfig(
-        steps=steps_for(config, rollout // num_batches, samples),
         batch_size=rollout // num_batches,
         learning_rate=found.learning_rate,
         schedule=WarmupStableDecay.Config(warmup=0, decay=1.0, final=0.0),
@@ -128,20 +130,25 @@ def training(name: str, *, samples: int | None = None, seed: int = 0) -> TaskRun
         weight_decay=0.0,
         clip=0.5,
         eval_every=None,
-        checkpoint_every=None,
-        log_every=config.epochs * num_batches,
         seed=seed,
     )
-    rollouts = train.steps // train.log_every
-    return TaskRunConfig(
-        task=config, train=train.replace(checkpoint_every=max(rollouts // _CHECKPOINTS, 1) * train.log_every)
-    )
+    rest = {path: value for path, value in settings.items() if path not in of_task}
+    train = override(TaskRunConfig(task=config, train=train), rest).train
+    per_rollout = config.epochs * max(rollout // train.batch_size, 1)
+    every = max(samples // rollout // _CHECKPOINTS, 1) * per_rollout
+    follows = {
+        "steps": steps_for(config, train.batch_size, samples),
+        "log_every": per_rollout,
+        "checkpoint_every": every,
+    }
+    free = {field: value for field, value in follows.items() if f"train.{field}" not in rest}
+    return TaskRunConfig(task=config, train=train.replace(**free))
 
 
 def steps_for(config: PPO.Config, batch_size: int, samples: int) -> int:
     """Optimizer steps of a training on so many samples: whole rollouts, and at least one."""
     rollout = config.collecting.num_samples
-    return max(samples // rollout, 1) * config.epochs * (rollout // batch_size)
+    return max(samples // rollout, 1) * config.epochs * max(rollout // batch_size, 1)
 
 
 def samples_of(config: TaskRunConfig, step: int) -> int:

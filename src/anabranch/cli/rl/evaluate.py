@@ -24,7 +24,9 @@ def evaluate(
     episodes: Annotated[int, typer.Option(metavar="N", min=1, max=1_000_000, help="Whole episodes.")] = 100,
     seed: Annotated[
         int | None,
-        typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of their beginnings. Default: the run's, as after training."),
+        typer.Option(
+            metavar="S", min=0, max=MOST_SEED, help="Of their beginnings. Default: the run's, as after training."
+        ),
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a line for each episode.")] = None,
     quiet: Quiet = False,
@@ -55,7 +57,10 @@ def evaluate(
         print_json({"folder": str(run), "step": agent.step, "seed": begins, **measures})
         return
     fact("return", _returned(measures))
-    fact("length", f"{measures['mean_length']:.1f} steps on average; {measures['terminated']:.0%} of episodes ended by themselves")
+    fact(
+        "length",
+        f"{measures['mean_length']:.1f} steps on average; {measures['terminated']:.0%} of episodes ended by themselves",
+    )
     for name, value in measures.items():
         if name not in _KNOWN:
             fact(name, f"{value:.4g}")

@@ -20,7 +20,8 @@ def replay(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run of anabranch rl train.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The picture: a .gif.")],
     seed: Annotated[
-        int | None, typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of the episode's beginning. Default: the run's.")
+        int | None,
+        typer.Option(metavar="S", min=0, max=MOST_SEED, help="Of the episode's beginning. Default: the run's."),
     ] = None,
     every: Annotated[int, typer.Option(metavar="N", min=1, help="Steps between two frames.")] = 2,
     most: Annotated[int, typer.Option("--frames", metavar="N", min=1, max=10_000, help="Frames at most.")] = 500,
@@ -40,7 +41,9 @@ def replay(
     agent = load_agent(run)
     begins = agent.config.train.seed if seed is None else seed
     with Progress(most, "frame", quiet=quiet) as progress:
-        film = record(agent.model, agent.task.environment, seed=begins, every=every, most=most, on_frame=progress.update)
+        film = record(
+            agent.model, agent.task.environment, seed=begins, every=every, most=most, on_frame=progress.update
+        )
     film.write_gif(out)
     if as_json:
         told = {"folder": str(run), "file": str(out), "frames": len(film.frames), "steps": film.steps}

@@ -64,7 +64,8 @@ def train(
             raise ConfigError("WHAT is not given; name what is learned, such as cartpole, or go on with --resume")
         check_free(out)
         check_new(out)
-        config = _set(training(environment, samples=samples, seed=seed or 0), settings)
+        _check_settings(settings)
+        config = training(environment, samples=samples, seed=seed or 0, settings=settings)
     first = int(os.environ.get("RANK", "0")) == 0
     progress = Progress(config.train.steps, "step", quiet=quiet or not first)
     with progress:
@@ -82,32 +83,35 @@ def train(
         raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
 
 
-def _set(config: TaskRunConfig, settings: dict[str, Any]) -> TaskRunConfig:
-    from anabranch.config import override
-
+def _check_settings(settings: dict[str, Any]) -> None:
     wrong = next((name for name in settings if not name.startswith(("task.", "train."))), None)
     if wrong is not None:
-        raise ConfigError(f"--set {wrong}: fields of task and train can be set, such as task.gamma or train.learning_rate")
-    return override(config, settings)
+        raise ConfigError(
+            f"--set {wrong}: fields of task and train can be set, such as task.gamma or train.learning_rate"
+        )
 
 
 def _resumed(
     out: Path, environment: str | None, samples: int | None, seed: int | None, settings: dict[str, Any]
 ) -> TaskRunConfig:
     """That of the run in ``out``, with what is set anew."""
+    from anabranch.config import override
     from anabranch.rl import PPO
     from anabranch.rl.runs import steps_for
     from anabranch.train import read_task_run_config
 
     for name, given in (("WHAT", environment), ("--seed", seed)):
         if given is not None:
-            raise ConfigError(f"{name} is given with --resume, which goes on with the run in {out} as it began; leave it out")
+            raise ConfigError(
+                f"{name} is given with --resume, which goes on with the run in {out} as it began; leave it out"
+            )
     config = read_task_run_config(out, PPO)
     task: Any = config.task
     if samples is not None:
         steps = steps_for(task, config.train.batch_size, samples)
         config = config.replace(train=config.train.replace(steps=steps))
-    return _set(config, settings)
+    _check_settings(settings)
+    return override(config, settings)
 
 
 def _introduce(trainer: Trainer[TaskRunConfig]) -> None:
@@ -116,11 +120,14 @@ def _introduce(trainer: Trainer[TaskRunConfig]) -> None:
     config = trainer.config
     task: Any = config.task
     layout = trainer.model.layout
-    acts = f"{layout.actions.choices} choices" if layout.actions.is_discrete else f"{layout.actions.num_numbers} numbers"
+    acts = (
+        f"{layout.actions.choices} choices" if layout.actions.is_discrete else f"{layout.actions.num_numbers} numbers"
+    )
     private = f" and {layout.num_private} that only the critic sees" if layout.num_private else ""
     fact(
         "agent",
-        f"sees {layout.num_observed} numbers{private}, does one of {acts}" if layout.actions.is_discrete
+        f"sees {layout.num_observed} numbers{private}, does one of {acts}"
+        if layout.actions.is_discrete
         else f"sees {layout.num_observed} numbers{private}, does {acts}",
         to=sys.stderr,
     )
