@@ -45,6 +45,13 @@ PUBLIC = {
         Interval Recovery Replay Replayed Report Standing Trial Verdict aiq bootstrap cost_save decision_latency evaluate holm hull
         pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest
     """,
+    "anabranch.test_time": """
+        TTSPM Allowance BetaTTSPM BudgetController CodeVerifier CostModel Curve History ParallelCost Priors Reason
+        Sample Sampled SequentialCost Spent TwoStateTTSPM best_judged best_mix effective_samples first_verified
+        fit_many gsm8k_answer hit_at hit_curve is_decided is_gsm8k_right logprob_weighted majority mixed parallel
+        parallel_cost play_fixed play_global play_oracle play_question play_votes sequential sequential_cost
+        survival_curve verified_accuracy vote_curve vote_probability
+    """,
     "anabranch.graph": """
         FastRP FullyPPR GRank Graph GraphVite HNSW PageRank PowerWalk TypedGraph as_graph fully_ppr
         load_dataset read_graph write_graph

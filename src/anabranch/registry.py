@@ -106,6 +106,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "cascade": "anabranch.routers.strategies.cascade:Cascade",
         "automix": "anabranch.routers.strategies.automix:AutoMix",
         "consistency": "anabranch.routers.strategies.consistency:Consistency",
+        "best_of": "anabranch.routers.strategies.best_of:BestOf",
         "logprob": "anabranch.routers.strategies.logprob:LogProb",
         "linucb": "anabranch.routers.strategies.bandit:LinUCB",
         "thompson": "anabranch.routers.strategies.bandit:Thompson",

@@ -37,6 +37,7 @@ ASKED = {
     "oracle": {"decides": False},
     "prompt": {"plays": False, "ask": middling},
     "scale": {"plays": False},
+    "best_of": {"plays": False},
 }
 
 
@@ -75,6 +76,9 @@ def test_strategy(kind):
         ("logprob", {"measure": "entropy"}),
         ("consistency", {"models": ("small", "large")}),
         ("scale", {"system1": "small", "system2": "large", "budget_tokens": 100}),
+        ("best_of", {"rounds": True}),
+        ("best_of", {"select": "judge", "decides": "prior"}),
+        ("best_of", {"select": "logprob", "verifier": "examples"}),
     ],
 )
 def test_options(kind, fields):
@@ -106,5 +110,5 @@ def test_names_cover_the_survey():
     assert {
         "static", "random", "round_robin", "least_latency", "cheapest", "oracle", "rules", "semantic", "knn", "cluster", "sw_elo",
         "ridge", "mlp", "mf", "hybrid", "irt", "task", "encoder", "linucb", "thompson", "eps_greedy", "prompt", "cascade",
-        "automix", "consistency", "logprob",
+        "automix", "consistency", "logprob", "best_of",
     } <= set(strategies.names())  # fmt: skip

@@ -28,7 +28,11 @@ _MODELS = (
         100.0,
     ),
 )
-_STRATEGIES = ("rules", "cheapest", "random", "round_robin", "least_latency", "scale")
+# By the name that requests use.
+_STRATEGIES = {
+    **{name: name for name in ("rules", "cheapest", "random", "round_robin", "least_latency", "scale")},
+    "best-of": "best_of",
+}
 
 
 def default_config() -> GatewayConfig:
@@ -52,7 +56,7 @@ def default_config() -> GatewayConfig:
     ]
     config: dict[str, Any] = {
         "models": models,
-        "strategies": {name: {"use": name} for name in _STRATEGIES},
+        "strategies": {name: {"use": kind} for name, kind in _STRATEGIES.items()},
         "default_strategy": "rules",
         "fallbacks": {"small": ["medium", "large"], "medium": ["large", "small"], "large": ["medium", "small"]},
         "require_key": False,

@@ -1,0 +1,242 @@
+"""Best of N: answers of one model are drawn until more would not pay, and the best of them is given.
+
+    n <- a batch;  draw it;  one verified? the vote decided? the next one not worth its price? no money, no time? -> give the best
+    else another batch
+
+Rules and curve: `anabranch.test_time` (TTSPM, arXiv 2505.20522). N is decided on what this model was seen to do on this task: before the
+first call by its curve, after each batch by what became of it. The best is the first that a verifier finds right, the commonest, the one
+of the likeliest tokens, or the one that a judge scores best; or, with ``rounds``, the last of one that is thought over again.
+
+Where a model gives no answer, the next of the pool is asked in its place.
+"""
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from anabranch.config import Field, configclass
+from anabranch.errors import AnabranchError, ConfigError, InputError
+from anabranch.routers.contract.knobs import knob_of
+from anabranch.routers.contract.program import Ask, Done, Event, Program, ProgramRequest, Step
+from anabranch.routers.contract.query import Decision, Model, Pool, Query
+from anabranch.routers.contract.strategy import ordered
+from anabranch.routers.money import dollars
+from anabranch.routers.strategies.best_of_drawing import Drawing, answer_key, examples_checker, judged
+from anabranch.routers.strategies.sampled_counts import Counting, Ran
+from anabranch.test_time import (
+    BetaTTSPM,
+    BudgetController,
+    Sampled,
+    best_judged,
+    logprob_weighted,
+    majority,
+    parallel,
+    sequential,
+)
+from anabranch.test_time.selectors import Chosen, Sample
+
+# Tokens, where a query does not tell.
+USUAL_PROMPT, USUAL_COMPLETION = 500, 500
+
+# Of the time that is left, what is kept to choose and to say the answer.
+KEPT_SHARE = 0.1
+
+CRITIC = "Check your answer step by step. If something is wrong, put it right. Reply with the full corrected answer."
+
+
+class BestOf(Counting, Program, kind="best_of"):
+    """See the module."""
+
+    @configclass
+    class Config(Counting.Config):
+        """How it is sampled, chosen and bounded.
+
+        Attributes:
+            model: that answers; None for the first of the pool. The others are asked where it gives no answer.
+            select: ``majority``, ``logprob`` (a vote weighed by the likelihood of tokens), ``judge``.
+            verifier: ``none``; ``examples`` runs code of answers against the examples (``>>>``) of the question, in a process of its own on
+                the machine of the gateway (read what `anabranch.test_time.verify` says of that before); a question without any has none.
+            judge: model that scores answers from 0 to 10; None for the one that answers.
+            rounds: answers one after another, each of which reads the last one, in place of side by side.
+            critic: what is said to an answer before the next round.
+            decides: ``prior``, ``posterior`` or ``both``, see `BudgetController`.
+            value_usd: worth of a right answer.
+            least_gain: chance of solving the question from which one more sample is worth drawing, whatever it costs.
+            batch: samples at a time.
+            max_n: samples at most; a sender may ask for fewer (``auto/best-of?n=4``).
+            max_usd: dollars of all samples at most; None leaves that to the limits of the gateway.
+            deadline_s: seconds after which no further batch is begun; what was drawn by then is chosen from.
+            confidence: of a vote that ends it.
+            temperature: of all samples but the first, which is drawn as the sender asks.
+            max_tokens: of each, where the sender names no end.
+        """
+
+        model: str | None = None
+        select: Literal["majority", "logprob", "judge"] = "majority"
+        verifier: Literal["none", "examples"] = "none"
+        judge: str | None = None
+        rounds: bool = False
+        critic: str = Field(default=CRITIC, min_length=1, max_length=10_000)
+        decides: Literal["prior", "posterior", "both"] = "both"
+        value_usd: float = Field(default=0.1, gt=0)
+        least_gain: float = Field(default=0.01, gt=0, lt=1)
+        batch: int = Field(default=4, ge=1, le=64)
+        max_n: int = Field(default=16, ge=1, le=64)
+        max_usd: float | None = Field(default=None, gt=0)
+        deadline_s: float = Field(default=60.0, gt=0)
+        confidence: float = Field(default=0.95, gt=0.5, lt=1)
+        temperature: float = Field(default=0.8, gt=0, le=2)
+        max_tokens: int = Field(default=2048, ge=1)
+
+        def __post_init__(self) -> None:
+            if self.judge is not None and self.select != "judge":
+                raise ConfigError(
+                    f'judge is {self.judge!r}, and select is {self.select!r}; a judge needs select = "judge"'
+                )
+            if self.rounds and self.select != "majority":
+                raise ConfigError(
+                    f"rounds gives the last answer, and select is {self.select!r}; leave one of the two out"
+                )
+
+    sender_knobs = ("n",)
+
+    def route(self, query: Query, pool: Pool) -> Decision:
+        """The model that answers first, then the others of the pool; with how many samples pay. Raises InputError for a model not there."""
+        name = self.config.model
+        if name is not None and name not in pool.names:
+            raise InputError(f"best_of.model is {name!r}, which is not in the pool: {', '.join(pool.names)}")
+        score_P = [-float(at) for at in range(len(pool))]
+        if name is not None:
+            score_P[pool.names.index(name)] = 1.0
+        candidates = ordered(pool, score_P)
+        first = next(model for model in pool.models if model.name == candidates[0].model)
+        curve = self.priors.curve(first.name, query.task)
+        cost = self._cost(first, query)
+        rules = self._rules(curve, cost, self._most(query))
+        n = rules.begin().budget
+        details = {
+            "curve": {"f_max": float(curve.f_max), "a": float(curve.a), "b": float(curve.b)},
+            "questions": self.priors.questions(first.name, query.task),
+            "budget": n,
+            "sample_usd": cost,
+        }
+        solved = float(curve.value(max(1, n)))
+        return Decision(
+            candidates=candidates,
+            strategy=self.name,
+            reason=f"up to {n} answers of {first.name} are worth their price; about {solved:.0%} of such questions are solved so",
+            confidence=solved,
+            details=details,
+            probability=1.0,
+        )
+
+    async def run(self, request: ProgramRequest, ask: Ask) -> AsyncIterator[Event]:
+        """Draw, choose, and give the best. Raises what the last model failed with where none gave an answer."""
+        until_s = time.monotonic() + min(self.config.deadline_s, request.left_s * (1 - KEPT_SHARE))
+        error: AnabranchError | None = None
+        for name in request.names:
+            drawing = Drawing(request, name, ask, until_s, self.config)
+            curve = self._curve_of(request, name)
+            found = await self._sampled(request, drawing, curve)
+            chosen = await self._chosen(request, name, found, ask)
+            yield self._step(name, found, chosen, drawing)
+            if chosen is not None:
+                self._remember(request, name, found, chosen)
+                yield _given(request, found.samples[chosen.place])
+                return
+            error = drawing.error or error
+            if time.monotonic() >= until_s:
+                break
+        raise error or InputError("best_of was given no answer by any model within its time")
+
+    # -- how much
+
+    def _rules(self, curve: BetaTTSPM, cost: float, most: int) -> BudgetController:
+        config = self.config
+        # What costs nothing is worth drawing while it may help at all.
+        price = max(cost, config.least_gain * config.value_usd)
+        return BudgetController(
+            curve=curve,
+            value=config.value_usd,
+            cost=price,
+            decides=config.decides,
+            batch=1 if config.rounds else config.batch,
+            max_n=most,
+            max_cost=float("inf") if config.max_usd is None else config.max_usd,
+            deadline_s=config.deadline_s,
+            confidence=config.confidence,
+        )
+
+    def _most(self, query: Query) -> int:
+        """Samples at most, where the sender may ask for fewer."""
+        wanted = knob_of(query.knobs, "n", self.config.max_n)
+        if wanted is None:
+            return int(self.config.max_n)
+        if wanted < 1 or wanted != int(wanted):
+            raise InputError(f"n is {query.knobs['n'][:80]!r}; it must be a whole number from 1 to {self.config.max_n}")
+        return int(wanted)
+
+    def _cost(self, model: Model, query: Query) -> float:
+        """Dollars of one sample, by its price: the prompt is read for each, as far as anybody knows."""
+        prompt = USUAL_PROMPT if query.prompt_tokens is None else query.prompt_tokens
+        most = self.config.max_tokens if query.max_tokens is None else query.max_tokens
+        return dollars(model.price.cost(max(0, prompt), max(0, min(most, USUAL_COMPLETION))))
+
+    def _curve_of(self, request: ProgramRequest, name: str) -> BetaTTSPM:
+        """As it was decided with, for the model it was decided for: fitting is no work for an event loop."""
+        told = request.decision.details.get("curve")
+        if name == request.decision.model and isinstance(told, Mapping):
+            return BetaTTSPM(told["f_max"], told["a"], told["b"])
+        return BetaTTSPM(self.config.f_max, self.config.a, self.config.b)
+
+    # -- drawing and choosing
+
+    async def _sampled(self, request: ProgramRequest, drawing: Drawing, curve: BetaTTSPM) -> Sampled:
+        model = next(one for one in request.pool.models if one.name == drawing.model)
+        rules = self._rules(curve, self._cost(model, request.query), self._most(request.query))
+        verify = examples_checker(request.query.text) if self.config.verifier == "examples" else None
+        if self.config.rounds:
+            rounds = max(1, rules.begin().budget)
+            return await sequential(drawing, rounds, lambda sample: self.config.critic, verify=verify)
+        return await parallel(drawing, rules, self._select, same=answer_key, verify=verify)
+
+    def _select(self, samples: Sequence[Sample]) -> Chosen | None:
+        if self.config.select == "logprob" and all(one.logprob is not None for one in samples):
+            return logprob_weighted(samples, answer_key)
+        return majority(samples, answer_key)
+
+    async def _chosen(self, request: ProgramRequest, name: str, found: Sampled, ask: Ask) -> Chosen | None:
+        if self.config.select != "judge" or found.reason == "verified" or len(found.samples) < 2:
+            return found.chosen
+        scores = await judged(request, found.samples, self.config.judge or name, ask)
+        # A judge that says nothing leaves the vote.
+        return best_judged(found.samples, scores) if any(score == score for score in scores) else found.chosen
+
+    def _step(self, name: str, found: Sampled, chosen: Chosen | None, drawing: Drawing) -> Step:
+        sure = None if chosen is None or chosen.sure != chosen.sure or abs(chosen.sure) == float("inf") else chosen.sure
+        facts = {
+            "model": name,
+            "samples": len(found.samples),
+            "failed": found.failures,
+            "reason": found.reason or drawing.reason,
+            "chosen": None if chosen is None else chosen.place,
+            "sure": None if sure is None else round(sure, 4),
+            "verified": None if found.verified is None else sum(found.verified),
+            "cost_usd": found.cost,
+            "error": None if drawing.error is None else type(drawing.error).__name__,
+        }
+        return Step("sampled", facts)
+
+    def _remember(self, request: ProgramRequest, name: str, found: Sampled, chosen: Chosen) -> None:
+        keys = [answer_key(one.text) for one in found.samples]
+        is_checked = found.verified is not None
+        first = chosen.place if is_checked else keys.index(keys[chosen.place])
+        solved = any(found.verified) if found.verified is not None else None
+        self.ran(request.query.request_id, Ran(name, request.query.task, len(found.samples), first + 1, solved))
+
+
+def _given(request: ProgramRequest, sample: Sample) -> Done:
+    """An answer as it is given: log-probabilities only for who asked for them."""
+    done = Done.of(sample.body)
+    return done if request.settings.get("logprobs") else replace(done, logprobs=None)

@@ -1,0 +1,186 @@
+"""What `best_of` learns: at which sample questions of a model and a task are solved first, counted, kept and put together of processes.
+
+A question counts once: when it was verified, as soon as its request is told of; else when somebody scores its answer, which then says
+whether the commonest answer was right, and so at which sample it came first.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from anabranch.config import Field, configclass
+from anabranch.errors import DataError, InputError
+from anabranch.routers.contract.dataset import Recorded
+from anabranch.routers.contract.query import Outcome
+from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
+from anabranch.routers.strategies.unit_scale import Span
+from anabranch.test_time import BetaTTSPM, Priors
+
+# Requests that may still be told of.
+WAITING = 4096
+
+
+@dataclass(slots=True)
+class Ran:
+    """One request's samples.
+
+    Attributes:
+        model, task: that they count for.
+        tried: samples that came.
+        first: place of the first sample that says what was given, from 1; 0 where nothing was given.
+        solved: as a verifier said; None where there was none.
+        is_counted: once.
+    """
+
+    model: str
+    task: str | None
+    tried: int
+    first: int
+    solved: bool | None
+    is_counted: bool = False
+
+
+class Counting(Strategy):
+    """The learning side: whoever answers calls `ran`."""
+
+    @configclass
+    class Config(Strategy.Config):
+        """What is taken to be so before anything was seen.
+
+        Attributes:
+            f_max, a, b: curve of a model on a task nobody has seen, as `BetaTTSPM` has it.
+            weight: questions that it counts for.
+            right: score, on the scale from the least to the largest, from which an answer counts as right.
+        """
+
+        f_max: float = Field(default=0.9, gt=0, le=1)
+        a: float = Field(default=1.0, gt=0, le=1e6)
+        b: float = Field(default=1.0, gt=0, le=1e6)
+        weight: float = Field(default=20.0, gt=0, le=1e6)
+        right: float = Field(default=0.5, gt=0, le=1)
+
+    adds_up = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # What it started from, what was counted here since, and what others counted.
+        self._base, self._own, self._others = self._none(), self._none(), self._none()
+        self._all: Priors | None = None
+        # What was fitted before others were heard of.
+        self._fits = self._none()
+        self._ran: OrderedDict[str, Ran] = OrderedDict()
+        # Requests run on an event loop, and are told of in a thread.
+        self._lock = threading.Lock()
+
+    def _none(self) -> Priors:
+        config = self.config
+        return Priors(BetaTTSPM(config.f_max, config.a, config.b), weight=config.weight)
+
+    @property
+    def priors(self) -> Priors:
+        """All that is known."""
+        if self._all is None:
+            self._all = self._base.plus(self._own).plus(self._others)
+            self._all.keep_fits(self._fits)
+            self._fits = self._all
+        return self._all
+
+    def ran(self, request_id: str, ran: Ran) -> None:
+        """Remember what became of a request, until it is told of."""
+        if not request_id:
+            return
+        with self._lock:
+            self._ran[request_id] = ran
+            while len(self._ran) > WAITING:
+                self._ran.popitem(last=False)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Count a question, if by now it is known whether it was solved."""
+        id = outcome.query.request_id
+        with self._lock:
+            found = self._ran.get(id) if id else None
+            quality = outcome.quality
+            is_right = None if quality is None or not np.isfinite(quality) else quality >= self.config.right
+            if found is None:
+                # Somebody else answered, or long ago: one sample of that model.
+                found = Ran(outcome.model, outcome.query.task, 1, 1, None) if is_right is not None else None
+            if found is None or found.is_counted:
+                return
+            solved = found.solved if found.solved is not None else is_right
+            if solved is None or not found.tried:
+                return
+            found.is_counted = True
+        self._count(self._own, found, bool(solved))
+
+    def _count(self, counts: Priors, ran: Ran, solved: bool) -> None:
+        tried = max(1, ran.first) if solved else ran.tried
+        counts.add(ran.model, ran.task, tried, solved)
+        if self._all is not None:
+            self._all.add(ran.model, ran.task, tried, solved)
+            # Fitted here, where nobody waits.
+            self._all.curve(ran.model, ran.task)
+
+    def fit(self, data: Recorded, *, seed: int = 0) -> Self:
+        """Count recorded outcomes, each as one sample of its model. Raises DataError where no score is known."""
+        if not np.isfinite(data.score_NM).any():
+            raise DataError(f"{self.name} learns from scores, and the data have none")
+        self._base, self._all, self._fits = self._none(), None, self._none()
+        right_NM = Span.of(data.score_NM).shrink(data.score_NM) >= self.config.right
+        for column, model in enumerate(data.models):
+            rows = np.flatnonzero(np.isfinite(data.score_NM[:, column]))
+            for task in sorted({data.task[row] or "" for row in rows}):
+                of_task = [row for row in rows if (data.task[row] or "") == task]
+                solved = int(right_NM[of_task, column].sum())
+                self._base.add(model, task, 1, True, times=solved)
+                self._base.add(model, task, 1, False, times=len(of_task) - solved)
+        return self
+
+    # Kept, told and heard
+
+    def state(self) -> tuple[Arrays, Facts]:
+        """All counts."""
+        return self.priors.state()
+
+    def load_state(self, arrays: Arrays, facts: Facts) -> None:
+        """Take back what `state` gave."""
+        read = self._none()
+        read.load_state(arrays, facts)
+        self._base, self._own, self._others, self._all = read, self._none(), self._none(), None
+        self._fits = read
+
+    def part(self) -> tuple[Arrays, Facts]:
+        """What was counted here since the start."""
+        return self._own.state()
+
+    def hear(self, arrays: Arrays, facts: Facts) -> None:
+        """Take what all others counted in the place of what was heard before. Raises InputError, and nothing has changed."""
+        self._others, self._all = self._read(arrays, facts), None
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[Arrays, Facts]]) -> tuple[Arrays, Facts]:
+        """Several parts as one. Raises InputError for what is none."""
+        total = Priors()
+        for arrays, facts in parts:
+            total = total.plus(_read(Priors(), arrays, facts))
+        return total.state()
+
+    def disown(self, arrays: Arrays, facts: Facts) -> None:
+        """Let go of what an earlier part told of: it will be heard. Raises InputError, and nothing has changed."""
+        self._own, self._all = self._own.less(self._read(arrays, facts)), None
+
+    def _read(self, arrays: Arrays, facts: Facts) -> Priors:
+        return _read(self._none(), arrays, facts)
+
+
+def _read(into: Priors, arrays: Arrays, facts: Facts) -> Priors:
+    if not facts:
+        return into
+    try:
+        into.load_state(arrays, facts)
+    except DataError as error:
+        raise InputError(str(error)) from None
+    return into

@@ -1,0 +1,181 @@
+"""What traffic teaches: for each model and kind of task, at which sample questions were solved first.
+
+Counts add up: of two processes, of two days. From them the curve of a pair is fitted, with what is known of the model on all tasks as
+its prior, so that ten questions do not make a curve of their own.
+"""
+# Shapes: G pairs of model and task, N samples
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from anabranch.bounds import whole
+from anabranch.errors import DataError, InputError
+from anabranch.test_time.curves import BetaTTSPM, Curve, Kind
+from anabranch.test_time.figures import numbers
+from anabranch.test_time.hits import survival_curve
+
+# Samples of one question that are told apart, and pairs that are kept: names of tasks are the sender's own.
+MOST_SAMPLES, MOST_PAIRS = 64, 512
+
+# Characters of the name of a task.
+LONGEST = 80
+
+# What a pair is called whose own name has no room any more, and where no task is named.
+OTHERS, ANY = "(others)", ""
+
+# Questions that a prior counts for.
+WEIGHT = 20.0
+
+Key = tuple[str, str]
+
+
+class Priors:
+    """Counts by (model, task).
+
+    Attributes:
+        prior: the curve before anything was seen.
+
+    Args:
+        prior: a fitted `Curve` with numbers as parameters; None for a mixture that solves half of all questions in the end, most of them
+            within a few samples.
+        weight: questions that the prior counts for.
+    """
+
+    def __init__(self, prior: Curve | None = None, *, weight: float = WEIGHT) -> None:
+        self.prior = BetaTTSPM(0.9, 1.0, 1.0) if prior is None else prior
+        self.weight = weight
+        self._counts: OrderedDict[Key, np.ndarray] = OrderedDict()
+        # By pair, the questions that were known when it was fitted.
+        self._fitted: dict[Key, tuple[int, BetaTTSPM]] = {}
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._counts)
+
+    def add(self, model: str, task: str | None, tried: int, solved: bool, *, times: int = 1) -> None:
+        """Count a question: ``tried`` samples were looked at, and if it was solved, the last of them solved it. Raises InputError.
+
+        ``times`` counts as many questions that went alike.
+        """
+        tried = min(whole("tried", tried, 0), MOST_SAMPLES + 1)
+        if solved and not tried:
+            raise InputError("a question was solved by none of no samples; tried must be at least 1")
+        if not whole("times", times, 0):
+            return
+        counts = self._of(self._key(model, (task or ANY)[:LONGEST]))
+        counts[1, : min(tried, MOST_SAMPLES)] += times
+        if solved and tried <= MOST_SAMPLES:
+            counts[0, tried - 1] += times
+
+    def questions(self, model: str, task: str | None = None) -> int:
+        """How many were counted."""
+        return int(self._whole(model, task)[1, 0])
+
+    def curve(self, model: str, task: str | None = None) -> BetaTTSPM:
+        """What is known of a model on a task: fitted to what was seen, and to the prior as to so many questions more.
+
+        Of a task that was never seen, it is that of the model on all tasks.
+        """
+        task = (task or ANY)[:LONGEST]
+        num, key = self.questions(model, task), (model, task)
+        if not num and isinstance(self.prior, BetaTTSPM):
+            return self.prior
+        then, found = self._fitted.get(key, (0, None))
+        # Fitted anew where a tenth more is known: what one question more would move is less than what it is worth to fit.
+        if found is None or num > 1.1 * then:
+            if len(self._fitted) > MOST_PAIRS:
+                self._fitted.clear()
+            found = self._fit(model, task)
+            self._fitted[key] = num, found
+        return found
+
+    def _fit(self, model: str, task: str | None) -> BetaTTSPM:
+        prior = self.curve(model) if task and (model, task) in self._counts else self.prior
+        at = np.arange(MOST_SAMPLES)
+        # The prior's questions were given all samples.
+        left_N = np.asarray(prior.unsolved(at))
+        solved_N = np.minimum(np.asarray(prior.gain(at)), left_N)
+        count_2N = self._whole(model, task) + self.weight * np.stack([solved_N, left_N])
+        questions = max(1, round(float(count_2N[1, 0])))
+        return BetaTTSPM(kind=prior.kind).fit(survival_curve(count_2N[0], count_2N[1]), num_questions=questions)
+
+    def _whole(self, model: str, task: str | None) -> np.ndarray:
+        """Counts of a pair; of all tasks of the model where that is not known."""
+        if task and (model, task) in self._counts:
+            return self._counts[model, task]
+        mine = [counts for (name, _), counts in self._counts.items() if name == model]
+        return np.sum(mine, axis=0) if mine else np.zeros((2, MOST_SAMPLES))
+
+    def _key(self, model: str, task: str) -> Key:
+        if (model, task) in self._counts or len(self._counts) < MOST_PAIRS - 1:
+            return model, task
+        return OTHERS, ANY
+
+    def _of(self, key: Key) -> np.ndarray:
+        if key not in self._counts:
+            self._counts[key] = np.zeros((2, MOST_SAMPLES))
+        return self._counts[key]
+
+    # Kept and told
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Counts ``[G, 2, N]`` (solved, tried), the names of their pairs, and what was fitted so far: read back, it says the same."""
+        counts = list(self._counts.values())
+        array = np.stack(counts) if counts else np.zeros((0, 2, MOST_SAMPLES))
+        fits = [[*key, num, curve.f_max, curve.a, curve.b] for key, (num, curve) in self._fitted.items()]
+        return {"count_G2N": array}, {"pairs": [list(key) for key in self._counts], "fits": fits}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+        """Take back what `state` gave. Raises DataError for what is none, and nothing has changed."""
+        counts, fits = _read(arrays, facts), _read_fits(facts.get("fits", ()), self.prior.kind)
+        self._counts, self._fitted = OrderedDict(counts), fits
+
+    def plus(self, other: "Priors") -> Self:
+        """Counts of both, as a new one with this one's prior."""
+        made = type(self)(self.prior, weight=self.weight)
+        for source in (self, other):
+            for key, counts in source._counts.items():
+                into = made._of(made._key(*key))
+                into += counts
+        return made
+
+    def keep_fits(self, other: "Priors") -> None:
+        """Take over what another one fitted; what is known better by now is fitted anew when it is asked for."""
+        self._fitted.update(other._fitted)
+
+    def less(self, other: "Priors") -> Self:
+        """Without the counts of another, none below zero."""
+        made = type(self)(self.prior, weight=self.weight)
+        for key, counts in self._counts.items():
+            made._counts[key] = np.maximum(counts - other._counts.get(key, 0.0), 0.0)
+        return made
+
+
+def _read(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> list[tuple[Key, np.ndarray]]:
+    try:
+        array = numbers("count_G2N", arrays["count_G2N"])
+        pairs = [(str(model), str(task)) for model, task in facts["pairs"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"counts of test-time samples are damaged: {error}") from None
+    if array.shape != (len(pairs), 2, MOST_SAMPLES) or len(set(pairs)) < len(pairs) or len(pairs) > MOST_PAIRS:
+        raise DataError(
+            f"counts of test-time samples have shape {list(array.shape)} for {len(pairs)} pairs; they do not fit"
+        )
+    if not (np.isfinite(array).all() and (array >= 0).all() and (array[:, 0] <= array[:, 1]).all()):
+        raise DataError("counts of test-time samples are damaged: solved must be at most tried, and both at least 0")
+    return [(pair, counts.copy()) for pair, counts in zip(pairs, array, strict=True)]
+
+
+def _read_fits(fits: Any, kind: Kind) -> dict[Key, tuple[int, BetaTTSPM]]:
+    try:
+        return {
+            (str(model), str(task)): (whole("questions", num, 0), BetaTTSPM(f_max, a, b, kind))
+            for model, task, num, f_max, a, b in fits
+        }
+    except (TypeError, ValueError) as error:
+        raise DataError(f"fits of test-time samples are damaged: {error}") from None

@@ -1,0 +1,240 @@
+"""`auto/best-of` behind a real server, asked by the official client: drawn batch by batch, chosen, paid, explained, bounded, learned."""
+
+import json
+
+import pytest
+
+from anabranch.gateway.providers.chunks import assembled
+from anabranch.web.sse import read_data
+from gateway_process import call, served
+from gateway_scripted import scripted, sse, whole
+
+openai = pytest.importorskip("openai")
+
+OPERATOR = "operator-key-1"
+STRATEGIES = {
+    "best-of": "batch = 2\nmax_n = 8",
+    "rethink": "rounds = true\nmax_n = 3",
+    "code": 'verifier = "examples"\nbatch = 2\nmax_n = 6\ndecides = "posterior"',
+    "judged": 'select = "judge"\njudge = "judge"\nmax_n = 2\nbatch = 2',
+    "likely": 'select = "logprob"\nmax_n = 3\nbatch = 3',
+}
+
+EXAMPLES = "Write inc.\n\n>>> inc(2)\n3\n"
+WRONG, RIGHT = "```python\ndef inc(x): return x\n```", "```python\ndef inc(x): return x + 1\n```"
+
+
+class Small:
+    """A model that says, of each question, what its script has next; and remembers what it was asked."""
+
+    def __init__(self):
+        self.scripts, self.asked = {}, []
+
+    def __call__(self, body):
+        self.asked.append(body)
+        question = body["messages"][0]["content"]
+        key = next(name for name in (*self.scripts, "") if name in question)
+        script = self.scripts.get(key, ["The answer is 4."])
+        text = script.pop(0) if len(script) > 1 else script[0]
+        if text is None:
+            return whole({"error": {"message": "no", "type": "server_error"}}, status=500)
+        return answer(body, text)
+
+
+def answer(body, text):
+    usage = {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14}
+    head = {"id": "c", "created": 1, "model": "m"}
+    if body.get("stream"):
+        part = {"index": 0, "delta": {"content": text}, "finish_reason": "stop"}
+        head["object"] = "chat.completion.chunk"
+        return sse({**head, "choices": [part]}, {**head, "choices": [], "usage": usage}, b"data: [DONE]\n\n")
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    if body.get("logprobs"):
+        choice["logprobs"] = {
+            "content": [{"token": text, "logprob": -0.1 if "sure" in text else -3.0, "top_logprobs": []}]
+        }
+    return whole({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+def judge(body):
+    """Gives full marks to what says 7, and to anything else few; of some it tells a story."""
+    text = body["messages"][-1]["content"]
+    if "<<<" not in text:
+        return answer(body, "I can answer too")
+    text = text.split("<<<")[2]
+    return answer(body, "I would say it is quite good" if "story" in text else "10" if "7" in text else "2")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder, small = tmp_path_factory.mktemp("best-of"), Small()
+    with scripted({"small": small, "judge": judge}) as url:
+        models = "".join(
+            f'[[models]]\nname = "{name}"\nmax_tokens = 100\nprice = {{ input_usd = 1, output_usd = 1 }}\n'
+            f'deployments = [{{ provider = {{ kind = "openai", model = "m", base_url = "{url}/{name}", key_env = "" }} }}]\n'
+            for name in ("small", "judge")
+        )
+        made = "".join(
+            f'[strategies.{name}]\nkind = "best_of"\nmodel = "small"\n{more}\n' for name, more in STRATEGIES.items()
+        )
+        config = folder / "gateway.toml"
+        top = f'store = "{folder}/gateway.db"\nadmin = {{ key = "env:TEST_ADMIN_KEY" }}\nretries = {{ attempts = 1 }}\n'
+        config.write_text(f"{top}{models}{made}")
+        with served("--config", str(config), environment={"TEST_ADMIN_KEY": OPERATOR}) as server:
+            yield server.url, small
+
+
+def admin(url, method, path, body=None):
+    status, found, _ = call(url, method, f"/admin/{path}", body, key=OPERATOR)
+    assert status == 200, found
+    return found
+
+
+@pytest.fixture(scope="module")
+def key(place):
+    return admin(place[0], "POST", "keys", {"name": "k"})["secret"]
+
+
+def chat(url, key, text, model="auto/best-of", **fields):
+    """Status, the text of the answer (of an error, its code), headers, and the steps of the trace."""
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 50, **fields}
+    status, found, headers = call(url, "POST", "/v1/chat/completions", body, key=key)
+    if status != 200:
+        return status, found["error"]["code"], headers, []
+    if fields.get("stream"):
+        found = assembled(list(read_data(found.encode())), "chat")
+    [decision] = admin(url, "GET", f"decisions/{headers['x-request-id']}")["decisions"]
+    return status, found["choices"][0]["message"]["content"], headers, decision["body"]["details"].get("trace")
+
+
+def test_the_official_client_is_given_the_commonest_answer(place, key):
+    url, small = place
+    small.scripts["apples"] = ["It is 5.", "The answer is 4.", "4"]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as client:
+        assert "auto/best-of" in {model.id for model in client.models.list()}
+        raw = client.chat.completions.with_raw_response.create(
+            model="auto/best-of", messages=[{"role": "user", "content": "how many apples?"}], max_tokens=20, seed=7
+        )
+    found = raw.parse()
+    assert found.choices[0].message.content == "The answer is 4."
+    assert found.model == raw.headers["x-route-model"] == "small"
+    id = raw.headers["x-request-id"]
+    calls = admin(url, "GET", f"ledger?parent_id={id}")["rows"]
+    assert found.usage.completion_tokens == 4 * len(calls)
+    assert {row["purpose"] for row in calls} == {"draft"}
+    [own] = admin(url, "GET", f"ledger?request_id={id}")["rows"]
+    assert (own["calls"], own["calls_nano"], own["cost_nano"]) == (len(calls), 14_000 * len(calls), 0)
+    [decision] = admin(url, "GET", f"decisions/{id}")["decisions"]
+    details = decision["body"]["details"]
+    [step] = details["trace"]
+    # The curve of what nobody has seen: up to so many are worth their price; the sender's own draw is one of them.
+    assert step["samples"] == len(calls) == details["budget"] == 8
+    # Five to one is not enough, seven to one is.
+    assert (step["step"], step["reason"]) == ("sampled", "agreement")
+    sent = [body for body in small.asked if "apples" in body["messages"][0]["content"]]
+    assert sorted(body["seed"] for body in sent) == [7 + number for number in range(8)]
+    assert [body.get("temperature") for body in sorted(sent, key=lambda body: body["seed"])] == [None] + [0.8] * 7
+
+
+def test_it_stops_where_answers_agree_and_streams_the_one_it_gives(place, key):
+    url, _ = place
+    status, text, _, [step] = chat(url, key, "plain", stream=True)
+    assert (status, text, step["reason"], step["samples"]) == (200, "The answer is 4.", "agreement", 4)
+    status, text, _, [step] = chat(url, key, "plain", model="auto/best-of?n=2")
+    assert (step["samples"], step["reason"]) == (2, "budget")
+    for knob in ("n=0", "n=9", "n=x", "m=2"):
+        assert chat(url, key, "plain", model=f"auto/best-of?{knob}")[0] == 400
+
+
+def test_rounds_think_the_last_answer_over(place, key):
+    url, small = place
+    small.scripts["riddle"] = ["I say 3", "no, 5", "surely 4"]
+    status, text, _, [step] = chat(url, key, "a riddle", model="auto/rethink")
+    assert (status, text, step["samples"]) == (200, "surely 4", 3)
+    last = small.asked[-1]["messages"]
+    assert [one["role"] for one in last] == ["user", "assistant", "user"]
+    assert last[1]["content"] == "no, 5"
+
+
+def test_code_that_passes_the_examples_is_given_and_teaches(place, key):
+    url, small = place
+    small.scripts["inc"] = [WRONG, WRONG, WRONG, RIGHT]
+    status, text, _, [step] = chat(url, key, EXAMPLES, model="auto/code")
+    assert (status, text, step["reason"], step["verified"]) == (200, RIGHT, "verified", 1)
+    assert step["samples"] == 4
+    for _ in range(3):
+        small.scripts["inc"] = [RIGHT]
+        assert chat(url, key, EXAMPLES, model="auto/code")[3][0]["samples"] == 2
+    told = admin(url, "POST", "explain", {"model": "auto/code", "messages": [{"role": "user", "content": EXAMPLES}]})
+    assert told["details"]["questions"] == 4, told
+
+
+def test_a_judge_chooses_and_one_that_tells_stories_leaves_the_vote(place, key):
+    url, small = place
+    small.scripts["guess"] = ["it is 3", "it is 7"]
+    status, text, headers, [step] = chat(url, key, "guess a number", model="auto/judged")
+    assert (status, text, step["sure"]) == (200, "it is 7", 1.0)
+    calls = admin(url, "GET", f"ledger?parent_id={headers['x-request-id']}")["rows"]
+    assert (
+        sorted((row["purpose"], row["model"]) for row in calls) == [("draft", "small")] * 2 + [("judge", "judge")] * 2
+    )
+    small.scripts["fable"] = ["a story of 3", "a story of 5"]
+    assert chat(url, key, "a fable", model="auto/judged")[1] in ("a story of 3", "a story of 5")
+
+
+def test_likely_answers_weigh_more_and_nobody_sees_what_was_not_asked_for(place, key):
+    url, small = place
+    small.scripts["weigh"] = ["it is 1", "it is 1", "I am sure it is 2"]
+    body = {"model": "auto/likely", "messages": [{"role": "user", "content": "weigh it"}]}
+    _, found, _ = call(url, "POST", "/v1/chat/completions", body, key=key)
+    [choice] = found["choices"]
+    assert choice["message"]["content"] == "I am sure it is 2"
+    assert "logprobs" not in choice
+
+
+def test_models_that_fail_are_replaced_and_all_that_failed_is_told(place, key):
+    url, small = place
+    small.scripts["broken"] = [None]
+    status, text, headers, steps = chat(url, key, "broken")
+    assert (status, headers["x-route-model"]) == (200, "judge")
+    assert (steps[0]["model"], steps[0]["samples"], steps[0]["error"]) == ("small", 0, "UpstreamError")
+    only = admin(url, "POST", "keys", {"name": "small alone", "models": ["small"]})["secret"]
+    assert chat(url, only, "broken")[0] >= 500
+    # One of two that fails is no matter.
+    small.scripts["flaky"] = [None, "The answer is 4."]
+    status, text, _, [step] = chat(url, key, "flaky")
+    assert (status, text, step["failed"]) == (200, "The answer is 4.", 1)
+
+
+def test_it_stays_within_the_purse_of_its_key(place):
+    url, _ = place
+    # A draw of 50 tokens may cost some 60 millionths of a dollar: there is room for one at a time.
+    poor = admin(url, "POST", "keys", {"name": "poor", "budget_usd": 0.0001})["secret"]
+    status, text, _, [step] = chat(url, poor, "plain")
+    assert (status, text) == (200, "The answer is 4.")
+    assert step["samples"] >= 1
+    assert step["failed"] >= 1
+
+
+def test_hostile_answers_are_bounded(place, key):
+    """Nested marks, endless digits, closing tags, nothing at all: an answer comes, at once."""
+    url, small = place
+    small.scripts["hostile"] = [
+        "answer is" * 20_000,
+        "</answer>" * 10_000,
+        "9" * 100_000,
+        "",
+        "\\boxed{" * 10_000,
+        "(((" * 10_000,
+    ]
+    status, _, _, [step] = chat(url, key, "hostile")
+    assert status == 200
+    assert step["samples"] <= 8
+
+
+def test_other_endpoints_and_choices_are_refused_clearly(place, key):
+    url, _ = place
+    assert chat(url, key, "plain", n=2)[0] == 400
+    status, found, _ = call(url, "POST", "/v1/completions", {"model": "auto/best-of", "prompt": "plain"}, key=key)
+    assert (status, "is a program" in found["error"]["message"]) == (400, True)
+    assert json.dumps(found)

@@ -1,0 +1,84 @@
+"""Observed curves: Hit@n against all ways to draw, curves of questions that stopped early, and votes."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import InputError
+from anabranch.test_time import hit_at, hit_curve, survival_curve, vote_curve
+
+
+def test_known_values():
+    # 1 - C(5, n) / C(8, n): 3/8, 1 - 10/28, 1 - 5/70, 1.
+    assert hit_at(3, 8, np.array([1, 2, 4, 8])) == pytest.approx([0.375, 0.642857, 0.928571, 1], abs=5e-7)
+    assert hit_curve([3], 8)[0, [0, 1, 3, 7]] == pytest.approx([0.375, 0.642857, 0.928571, 1], abs=5e-7)
+
+
+@given(st.integers(1, 12).flatmap(lambda m: st.tuples(st.just(m), st.integers(0, m), st.integers(1, m))))
+def test_it_is_what_counting_all_draws_gives(case):
+    m, k, n = case
+    draws = list(combinations([1] * k + [0] * (m - k), n))
+    wanted = sum(any(draw) for draw in draws) / len(draws)
+    assert hit_at(k, m, n) == pytest.approx(wanted, abs=1e-12)
+    assert hit_curve(np.array([k]), m, n)[0, -1] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_large_counts_do_not_overflow():
+    assert hit_at(1, 10_000, 5_000) == pytest.approx(0.5)
+    assert hit_at(0, 10_000, 10_000) == 0
+    assert hit_at(5, 10, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hit_at(3, 8, 9), "n is 9; it must be at most the number of samples"),
+        (lambda: hit_at(9, 8, 2), "correct is 9"),
+        (lambda: hit_curve([1, 9], 8), r"correct_Q\[1\] is 9; it must be at most 8"),
+        (lambda: hit_curve([1], 8, 9), "most is 9; it must be at most the 8 samples"),
+        (lambda: hit_curve([1], 0), "samples is 0"),
+        (lambda: survival_curve([2], [1]), r"solved_N\[0\] is 2"),
+        (lambda: survival_curve([1], [1, 2]), "both must be"),
+        (lambda: survival_curve([0.5], [np.nan]), r"tried_N\[0\] is nan"),
+        (lambda: vote_curve([[1, 2]], [[1]], [1]), "it must be that of correct_QM"),
+        (lambda: vote_curve([[1, 2]], [[1, 0]], [3]), r"n_N\[0\] is 3; it must be at most the 2 samples"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_questions_that_stop_when_solved_still_tell_the_curve():
+    # Ten tried once, four solved; six tried again, three solved: 1 - 0.6 * 0.5.
+    assert survival_curve([4, 3, 0], [10, 6, 0]).tolist() == pytest.approx([0.4, 0.7])
+    rng = np.random.default_rng(0)
+    p_Q = rng.beta(2, 3, 40_000)
+    first_Q = rng.geometric(p_Q)
+    # Half of them are given four samples at most, the others eight.
+    most_Q = np.where(rng.random(len(p_Q)) < 0.5, 4, 8)
+    tried = [(np.minimum(first_Q, most_Q) >= n).sum() for n in range(1, 9)]
+    solved = [((first_Q == n) & (most_Q >= n)).sum() for n in range(1, 9)]
+    wanted = [(first_Q <= n).mean() for n in range(1, 9)]
+    assert survival_curve(solved, tried) == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_vote_may_fall_where_every_sample_more_makes_the_wrong_answer_surer():
+    # One right answer in five samples, and four times the same wrong one.
+    answer_QM, correct_QM = np.array([[7, 1, 1, 1, 1]] * 50), np.array([[1, 0, 0, 0, 0]] * 50)
+    curve = vote_curve(answer_QM, correct_QM, [1, 3, 5], draws=200)
+    # One: a fifth. Three: never commonest with two wrong ones beside it. Of all five: never.
+    assert curve == pytest.approx([0.2, 0.0, 0.0], abs=0.02)
+    assert hit_curve([1], 5)[0].tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_a_vote_of_one_is_the_share_of_right_samples_and_ties_go_to_the_first():
+    rng = np.random.default_rng(1)
+    answer_QM = rng.integers(0, 3, (30, 6))
+    correct_QM = answer_QM == 0
+    assert vote_curve(answer_QM, correct_QM, [1], draws=400)[0] == pytest.approx(correct_QM.mean(), abs=0.02)
+    # Two that differ: the first drawn is given, so half of the time the right one.
+    assert vote_curve([[0, 1]], [[1, 0]], [2], draws=2000)[0] == pytest.approx(0.5, abs=0.04)

@@ -1,0 +1,127 @@
+"""Counts by model and task: what they come to, that they add up, and that nobody makes them grow for ever."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anabranch.errors import DataError, InputError
+from anabranch.test_time import BetaTTSPM, Priors
+from anabranch.test_time.priors import MOST_PAIRS, MOST_SAMPLES, OTHERS
+
+
+def counted(*questions):
+    priors = Priors()
+    for question in questions:
+        priors.add(*question)
+    return priors
+
+
+def test_nothing_seen_is_the_prior():
+    prior = BetaTTSPM(0.7, 2.0, 3.0)
+    assert Priors(prior).curve("m", "math") is prior
+
+
+def test_traffic_moves_the_curve_to_what_was_seen():
+    rng = np.random.default_rng(0)
+    truth = BetaTTSPM(0.8, 2.0, 4.0)
+    priors = Priors()
+    for _ in range(3000):
+        p = rng.beta(2, 4) * (rng.random() < 0.8)
+        first = int(rng.geometric(p)) if p > 0 else 10**6
+        priors.add("m", "math", min(first, 12), first <= 12)
+    found = priors.curve("m", "math")
+    assert found.value(np.arange(1, 13)) == pytest.approx(truth.value(np.arange(1, 13)), abs=0.03)
+    assert abs(found.saturation(0.01) - truth.saturation(0.01)) <= 2
+    assert priors.questions("m", "math") == 3000
+
+
+def test_a_task_begins_with_what_is_known_of_its_model():
+    priors = Priors()
+    for _ in range(400):
+        priors.add("m", "easy", 1, True)
+    # Of a task that nobody has seen, all of the model's questions tell; of another model, none.
+    assert priors.curve("m", "new").value(1) > 0.9
+    assert priors.curve("other", "easy").value(1) == pytest.approx(priors.prior.value(1))
+    for _ in range(5):
+        priors.add("m", "hard", 8, False)
+    hard = priors.curve("m", "hard").value(1)
+    assert 0.5 < hard < priors.curve("m", "easy").value(1)
+    for _ in range(400):
+        priors.add("m", "hard", 8, False)
+    assert priors.curve("m", "hard").value(1) < 0.15
+
+
+def test_more_samples_than_are_told_apart_are_counted_as_far_as_they_are():
+    priors = counted(("m", None, 10**6, True), ("m", None, MOST_SAMPLES, True))
+    arrays, facts = priors.state()
+    assert facts == {"pairs": [["m", ""]], "fits": []}
+    assert arrays["count_G2N"][0, 0].sum() == 1
+    assert arrays["count_G2N"][0, 1].tolist() == [2.0] * MOST_SAMPLES
+
+
+def test_names_of_senders_do_not_grow_it_for_ever():
+    priors = Priors()
+    for number in range(2 * MOST_PAIRS):
+        priors.add("m", f"task {number} {'x' * 1000}", 1, True)
+    assert len(priors) == MOST_PAIRS
+    assert (OTHERS, "") in list(priors)
+    assert max(len(task) for _, task in priors) <= 80
+    assert priors.questions("m") + priors.questions(OTHERS) == 2 * MOST_PAIRS
+
+
+questions = st.lists(
+    st.tuples(st.sampled_from(["m", "n"]), st.sampled_from([None, "a", "b"]), st.integers(1, 9), st.booleans()),
+    max_size=30,
+)
+
+
+@given(questions, questions)
+def test_parts_add_up_and_can_be_taken_off(first, second):
+    both, one, other = counted(*first, *second), counted(*first), counted(*second)
+    total = one.plus(other)
+    for model in ("m", "n"):
+        for task in (None, "a", "b"):
+            assert total.questions(model, task) == both.questions(model, task)
+    assert sorted(map(tuple, total.state()[1]["pairs"])) == sorted(map(tuple, both.state()[1]["pairs"]))
+    back = total.less(other)
+    assert {key: back._counts[key].tolist() for key in one} == {key: one._counts[key].tolist() for key in one}
+
+
+def test_it_is_kept_and_read_back_to_the_bit():
+    priors = counted(("m", "a", 3, True), ("n", None, 2, False))
+    fitted = priors.curve("m", "a")
+    arrays, facts = priors.state()
+    again = Priors()
+    again.load_state(arrays, json.loads(json.dumps(facts)))
+    assert again.state()[1] == facts
+    np.testing.assert_array_equal(again.state()[0]["count_G2N"], arrays["count_G2N"])
+    assert repr(again.curve("m", "a")) == repr(fitted)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "facts"),
+    [
+        ({}, {"pairs": []}),
+        ({"count_G2N": np.zeros((1, 2, 3))}, {"pairs": [["m", ""]]}),
+        ({"count_G2N": np.ones((1, 2, MOST_SAMPLES))}, {"pairs": []}),
+        ({"count_G2N": np.full((1, 2, MOST_SAMPLES), np.nan)}, {"pairs": [["m", ""]]}),
+        ({"count_G2N": np.stack([np.stack([np.ones(MOST_SAMPLES), np.zeros(MOST_SAMPLES)])])}, {"pairs": [["m", ""]]}),
+        ({"count_G2N": np.zeros((1, 2, MOST_SAMPLES))}, {"pairs": [3]}),
+        ({"count_G2N": np.zeros((1, 2, MOST_SAMPLES))}, {"pairs": [["m", ""]], "fits": [["m", "", 1, 2.0, 1.0, 1.0]]}),
+    ],
+)
+def test_damaged_counts_are_refused_and_nothing_changes(arrays, facts):
+    priors = counted(("m", None, 1, True))
+    with pytest.raises(DataError):
+        priors.load_state(arrays, facts)
+    assert priors.questions("m") == 1
+
+
+def test_a_question_that_was_solved_by_nothing_is_refused():
+    with pytest.raises(InputError, match="solved by none"):
+        Priors().add("m", None, 0, True)
+    with pytest.raises(InputError, match="tried is -1"):
+        Priors().add("m", None, -1, False)
