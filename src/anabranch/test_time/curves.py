@@ -48,7 +48,7 @@ class _Fit:
 
     def __get__(self, curve: C | None, owner: type[C]) -> Callable[..., C]:
         made: Any = owner
-        return (made() if curve is None else curve)._fit  # type: ignore[no-any-return]
+        return (made() if curve is None else curve)._fit
 
 
 class Curve:
