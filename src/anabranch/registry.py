@@ -124,6 +124,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "entropy": "anabranch.routers.scale.assess:Entropy",
         "disagreement": "anabranch.routers.scale.assess:Disagreement",
         "constant": "anabranch.routers.scale.assess:Constant",
+        "probe": "anabranch.routers.scale.probe:Probe",
     },
     "mode_rule": {
         "threshold": "anabranch.routers.scale.rules:Threshold",

@@ -1,10 +1,15 @@
 """`auto/scale` behind a real server, asked by the official client: steps, money, time and hostile models, each told in full."""
 
+import asyncio
 import json
 import time
 
 import pytest
 
+from anabranch.errors import BackendError
+from anabranch.routers import Arm
+from anabranch.routers.money import Price
+from anabranch.routers.scale import ClientAsk, SelectiveReasoner, System
 from gateway_process import call, served
 from gateway_scripted import scripted, sse, whole
 from scale_scripted import outline_of, stage_of, step_of, text_of
@@ -37,7 +42,7 @@ def model_of(name):
             who, _, rest = word.partition(":")
             where, _, what = rest.partition("=")
             if who == name and where == stage:
-                if what.isdigit():
+                if what.isdigit() and len(what) == 3:
                     return whole({"error": {"message": "scripted"}}, int(what))
                 if what == "hang":
                     time.sleep(1.5)
@@ -210,6 +215,39 @@ def test_neither_system_answers(client, server):
     with pytest.raises(openai.APIStatusError) as caught:
         ask(client, server, "large:last=500 small:last=500 small:plain=500 large:plain=500")
     assert caught.value.status_code >= 500
+
+
+@pytest.mark.parametrize("make", [openai.OpenAI, openai.AsyncOpenAI])
+def test_as_a_library_over_the_official_client(server, make, tmp_path):
+    """Whatever endpoint it is of: here it is the gateway's own, whose ledger is what the trace has to come to."""
+    secret = admin(server, "POST", "keys", {"name": f"library-{make.__name__}"})
+    question = "What is a + b? small:score=99"
+
+    async def main():
+        made = make(base_url=f"{server}/v1", api_key=secret["secret"], max_retries=0, timeout=30)
+        models = ClientAsk(made, prices={"small": Price.of_dollars(1, 1), "large": Price.of_dollars(1, 20)})
+        systems = {f"system{at}": System(arm=Arm(name), max_tokens=500) for at, name in ((1, "small"), (2, "large"))}
+        reasoner = SelectiveReasoner(**systems, k=2, tau=0.2)
+        try:
+            trace, again = [await reasoner.solve(question, models, journal=tmp_path / "run.jsonl") for _ in range(2)]
+            with pytest.raises(BackendError, match=r"small did not answer: \w+Error: "):
+                await reasoner.solve("small:last=500 large:last=500 small:solve=500 large:solve=500", models)
+        finally:
+            closing = made.close()
+            if closing is not None:
+                await closing
+        return trace, again
+
+    trace, again = asyncio.run(main())
+    assert (trace.answer, [step.system for step in trace.steps]) == ("large", [2, 2, 2])
+    assert (again.steps, again.totals.all) == (trace.steps, trace.totals.all)
+    rows = admin(server, "GET", f"ledger?key_id={secret['key']['id']}&limit=100")["rows"]
+    rows = sorted(rows, key=lambda row: row["ts_us"])[: trace.totals.all.calls]
+    totals = trace.totals.all
+    assert (totals.calls, totals.prompt, totals.completion) == (
+        11, sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
+    )  # fmt: skip
+    assert totals.cost == pytest.approx(sum(row["cost_nano"] for row in rows) / 1e9)
 
 
 def test_a_config_that_is_none_is_told_before_it_serves(tmp_path, capsys):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anabranch.routers.scale.calls import Budget
     from anabranch.routers.scale.client_ask import ClientAsk
     from anabranch.routers.scale.decompose import Decomposer, Given, Identity, Prompted
+    from anabranch.routers.scale.probe import Probe
     from anabranch.routers.scale.program import Scale
     from anabranch.routers.scale.reasoner import SelectiveReasoner
     from anabranch.routers.scale.records import Trace
@@ -28,6 +29,7 @@ _WHERE = {
     ".calls": ("Budget",),
     ".client_ask": ("ClientAsk",),
     ".decompose": ("Decomposer", "Given", "Identity", "Prompted"),
+    ".probe": ("Probe",),
     ".program": ("Scale",),
     ".reasoner": ("SelectiveReasoner",),
     ".records": ("Trace",),
@@ -47,6 +49,7 @@ __all__ = [
     "Given",
     "Identity",
     "Oracle",
+    "Probe",
     "Problem",
     "PromptScore",
     "Prompted",

@@ -51,6 +51,7 @@ class Assessor(Part, family="assessor"):
 
     Attributes:
         calls: of models that one score takes at most, beside attempts at reading it.
+        is_ready: it can score; one that has to learn first cannot.
     """
 
     @configclass
@@ -67,6 +68,11 @@ class Assessor(Part, family="assessor"):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @property
+    def is_ready(self) -> bool:
+        """See the class."""
+        return True
 
     async def assess(self, work: Work, view: View) -> Score | None:
         """How hard a step is; None where that could not be found out."""

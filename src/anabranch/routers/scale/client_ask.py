@@ -3,7 +3,8 @@
     ask = ClientAsk(openai.AsyncOpenAI(base_url="http://localhost:8000/v1", api_key="-"), prices={"qwen3": Price.of_dollars(0.1, 0.4)})
 
 The client is given, not made: nothing here knows HTTP. One that is not async is called in threads. Its own retries count as one call, of
-which it tells the last answer's tokens; make it with ``max_retries=0`` to have them counted.
+which it tells the last answer's tokens; make it with ``max_retries=0`` to have them counted. What an endpoint bills for an answer that did
+not come, it tells nobody here.
 """
 
 import asyncio
@@ -61,17 +62,13 @@ class ClientAsk:
         began = time.monotonic()
         async with self._room():
             try:
-                if self._is_async:
-                    found = await self._create(**body)
-                else:
-                    found = await in_thread(lambda: self._create(**body))
-            except asyncio.CancelledError:
-                raise
+                found = self._create(**body) if self._is_async else await in_thread(lambda: self._create(**body))
+                told = plain(await found if inspect.isawaitable(found) else found)
             except Exception as error:
                 raise BackendError(
                     f"{body['model']} did not answer: {type(error).__name__}: {str(error)[:200]}"
                 ) from error
-        return self._answered(body["model"], plain(found), time.monotonic() - began)
+        return self._answered(body["model"], told, time.monotonic() - began)
 
     async def stream(
         self, arm: Arm | str, messages: Messages, *, purpose: Purpose | None = None, **how: Any
@@ -172,7 +169,8 @@ async def in_thread(work: Callable[[], Any]) -> Any:
 def plain(found: Any) -> Any:
     """An answer of a client as plain JSON."""
     dump = getattr(found, "model_dump", None)
-    return dump(mode="json") if callable(dump) else found
+    # What an endpoint wrote is not checked by its client, and need not be what the client's types say.
+    return dump(mode="json", exclude_unset=True, warnings=False) if callable(dump) else found
 
 
 def _tokens(usage: Any) -> tuple[int, int, int]:

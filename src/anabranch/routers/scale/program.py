@@ -109,6 +109,11 @@ class Scale(Program, kind="scale"):
         super().__init__(config)
         # What cannot be read is told at the start, not by the first request.
         Prompts.read(config.language)
+        self._decomposer: Decomposer = config.decomposer.build()
+        self._assessor: Assessor = config.assessor.build()
+        self._rule: Rule = config.rule.build()
+        if not self._assessor.is_ready:
+            raise ConfigError("assessor has to learn first; give path, a file that a fitted Probe was saved in")
 
     @property
     def sender_knobs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -181,9 +186,9 @@ class Scale(Program, kind="scale"):
         reasoner = SelectiveReasoner(
             system1=self._system(request, 1),
             system2=self._system(request, 2),
-            decomposer=Identity.Config().build() if is_whole or not is_question else config.decomposer.build(),
-            assessor=config.assessor.build(),
-            rule=config.rule.build() if tau is None else Threshold.Config(tau=tau).build(),
+            decomposer=Identity.Config().build() if is_whole or not is_question else self._decomposer,
+            assessor=self._assessor,
+            rule=self._rule if tau is None else Threshold.Config(tau=tau).build(),
             budget=Budget(
                 tokens=config.budget_tokens,
                 usd=config.budget_usd,
