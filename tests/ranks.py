@@ -1,20 +1,15 @@
-"""Run a script in several gloo processes: the smallest way to test what happens between ranks."""
+"""Run a script in several gloo processes, by the harness that ships (`anabranch.testing.run_ranks`), with the user's compiled kernels."""
 
-import os
-import subprocess
+import contextlib
+import io
 import sys
-import tempfile
-from pathlib import Path
+import types
 
+from anabranch.cluster.ranks import run_ranks as ranks_of
 from anabranch.places import cache_folder
 
-PREAMBLE = """
-import os, sys, time, torch, torch.distributed as dist
-torch.set_num_threads(1)
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=rank, world_size=world)
-"""
-
+PREAMBLE = "import os, sys, time, torch, torch.distributed as dist\n"
+TIMEOUT_S = 120
 
 # Looked for when tests are collected, before one of them has a cache of its own.
 _KERNELS = cache_folder() / "kernels"
@@ -28,18 +23,18 @@ def _with_kernels() -> None:
         own.symlink_to(_KERNELS)
 
 
-def run_ranks(script: str, folder: Path, world_size: int = 2) -> list[str]:
+def run_ranks(script: str, world_size: int = 2) -> list[str]:
     """What each rank printed. ``script`` finds ``rank`` and ``world``; a rank that fails fails the test."""
-    # A pause before the end: threads of gloo may still want the interpreter's lock, and the end would wait for them holding it.
-    end = "\ntime.sleep(0.2)\ndist.destroy_process_group()\n"
-    store = Path(tempfile.mkdtemp(dir=folder)) / "store"
-    processes = []
     _with_kernels()
-    for rank in range(world_size):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "STORE": str(store)}
-        command = [sys.executable, "-c", PREAMBLE + script + end]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (_, stderr) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, stderr
-    return [stdout for stdout, _ in outputs]
+    return ranks_of(_run, world_size, script, timeout_s=TIMEOUT_S)
+
+
+def _run(rank: int, world: int, script: str) -> str:
+    # A module of its own, so that what looks for the place of a class finds the script.
+    main = types.ModuleType("__main__")
+    vars(main).update(rank=rank, world=world)
+    sys.modules["__main__"] = main
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(PREAMBLE + script, "<script of ranks>", "exec"), vars(main))
+    return printed.getvalue()

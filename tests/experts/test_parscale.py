@@ -1058,7 +1058,7 @@ def test_replicas_and_shards_learn_as_one_process_does(run_config, tmp_path, str
     for name in ("ddp", "fsdp"):
         (tmp_path / f"{name}.config").mkdir()
         config.replace(train=config.train.replace(parallel=name)).save(tmp_path / f"{name}.config")
-    run_ranks(TRAIN.format(folder=tmp_path), tmp_path)
+    run_ranks(TRAIN.format(folder=tmp_path))
     losses = [record["loss"] for record in read_metrics(tmp_path / "one") if record["kind"] == "train"]
     for name in ("ddp", "fsdp"):
         found = [record["loss"] for record in read_metrics(tmp_path / name) if record["kind"] == "train"]

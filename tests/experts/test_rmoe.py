@@ -347,7 +347,7 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     for name in ("ddp", "fsdp"):
         (tmp_path / f"{name}.config").mkdir()
         config.replace(train=config.train.replace(parallel=name)).save(tmp_path / f"{name}.config")
-    run_ranks(TRAIN.format(folder=tmp_path), tmp_path)
+    run_ranks(TRAIN.format(folder=tmp_path))
     expected, _ = load_model(tmp_path / "one")
     for name in ("ddp", "fsdp"):
         for ours, theirs in zip(read_metrics(tmp_path / name), read_metrics(tmp_path / "one"), strict=True):

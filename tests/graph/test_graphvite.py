@@ -499,7 +499,7 @@ def test_processes_reproduce_one_process_to_the_bit(tmp_path, world, optimizer, 
     }  # fmt: skip
     generator = np.random.default_rng(0)
     one = GraphVite(**options).fit(Graph.from_edges(*generator.integers(0, 60, (2, 300))))
-    run_ranks(SCRIPT.format(options=options, folder=tmp_path), tmp_path, world)
+    run_ranks(SCRIPT.format(options=options, folder=tmp_path), world)
     for rank in range(world):
         found = np.load(tmp_path / f"{rank}.npz")
         assert np.array_equal(found["V"], one.vertex_ND)

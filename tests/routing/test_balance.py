@@ -583,7 +583,7 @@ def test_two_ranks_with_half_batches_equal_one_with_the_whole(tmp_path):
     exec(RANKS, namespace)
     losses, bias = namespace["train"](0, 1)
     both = "print([train(rank, world), train(rank, world, 'micro_batch')])"
-    (first, apart), (second, _) = map(literal_eval, run_ranks(RANKS + both, tmp_path))
+    (first, apart), (second, _) = map(literal_eval, run_ranks(RANKS + both))
     assert first == second
     assert first[0] == pytest.approx(losses, rel=1e-5)
     assert first[1] == pytest.approx(bias, rel=1e-5, abs=1e-7)

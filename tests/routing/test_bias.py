@@ -461,7 +461,7 @@ def test_two_ranks_find_the_quantiles_of_the_whole_batch(tmp_path):
     namespace = {}
     exec(QUANTILES, namespace)
     expected = namespace["train"](0, 1)
-    first, second = map(literal_eval, run_ranks(QUANTILES + "print(train(rank, world))", tmp_path))
+    first, second = map(literal_eval, run_ranks(QUANTILES + "print(train(rank, world))"))
     assert first == second
     assert first == pytest.approx(expected, abs=1e-6)
     assert any(expected)

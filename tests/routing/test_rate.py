@@ -277,7 +277,7 @@ print("beta", float(balance.pressure.beta))
 
 
 def test_ranks_move_together_by_the_rate_over_all(tmp_path):
-    found = run_ranks(RANKS, tmp_path, 2)
+    found = run_ranks(RANKS, 2)
     expected = 0.1 * math.exp(0.8 * (6 / 16 - 0.5))
     for told in found:
         words = told.split()

@@ -109,4 +109,4 @@ text = "abcdefgh" * (6 if rank == 0 else 2)
 found = evaluate(Talks(), text_windows([text], ByteTokenizer.Config().build(), 8, batch_size=1), equal_passes=True)
 print(found.tokens, found.bytes)
 """
-    assert run_ranks(script, tmp_path) == ["62 62\n"] * 2  # 47 + 15: the first token of a text is not predicted
+    assert run_ranks(script) == ["62 62\n"] * 2  # 47 + 15: the first token of a text is not predicted

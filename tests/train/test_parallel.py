@@ -59,7 +59,7 @@ def test_replicas_and_shards_learn_as_one_process_does(tmp_path, config):
         folder = tmp_path / f"{name}.config"
         folder.mkdir()
         config.replace(train=config.train.replace(parallel=name)).save(folder)
-    outputs = run_ranks(TRAIN.format(names=("ddp", "fsdp"), folder=tmp_path), tmp_path)
+    outputs = run_ranks(TRAIN.format(names=("ddp", "fsdp"), folder=tmp_path))
     assert outputs[0] == outputs[1]  # both know the result of all
     held = [line.split()[:3] for line in outputs[0].splitlines()]
     assert held == [["ddp", "finished", "1.0"], ["fsdp", "finished", "0.5"]]
@@ -98,7 +98,7 @@ def test_processes_that_share_experts_learn_as_one_does(tmp_path, config, names,
         folder.mkdir()
         train = config.train.replace(parallel=name)
         config.replace(train=train, parallel=Parallel(experts=2)).save(folder)
-    outputs = run_ranks(SHARED.format(names=(*names,), folder=tmp_path), tmp_path, world)
+    outputs = run_ranks(SHARED.format(names=(*names,), folder=tmp_path), world)
     assert len(set(outputs)) == 1
     assert [line.split()[:3] for line in outputs[0].splitlines()] == [[name, "finished", "0.5"] for name in names]
     for name in names:
@@ -107,7 +107,7 @@ def test_processes_that_share_experts_learn_as_one_does(tmp_path, config, names,
     alone = read_run_config(tmp_path / names[0])
     alone = alone.replace(train=alone.train.replace(parallel="none", steps=8), parallel=Parallel())
     Trainer(alone, tmp_path / names[0], resume=True).fit()
-    run_ranks(RESUME_SHARED.format(folder=tmp_path / "one"), tmp_path, world)
+    run_ranks(RESUME_SHARED.format(folder=tmp_path / "one"), world)
     assert checkpoints(tmp_path / "one")[-1].name == checkpoints(tmp_path / names[0])[-1].name == "step-00000008"
     assert_same_curve(tmp_path / "one", tmp_path / names[0], 5e-5)
 
@@ -138,7 +138,7 @@ def test_shards_go_on_with_what_one_process_wrote(tmp_path, config):
         Trainer(config, tmp_path / name).fit()
     longer = config.replace(train=config.train.replace(steps=8))
     Trainer(longer, tmp_path / "one", resume=True).fit()
-    run_ranks(RESUME.format(folder=tmp_path / "two", parallel="fsdp", steps=8), tmp_path)
+    run_ranks(RESUME.format(folder=tmp_path / "two", parallel="fsdp", steps=8))
     assert checkpoints(tmp_path / "two")[-1].name == "step-00000008"
     assert_same_curve(tmp_path / "one", tmp_path / "two", 2e-5)
 

@@ -161,7 +161,7 @@ def plan(
     else:
         if table.num_chunks > len(layers):
             raise InputError(
-                f"{len(layers)} layers cannot be {table.num_chunks} chunks ({ranks} ranks, {table.num_visits} visits); "
+                f"{len(layers)} layers cannot be {table.num_chunks} chunks ({ranks} ranks, {table.num_visits} each); "
                 f"use at most {len(layers)}"
             )
         cut = partition(
