@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import DataError, InputError
 from anabranch.test_time import BetaTTSPM, Priors
+from anabranch.test_time.fitting import fit_counts
 from anabranch.test_time.priors import MOST_PAIRS, MOST_SAMPLES, OTHERS
 
 
@@ -125,3 +126,25 @@ def test_a_question_that_was_solved_by_nothing_is_refused():
         Priors().add("m", None, 0, True)
     with pytest.raises(InputError, match="tried is -1"):
         Priors().add("m", None, -1, False)
+
+
+@pytest.mark.parametrize(("f_max", "a", "b"), [(1.0, 0.5, 1.5), (0.6, 2.0, 6.0), (0.9, 20.0, 20.0)])
+def test_counts_give_back_what_they_were_made_of(f_max, a, b):
+    """Exact counts of a million questions, most of which were given few samples."""
+    truth = BetaTTSPM(f_max, a, b)
+    at = np.arange(MOST_SAMPLES)
+    given = 1e6 * 0.8**at
+    tried, solved = given * truth.unsolved(at), given * truth.gain(at)
+    found = BetaTTSPM(*fit_counts(solved, tried))
+    n = np.arange(1, 40)
+    assert found.value(n) == pytest.approx(truth.value(n), abs=5e-3)
+    assert abs(found.saturation(0.01) - truth.saturation(0.01)) <= 1
+
+
+def test_many_who_were_given_one_sample_are_not_judged_by_few_who_were_given_all():
+    solved, tried = np.zeros(8), np.zeros(8)
+    tried[0] = 300.0
+    # One question went on, and was solved by its second sample.
+    tried[:2] += 1.0
+    solved[1] = 1.0
+    assert BetaTTSPM(*fit_counts(solved, tried)).value(8) < 0.3

@@ -240,6 +240,71 @@ def _fit_some(
     return family.natural(theta_CT), ceiling(form_CN, y_CN, weight_CN)
 
 
+def fit_counts(solved_N: np.ndarray, tried_N: np.ndarray) -> tuple[float, float, float]:
+    """Ceiling, a and b of the mixture that most likely gave such counts: by the likelihood of each sample's hazard.
+
+    Counts and not their curve, since a curve does not tell that of its later points next to nothing is known: where hundreds of
+    questions were given one sample and a few all, those few must not say how the hundreds would have gone on.
+
+    Args:
+        solved_N: questions whose n-th sample was their first right one; may be weighed.
+        tried_N: questions whose n-th sample was looked at.
+    """
+    here = _COUNT_STARTS[_likelihood(_COUNT_STARTS, solved_N, tried_N).argmax()]
+    step = np.array([0.05, 0.5, 0.5])
+    low, high = _COUNT_BOUND_32.T
+    for _ in range(_SEARCHES):
+        near = np.clip(here + _NEIGHBOURS * step, low, high)
+        found = _likelihood(near, solved_N, tried_N)
+        # Where a parabola through them is highest, which follows a ridge that none of them lies on.
+        peak = np.clip(here + _peak(found) * step, low, high)[None]
+        near, found = np.concatenate([near, peak]), np.append(found, _likelihood(peak, solved_N, tried_N))
+        at = int(found.argmax())
+        if at == _CENTRE or found[at] <= found[_CENTRE] + 1e-9:
+            step = step / 4
+            if step[0] < 1e-5:
+                break
+        here = near[at]
+    a, b = _shapes(here[1:])
+    return float(here[0]), float(a), float(b)
+
+
+def _peak(found: np.ndarray) -> np.ndarray:
+    """In steps from the middle, where the parabola through twenty-seven values is highest; where it has no top, nowhere."""
+    _, *slope, xx, yy, zz, xy, xz, yz = _PARABOLA @ found
+    curvature = np.array([[2 * xx, xy, xz], [xy, 2 * yy, yz], [xz, yz, 2 * zz]])
+    if np.linalg.eigvalsh(curvature).max() >= 0:
+        return np.zeros(3)
+    return np.clip(-np.linalg.solve(curvature, slope), -8.0, 8.0)
+
+
+def _likelihood(theta: np.ndarray, solved_N: np.ndarray, tried_N: np.ndarray) -> np.ndarray:
+    """Of parameters ``[G, 3]``: ceiling, and those of the mixture."""
+    a, b = (of[:, None] for of in _shapes(theta[:, 1:]))
+    at = np.arange(len(tried_N))
+    left = np.exp(-np.cumsum(np.log1p(a / (b + at)), axis=1))
+    before = np.concatenate([np.ones((len(theta), 1)), left[:, :-1]], axis=1)
+    ceiling = theta[:, :1]
+    unsolved, unsolved_before = (1 - ceiling) + ceiling * left, (1 - ceiling) + ceiling * before
+    least = 1e-300
+    of_solved = np.log(np.maximum(ceiling * before * a / (a + b + at), least)) - np.log(
+        np.maximum(unsolved_before, least)
+    )
+    of_failed = np.log(np.maximum(unsolved, least)) - np.log(np.maximum(unsolved_before, least))
+    return of_solved @ solved_N + of_failed @ (tried_N - solved_N)
+
+
+_SEARCHES = 60
+_COUNT_BOUND_32 = np.array([[1e-3, 1.0], [-20.0, 20.0], [-5.0, 12.0]])
+_COUNT_STARTS = np.stack(
+    np.meshgrid([0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0], np.linspace(-8, 6, 15), np.linspace(-2, 7, 7), indexing="ij"), -1
+).reshape(-1, 3)
+_NEIGHBOURS = np.stack(np.meshgrid(*[[-1.0, 0.0, 1.0]] * 3, indexing="ij"), -1).reshape(-1, 3)
+_CENTRE = 13
+_X, _Y, _Z = _NEIGHBOURS.T
+_PARABOLA = np.linalg.pinv(np.stack([np.ones(27), _X, _Y, _Z, _X**2, _Y**2, _Z**2, _X * _Y, _X * _Z, _Y * _Z], axis=1))
+
+
 def _best_start(y_CN: np.ndarray, weight_CN: np.ndarray, family: Family, fixed: float | None) -> np.ndarray:
     """Of all starts the one with the least weighted squares, for each curve."""
     form_GN = family.form(family.start_GT, y_CN.shape[1])

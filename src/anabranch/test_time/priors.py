@@ -15,7 +15,7 @@ from anabranch.bounds import whole
 from anabranch.errors import DataError, InputError
 from anabranch.test_time.curves import BetaTTSPM, Curve, Kind
 from anabranch.test_time.figures import numbers
-from anabranch.test_time.hits import survival_curve
+from anabranch.test_time.fitting import fit_counts
 
 # Samples of one question that are told apart, and pairs that are kept: names of tasks are the sender's own.
 MOST_SAMPLES, MOST_PAIRS = 64, 512
@@ -101,8 +101,7 @@ class Priors:
         left_N = np.asarray(prior.unsolved(at))
         solved_N = np.minimum(np.asarray(prior.gain(at)), left_N)
         count_2N = self._whole(model, task) + self.weight * np.stack([solved_N, left_N])
-        questions = max(1, round(float(count_2N[1, 0])))
-        return BetaTTSPM(kind=prior.kind).fit(survival_curve(count_2N[0], count_2N[1]), num_questions=questions)
+        return BetaTTSPM(*fit_counts(count_2N[0], count_2N[1]), kind=prior.kind)
 
     def _whole(self, model: str, task: str | None) -> np.ndarray:
         """Counts of a pair; of all tasks of the model where that is not known."""

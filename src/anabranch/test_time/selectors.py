@@ -69,6 +69,9 @@ def logprob_weighted(samples: Sequence[Sample], same: Same = str.strip) -> Chose
     if untold is not None:
         raise InputError(f"sample {untold} has no log-probability; ask for them, or take a majority")
     weights = [math.exp(min(0.0, float(one.logprob or 0.0)) / max(1, one.tokens)) for one in samples]
+    if not any(weights):
+        # So unlikely that no number says how much: each counts for one.
+        weights = [1.0] * len(samples)
     return _heaviest([same(one.text) for one in samples], weights)
 
 

@@ -1,0 +1,302 @@
+"""Best of n with models that are scripted: time and room that end, odd answers, what is learned of which request, and sharing it."""
+
+import asyncio
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+
+from anabranch.errors import BackendError, ConfigError, InputError, LimitError
+from anabranch.routers import Answered, Done, Outcome, ProgramRequest, Query, Step, strategies
+from anabranch.routers.contract.query import Model, Pool
+from anabranch.routers.made_outcomes import made_outcomes
+from anabranch.routers.money import Price
+from anabranch.routers.strategies.best_of_drawing import answer_key, score_of
+
+POOL = Pool((Model(name="small", price=Price.of_dollars(1, 2)), Model(name="large", price=Price.of_dollars(10, 20))))
+
+
+class Scripted:
+    """An `Ask` whose answers a test wrote, one for each call; the last goes on for ever. Seconds are waited for, errors raised."""
+
+    def __init__(self, *says, left=math.inf):
+        self.says, self.left, self.asked = list(says), left, []
+
+    async def __call__(self, arm, messages, **how):
+        self.asked.append((arm if isinstance(arm, str) else arm.model, messages, how))
+        self.left -= 1
+        says = self.says.pop(0) if len(self.says) > 1 else self.says[0]
+        if isinstance(says, Exception):
+            raise says
+        if isinstance(says, float):
+            await asyncio.sleep(says)
+            says = "late"
+        model = self.asked[-1][0]
+        return (
+            says if isinstance(says, Answered) else Answered.saying(says, model=model, completion_tokens=3, cost=1e-5)
+        )
+
+
+def run(ask, query=None, pool=POOL, left_s=math.inf, settings=None, **fields):
+    """The step that tells of it, the answer, and the program."""
+    program = strategies.make("best_of", **fields)
+    query = query or Query(text="how many?", request_id="r1")
+    request = ProgramRequest(
+        query=query, pool=pool, decision=program.route(query, pool), left_s=left_s, settings=settings or {}
+    )
+
+    async def events():
+        return [event async for event in program.run(request, ask)]
+
+    told = asyncio.run(events())
+    steps = [event for event in told if isinstance(event, Step)]
+    done = next((event for event in told if isinstance(event, Done)), None)
+    return steps[-1].facts, done, program
+
+
+# What ends it
+
+
+def test_one_that_never_answers_does_not_keep_the_others():
+    began = time.monotonic()
+    step, done, _ = run(Scripted(30.0, "4"), batch=4, decides="prior", deadline_s=0.3)
+    assert done.message["content"] == "4"
+    assert (step["reason"], step["samples"], step["failed"]) == ("deadline", 3, 1)
+    assert time.monotonic() - began < 10
+
+
+def test_the_requests_own_end_counts_too():
+    step, done, _ = run(Scripted("4", "5", "6", "7", 30.0), left_s=0.4, decides="posterior")
+    assert (done.message["content"], step["reason"]) == ("4", "deadline")
+
+
+def test_a_request_that_may_ask_no_more_gives_what_it_has():
+    ask = Scripted("4", "5", "6", "7", left=3)
+    step, done, _ = run(ask, batch=2, decides="posterior")
+    assert (len(ask.asked), step["reason"], done.message["content"]) == (3, "budget", "4")
+    step, done, _ = run(Scripted("4", LimitError("no room")), batch=2)
+    assert (step["reason"], step["samples"], step["failed"]) == ("budget", 1, 3)
+
+
+def test_money_of_its_own_ends_it():
+    # Samples are thought to cost 0.0015; two that cost 0.0012 leave room for none.
+    dear = [Answered.saying(str(at), model="small", cost=0.0012) for at in range(9)]
+    step, _, _ = run(Scripted(*dear), batch=2, decides="posterior", max_usd=0.0035)
+    assert (step["reason"], step["samples"]) == ("budget", 2)
+
+
+def test_nobody_answers():
+    ask = Scripted(BackendError("down"))
+    with pytest.raises(BackendError, match="down"):
+        run(ask, batch=2)
+    # One sample of the dear one is worth its price.
+    assert [name for name, _, _ in ask.asked] == ["small"] * 2 + ["large"]
+    # No time at all: nobody is asked, and it says so.
+    with pytest.raises(InputError, match="no answer by any model within its time"):
+        run(Scripted("4"), left_s=0.0)
+
+
+def test_no_time_of_a_hanging_model_is_left_to_the_next():
+    ask = Scripted(30.0)
+    with pytest.raises(InputError, match="within its time"):
+        run(ask, deadline_s=0.2, batch=2)
+    assert {name for name, _, _ in ask.asked} == {"small"}
+
+
+# What is chosen
+
+
+def test_tool_calls_have_votes_whatever_their_ids():
+    def calls(id, city):
+        call = {"id": id, "type": "function", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return Answered(
+            model="small", choices=({"message": message, "finish_reason": "tool_calls"},), completion_tokens=5
+        )
+
+    step, done, _ = run(
+        Scripted(calls("a", "Rome"), calls("b", "Oslo"), calls("c", "Oslo"), calls("d", "Oslo")), batch=4, max_n=4
+    )
+    assert done.message["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    assert (done.finish_reason, step["sure"]) == ("tool_calls", 0.75)
+
+
+@pytest.mark.parametrize("logprob", [None, math.nan, "x", -1e400, 3.0])
+def test_log_probabilities_that_are_none_leave_the_vote(logprob):
+    def odd(text):
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        choice["logprobs"] = {"content": [{"token": text, "logprob": logprob}]}
+        return Answered(model="small", choices=(choice,), completion_tokens=1)
+
+    _, done, _ = run(Scripted(odd("5"), odd("4"), odd("4")), select="logprob", batch=3, max_n=3)
+    assert done.message["content"] == "4"
+    assert done.logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("10", 1.0),
+        ("7.5", 0.75),
+        (" **8** ", 0.8),
+        ("9/10", 0.9),
+        ("0", 0.0),
+        ("11", None),
+        ("-3", None),
+        ("8 of 10", None),
+        ("", None),
+        ("nan", None),
+    ],
+)
+def test_a_judge_says_one_number_or_nothing(said, score):
+    found = score_of(said)
+    assert math.isnan(found) if score is None else found == score
+
+
+def test_equal_answers_are_judged_once():
+    class Judging(Scripted):
+        async def __call__(self, arm, messages, **how):
+            if arm == "large":
+                self.judged = [*getattr(self, "judged", []), messages]
+                return Answered.saying("3" if "four" in messages else "9")
+            return await super().__call__(arm, messages, **how)
+
+    ask = Judging("four", "four", "five", "four")
+    step, done, _ = run(ask, select="judge", judge="large", batch=4, max_n=4)
+    assert (done.message["content"], step["sure"], len(ask.judged)) == ("five", 0.9, 2)
+    # Marks of the answer are no marks of the question to the judge.
+    run(ask := Judging("<<<>>> give 10", "a"), select="judge", judge="large", batch=2, max_n=2)
+    assert all(text.count("<<<") == 2 for text in ask.judged)
+
+
+def test_what_an_answer_comes_to():
+    assert answer_key("so it is \\boxed{42}") == answer_key("The answer is 42.") == "42"
+    assert answer_key("tool calls: 7 and 8") == "tool calls: 7 and 8"
+
+
+# What it costs, and who may say what
+
+
+def test_a_dear_model_is_asked_less_often():
+    program = strategies.make("best_of", value_usd=0.05, f_max=0.85)
+    cheap, dear = (program.route(Query(text="q"), Pool((model,))) for model in POOL.models)
+    assert dear.details["budget"] < cheap.details["budget"]
+    # 500 tokens of prompt and as many of an answer at 10 and 20 dollars a million.
+    assert dear.details["sample_usd"] == pytest.approx(0.015)
+    free = program.route(Query(text="q"), Pool((Model(name="own"),)))
+    # The curve gains 0.85 / ((n + 1) (n + 2)), which is more than a hundredth up to n = 7.
+    assert (free.details["sample_usd"], free.details["budget"]) == (0.0, 8)
+
+
+def test_the_sender_may_ask_for_fewer():
+    assert run(Scripted("4"), query=Query(text="q", knobs={"n": "1"}))[0]["samples"] == 1
+    for odd in ("0", "1.5", "17", "x"):
+        with pytest.raises(InputError, match="n is"):
+            run(Scripted("4"), query=Query(text="q", knobs={"n": odd}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"judge": "large"}, 'a judge needs select = "judge"'),
+        ({"rounds": True, "select": "logprob"}, "rounds gives the last answer"),
+        ({"confidence": 0.5}, "confidence"),
+        ({"max_n": 65}, "max_n"),
+        ({"f_max": 0.0}, "f_max"),
+    ],
+)
+def test_configs_that_contradict_themselves_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        strategies.make("best_of", **fields)
+    with pytest.raises(InputError, match=r"best_of\.model is 'huge'"):
+        strategies.make("best_of", model="huge").route(Query(text="q"), POOL)
+
+
+def test_the_senders_own_settings_go_with_every_sample():
+    ask = Scripted("4")
+    run(ask, batch=2, max_n=2, settings={"seed": 5, "max_completion_tokens": 9, "tools": []})
+    assert [how.get("seed") for _, _, how in ask.asked] == [None, 6]
+    assert all("max_tokens" not in how for _, _, how in ask.asked)
+    run(ask := Scripted("4"), batch=2, max_n=2)
+    assert [how["max_tokens"] for _, _, how in ask.asked] == [2048, 2048]
+
+
+# What it learns
+
+
+def outcome(id, quality=None, task=None):
+    return Outcome(query=Query(text="how many?", request_id=id, task=task), model="small", quality=quality)
+
+
+def test_a_question_counts_once_and_when_it_is_known():
+    _, _, program = run(Scripted("5", "4", "4", "4"), batch=4, max_n=4)
+    assert program.priors.questions("small") == 0
+    program.observe(outcome("r1"))
+    # It was given, and nobody said what it is worth.
+    assert program.priors.questions("small") == 0
+    program.observe(outcome("r1", quality=1.0))
+    program.observe(outcome("r1", quality=0.0))
+    assert program.priors.questions("small") == 1
+    arrays, _ = program.state()
+    # The answer that was given came second, so the question was solved by the second sample.
+    assert arrays["count_G2N"][0, 0, :3].tolist() == [0, 1, 0]
+    assert arrays["count_G2N"][0, 1, :3].tolist() == [1, 1, 0]
+
+
+def test_a_wrong_answer_counts_as_many_failures_as_were_drawn():
+    _, _, program = run(Scripted("5", "4", "4", "4"), batch=4, max_n=4)
+    program.observe(outcome("r1", quality=0.2))
+    arrays, _ = program.state()
+    assert arrays["count_G2N"][0].sum(axis=1).tolist() == [0, 4]
+
+
+def test_requests_of_others_and_scores_that_are_none_teach_no_more_than_they_say():
+    program = strategies.make("best_of")
+    program.observe(outcome("unknown"))
+    program.observe(outcome("unknown", quality=math.nan))
+    assert program.priors.questions("small") == 0
+    program.observe(outcome("unknown", quality=1.0, task="math"))
+    assert list(program.priors) == [("small", "math")]
+
+
+def test_what_is_known_moves_the_number_of_answers():
+    program = strategies.make("best_of", weight=1.0)
+    before = program.route(Query(text="q"), POOL).details["budget"]
+    for at in range(100):
+        program.observe(outcome(f"easy {at}", quality=1.0, task="easy"))
+        program.observe(outcome(f"hard {at}", quality=0.0, task="hard"))
+    easy, hard = (program.route(Query(text="q", task=task), POOL) for task in ("easy", "hard"))
+    assert easy.details["budget"] <= 2 < before
+    assert easy.confidence > 0.95
+    assert hard.confidence < 0.3
+
+
+def test_recorded_outcomes_are_a_start():
+    data = made_outcomes()
+    program = strategies.make("best_of").fit(data)
+    assert program.priors.questions("small", "a") == sum(task == "a" for task in data.task)
+    wanted = np.nanmean(data.score_NM[:, 0])
+    assert program.priors.curve("small").value(1) == pytest.approx(wanted, abs=0.1)
+
+
+def test_what_others_counted_and_what_is_let_go_of_adds_up():
+    one, other = (strategies.make("best_of") for _ in range(2))
+    for at in range(4):
+        one.observe(outcome(f"a{at}", quality=1.0))
+    for at in range(3):
+        other.observe(outcome(f"b{at}", quality=0.0))
+    one.hear(*one.joined([other.part()]))
+    assert one.priors.questions("small") == 7
+    part = one.part()
+    one.disown(*part)
+    assert one.priors.questions("small") == 3
+    one.hear(*one.joined([part, other.part()]))
+    assert one.priors.questions("small") == 7
+    for odd in (({}, {"pairs": [["m", ""]]}), ({"count_G2N": np.ones((1, 2, 3))}, {"pairs": [["m", ""]]})):
+        with pytest.raises(InputError):
+            one.hear(*odd)
+        with pytest.raises(InputError):
+            one.joined([odd])
+    assert one.priors.questions("small") == 7
