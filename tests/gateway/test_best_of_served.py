@@ -238,3 +238,32 @@ def test_other_endpoints_and_choices_are_refused_clearly(place, key):
     status, found, _ = call(url, "POST", "/v1/completions", {"model": "auto/best-of", "prompt": "plain"}, key=key)
     assert (status, "is a program" in found["error"]["message"]) == (400, True)
     assert json.dumps(found)
+
+
+def test_the_page_shows_the_curve_and_where_it_stops(place, key):
+    url, _ = place
+    chat(url, key, "plain")
+    status, text, _ = call(url, "GET", "/ui", key=OPERATOR)
+    assert status == 200
+    assert "How many answers pay" in text
+    assert "8 answers pay; about 80% of questions are solved so" in text
+
+
+@pytest.mark.slow
+def test_what_was_learned_outlives_the_process(tmp_path):
+    """One process counts, and the next one, on the same store, knows."""
+    with scripted({"small": Small()}) as url:
+        config = tmp_path / "gateway.toml"
+        config.write_text(
+            f'store = "{tmp_path}/gateway.db"\nrequire_key = false\nadmin = {{ key = "env:TEST_ADMIN_KEY" }}\n'
+            f'[[models]]\nname = "small"\nmax_tokens = 100\ndeployments = [{{ provider = {{ kind = "openai", model = "m", '
+            f'base_url = "{url}/small", key_env = "" }} }}]\n[strategies.best-of]\nkind = "best_of"\n'
+        )
+        asked = {"model": "auto/best-of", "messages": [{"role": "user", "content": "plain"}]}
+        for wanted in (0, 1):
+            with served("--config", str(config), environment={"TEST_ADMIN_KEY": OPERATOR}) as server:
+                assert admin(server.url, "POST", "explain", asked)["details"]["questions"] == wanted
+                _, _, headers = call(server.url, "POST", "/v1/chat/completions", asked)
+                said = {"request_id": headers["x-request-id"], "score": 1.0}
+                status, told, _ = call(server.url, "POST", "/v1/feedback", said)
+                assert status == 200, told

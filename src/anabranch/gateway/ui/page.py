@@ -12,6 +12,7 @@ from anabranch.gateway.store import Calibration
 from anabranch.gateway.ui.charts import bar, histogram, pareto, timeline
 from anabranch.gateway.ui.frame import framed
 from anabranch.gateway.ui.snapshot import DeploymentFact, Seen, Snapshot, Spend, quantile
+from anabranch.gateway.ui.stops import stops_card, stops_of
 from anabranch.routers.money import dollars
 
 MOST_SPENDERS = 8
@@ -40,6 +41,7 @@ def render(now: Snapshot) -> str:
 
 def render_parts(now: Snapshot) -> str:
     """What changes."""
+    stops = stops_of(now.recent)
     return "\n".join(
         (
             _tiles(now),
@@ -52,6 +54,7 @@ def render_parts(now: Snapshot) -> str:
                 if now.calibration
                 else []
             ),
+            *([_card("stops", "How many answers pay", stops_card(stops), "share solved, by answers")] if stops else []),
             _card("why", "Why this model", _inspector(now), f"newest first; {KEPT if now.keeps_texts else NOT_KEPT}"),
         )
     )
