@@ -12,8 +12,10 @@ from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.core.stream import joined
+from anabranch.serving.engine.best_of import best_of
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Add, Close, Event, Refused
+from anabranch.test_time import BudgetController, Sampled
 
 Prompt = str | Sequence[int]
 
@@ -102,6 +104,22 @@ class LLM:
             self._loop.put(Add(one))
         self._loop.run(until_idle=True)
         return self._gathered(requests)
+
+    def best_of(
+        self, prompts: Sequence[Prompt], rules: BudgetController, sampling: Sampling | None = None, **how: Any
+    ) -> list[Sampled]:
+        """As many answers to each prompt as pay, and the best of them; results are in order.
+
+        Args:
+            prompts: what to continue.
+            rules: of `anabranch.test_time`: what is known of such prompts, what a right answer is worth and what a sample costs.
+            sampling: of every answer, at a temperature above 0; with a seed the n-th answer is drawn with that seed and n more.
+            how: ``select`` (`majority` by default), ``same`` (what an answer comes to, for votes), ``verify`` (from the place of a prompt
+                and its new answers to whether each is right; the first that is right is given), and fields of each `Request`.
+
+        Raises what `generate` does; InputError for a temperature of 0.
+        """
+        return best_of(self, prompts, rules, sampling, **how)
 
     def _gathered(self, requests: Sequence[Request]) -> list[Generation]:
         outputs: dict[str, Output] = {}
