@@ -1,0 +1,417 @@
+"""Exact attention over a sequence that is cut over ranks, each of which has its own queries, keys and values.
+
+    out_BLHD = token_ring_attention(q_BLHD, k_BLGD, v_BLGD, causal=True, layout="zigzag")         # under torchrun
+
+"TokenRing: An Efficient Parallelism Framework for Infinite-Context LLMs via Bidirectional Communication" (Wang, Liu, Li, Jiang 2024, arXiv
+2412.20501), forward as its reference code has it, backward ours; `ring_attention` is the baseline that moves keys and values. The
+result is that of one process to rounding, whatever the scheme, the layout and the number of ranks.
+"""
+# Shapes: B sequences, L positions of a rank, S of all, H query heads, G key heads, D head width, N ranks
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from anabranch.cluster.ring import program
+from anabranch.cluster.ring.agreement import check_agreement
+from anabranch.cluster.ring.choice import Sizes, Topology, choose
+from anabranch.cluster.ring.layout import KINDS, Layout, Placement
+from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic, drive
+from anabranch.cluster.ring.pieces import Mask
+from anabranch.cluster.ring.program import Inputs
+from anabranch.cluster.ring.schedule import SCHEMES, Schedule
+from anabranch.errors import ConfigError, InputError
+
+__all__ = [
+    "Group",
+    "RingOptions",
+    "context_parallel_attention",
+    "placed_attention",
+    "ring_attention",
+    "simulated_attention",
+    "simulated_placed_attention",
+    "token_ring_attention",
+]
+
+Group = dist.ProcessGroup | DeviceMesh | None
+LayoutKind = Literal["contiguous", "zigzag", "stripe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingOptions:
+    """What attention over ranks is told beside tensors.
+
+    Attributes:
+        scheme: ``auto``, or one of `SCHEMES`.
+        causal: queries see nothing behind themselves.
+        window: positions that a causal query sees, its own among them; None for all.
+        softmax_scale: factor on scores; None for 1 / sqrt(D).
+        out_dtype: of partial results that travel: None for float32 (float64 of float64), or the type of the inputs.
+        topology: what ``auto`` assumes of links; None for `Topology()`.
+        timeout_s: how long a message may take; None for as long as the group says.
+        traffic: counts what is sent and how long it is waited for; None for not at all.
+        check: ask first whether all ranks were given the same, which costs one small exchange; without it, ranks that were not wait.
+    """
+
+    scheme: str = "auto"
+    causal: bool = False
+    window: int | None = None
+    softmax_scale: float | None = None
+    out_dtype: torch.dtype | None = None
+    topology: Topology | None = None
+    timeout_s: float | None = None
+    traffic: Traffic | None = None
+    check: bool = True
+
+    @property
+    def mask(self) -> Mask:
+        """What queries see."""
+        return Mask(self.causal, self.window)
+
+
+def context_parallel_attention(
+    query_BLHD: Tensor,
+    key_BLGD: Tensor,
+    value_BLGD: Tensor,
+    group: Group = None,
+    causal: bool = False,
+    *,
+    layout: LayoutKind = "contiguous",
+    length: int | None = None,
+    documents: Sequence[int] | Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Attention of a sequence over the ranks of a group; every rank calls it with its rows.
+
+    Args:
+        query_BLHD, key_BLGD, value_BLGD: float64, float32, bfloat16 or float16; L is as `Layout` says, G divides H.
+        group: of processes, or a mesh of one dimension; None for all processes, or for this one alone where there is no group.
+        causal: queries see nothing behind themselves.
+        layout: which rows a rank has, see `anabranch.cluster.ring.layout`. ``zigzag`` balances causal work.
+        length: S, where the last rows are padding; None for N L. Padding sees nothing, gives 0 and gets no gradient.
+        documents: where documents begin in a packed sequence and the last one ends, ``(0, ..., S)``.
+        return_lse: the logarithm of each softmax's sum too, ``[B, L, H]``, float32; it has a gradient.
+        options: see `RingOptions`; ``scheme`` is ``auto``.
+
+    Returns:
+        out_BLHD of the queries' type.
+
+    Raises InputError for what cannot be, on every rank; PeerError if a rank is gone or late, with its number.
+    """
+    given = RingOptions(causal=causal, **options)
+    documents = None if documents is None else tuple(int(place) for place in documents)
+    team = _team(group, given)
+
+    def make(rows: int) -> tuple[Placement, Placement]:
+        whole = rows * team.world if length is None else length
+        made = Layout(layout, team.world, whole, documents)
+        if made.rows != rows:
+            raise InputError(
+                f"each rank has {rows} positions, and {layout} of {whole} over {team.world} ranks has {made.rows}; pad to that, or pass length="
+            )
+        return made.placement, made.placement
+
+    told = {"length": -1 if length is None else length, "layout": _number(KINDS, layout), "documents": _digest(documents)}
+    rows = query_BLHD.shape[1] if query_BLHD.dim() == 4 else -1
+    return _attend(
+        (query_BLHD, key_BLGD, value_BLGD), lambda: make(rows), team, given, {**told, "positions of a rank": rows}, return_lse
+    )
+
+
+def token_ring_attention(
+    query_BLHD: Tensor, key_BLGD: Tensor, value_BLGD: Tensor, group: Group = None, causal: bool = False, **options: Any
+) -> Any:
+    """`context_parallel_attention` by TokenRing: queries travel one way, partial results return the other."""
+    return context_parallel_attention(query_BLHD, key_BLGD, value_BLGD, group, causal, scheme="token_ring", **options)
+
+
+def ring_attention(
+    query_BLHD: Tensor, key_BLGD: Tensor, value_BLGD: Tensor, group: Group = None, causal: bool = False, **options: Any
+) -> Any:
+    """`context_parallel_attention` by ring attention: keys and values travel from rank to rank (arXiv 2310.01889)."""
+    return context_parallel_attention(query_BLHD, key_BLGD, value_BLGD, group, causal, scheme="ring", **options)
+
+
+def placed_attention(
+    query_BLHD: Tensor,
+    key_BSGD: Tensor,
+    value_BSGD: Tensor,
+    queries: Placement,
+    keys: Placement,
+    group: Group = None,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """The same where queries are placed otherwise than keys: some new positions over a long resident cache, which stays where it is.
+
+    ``queries`` and ``keys`` say of every rank which positions its rows are, and are the same on all. Other arguments as of
+    `context_parallel_attention`.
+    """
+    given = RingOptions(**options)
+    team = _team(group, given)
+    told = {"placement": crc32(repr((queries, keys)).encode())}
+    tensors = (query_BLHD, key_BSGD, value_BSGD)
+
+    def make() -> tuple[Placement, Placement]:
+        for name, placement in (("queries", queries), ("keys", keys)):
+            if placement.world != team.world:
+                raise InputError(f"{name} are placed on {placement.world} ranks, and there are {team.world}")
+        for name, part, placement in (("queries", query_BLHD, queries), ("keys", key_BSGD, keys)):
+            if part.shape[1] != placement.rows[team.ranks[0]]:
+                raise InputError(
+                    f"rank {team.ranks[0]} has {part.shape[1]} rows of {name}, and their placement says {placement.rows[team.ranks[0]]}"
+                )
+        return queries, keys
+
+    return _attend(tensors, make, team, given, told, return_lse)
+
+
+def simulated_attention(
+    query_BSHD: Tensor,
+    key_BSGD: Tensor,
+    value_BSGD: Tensor,
+    world: int,
+    causal: bool = False,
+    *,
+    layout: LayoutKind = "contiguous",
+    documents: Sequence[int] | Tensor | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """The same of a whole sequence by ``world`` ranks that are simulated in this process, message by message: to test, count and plan.
+
+    ``seed`` draws the order in which ranks take turns, and how late messages are; the result does not depend on it. Other arguments as of
+    `context_parallel_attention`; S need not be a multiple of anything.
+    """
+    given = RingOptions(causal=causal, **options)
+    places = None if documents is None else tuple(int(place) for place in documents)
+    tensors = (query_BSHD, key_BSGD, value_BSGD)
+    if problem := _problem(*tensors):
+        raise InputError(problem)
+    made = Layout(layout, world, query_BSHD.shape[1], places)
+    parts = [tuple(made.shard(part, rank) for part in tensors) for rank in range(world)]
+    return made.unshard(simulated_placed_attention(parts, made.placement, made.placement, given, seed=seed))
+
+
+def simulated_placed_attention(
+    parts: Sequence[tuple[Tensor, ...]],
+    queries: Placement,
+    keys: Placement,
+    options: RingOptions | None = None,
+    *,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """`placed_attention` of simulated ranks: out_BLHD of each, of (query_BLHD, key_BSGD, value_BSGD) of each."""
+    options = RingOptions() if options is None else options
+    team = _SimulatedTeam(SimulatedLinks(len(parts), seed=seed, traffic=options.traffic))
+    flat = [part.transpose(1, 2) for own in parts for part in own]
+    if not len(flat[0]):
+        return [own[0].clone() for own in parts]
+    found = _Attention.apply(team, _settings(flat, queries, keys, options), *flat)
+    return [out.transpose(1, 2) for out in found[::2]]
+
+
+class _Team(Protocol):
+    """The ranks that this process runs the programs of."""
+
+    world: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    traffic: Traffic
+
+    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
+        """What the programs ``make(index, rank, link)`` give, in the order of ``ranks``."""
+
+
+class _GroupTeam:
+    """This process alone, of a group."""
+
+    def __init__(self, link: GroupLink) -> None:
+        self.link, self.world, self.ranks, self.group = link, link.world, (link.rank,), link.group
+        self.traffic = link.traffic
+
+    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
+        return [drive(make(0, self.ranks[0], self.link), self.traffic)]
+
+
+class _SimulatedTeam:
+    """All ranks."""
+
+    def __init__(self, links: SimulatedLinks) -> None:
+        self.links, self.world, self.ranks, self.group = links, links.world, tuple(range(links.world)), None
+        self.traffic = links.traffic
+
+    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
+        return self.links.run([make(rank, rank, self.links.link(rank)) for rank in self.ranks])
+
+
+def process_group(group: Group) -> dist.ProcessGroup | None:
+    """The group that is meant; None for this process alone. Raises ConfigError where one of several processes has not joined a group."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise InputError(f"the mesh has {group.ndim} dimensions; pass one of them, as mesh['context']")
+        return group.get_group()
+    if group is not None:
+        return group
+    if dist.is_initialized():
+        return dist.group.WORLD
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1":
+        raise ConfigError(
+            f"torchrun started {started} processes, and none has joined a group; call torch.distributed.init_process_group first"
+        )
+    return None
+
+
+def _team(group: Group, options: RingOptions) -> Any:
+    found = process_group(group)
+    if found is None:
+        return _SimulatedTeam(SimulatedLinks(1, traffic=options.traffic))
+    return _GroupTeam(GroupLink(found, traffic=options.traffic, timeout_s=options.timeout_s))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the passes are told beside tensors."""
+
+    schedule: Schedule
+    scale: float
+    home_dtype: torch.dtype | None
+
+
+def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, options: RingOptions) -> _Settings:
+    query, key = parts[0], parts[1]
+    home = options.out_dtype
+    if home is not None and home not in (query.dtype, program.fine_dtype(query.dtype)):
+        raise InputError(
+            f"out_dtype is {home}; use {program.fine_dtype(query.dtype)} or the inputs' {query.dtype}"
+        )
+    sizes = Sizes.of(query, key, home)
+    scheme = options.scheme
+    if scheme == "auto":
+        scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology())
+    schedule = Schedule(scheme, queries, keys, options.mask)
+    scale = query.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    return _Settings(schedule, scale, home)
+
+
+def _attend(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    place: Callable[[], tuple[Placement, Placement]],
+    team: Any,
+    options: RingOptions,
+    told: dict[str, int],
+    return_lse: bool,
+) -> Any:
+    problem = _problem(*tensors)
+    if options.scheme not in ("auto", *SCHEMES):
+        problem = f"scheme is {options.scheme!r}; use auto, {', '.join(SCHEMES)}"
+    if team.group is not None and options.check:
+        check_agreement({**told, **_described(tensors, options)}, team.group, problem)
+    if problem is not None:
+        raise InputError(problem)
+    queries, keys = place()
+    parts = [part.transpose(1, 2) for part in tensors]
+    if not len(parts[0]):
+        # No message is of no bytes.
+        out, lse = tensors[0].clone(), tensors[0].new_zeros(tensors[0].shape[:3])
+        return (out, lse) if return_lse else out
+    out_BHLD, lse_BHL = _Attention.apply(team, _settings(parts, queries, keys, options), *parts)
+    return (out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2)) if return_lse else out_BHLD.transpose(1, 2)
+
+
+def _problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """What is wrong with the tensors of one rank."""
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if any(part.dim() != 4 for part in (query, key, value)):
+        return f"the shapes are {shapes}; they must be [B, L, H, D], [B, L, G, D] and the same"
+    if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return f"the shapes are {shapes}; B and D must be the same, and keys as many as values"
+    if 0 in query.shape[2:] or key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        return f"there are {query.shape[2]} query heads and {key.shape[2]} key heads; the second must divide the first"
+    if len({part.dtype for part in (query, key, value)}) > 1 or not query.dtype.is_floating_point:
+        return f"the types are {query.dtype}, {key.dtype} and {value.dtype}; use one floating type"
+    return None
+
+
+def _described(tensors: tuple[Tensor, ...], options: RingOptions) -> dict[str, int]:
+    """What must be the same on all ranks, as numbers."""
+    query, key = tensors[:2]
+    is_fit = query.dim() == key.dim() == 4
+    names = ("sequences", "query heads", "head widths", "key heads")
+    sizes = (query.shape[0], query.shape[2], query.shape[3], key.shape[2]) if is_fit else (0, 0, 0, 0)
+    scale = options.softmax_scale
+    return {
+        **dict(zip(names, sizes, strict=True)),
+        "types": crc32(f"{query.dtype} {options.out_dtype}".encode()),
+        "schemes": crc32(f"{options.scheme} {options.topology}".encode()),
+        "causal": int(options.causal),
+        "windows": -1 if options.window is None else options.window,
+        "scales": -1 if scale is None else crc32(repr(float(scale)).encode()),
+    }
+
+
+def _number(names: Sequence[str], name: str) -> int:
+    return names.index(name) if name in names else -1
+
+
+def _digest(documents: tuple[int, ...] | None) -> int:
+    return -1 if documents is None else crc32(repr(documents).encode())
+
+
+class _Attention(torch.autograd.Function):
+    """(out_BHLD, lse_BHL) of each rank of the team, of (query_BHLD, key_BGSD, value_BGSD) of each."""
+
+    @staticmethod
+    def forward(ctx: Any, team: Any, settings: _Settings, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.team, ctx.settings = team, settings
+        inputs = _inputs(settings, parts)
+        schedule = settings.schedule
+        with torch.autocast(parts[0].device.type, enabled=False):
+            made = team.run(lambda index, rank, link: program.forward(schedule, rank, inputs[index], link))
+        for rank in team.ranks:
+            for step in range(schedule.world):
+                key = (rank, step)
+                team.traffic.pairs[key] = team.traffic.pairs.get(key, 0) + schedule.pairs(rank, step)
+        found = [part for (out, lse), own in zip(made, inputs, strict=True) for part in (out.to(own.query_BHLD.dtype), lse)]
+        ctx.save_for_backward(*parts, *found)
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
+        settings, team = ctx.settings, ctx.team
+        count = 3 * len(team.ranks)
+        parts, found = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        inputs = _inputs(settings, parts)
+        deltas = [
+            (dout.to(own.fine) * out.to(own.fine)).sum(-1) - dlse
+            for own, out, dout, dlse in zip(inputs, found[::2], given[::2], given[1::2], strict=True)
+        ]
+
+        def make(index: int, rank: int, link: Any) -> program.Program:
+            # Zeros that nothing was computed for are expanded ones.
+            dout = given[2 * index].to(inputs[index].query_BHLD.dtype)
+            lse = found[2 * index + 1]
+            return program.backward(settings.schedule, rank, inputs[index], dout, lse, deltas[index], link)
+
+        with torch.autocast(parts[0].device.type, enabled=False):
+            made = team.run(make)
+        flat = [part.to(own.query_BHLD.dtype) for grads, own in zip(made, inputs, strict=True) for part in grads]
+        return None, None, *flat
+
+
+def _inputs(settings: _Settings, parts: Sequence[Tensor]) -> list[Inputs]:
+    return [
+        Inputs(*parts[first : first + 3], settings.scale, settings.home_dtype) for first in range(0, len(parts), 3)
+    ]

@@ -1,0 +1,298 @@
+"""Attention over ranks equals attention in one process: simulated ranks, message by message."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_attention import drawn, naive
+
+from anabranch.cluster.ring import (
+    SCHEMES,
+    Layout,
+    Placement,
+    RingOptions,
+    Run,
+    Traffic,
+    placed_attention,
+    plan_attention,
+    ring_attention,
+    simulated_attention,
+    simulated_placed_attention,
+    token_ring_attention,
+)
+from anabranch.cluster.ring.link import SimulatedLinks
+from anabranch.errors import InputError, PeerError
+
+KINDS = ("contiguous", "zigzag", "stripe")
+# Of float64 on values of order 1.
+FORWARD, BACKWARD = 1e-12, 1e-11
+
+
+def check(case, world, causal, *, forward=FORWARD, backward=BACKWARD, told=None, **options):
+    """Output and all gradients against the loop over queries."""
+    *leaves, dout = case
+    told = {} if told is None else told
+    expected = naive(*leaves, causal=causal, **told)
+    grads = torch.autograd.grad(expected, leaves, dout)
+    found = simulated_attention(*leaves, world, causal, **options)
+    torch.testing.assert_close(found, expected, atol=forward, rtol=0)
+    for part, wanted in zip(torch.autograd.grad(found, leaves, dout), grads, strict=True):
+        torch.testing.assert_close(part, wanted, atol=backward, rtol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", KINDS)
+def test_every_scheme_and_layout_at_an_odd_length(layout, causal, scheme, world):
+    """29 positions: no number of ranks divides them; groups of 2."""
+    check(drawn(1, 29, 4, 2, 4, seed=world), world, causal, layout=layout, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_groups_of_heads(group, scheme):
+    check(drawn(2, 24, 8, 8 // group, 4), 4, True, layout="zigzag", scheme=scheme)
+
+
+@given(
+    st.sampled_from(SCHEMES),
+    st.sampled_from(KINDS),
+    st.integers(1, 5),
+    st.integers(1, 26),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(1, 9)),
+    st.integers(0, 10**6),
+    st.randoms(),
+)
+@settings(max_examples=60)
+def test_packs_and_windows(scheme, layout, world, length, causal, window, seed, draw):
+    inner = sorted(draw.choices(range(length + 1), k=draw.randrange(4)))
+    documents, window = (0, *inner, length), window if causal else None
+    case = drawn(1, length, 2, 1, 4, seed=seed)
+    told = {"window": window, "documents": documents}
+    check(case, world, causal, layout=layout, scheme=scheme, seed=seed, told=told, **told)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_float32(scheme):
+    *leaves, _ = drawn(1, 64, 4, 2, 16, torch.float32)
+    found = simulated_attention(*leaves, 4, True, layout="zigzag", scheme=scheme)
+    expected = naive(*(part.double() for part in leaves), causal=True)
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=0)
+
+
+def test_the_scale_and_large_scores():
+    *leaves, dout = drawn(1, 12, 2, 2, 4)
+    case = [(leaves[0] * 1e4).detach().requires_grad_(), *leaves[1:], dout]
+    check(case, 3, True, layout="zigzag", scheme="token_ring", softmax_scale=0.7, told={"scale": 0.7}, backward=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_lose_no_more_than_one_shot_attention(dtype):
+    """Partial results of float32 do not; those of the inputs' type are allowed, and lose more."""
+    *leaves, _ = (part.detach() for part in drawn(1, 256, 4, 4, 16, dtype, seed=3))
+    exact = naive(*(part.double() for part in leaves), causal=True)
+    once = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in leaves), is_causal=True)
+    error = (once.transpose(1, 2).double() - exact).square().mean().sqrt()
+    kept = simulated_attention(*leaves, 8, True, layout="zigzag", scheme="token_ring")
+    assert kept.dtype == dtype
+    assert (kept.double() - exact).square().mean().sqrt() <= 1.2 * error
+    coarse = simulated_attention(*leaves, 8, True, layout="zigzag", scheme="token_ring", out_dtype=dtype)
+    assert (coarse.double() - exact).square().mean().sqrt() > (kept.double() - exact).square().mean().sqrt()
+
+
+def test_gradients_of_half_types_are_of_their_type_and_near():
+    *leaves, dout = drawn(1, 32, 4, 2, 8, torch.bfloat16)
+    found = torch.autograd.grad(simulated_attention(*leaves, 4, True, layout="zigzag", scheme="ring"), leaves, dout)
+    fine = [part.detach().double().requires_grad_() for part in leaves]
+    exact = torch.autograd.grad(naive(*fine, causal=True), fine, dout.double())
+    for part, wanted in zip(found, exact, strict=True):
+        assert part.dtype == torch.bfloat16
+        torch.testing.assert_close(part.double(), wanted, atol=4e-2, rtol=0)
+
+
+def test_a_hundred_orders_of_events_give_the_same_bits():
+    """Ranks take turns as they come, messages are late as they like."""
+    *leaves, dout = drawn(1, 24, 2, 2, 4, torch.float32)
+    found = []
+    for seed in range(100):
+        out = simulated_attention(*leaves, 4, True, layout="zigzag", scheme="token_ring", seed=seed)
+        found.append((out, *torch.autograd.grad(out, leaves, dout)))
+    assert all(torch.equal(one, other) for other in found[1:] for one, other in zip(found[0], other, strict=True))
+
+
+# b bytes of a number, n rows of a rank, N ranks.
+B, HEADS, GROUPS, WIDTH, LENGTH, WORLD = 2, 8, 2, 4, 48, 4
+ROWS, HOPS = LENGTH // WORLD, WORLD * (WORLD - 1)
+
+
+def sent(scheme, dtype, *, causal=False, layout="contiguous", backward=False, **options) -> Traffic:
+    *leaves, dout = drawn(B, LENGTH, HEADS, GROUPS, WIDTH, dtype)
+    traffic = Traffic()
+    out = simulated_attention(*leaves, WORLD, causal, layout=layout, scheme=scheme, traffic=traffic, **options)
+    if backward:
+        traffic.sent = None
+        torch.autograd.grad(out, leaves, dout)
+    return traffic
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_bytes_of_a_forward_pass_are_those_of_the_table(dtype, size):
+    keys = 2 * ROWS * GROUPS * WIDTH * size * B * HOPS
+    for scheme in ("ring", "ring2", "all_gather"):
+        assert sent(scheme, dtype).size_bytes == keys
+    found = sent("token_ring", dtype).sent
+    assert found.of_kind("travel") == ROWS * HEADS * WIDTH * size * B * HOPS
+    assert found.of_kind("home") == (ROWS * HEADS * WIDTH * 4 + 4 * ROWS * HEADS) * B * HOPS
+    coarse = sent("token_ring", dtype, out_dtype=dtype).sent
+    assert coarse.of_kind("home") == (ROWS * HEADS * WIDTH * size + 4 * ROWS * HEADS) * B * HOPS
+
+
+def test_bytes_of_a_backward_pass_are_those_of_the_table():
+    found = sent("token_ring", torch.float32, backward=True).sent
+    assert found.of_kind("travel") == (2 * ROWS * HEADS * WIDTH + 2 * ROWS * HEADS) * 4 * B * HOPS
+    assert found.of_kind("home") == ROWS * HEADS * WIDTH * 4 * B * HOPS
+    # Keys, values and the gradients of both: 4 n G D.
+    assert sent("ring", torch.float32, backward=True).size_bytes == 4 * ROWS * GROUPS * WIDTH * 4 * B * HOPS
+
+
+def test_both_directions_of_a_link_work():
+    """TokenRing's first neighbours carry queries one way and results the other; a ring's links are idle one way."""
+    token, ring = sent("token_ring", torch.float32).sent.bytes_RR, sent("ring", torch.float32).sent.bytes_RR
+    assert token[0, 1] > 0
+    assert token[1, 0] > 0
+    assert ring[0, 1] > 0
+    assert ring[1, 0] == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("causal", "layout"), [(False, "contiguous"), (True, "zigzag"), (True, "stripe")])
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_plan_counts_what_is_sent(scheme, causal, layout, backward):
+    found = sent(scheme, torch.bfloat16, causal=causal, layout=layout, backward=backward).sent
+    planned = plan_attention(
+        LENGTH, WORLD, HEADS, GROUPS, WIDTH, torch.bfloat16, batch=B, causal=causal, layout=layout, backward=backward
+    )
+    cost = next(cost for cost in planned.costs if cost.scheme == scheme)
+    assert (cost.size_bytes, cost.link_bytes) == (found.bytes_RR.sum(), found.bytes_RR.max())
+
+
+def test_pass_q_sends_little_where_keys_are_many():
+    """8 new positions over 200 resident ones; each rank has its stretch of these, and its new ones behind them."""
+    q, k, v, _ = (part.detach() for part in drawn(1, 208, 4, 4, 4))
+    queries = Layout("contiguous", 4, 8, first=200)
+    before = Layout("contiguous", 4, 200)
+    keys = before.placement.followed_by(queries.placement)
+    parts = []
+    for rank in range(4):
+        resident, new = before.places(rank), queries.places(rank) + 200
+        own = torch.cat((resident, new))
+        parts.append((q[:, new], k[:, own], v[:, own]))
+    expected = naive(q, k, v, causal=True)[:, 200:]
+    counts = {}
+    for scheme in SCHEMES:
+        traffic = Traffic()
+        told = RingOptions(scheme=scheme, causal=True, traffic=traffic)
+        found = simulated_placed_attention(parts, queries.placement, keys, told)
+        torch.testing.assert_close(queries.unshard(found), expected, atol=FORWARD, rtol=0)
+        counts[scheme] = traffic.size_bytes
+    planned = plan_attention(8, 4, 4, 4, 4, torch.float64, causal=True, layout="contiguous", kv_cached=200)
+    assert planned.choice == "token_ring"
+    assert {cost.scheme: cost.size_bytes for cost in planned.costs} == counts
+    assert counts["token_ring"] <= 0.05 * counts["ring"]
+
+
+def test_one_process_without_a_group_is_one_rank():
+    *leaves, dout = drawn(2, 9, 4, 2, 4)
+    for call in (ring_attention, token_ring_attention):
+        found = call(*leaves, causal=True)
+        torch.testing.assert_close(found, naive(*leaves, causal=True), atol=FORWARD, rtol=0)
+        out, lse = call(*leaves, causal=True, return_lse=True)
+        assert torch.equal(out, found)
+        assert lse.shape == (2, 9, 4)
+
+
+def test_the_sum_of_a_softmax_has_a_gradient():
+    """What attention sinks need."""
+    *leaves, _ = drawn(1, 7, 2, 2, 4)
+    _, lse = ring_attention(*leaves, causal=True, return_lse=True)
+    score = torch.einsum("blhd,bshd->bhls", leaves[0], leaves[1]) / 2
+    expected = score.masked_fill(~torch.ones(7, 7).tril().bool(), -torch.inf).logsumexp(-1).transpose(1, 2)
+    torch.testing.assert_close(lse, expected, atol=FORWARD, rtol=0)
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, leaves[:2], weight)
+    for part, right in zip(torch.autograd.grad(lse, leaves[:2], weight), wanted, strict=True):
+        torch.testing.assert_close(part, right, atol=BACKWARD, rtol=0)
+
+
+def test_autocast_does_not_reach_partial_results():
+    *leaves, _ = drawn(1, 16, 2, 2, 8, torch.float32)
+    plain = ring_attention(*leaves, causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ring_attention(*leaves, causal=True), plain)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 2, 4), (2, 0, 2, 4)])
+def test_nothing_gives_nothing(shape):
+    empty = torch.zeros(shape, requires_grad=True)
+    found = ring_attention(empty, empty, empty, causal=True)
+    assert found.shape == shape
+    found.sum().backward()
+    assert simulated_attention(empty, empty, empty, 3, True).shape == shape
+
+
+def test_padding_gives_nothing_and_gets_no_gradient():
+    *leaves, dout = drawn(1, 8, 2, 2, 4)
+    out, lse = ring_attention(*leaves, length=5, return_lse=True)
+    torch.testing.assert_close(out[:, :5], naive(*(part[:, :5] for part in leaves)), atol=FORWARD, rtol=0)
+    assert out[:, 5:].abs().sum() == 0
+    assert (lse[:, 5:] == -torch.inf).all()
+    for part in torch.autograd.grad(out, leaves, dout):
+        assert part[:, 5:].abs().sum() == 0
+        assert part.isfinite().all()
+
+
+def test_rows_that_are_placed_freely():
+    """Two queries of one document see what stands before them, wherever that lies."""
+    *leaves, _ = drawn(1, 6, 2, 2, 4)
+    q, k, v = (part.detach() for part in leaves)
+    order = [3, 0, 5, 1]
+    keys = Placement((4,), (tuple(Run(row, range(place, place + 1)) for row, place in enumerate(order)),))
+    queries = Placement((2,), ((Run(0, range(2, 6, 3)),),))  # positions 2 and 5
+    found = placed_attention(q[:, [2, 5]], k[:, order], v[:, order], queries, keys, causal=True)
+    torch.testing.assert_close(found[:, :1], naive(q[:, 2:3], k[:, :2], v[:, :2]), atol=FORWARD, rtol=0)
+    torch.testing.assert_close(found[:, 1:], naive(q[:, 5:6], k[:, order], v[:, order]), atol=FORWARD, rtol=0)
+
+
+def test_ranks_that_all_wait_are_told_of():
+    def waits(links):
+        _, handles = links.link(0).exchange("travel", 0, [], [(1, 0, [torch.empty(2, device="meta")])])
+        yield from handles
+
+    links = SimulatedLinks(2)
+    with pytest.raises(PeerError, match=r"all ranks wait.*rank 0 for \(1, 0, 'travel', 0, 0\)"):
+        links.run([waits(links), iter(())])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"q": torch.zeros(1, 4, 2)}, r"the shapes are query \[1, 4, 2\]"),
+        ({"k": torch.zeros(1, 4, 3, 8), "v": torch.zeros(1, 4, 3, 8)}, "there are 4 query heads and 3 key heads"),
+        ({"v": torch.zeros(1, 3, 2, 8)}, "keys as many as values"),
+        ({"q": torch.zeros(1, 4, 4, 8, dtype=torch.float64)}, "the types are torch.float64, torch.float32"),
+        ({"scheme": "star"}, "scheme is 'star'; use auto, token_ring, ring, ring2, all_gather"),
+        ({"layout": "spiral"}, "layout is 'spiral'"),
+        ({"layout": "zigzag", "length": 1}, "each rank has 4 positions, and zigzag of 1 over 1 ranks has 2"),
+        ({"out_dtype": torch.bfloat16}, "out_dtype is torch.bfloat16; use torch.float32"),
+        ({"documents": (0, 3)}, r"documents are \[0, 3\]"),
+        ({"window": 2}, "window is 2 and causal False"),
+    ],
+)
+def test_what_cannot_be_is_said(change, said):
+    from anabranch.cluster.ring import context_parallel_attention
+
+    given = {"q": torch.zeros(1, 4, 4, 8), "k": torch.zeros(1, 4, 2, 8), "v": torch.zeros(1, 4, 2, 8), **change}
+    with pytest.raises(InputError, match=said):
+        context_parallel_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)

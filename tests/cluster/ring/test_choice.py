@@ -1,0 +1,129 @@
+"""Which scheme is quickest where."""
+
+import pytest
+import torch
+
+from anabranch.cluster.ring import SCHEMES, Topology, plan_attention
+from anabranch.errors import ConfigError, InputError
+
+# Links alone, and no latency: time is bytes over bandwidth.
+LINKS = Topology(bandwidth=1e9, latency_s=0.0, gather_bytes=0)
+
+
+def times(plan) -> dict[str, float]:
+    return {cost.scheme: cost.time_s for cost in plan.costs}
+
+
+def plan(group=1, *, topology=LINKS, dtype=torch.float32, **options):
+    told = {"length": 4096, "world": 4, "heads": 8, "kv_heads": 8 // group, "head_dim": 64, "causal": False, "layout": "contiguous"}
+    return plan_attention(**{**told, **options}, dtype=dtype, topology=topology)
+
+
+def test_times_by_hand():
+    """3 hops of 2 n G D b bytes over 1 GB/s; the counter-rotating ring half of that; TokenRing 3 times a result, the larger of the two."""
+    found = times(plan())
+    rows = 1024
+    assert found["ring"] == pytest.approx(3 * 2 * rows * 8 * 64 * 4 / 1e9)
+    assert found["ring2"] == pytest.approx(found["ring"] / 2)
+    # Queries travel hop by hop, each result over a link of its own: the last one leaves when the last query is there.
+    query, result = rows * 8 * 64 * 4 / 1e9, rows * 8 * (64 + 1) * 4 / 1e9
+    assert found["token_ring"] == pytest.approx(3 * query + result)
+
+
+def test_what_a_scheme_wins_goes_with_the_groups():
+    """TokenRing is ahead of the ring where H < 2 G, and behind with groups of 4 and 8 (float32, so that results weigh as queries do)."""
+    ahead = {group: times(plan(group))["token_ring"] < times(plan(group))["ring"] for group in (1, 2, 4, 8)}
+    assert ahead == {1: True, 2: False, 4: False, 8: False}
+
+
+def test_results_of_float32_weigh_twice_as_much_as_queries_of_bfloat16():
+    fine, coarse = plan(dtype=torch.bfloat16), plan(dtype=torch.bfloat16, out_dtype=torch.bfloat16)
+    cost = {made: next(cost for cost in made.costs if cost.scheme == "token_ring") for made in (fine, coarse)}
+    assert cost[fine].size_bytes > 1.4 * cost[coarse].size_bytes
+
+
+def test_memory_decides_about_all_gather():
+    assert plan().choice != "all_gather"
+    roomy = plan(topology=Topology(bandwidth=1e9, latency_s=0.0, gather_bytes=1 << 40))
+    assert roomy.choice == "all_gather"
+    assert "too much memory" in plan().explain()
+    assert "too much memory" not in roomy.explain()
+
+
+def test_few_queries_over_many_keys_go_to_the_keys():
+    found = plan_attention(512, 4, 8, 8, 64, torch.float32, causal=True, layout="contiguous", kv_cached=32768, topology=LINKS)
+    costs = {cost.scheme: cost for cost in found.costs}
+    assert found.choice == "token_ring"
+    assert costs["token_ring"].size_bytes <= 0.05 * costs["ring"].size_bytes
+    assert costs["token_ring"].time_s <= 0.3 * costs["ring"].time_s
+
+
+def test_on_a_ring_results_take_many_hops():
+    """There TokenRing is rarely chosen."""
+    ring = Topology("ring", bandwidth=1e9, latency_s=0.0, gather_bytes=0)
+    assert times(plan(topology=ring, world=8))["token_ring"] > times(plan(topology=LINKS, world=8))["token_ring"]
+    assert plan(topology=ring, world=8).choice in ("ring", "ring2")
+
+
+def test_through_a_switch_both_flows_leave_by_one_port():
+    switch = Topology("switch", bandwidth=1e9, latency_s=0.0, gather_bytes=0)
+    found = times(plan(topology=switch))
+    assert found["token_ring"] >= found["ring"]
+
+
+def test_compute_hides_links_and_latency_counts():
+    slow = Topology(bandwidth=1e15, latency_s=0.0, flops=1e9, gather_bytes=0)
+    found = plan(topology=slow)
+    for cost in found.costs:
+        # 4 D operations a pair and head.
+        assert cost.compute_s == pytest.approx(4096 * 1024 * 8 * 64 * 4 / 1e9)
+        assert cost.time_s == pytest.approx(cost.compute_s, rel=1e-3)
+    late = plan(topology=Topology(bandwidth=1e15, latency_s=1.0, gather_bytes=0))
+    assert times(late)["ring"] == pytest.approx(3.0)
+    # The last result goes home after the last query came.
+    assert times(late)["token_ring"] == pytest.approx(4.0)
+
+
+def test_a_slow_link_of_a_matrix_is_waited_for():
+    even = tuple(tuple(1e9 for _ in range(4)) for _ in range(4))
+    odd = tuple(tuple(1e8 if (row, column) == (0, 1) else 1e9 for column in range(4)) for row in range(4))
+    found = [times(plan(topology=Topology(matrix=matrix, latency_s=0.0, gather_bytes=0))) for matrix in (even, odd)]
+    assert found[0]["ring"] == times(plan())["ring"]
+    assert found[1]["ring"] > 5 * found[0]["ring"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_choice_is_the_quickest_that_is_allowed(world, backward):
+    for group in (1, 2, 4, 8):
+        for kind in ("mesh", "ring", "switch"):
+            found = plan(group, world=world, length=40 * world, backward=backward, topology=Topology(kind))
+            assert found.choice == min((c for c in found.costs if c.is_allowed), key=lambda c: c.time_s).scheme
+
+
+def test_a_plan_is_plain_values_and_a_table():
+    found = plan(4)
+    assert found.to_dict()["sizes"]["kv_heads"] == 2
+    assert [cost["scheme"] for cost in found.to_dict()["costs"]] == ["ring", "ring2", "token_ring", "all_gather"]
+    lines = found.explain().splitlines()
+    assert len(lines) == 2 + len(SCHEMES)
+    assert sum(line.startswith("*") for line in lines) == 1
+    assert "8 query heads over 2 key heads (groups of 4)" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda: Topology("star"), ConfigError, "kind is 'star'; use mesh, ring or switch"),
+        (lambda: Topology(bandwidth=0), ConfigError, "bandwidth is 0"),
+        (lambda: Topology(flops=-1.0), ConfigError, "flops -1.0"),
+        (lambda: Topology("ring", matrix=((1.0,),)), ConfigError, "only a mesh has one"),
+        (lambda: Topology(matrix=((1.0, 0.0), (1.0, 1.0))), ConfigError, "matrix must be square, with positive numbers"),
+        (lambda: plan(topology=Topology(matrix=((1.0, 1.0), (1.0, 1.0)))), ConfigError, "matrix is of 2 ranks, and there are 4"),
+        (lambda: plan(kv_heads=3), InputError, "heads is 8, kv_heads 3"),
+        (lambda: plan(head_dim=0), InputError, "head_dim 0"),
+    ],
+)
+def test_what_cannot_be_is_said(make, error, said):
+    with pytest.raises(error, match=said):
+        make()
