@@ -12,6 +12,7 @@
     ├── TokenizerError    a tokenizer cannot be read or does not fit the model
     ├── NotFiniteError    a computation gave NaN where nothing can go on from it
     ├── CapacityError     memory, disk or device room does not suffice
+    ├── PeerError         another process of a group failed, or did not answer in time
     └── BackendError      an optional package, device or compiled kernel is not there
         └── MissingExtraError   a package of an extra is not installed (also an ImportError)
 
@@ -123,6 +124,10 @@ class NotFiniteError(AnabranchError):
 
 class CapacityError(AnabranchError):
     """Memory, disk or device room does not suffice; the message says how much is needed and what would fit."""
+
+
+class PeerError(AnabranchError):
+    """Another process of a group failed, or did not answer in time; the message names it."""
 
 
 class BackendError(AnabranchError):

@@ -24,18 +24,24 @@ from anabranch.cluster.ring.attention import (
 from anabranch.cluster.ring.choice import AttentionPlan, SchemeCost, Topology, plan_attention
 from anabranch.cluster.ring.layout import Layout, Placement, Run
 from anabranch.cluster.ring.link import Traffic
+from anabranch.cluster.ring.model import ContextOutput, ContextParallel, average_gradients
 from anabranch.cluster.ring.schedule import SCHEMES
+from anabranch.cluster.ring.sharded_cache import ShardedCache
 
 __all__ = [
     "SCHEMES",
     "AttentionPlan",
+    "ContextOutput",
+    "ContextParallel",
     "Layout",
     "Placement",
     "RingOptions",
     "Run",
     "SchemeCost",
+    "ShardedCache",
     "Topology",
     "Traffic",
+    "average_gradients",
     "context_parallel_attention",
     "placed_attention",
     "plan_attention",

@@ -69,7 +69,7 @@ class Placement:
     def followed_by(self, other: "Placement") -> "Placement":
         """The rows of this, and behind them those of ``other``, on each rank."""
         runs = tuple(
-            (*mine, *(run._replace(row=run.row + rows) for run in theirs))
+            _joined((*mine, *(run._replace(row=run.row + rows) for run in theirs)), len(mine))
             for rows, mine, theirs in zip(self.rows, self.runs, other.runs, strict=True)
         )
         return Placement(tuple(map(sum, zip(self.rows, other.rows, strict=True))), runs)
@@ -188,6 +188,19 @@ def check_documents(documents: Sequence[int], length: int) -> None:
     if not ascends or documents[0] != 0 or documents[-1] != length:
         shown = list(documents) if len(documents) <= 8 else [*documents[:4], "...", documents[-1]]
         raise InputError(f"documents are {shown}; they must ascend from 0 to the sequence's length, {length}")
+
+
+def _joined(runs: tuple[Run, ...], place: int) -> tuple[Run, ...]:
+    """The same with the runs before and at ``place`` as one, where their rows and positions go on evenly: a cache would have a run for each token."""
+    if not 0 < place < len(runs):
+        return runs
+    one, other = runs[place - 1], runs[place]
+    first, last = one.positions, other.positions
+    step = last[0] - first[-1]
+    is_even = step > 0 and all(len(part) == 1 or part.step == step for part in (first, last))
+    if one.document != other.document or one.row + len(first) != other.row or not is_even:
+        return runs
+    return (*runs[: place - 1], Run(one.row, range(first[0], last[-1] + 1, step), one.document), *runs[place + 1 :])
 
 
 def _first_from(places: range, least: int) -> int:
