@@ -17,7 +17,9 @@ def is_seen(query: int, key: int, causal: bool, window: int | None, documents: t
     ) == 2
 
 
-def naive(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, causal=False, window=None, documents=None, scale=None) -> Tensor:
+def naive(
+    q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, causal=False, window=None, documents=None, scale=None
+) -> Tensor:
     shared = q_BSHD.shape[2] // k_BSGD.shape[2]
     k, v = (part.repeat_interleave(shared, 2) for part in (k_BSGD, v_BSGD))
     scale = q_BSHD.shape[3] ** -0.5 if scale is None else scale
@@ -29,7 +31,9 @@ def naive(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, causal=False, window=N
     return torch.stack(rows, 1) if rows else q_BSHD.clone()
 
 
-def drawn(batch: int, length: int, heads: int, kv_heads: int, width: int, dtype=torch.float64, seed: int = 0) -> list[Tensor]:
+def drawn(
+    batch: int, length: int, heads: int, kv_heads: int, width: int, dtype=torch.float64, seed: int = 0
+) -> list[Tensor]:
     """q, k and v that ask for gradients, and what out is differentiated with."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(batch, length, count, width) for count in (heads, kv_heads, kv_heads, heads)]

@@ -1,10 +1,11 @@
 """Attention over ranks equals attention in one process: simulated ranks, message by message."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_attention import drawn, naive
 
 from anabranch.cluster.ring import (
     SCHEMES,
@@ -12,6 +13,7 @@ from anabranch.cluster.ring import (
     Placement,
     RingOptions,
     Run,
+    Topology,
     Traffic,
     placed_attention,
     plan_attention,
@@ -22,31 +24,50 @@ from anabranch.cluster.ring import (
 )
 from anabranch.cluster.ring.link import SimulatedLinks
 from anabranch.errors import InputError, PeerError
+from naive_attention import drawn, naive
 
 KINDS = ("contiguous", "zigzag", "stripe")
 # Of float64 on values of order 1.
 FORWARD, BACKWARD = 1e-12, 1e-11
 
 
-def check(case, world, causal, *, forward=FORWARD, backward=BACKWARD, told=None, **options):
-    """Output and all gradients against the loop over queries."""
+def check(case, world, causal, *, forward=FORWARD, backward=BACKWARD, told=None, wanted=None, **options):
+    """Output and all gradients against the loop over queries, or what that gave."""
     *leaves, dout = case
-    told = {} if told is None else told
-    expected = naive(*leaves, causal=causal, **told)
-    grads = torch.autograd.grad(expected, leaves, dout)
+    expected, grads = reference(case, causal, told) if wanted is None else wanted
     found = simulated_attention(*leaves, world, causal, **options)
     torch.testing.assert_close(found, expected, atol=forward, rtol=0)
-    for part, wanted in zip(torch.autograd.grad(found, leaves, dout), grads, strict=True):
-        torch.testing.assert_close(part, wanted, atol=backward, rtol=0)
+    for part, right in zip(torch.autograd.grad(found, leaves, dout), grads, strict=True):
+        torch.testing.assert_close(part, right, atol=backward, rtol=0)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def reference(case, causal, told=None):
+    """Output and gradients of the loop over queries."""
+    *leaves, dout = case
+    expected = naive(*leaves, causal=causal, **({} if told is None else told))
+    return expected.detach(), torch.autograd.grad(expected, leaves, dout)
+
+
+@cache
+def odd(causal: bool):
+    """29 positions: no number of ranks divides them; groups of 2."""
+    case = drawn(1, 29, 4, 2, 4)
+    return case, reference(case, causal)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", KINDS)
-def test_every_scheme_and_layout_at_an_odd_length(layout, causal, scheme, world):
-    """29 positions: no number of ranks divides them; groups of 2."""
-    check(drawn(1, 29, 4, 2, 4, seed=world), world, causal, layout=layout, scheme=scheme)
+def test_every_scheme_and_layout_at_an_odd_length(layout, causal, scheme):
+    case, wanted = odd(causal)
+    check(case, 3, causal, layout=layout, scheme=scheme, wanted=wanted)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_number_of_ranks(scheme, world):
+    case, wanted = odd(True)
+    check(case, world, True, layout="zigzag", scheme=scheme, wanted=wanted)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -65,7 +86,7 @@ def test_groups_of_heads(group, scheme):
     st.integers(0, 10**6),
     st.randoms(),
 )
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_packs_and_windows(scheme, layout, world, length, causal, window, seed, draw):
     inner = sorted(draw.choices(range(length + 1), k=draw.randrange(4)))
     documents, window = (0, *inner, length), window if causal else None
@@ -112,11 +133,12 @@ def test_gradients_of_half_types_are_of_their_type_and_near():
         torch.testing.assert_close(part.double(), wanted, atol=4e-2, rtol=0)
 
 
-def test_a_hundred_orders_of_events_give_the_same_bits():
+@pytest.mark.parametrize("orders", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_many_orders_of_events_give_the_same_bits(orders):
     """Ranks take turns as they come, messages are late as they like."""
     *leaves, dout = drawn(1, 24, 2, 2, 4, torch.float32)
     found = []
-    for seed in range(100):
+    for seed in range(orders):
         out = simulated_attention(*leaves, 4, True, layout="zigzag", scheme="token_ring", seed=seed)
         found.append((out, *torch.autograd.grad(out, leaves, dout)))
     assert all(torch.equal(one, other) for other in found[1:] for one, other in zip(found[0], other, strict=True))
@@ -197,14 +219,25 @@ def test_pass_q_sends_little_where_keys_are_many():
         found = simulated_placed_attention(parts, queries.placement, keys, told)
         torch.testing.assert_close(queries.unshard(found), expected, atol=FORWARD, rtol=0)
         counts[scheme] = traffic.size_bytes
-    planned = plan_attention(8, 4, 4, 4, 4, torch.float64, causal=True, layout="contiguous", kv_cached=200)
+    planned = plan_attention(
+        8,
+        4,
+        4,
+        4,
+        4,
+        torch.float64,
+        causal=True,
+        layout="contiguous",
+        kv_cached=200,
+        topology=Topology(latency_s=0.0, gather_bytes=0),
+    )
     assert planned.choice == "token_ring"
     assert {cost.scheme: cost.size_bytes for cost in planned.costs} == counts
     assert counts["token_ring"] <= 0.05 * counts["ring"]
 
 
 def test_one_process_without_a_group_is_one_rank():
-    *leaves, dout = drawn(2, 9, 4, 2, 4)
+    *leaves, _ = drawn(2, 9, 4, 2, 4)
     for call in (ring_attention, token_ring_attention):
         found = call(*leaves, causal=True)
         torch.testing.assert_close(found, naive(*leaves, causal=True), atol=FORWARD, rtol=0)
@@ -284,7 +317,7 @@ def test_ranks_that_all_wait_are_told_of():
         ({"q": torch.zeros(1, 4, 4, 8, dtype=torch.float64)}, "the types are torch.float64, torch.float32"),
         ({"scheme": "star"}, "scheme is 'star'; use auto, token_ring, ring, ring2, all_gather"),
         ({"layout": "spiral"}, "layout is 'spiral'"),
-        ({"layout": "zigzag", "length": 1}, "each rank has 4 positions, and zigzag of 1 over 1 ranks has 2"),
+        ({"layout": "zigzag", "length": 5}, "each rank has 4 positions, and zigzag of 5 over 1 ranks has 6"),
         ({"out_dtype": torch.bfloat16}, "out_dtype is torch.bfloat16; use torch.float32"),
         ({"documents": (0, 3)}, r"documents are \[0, 3\]"),
         ({"window": 2}, "window is 2 and causal False"),

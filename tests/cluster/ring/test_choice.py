@@ -15,7 +15,15 @@ def times(plan) -> dict[str, float]:
 
 
 def plan(group=1, *, topology=LINKS, dtype=torch.float32, **options):
-    told = {"length": 4096, "world": 4, "heads": 8, "kv_heads": 8 // group, "head_dim": 64, "causal": False, "layout": "contiguous"}
+    told = {
+        "length": 4096,
+        "world": 4,
+        "heads": 8,
+        "kv_heads": 8 // group,
+        "head_dim": 64,
+        "causal": False,
+        "layout": "contiguous",
+    }
     return plan_attention(**{**told, **options}, dtype=dtype, topology=topology)
 
 
@@ -51,7 +59,9 @@ def test_memory_decides_about_all_gather():
 
 
 def test_few_queries_over_many_keys_go_to_the_keys():
-    found = plan_attention(512, 4, 8, 8, 64, torch.float32, causal=True, layout="contiguous", kv_cached=32768, topology=LINKS)
+    found = plan_attention(
+        512, 4, 8, 8, 64, torch.float32, causal=True, layout="contiguous", kv_cached=32768, topology=LINKS
+    )
     costs = {cost.scheme: cost for cost in found.costs}
     assert found.choice == "token_ring"
     assert costs["token_ring"].size_bytes <= 0.05 * costs["ring"].size_bytes
@@ -118,8 +128,16 @@ def test_a_plan_is_plain_values_and_a_table():
         (lambda: Topology(bandwidth=0), ConfigError, "bandwidth is 0"),
         (lambda: Topology(flops=-1.0), ConfigError, "flops -1.0"),
         (lambda: Topology("ring", matrix=((1.0,),)), ConfigError, "only a mesh has one"),
-        (lambda: Topology(matrix=((1.0, 0.0), (1.0, 1.0))), ConfigError, "matrix must be square, with positive numbers"),
-        (lambda: plan(topology=Topology(matrix=((1.0, 1.0), (1.0, 1.0)))), ConfigError, "matrix is of 2 ranks, and there are 4"),
+        (
+            lambda: Topology(matrix=((1.0, 0.0), (1.0, 1.0))),
+            ConfigError,
+            "matrix must be square, with positive numbers",
+        ),
+        (
+            lambda: plan(topology=Topology(matrix=((1.0, 1.0), (1.0, 1.0)))),
+            ConfigError,
+            "matrix is of 2 ranks, and there are 4",
+        ),
         (lambda: plan(kv_heads=3), InputError, "heads is 8, kv_heads 3"),
         (lambda: plan(head_dim=0), InputError, "head_dim 0"),
     ],

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from naive_attention import drawn, naive
 
 from anabranch.cluster.ring import kernel
 from anabranch.cluster.ring.kernel import attend, gradients, merge
 from anabranch.cluster.ring.pieces import Piece
+from naive_attention import drawn, naive
 
 
 def partial(out: float, lse: float) -> tuple[torch.Tensor, torch.Tensor]:

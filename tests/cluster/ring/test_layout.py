@@ -35,16 +35,16 @@ def test_positions_may_begin_later():
 
 def test_places_of_one_placement_stand_behind_those_of_another():
     both = Layout("contiguous", 2, 4).placement.followed_by(Layout("contiguous", 2, 2, first=4).placement)
-    assert both == Placement((3, 3), ((Run(0, range(0, 2)), Run(2, range(4, 5))), (Run(0, range(2, 4)), Run(2, range(5, 6)))))
+    assert both == Placement(
+        (3, 3), ((Run(0, range(0, 2)), Run(2, range(4, 5))), (Run(0, range(2, 4)), Run(2, range(5, 6))))
+    )
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 6), st.integers(0, 40), st.integers(0, 2), st.randoms())
 def test_every_position_is_once_somewhere_and_comes_back(kind, world, length, dim, draw):
     inner = sorted(draw.choices(range(length + 1), k=draw.randrange(4)))
     layout = Layout(kind, world, length, documents=(0, *inner, length))
-    found = sorted(
-        place for runs in layout.placement.runs for run in runs for place in run.positions
-    )
+    found = sorted(place for runs in layout.placement.runs for run in runs for place in run.positions)
     assert found == list(range(length))
     for rank in range(world):
         places = layout.places(rank).tolist()
@@ -63,11 +63,17 @@ def test_every_position_is_once_somewhere_and_comes_back(kind, world, length, di
         (lambda: Layout("spiral", 2, 8), "layout is 'spiral'; use contiguous, zigzag, stripe"),
         (lambda: Layout("zigzag", 0, 8), "world is 0; there is at least 1 rank"),
         (lambda: Layout("zigzag", 2, -1), "length is -1 and first 0; neither can be negative"),
-        (lambda: Layout("zigzag", 2, 8, documents=(0, 5, 3, 8)), r"documents are \[0, 5, 3, 8\]; they must ascend from 0 to .* 8"),
+        (
+            lambda: Layout("zigzag", 2, 8, documents=(0, 5, 3, 8)),
+            r"documents are \[0, 5, 3, 8\]; they must ascend from 0 to .* 8",
+        ),
         (lambda: Layout("zigzag", 2, 8, documents=(0, 7)), r"documents are \[0, 7\]"),
         (lambda: Layout("zigzag", 2, 8).places(2), "rank is 2; use 0 to 1"),
         (lambda: Layout("zigzag", 2, 8).shard(torch.zeros(1, 7), 0), "the tensor has 7 positions, the layout is of 8"),
-        (lambda: Layout("zigzag", 2, 8).unshard([torch.zeros(1, 4)]), r"the parts have \[4\] rows; the layout has 4 on each of 2 ranks"),
+        (
+            lambda: Layout("zigzag", 2, 8).unshard([torch.zeros(1, 4)]),
+            r"the parts have \[4\] rows; the layout has 4 on each of 2 ranks",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(make, said):

@@ -24,7 +24,8 @@ def tokens(length: int = 11) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "attention", [{}, {"window": 3}, {"sinks": True}, {"scale": 0.4}, {"temperature_scale": 0.3, "temperature_length": 4}]
+    "attention",
+    [{}, {"window": 3}, {"sinks": True}, {"scale": 0.4}, {"temperature_scale": 0.3, "temperature_length": 4}],
 )
 def test_loss_and_gradients_are_the_decoders(attention):
     """Also with windows, sinks and what else a scoring has."""
@@ -112,12 +113,19 @@ def test_what_cannot_be_cut_is_said():
 
 
 def llama(kind: str = "llama", **values):
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config = CONFIG_MAPPING[kind](
-        vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, attn_implementation="eager", **values,
-    )  # fmt: skip
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+        **values,
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from naive_attention import is_seen
 
 from anabranch.cluster.ring import Layout, Run
 from anabranch.cluster.ring.pieces import Mask, Piece, hull, pieces_between
 from anabranch.errors import InputError
+from naive_attention import is_seen
 
 
 def covered(pieces, queries: int, keys: int) -> torch.Tensor:

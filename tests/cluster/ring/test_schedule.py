@@ -10,7 +10,9 @@ from anabranch.cluster.ring.schedule import Schedule
 from anabranch.errors import InputError
 
 
-def schedule(scheme="token_ring", kind="zigzag", world=4, length=None, causal=True, window=None, documents=None) -> Schedule:
+def schedule(
+    scheme="token_ring", kind="zigzag", world=4, length=None, causal=True, window=None, documents=None
+) -> Schedule:
     placement = Layout(kind, world, 8 * world if length is None else length, documents).placement
     return Schedule(scheme, placement, placement, Mask(causal, window))
 
@@ -98,7 +100,10 @@ def test_every_block_is_where_it_is_worked_on(scheme, kind, world, length, causa
         for owner in range(world):
             for step in range(world - 1):
                 there, came = made.visitor(share, owner, step + 1), made.hop(share, owner, step)
-                for wanted in (made.wanted(share, owner, there), None if made.is_direct else made.hop(share, owner, step + 1)):
+                for wanted in (
+                    made.wanted(share, owner, there),
+                    None if made.is_direct else made.hop(share, owner, step + 1),
+                ):
                     assert wanted is None or (came is not None and came[0] <= wanted[0] and wanted[1] <= came[1])
     total = sum(made.pairs(rank, step) for rank in range(world) for step in range(world))
     if not causal:

@@ -113,17 +113,27 @@ def context_parallel_attention(
 
     def make(rows: int) -> tuple[Placement, Placement]:
         whole = rows * team.world if length is None else length
-        made = Layout(layout, team.world, whole, documents)
+        made = Layout(layout, team.world, whole, documents, least_rows=rows)
         if made.rows != rows:
             raise InputError(
-                f"each rank has {rows} positions, and {layout} of {whole} over {team.world} ranks has {made.rows}; pad to that, or pass length="
+                f"each rank has {rows} positions, and {layout} of {whole} over {team.world} ranks has {made.rows}; "
+                "pad to that, and pass length="
             )
         return made.placement, made.placement
 
-    told = {"length": -1 if length is None else length, "layout": _number(KINDS, layout), "documents": _digest(documents)}
+    told = {
+        "length": -1 if length is None else length,
+        "layout": _number(KINDS, layout),
+        "documents": _digest(documents),
+    }
     rows = query_BLHD.shape[1] if query_BLHD.dim() == 4 else -1
     return _attend(
-        (query_BLHD, key_BLGD, value_BLGD), lambda: make(rows), team, given, {**told, "positions of a rank": rows}, return_lse
+        (query_BLHD, key_BLGD, value_BLGD),
+        lambda: make(rows),
+        team,
+        given,
+        {**told, "positions of a rank": rows},
+        return_lse,
     )
 
 
@@ -293,9 +303,7 @@ def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, opti
     query, key = parts[0], parts[1]
     home = options.out_dtype
     if home is not None and home not in (query.dtype, program.fine_dtype(query.dtype)):
-        raise InputError(
-            f"out_dtype is {home}; use {program.fine_dtype(query.dtype)} or the inputs' {query.dtype}"
-        )
+        raise InputError(f"out_dtype is {home}; use {program.fine_dtype(query.dtype)} or the inputs' {query.dtype}")
     sizes = Sizes.of(query, key, home)
     scheme = options.scheme
     if scheme == "auto":
@@ -383,7 +391,9 @@ class _Attention(torch.autograd.Function):
             for step in range(schedule.world):
                 key = (rank, step)
                 team.traffic.pairs[key] = team.traffic.pairs.get(key, 0) + schedule.pairs(rank, step)
-        found = [part for (out, lse), own in zip(made, inputs, strict=True) for part in (out.to(own.query_BHLD.dtype), lse)]
+        found = [
+            part for (out, lse), own in zip(made, inputs, strict=True) for part in (out.to(own.query_BHLD.dtype), lse)
+        ]
         ctx.save_for_backward(*parts, *found)
         return tuple(found)
 
@@ -392,7 +402,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
         settings, team = ctx.settings, ctx.team
         count = 3 * len(team.ranks)
-        parts, found = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        # Read once: activations that are recomputed are given once.
+        saved = ctx.saved_tensors
+        parts, found = saved[:count], saved[count:]
         inputs = _inputs(settings, parts)
         deltas = [
             (dout.to(own.fine) * out.to(own.fine)).sum(-1) - dlse
@@ -412,6 +424,4 @@ class _Attention(torch.autograd.Function):
 
 
 def _inputs(settings: _Settings, parts: Sequence[Tensor]) -> list[Inputs]:
-    return [
-        Inputs(*parts[first : first + 3], settings.scale, settings.home_dtype) for first in range(0, len(parts), 3)
-    ]
+    return [Inputs(*parts[first : first + 3], settings.scale, settings.home_dtype) for first in range(0, len(parts), 3)]

@@ -2,8 +2,8 @@
 
     print(plan_attention(length=32768, world=8, heads=32, kv_heads=8, head_dim=128, causal=True, layout="zigzag").explain())
 
-The messages and the work are those of the schedule that would run, so what is counted here is what is sent. Ranks and links are the resources
-of a discrete-event simulation: a rank computes one block at a time, a directed link carries one message at a time, both at once.
+The messages and the work are those of the schedule that would run, so what is counted here is what is sent. Ranks and links are the
+resources of a discrete-event simulation: a rank computes one block at a time, a directed link carries one message at a time, both at once.
 
 Bytes per rank and step, forward, with b bytes per number and o per number of a partial result:
 
@@ -20,6 +20,7 @@ against keys that stay (`kv_cached`).
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -66,12 +67,15 @@ class Topology:
             raise ConfigError(f"kind is {self.kind!r}; use mesh, ring or switch")
         if not self.bandwidth > 0 or self.latency_s < 0 or (self.flops is not None and not self.flops > 0):
             raise ConfigError(
-                f"bandwidth is {self.bandwidth}, latency_s {self.latency_s} and flops {self.flops}; use positive numbers (a latency may be 0)"
+                f"bandwidth is {self.bandwidth}, latency_s {self.latency_s} and flops {self.flops}; use positive numbers "
+                "(a latency may be 0)"
             )
         if self.matrix is not None:
             if self.kind != "mesh":
                 raise ConfigError(f"kind is {self.kind!r} and a matrix is given; only a mesh has one")
-            off = [speed for row, speeds in enumerate(self.matrix) for column, speed in enumerate(speeds) if row != column]
+            off = [
+                speed for row, speeds in enumerate(self.matrix) for column, speed in enumerate(speeds) if row != column
+            ]
             if any(len(speeds) != len(self.matrix) for speeds in self.matrix) or not all(speed > 0 for speed in off):
                 raise ConfigError("matrix must be square, with positive numbers beside its diagonal")
 
@@ -83,7 +87,7 @@ class Topology:
             ahead = (to - source) % world
             turn, hops = (1, ahead) if ahead <= world - ahead else (-1, world - ahead)
             stations = [(source + turn * hop) % world for hop in range(hops + 1)]
-            return [((one, other), self.bandwidth) for one, other in zip(stations, stations[1:], strict=False)]
+            return [((one, other), self.bandwidth) for one, other in pairwise(stations)]
         if self.matrix is None:
             return [((source, to), self.bandwidth)]
         if len(self.matrix) != world:
@@ -181,7 +185,9 @@ class AttentionPlan:
 
     def explain(self) -> str:
         """The costs as a table, the quickest marked."""
-        lines = [f"{'':2}{'scheme':<12}{'time (ms)':>12}{'compute (ms)':>14}{'sent (MB)':>12}{'busiest link (MB)':>19}{'memory (MB)':>13}"]
+        lines = [
+            f"{'':2}{'scheme':<12}{'time (ms)':>12}{'compute (ms)':>14}{'sent (MB)':>12}{'busiest link (MB)':>19}{'memory (MB)':>13}"
+        ]
         for cost in self.costs:
             mark = "*" if cost.scheme == self.choice else " "
             beside = "" if cost.is_allowed else "  too much memory"
@@ -191,7 +197,8 @@ class AttentionPlan:
             )
         group = self.sizes.heads // self.sizes.kv_heads
         lines.append(
-            f"{self.sizes.heads} query heads over {self.sizes.kv_heads} key heads (groups of {group}): a travelling query and its result are "
+            f"{self.sizes.heads} query heads over {self.sizes.kv_heads} key heads (groups of {group}): "
+            f"a travelling query and its result are "
             f"{self.sizes.row_bytes('travel', moves_queries=True, backward=self.backward):,} and "
             f"{self.sizes.row_bytes('home', moves_queries=True, backward=self.backward):,} bytes a row, keys and values "
             f"{self.sizes.row_bytes('travel', moves_queries=False, backward=self.backward):,}"
@@ -337,6 +344,6 @@ def _memory(schedule: Schedule, sizes: Sizes, backward: bool) -> int:
             for step in range(1, schedule.world):
                 rows = schedule.hop(share, schedule.owner(share, rank, step), step - 1)
                 steps[step] += 0 if rows is None else rows[1] - rows[0]
-        pairs = [one + other for one, other in zip(steps, steps[1:], strict=False)]
+        pairs = [one + other for one, other in pairwise(steps)]
         most = max(most, sum(steps) if schedule.is_direct else max([*steps, *pairs]))
     return most * row

@@ -8,7 +8,7 @@
     x_BLW = layout.shard(whole_BLW, rank)            # padded where 1000 is no multiple of 8
     whole_BLW = layout.unshard([part_of_each_rank])  # and without the padding again
 
-`Placement` is what attention needs of it: for each rank the runs of positions that its rows are, cut where a document ends, without padding.
+`Placement` is what attention needs of it: for each rank the runs of positions that its rows are, cut where documents end, without padding.
 """
 # Shapes: B sequences, L positions of a rank, S positions of all
 
@@ -86,6 +86,7 @@ class Layout:
         documents: where documents that were packed into the sequence begin and the last one ends, ``(0, ..., S)``; positions of one do
             not see those of another. None for one document.
         first: position of the first, where others stand before the sequence.
+        least_rows: rows that a rank has at least, where more padding is wanted than must be.
 
     Raises InputError for a kind that is none, a world below 1, a negative length, or documents that are not ascending from 0 to ``length``.
     """
@@ -95,6 +96,7 @@ class Layout:
     length: int
     documents: tuple[int, ...] | None = None
     first: int = 0
+    least_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -108,9 +110,9 @@ class Layout:
 
     @cached_property
     def rows(self) -> int:
-        """Rows of a rank: S / N rounded up, to an even number in zigzag."""
-        chunks = 2 * self.world if self.kind == "zigzag" else self.world
-        return -(-self.length // chunks) * (chunks // self.world)
+        """Rows of a rank: S / N rounded up, to an even number in zigzag; or `least_rows`, if that is more."""
+        chunks = 2 if self.kind == "zigzag" else 1
+        return max(-(-self.length // (chunks * self.world)), -(-self.least_rows // chunks)) * chunks
 
     def _pieces(self, rank: int) -> list[range]:
         """Places in the sequence of the rows of a rank, in order; beyond ``length`` they are padding."""
@@ -191,7 +193,7 @@ def check_documents(documents: Sequence[int], length: int) -> None:
 
 
 def _joined(runs: tuple[Run, ...], place: int) -> tuple[Run, ...]:
-    """The same with the runs before and at ``place`` as one, where their rows and positions go on evenly: a cache would have a run for each token."""
+    """The same with the runs before and at ``place`` as one, where rows and positions go on evenly: else a cache had one for each token."""
     if not 0 < place < len(runs):
         return runs
     one, other = runs[place - 1], runs[place]

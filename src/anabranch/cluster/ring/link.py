@@ -91,7 +91,9 @@ class Traffic:
         """One message. Raises InputError for another number of ranks than before."""
         self.sent = self.sent or MessageLog(world)
         if self.sent.num_ranks != world:
-            raise InputError(f"this traffic is of {self.sent.num_ranks} ranks, and the pass has {world}; make a new one")
+            raise InputError(
+                f"this traffic is of {self.sent.num_ranks} ranks, and the pass has {world}; make a new one"
+            )
         self.sent.add(source, to, size_bytes, kind=flow, micro_batch=step)
 
     @property

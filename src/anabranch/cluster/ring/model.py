@@ -68,7 +68,14 @@ class RingStore:
         self._is_checked = False
 
     def attend(
-        self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, *, visit: int = 0, scoring: Scoring = PLAIN
+        self,
+        layer: int,
+        query_BHLD: Tensor,
+        key_BGLD: Tensor,
+        value_BGLD: Tensor,
+        *,
+        visit: int = 0,
+        scoring: Scoring = PLAIN,
     ) -> Tensor:
         """y_BHLD. Raises ConfigError where values are not stored beside keys."""
         told = options_of(self.options, scoring)
@@ -123,11 +130,15 @@ class ContextParallel(nn.Module):
         """
         layout = Layout(self.layout_kind, self.world, token_BS.shape[1])
         store = RingStore(layout, self.group, self.options)
-        logits_BLV, auxiliary, metrics = self._form.run(self._own(layout, token_BS), self._ids(layout, token_BS), layout, self.rank, store, state)
+        logits_BLV, auxiliary, metrics = self._form.run(
+            self._own(layout, token_BS), self._ids(layout, token_BS), layout, self.rank, store, state
+        )
         if target_BS is None:
             return ContextOutput(self._whole(layout, logits_BLV), metrics=metrics)
         target_BL = layout.shard(target_BS, self.rank, value=-100)
-        total = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100, reduction="sum")
+        total = F.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100, reduction="sum"
+        )
         count = (target_BS != -100).sum().clamp_min(1)
         # The mean over ranks is what is wanted; each has a part of the sum.
         share = total * (self.world / count)
@@ -150,20 +161,29 @@ class ContextParallel(nn.Module):
     def extend(self, token_BS: Tensor, cache: ShardedCache) -> Tensor:
         """Run new tokens behind what the cache has, and keep their keys and values; logits of the last one, ``[B, V]``, on every rank.
 
-        Many tokens are cut over the ranks, and their queries go to the keys or the other way round, whichever is less (``auto``). Fewer than
-        there are ranks are run by every rank whole, each on its share of the cache; one of them keeps what is new. Of a decoder of ours only.
+        Many tokens are cut over the ranks, and queries go to keys or the other way round, whichever is quicker (``auto``). A few, less than
+        two for each rank, are run by every rank whole, each on its share of the cache, and one keeps what is new. Decoders of ours only.
         """
         if not isinstance(self._form, _DecoderForm):
-            raise ConfigError("a cache that is cut over ranks is of decoders of ours; use the model's own generation on one rank")
+            raise ConfigError(
+                "a cache that is cut over ranks is of decoders of ours; use the model's own generation on one rank"
+            )
         if token_BS.shape[1] == 0:
             raise InputError("there are no tokens; give at least 1")
         is_cut = token_BS.shape[1] >= 2 * self.world and self.world > 1
-        layout = Layout(self.layout_kind if is_cut else "contiguous", self.world if is_cut else 1, token_BS.shape[1], first=cache.length)
+        layout = Layout(
+            self.layout_kind if is_cut else "contiguous",
+            self.world if is_cut else 1,
+            token_BS.shape[1],
+            first=cache.length,
+        )
         rank = self.rank if is_cut else 0
         token_BL = layout.shard(token_BS, rank)
         cache.begin(layout, is_cut=is_cut)
         try:
-            logits_BLV, _, _ = self._form.run(token_BL, layout.position_ids(rank).to(token_BS.device), layout, rank, cache, None)
+            logits_BLV, _, _ = self._form.run(
+                token_BL, layout.position_ids(rank).to(token_BS.device), layout, rank, cache, None
+            )
         except BaseException:
             cache.forget()
             raise
@@ -213,9 +233,13 @@ class _DecoderForm:
                 f"{type(model).__name__} is neither a decoder of ours nor a model of transformers (it has no {missing[0]!r})"
             )
         if model.streams is not None:
-            raise ConfigError("parallel streams have keys and values in front of every sequence, which are not cut over ranks")
+            raise ConfigError(
+                "parallel streams have keys and values in front of every sequence, which are not cut over ranks"
+            )
         if not model.is_causal:
-            raise ConfigError("this model routes by looking at other tokens of a sequence, which are on other ranks; use context=1")
+            raise ConfigError(
+                "this model routes by looking at other tokens of a sequence, which are on other ranks; use context=1"
+            )
         self.model = model
 
     def run(

@@ -1,7 +1,7 @@
 """What the queries of one rank see of the keys of another, as rectangles and triangles that kernels are quick at.
 
-Runs of evenly spaced positions see each other in few ways: not at all, wholly, or by a triangle, in front of which stands a rectangle and
-behind which another. Only windows need a mask. So no part of the work is masked away after it was done, and what is counted here is what is computed.
+Runs of evenly spaced positions see each other in few ways: not at all, wholly, or by a triangle, in front of which stands a rectangle
+and behind which another. Only windows need a mask. So next to nothing is computed and masked away, and what is counted is what is done.
 """
 # Shapes: L queries, S keys
 
@@ -146,9 +146,7 @@ def _windowed(query: Run, key: Run, window: int) -> Iterator[Piece]:
     if others[-1] <= positions[0] and positions[-1] - others[0] < window:
         yield _full(row, len(positions), first, len(others))
         return
-    yield Piece(
-        (row, row + len(positions)), (first, first + len(others)), "window", positions, others, window
-    )
+    yield Piece((row, row + len(positions)), (first, first + len(others)), "window", positions, others, window)
 
 
 def _between(positions: range, least: int, end: int) -> range:

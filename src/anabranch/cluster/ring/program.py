@@ -57,7 +57,7 @@ class Passenger(Protocol):
         """Tensors on ``meta`` as `own` gives them, of so many rows of another rank's."""
 
     def visit(self, parts: list[Tensor], first: int, pieces: tuple[Piece, ...], wanted: Rows) -> list[Tensor] | None:
-        """Work on the block of another rank, of which ``parts`` begin at row ``first``; what goes home of the rows ``wanted``, if anything does."""
+        """Work on a block of which ``parts`` begin at row ``first``; what goes home of the rows ``wanted``, if anything does."""
 
     def home_like(self, rows: int) -> list[Tensor]:
         """Tensors on ``meta`` as `visit` gives them; empty where nothing goes home."""
@@ -75,7 +75,9 @@ def forward(schedule: Schedule, rank: int, inputs: Inputs, link: Link) -> Progra
     return _circulate(schedule, rank, kind(inputs), link)
 
 
-def backward(schedule: Schedule, rank: int, inputs: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, link: Link) -> Program:
+def backward(
+    schedule: Schedule, rank: int, inputs: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, link: Link
+) -> Program:
     """(dquery, dkey, dvalue) of this rank, of `fine_dtype`. ``lse`` and ``delta`` are those of its queries, see `kernel`."""
     kind = _QueriesBackward if schedule.moves_queries else _KeysBackward
     return _circulate(schedule, rank, kind(inputs, dout, lse, delta), link)
@@ -339,7 +341,16 @@ class _KeysBackward(_Backward):
         dkey, dvalue = (torch.zeros(part.shape, dtype=inputs.fine, device=part.device) for part in (key, value))
         into = (self.dquery, dkey, dvalue)
         gradients(
-            inputs.query_BHLD, key, value, self.dout, self.lse, self.delta, pieces, into, scale=inputs.scale, key=wanted[0]
+            inputs.query_BHLD,
+            key,
+            value,
+            self.dout,
+            self.lse,
+            self.delta,
+            pieces,
+            into,
+            scale=inputs.scale,
+            key=wanted[0],
         )
         return [dkey, dvalue]
 

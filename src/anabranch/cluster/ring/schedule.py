@@ -5,9 +5,9 @@
     ring2        the same in two halves that travel in opposite directions
     all_gather   keys and values of each rank go to every other one at once
 
-Under a causal mask blocks travel downwards, from rank j to j - 1: so in the zigzag layout a block is whole until it has come by rank 0, and from
-there on only half of it is wanted. Rows travel no further than to the last rank that wants them: 1.5 c N (N - 1) rows of chunks of c in zigzag,
-where all of them would be 2 c N (N - 1).
+Under a causal mask blocks travel downwards, from rank j to j - 1: so in the zigzag layout a block is whole until it has come by rank 0,
+and from there on only half of it is wanted. Rows travel no further than to the last rank that wants them: 1.5 c N (N - 1) rows of chunks
+of c in zigzag, where all of them would be 2 c N (N - 1).
 """
 # Shapes: N ranks, n rows of a rank, Hq and Hk heads, D head width, c rows of a chunk
 

@@ -1,8 +1,8 @@
 """A key-value cache of which each rank holds a share of the positions: for contexts that no rank has room for.
 
-Keys stay where they are. New positions that are cut over the ranks attend by `placed_attention` (queries travel where they are few, "pass-Q",
-Yang et al. 2024, arXiv 2411.01783); a few that every rank has whole, as in decoding, need not even travel: each rank makes
-a partial result on its own share, and those go to everyone, N (N - 1) H (D + 1) numbers of float32 for a position however long the context.
+Keys stay where they are. New positions that are cut over the ranks attend by `placed_attention` (queries travel where they are few,
+"pass-Q", Yang et al. 2024, arXiv 2411.01783); a few that every rank has whole, as in decoding, need not even travel: each rank makes a
+partial result on its own share, and those go to everyone, N (N - 1) H (D + 1) numbers of float32 for a position however long the context.
 """
 # Shapes: B sequences, H query heads, G key heads, L new rows, S rows of this rank, D head width
 
@@ -124,7 +124,14 @@ class ShardedCache:
         return sum(part.nbytes for slot in self._slots.values() for part in slot.kept)
 
     def attend(
-        self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, *, visit: int = 0, scoring: Scoring = PLAIN
+        self,
+        layer: int,
+        query_BHLD: Tensor,
+        key_BGLD: Tensor,
+        value_BGLD: Tensor,
+        *,
+        visit: int = 0,
+        scoring: Scoring = PLAIN,
     ) -> Tensor:
         """y_BHLD of the new rows, which see all before them; keys and values are kept.
 
@@ -139,14 +146,14 @@ class ShardedCache:
             empty = key_BGLD[:, :, :0]
             slot = self._slots[layer, visit] = _Rows(empty, value_BGLD[:, :, :0])
         if slot.length != self.placement.rows[self.rank]:
-            raise ConfigError(f"layer {layer} was passed over before (visit {visit}), which a cache over ranks does not keep")
+            raise ConfigError(
+                f"layer {layer} was passed over before (visit {visit}), which a cache over ranks does not keep"
+            )
         if after.rows[self.rank] > slot.length:
             slot.append(key_BGLD, value_BGLD)
         if self._is_cut:
             rows = (part.transpose(1, 2) for part in (query_BHLD, *slot.kept))
-            out, lse = placed_attention(
-                *rows, self._new.placement, after, self.group, return_lse=True, **vars(told)
-            )
+            out, lse = placed_attention(*rows, self._new.placement, after, self.group, return_lse=True, **vars(told))
             return with_sinks(out, lse, scoring).transpose(1, 2)
         out_BHLD, lse_BHL = self._partials(query_BHLD, slot, after, told)
         out = with_sinks(out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2), scoring)

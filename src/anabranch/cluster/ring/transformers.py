@@ -4,8 +4,8 @@
 
     model = ContextParallel(AutoModelForCausalLM.from_pretrained(...))        # layout="zigzag"
 
-Positions are passed to the model, masks are not: what a query sees is given by the layout, causal, in the window of each layer. What a model
-does to scores beside that (soft caps, biases, chunks) is refused, since it would be left out in silence.
+Positions are passed to the model, masks are not: what a query sees is given by the layout, causal, in the window of each layer. What a
+model does to scores beside that (soft caps, biases, chunks) is refused, since it would be left out in silence.
 """
 # Shapes: B sequences, L positions of a rank, H query heads, G key heads, D head width
 
@@ -48,7 +48,9 @@ class TransformersForm:
         others = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
         if config.is_encoder_decoder or others:
             what = f"layers of kind {others[0]!r}" if others else "an encoder"
-            raise ConfigError(f"{type(model).__name__} has {what}, which is not cut over ranks; only causal attention is")
+            raise ConfigError(
+                f"{type(model).__name__} has {what}, which is not cut over ranks; only causal attention is"
+            )
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
         self.model, self._current = model, _Current()
@@ -82,7 +84,9 @@ def _attend(
     """(y_BLHD, None), as transformers want it."""
     current = getattr(module, "_anabranch_ring", None)
     if current is None or current.store is None:
-        raise ConfigError(f"attention is {NAME!r}, which works inside of ContextParallel only; see anabranch.cluster.ring")
+        raise ConfigError(
+            f"attention is {NAME!r}, which works inside of ContextParallel only; see anabranch.cluster.ring"
+        )
     refused = [name for name in ("softcap", "position_bias") if others.get(name) is not None]
     if attention_mask is not None:
         refused.append("attention_mask")
