@@ -8,27 +8,23 @@ result is that of one process to rounding, whatever the scheme, the layout and t
 """
 # Shapes: B sequences, L positions of a rank, S of all, H query heads, G key heads, D head width, N ranks
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
 
-from anabranch.cluster.ring import program
 from anabranch.cluster.ring.agreement import check_agreement
 from anabranch.cluster.ring.choice import Sizes, Topology, choose
+from anabranch.cluster.ring.kernel import fine_dtype
 from anabranch.cluster.ring.layout import KINDS, Layout, Placement
-from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic, drive
+from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic
 from anabranch.cluster.ring.pieces import Mask
-from anabranch.cluster.ring.program import Inputs
 from anabranch.cluster.ring.schedule import SCHEMES, Schedule
-from anabranch.errors import ConfigError, InputError
+from anabranch.cluster.ring.team import Group, GroupTeam, Settings, SimulatedTeam, over_ranks, process_group
+from anabranch.errors import InputError
 
 __all__ = [
     "Group",
@@ -41,7 +37,6 @@ __all__ = [
     "token_ring_attention",
 ]
 
-Group = dist.ProcessGroup | DeviceMesh | None
 LayoutKind = Literal["contiguous", "zigzag", "stripe"]
 
 
@@ -223,94 +218,33 @@ def simulated_placed_attention(
 ) -> list[Tensor]:
     """`placed_attention` of simulated ranks: out_BLHD of each, of (query_BLHD, key_BSGD, value_BSGD) of each."""
     options = RingOptions() if options is None else options
-    team = _SimulatedTeam(SimulatedLinks(len(parts), seed=seed, traffic=options.traffic))
+    team = SimulatedTeam(SimulatedLinks(len(parts), seed=seed, traffic=options.traffic))
     flat = [part.transpose(1, 2) for own in parts for part in own]
     if not len(flat[0]):
         return [own[0].clone() for own in parts]
-    found = _Attention.apply(team, _settings(flat, queries, keys, options), *flat)
+    found = over_ranks(team, _settings(flat, queries, keys, options), flat)
     return [out.transpose(1, 2) for out in found[::2]]
-
-
-class _Team(Protocol):
-    """The ranks that this process runs the programs of."""
-
-    world: int
-    ranks: tuple[int, ...]
-    group: dist.ProcessGroup | None
-    traffic: Traffic
-
-    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
-        """What the programs ``make(index, rank, link)`` give, in the order of ``ranks``."""
-
-
-class _GroupTeam:
-    """This process alone, of a group."""
-
-    def __init__(self, link: GroupLink) -> None:
-        self.link, self.world, self.ranks, self.group = link, link.world, (link.rank,), link.group
-        self.traffic = link.traffic
-
-    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
-        return [drive(make(0, self.ranks[0], self.link), self.traffic)]
-
-
-class _SimulatedTeam:
-    """All ranks."""
-
-    def __init__(self, links: SimulatedLinks) -> None:
-        self.links, self.world, self.ranks, self.group = links, links.world, tuple(range(links.world)), None
-        self.traffic = links.traffic
-
-    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
-        return self.links.run([make(rank, rank, self.links.link(rank)) for rank in self.ranks])
-
-
-def process_group(group: Group) -> dist.ProcessGroup | None:
-    """The group that is meant; None for this process alone. Raises ConfigError where one of several processes has not joined a group."""
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise InputError(f"the mesh has {group.ndim} dimensions; pass one of them, as mesh['context']")
-        return group.get_group()
-    if group is not None:
-        return group
-    if dist.is_initialized():
-        return dist.group.WORLD
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != "1":
-        raise ConfigError(
-            f"torchrun started {started} processes, and none has joined a group; call torch.distributed.init_process_group first"
-        )
-    return None
 
 
 def _team(group: Group, options: RingOptions) -> Any:
     found = process_group(group)
     if found is None:
-        return _SimulatedTeam(SimulatedLinks(1, traffic=options.traffic))
-    return _GroupTeam(GroupLink(found, traffic=options.traffic, timeout_s=options.timeout_s))
+        return SimulatedTeam(SimulatedLinks(1, traffic=options.traffic))
+    return GroupTeam(GroupLink(found, traffic=options.traffic, timeout_s=options.timeout_s))
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What the passes are told beside tensors."""
-
-    schedule: Schedule
-    scale: float
-    home_dtype: torch.dtype | None
-
-
-def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, options: RingOptions) -> _Settings:
+def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, options: RingOptions) -> Settings:
     query, key = parts[0], parts[1]
     home = options.out_dtype
-    if home is not None and home not in (query.dtype, program.fine_dtype(query.dtype)):
-        raise InputError(f"out_dtype is {home}; use {program.fine_dtype(query.dtype)} or the inputs' {query.dtype}")
+    if home is not None and home not in (query.dtype, fine_dtype(query.dtype)):
+        raise InputError(f"out_dtype is {home}; use {fine_dtype(query.dtype)} or the inputs' {query.dtype}")
     sizes = Sizes.of(query, key, home)
     scheme = options.scheme
     if scheme == "auto":
         scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology())
     schedule = Schedule(scheme, queries, keys, options.mask)
     scale = query.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
-    return _Settings(schedule, scale, home)
+    return Settings(schedule, scale, home)
 
 
 def _attend(
@@ -334,7 +268,7 @@ def _attend(
         # No message is of no bytes.
         out, lse = tensors[0].clone(), tensors[0].new_zeros(tensors[0].shape[:3])
         return (out, lse) if return_lse else out
-    out_BHLD, lse_BHL = _Attention.apply(team, _settings(parts, queries, keys, options), *parts)
+    out_BHLD, lse_BHL = over_ranks(team, _settings(parts, queries, keys, options), parts)
     return (out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2)) if return_lse else out_BHLD.transpose(1, 2)
 
 
@@ -375,53 +309,3 @@ def _number(names: Sequence[str], name: str) -> int:
 
 def _digest(documents: tuple[int, ...] | None) -> int:
     return -1 if documents is None else crc32(repr(documents).encode())
-
-
-class _Attention(torch.autograd.Function):
-    """(out_BHLD, lse_BHL) of each rank of the team, of (query_BHLD, key_BGSD, value_BGSD) of each."""
-
-    @staticmethod
-    def forward(ctx: Any, team: Any, settings: _Settings, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.team, ctx.settings = team, settings
-        inputs = _inputs(settings, parts)
-        schedule = settings.schedule
-        with torch.autocast(parts[0].device.type, enabled=False):
-            made = team.run(lambda index, rank, link: program.forward(schedule, rank, inputs[index], link))
-        for rank in team.ranks:
-            for step in range(schedule.world):
-                key = (rank, step)
-                team.traffic.pairs[key] = team.traffic.pairs.get(key, 0) + schedule.pairs(rank, step)
-        found = [
-            part for (out, lse), own in zip(made, inputs, strict=True) for part in (out.to(own.query_BHLD.dtype), lse)
-        ]
-        ctx.save_for_backward(*parts, *found)
-        return tuple(found)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
-        settings, team = ctx.settings, ctx.team
-        count = 3 * len(team.ranks)
-        # Read once: activations that are recomputed are given once.
-        saved = ctx.saved_tensors
-        parts, found = saved[:count], saved[count:]
-        inputs = _inputs(settings, parts)
-        deltas = [
-            (dout.to(own.fine) * out.to(own.fine)).sum(-1) - dlse
-            for own, out, dout, dlse in zip(inputs, found[::2], given[::2], given[1::2], strict=True)
-        ]
-
-        def make(index: int, rank: int, link: Any) -> program.Program:
-            # Zeros that nothing was computed for are expanded ones.
-            dout = given[2 * index].to(inputs[index].query_BHLD.dtype)
-            lse = found[2 * index + 1]
-            return program.backward(settings.schedule, rank, inputs[index], dout, lse, deltas[index], link)
-
-        with torch.autocast(parts[0].device.type, enabled=False):
-            made = team.run(make)
-        flat = [part.to(own.query_BHLD.dtype) for grads, own in zip(made, inputs, strict=True) for part in grads]
-        return None, None, *flat
-
-
-def _inputs(settings: _Settings, parts: Sequence[Tensor]) -> list[Inputs]:
-    return [Inputs(*parts[first : first + 3], settings.scale, settings.home_dtype) for first in range(0, len(parts), 3)]

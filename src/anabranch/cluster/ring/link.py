@@ -114,7 +114,9 @@ class GroupLink:
     def __init__(
         self, group: dist.ProcessGroup | None = None, *, traffic: Traffic | None = None, timeout_s: float | None = None
     ) -> None:
-        self.group = dist.group.WORLD if group is None else group
+        found = dist.group.WORLD if group is None else group
+        assert found is not None, "the processes have joined a group"
+        self.group: dist.ProcessGroup = found
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.traffic = Traffic() if traffic is None else traffic
         self.timeout_s = timeout_s

@@ -20,10 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.cluster.ring.attention import Group, RingOptions, placed_attention, process_group
+from anabranch.cluster.ring.attention import RingOptions, placed_attention
 from anabranch.cluster.ring.layout import KINDS, Layout
 from anabranch.cluster.ring.scored import options_of, with_sinks
 from anabranch.cluster.ring.sharded_cache import ShardedCache
+from anabranch.cluster.ring.team import Group, process_group
 from anabranch.errors import ConfigError, InputError
 from anabranch.nn.scored import PLAIN, Scoring
 
@@ -82,9 +83,11 @@ class RingStore:
         # What differs between ranks does so in the first layer.
         told = replace(told, check=told.check and not self._is_checked)
         self._is_checked = True
-        rows = (part.transpose(1, 2) for part in (query_BHLD, key_BGLD, value_BGLD))
+        query, key, value = (part.transpose(1, 2) for part in (query_BHLD, key_BGLD, value_BGLD))
         placement = self.layout.placement
-        out_BLHD, lse_BLH = placed_attention(*rows, placement, placement, self.group, return_lse=True, **vars(told))
+        out_BLHD, lse_BLH = placed_attention(
+            query, key, value, placement, placement, self.group, return_lse=True, **vars(told)
+        )
         return with_sinks(out_BLHD, lse_BLH, scoring).transpose(1, 2)
 
 

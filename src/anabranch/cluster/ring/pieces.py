@@ -172,7 +172,8 @@ def _joined(pieces: Sequence[Piece], along: Literal["rows", "keys"]) -> list[Pie
             and getattr(last, across) == getattr(piece, across)
             and getattr(last, along)[1] == getattr(piece, along)[0]
         ):
-            made[-1] = last._replace(**{along: (getattr(last, along)[0], getattr(piece, along)[1])})
+            joined = (getattr(last, along)[0], getattr(piece, along)[1])
+            made[-1] = last._replace(rows=joined) if along == "rows" else last._replace(keys=joined)
         else:
             made.append(piece)
     return made

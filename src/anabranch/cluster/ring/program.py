@@ -278,7 +278,8 @@ class _KeysForward(_Forward):
 
     def visit(self, parts: list[Tensor], first: int, pieces: tuple[Piece, ...], wanted: Rows) -> None:
         inputs = self.inputs
-        attend(inputs.query_BHLD, *parts, pieces, self.out, self.lse, scale=inputs.scale, key=first)
+        key, value = parts
+        attend(inputs.query_BHLD, key, value, pieces, self.out, self.lse, scale=inputs.scale, key=first)
 
     def home_like(self, rows: int) -> list[Tensor]:
         return []

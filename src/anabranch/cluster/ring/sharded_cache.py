@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anabranch.cluster.ring.attention import Group, RingOptions, placed_attention, process_group
+from anabranch.cluster.ring.attention import RingOptions, placed_attention
 from anabranch.cluster.ring.kernel import attend, fine_dtype, merge
 from anabranch.cluster.ring.layout import Layout, Placement
 from anabranch.cluster.ring.link import GroupLink, Traffic, drive
 from anabranch.cluster.ring.pieces import Mask, pieces_between
 from anabranch.cluster.ring.scored import options_of, with_sinks
+from anabranch.cluster.ring.team import Group, process_group
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.nn.scored import PLAIN, Scoring
 
@@ -152,8 +153,10 @@ class ShardedCache:
         if after.rows[self.rank] > slot.length:
             slot.append(key_BGLD, value_BGLD)
         if self._is_cut:
-            rows = (part.transpose(1, 2) for part in (query_BHLD, *slot.kept))
-            out, lse = placed_attention(*rows, self._new.placement, after, self.group, return_lse=True, **vars(told))
+            query, key, value = (part.transpose(1, 2) for part in (query_BHLD, *slot.kept))
+            out, lse = placed_attention(
+                query, key, value, self._new.placement, after, self.group, return_lse=True, **vars(told)
+            )
             return with_sinks(out, lse, scoring).transpose(1, 2)
         out_BHLD, lse_BHL = self._partials(query_BHLD, slot, after, told)
         out = with_sinks(out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2), scoring)
