@@ -60,8 +60,14 @@ PUBLIC = {
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.cluster": """
-        Durations GPipe KeyedDropout LayerCost MessageLog Partition Plan Pop SCHEDULES SavedBytes Schedule Slot Stash Timeline
-        keyed_uniform partition plan random_key schedule simulate
+        ContextParallel Durations GPipe KeyedDropout LayerCost MessageLog Partition Plan Pop SCHEDULES SavedBytes Schedule Slot Stash
+        Timeline context_parallel_attention keyed_uniform partition plan plan_attention random_key ring_attention schedule simulate
+        token_ring_attention
+    """,
+    "anabranch.cluster.ring": """
+        AttentionPlan ContextOutput ContextParallel Layout Placement RingOptions Run SCHEMES SchemeCost ShardedCache Topology Traffic
+        average_gradients context_parallel_attention placed_attention plan_attention ring_attention simulated_attention
+        simulated_placed_attention token_ring_attention
     """,
     "anabranch.depth": """
         BlockStack DepthReport DepthRouter EXECUTE REPEAT RoutedPass SKIP check_depth_path decisions_of path_of routed_pass run_path

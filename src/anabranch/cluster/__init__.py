@@ -5,6 +5,10 @@
     pipe = GPipe(model, stages=4, micro_batches=8)      # any nn.Sequential
     loss = pipe.step(x, target, loss_fn)                # gradients are those of the model that was not split
 
+    from anabranch.cluster import token_ring_attention
+
+    out = token_ring_attention(q, k, v, causal=True, layout="zigzag")   # of a sequence that is cut over ranks
+
 Names are loaded when they are first used: what plans and draws needs numpy alone, what trains needs torch.
 """
 
@@ -18,12 +22,20 @@ if TYPE_CHECKING:
     from anabranch.cluster.messages import MessageLog
     from anabranch.cluster.partitions import Partition, partition
     from anabranch.cluster.plans import LayerCost, Plan, plan
+    from anabranch.cluster.ring import (
+        ContextParallel,
+        context_parallel_attention,
+        plan_attention,
+        ring_attention,
+        token_ring_attention,
+    )
     from anabranch.cluster.saved_bytes import SavedBytes
     from anabranch.cluster.schedules import SCHEDULES, Schedule, Slot, schedule
     from anabranch.cluster.simulation import Durations, Timeline, simulate
 
 __all__ = [
     "SCHEDULES",
+    "ContextParallel",
     "Durations",
     "GPipe",
     "KeyedDropout",
@@ -37,12 +49,16 @@ __all__ = [
     "Slot",
     "Stash",
     "Timeline",
+    "context_parallel_attention",
     "keyed_uniform",
     "partition",
     "plan",
+    "plan_attention",
     "random_key",
+    "ring_attention",
     "schedule",
     "simulate",
+    "token_ring_attention",
 ]
 _HOMES: dict[str, str | None] = {
     **dict.fromkeys(("GPipe", "Pop", "Stash"), ".gpipe"),
@@ -52,6 +68,16 @@ _HOMES: dict[str, str | None] = {
     **dict.fromkeys(("Durations", "Timeline", "simulate"), ".simulation"),
     **dict.fromkeys(("LayerCost", "Plan", "plan"), ".plans"),
     **dict.fromkeys(("Partition", "partition"), ".partitions"),
+    **dict.fromkeys(
+        (
+            "ContextParallel",
+            "context_parallel_attention",
+            "plan_attention",
+            "ring_attention",
+            "token_ring_attention",
+        ),
+        ".ring",
+    ),
     **dict.fromkeys(("SCHEDULES", "Schedule", "Slot", "schedule"), ".schedules"),
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)
