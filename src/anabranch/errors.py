@@ -22,6 +22,11 @@ Messages say what was wrong, which value, and what would work. The command line 
 from collections.abc import Sequence
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class AnabranchError(Exception):
     """Base of every error a user can cause.
 

@@ -15,7 +15,7 @@ from scipy import stats
 from anabranch.errors import AnabranchError, CapacityError, DataError, InputError
 from anabranch.graph import Graph
 from anabranch.graph.datasets import load_dataset
-from anabranch.graph.fully_ppr import FullyPPR, FullyPPRResult, fully_ppr
+from anabranch.graph.fully_ppr import FullyPPR, FullyPPRResult, chunks, fully_ppr
 from anabranch.graph.fully_ppr.chunks import begun
 from anabranch.graph.fully_ppr.options import choose_chunk, exact_bytes, walk_bytes
 from anabranch.graph.powerwalk import PowerWalk
@@ -510,6 +510,33 @@ def test_damaged_parts_are_refused(tmp_path):
     (tmp_path / "x.parts" / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="not readable; remove"):
         FullyPPR(walks=50, out=out).fit(graph)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, "a", None, True, 10**30, 7, 10**9])
+def test_a_manifest_that_was_written_by_hand_loses_nothing(tmp_path, chunk):
+    graph, out = random_graph(9, nodes=399, edges=2000), tmp_path / "x"
+    stopped_after(FullyPPR(walks=50, workers=1, out=out), graph, 3)
+    path = tmp_path / "x.parts" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if chunk == manifest["chunk"]:
+        chunk += 1
+    path.write_text(json.dumps({**manifest, "chunk": chunk}))
+    with pytest.raises(DataError, match=r"remove .*x\.parts to start anew"):
+        FullyPPR(walks=50, out=out).fit(graph)
+    assert not out.exists()
+
+
+def test_parts_go_as_they_are_put_together():
+    """All rows would be in memory twice."""
+    graph = random_graph(9, nodes=399, edges=2000)
+    job = chunks.Job(graph, np.arange(400), True, {}, np.float32, 7)
+    whole = fully_ppr(graph, walks=50).rows
+    held = {number: whole.take(np.arange(7 * number, 7 * number + 7)) for number in (1, 0)}
+    found = chunks._together(job, held)
+    assert held == {}
+    expected = whole.take(np.arange(14))
+    for name in ("indptr", "ids", "values"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_a_run_in_memory_can_be_cancelled():

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, cast
 
-from anabranch.errors import DataError
+from anabranch.errors import DataError, first_line
 from anabranch.files import parse_json
 
 # .dz: dictd's seekable gzip.
@@ -132,7 +132,7 @@ def _read_parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[st
                     row += 1
                     yield f"row {row}", values
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
+        raise DataError(f"cannot read {file}: {first_line(error)}") from None
 
 
 def _read_json_lines(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

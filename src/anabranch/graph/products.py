@@ -24,7 +24,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from anabranch.errors import BackendError
+from anabranch.errors import BackendError, first_line
 from anabranch.extras import require
 from anabranch.graph.guarded import CHECKED
 from anabranch.graph.projection import BLOCK, SparseProjection
@@ -188,7 +188,7 @@ class TorchProducts:
             self.device = torch.device(device)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise BackendError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+            raise BackendError(f"device {device!r} is not available: {first_line(error)}") from None
         self.torch, matrix = torch, operator.to_scipy()
         indptr, indices = (torch.as_tensor(array.astype(np.int64)) for array in (matrix.indptr, matrix.indices))
         with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError, InputError, first_line
 from anabranch.files import parse_json
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def read_table(folder: Path) -> "pa.Table":
     try:
         return pa.concat_tables([pq.ParquetFile(file).read() for file in sorted(folder.rglob("*.parquet"))])
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read the files in {folder}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"cannot read the files in {folder}: {first_line(error)}") from error
 
 
 def check_place(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import anabranch
 from anabranch.config import from_dict, to_dict
 from anabranch.data.tokenizer import Tokenizer, load_tokenizer
-from anabranch.errors import BackendError, CheckpointError, ConfigError
+from anabranch.errors import BackendError, CheckpointError, ConfigError, first_line
 from anabranch.files import atomic_write_json
 from anabranch.lm import formats, gguf
 from anabranch.lm.decoder import Decoder
@@ -448,4 +448,4 @@ def check_dtype_device(dtype: torch.dtype | None, device: torch.device | str | N
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BackendError(f"device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+        raise BackendError(f"device {str(device)!r} is not available: {first_line(error)}") from None

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from anabranch.errors import DataError
+from anabranch.errors import DataError, first_line
 from anabranch.files import atomic_write
 from anabranch.routing.decision import UNUSED, Routing
 from anabranch.routing.trace_schema import (
@@ -117,8 +117,7 @@ class RoutingTrace:
             filters = None if wanted is None else [("layer", "in", [layer.layer for layer in wanted])]
             return cls(pq.read_table(path, filters=filters), known if wanted is None else wanted)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{path} cannot be read as a Parquet file: {first_line}") from error
+            raise DataError(f"{path} cannot be read as a Parquet file: {first_line(error)}") from error
 
     # layers
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anabranch.cli.graph.files import open_array
 from anabranch.cli.graph.inputs import is_own
 from anabranch.cli.graph.waiting import Rate
 from anabranch.cli.output import duration, fact, print_json, quantity, size, wrote
@@ -94,7 +95,6 @@ def index_on_disk(wanted: Wanted, names: np.ndarray | None, quiet: bool, as_json
 
 
 def _of_vectors(wanted: Wanted, limit: int | None, names: np.ndarray | None, quiet: bool) -> DiskIndex:
-    import numpy as np
 
     from anabranch.graph.disk import build
 
@@ -105,10 +105,7 @@ def _of_vectors(wanted: Wanted, limit: int | None, names: np.ndarray | None, qui
         raise InputError(
             f"--disk reads vectors a piece at a time: from .npy, or an index of ours (.anb); {path} is neither"
         )
-    try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, OverflowError) as error:
-        raise DataError(f"{path} is no array of numpy, or is damaged: {str(error).splitlines()[0]}") from None
+    vectors = open_array(path)
     if names is not None and len(names) != len(vectors):
         raise InputError(f"--names is of a graph with {len(names):,} nodes; there are {len(vectors):,} vectors")
     with Progress(len(vectors) if vectors.ndim else 0, "vector", quiet=quiet) as progress:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anabranch.cli.graph.files import read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
@@ -215,21 +216,7 @@ def numbers(text: str, option: str = "--rows") -> np.ndarray:
 
 def read_table(path: str) -> dict[str, list[Any]]:
     """Columns of a CSV, TSV or Parquet file as lists. Raises DataError."""
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
-    name = Path(path).name.removesuffix(".gz")
-    if not Path(path).is_file():
-        raise DataError(f"there is no file {path}")
-    try:
-        if name.endswith((".parquet", ".pq")):
-            table = parquet.read_table(path)
-        elif name.endswith((".csv", ".tsv", ".txt")):
-            table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="," if name.endswith(".csv") else "\t"))
-        else:
-            raise DataError(f"cannot tell what {path} is; tables come as .parquet, .csv or .tsv")
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    table = read_arrow(path)
     return {name: table[name].to_pylist() for name in table.column_names}
 
 

@@ -106,6 +106,8 @@ def ppr(
     """  # fmt: skip
     if every and index is not None:
         raise InputError("--index answers for seeds; --all does not need it")
+    if memory is not None and not 0 < memory < 1e9:
+        raise InputError(f"--memory is {memory:g}; it must be a number of gigabytes above 0 and below 1e9")
     limit = None if memory is None else int(memory * 1e9)
     options: dict[str, Any] = {"alpha": alpha, "method": method, "engine": engine, "dangling": dangling, "top_k": top,
                                "seed": seed, "walks": walks, "workers": workers, "memory_limit": limit}  # fmt: skip

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.cli.graph.files import DAMAGED, open_array, read_arrow
+from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.beside import new_file
 
 WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
@@ -45,7 +46,7 @@ def read_vectors(path: str | Path, *, bits: bool = False) -> Vectors:
     try:
         found = readers[path.suffix](path)
     except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise DataError(f"cannot read {path}: {first_line(error)}") from None
     array = _checked_bits(found.array, path) if bits else _checked(found.array, path)
     return Vectors(array, None if found.names is None else _checked_names(found, path))
 
@@ -88,22 +89,19 @@ def _write_table(path: Path, temporary: Path, vectors: Vectors) -> None:
 
 
 def _npy(path: Path) -> Vectors:
-    try:
-        return Vectors(np.load(path, mmap_mode="r", allow_pickle=False))
-    except ValueError as error:
-        raise DataError(f"{path} is no array of numpy, or is damaged: {error}") from None
+    return Vectors(open_array(path))
 
 
 def _npz(path: Path) -> Vectors:
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as found:
             if "vectors" in found.files:
                 return Vectors(found["vectors"], found["names"] if "names" in found.files else None)
             if len(found.files) == 1:
                 return Vectors(found[found.files[0]])
             raise DataError(f"{path} holds {', '.join(found.files)}; call the array of vectors 'vectors'")
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise DataError(f"{path} is no .npz of numpy, or is damaged: {error}") from None
+    except DAMAGED as error:
+        raise DataError(f"{path} is no .npz of numpy, or is damaged: {first_line(error)}") from None
 
 
 def _index(path: Path) -> Vectors:
@@ -118,15 +116,8 @@ def _index(path: Path) -> Vectors:
 
 def _table(path: Path) -> Vectors:
     import pyarrow as pa
-    from pyarrow import csv, parquet
 
-    try:
-        if path.suffix == ".parquet":
-            table = parquet.read_table(path)
-        else:
-            table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="," if path.suffix == ".csv" else "\t"))
-    except pa.ArrowException as error:
-        raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    table = read_arrow(path)
     names = next((name for name in table.column_names if name.lower() in _NAMES), None)
     if names is None and table.num_columns > 1 and pa.types.is_string(table.schema.field(0).type):
         names = table.column_names[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.checks import near_name
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.store import Graph
@@ -47,9 +47,7 @@ def read_npz(path: Path, rules: Rules, variable: str | None) -> Graph:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
         # Zip, zlib, numpy and pickle each raise their own for damage of their part.
-        raise DataError(
-            f"{path} cannot be read as .npz: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+        raise DataError(f"{path} cannot be read as .npz: {first_line(error)}") from error
     return of_matrix(path, matrix, rules)
 
 
@@ -73,9 +71,7 @@ def read_mat(path: Path, rules: Rules, variable: str | None) -> Graph:
         )
     except Exception as error:
         # The reader raises whatever the damage makes of its input.
-        raise DataError(
-            f"{path} cannot be read as .mat: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+        raise DataError(f"{path} cannot be read as .mat: {first_line(error)}") from error
     names = [name for name in names if not name.startswith("__")]
     if variable is not None and variable in held:
         return of_matrix(path, held[variable], rules)

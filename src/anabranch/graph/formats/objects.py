@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import InputError
+from anabranch.errors import InputError, first_line
 from anabranch.graph.formats.build import Rules
 from anabranch.graph.formats.edge_list import Column, Dialect
 from anabranch.graph.formats.matrices import of_entries
@@ -203,9 +203,7 @@ def from_table(
     try:
         table = table if isinstance(table, pa.Table) else pa.table(table)
     except (TypeError, ValueError, pa.ArrowException) as error:
-        raise InputError(
-            f"from_table needs a table, not {type(table).__name__}: {str(error).splitlines()[0]}"
-        ) from None
+        raise InputError(f"from_table needs a table, not {type(table).__name__}: {first_line(error)}") from None
     columns = choose_columns("the table", table.schema, Dialect(source=source, target=target, weight=weight))
     batch = [table.column(column) for column in columns]
     return graph_of("the table", table.schema, columns, [batch], Rules(directed=directed, **options))

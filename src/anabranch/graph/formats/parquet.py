@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.formats.build import EdgeSink, Rules
 from anabranch.graph.formats.edge_list import SOURCES, TARGETS, WEIGHTS, Dialect, checked_floats, column_of
 from anabranch.graph.formats.lines import RowError
@@ -34,7 +34,7 @@ def read_parquet(path: Path, rules: Rules, dialect: Dialect) -> Graph:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 
 
 def _columns(batch: Any, schema: Any, columns: tuple[int, ...]) -> list[Any]:
@@ -166,7 +166,3 @@ def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import AnabranchError, DataError
 from anabranch.files import atomic_write_json, explained, parse_json
 from anabranch.graph.beside import MANIFEST, check_parts, check_unchanged, holding_parts, remove_parts
@@ -89,9 +90,7 @@ def run(job: Job, prepare: Callable[[], Work], out: str | Path | None) -> FullyP
     """
     if out is None:
         found = dict(_finished(job, prepare, range(_count(job)), 0))
-        return FullyPPRResult(
-            _together(job, [found[number] for number in sorted(found)]), job.graph.names, dict(job.facts)
-        )
+        return FullyPPRResult(_together(job, found), job.graph.names, dict(job.facts))
     out = Path(out)
     if out.is_dir():
         raise DataError(f"cannot write {out}: it is a folder; name a file")
@@ -170,6 +169,8 @@ def _resumed(job: Job, folder: Path) -> tuple[Job, set[int]]:
         raise DataError(
             f"{folder} holds parts of another run (other graph, sources or settings); remove it to start anew"
         )
+    if type(chunk) is not int or not 0 < chunk < 2**63:
+        raise DataError(f"{path} says that a part has {shown(chunk)} sources; remove {folder} to start anew")
     job = Job(**{**vars(job), "chunk": chunk})
     done = set()
     for number in range(_count(job)):
@@ -206,13 +207,20 @@ def _assemble(job: Job, folder: Path, out: Path) -> None:
             file.append(rows)
 
 
-def _together(job: Job, parts: list[SparseRows]) -> SparseRows:
+def _together(job: Job, parts: dict[int, SparseRows]) -> SparseRows:
+    """All rows, in the order of their sources. Each part goes as it is copied, or all rows would be there twice."""
     num_nodes = job.graph.num_nodes
-    lengths = [np.diff(rows.indptr) for rows in parts]
+    lengths = [np.diff(parts[number].indptr) for number in sorted(parts)]
     indptr = np.append(0, np.cumsum(np.concatenate(lengths) if lengths else [])).astype(np.int64)
-    empty = SparseRows.from_rows([], num_nodes, dtype=job.dtype)
-    ids = np.concatenate([rows.ids for rows in parts]) if parts else empty.ids
-    values = np.concatenate([rows.values for rows in parts]) if parts else empty.values
+    first = parts[min(parts)] if parts else SparseRows.from_rows([], num_nodes, dtype=job.dtype)
+    ids, values = np.empty(indptr[-1], first.ids.dtype), np.empty(indptr[-1], first.values.dtype)
+    del first
+    begin = 0
+    for number in sorted(parts):
+        rows = parts.pop(number)
+        end = begin + len(rows.ids)
+        ids[begin:end], values[begin:end] = rows.ids, rows.values
+        begin = end
     return SparseRows(indptr, ids, values, num_nodes, None if job.is_all else job.source_S)
 
 

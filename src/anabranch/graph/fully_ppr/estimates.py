@@ -11,7 +11,7 @@ import numpy as np
 
 from anabranch.graph.ppr.blocks import LARGE as LARGE_COMPONENT
 from anabranch.graph.ppr.blocks import LOOKS, MOST_ROUNDS, SLACK, Blocks
-from anabranch.graph.ppr.factor import prepare
+from anabranch.graph.ppr.factor import may_gain, prepare
 from anabranch.graph.ppr.pagerank import LARGE
 from anabranch.graph.ppr.rules import Transition
 from anabranch.graph.projection import BLOCK
@@ -23,8 +23,8 @@ STEP_NS, FLOW_NS, ENTRY_NS = 80.0, 5.0, 1.2
 BLOCK_EDGE_NS, BLOCK_NODE_NS, EDGE_NS = 0.1, 3.0, 1.0
 # Of a vector that is solved: a node, in all that is done once with it; an entry of rows that were eliminated.
 NODE_NS, ROW_NS = 5.0, 2.0
-# An edge or node in a trial to eliminate.
-TRIAL_NS = 500.0
+# An edge or node in a trial to eliminate; where there is none, in an order by degree.
+TRIAL_NS, ORDER_NS = 500.0, 10.0
 
 # Passes of conjugate gradients, and of BiCGSTAB, over rounds of Chebyshev's iteration.
 SYMMETRIC_PASSES, DIRECTED_PASSES = 0.5, 1.0
@@ -70,16 +70,18 @@ def reach_of(graph: Graph, rounds: int) -> tuple[float, float]:
     degree_N = np.diff(graph.indptr)
     edges = reached = 0
     for node in sample.tolist():
-        here = np.array([node])
+        # Two rounds ago, and now.
+        before, here = None, np.array([node])
         for done in range(rounds):
             number = int(degree_N[here].sum())
             edges += number
-            there = _next(graph, here, degree_N, number)
-            if np.array_equal(there, here):
-                # And so in all rounds to come.
-                edges += (rounds - done - 1) * number
+            there, left = _next(graph, here, degree_N, number), rounds - done - 1
+            if np.array_equal(there, here) or (before is not None and np.array_equal(there, before)):
+                # And so in all rounds to come, or there and back again, as between the sides of a bipartite graph.
+                edges += left // 2 * number + (left - left // 2) * int(degree_N[there].sum())
+                here = here if left % 2 else there
                 break
-            here = there
+            before, here = here, there
         reached += len(here)
     return edges / max(len(sample), 1), reached / max(len(sample), 1)
 
@@ -98,12 +100,13 @@ def whole_ns(transition: Transition, tol: float, num_sources: int) -> float:
     graph = transition.graph
     size, edges = graph.num_nodes, len(graph.indices)
     if not Blocks.suits(transition, tol):
-        once = TRIAL_NS * (edges + size) if edges <= LARGE else 0.0
-        return once / num_sources + NODE_NS * size + _passes(transition, tol) * EDGE_NS * (edges + size)
+        return (
+            _trial_ns(transition) / num_sources + NODE_NS * size + _passes(transition, tol) * EDGE_NS * (edges + size)
+        )
     each = BLOCK_EDGE_NS * edges + BLOCK_NODE_NS * size
     # A block is as much work for one source as for all that it has room for.
     blocks = -(-num_sources // BLOCK) * BLOCK / num_sources
-    once = (LOOKS * BLOCK * each + (TRIAL_NS * (edges + size) if edges <= LARGE else 0.0)) / num_sources
+    once = (LOOKS * BLOCK * each + _trial_ns(transition)) / num_sources
     return once + blocks * each * rounds_of(reach_after(transition), tol) + NODE_NS * size
 
 
@@ -114,9 +117,17 @@ def eliminated_ns(transition: Transition, tol: float, num_sources: int) -> float
         return whole_ns(transition, tol, num_sources)
     graph, core = transition.graph, factor.core
     rows = len(factor.upper.indices) + len(factor.lower.indices)
-    once = TRIAL_NS * (len(graph.indices) + graph.num_nodes) / num_sources
+    once = _trial_ns(transition) / num_sources
     entries = len(core.indices) + len(core.diagonal_C)
     return once + NODE_NS * graph.num_nodes + ROW_NS * rows + _passes(transition, tol) * EDGE_NS * entries
+
+
+def _trial_ns(transition: Transition) -> float:
+    """Of `anabranch.graph.ppr.factor.prepare`, which is not asked of a large graph."""
+    graph = transition.graph
+    if len(graph.indices) > LARGE:
+        return 0.0
+    return (TRIAL_NS if may_gain(transition) else ORDER_NS) * (len(graph.indices) + graph.num_nodes)
 
 
 def _passes(transition: Transition, tol: float) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError, InputError, first_line
 from anabranch.files import atomic_write_json, parse_json
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import new_file
@@ -172,7 +172,7 @@ class FullyPPRResult:
                 table = pq.ParquetFile(path).read()
                 facts = parse_json((table.schema.metadata or {})[META])
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"cannot read the scores in {path}: {str(error).splitlines()[0]}") from error
+            raise DataError(f"cannot read the scores in {path}: {first_line(error)}") from error
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             raise DataError(f"{path} has no column {missing[0]!r}; scores have {', '.join(COLUMNS)}")

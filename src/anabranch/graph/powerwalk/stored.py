@@ -10,7 +10,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described, whole
 from anabranch.graph.powerwalk.index import Chunk, stored_counts
@@ -222,7 +222,7 @@ def read_folder(path: Path, graph: Graph, dtype_of: Callable[[str], Any]) -> tup
         wanted = {name: of[name] for name in found}
         dtype = dtype_of(params["dtype"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"cannot read the index in {path}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"cannot read the index in {path}: {first_line(error)}") from error
     if found != wanted:
         raise DataError(f"{path} is the index of another graph: {wanted}, this one has {found}; build it again")
     try:

@@ -94,10 +94,7 @@ def prepare(transition: Transition, few: int = FEW) -> Factor:
     from scipy.sparse import csr_array
 
     symmetric = not transition.graph.is_directed
-    degree_N = transition.graph.degree_N
-    # Edges of nodes that may go are too few for it to be worth while, whatever goes after them.
-    is_hopeless = symmetric and 2 * degree_N[degree_N <= few].sum() < HOPE * len(transition.graph.indices)
-    if not few or is_hopeless:
+    if not may_gain(transition, few):
         return ordered(transition)
     entries = len(transition.graph.indices) + transition.num_nodes
     # No name holds the matrix, so that the first round can give it up.
@@ -113,6 +110,14 @@ def prepare(transition: Transition, few: int = FEW) -> Factor:
     lower = upper if symmetric else _triangle([step[3] for step in steps], place_N)
     pivots = np.concatenate([NONE, *(step[1] for step in steps)])
     return Factor(order_N, place_N, pivots, upper, lower, _core(rest), symmetric)
+
+
+def may_gain(transition: Transition, few: int = FEW) -> bool:
+    """Whether eliminating nodes of at most ``few`` neighbours is tried: not where their edges are too few, whatever goes after them."""
+    graph = transition.graph
+    if not few or graph.is_directed:
+        return few > 0
+    return bool(2 * graph.degree_N[graph.degree_N <= few].sum() >= HOPE * len(graph.indices))
 
 
 def as_it_is(transition: Transition) -> Factor:

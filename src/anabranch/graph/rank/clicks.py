@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError
+from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.masks import unmasked
 
 
@@ -74,7 +74,7 @@ def _read_file(path: Path, columns: tuple[str, str, str]) -> Any:
             )
             return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=separator), convert_options=options)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read clicks from {path}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"cannot read clicks from {path}: {first_line(error)}") from error
     raise DataError(f"cannot tell what {path} is; clicks come as .parquet, .csv or .tsv")
 
 

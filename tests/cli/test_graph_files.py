@@ -1,0 +1,111 @@
+"""Tables and arrays that people have: damaged, of other tools, or with two columns of one name: one line says what is wrong."""
+
+import io
+from contextlib import suppress
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from anabranch.cli.graph.files import read_arrow
+from anabranch.cli.graph.vectors import read_vectors
+from anabranch.errors import DataError
+
+
+def npy(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        npy(b"{'descr':'<f4','fortran_order':False,'shape':(9223372036854775808,8)}\n"),
+        npy(b"{'descr':'<f4','fortran_order':False,'shape':(-1,8)}\n") + bytes(64),
+        npy(b"{'descr':(((((\n"),
+        npy(b"{'descr':'<f4','fortran_order':False,'shape':(2\n"),
+        npy(b"[" * 60_000),
+    ],
+)
+def test_what_is_no_array_is_told(tmp_path, content):
+    path = tmp_path / "v.npy"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"v\.npy is no array of numpy, or is damaged: \S"):
+        read_vectors(path)
+
+
+def _file(name):
+    made = io.BytesIO()
+    rows = np.arange(80, dtype=np.float32).reshape(10, 8)
+    if name == "v.npy":
+        np.save(made, rows)
+    elif name == "v.npz":
+        np.savez_compressed(made, vectors=rows)
+    elif name == "v.csv":
+        made.write(b"id,x,y\na,1,2\nb,3,4\n")
+    else:
+        pq.write_table(pa.table({"id": ["a", "b"], "x": [1.0, 2.0]}), made)
+    return made.getvalue()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["v.npy", "v.npz", "v.csv", "v.parquet"]), st.data())
+def test_a_damaged_file_is_read_or_told(tmp_path, name, data):
+    content = bytearray(_file(name))
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / name
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with suppress(DataError):
+        read_vectors(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_told(tmp_path, ending):
+    path = tmp_path / f"t.{ending}"
+    if ending == "csv":
+        path.write_text("node,weight,weight\na,1,2\n")
+    else:
+        columns = [pa.array(["a"]), pa.array([1.0]), pa.array([2.0])]
+        pq.write_table(pa.Table.from_arrays(columns, names=["node", "weight", "weight"]), path)
+    with pytest.raises(DataError, match="weight"):
+        read_arrow(path)
+    with pytest.raises(DataError, match="weight"):
+        read_vectors(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("id,x\ncaf\xe9,1\n", "'id' holds text"), ("caf\xe9,x\na,1\n", "names of columns")]
+)
+def test_text_in_another_encoding_is_told(tmp_path, text, says):
+    path = tmp_path / "t.csv"
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(DataError, match=f"{says}.* not UTF-8"):
+        read_arrow(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("index", "t.csv", "--out", "i.anb"),
+        ("ppr", "karate", "--seeds", "t.csv"),
+        ("embed", "karate", "--labels", "t.csv", "--out", "v.npy"),
+    ],
+)
+def test_commands_that_read_tables_say_so_in_a_line(here, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("node,weight,weight\n0,1,2\n1,2,3\n")
+    code, out, err = here("graph", *line)
+    assert (code, out) == (2, "")
+    assert err == "error: t.csv has several columns called 'weight'\n"
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "1e300", "0", "-1"])
+def test_memory_that_is_no_amount_is_told(here, tmp_path, memory):
+    code, _, err = here("graph", "ppr", "karate", "--all", "--memory", memory, "--out", tmp_path / "p.anb")
+    assert code == 2
+    assert err.startswith("error: --memory is ")
+    assert not list(tmp_path.iterdir())
