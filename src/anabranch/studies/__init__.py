@@ -42,6 +42,7 @@ STUDIES = {
     "rexmoe": "anabranch.studies.rexmoe:make",
     "routing_survey": "anabranch.studies.routing_survey:make",
     "rmoe": "anabranch.studies.rmoe:make",
+    "scale": "anabranch.studies.scale:make",
     "versatile": "anabranch.studies.versatile:make",
 }
 
