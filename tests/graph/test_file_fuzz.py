@@ -4,11 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from graph_file_fuzz import USES
+from anabranch.errors import DataError
+from anabranch.graph import HNSW, FullyPPR, Graph, PowerWalk
+from anabranch.graph.array_file import _header
+from anabranch.graph.hnsw import ShardedHNSW
+from graph_file_fuzz import GRAPH, USES, made
 from graph_header_fuzz import ALL
 
 TESTS = Path(__file__).parent.parent
@@ -35,6 +41,34 @@ def flip(kinds, flips, seed):
 
 def test_a_few_flips():
     flip(USES, 16, 1)
+
+
+LOADS = {
+    "graph": Graph.load,
+    "walks": partial(PowerWalk.load, graph=GRAPH),
+    "result": FullyPPR.load,
+    "hnsw-f32": HNSW.load,
+    "hnsw-i8": HNSW.load,
+    "shards": ShardedHNSW.load,
+}
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_a_mapped_file_that_is_verified_gives_no_other_answer(kind, tmp_path):
+    """Whatever bit of whatever array has turned."""
+    good, bad = tmp_path / "good.anb", tmp_path / "bad.anb"
+    made(kind, good)
+    LOADS[kind](good, mmap=True, verify=True)
+    header, start = _header(good)
+    rng, whole = np.random.default_rng(3), good.read_bytes()
+    for entry in header["arrays"]:
+        size = int(np.prod(entry["shape"])) * np.dtype(entry["dtype"]).itemsize
+        for _ in range(min(size, 3)):
+            data = bytearray(whole)
+            data[start + entry["offset"] + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
+            bad.write_bytes(data)
+            with pytest.raises(DataError, match="damaged"):
+                LOADS[kind](bad, mmap=True, verify=True)
 
 
 def test_a_few_headers():

@@ -189,9 +189,9 @@ class FullyPPR(Estimator):
         self.result_.save(path)
 
     @staticmethod
-    def load(path: str | Path, *, mmap: bool = False) -> FullyPPRResult:
+    def load(path: str | Path, *, mmap: bool = False, verify: bool | None = None) -> FullyPPRResult:
         """As `FullyPPRResult.load`."""
-        return FullyPPRResult.load(path, mmap=mmap)
+        return FullyPPRResult.load(path, mmap=mmap, verify=verify)
 
     @property
     def result_(self) -> FullyPPRResult | StoredScores:

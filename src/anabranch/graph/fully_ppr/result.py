@@ -143,17 +143,18 @@ class FullyPPRResult:
         write_arrays(path, KIND, arrays, {"num_columns": self.num_nodes, "facts": self.facts})
 
     @classmethod
-    def load(cls, path: str | Path, *, mmap: bool = False) -> Self:
+    def load(cls, path: str | Path, *, mmap: bool = False, verify: bool | None = None) -> Self:
         """Read what `save` wrote, or a folder of Parquet files of a run on Spark.
 
         In a folder of a run from files of edges whose ids are not 0 ... N - 1, nodes are the ids that scores name, in rising order.
-        With ``mmap`` an array file stays on disk until it is used. Parquet does not tell of sources that have no score of at least
-        ``min_score``, unless all nodes were sources. Raises DataError for a file that is missing, foreign or damaged.
+        With ``mmap`` an array file stays on disk until it is used. ``verify``: check the sums of all its arrays, which reads all of them
+        (default: unless it is mapped; that rows are of the graph's nodes is always checked).
+        Parquet does not tell of sources that have no score of at least ``min_score``, unless all nodes were sources. Raises DataError for a file that is missing, foreign or damaged.
         """
         path = Path(path)
         if path.suffix == ".parquet" or path.is_dir():
             return cls._from_parquet(path)
-        found = read_arrays(path, KIND, mmap=mmap)
+        found = read_arrays(path, KIND, mmap=mmap, verify=verify)
         rows = SparseRows.checked(found.arrays, found.meta, path)
         if rows.nodes is not None and rows.nodes.max(initial=-1) >= rows.num_columns:
             raise DataError(f"{path} is damaged: its sources are not nodes of its graph; make it again")

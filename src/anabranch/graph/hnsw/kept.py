@@ -40,20 +40,29 @@ class Kept:
             storage.save(self._storage, path, self._facts())
 
     @classmethod
-    def load(cls, path: str | Path, *, mmap: bool = False, workers: int | None = None, **former: Any) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        mmap: bool = False,
+        workers: int | None = None,
+        verify: bool | None = None,
+        **former: Any,
+    ) -> Self:
         """Read what `save` wrote.
 
         Args:
             path: the file.
             mmap: leave vectors and links on disk until they are used; the first change copies them into memory. Links are checked all the
-                same, the bytes of vectors only without ``mmap``.
+                same.
+            verify: check the sums of all arrays, which reads all of them. Default: unless the file is mapped.
             workers: as for a new index, and so is ``former``.
 
         Raises:
             DataError: the file is missing, foreign, truncated or damaged.
         """
         workers = asked_workers(workers, former, "load")
-        arrays, meta = storage.read(path, mmap=mmap)
+        arrays, meta = storage.read(path, mmap=mmap, verify=verify)
         return cls._made(arrays, meta, mapped=mmap, source=str(path), workers=workers)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -157,10 +157,18 @@ class ShardedHNSW:
         write_arrays(path, KIND, arrays, {"shards": [state["meta"] for state in states]})
 
     @classmethod
-    def load(cls, path: str | Path, *, mmap: bool = False, workers: int | None = None, **former: Any) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        mmap: bool = False,
+        workers: int | None = None,
+        verify: bool | None = None,
+        **former: Any,
+    ) -> Self:
         """Read what `save` wrote, as `HNSW.load`."""
         workers = asked_workers(workers, former, "load")
-        found = read_arrays(path, KIND, mmap=mmap)
+        found = read_arrays(path, KIND, mmap=mmap, verify=verify)
         shards = []
         with described(path, "an index of shards"):
             metas = list(found.meta["shards"])

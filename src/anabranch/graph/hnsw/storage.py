@@ -480,7 +480,10 @@ def save(storage: Storage, path: str | Path, meta: dict[str, Any]) -> None:
     write_arrays(path, KIND, storage.arrays(), {**meta, "entry": entry, "top": top}, VERSION)
 
 
-def read(path: str | Path, *, mmap: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and facts of a saved index. Raises DataError for a file that is missing, foreign, truncated or damaged."""
-    found = read_arrays(path, KIND, versions=(VERSION,), mmap=mmap)
+def read(path: str | Path, *, mmap: bool, verify: bool | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and facts of a saved index; ``verify`` as in `read_arrays`.
+
+    Raises DataError for a file that is missing, foreign, truncated or damaged.
+    """
+    found = read_arrays(path, KIND, versions=(VERSION,), mmap=mmap, verify=verify)
     return found.arrays, found.meta

@@ -226,8 +226,19 @@ class PowerWalk(Asking, Changing):
         index.save(path, self._meta())
 
     @classmethod
-    def load(cls, path: str | Path, graph: Any, *, mmap: bool = False, workers: int | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        graph: Any,
+        *,
+        mmap: bool = False,
+        workers: int | None = None,
+        verify: bool | None = None,
+    ) -> Self:
         """Read what `save` or ``build(out=...)`` wrote; with ``mmap`` rows stay on disk until they are looked up.
+
+        That all rows are of the graph's nodes is always checked. ``verify``: the sums of all arrays too, which reads all of them (default:
+        unless the file is mapped), so that a bit that the disk has turned gives no other answer.
 
         Of a folder that engine ``spark`` wrote, ``graph`` is what its edges make here, and rows are read into memory.
 
@@ -240,7 +251,7 @@ class PowerWalk(Asking, Changing):
             made = cls._of(path, params, workers)
             made._index = gathered.index(Transition(graph, made.alpha, made.dangling), made._unit())
         else:
-            arrays, meta = read(path, mmap=mmap)
+            arrays, meta = read(path, mmap=mmap, verify=verify)
             check_mark(path, meta["graph"], graph)
             made = cls._of(path, meta.get("params", {}), workers)
             made._index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())

@@ -202,9 +202,12 @@ class Gathered:
         return Index(transition, {**self.facts(), "ids": ids, "values": counts}, unit)
 
 
-def read(path: str | Path, *, mmap: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and meta of a file. Raises DataError for one that is missing, foreign, truncated or damaged."""
-    found = read_arrays(path, KIND, mmap=mmap)
+def read(path: str | Path, *, mmap: bool, verify: bool | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and meta of a file; ``verify`` as in `read_arrays`.
+
+    Raises DataError for one that is missing, foreign, truncated or damaged.
+    """
+    found = read_arrays(path, KIND, mmap=mmap, verify=verify)
     _check(found.arrays, found.meta, str(path))
     return found.arrays, found.meta
 
