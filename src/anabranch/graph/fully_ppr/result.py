@@ -149,7 +149,9 @@ class FullyPPRResult:
         In a folder of a run from files of edges whose ids are not 0 ... N - 1, nodes are the ids that scores name, in rising order.
         With ``mmap`` an array file stays on disk until it is used. ``verify``: check the sums of all its arrays, which reads all of them
         (default: unless it is mapped; that rows are of the graph's nodes is always checked).
-        Parquet does not tell of sources that have no score of at least ``min_score``, unless all nodes were sources. Raises DataError for a file that is missing, foreign or damaged.
+        Parquet does not tell of sources that have no score of at least ``min_score``, unless all nodes were sources.
+
+        Raises DataError for a file that is missing, foreign or damaged.
         """
         path = Path(path)
         if path.suffix == ".parquet" or path.is_dir():
