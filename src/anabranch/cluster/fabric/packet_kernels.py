@@ -1,0 +1,442 @@
+"""The loops of the packet simulator: one event after the other, each a packet at a place, an acknowledgement, or a clock.
+
+A packet is one event a hop: a link is a queue that is never reordered, so its packets leave when those before them have
+(``free_at_L``), and how much waits in it is what it still has to send. Hosts pull: whenever a host's cable is free, the next piece in
+turn that has something to send and room in its window puts one packet on it. Acknowledgements come back after the latency of the path; their bytes
+are not counted.
+"""
+# Shapes: as in `anabranch.cluster.fabric.packet_state`
+
+from typing import Any
+
+import numpy as np
+
+from anabranch.cluster.fabric.kernels import enter_steps, kernel, pop, push
+from anabranch.cluster.fabric.packet_state import (
+    ACK,
+    ARRIVE,
+    CACHED,
+    DROPS,
+    EVENTS,
+    FREE,
+    HOPS,
+    LEFT,
+    LINK_DOWN,
+    LINK_UP,
+    LOST,
+    MARKS,
+    MOVED,
+    NACK,
+    NIC,
+    NOW,
+    ORDER,
+    OUT_OF_ORDER,
+    PINNED,
+    PLAIN,
+    PS_PER_S,
+    RECYCLED,
+    RESENT,
+    START,
+    TIMEOUTS,
+    TIMER,
+)
+
+DONE, PAUSED, FULL = 0, 1, 2
+# An event's item is kind + 8 x place.
+KINDS = 8
+
+
+@kernel
+def draw(state: Any, below: int) -> int:
+    """A number from 0 up to ``below``, by Marsaglia's xorshift."""
+    value = state.random[0]
+    value ^= value << np.uint64(13)
+    value ^= value >> np.uint64(7)
+    value ^= value << np.uint64(17)
+    state.random[0] = value
+    return int((value >> np.uint64(33)) % np.uint64(below))
+
+
+@kernel
+def at(state: Any, time: int, kind: int, place: int) -> None:
+    """Something will happen; there must be room in the heap."""
+    state.clock[ORDER] += 1
+    state.clock[EVENTS] = push(state.heap, state.clock[EVENTS], time, state.clock[ORDER], kind + KINDS * place)
+
+
+@kernel
+def sending_ps(link: Any, num_bytes: int) -> int:
+    """How long a link takes to send so many bytes."""
+    return int(num_bytes * 8.0 * PS_PER_S / link.rate + 0.5)
+
+
+# Senders
+
+
+@kernel
+def next_number(state: Any, c: Any, place: int) -> int:
+    """The packet that a piece would send next, -1 for none: the first that is not acknowledged, from where it is."""
+    piece = state.pieces[place]
+    number = piece.following
+    if not c.in_order:
+        while number < piece.num_packets and state.bits_M[piece.first_bit + number] & 2:
+            number += 1
+        piece.following = number
+    return number if number < piece.num_packets else -1
+
+
+@kernel
+def flying(c: Any, piece: Any) -> int:
+    """Packets that are sent and neither acknowledged nor given up."""
+    return piece.following - piece.acked if c.in_order else piece.flying
+
+
+@kernel
+def can_send(state: Any, c: Any, place: int) -> bool:
+    """Whether a piece has a packet to send, and room for it in its window, which has always room for one."""
+    piece = state.pieces[place]
+    if piece.active != 1 or flying(c, piece) >= max(1.0, piece.window):
+        return False
+    return next_number(state, c, place) >= 0
+
+
+@kernel
+def choose_row(state: Any, c: Any, place: int) -> int:
+    """The path of the next packet: the pinned one, a recycled one, or any."""
+    piece = state.pieces[place]
+    if piece.path >= 0:
+        return piece.first_row + piece.path
+    if c.mode == RECYCLED and piece.cached > 0:
+        piece.cached -= 1
+        return piece.first_row + state.cache_QC[CACHED * place + piece.cached]
+    return piece.first_row + draw(state, piece.num_rows)
+
+
+@kernel
+def put(state: Any, c: Any, place: int, now: int) -> int:
+    """Send the next packet of a piece; how long that keeps the host's cable."""
+    piece = state.pieces[place]
+    number = next_number(state, c, place)
+    if flying(c, piece) == 0:
+        piece.progress = now
+    piece.following = number + 1
+    piece.flying += 1
+    state.clock[FREE] -= 1
+    slot = state.free_K[state.clock[FREE]]
+    packet = state.packets[slot]
+    packet.piece, packet.number = place, number
+    packet.row, packet.hop = choose_row(state, c, place), 0
+    packet.length = c.header + (piece.last_bytes if number == piece.num_packets - 1 else c.payload)
+    packet.marked, packet.says = 0, PLAIN
+    link = state.links[piece.host_up]
+    takes = sending_ps(link, packet.length)
+    link.sent += packet.length
+    state.clock[HOPS] += 1
+    at(state, now + takes + c.latency_ps, ARRIVE, slot)
+    return takes
+
+
+@kernel
+def wait_turn(state: Any, place: int) -> None:
+    """Put a piece at the end of its host's line."""
+    piece = state.pieces[place]
+    host = state.hosts[piece.src]
+    piece.waits, piece.behind = 1, -1
+    if host.rear >= 0:
+        state.pieces[host.rear].behind = place
+    else:
+        host.head = place
+    host.rear = place
+
+
+@kernel
+def serve(state: Any, c: Any, number: int, now: int) -> None:
+    """The host's cable is free: the next piece in line that can sends one packet, and goes to the end of it."""
+    host = state.hosts[number]
+    while host.head >= 0:
+        place = host.head
+        piece = state.pieces[place]
+        host.head = piece.behind
+        if host.head < 0:
+            host.rear = -1
+        piece.waits = 0
+        if can_send(state, c, place):
+            takes = put(state, c, place, now)
+            if can_send(state, c, place):
+                wait_turn(state, place)
+            host.busy = 1
+            at(state, now + takes, NIC, number)
+            return
+    host.busy = 0
+
+
+@kernel
+def wake(state: Any, c: Any, place: int, now: int) -> None:
+    """A piece may have something to send again."""
+    piece = state.pieces[place]
+    if piece.waits == 0 and can_send(state, c, place):
+        wait_turn(state, place)
+        if state.hosts[piece.src].busy == 0:
+            serve(state, c, piece.src, now)
+
+
+@kernel
+def enter(state: Any, rank: int, now: int) -> None:
+    """Start what a rank may send now."""
+    count = enter_steps(rank, state.cur_R, state.pending, state.begin, state.order_Q, state.started_Q)
+    for number in range(count):
+        place = state.started_Q[number]
+        at(state, now + state.pieces[place].delay, START, place)
+
+
+# The network
+
+
+@kernel
+def free(state: Any, slot: int) -> None:
+    """A packet is no more."""
+    state.free_K[state.clock[FREE]] = slot
+    state.clock[FREE] += 1
+
+
+@kernel
+def waiting_bytes(link: Any, now: int) -> float:
+    """What a link has still to send."""
+    return max(0.0, (link.free_at - now) * link.rate / (8.0 * PS_PER_S))
+
+
+@kernel
+def forward(state: Any, c: Any, slot: int, now: int) -> None:
+    """A packet is at a switch: into the queue of its next link, marked if that is long, lost if the link or the buffer does not take it."""
+    packet = state.packets[slot]
+    path = c.depth * packet.row
+    is_last = packet.hop == state.rows[path]
+    link = state.links[state.pieces[packet.piece].host_down if is_last else state.rows[path + 1 + packet.hop]]
+    if link.up == 0:
+        state.clock[LOST] += 1
+        free(state, slot)
+        return
+    held = 0.0
+    for port in range(link.first_port, link.end_port):
+        held += waiting_bytes(state.links[state.ports[port]], now)
+    if held + packet.length > c.buffer_bytes:
+        state.clock[DROPS] += 1
+        free(state, slot)
+        return
+    if waiting_bytes(link, now) > c.ecn_bytes:
+        packet.marked = 1
+        state.clock[MARKS] += 1
+    link.free_at = max(now, link.free_at) + sending_ps(link, packet.length)
+    link.sent += packet.length
+    packet.hop += 1
+    state.clock[HOPS] += 1
+    at(state, link.free_at + c.latency_ps, ARRIVE, slot)
+
+
+@kernel
+def arrive(state: Any, c: Any, slot: int, now: int) -> None:
+    """A packet is at the end of a link."""
+    packet = state.packets[slot]
+    if packet.hop <= state.rows[c.depth * packet.row]:
+        forward(state, c, slot, now)
+    else:
+        receive(state, c, slot, now)
+
+
+# Receivers
+
+
+@kernel
+def take(state: Any, c: Any, slot: int) -> bool:
+    """Whether a receiver has something to say of a packet; one that takes packets in order alone says once which one it wants."""
+    packet = state.packets[slot]
+    piece = state.pieces[packet.piece]
+    if not c.in_order:
+        bit = piece.first_bit + packet.number
+        if state.bits_M[bit] & 1 == 0:
+            state.bits_M[bit] |= 1
+            piece.got += 1
+        return True
+    if packet.number > piece.got:
+        state.clock[OUT_OF_ORDER] += 1
+        if piece.nacked == piece.got:
+            return False
+        piece.nacked = piece.got
+        packet.says = NACK
+    elif packet.number == piece.got:
+        piece.got += 1
+    packet.number = piece.got
+    return True
+
+
+@kernel
+def receive(state: Any, c: Any, slot: int, now: int) -> None:
+    """A packet is at its host, which acknowledges it."""
+    if not take(state, c, slot):
+        free(state, slot)
+        return
+    packet = state.packets[slot]
+    piece = state.pieces[packet.piece]
+    if piece.got == piece.num_packets and piece.finish < 0:
+        piece.finish = now
+        state.clock[LEFT] -= 1
+        state.pending[piece.dst, piece.step] -= 1
+        enter(state, piece.dst, now)
+    at(state, now + c.latency_ps * (state.rows[c.depth * packet.row] + 2), ACK, slot)
+
+
+# Acknowledgements, congestion, time-outs
+
+
+@kernel
+def control(c: Any, piece: Any, count: int, is_marked: bool) -> None:
+    """DCTCP: the window grows by one a round, and once a round shrinks by half of the mean share of marked packets."""
+    piece.acks += count
+    if is_marked:
+        piece.marks += count
+    elif piece.window < piece.slow:
+        piece.window += count
+    else:
+        piece.window += count / piece.window
+    if piece.acks > piece.span:
+        piece.alpha += c.gain * (piece.marks / piece.acks - piece.alpha)
+        if piece.marks > 0:
+            piece.window = max(1.0, piece.window * (1.0 - piece.alpha / 2.0))
+            piece.slow = piece.window
+        piece.acks, piece.marks = 0, 0
+        piece.span = int(piece.window)
+
+
+@kernel
+def heard(state: Any, c: Any, place: int, number: int, says: int) -> int:
+    """What an acknowledgement tells a sender: how many packets more are there."""
+    piece = state.pieces[place]
+    if not c.in_order:
+        bit = piece.first_bit + number
+        if state.bits_M[bit] & 2:
+            return 0
+        state.bits_M[bit] |= 2
+        piece.acked += 1
+        piece.flying = max(0, piece.flying - 1)
+        return 1
+    count = max(0, number - piece.acked)
+    piece.acked += count
+    piece.following = max(piece.following, piece.acked)
+    if says == NACK and number == piece.acked:
+        state.clock[RESENT] += piece.following - number
+        piece.following = number
+    return count
+
+
+@kernel
+def acknowledge(state: Any, c: Any, slot: int, now: int) -> None:
+    """A sender hears of a packet."""
+    packet = state.packets[slot]
+    place, number, row, is_marked, says = packet.piece, packet.number, packet.row, packet.marked == 1, packet.says
+    free(state, slot)
+    piece = state.pieces[place]
+    if piece.active != 1:
+        return
+    count = heard(state, c, place, number, says)
+    if count > 0:
+        piece.progress = now
+        control(c, piece, count, is_marked)
+        if c.mode == RECYCLED and piece.path < 0 and not is_marked and piece.cached < CACHED:
+            state.cache_QC[CACHED * place + piece.cached] = row - piece.first_row
+            piece.cached += 1
+    if piece.acked == piece.num_packets:
+        piece.active = 2
+        state.pending[piece.src, piece.step] -= 1
+        enter(state, piece.src, now)
+    else:
+        wake(state, c, place, now)
+
+
+@kernel
+def move(state: Any, c: Any, place: int, now: int) -> None:
+    """Mark the path of a pinned piece as failed for a while, and give it another that is not marked, drawn among all of those."""
+    piece = state.pieces[place]
+    first = (piece.src * c.leaves + piece.leaf) * c.ways
+    state.marked_until[first + piece.path] = now + c.hold_ps
+    good = 0
+    for way in range(piece.num_rows):
+        if state.marked_until[first + way] <= now:
+            good += 1
+    if good == 0:
+        return
+    pick = draw(state, good)
+    for way in range(piece.num_rows):
+        if state.marked_until[first + way] <= now:
+            if pick == 0:
+                piece.path = way
+                state.clock[MOVED] += 1
+                return
+            pick -= 1
+
+
+@kernel
+def time_out(state: Any, c: Any, place: int, now: int) -> None:
+    """A piece looks at the clock: if it has heard nothing for too long, all that flies counts as lost, and the window is one packet."""
+    piece = state.pieces[place]
+    if piece.active != 1:
+        return
+    if flying(c, piece) == 0 or now - piece.progress < c.rto_ps:
+        due = piece.progress + c.rto_ps
+        at(state, due if due > now else now + c.rto_ps, TIMER, place)
+        return
+    state.clock[TIMEOUTS] += 1
+    state.clock[RESENT] += flying(c, piece)
+    piece.following = piece.acked if c.in_order else 0
+    piece.flying = 0
+    piece.slow = max(2.0, piece.window / 2.0)
+    piece.window = 1.0
+    piece.progress = now
+    if c.mode == PINNED and piece.path >= 0:
+        move(state, c, place, now)
+    at(state, now + c.rto_ps, TIMER, place)
+    wake(state, c, place, now)
+
+
+@kernel
+def start(state: Any, c: Any, place: int, now: int) -> None:
+    """A piece begins."""
+    piece = state.pieces[place]
+    piece.active, piece.progress = 1, now
+    at(state, now + c.rto_ps, TIMER, place)
+    wake(state, c, place, now)
+
+
+@kernel
+def run(state: Any, c: Any, most_events: int, margin: int) -> int:
+    """Let ``most_events`` happen: DONE when all pieces are there or nothing more will happen, FULL when there may be no room for the next."""
+    for _ in range(most_events):
+        if state.clock[LEFT] == 0 or state.clock[EVENTS] == 0:
+            return DONE
+        if state.clock[EVENTS] + margin > len(state.heap[0]) or state.clock[FREE] < 2:
+            return FULL
+        now, item = state.heap[0][0], state.heap[2][0]
+        state.clock[EVENTS] = pop(state.heap, state.clock[EVENTS])
+        state.clock[NOW] = now
+        kind, place = item % KINDS, item // KINDS
+        if kind == ARRIVE:
+            arrive(state, c, place, now)
+        elif kind == NIC:
+            serve(state, c, place, now)
+        elif kind == ACK:
+            acknowledge(state, c, place, now)
+        elif kind == TIMER:
+            time_out(state, c, place, now)
+        elif kind == START:
+            start(state, c, place, now)
+        elif kind == LINK_DOWN:
+            state.links[place].up = 0
+        elif kind == LINK_UP:
+            state.links[place].up = 1
+    return PAUSED
+
+
+@kernel
+def begin(state: Any, most_rank: int) -> None:
+    """Let every rank enter its first step, at time 0."""
+    for rank in range(most_rank):
+        enter(state, rank, 0)
