@@ -53,7 +53,9 @@ def test_the_numbers_are_those_of_the_library(asked):
 
 
 def test_failed_and_slow_cables(asked):
-    told = asked("permutation", *SMALL, "--fail", "leaf0-spine1", "--fail", "leaf2-spine3", "--slow", "leaf1-spine0=100")
+    told = asked(
+        "permutation", *SMALL, "--fail", "leaf0-spine1", "--fail", "leaf2-spine3", "--slow", "leaf1-spine0=100"
+    )
     assert told["network"]["failed"] == ["leaf0-spine1", "leaf2-spine3"]
     found = by_scheme(told)
     assert found["ethereal"]["fell_back"]
@@ -81,11 +83,25 @@ def test_dispatch_of_a_recorded_model(asked, work):
     builder = TraceBuilder()
     layer = TraceLayer(layer=5, name="moe", num_destinations=16, top_k=2)
     builder.add(layer, index_NK, np.ones((512, 2), np.float32), item_N=np.arange(512))
-    builder.build().write(work / "moe.parquet")
-    told = asked("--trace", "moe.parquet", "--network", "leaf-spine:4x4x2", "--row-bytes", "1kB", "--scheme", "wrap", "--scheme", "ecmp")
-    assert told["traffic"]["about"] == "dispatch of 512 tokens to 16 experts on 8 ranks, layer 5 of moe.parquet"
-    rank_N = np.arange(512) * 8 // 512
-    elsewhere = (index_NK // 2 != rank_N[:, None]).sum()
+    builder.trace().write(work / "moe.parquet")
+    # Half of what the hosts of a leaf send goes up at once.
+    cables = [f"h{n},leaf{n // 4},10" for n in range(16)] + [f"leaf{a},spine{b},5" for a in range(4) for b in range(4)]
+    (work / "half.csv").write_text("\n".join(cables))
+    told = asked(
+        "--trace",
+        "moe.parquet",
+        "--network",
+        "half.csv",
+        "--row-bytes",
+        "1kB",
+        "--scheme",
+        "wrap",
+        "--scheme",
+        "ecmp",
+    )
+    assert told["traffic"]["about"] == "dispatch of 512 tokens to 16 experts on 16 ranks, layer 5 of moe.parquet"
+    rank_N = np.arange(512) * 16 // 512
+    elsewhere = (index_NK != rank_N[:, None]).sum()
     assert told["traffic"]["bytes"] == 1000 * elsewhere
     found = by_scheme(told)
     assert found["wrap"]["busiest_s"] == pytest.approx(told["lower_bound_s"], rel=1e-3)

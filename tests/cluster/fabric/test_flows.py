@@ -123,7 +123,7 @@ def test_a_dispatch_counts_every_choice_once(items, choices, experts, data):
     [
         (lambda: collective_flows("all-reduse", 4, 1), "no collective 'all-reduse'"),
         (lambda: collective_flows("all-reduce", 4, 1, "direct"), "no 'direct' of all-reduce; known: ring"),
-        (lambda: collective_flows("all-reduce", 6, 1, "halving-doubling"), "halving-doubling of 6 ranks; it needs a power of two, such as 4"),
+        (lambda: collective_flows("all-reduce", 6, 1, "halving-doubling"), "of 6 ranks; it needs a power of two, such as 4"),
         (lambda: collective_flows("all-to-all", 1, 1), "ranks is 1"),
         (lambda: collective_flows("all-to-all", 4, 0), "bytes is 0"),
         (lambda: collective_flows("all-to-all", 4, 1e9), "bytes is 1000000000.0"),

@@ -73,7 +73,10 @@ def test_rates_are_those_of_the_naive_loop(made):
 def test_no_link_is_overfull_and_nobody_could_have_more(made):
     paths, capacity = made
     rates = max_min_rates(as_routes(paths), np.array(capacity))
-    used = [sum(rate * path.get(link, 0.0) for rate, path in zip(rates, paths, strict=True)) for link in range(len(capacity))]
+    used = [
+        sum(rate * path.get(link, 0.0) for rate, path in zip(rates, paths, strict=True))
+        for link in range(len(capacity))
+    ]
     assert all(use <= has * (1 + 1e-9) for use, has in zip(used, capacity, strict=True))
     for rate, path in zip(rates, paths, strict=True):
         # A full link where nobody is faster: the definition of max-min fairness.
@@ -148,7 +151,9 @@ def test_runs_end_when_the_naive_loop_says(scheme, rows):
     assert simulate(made).finish_Q.tolist() == pytest.approx(naive_run(made), rel=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "algo"), [("all-to-all", None), ("all-reduce", "halving-doubling"), ("all-reduce", "ring")])
+@pytest.mark.parametrize(
+    ("kind", "algo"), [("all-to-all", None), ("all-reduce", "halving-doubling"), ("all-reduce", "ring")]
+)
 def test_ethereal_ends_when_spraying_does(kind, algo):
     topology = Topology.leaf_spine(4, 4, 4)
     flows = collective_flows(kind, 16, 16 * 720_720, algo)

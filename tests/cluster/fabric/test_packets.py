@@ -136,12 +136,19 @@ def test_single_packets_end_when_the_naive_loop_says(seed, scheme):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.sampled_from(SCHEMES), st.sampled_from(["any-order", "go-back-n"]), st.integers(0, 1000), st.sampled_from([1e6, 20.0, 3.0])
+    st.sampled_from(SCHEMES),
+    st.sampled_from(["any-order", "go-back-n"]),
+    st.integers(0, 1000),
+    st.sampled_from([1e6, 20.0, 3.0]),
 )
 def test_every_flow_ends_and_nothing_is_sent_for_nothing(scheme, receiver, seed, buffer_kb):
     random = np.random.default_rng(seed)
     topology = Topology.leaf_spine(3, 3, 2, cap_up=10, cap_host=10)
-    rows = [(int(a), int(b), int(random.integers(1, 15_000)), int(s)) for a, b, s in random.integers(0, 6, (10, 3)) if a != b]
+    rows = [
+        (int(a), int(b), int(random.integers(1, 15_000)), int(s))
+        for a, b, s in random.integers(0, 6, (10, 3))
+        if a != b
+    ]
     config = PacketConfig(receiver=receiver, payload=1000, header=40, buffer_mb=buffer_kb / 1e3, ecn_kb=5.0, rto_us=200)
     made = plan(Flows.of(rows), topology, scheme, seed=seed)
     found = simulate_packets(made, config, seed=seed, most_s=1.0)
@@ -205,7 +212,9 @@ def test_a_flow_without_another_path_waits_for_its_own():
     found = run([(0, 1, 3000)], line(), PLAIN.replace(rto_us=500), events=[failure, repair])
     assert (found.timeouts, found.moved) == (4, 0)
     assert found.completion_s > 2e-3
-    with pytest.raises(InputError, match=r"1 of 1 pieces were not through after .* from host 0 to 1; does a path to it work"):
+    with pytest.raises(
+        InputError, match=r"1 of 1 pieces were not through after .* from host 0 to 1; does a path to it work"
+    ):
         run([(0, 1, 3000)], line(), PLAIN, events=[failure], most_s=0.01)
 
 
@@ -221,13 +230,18 @@ def test_recycled_paths_avoid_what_failed():
 def test_ethereal_ends_when_spraying_does():
     topology = Topology.leaf_spine(4, 4, 4, cap_up=10, cap_host=10)
     flows = collective_flows("all-to-all", 16, 16 * 36_000)
-    times = {scheme: simulate_packets(plan(flows, topology, scheme)).completion_s for scheme in ("ecmp", "ethereal", "spray")}
+    times = {
+        scheme: simulate_packets(plan(flows, topology, scheme)).completion_s for scheme in ("ecmp", "ethereal", "spray")
+    }
     assert times["ethereal"] < 1.05 * times["spray"]
     assert times["ethereal"] < times["ecmp"]
 
 
 def test_arrays_grow_when_they_must(monkeypatch):
-    topology, flows = Topology.leaf_spine(2, 2, 4, cap_up=10, cap_host=10), collective_flows("all-to-all", 8, 8 * 30_000)
+    topology, flows = (
+        Topology.leaf_spine(2, 2, 4, cap_up=10, cap_host=10),
+        collective_flows("all-to-all", 8, 8 * 30_000),
+    )
     made = plan(flows, topology, "spray")
     usual = simulate_packets(made, seed=4)
     monkeypatch.setattr(packets, "ROOM", 2)

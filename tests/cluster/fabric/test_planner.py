@@ -292,7 +292,9 @@ def test_a_path_that_timed_out_gets_nothing_until_its_mark_ends():
     both = Flows.of([(0, 2, 100), (1, 2, 100)])
     assert by_path(plan(both, topology, scope="leaf", health=health, now_s=1.05)) == {"spine0": 200, "spine1": 0}
     health.mark(0, leaf, 0, now_s=1.0)
-    with pytest.raises(InputError, match="no good path from leaf0 to leaf1: all 2 have failed links or timed out lately"):
+    with pytest.raises(
+        InputError, match="no good path from leaf0 to leaf1: all 2 have failed links or timed out lately"
+    ):
         plan(flows, topology, health=health, now_s=1.05)
     health.reset(0, leaf, 0)
     assert by_path(plan(flows, topology, health=health, now_s=1.05)) == {"spine0": 100, "spine1": 0}
@@ -333,7 +335,7 @@ def test_a_wrong_plan_is_found(change, said):
         (lambda f, t: plan(f, t, seed=-1), "seed is -1"),
         (lambda f, t: plan(Flows.of([(0, 9, 1)]), t), "flows name host 9, but the network has hosts 0 to 3"),
         (lambda f, t: plan(f, t.with_failed(["host2-leaf1"])), "the cable of host2 has failed, and flow 0 needs it"),
-        (lambda f, t: plan(f, t.with_failed(["leaf0-spine0", "leaf1-spine1"])), "no good path from leaf0 to leaf1: all 2 have failed links"),
+        (lambda f, t: plan(f, t.with_failed(["leaf0-spine0", "leaf1-spine1"])), "no good path from leaf0 to leaf1: all 2 have failed"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_told(make, said):

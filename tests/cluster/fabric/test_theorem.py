@@ -30,7 +30,9 @@ def test_a_planner_that_forgets_to_split_is_found(monkeypatch):
 
 
 def test_a_planner_that_splits_too_much_is_found(monkeypatch):
-    monkeypatch.setattr(planner, "placer", lambda scheme: schemes.hashed(2) if scheme == "wrap" else schemes.placer(scheme))
+    monkeypatch.setattr(
+        planner, "placer", lambda scheme: schemes.hashed(2) if scheme == "wrap" else schemes.placer(scheme)
+    )
     assert check_equivalence(flows=1, paths=1, mixes=0).pieces_off == 1
 
 
@@ -68,7 +70,9 @@ def test_mixes_have_failures_and_several_groups():
     assert all(set(flows.size_F.tolist()) == {theorem.SIZE} for _, flows in made)
 
 
-@pytest.mark.parametrize(("given", "said"), [({"paths": 17}, "paths is 17"), ({"flows": 0}, "flows is 0"), ({"mixes": -1}, "mixes is -1")])
+@pytest.mark.parametrize(
+    ("given", "said"), [({"paths": 17}, "paths is 17"), ({"flows": 0}, "flows is 0"), ({"mixes": -1}, "mixes is -1")]
+)
 def test_limits_are_told(given, said):
     with pytest.raises(InputError, match=said):
         check_equivalence(**given)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from anabranch.cli.cluster.fabric_inputs import read_algorithm, read_slow, read_topology, read_trace, ranks_of
+from anabranch.cli.cluster.fabric_inputs import ranks_of, read_algorithm, read_slow, read_topology, read_trace
 from anabranch.cli.options import FLAG, AsJson, Seed
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, table
 from anabranch.errors import ConfigError
@@ -40,9 +40,7 @@ def fabric(
             help="leaf-spine:LEAVESxSPINESxHOSTS, fat-tree:K or fat-tree:KxHOSTS (of a leaf), or a .csv of cables: node,node,Gbit/s.",
         ),
     ] = "leaf-spine:8x8x8",
-    message: Annotated[
-        str, typer.Option("--bytes", metavar="SIZE", help="Buffer of a rank, such as 64MB.")
-    ] = "64MB",
+    message: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Buffer of a rank, such as 64MB.")] = "64MB",
     ranks: Annotated[
         int | None, typer.Option(metavar="R", min=2, help="How many hosts take part, the first ones. Default: all.")
     ] = None,
@@ -69,7 +67,8 @@ def fabric(
     trace: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="In place of COLLECTIVE: the dispatch of a layer of experts, of a routing trace (.parquet)."
+            metavar="FILE",
+            help="In place of COLLECTIVE: the dispatch of a layer of experts, of a routing trace (.parquet).",
         ),
     ] = None,
     layer: Annotated[
@@ -90,7 +89,8 @@ def fabric(
         Path | None, typer.Option(metavar="FILE", help="Draw loads and completion times (.png, .svg).")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the plan of the one --scheme (.csv): pieces with their paths.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the plan of the one --scheme (.csv): pieces with their paths."),
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -134,9 +134,7 @@ def fabric(
     _show(told, picture, out)
 
 
-def _check_places(
-    picture: Path | None, out: Path | None, schemes: list[str] | None, read: list[Path | None]
-) -> None:
+def _check_places(picture: Path | None, out: Path | None, schemes: list[str] | None, read: list[Path | None]) -> None:
     """Before the work: names of files, and what draws. Raises ConfigError, and as `check_apart` and `require`."""
     check_apart([picture, out], read)
     if picture is not None:
@@ -168,7 +166,9 @@ def _flows(
     return flows, f"{collective} of {message} on {ranks} ranks"
 
 
-def _tried(name: str, flows: Flows, topology: Topology, scope: Literal["host", "leaf"], seed: int) -> tuple[dict[str, Any], Plan]:
+def _tried(
+    name: str, flows: Flows, topology: Topology, scope: Literal["host", "leaf"], seed: int
+) -> tuple[dict[str, Any], Plan]:
     """A scheme's numbers, and its plan."""
     from anabranch.cluster.fabric import busiest, plan, simulate
 
@@ -191,8 +191,12 @@ def _show(told: dict[str, Any], picture: Path | None, out: Path | None) -> None:
     network, traffic, bound = told["network"], told["traffic"], told["lower_bound_s"]
     broken = f", failed: {', '.join(network['failed'])}" if network["failed"] else ""
     fact("network", f"{network['about']}{broken}")
-    fact("traffic", f"{traffic['about']}   {quantity(traffic['flows'])} flows in {traffic['steps']} steps, {size(traffic['bytes'])}")
-    fact("bound", f"{1e3 * bound:.4g} ms: the busiest link works that long, whatever the paths")
+    fact(
+        "traffic",
+        f"{traffic['about']}   {quantity(traffic['flows'])} flows in {traffic['steps']} steps, {size(traffic['bytes'])}",
+    )
+    steps = ", step by step" if traffic["steps"] > 1 else ""
+    fact("bound", f"{1e3 * bound:.4g} ms: the busiest link works that long, whatever the paths{steps}")
     best = min(row["completion_s"] for row in told["schemes"])
     rows = [
         [
@@ -205,7 +209,9 @@ def _show(told: dict[str, Any], picture: Path | None, out: Path | None) -> None:
         ]
         for row in told["schemes"]
     ]
-    table(["scheme", "pieces\na host", "busiest\nlink, ms", "over the\nbound", "completion,\nms", "over the\nbest"], rows)
+    table(
+        ["scheme", "pieces\na host", "busiest\nlink, ms", "over the\nbound", "completion,\nms", "over the\nbest"], rows
+    )
     if any(row["fell_back"] for row in told["schemes"]):
         fact("*", "flows or paths are not equal, so they were planned by wrap")
     for path in (picture, out):

@@ -33,7 +33,9 @@ def draw_fabric(plans: Sequence[Plan], rows: Sequence[dict[str, Any]], title: st
     with figure(11, 4.2, ncols=2, width_ratios=(3, 2)) as (made, (left, right)):
         made.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
         if not inside_L.any():
-            left.text(0.5, 0.5, "one switch: no links between switches", ha="center", color=MUTED, transform=left.transAxes)
+            left.text(
+                0.5, 0.5, "one switch: no links between switches", ha="center", color=MUTED, transform=left.transAxes
+            )
         for number, plan in enumerate(plans if inside_L.any() else ()):
             busy = np.sort((8 * loads(plan) / topology.capacity_L)[inside_L])[::-1] * factor
             share = np.linspace(0, 1, len(busy))
@@ -48,12 +50,16 @@ def draw_fabric(plans: Sequence[Plan], rows: Sequence[dict[str, Any]], title: st
         if inside_L.any():
             left.legend(ncols=2)
         place = np.arange(len(rows))
-        right.barh(place, [row["completion_s"] * factor for row in rows], color=[SERIES[n % len(SERIES)] for n in place], height=0.6)
-        right.plot([row["busiest_s"] * factor for row in rows], place, "|", color=INK, markersize=14, label="busiest link")
+        right.barh(
+            place,
+            [row["completion_s"] * factor for row in rows],
+            color=[SERIES[n % len(SERIES)] for n in place],
+            height=0.6,
+        )
+        right.plot([row["busiest_s"] * factor for row in rows], place, "|", color=INK, markersize=14)
         right.set_yticks(place, [row["scheme"] for row in rows])
         right.invert_yaxis()
-        right.set_xlabel(f"completion, {unit}")
-        right.legend(loc="lower right")
+        right.set_xlabel(f"completion, {unit} (line: how long the busiest link works)")
         content = to_svg(made).encode() if path.suffix == ".svg" else to_png(made)
     with atomic_file(path, clears=True) as temporary:
         temporary.write_bytes(content)

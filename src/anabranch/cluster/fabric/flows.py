@@ -55,7 +55,9 @@ class Flows:
                     f"flow {f} is {self.size_F[f]} bytes from host {self.src_F[f]} to {self.dst_F[f]} in step {self.step_F[f]}; {what}"
                 )
         if len(self) and float(self.size_F.astype(float).sum()) > MOST_BYTES:
-            raise InputError(f"the flows have {float(self.size_F.astype(float).sum()):.3g} bytes; at most 2^50 are planned")
+            raise InputError(
+                f"the flows have {float(self.size_F.astype(float).sum()):.3g} bytes; at most 2^50 are planned"
+            )
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[int]]) -> Self:
@@ -64,7 +66,8 @@ class Flows:
         if any(len(row) != 4 for row in made):
             raise InputError("a flow is (source, destination, bytes) or (source, destination, bytes, step)")
         columns = list(zip(*made, strict=True)) or [(), (), (), ()]
-        return cls(*(np.array(column, dtype=None if column else np.int64) for column in columns))
+        src_F, dst_F, size_F, step_F = (np.array(column, dtype=None if column else np.int64) for column in columns)
+        return cls(src_F, dst_F, size_F, step_F)
 
     def __len__(self) -> int:
         return len(self.src_F)
@@ -82,21 +85,30 @@ class Flows:
     def steps(self) -> list[list[tuple[int, int, int]]]:
         """Each step as (source, destination, bytes)."""
         found: list[list[tuple[int, int, int]]] = [[] for _ in range(self.num_steps)]
-        for src, dst, size, step in zip(*(c.tolist() for c in (self.src_F, self.dst_F, self.size_F, self.step_F)), strict=True):
+        for src, dst, size, step in zip(
+            *(c.tolist() for c in (self.src_F, self.dst_F, self.size_F, self.step_F)), strict=True
+        ):
             found[step].append((src, dst, size))
         return found
 
     def step(self, number: int) -> Self:
         """The flows of one step, as step 0."""
         keep_F = self.step_F == number
-        kept = (column[keep_F] for column in (self.src_F, self.dst_F, self.size_F))
-        return type(self)(*kept, np.zeros(int(keep_F.sum()), np.int32))
+        return replace(
+            self,
+            src_F=self.src_F[keep_F],
+            dst_F=self.dst_F[keep_F],
+            size_F=self.size_F[keep_F],
+            step_F=np.zeros(int(keep_F.sum()), np.int32),
+        )
 
     def placed(self, host_R: Sequence[int] | np.ndarray) -> Self:
         """The same flows with rank r on host ``host_R[r]``. Raises InputError if two ranks share a host or one has none."""
         host_R = _whole_column("host_R", host_R, np.int32)
         if len(host_R) < self.num_ranks or len(np.unique(host_R)) < len(host_R):
-            raise InputError(f"{self.num_ranks} ranks need as many hosts, each its own; {shown(host_R.tolist()[:20])} were given")
+            raise InputError(
+                f"{self.num_ranks} ranks need as many hosts, each its own; {shown(host_R.tolist()[:20])} were given"
+            )
         return replace(self, src_F=host_R[self.src_F], dst_F=host_R[self.dst_F])
 
 
@@ -198,7 +210,11 @@ def _double_tree(ranks: int, bytes: int) -> Flows:
     for tree, size in enumerate(halves):
         parent_R = tree_parents(ranks)
         # The second is the first mirrored, or shifted where that would not exchange odd and even.
-        name_R = np.arange(ranks) if not tree else (ranks - 1 - np.arange(ranks) if ranks % 2 == 0 else (np.arange(ranks) + 1) % ranks)
+        name_R = (
+            np.arange(ranks)
+            if not tree
+            else (ranks - 1 - np.arange(ranks) if ranks % 2 == 0 else (np.arange(ranks) + 1) % ranks)
+        )
         depth_R = np.zeros(ranks, np.int64)
         for rank in range(ranks):
             above = rank
@@ -206,7 +222,7 @@ def _double_tree(ranks: int, bytes: int) -> Flows:
                 above = int(parent_R[above])
                 depth_R[rank] += 1
         deepest = int(depth_R.max())
-        for rank in np.flatnonzero(parent_R >= 0):
+        for rank in np.flatnonzero(parent_R >= 0).tolist():
             child, parent = int(name_R[rank]), int(name_R[parent_R[rank]])
             rows += [
                 (child, parent, size, deepest - int(depth_R[rank])),
@@ -265,7 +281,9 @@ def moe_dispatch(rows_RR: np.ndarray, bytes_per_row: int, *, combine: bool = Fal
     if not len(src_F):
         raise InputError("no rank sends a row to another: there is nothing to plan")
     if int(sent_RR.max()) * bytes_per_row > MOST_BYTES:
-        raise InputError(f"{sent_RR.max():,} rows of {bytes_per_row:,} bytes from one rank to another; at most 2^50 bytes are planned")
+        raise InputError(
+            f"{sent_RR.max():,} rows of {bytes_per_row:,} bytes from one rank to another; at most 2^50 bytes are planned"
+        )
     size_F = sent_RR[src_F, dst_F] * bytes_per_row
     step_F = np.zeros(len(src_F), np.int32)
     if not combine:

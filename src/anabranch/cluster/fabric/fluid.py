@@ -72,16 +72,28 @@ def simulate(made: Plan, *, resolution: float = 0.0) -> FluidResult:
     steps = chain(made)
     window = 0.0
     if resolution:
-        work_L = np.bincount(found.link_E, np.repeat(8.0 * made.size_Q, np.diff(found.start)) * found.weight_E, len(capacity_L))
+        work_L = np.bincount(
+            found.link_E, np.repeat(8.0 * made.size_Q, np.diff(found.start)) * found.weight_E, len(capacity_L)
+        )
         window = resolution * float((work_L / made.topology.capacity_L).max(initial=0.0))
     finish_Q = np.full(len(made), -1.0)
     # Rates are shared some dozen times, and every time all links are looked at.
     shares = fitting(drain, 20 * len(found.link_E))(
-        *_arrays(found), capacity_L, 8.0 * made.size_Q, steps.who_Q, steps.pending, steps.begin, steps.order_Q, window, finish_Q
+        *_arrays(found),
+        capacity_L,
+        8.0 * made.size_Q,
+        steps.who_Q,
+        steps.pending,
+        steps.begin,
+        steps.order_Q,
+        window,
+        finish_Q,
     )
     if len(made) and finish_Q.min() < 0:
         piece = next(piece for piece, end in zip(made, finish_Q.tolist(), strict=True) if end < 0)
-        raise InputError(f"a piece from host {piece.src} to {piece.dst} never ends: its path {piece.path} has a failed link")
+        raise InputError(
+            f"a piece from host {piece.src} to {piece.dst} never ends: its path {piece.path} has a failed link"
+        )
     finish_F = np.zeros(len(made.flows))
     np.maximum.at(finish_F, made.flow_Q, finish_Q)
     return FluidResult(finish_Q, finish_F, float(finish_Q.max(initial=0.0)), int(shares))

@@ -206,7 +206,11 @@ def drain(
         finish_Q: float64, written: seconds. -1 stays where a piece can never end.
     """
     num_ranks, num_pieces = pending.shape[0], len(left_Q)
-    cur_R, started, ended = np.full(num_ranks, -1, np.int64), np.empty(num_pieces, np.int64), np.empty(num_pieces, np.int64)
+    cur_R, started, ended = (
+        np.full(num_ranks, -1, np.int64),
+        np.empty(num_pieces, np.int64),
+        np.empty(num_pieces, np.int64),
+    )
     active, rate_Q = np.empty(num_pieces, np.int64), np.zeros(num_pieces)
     count, now, shares = 0, 0.0, 0
     for rank in range(num_ranks):

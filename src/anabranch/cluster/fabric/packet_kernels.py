@@ -1,9 +1,9 @@
 """The loops of the packet simulator: one event after the other, each a packet at a place, an acknowledgement, or a clock.
 
-A packet is one event a hop: a link is a queue that is never reordered, so its packets leave when those before them have
-(``free_at_L``), and how much waits in it is what it still has to send. Hosts pull: whenever a host's cable is free, the next piece in
-turn that has something to send and room in its window puts one packet on it. Acknowledgements come back after the latency of the path; their bytes
-are not counted.
+A packet is one event a hop: a link is a queue that is never reordered, so its packets leave when those before them have (``free_at``),
+and how much waits in it is what it still has to send. Hosts pull: whenever a host's cable is free, the next piece in turn that has
+something to send and room in its window puts one packet on it. Acknowledgements come back after the latency of the path; their bytes are
+not counted.
 """
 # Shapes: as in `anabranch.cluster.fabric.packet_state`
 
@@ -408,7 +408,7 @@ def start(state: Any, c: Any, place: int, now: int) -> None:
 
 @kernel
 def run(state: Any, c: Any, most_events: int, margin: int) -> int:
-    """Let ``most_events`` happen: DONE when all pieces are there or nothing more will happen, FULL when there may be no room for the next."""
+    """Let ``most_events`` happen: DONE when all is there or nothing will happen, FULL when there may be no room for more."""
     for _ in range(most_events):
         if state.clock[LEFT] == 0 or state.clock[EVENTS] == 0:
             return DONE

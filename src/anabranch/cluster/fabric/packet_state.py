@@ -162,8 +162,9 @@ def _pieces(made: Plan, constants: Constants, steps: Steps) -> tuple[np.ndarray,
     topology, rows = made.topology, _rows(made)
     pieces = np.zeros(len(made), PIECE).view(np.recarray)
     pieces.src, pieces.dst, pieces.step = steps.who_Q.T
-    pieces.host_up, pieces.host_down = topology.host_up_H[pieces.src], topology.host_down_H[pieces.dst]
-    pieces.leaf = topology.leaf_H[pieces.dst].astype(np.int64) - topology.num_hosts
+    src_Q, dst_Q = steps.who_Q[:, 0], steps.who_Q[:, 1]
+    pieces.host_up, pieces.host_down = topology.host_up_H[src_Q], topology.host_down_H[dst_Q]
+    pieces.leaf = topology.leaf_H[dst_Q].astype(np.int64) - topology.num_hosts
     pieces.first_row, pieces.num_rows, pieces.path = rows.first_row_Q, rows.num_rows_Q, rows.path_Q
     pieces.delay = made.delay_ns_Q.astype(np.int64) * PS_PER_NS
     pieces.num_packets = -(-made.size_Q // constants.payload)
@@ -219,7 +220,9 @@ def grown(state: State) -> State:
         return state._replace(heap=heap, packets=state.packets + _objects(fresh), free_K=free_K)
     heap = tuple(np.concatenate([column, np.zeros_like(column)]) for column in state.heap)
     packets = np.concatenate([state.packets, fresh]).view(np.recarray)
-    return state._replace(heap=heap, packets=packets, free_K=np.concatenate([state.free_K[:count], places, state.free_K[count:]]))
+    return state._replace(
+        heap=heap, packets=packets, free_K=np.concatenate([state.free_K[:count], places, state.free_K[count:]])
+    )
 
 
 class _Rows(NamedTuple):
@@ -250,8 +253,8 @@ def _rows(made: Plan) -> _Rows:
         place_of.append(place)
         rows += list(paths_PD[good])
     row_WD = np.zeros((max(len(rows), 1), 1 + max((len(row) for row in rows), default=0)), np.int64)
-    for place, row in enumerate(rows):
-        row_WD[place, 0], row_WD[place, 1 : 1 + len(row)] = len(row), row
+    for at, row in enumerate(rows):
+        row_WD[at, 0], row_WD[at, 1 : 1 + len(row)] = len(row), row
     path_Q = np.array(
         [-1 if path == SPREAD else place_of[pair][path] for pair, path in zip(pair_Q.tolist(), made.path_Q.tolist(), strict=True)],
         np.int64,

@@ -121,7 +121,9 @@ def simulate_packets(
     """
     config, seed = PacketConfig() if config is None else config, whole("seed", seed, 0, MOST_SEED)
     if float((made.size_Q / config.payload).sum()) > MOST_PACKETS:
-        raise CapacityError(f"the plan has more than {MOST_PACKETS:,} packets of {config.payload} bytes; raise payload, or send less")
+        raise CapacityError(
+            f"the plan has more than {MOST_PACKETS:,} packets of {config.payload} bytes; raise payload, or send less"
+        )
     constants = constants_of(made, config)
     # A generator of shifts stays 0 if it begins there.
     random = int(mix(np.array([seed + 1], np.uint64))[0]) | 1

@@ -116,7 +116,9 @@ def plan(
     place = placer(scheme)
     seed = whole("seed", seed, 0, MOST_SEED)
     if flows.num_ranks > topology.num_hosts:
-        raise InputError(f"flows name host {flows.num_ranks - 1}, but the network has hosts 0 to {topology.num_hosts - 1}")
+        raise InputError(
+            f"flows name host {flows.num_ranks - 1}, but the network has hosts 0 to {topology.num_hosts - 1}"
+        )
     planner = _Planner(flows, topology, scope, seed, health, now_s)
     parts, fell_back = [planner.within_racks()], False
     for chosen, good, capacity in planner.groups():
@@ -200,7 +202,9 @@ def _check_hosts(flows: Flows, topology: Topology) -> None:
         down_F = ~topology.is_up_L[link_H[host_F]]
         if down_F.any():
             host = int(host_F[down_F.argmax()])
-            raise InputError(f"the cable of {topology.names[host]} has failed, and flow {int(down_F.argmax())} needs it")
+            raise InputError(
+                f"the cable of {topology.names[host]} has failed, and flow {int(down_F.argmax())} needs it"
+            )
 
 
 def good_paths(topology: Topology, leaf: int, to: int) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +253,9 @@ def routes(made: Plan) -> Routes:
     link_E[start[:-1]], link_E[start[1:] - 1] = topology.host_up_H[src_Q], topology.host_down_H[dst_Q]
     # All pieces of one kind at once.
     order = np.argsort(kind_Q, kind="stable")
-    for pieces, (links, share) in zip(np.split(order, np.cumsum(np.bincount(kind_Q))[:-1])[: len(kinds)], fabric, strict=True):
+    for pieces, (links, share) in zip(
+        np.split(order, np.cumsum(np.bincount(kind_Q))[:-1])[: len(kinds)], fabric, strict=True
+    ):
         at = start[pieces][:, None] + 1 + np.arange(len(links))
         link_E[at], weight_E[at] = links, share
     return Routes(start, link_E, weight_E)
@@ -291,7 +297,11 @@ def exact_loads(made: Plan) -> list[Fraction]:
 
 
 def busiest(made: Plan) -> float:
-    """Seconds for which the busiest link works, which no transport can end before; with several steps the sum over them."""
+    """Seconds for which the busiest link works, which no transport can end before.
+
+    With several steps the sum over them: what it takes at least if everybody waits for the end of a step. Ranks that go on by themselves
+    may take less, since links are busiest at other times.
+    """
     num_links, num_steps = made.topology.num_links, made.flows.num_steps
     start, link_E, weight_E = routes(made)
     place_E = link_E + np.repeat(made.flows.step_F[made.flow_Q].astype(np.int64) * num_links, np.diff(start))
@@ -302,7 +312,7 @@ def busiest(made: Plan) -> float:
 def lower_bound(flows: Flows, topology: Topology) -> float:
     """Seconds that the busiest link works at least, whatever the paths: what crosses the edges of a host or a group over their capacity.
 
-    The sum over steps. Groups are those of the topology: racks, and pods of a fat-tree. Infinite where nothing of an edge is left.
+    The sum over steps, as of `busiest`. Groups are those of the topology: racks, and pods of a fat-tree. Infinite where nothing of an edge is left.
     """
     capacity_L = np.where(topology.is_up_L, topology.capacity_L, 0).astype(float)
     hosts = topology.num_hosts
@@ -364,4 +374,6 @@ def check(made: Plan) -> None:
             known[pair] = topology.path_capacity(*pair)
         if piece.path != SPREAD and (not 0 <= piece.path < len(known[pair]) or not known[pair][piece.path]):
             leaf, to = (topology.names[node] for node in pair)
-            raise InputError(f"a piece goes over path {piece.path} from {leaf} to {to}, which is not there or has failed")
+            raise InputError(
+                f"a piece goes over path {piece.path} from {leaf} to {to}, which is not there or has failed"
+            )

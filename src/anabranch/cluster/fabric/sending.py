@@ -12,6 +12,7 @@ The wire is plain TCP: whoever reaches the port and knows ``secret`` can write i
 how many bytes, and where its own go; what does not fit the buffer that waits ends the connection, and nothing of it is written.
 """
 
+import contextlib
 import hmac
 import secrets
 import socket
@@ -45,21 +46,33 @@ def as_bytes(buffer: Any, *, writable: bool = False) -> memoryview:
 
     Raises InputError where it cannot be had so.
     """
-    array = np.asarray(buffer) if not isinstance(buffer, bytes | bytearray | memoryview) else np.frombuffer(buffer, np.uint8)
+    array = (
+        np.asarray(buffer)
+        if not isinstance(buffer, bytes | bytearray | memoryview)
+        else np.frombuffer(buffer, np.uint8)
+    )
     if array.dtype == object or not array.flags.c_contiguous:
-        raise InputError(f"a buffer of {array.dtype} of shape {list(array.shape)} is not one row of bytes; make it contiguous")
+        raise InputError(
+            f"a buffer of {array.dtype} of shape {list(array.shape)} is not one row of bytes; make it contiguous"
+        )
     if writable and not array.flags.writeable:
         raise InputError("the buffer to receive into is read-only")
-    return memoryview(array.reshape(-1).view(np.uint8))
+    row: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(row)
 
 
 def check_pieces(pieces: Iterable[Sequence[int]], size: int, paths: int) -> list[tuple[int, int, int]]:
     """Pieces (path, offset, bytes) in order of offset. Raises InputError unless they are the ``size`` bytes, each once."""
-    found = [(whole("path", path, 0, paths - 1), whole("offset", begin, 0), whole("bytes", count, 1)) for path, begin, count in pieces]
+    found = [
+        (whole("path", path, 0, paths - 1), whole("offset", begin, 0), whole("bytes", count, 1))
+        for path, begin, count in pieces
+    ]
     place = 0
     for _, begin, count in sorted(found, key=lambda piece: piece[1]):
         if begin != place:
-            raise InputError(f"pieces end at byte {place:,} and go on at {begin:,}; they must be the {size:,} bytes, each once")
+            raise InputError(
+                f"pieces end at byte {place:,} and go on at {begin:,}; they must be the {size:,} bytes, each once"
+            )
         place += count
     if place != size:
         raise InputError(f"pieces have {place:,} bytes, and the buffer has {size:,}")
@@ -78,7 +91,9 @@ class SplitSender:
     Raises InputError for paths that are none, TransferError where nobody answers. Threads may not share one.
     """
 
-    def __init__(self, to: Address, paths: Sequence[Address], *, secret: bytes = b"", timeout_s: float = WAIT_S) -> None:
+    def __init__(
+        self, to: Address, paths: Sequence[Address], *, secret: bytes = b"", timeout_s: float = WAIT_S
+    ) -> None:
         whole("paths", len(paths), 1, MOST_PATHS)
         self.timeout_s = finite("timeout_s", timeout_s, 1e-3, 1e6)
         self._links: list[socket.socket] = []
@@ -116,7 +131,9 @@ class SplitSender:
                 link.sendall(held[begin : begin + count])
             for _ in parts:
                 if link.recv(1) != b"\x01":
-                    raise TransferError("the receiver refused a piece: is its buffer of another size, or its secret another?")
+                    raise TransferError(
+                        "the receiver refused a piece: is its buffer of another size, or its secret another?"
+                    )
         except OSError as error:
             raise TransferError(f"a transfer to {_peer(link)} ended: {_why(error)}") from None
 
@@ -169,7 +186,6 @@ class SplitReceiver:
             self._waiting = transfer = _Transfer(held)
             self._state.notify_all()
             try:
-                # A piece of a hostile or late transfer may be half written: nobody writes any more once this has returned.
                 while (transfer.left or transfer.writers) and not self._is_closed:
                     rest = end - time.monotonic()
                     if rest <= 0:
@@ -177,9 +193,11 @@ class SplitReceiver:
                     self._state.wait(rest)
             finally:
                 self._waiting = None
-                transfer.is_over = True
-            while transfer.writers:
-                self._state.wait(1.0)
+                # Nobody writes any more once this has returned, also who stands still in the middle of a piece.
+                for link in transfer.writers:
+                    _end(link)
+                while transfer.writers:
+                    self._state.wait(1.0)
         if transfer.left:
             why = "the receiver was closed" if self._is_closed else f"after {timeout_s:g} s"
             raise TransferError(f"{transfer.left:,} of {len(held):,} bytes did not come: {why}")
@@ -206,14 +224,14 @@ class SplitReceiver:
             link.settimeout(None)
             while True:
                 header = FRAME.unpack(_read(link, FRAME.size))
-                transfer = self._claim(*header)
+                transfer = self._claim(link, *header)
                 if transfer is None:
                     return
                 try:
                     self._take(link, transfer, header[2], header[3])
                 finally:
                     with self._state:
-                        transfer.writers -= 1
+                        transfer.writers.discard(link)
                         self._state.notify_all()
                 link.sendall(b"\x01")
         except OSError:
@@ -224,7 +242,7 @@ class SplitReceiver:
                 self._links.discard(link)
             link.close()
 
-    def _claim(self, number: int, total: int, begin: int, count: int) -> "_Transfer | None":
+    def _claim(self, link: socket.socket, number: int, total: int, begin: int, count: int) -> "_Transfer | None":
         """The transfer that a frame is of, once somebody waits for one; None if it does not fit what waits."""
         end = time.monotonic() + WAIT_S
         with self._state:
@@ -233,7 +251,7 @@ class SplitReceiver:
             transfer = self._waiting
             if transfer is None or not transfer.claim(number, total, begin, count):
                 return None
-            transfer.writers += 1
+            transfer.writers.add(link)
             return transfer
 
     def _take(self, link: socket.socket, transfer: "_Transfer", begin: int, count: int) -> None:
@@ -242,9 +260,6 @@ class SplitReceiver:
             got = link.recv_into(transfer.held[place : min(end, place + BLOCK)])
             if not got:
                 raise ConnectionError("the sender left")
-            with self._state:
-                if transfer.is_over:
-                    raise ConnectionError("nobody waits any more")
             place += got
         with self._state:
             transfer.left -= count
@@ -256,18 +271,10 @@ class SplitReceiver:
             links = list(self._links)
             self._state.notify_all()
         # An accept that waits is not ended by closing alone.
-        try:
-            self._server.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            # Not connected, as some systems say of a socket that listens.
-            self._server.close()
+        _end(self._server)
         self._server.close()
         for link in links:
-            try:
-                link.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                # It has ended by itself.
-                continue
+            _end(link)
 
     def __enter__(self) -> Self:
         return self
@@ -280,14 +287,19 @@ class _Transfer:
     """A buffer that is being filled; all fields are the receiver's, under its lock."""
 
     def __init__(self, held: memoryview) -> None:
-        self.held, self.left, self.writers, self.is_over = held, len(held), 0, False
+        self.held, self.left = held, len(held)
+        self.writers: set[socket.socket] = set()
         self._number: int | None = None
         self._claimed: list[tuple[int, int]] = []
 
     def claim(self, number: int, total: int, begin: int, count: int) -> bool:
         """Whether a piece is of this transfer and of no bytes that another piece has; it has them then."""
         fits = total == len(self.held) and 0 < count <= total and begin <= total - count
-        if not fits or self._number not in (None, number) or any(a < begin + count and begin < b for a, b in self._claimed):
+        if (
+            not fits
+            or self._number not in (None, number)
+            or any(a < begin + count and begin < b for a, b in self._claimed)
+        ):
             return False
         self._number = number
         self._claimed.append((begin, begin + count))
@@ -306,6 +318,12 @@ def _read(link: socket.socket, count: int) -> bytes:
 
 def _key(secret: bytes) -> bytes:
     return hmac.digest(secret, MAGIC, "sha256")
+
+
+def _end(link: socket.socket) -> None:
+    """Whoever waits at this socket goes on."""
+    with contextlib.suppress(OSError):  # it has ended by itself, or never was connected
+        link.shutdown(socket.SHUT_RDWR)
 
 
 def _peer(link: socket.socket) -> str:

@@ -219,7 +219,9 @@ class Topology:
 
     @cached_property
     def _links(self) -> dict[tuple[int, int], int]:
-        return {pair: place for place, pair in enumerate(zip(self.link_from.tolist(), self.link_to.tolist(), strict=True))}
+        return {
+            pair: place for place, pair in enumerate(zip(self.link_from.tolist(), self.link_to.tolist(), strict=True))
+        }
 
     @cached_property
     def host_up_H(self) -> np.ndarray:
@@ -306,7 +308,10 @@ class Topology:
 
     def failed_cables(self) -> list[str]:
         """Names of the cables with a failed link, in order."""
-        return [self.link_name(2 * c).replace(" > ", "-") for c in np.flatnonzero(~self.is_up_L.reshape(-1, 2).all(1))]
+        return [
+            self.link_name(2 * c).replace(" > ", "-")
+            for c in np.flatnonzero(~self.is_up_L.reshape(-1, 2).all(1)).tolist()
+        ]
 
 
 def _bits(name: str, gbps: float) -> int:
