@@ -63,6 +63,8 @@ NEEDS = {  # a command as it is given, and the extras it names
     "rl train x --out y": "lm",
     "rl eval x": "lm",
     "rl replay x --out y": "lm,images",
+    "cluster fabric --picture y.svg": "plots",
+    "cluster fabric --trace x.parquet": "lm",
     "adapters card x": "lm",
     "adapters list": "lm",
     "adapters estimate x y": "lm",
@@ -120,6 +122,7 @@ NEEDS = {  # a command as it is given, and the extras it names
 }
 WORKS = (
     "doctor",
+    "cluster fabric permutation --network leaf-spine:2x2x2 --bytes 1MB",
     "plan",
     "study",
     "gateway keys create",

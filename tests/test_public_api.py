@@ -69,6 +69,11 @@ PUBLIC = {
         average_gradients context_parallel_attention placed_attention plan_attention ring_attention simulated_attention
         simulated_placed_attention token_ring_attention
     """,
+    "anabranch.cluster.fabric": """
+        ALGORITHMS SCHEMES SPREAD Equivalence Flows FluidResult LinkEvent PacketConfig PacketResult PathHealth Piece Plan Routes
+        Topology busiest check check_equivalence collective_flows dispatch_matrix exact_loads good_paths loads lower_bound
+        max_min_rates moe_dispatch plan routes simulate simulate_packets
+    """,
     "anabranch.depth": """
         BlockStack DepthReport DepthRouter EXECUTE REPEAT RoutedPass SKIP check_depth_path decisions_of path_of routed_pass run_path
         stack_of

@@ -81,6 +81,11 @@ COMMANDS = {
         {"model": "m/config.json", "data": "m/r.jsonl", "evaluation": "m/e.jsonl", "source": "m/adapter.json"},
         {"OUT": "m"},
     ),
+    "cluster fabric": (
+        "--trace {trace} --network {network} --scheme wrap --picture {PICTURE} --out {OUT}",
+        {"trace": "t.parquet", "network": "n.csv"},
+        {"PICTURE": "o.svg", "OUT": "o.csv"},
+    ),
     "cluster plan": ("{model} --ranks 1 --picture {PICTURE}", {"model": "m/config.json"}, {"PICTURE": "o.svg"}),
     "heads report": ("{model} --data {data} --trace {TRACE}", {"model": "m/config.json", "data": "t.parquet"}, {"TRACE": "o.parquet"}),
     "depth prune": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.safetensors"}),

@@ -87,6 +87,20 @@ cluster plan trained --ranks 2 --hardware nothing
 cluster plan trained --ranks 2 --efficiency nan
 cluster plan trained --ranks 2 --sequences {HUGE}
 cluster plan trained --ranks 2 --picture x.txt
+cluster fabric all-to-one
+cluster fabric --network leaf-spine:99999999x4x4
+cluster fabric --network fat-tree:{"9" * 5000}
+cluster fabric --network noise.csv
+cluster fabric --network nan.csv
+cluster fabric --network utf16.csv
+cluster fabric --bytes 1e300
+cluster fabric --seed {HUGE}
+cluster fabric --ranks {HUGE}
+cluster fabric --slow leaf0-spine0=nan
+cluster fabric --slow leaf0-spine0=1e300
+cluster fabric --scheme split:{"9" * 5000}
+cluster fabric --trace holes.parquet
+cluster fabric --trace text --layer {HUGE}
 cluster plan text
 cluster plan no.gguf
 eval trained --tokens -1

@@ -2,6 +2,7 @@
 
 import typer
 
+from anabranch.cli.cluster.fabric import fabric
 from anabranch.cli.cluster.plan import plan
 
 app = typer.Typer(
@@ -20,3 +21,4 @@ def _group() -> None:
 
 
 app.command("plan")(plan)
+app.command("fabric")(fabric)
