@@ -152,6 +152,18 @@ def test_a_single_package_gets_the_smallest_extra(hidden, package, of, command):
         require(package, by="this", of=of)
 
 
+def test_without_a_word_the_folder_that_wanted_it_is_named(hidden):
+    """A study that embeds a graph said that it needs the extra of clusters, which is smaller and brings numba too."""
+    hidden("numba")
+    for folder, extra in (("graph", "graph"), ("cluster", "cluster"), ("studies", "cluster")):
+        with pytest.raises(ModuleNotFoundError) as caught:
+            exec("raise error", {"__name__": f"anabranch.{folder}.module", "error": missing("numba")})
+        assert (
+            explain(caught.value, by="anabranch study", near=["study", "x"]).command
+            == f"pip install 'anabranch[{extra}]'"
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "near", "command"),
     [

@@ -172,15 +172,26 @@ def explain(error: ModuleNotFoundError, by: str, near: Iterable[str] = ()) -> Mi
     Args:
         error: of an import that failed.
         by: what wanted it, as in `require`.
-        near: words that may name the extra (the command's, the package's), the likelier ones first. Without one that fits, it
-            is the smallest extra that brings the module.
+        near: words that may name the extra (the command's, the package's), the likelier ones first. Without one that fits, it is
+            the folder of ours whose module wanted it, and else the smallest extra that brings the module.
     """
     if isinstance(error, MissingExtraError):
         return error
     module = (error.name or "").partition(".")[0]
     if not module or is_installed(module) or not any(module in extra.modules for extra in extras().values()):
         return None
-    return _missing(by, [module], [_extra_of(module, near) or _package_of(module)])
+    return _missing(by, [module], [_extra_of(module, [*near, *_folders(error)]) or _package_of(module)])
+
+
+def _folders(error: ModuleNotFoundError) -> list[str]:
+    """Folders of ours that an error came through, the innermost first."""
+    found, trace = [], error.__traceback__
+    while trace is not None:
+        package, _, rest = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")
+        if package == NAME and rest:
+            found.append(rest.partition(".")[0])
+        trace = trace.tb_next
+    return found[::-1]
 
 
 def lazy(package: str, homes: Mapping[str, str | None]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
