@@ -36,6 +36,7 @@ STUDIES = {
     "dynmole": "anabranch.studies.dynmole:make",
     "mhr": "anabranch.studies.mhr:make",
     "nanoflow": "anabranch.studies.nanoflow:make",
+    "packet_spraying": "anabranch.studies.packet_spraying:make",
     "parscale": "anabranch.studies.parscale:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
     "pvchat": "anabranch.studies.pvchat:make",

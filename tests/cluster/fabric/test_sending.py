@@ -101,7 +101,7 @@ def test_nobody_answers():
         SplitSender(address, [ANY])
     with pytest.raises(InputError, match="paths is 0"):
         SplitSender(address, [])
-    with SplitReceiver() as taken, pytest.raises(TransferError, match="cannot listen at 127.0.0.1:"):
+    with SplitReceiver() as taken, pytest.raises(TransferError, match="cannot listen at 127"):
         SplitReceiver(taken.address)
 
 

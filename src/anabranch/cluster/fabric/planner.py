@@ -312,7 +312,8 @@ def busiest(made: Plan) -> float:
 def lower_bound(flows: Flows, topology: Topology) -> float:
     """Seconds that the busiest link works at least, whatever the paths: what crosses the edges of a host or a group over their capacity.
 
-    The sum over steps, as of `busiest`. Groups are those of the topology: racks, and pods of a fat-tree. Infinite where nothing of an edge is left.
+    The sum over steps, as of `busiest`. Groups are those of the topology: racks, and pods of a fat-tree. Infinite
+    where nothing of an edge is left.
     """
     capacity_L = np.where(topology.is_up_L, topology.capacity_L, 0).astype(float)
     hosts = topology.num_hosts
