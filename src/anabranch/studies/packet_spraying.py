@@ -13,7 +13,7 @@ Arms:
                         spine fails before the start, and nobody is told
     late-SCHEME-J       3. the same with starts up to J microseconds apart
     kernel              5. real TCP between two network namespaces over four veth pairs of 200 Mbit/s; None where the kernel lets us not
-    dispatch            6. tokens of held-out text to the experts of a trained layer, over a network with half of the hosts' bandwidth
+    dispatch            6. tokens of held-out text to the experts of a trained layer, over a network with a quarter of the hosts' bandwidth
 
 Number 4 of the plan, the same packets in ns-3 (package ns3), has no arm here: its claim stays "not run".
 
@@ -286,9 +286,9 @@ def dispatched(trainer: Trainer, config: Dispatch, seed: int) -> Metrics:
     windows = trainer.data.validation(batch_size=8, num_windows=max(config.tokens // length, 1))
     with record_routing(trainer.model) as recorder:
         evaluate(trainer.model, windows)
-    # Uplinks carry half of what hosts send, so that they and not the busiest expert's host are what is scarce.
+    # Uplinks carry a quarter of what hosts send, so that they and not the busiest expert's host are what is scarce.
     width = round(config.ranks**0.5)
-    topology = Topology.leaf_spine(width, width, width, cap_up=100, cap_host=200)
+    topology = Topology.leaf_spine(width, width, width, cap_up=100, cap_host=400)
     over: dict[str, list[float]] = {"wrap": [], "ecmp": []}
     for layer, decisions in recorder.trace():
         rows_RR = dispatch_matrix(decisions.index_NK, layer.num_destinations, config.ranks)

@@ -119,7 +119,7 @@ def _run(here: str, there: str, spines: int, flow_bytes: int, rounds: int, seed:
         receiver.wait(PATIENCE_S)
     finally:
         receiver.kill()
-        receiver.wait()
+        receiver.communicate()
     return json.loads(sent.stdout)
 
 
