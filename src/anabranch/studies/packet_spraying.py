@@ -195,7 +195,7 @@ def arms(size: Size) -> dict[str, Arm]:
             k=size.k, tree_hosts_per_leaf=size.tree_hosts_per_leaf, message=size.message,
         )  # fmt: skip
         made.append(Arm(f"flow-{scheme.replace(':', '')}", f"2: {scheme}, fair rates", level))
-    shape = {"width": size.packet_width, "message": size.packet_message}
+    shape: dict[str, Any] = {"width": size.packet_width, "message": size.packet_message}
     for scheme in ("ecmp", "ethereal", "spray", "reps"):
         made.append(Arm(f"packet-{scheme}", f"3: {scheme}, any order", PacketLevel(scheme=scheme, **shape)))
         failed = PacketLevel(scheme=scheme, failed=True, **shape)
@@ -203,9 +203,9 @@ def arms(size: Size) -> dict[str, Arm]:
     for scheme in ("ethereal", "spray"):
         strict = PacketLevel(scheme=scheme, receiver="go-back-n", **shape)
         made.append(Arm(f"packet-{scheme}-gbn", f"3: {scheme}, receivers go back", strict))
-        for late in (10, 100, 1000):
-            level = PacketLevel(scheme=scheme, late_us=float(late), **shape)
-            made.append(Arm(f"late-{scheme}-{late}", f"3: {scheme}, starts up to {late} us apart", level))
+        for most in (10, 100, 1000):
+            apart = PacketLevel(scheme=scheme, late_us=float(most), **shape)
+            made.append(Arm(f"late-{scheme}-{most}", f"3: {scheme}, starts up to {most} us apart", apart))
     kernel = Kernel(spines=4, mbit=200, flow_bytes=size.flow_bytes, rounds=size.rounds)
     router = Router.Config(select=TopK.Config(top_k=2))
     experts = MoE.Config(num_experts=32, hidden_dim=64, router=router)
