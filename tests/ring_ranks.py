@@ -1,0 +1,181 @@
+"""What each of several processes does in the tests of attention over ranks; `tests/cluster/ring/test_processes.py` asks for it."""
+# Shapes: B sequences, S positions, H query heads, G key heads, D head width
+
+import random
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from anabranch.cluster import ring_attention, token_ring_attention
+from anabranch.cluster.ring import (
+    SCHEMES,
+    ContextParallel,
+    Layout,
+    Traffic,
+    average_gradients,
+    context_parallel_attention,
+)
+from anabranch.errors import AnabranchError
+from anabranch.lm import Decoder
+from anabranch.nn import SelfAttention, SwiGLU
+from naive_attention import drawn, naive
+
+CASES = (("contiguous", False), ("zigzag", True), ("stripe", True))
+
+
+def gathered(layout: Layout, part: Tensor) -> Tensor:
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(layout.world)]
+    dist.all_gather(parts, part.contiguous())
+    return layout.unshard(parts)
+
+
+def attention(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    """By case: largest errors of outputs and gradients against one process, and bytes sent."""
+    found = {}
+    for kind, causal in CASES:
+        layout = Layout(kind, world, 32)
+        *whole, dout = drawn(2, 32, 4, 2, 8)
+        expected = naive(*whole, causal=causal)
+        grads = torch.autograd.grad(expected, whole, dout)
+        for scheme in (*SCHEMES, "auto"):
+            parts = [layout.shard(part.detach(), rank).requires_grad_() for part in whole]
+            traffic = Traffic()
+            told = {"layout": kind, "scheme": scheme, "traffic": traffic, "timeout_s": 60}
+            out = context_parallel_attention(*parts, None, causal, **told)
+            size = traffic.size_bytes
+            own = torch.autograd.grad(out, parts, layout.shard(dout, rank))
+            pairs = zip((out, *own), (expected, *grads), strict=True)
+            errors = [float((gathered(layout, part) - right).abs().max()) for part, right in pairs]
+            found[f"{kind} {causal} {scheme}"] = {"errors": errors, "bytes": size}
+    return found
+
+
+def late(rank: int, world: int) -> tuple[bool, float]:
+    """Whether ranks that are late as they like give the same bits, and how far the two schemes are apart."""
+    *whole, _ = drawn(1, 24, 2, 2, 8, torch.float32)
+    layout = Layout("zigzag", world, 24)
+    parts = [layout.shard(part.detach(), rank) for part in whole]
+    draw, bits = random.Random(rank), []
+    for _ in range(3):
+        time.sleep(0.05 * draw.random())
+        bits.append(token_ring_attention(*parts, causal=True, layout="zigzag"))
+    other = ring_attention(*parts, causal=True, layout="zigzag")
+    return all(torch.equal(one, bits[0]) for one in bits), float((other - bits[0]).abs().max())
+
+
+def says(call: Any) -> str:
+    try:
+        call()
+    except AnabranchError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def differing(rank: int, world: int) -> list[str]:
+    """What is said where ranks are given different lengths, schemes and masks, and where one is given what cannot be."""
+    q = torch.zeros(1, 4, 2, 8)
+    return [
+        says(lambda: ring_attention(torch.zeros(1, 4 + 2 * rank, 2, 8), q, q)),
+        says(lambda: context_parallel_attention(q, q, q, scheme=SCHEMES[rank % 2])),
+        says(lambda: ring_attention(q, q, q, causal=rank == 0)),
+        says(lambda: ring_attention(q if rank else q[0], q, q)),
+    ]
+
+
+def alone(rank: int, world: int) -> str:
+    """What is said where the last rank does not come."""
+    q = torch.zeros(1, 4, 2, 8)
+    if rank == world - 1:
+        time.sleep(0.8)
+        return "was away"
+    return says(lambda: ring_attention(q, q, q, timeout_s=0.2, check=False))
+
+
+def decoder(**attention: Any) -> Decoder:
+    return Decoder.Config(
+        vocab_size=19,
+        dim=16,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, **attention),
+        feed_forward=SwiGLU.Config(hidden_dim=24),
+    ).build(seed=3)
+
+
+def batches(length: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    found = [torch.randint(0, 19, (2, length + 1), generator=generator) for _ in range(steps)]
+    return [(token[:, :-1], token[:, 1:]) for token in found]
+
+
+def curve(model: torch.nn.Module, length: int, steps: int) -> list[float]:
+    """Losses of a training; of `ContextParallel` the mean over ranks."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for token, target in batches(length, steps):
+        optimizer.zero_grad()
+        output = model(token, target)
+        output.loss.backward()
+        if isinstance(model, ContextParallel):
+            average_gradients(model)
+        losses.append(float(output.cross_entropy))
+        optimizer.step()
+    return losses
+
+
+def training(rank: int, world: int, length: int, steps: int) -> tuple[dict[str, list[float]], float]:
+    """Loss curves, and how far weights are from those of one process in the end."""
+    expected, model = decoder(), decoder()
+    found = {"alone": curve(expected, length, steps)}
+    for layout, scheme in (("zigzag", "token_ring"), ("stripe", "ring"), ("contiguous", "auto")):
+        found[f"{layout} {scheme}"] = curve(ContextParallel(decoder(), layout=layout, scheme=scheme), length, steps)
+    found["replicas"] = curve(DistributedDataParallel(ContextParallel(model)), length, steps)
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    return found, max(float((one - other).detach().abs().max()) for one, other in pairs)
+
+
+def logits(rank: int, world: int) -> dict[str, float]:
+    """How far logits are from those of one process, at a length that is no multiple."""
+    found = {}
+    token, _ = batches(13, 1)[0]
+    for name, attention in (("window", {"window": 5}), ("sinks", {"sinks": True}), ("own rotary", {"scale": 0.3})):
+        model = decoder(**attention)
+        difference = ContextParallel(model)(token).logits_BLV - model(token).logits_BLV
+        found[name] = float(difference.detach().abs().max())
+    return found
+
+
+def generation(rank: int, world: int) -> dict[str, Any]:
+    """Tokens of one process and over a cut cache, the prompt at once and in chunks; what a decoded token sends; who holds what."""
+    model = decoder()
+    token, _ = batches(13, 1)[0]
+    cache, made = model.new_cache(64), []
+    with torch.no_grad():
+        scores = model(token, cache=cache).logits_BLV[:, -1]
+        for _ in range(5):
+            made.append(scores.argmax(-1))
+            scores = model(made[-1][:, None], cache=cache).logits_BLV[:, -1]
+    traffic = Traffic()
+    cut = ContextParallel(model, traffic=traffic)
+    found: dict[str, Any] = {"alone": torch.stack(made, 1).tolist()}
+    found["whole"] = cut.generate(token, 5).tolist()
+    found["chunks"] = cut.generate(token, 5, chunk=5).tolist()
+    store = cut.new_cache()
+    cut.extend(token, store)
+    traffic.sent = None
+    cut.extend(token[:, :1], store)
+    return {**found, "bytes": traffic.size_bytes, "rows": store.placement.rows}
+
+
+def everything(rank: int, world: int, length: int, steps: int) -> dict[str, Any]:
+    """All of it but `alone`, in processes that are started once."""
+    return {
+        "attention": attention(rank, world),
+        "late": late(rank, world),
+        "differing": differing(rank, world),
+        "training": training(rank, world, length, steps),
+        "logits": logits(rank, world),
+        "generation": generation(rank, world),
+    }
