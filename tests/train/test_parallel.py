@@ -53,17 +53,21 @@ def config(make_run, balanced_model):
     return make_run(balanced_model(SwitchLoss.Config(scope="global_batch"), ZLoss.Config(), BiasBalancer.Config()))
 
 
-def test_replicas_and_shards_learn_as_one_process_does(tmp_path, config):
+def test_replicas_and_shards_and_cut_sequences_learn_as_one_process_does(tmp_path, config):
     Trainer(config, tmp_path / "one").fit()
-    for name in ("ddp", "fsdp"):
+    ways = ("ddp", "fsdp", "context")
+    for name in ways:
         folder = tmp_path / f"{name}.config"
         folder.mkdir()
-        config.replace(train=config.train.replace(parallel=name)).save(folder)
-    outputs = run_ranks(TRAIN.format(names=("ddp", "fsdp"), folder=tmp_path))
+        if name == "context":
+            config.replace(parallel=Parallel(context=2)).save(folder)
+        else:
+            config.replace(train=config.train.replace(parallel=name)).save(folder)
+    outputs = run_ranks(TRAIN.format(names=ways, folder=tmp_path))
     assert outputs[0] == outputs[1]  # both know the result of all
     held = [line.split()[:3] for line in outputs[0].splitlines()]
-    assert held == [["ddp", "finished", "1.0"], ["fsdp", "finished", "0.5"]]
-    for name in ("ddp", "fsdp"):
+    assert held == [["ddp", "finished", "1.0"], ["fsdp", "finished", "0.5"], ["context", "finished", "1.0"]]
+    for name in ways:
         assert_same_curve(tmp_path / "one", tmp_path / name, 2e-5)
         ours, _ = load_model(tmp_path / name)
         theirs, _ = load_model(tmp_path / "one")
@@ -71,11 +75,12 @@ def test_replicas_and_shards_learn_as_one_process_does(tmp_path, config):
             torch.testing.assert_close(tensor, other, rtol=0, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}")
         assert ours.state_dict().keys() == theirs.state_dict().keys()
 
-    for name in ("one", "fsdp"):  # what two processes wrote, one goes on with
+    for name in ("one", "fsdp", "context"):  # what two processes wrote, one goes on with
         longer = read_run_config(tmp_path / name)
-        longer = longer.replace(train=longer.train.replace(parallel="none", steps=8))
+        longer = longer.replace(train=longer.train.replace(parallel="none", steps=8), parallel=Parallel())
         Trainer(longer, tmp_path / name, resume=True).fit()
-    assert_same_curve(tmp_path / "one", tmp_path / "fsdp", 5e-5)
+    for name in ("fsdp", "context"):
+        assert_same_curve(tmp_path / "one", tmp_path / name, 5e-5)
 
 
 SHARED = """

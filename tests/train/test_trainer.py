@@ -278,6 +278,11 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, make_run, dense_model, 
         ConfigError, match=r"train.compile is True, and rows that travel between processes \(parallel.experts=2\)"
     ):
         Trainer(make_run(compile=True).replace(parallel=Parallel(experts=2)), tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"parallel\.context is 2; start it with torchrun"):
+        Trainer(make_run().replace(parallel=Parallel(context=2)), tmp_path / "a")
+    for beside, shared in (({"compile": True}, {}), ({"parallel": "fsdp"}, {}), ({}, {"experts": 2})):
+        with pytest.raises(ConfigError, match=r"parallel\.context is 2, and .* is set; .* go with replicas alone"):
+            Trainer(make_run(**beside).replace(parallel=Parallel(context=2, **shared)), tmp_path / "a")
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match=r"train.device is 'cuda', and there is no CUDA device here; use cpu"):
             Trainer(make_run(device="cuda"), tmp_path / "a")

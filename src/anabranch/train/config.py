@@ -116,9 +116,12 @@ class Parallel(Config):
     Attributes:
         experts: processes that keep the experts of a pool together, a part each; it must divide their number and that of the experts.
             Above 1, ``train.parallel`` none means ddp: what is no expert is in every process.
+        context: processes that cut each sequence of a language model between them (`anabranch.cluster.ring`); it must divide the number of
+            processes. Above 1, ``train.parallel`` none means ddp.
     """
 
     experts: Size = Field(default=1, ge=1)
+    context: Size = Field(default=1, ge=1)
 
 
 class _Run(Config):

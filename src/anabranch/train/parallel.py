@@ -1,7 +1,8 @@
-"""Parallel training under torchrun: replicas (DDP), or weights and optimizer in shards (FSDP2); and experts shared by processes.
+"""Parallel training under torchrun: replicas (DDP), or weights and optimizer in shards (FSDP2); experts or sequences shared by processes.
 
 torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
 torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.experts=2
+torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.context=2
 """
 
 import inspect
@@ -17,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from anabranch.cluster.ring import ContextParallel
 from anabranch.errors import BackendError, ConfigError
 from anabranch.nn.expert_parallel import expert_mesh, shard_experts, sharded_parameters
 from anabranch.nn.pool import ExpertPool
@@ -41,13 +43,18 @@ class Workers:
     Attributes:
         device: this process's device.
         rank, size: which of how many.
+        num_batches, batch_number: how many batches a step has, and which of them is this process's; those of processes that cut sequences
+            between them are the same.
 
     Raises ConfigError if ``parallel`` and how the process was started do not fit, BackendError if the device is not there.
     """
 
     def __init__(self, config: TrainConfig, shared: Parallel | None = None) -> None:
         self._num_shares = 1 if shared is None else shared.experts
-        self.parallel = "ddp" if config.parallel == "none" and self._num_shares > 1 else config.parallel
+        self._num_cuts = 1 if shared is None else shared.context
+        is_shared = max(self._num_shares, self._num_cuts) > 1
+        self.parallel = "ddp" if config.parallel == "none" and is_shared else config.parallel
+        self._check_cuts(config)
         if self._num_shares > 1 and config.compile:
             raise ConfigError(
                 f"train.compile is True, and rows that travel between processes (parallel.experts={self._num_shares}) are not compiled; "
@@ -61,17 +68,36 @@ class Workers:
                 )
             self.device = find_device(config.device)
             self.rank, self.size, self._owns_group = 0, 1, False
+            self.batch_number, self.num_batches = 0, 1
             return
         if started is None and not dist.is_initialized():
             wanted = f"train.parallel is {config.parallel!r}"
             if self._num_shares > 1:
                 wanted = f"parallel.experts is {self._num_shares}"
+            elif self._num_cuts > 1:
+                wanted = f"parallel.context is {self._num_cuts}"
             raise ConfigError(f"{wanted}; start it with torchrun --nproc-per-node N -m anabranch train ...")
         self.device = find_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.size % self._num_cuts:
+            raise ConfigError(
+                f"parallel.context is {self._num_cuts}, and there are {self.size} processes; use a number that divides them"
+            )
+        self.batch_number, self.num_batches = self.rank // self._num_cuts, self.size // self._num_cuts
+
+    def _check_cuts(self, config: TrainConfig) -> None:
+        """What does not go together with sequences that are cut."""
+        if self._num_cuts == 1:
+            return
+        beside = {"train.compile": config.compile, "parallel.experts": self._num_shares > 1}
+        beside["train.parallel=fsdp"] = config.parallel == "fsdp"
+        if refused := [name for name, is_set in beside.items() if is_set]:
+            raise ConfigError(
+                f"parallel.context is {self._num_cuts}, and {refused[0]} is set; sequences that are cut go with replicas alone"
+            )
 
     @property
     def is_first(self) -> bool:
@@ -84,6 +110,7 @@ class Workers:
         Raises ConfigError where experts are to be shared and cannot be, or there are none.
         """
         self._shard_experts(model)
+        model = self._cut(model)
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
@@ -110,6 +137,15 @@ class Workers:
         mesh = expert_mesh(self.device.type, self._num_shares)
         for pool in pools:
             shard_experts(pool, mesh)
+
+    def _cut(self, model: nn.Module) -> nn.Module:
+        """The model as it is called with whole sequences, and works on this process's share of them."""
+        if self._num_cuts == 1:
+            return model
+        mesh = dist.device_mesh.init_device_mesh(
+            self.device.type, (self.num_batches, self._num_cuts), mesh_dim_names=("batches", "context")
+        )
+        return ContextParallel(model, mesh["context"])
 
     @property
     def is_sharded(self) -> bool:

@@ -82,7 +82,10 @@ class Trainer(Generic[R]):
         self.workers = Workers(config.train, config.parallel)
         self._context = _context(config, self.workers)
         self.task: Task = config.task.build(**given)
-        self._held_out = self.task.validation_data(self._context)
+        # Each process has windows of its own to evaluate, also where several share a sequence in training.
+        self._held_out = self.task.validation_data(
+            replace(self._context, rank=self.workers.rank, world_size=self.workers.size)
+        )
         self.stream = self.task.training_data(self._context)
         # Whatever module the task makes.
         self.model: Any = self._model(found)
@@ -394,10 +397,12 @@ def _is_due(step: int, every: int | None) -> bool:
 def _context(config: RunConfig | TaskRunConfig, workers: Workers) -> TaskContext:
     """Raises ConfigError if processes and micro-batches cannot share a batch evenly."""
     settings = config.train
-    size, rest = divmod(settings.batch_size, settings.accumulation * workers.size)
+    shares = workers.num_batches
+    size, rest = divmod(settings.batch_size, settings.accumulation * shares)
     if rest:
+        who = f"{shares} processes" if shares == workers.size else f"{shares} groups of processes"
         raise ConfigError(
-            f"train.batch_size is {settings.batch_size}, which {workers.size} processes with accumulation={settings.accumulation} "
-            f"cannot share evenly; use a multiple of {settings.accumulation * workers.size}"
+            f"train.batch_size is {settings.batch_size}, which {who} with accumulation={settings.accumulation} "
+            f"cannot share evenly; use a multiple of {settings.accumulation * shares}"
         )
-    return TaskContext(settings, size, workers.rank, workers.size, workers.device)
+    return TaskContext(settings, size, workers.batch_number, shares, workers.device)
