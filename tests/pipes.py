@@ -92,17 +92,23 @@ def steps_of(rank, world, kind, items, options, steps=2):
     return {"losses": losses, "gradients": grads, "state": pipe.state_dict(), "log": log, "output": output}
 
 
+def all_steps_of(rank, world, cases):
+    return [steps_of(rank, world, *case) for case in cases]
+
+
 class Failing(nn.Module):
-    """Fails in a micro-batch of three items, forward or backward."""
+    """Fails in a micro-batch of three items: forward, backward, or by giving what cannot be sent."""
 
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
 
     def forward(self, x):
-        if len(x) == 3 and self.kind == "forward":
+        if len(x) != 3:
+            return x
+        if self.kind == "forward":
             raise ValueError("out of luck")
-        return _Back.apply(x) if len(x) == 3 else x
+        return {1, 2} if self.kind == "boundary" else _Back.apply(x)
 
 
 class _Back(torch.autograd.Function):
@@ -115,19 +121,50 @@ class _Back(torch.autograd.Function):
         raise ValueError("out of luck")
 
 
-def failing_step(rank, world, kind, stage):
-    """The error of a step in which one stage fails, and the loss of a step after it, in the same pipeline."""
-    layers = list(mlp(6))
+def failing_pipe(world, kind, stage):
+    layers = list(mlp(2 * world))
     layers[2 * stage + 1] = Failing(kind)
-    pipe = GPipe(nn.Sequential(*layers), balance=[2] * world, micro_batches=2, runner="distributed", checkpoint="never")
-    x, target = batch(7)
+    model = nn.Sequential(*layers)
+    return GPipe(model, balance=[2] * world, micro_batches=2, runner="distributed", checkpoint="never")
+
+
+def error_of(call):
     try:
-        pipe.step(x, target, F.mse_loss)
-        told = None
+        call()
     except Exception as error:
-        told = f"{type(error).__name__}: {error}", repr(error.__cause__)
-    x, target = batch(8)
-    return told, pipe.step(x, target, F.mse_loss).item()
+        return f"{type(error).__name__}: {error}", type(error.__cause__).__name__
+    return None, None
+
+
+def failing_steps(rank, world, where):
+    """For each (kind, stage): the error of a step in which that stage fails, and the loss of a step after it in the same pipeline."""
+    found = []
+    for kind, stage in where:
+        pipe = failing_pipe(world, kind, stage)
+        x, target = batch(7)
+        told = error_of(lambda pipe=pipe, x=x, target=target: pipe.step(x, target, F.mse_loss))
+        x, target = batch(8)
+        found.append((told, pipe.step(x, target, F.mse_loss).item()))
+    return found
+
+
+def wrong_target(rank, world):
+    pipe = GPipe(mlp(), stages=world, micro_batches=2, runner="distributed")
+    x, target = batch(4)
+    first = error_of(lambda: pipe.step(x, target[:3], F.mse_loss))[0]
+    return first, error_of(lambda: pipe.step(x[:0], target, F.mse_loss))[0]
+
+
+class Exit(nn.Module):
+    def forward(self, x):
+        import os
+
+        os._exit(3)
+
+
+def vanishing_step(rank, world):
+    layers = [*mlp(2), Exit()]
+    GPipe(nn.Sequential(*layers), balance=[2, 1], runner="distributed").step(*batch(4), F.mse_loss)
 
 
 def replicas(rank, world, items):

@@ -1,29 +1,36 @@
 """GPipe with a rank per stage: the same gradients, messages, errors on every rank, replicas beside pipelines."""
 
 import pipes
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from anabranch.testing import run_ranks
+from anabranch.testing import RankError, run_ranks
 
-
-@pytest.mark.parametrize(
-    ("kind", "world", "items", "options"),
-    [
-        ("mlp", 2, 7, {"micro_batches": 4, "checkpoint": "always"}),
-        ("skips", 3, 8, {"micro_batches": 2}),
-        ("lm", 2, 5, {"micro_batches": 3, "checkpoint": "never", "schedule": "1f1b"}),
-        ("mlp", 2, 6, {"micro_batches": 3, "schedule": "interleaved"}),
+# Of one start of so many ranks: (model, items, options).
+CASES = {
+    2: [
+        ("mlp", 7, {"micro_batches": 4, "checkpoint": "always"}),
+        ("lm", 5, {"micro_batches": 3, "checkpoint": "never", "schedule": "1f1b"}),
+        ("mlp", 6, {"micro_batches": 3, "schedule": "interleaved"}),
     ],
-)
-def test_gradients_are_those_of_the_unsplit_model(kind, world, items, options):
-    found = run_ranks(pipes.steps_of, world, kind, items, options)
-    loss_fn = pipes.loss_of(kind)
+    3: [("skips", 8, {"micro_batches": 2}), ("mlp", 5, {"micro_batches": 1, "checkpoint": "never"})],
+}
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_gradients_are_those_of_the_unsplit_model(world):
+    by_rank = run_ranks(pipes.all_steps_of, world, CASES[world])
+    for number, (kind, items, _) in enumerate(CASES[world]):
+        check_steps(kind, world, items, [cases[number] for cases in by_rank])
+
+
+def check_steps(kind, world, items, found):
     for step in range(2):
         model, (x, target) = pipes.MODELS[kind](), pipes.data_of(kind, items + step)
-        loss, wanted = pipes.gradients(model, x, target, loss_fn)
+        loss, wanted = pipes.gradients(model, x, target, pipes.loss_of(kind))
         assert [rank["losses"][step] for rank in found] == [pytest.approx(loss.item(), rel=1e-12)] * world
     merged = {name: gradient for rank in found for name, gradient in rank["gradients"].items()}
     # Both names of what is tied have the sum.
@@ -40,13 +47,34 @@ def test_gradients_are_those_of_the_unsplit_model(kind, world, items, options):
         assert found[0]["log"].of_kind("skip") > 0
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("forward", 1), ("backward", 0), ("backward", 2)])
-def test_an_error_of_a_stage_reaches_every_rank_and_the_next_step_works(kind, stage):
-    found = run_ranks(pipes.failing_step, 3, kind, stage)
-    for rank, (told, loss) in enumerate(found):
-        assert told[0] == f"StageError: stage {stage} failed in the {kind} of micro-batch 1: ValueError: out of luck"
-        assert told[1] == (repr(ValueError("out of luck")) if rank == stage else "None")
-        assert loss == found[0][1]
+def test_an_error_of_a_stage_reaches_every_rank_and_the_next_step_works():
+    where = [("forward", 1), ("backward", 0), ("backward", 2), ("boundary", 0)]
+    found = run_ranks(pipes.failing_steps, 3, where)
+    for number, (kind, stage) in enumerate(where):
+        when, why = kind, "ValueError: out of luck"
+        if kind == "boundary":
+            when, why = "forward", "TypeError: a boundary of stages carries tensors"
+        for rank, cases in enumerate(found):
+            (told, cause), loss = cases[number]
+            assert told.startswith(f"StageError: stage {stage} failed in the {when} of micro-batch 1: {why}")
+            assert cause == (why.partition(":")[0] if rank == stage else "NoneType")
+            assert loss == found[0][number][1]
+
+
+def test_a_target_that_does_not_fit_ends_the_step_on_every_rank():
+    first = "StageError: stage 1 failed in the forward of micro-batch 0: InputError: target has 3 items, and x has 4"
+    for rank, told in enumerate(run_ranks(pipes.wrong_target, 2)):
+        assert told[0].startswith(first)
+        assert told[1].startswith(
+            "InputError: the first stage was given no batch" if rank else "InputError: x has no items"
+        )
+
+
+def test_a_rank_that_vanishes_in_a_step_ends_the_others():
+    start = time.monotonic()
+    with pytest.raises(RankError, match="rank 1: ended with code 3"):
+        run_ranks(pipes.vanishing_step, 2, timeout_s=60)
+    assert time.monotonic() - start < 50
 
 
 def test_pipelines_beside_each_other_average_their_gradients():

@@ -1,11 +1,13 @@
 """The distributed runner: a stage per rank, messages by torch.distributed's point-to-point operations.
 
 torch's own `PipelineStage` fixes the shapes of all messages before the first step, so micro-batches that differ, and skips, are beyond it;
-below it stand ``isend`` and ``irecv``, and those are used here. Each message begins with two numbers: 0 says that what follows has the
-shapes of the last message of its kind, 1 that a header of so many bytes (JSON) describes it, -1 that the sender failed and says how.
+below it stand ``isend`` and ``irecv``, and those are used here. A message is one buffer: two numbers, then its tensors. Both ends expect it
+to be as long as the last one of its kind, so it can be received before it is asked for; where it is something else, the numbers say so (a
+header of JSON and the tensors follow, or the failure of the sender), and the rest of the buffer means nothing.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +22,9 @@ from anabranch.cluster.messages import MessageLog
 
 __all__ = ["Messages", "agree"]
 
-_SAME, _FAILED = 0, -1
+_SAME, _CHANGED, _FAILED = 0, 1, -1
+# Bytes of the two numbers, and what every tensor's place in a buffer is a multiple of.
+_ALIGNED = 16
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -50,8 +54,23 @@ class Messages:
         self._tags = {kind: number for number, kind in enumerate(kinds)}
         self._own: dict[Address, Any] = {}
         self._pending: dict[Address, list[tuple[dist.Work, Tensor]]] = {}
+        # By (rank, tag): the header of the last message there, of what is sent and of what is received.
         self._sent: dict[tuple[int, int], bytes] = {}
         self._seen: dict[tuple[int, int], Any] = {}
+        self._lengths: dict[tuple[int, int], int] = {}
+        # Messages of this step that are still to come, and those that are being received already.
+        self._left: dict[tuple[int, int], int] = {}
+        self._coming: dict[tuple[int, int], tuple[dist.Work, Tensor]] = {}
+
+    def begin(self, micro_batches: int, *, is_training: bool) -> None:
+        """A step begins, in which a message of each kind comes for every micro-batch; those of gradients only in training."""
+        self._left = dict.fromkeys(self._left, micro_batches)
+        if not is_training:
+            backward = {tag for (kind, _), tag in self._tags.items() if kind in ("backward", "skip gradient")}
+            self._left = {key: count for key, count in self._left.items() if key[1] % len(self._tags) not in backward}
+        self._micro_batches = micro_batches
+        for key in self._left:
+            self._expect(key)
 
     def send(self, address: Address, value: Any) -> None:
         """See `Channel`."""
@@ -59,23 +78,24 @@ class Messages:
         if target == self._rank:
             self._own[address] = value
             return
-        tag = self._tag(address)
+        key = target, self._tag(address)
+        length = self._lengths.get(key, 0)
         if isinstance(value, Failure):
             told = json.dumps([value.stage, value.micro_batch, value.kind, value.why]).encode()
-            self._post(address, target, tag, torch.tensor([_FAILED, len(told)]))
-            self._post(address, target, tag, torch.frombuffer(bytearray(told), dtype=torch.uint8))
+            self._post(address, key, _packed(_FAILED, len(told), [], length))
+            self._post(address, key, torch.frombuffer(bytearray(told), dtype=torch.uint8))
             return
-        tensors = [tensor.detach().contiguous() for tensor in tensors_of(value)]
+        tensors = [tensor.detach() for tensor in tensors_of(value)]
         header = json.dumps(_described(value)).encode()
-        if self._sent.get((target, tag)) == header:
-            self._post(address, target, tag, torch.tensor([_SAME, 0]))
+        if self._sent.get(key) == header:
+            self._post(address, key, _packed(_SAME, 0, tensors, length))
         else:
-            self._sent[target, tag] = header
-            self._post(address, target, tag, torch.tensor([1, len(header)]))
-            self._post(address, target, tag, torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        for tensor in tensors:
-            if tensor.numel():
-                self._post(address, target, tag, tensor)
+            self._post(address, key, _packed(_CHANGED, len(header), [], length))
+            self._post(address, key, torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            self._sent[key] = header
+            self._lengths[key] = length = sum(_aligned(tensor.nbytes) for tensor in tensors)
+            if length:
+                self._post(address, key, _packed(_SAME, 0, tensors, length))
         if self._log is not None:
             size = sum(tensor.nbytes for tensor in tensors)
             self._log.add(self._rank, target, size, kind=address.kind, micro_batch=address.micro_batch)
@@ -85,19 +105,36 @@ class Messages:
         source = address.source % self._size
         if source == self._rank:
             return self._own.pop(address)
-        tag = self._tag(address)
-        state, length = self._get(source, tag, (2,), torch.int64).tolist()
+        key = source, self._tag(address)
+        self._left.setdefault(key, self._micro_batches)
+        self._expect(key)
+        work, buffer = self._coming.pop(key)
+        work.wait()
+        self._left[key] -= 1
+        state, length = buffer[:_ALIGNED].view(torch.int64).tolist()
         if state == _FAILED:
-            told = json.loads(bytes(self._get(source, tag, (length,), torch.uint8).tolist()))
-            return Failure(*told)
-        if state != _SAME:
-            self._seen[source, tag] = json.loads(bytes(self._get(source, tag, (length,), torch.uint8).tolist()))
-        value = self._filled(self._seen[source, tag], source, tag)
+            told = json.loads(bytes(self._get(key, length).tolist()))
+            self._expect(key)
+            stage, micro_batch, kind, why = told
+            return Failure(stage, micro_batch, kind, why)
+        if state == _CHANGED:
+            self._seen[key] = json.loads(bytes(self._get(key, length).tolist()))
+            size = _length_of(self._seen[key])
+            buffer = self._get(key, _ALIGNED + size) if size else buffer
+        self._expect(key)
+        value, _ = _filled(self._seen[key], buffer, _ALIGNED)
         if address.kind in ("backward", "skip gradient"):
             # Whoever sent a gradient has had the output.
             kind = "forward" if address.kind == "backward" else "skip"
             self._wait(replace(address, kind=kind, source=address.target, target=address.source))
         return value
+
+    def _expect(self, key: tuple[int, int]) -> None:
+        """Begin to receive the next message of this kind, if there is to be one."""
+        if key in self._coming or not self._left[key]:
+            return
+        size = _ALIGNED + (_length_of(self._seen[key]) if key in self._seen else 0)
+        self._coming[key] = self._receiving(key, size)
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
@@ -109,37 +146,79 @@ class Messages:
         kind = self._tags[address.kind, address.name]
         return kind + len(self._tags) * min(address.source, address.target)
 
-    def _post(self, address: Address, target: int, tag: int, tensor: Tensor) -> None:
-        tensor = tensor.to(self._device)
-        work = dist.isend(tensor, group=self._group, group_dst=target, tag=tag)
+    def _post(self, address: Address, key: tuple[int, int], buffer: Tensor) -> None:
+        target, tag = key
+        buffer = buffer.to(self._device)
+        work = dist.isend(buffer, group=self._group, group_dst=target, tag=tag)
         assert work is not None
         # The buffer is kept until it is sent.
-        self._pending.setdefault(address, []).append((work, tensor))
+        self._pending.setdefault(address, []).append((work, buffer))
 
     def _wait(self, address: Address) -> None:
         for work, _ in self._pending.pop(address, ()):
             work.wait()
 
-    def _get(self, source: int, tag: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
-        if tensor.numel():
-            work = dist.irecv(tensor, group=self._group, group_src=source, tag=tag)
-            assert work is not None
-            work.wait()
-        return tensor
+    def _get(self, key: tuple[int, int], size: int) -> Tensor:
+        work, buffer = self._receiving(key, size)
+        work.wait()
+        return buffer
 
-    def _filled(self, description: Any, source: int, tag: int) -> Any:
-        """The value of a description, its tensors received in order."""
-        kind, content = description
-        if kind == "tensor":
-            dtype, shape, needs_grad = content
-            return self._get(source, tag, shape, getattr(torch, dtype)).requires_grad_(needs_grad)
-        if kind == "plain":
-            return content
-        if kind == "dict":
-            return {name: self._filled(item, source, tag) for name, item in content}
-        items = [self._filled(item, source, tag) for item in content]
-        return tuple(items) if kind == "tuple" else items
+    def _receiving(self, key: tuple[int, int], size: int) -> tuple[dist.Work, Tensor]:
+        source, tag = key
+        buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        work = dist.irecv(buffer, group=self._group, group_src=source, tag=tag)
+        assert work is not None
+        return work, buffer
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+def _packed(state: int, number: int, tensors: Sequence[Tensor], length: int) -> Tensor:
+    """uint8: the two numbers, then the tensors, ``length`` bytes with what is between them."""
+    device = tensors[0].device if tensors else None
+    buffer = torch.empty(_ALIGNED + length, dtype=torch.uint8, device=device)
+    buffer[:_ALIGNED].view(torch.int64).copy_(torch.tensor([state, number]))
+    place = _ALIGNED
+    for tensor in tensors:
+        if tensor.numel():
+            buffer[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        place += _aligned(tensor.nbytes)
+    return buffer
+
+
+def _filled(description: Any, buffer: Tensor, place: int) -> tuple[Any, int]:
+    """(the value of a description, the place behind its last tensor); its tensors are parts of the buffer."""
+    kind, content = description
+    if kind == "tensor":
+        name, shape, needs_grad = content
+        dtype = getattr(torch, name)
+        size = math.prod(shape) * dtype.itemsize
+        tensor = buffer[place : place + size].view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+        return tensor.requires_grad_(needs_grad), place + _aligned(size)
+    if kind == "plain":
+        return content, place
+    items = []
+    for item in content:
+        name, described = item if kind == "dict" else (None, item)
+        value, place = _filled(described, buffer, place)
+        items.append((name, value))
+    if kind == "dict":
+        return dict(items), place
+    values = [value for _, value in items]
+    return (tuple(values) if kind == "tuple" else values), place
+
+
+def _length_of(description: Any) -> int:
+    """Bytes of the tensors of a description in a buffer."""
+    kind, content = description
+    if kind == "tensor":
+        name, shape, _ = content
+        return _aligned(math.prod(shape) * getattr(torch, name).itemsize)
+    if kind == "plain":
+        return 0
+    return sum(_length_of(item[1] if kind == "dict" else item) for item in content)
 
 
 def _described(value: Any) -> list[Any]:

@@ -302,6 +302,7 @@ class GPipe(nn.Module):
             if failure is not None:
                 raise failure.error()
             return _sum(batch)
+        self._channel.begin(table.num_micro_batches, is_training=batch.loss_fn is not None)
         failure = self._own_stages[0].run(table, batch, self._channel)
         self._channel.finish()
         loss = agree(failure, _sum(batch), self._group, self._device)

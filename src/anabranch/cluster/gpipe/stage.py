@@ -7,6 +7,7 @@ empty afterwards as after a step that went well.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -148,13 +149,18 @@ class Stage:
             found = {address: self._placed(value) for address, value in received.items()}
             failure = self._tried(slot, lambda: sends.update(work(slot.micro_batch, chunk, batch, found)))
         for address in _outgoing(slot, chunk):
-            channel.send(address, sends[address] if failure is None else failure)
+            if failure is None:
+                # What cannot be sent is found out before anything of it is.
+                failure = self._tried(slot, partial(channel.send, address, sends[address]), TypeError)
+                if failure is None:
+                    continue
+            channel.send(address, failure)
         return failure
 
-    def _tried(self, slot: Slot, work: Callable[[], Any]) -> Failure | None:
+    def _tried(self, slot: Slot, work: Callable[[], Any], kind: type[Exception] = Exception) -> Failure | None:
         try:
             work()
-        except Exception as error:
+        except kind as error:
             why = f"{type(error).__name__}: {error}"
             return Failure(self.number, slot.micro_batch, slot.kind, why, error)
         return None
