@@ -4,10 +4,10 @@
                 on the same model over gloo. bar: at most 1.05 times its time (a ratio of 0.95)
     speed-up    the same with the two ranks on two cores, against one process of one thread that takes the whole batch. bar: 1.5
     saved       bytes that the fuller rank keeps between forward and backward, with recomputation, over torch's. bar: at most 0.75 (1.33)
-    refused     five cases that torch's pipelining does not take, and ours does with the gradients of the unsplit model: uneven micro-batches,
-                fewer micro-batches than stages, shapes that change from step to step, skips across stages, recomputation
+    refused     five cases that torch's pipelining does not take, and ours does with the gradients of the unsplit model: uneven
+                micro-batches, fewer than stages, shapes that change from step to step, skips across stages, recomputation
 
-Losses and gradients are compared first. The speed-up means what it says only where two cores are idle; two products at once are timed before.
+Gradients are compared first. The speed-up means what it says only where two cores are idle; two products at once are timed before.
 
     python benchmarks/gpipe.py --json benchmarks/results/gpipe.json
 """
