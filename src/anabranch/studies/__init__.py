@@ -44,6 +44,7 @@ STUDIES = {
     "routing_survey": "anabranch.studies.routing_survey:make",
     "rmoe": "anabranch.studies.rmoe:make",
     "scale": "anabranch.studies.scale:make",
+    "ttspm": "anabranch.studies.ttspm:make",
     "versatile": "anabranch.studies.versatile:make",
 }
 

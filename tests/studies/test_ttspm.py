@@ -1,0 +1,119 @@
+"""The study of TTSPM: its sums by hand, its rules on made-up numbers, and a run of each arm that needs no weights."""
+
+import random
+
+import numpy as np
+import pytest
+
+from anabranch.studies.harness import Results
+from anabranch.studies.ttspm import (
+    Case,
+    Gains,
+    correlation_of,
+    draw,
+    judge,
+    last_number,
+    make,
+    run,
+    setting_of,
+    word_sums,
+)
+from anabranch.studies.ttspm_sums import KINDS, attempt_of, questions_of
+from anabranch.test_time import BetaTTSPM
+
+
+def test_sums_by_hand():
+    for kind in KINDS:
+        asked = questions_of(kind, 80, seed=3)
+        assert len(dict(asked)) == 80
+        for question, answer in asked:
+            assert int(answer) == eval(question.replace("x", "*"))
+    assert questions_of("2+2", 5, seed=0) == questions_of("2+2", 5, seed=0) != questions_of("2+2", 5, seed=1)
+
+
+def test_an_attempt_is_right_or_has_another_digit():
+    tried = [attempt_of("123", random.Random(seed)) for seed in range(200)]
+    assert 60 < tried.count("123") < 140
+    assert all(sum(a != b for a, b in zip(one, "123", strict=True)) <= 1 for one in tried)
+
+
+def test_questions_in_words_have_one_step_or_two():
+    asked = word_sums(40, seed=0)
+    for number, (question, answer) in enumerate(asked):
+        numbers = [int(word) for word in question.replace(",", "").split() if word.isdigit()]
+        assert len(numbers) == 2 + number % 2
+        assert int(answer) == numbers[0] + numbers[1] - sum(numbers[2:])
+    assert last_number("so 12 and 7.") == "7"
+    assert last_number("none") == ""
+
+
+def test_what_is_observed_is_read_off_the_whole_curve_and_what_is_predicted_off_its_beginning():
+    rng = np.random.default_rng(0)
+    right_QM = rng.random((400, 64)) < rng.beta(2, 6, (400, 1))
+    told = setting_of(right_QM)
+    truth = BetaTTSPM(1, 2, 6)
+    for eps, observed, mixed in zip(Gains, told["observed"], told["mixed"], strict=True):
+        assert abs(observed - truth.saturation(eps)) <= 2
+        assert abs(mixed - truth.saturation(eps)) <= 6
+    assert len(told["curve"]) == 64
+    # A curve that never gains so little within what was drawn counts as all of it.
+    assert setting_of(np.eye(4, dtype=bool))["observed"] == [4, 4, 4]
+
+
+def sums(rate, **changes):
+    """What an arm measured, with saturation points in proportion to ``rate``."""
+    observed = [[2 + at, 4 + 2 * at, 8 + 4 * at] for at in range(6)]
+    return {
+        "predicted_mixed": [[round(one * rate) for one in row] for row in observed],
+        "observed": observed,
+        "error_mixed": 0.01, "error_single": 0.05,
+        "samples_question": 5.0, "samples_fixed": 10.0,
+        "worth_question": 0.5, "worth_votes": 0.5,
+        **changes,
+    }  # fmt: skip
+
+
+def results(small, large=None, seeds=5):
+    known = {"p_off": 0.01, "stop_off": 1}
+    return Results(
+        {
+            "small": dict.fromkeys(range(seeds), small),
+            "large": dict.fromkeys(range(seeds), large or small),
+            "recovery": dict.fromkeys(range(seeds), known),
+            "smollm2": {seed: {"fit_off": 0.02} for seed in range(seeds)},
+        }
+    )
+
+
+def test_the_rules_on_made_up_numbers():
+    assert {claim.verdict for claim in judge(results(sums(1.0)))} == {"holds"}
+    assert {claim.verdict for claim in judge(results(sums(1.0), seeds=4))} == {"not resolved"}
+    bad = sums(1.0, error_mixed=0.03, samples_question=6.1, worth_question=0.4)
+    bad["predicted_mixed"] = bad["predicted_mixed"][::-1]
+    found = judge(results(bad))
+    assert [claim.verdict for claim in found] == ["does not hold"] * 7 + ["holds"] * 3
+    assert found[1].limit == pytest.approx(0.025)
+    mixed = judge(results(sums(1.0), bad))
+    assert [claim.verdict for claim in mixed[1:7]] == ["holds", "does not hold"] * 3
+
+
+def test_points_that_do_not_differ_have_no_correlation():
+    flat = sums(1.0)
+    flat["observed"] = [[4, 4, 4]] * 6
+    assert correlation_of(flat, flat) == 0.0
+    assert correlation_of(sums(1.0), sums(1.0)) == pytest.approx(1.0)
+
+
+def test_each_arm_runs_in_small(tmp_path):
+    study = make()
+    arms = {arm.name: arm.config for arm in study.arms}
+    known = run(arms["recovery"], 0, lambda text: None)
+    assert set(known) == {"p_off", "stop_off", "fits_s", "decision_ms"}
+    case = Case(kind="sums", dim=16, num_layers=1, steps=3, batch=8, questions=4, samples=4, rounds=2)
+    metrics = run(case, 0, lambda text: None)
+    assert metrics == run(case, 0, lambda text: None)
+    assert len(metrics["observed"]) == len(KINDS)
+    found = Results({"small": {0: metrics}, "large": {0: metrics}})
+    assert len(judge(found)) == len(judge(Results({})))
+    draw(found, tmp_path / "ttspm")
+    assert (tmp_path / "ttspm.png").stat().st_size > 1000
