@@ -43,6 +43,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "elasticmoe": (Bar(5, "one device more.*"),),
     "expertflow": (Bar(1.5, peer="LRU per layer"), Bar(1.0, ".* 25% .*", "transformers")),
     "fastrp": (Bar(3, peer="published.*"), Bar(1.0, "(?!tuned).* columns, .*", r"fastrp \(pip\)"), Bar(100, "tuned, .*", "DeepWalk.*")),
+    "fabric": (Bar(20, "max-min.*", "plain loop"), Bar(20, "max-min.*", "networkx")),
     "fully_ppr": (
         Bar(10, "dblp, (decompose|exact), .* at equal error"),
         Bar(3, "(ppi|blogcatalog), (decompose|exact), .* at equal error"),
@@ -130,6 +131,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
     # At equal terms; those before compared a tuned run with one that was not.
+    "fabric": frozenset(BARS["fabric"]),
     "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
