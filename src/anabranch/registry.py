@@ -203,6 +203,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "environment": {
         "gymnasium": "anabranch.rl:Gymnasium",
+        "laneworld": "anabranch.rl:LaneWorld",
     },
     "adapter_method": {
         "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",

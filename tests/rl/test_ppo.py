@@ -436,6 +436,7 @@ def test_an_episode_that_is_cut_off_counts_as_such(tmp_path):
         judge(model, task.environment, episodes=0)
 
 
+@pytest.mark.slow
 def test_it_learns_to_walk_to_the_end(tmp_path):
     """2,560 samples: from wherever it begins, straight to the right."""
     result = Trainer(

@@ -8,7 +8,7 @@ anew from its seed, and everything is done again; that takes as long as it took,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -36,7 +36,7 @@ class ReplayedWorld(VectorEnv):
     An environment may tell numbers about an episode that has ended as ``info["outcome"]``, a dict.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (gymnasium declares it so)
 
     def __init__(self, make: Callable[[], gymnasium.Env], num: int, *, seed: int, first: int = 0) -> None:
         if num < 1:

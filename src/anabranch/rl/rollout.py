@@ -96,16 +96,26 @@ class Rollout:
     Attributes:
         number: of rollouts before it.
         samples: all of it, in the order [step, environment]; advantages as they are.
-        mean_return: of the episodes that ended in it, by the environment's own rewards; nan where none did.
-        mean_length: of these, in steps.
-        num_ended: how many they are.
+        num_ended: how many episodes ended in it.
+        sum_return: of these, by the environment's own rewards.
+        sum_length: of these, in steps.
     """
 
     number: int
     samples: Samples
-    mean_return: float
-    mean_length: float
     num_ended: int
+    sum_return: float
+    sum_length: float
+
+    @property
+    def mean_return(self) -> float:
+        """Of the episodes that ended; nan where none did."""
+        return self.sum_return / self.num_ended if self.num_ended else math.nan
+
+    @property
+    def mean_length(self) -> float:
+        """Of the episodes that ended, in steps; nan where none did."""
+        return self.sum_length / self.num_ended if self.num_ended else math.nan
 
     @cached_property
     def explained_variance(self) -> float:
@@ -240,7 +250,7 @@ class Rollouts:
         if self.rollout is None:
             return
         rollout = self.rollout
-        told = [float(rollout.number), rollout.mean_return, rollout.mean_length, float(rollout.num_ended)]
+        told = [float(rollout.number), float(rollout.num_ended), rollout.sum_return, rollout.sum_length]
         tensors = {name: tensor.contiguous() for name, tensor in rollout.samples._asdict().items()}
         tensors |= {_WORLD + name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in self._state.items()}
         save_file(tensors | {"rollout": torch.tensor(told, dtype=torch.float64)}, folder / FILE)
@@ -252,7 +262,7 @@ class Rollouts:
             return
         try:
             tensors = load_file(path)
-            number, mean_return, mean_length, num_ended = tensors.pop("rollout").tolist()
+            number, num_ended, sum_return, sum_length = tensors.pop("rollout").tolist()
             samples = Samples(*(tensors.pop(name) for name in Samples._fields))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None
@@ -260,7 +270,7 @@ class Rollouts:
             raise CheckpointError(
                 f"{path} has {len(samples.value_B)} samples, and a rollout {self.collecting.num_samples}"
             )
-        self.rollout = Rollout(int(number), samples, mean_return, mean_length, int(num_ended))
+        self.rollout = Rollout(int(number), samples, int(num_ended), sum_return, sum_length)
         self._state = {name.removeprefix(_WORLD): tensor.numpy() for name, tensor in tensors.items()}
         self._drop_world()
 
@@ -396,8 +406,8 @@ class Rollouts:
         samples = Samples(
             observation_SD, action_SA, parameter_SP, log_prob_S, value_S, advantage_S, advantage_S + value_S
         )
-        returns, lengths = zip(*acted.ended, strict=True) if acted.ended else ((math.nan,), (math.nan,))
-        self.rollout = Rollout(number, samples, float(np.mean(returns)), float(np.mean(lengths)), len(acted.ended))
+        sum_return, sum_length = sum(each for each, _ in acted.ended), sum(each for _, each in acted.ended)
+        self.rollout = Rollout(number, samples, len(acted.ended), float(sum_return), float(sum_length))
 
     def _judged(self, observation_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(parameters, values) on the CPU."""

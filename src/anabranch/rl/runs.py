@@ -19,6 +19,7 @@ import torch
 from anabranch.config import override
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.rl.environment import Gymnasium
+from anabranch.rl.laneworld import LaneWorld
 from anabranch.rl.network import ActorCritic
 from anabranch.rl.ppo import PPO
 from anabranch.train import TaskRunConfig, TrainConfig, WarmupStableDecay, checkpoints, read_task_run_config
@@ -83,7 +84,30 @@ def _pendulum() -> Preset:
     )
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"cartpole": _cartpole, "pendulum": _pendulum}
+def _laneworld() -> Preset:
+    config = PPO.Config(
+        environment=LaneWorld.Config(),
+        num_envs=64,
+        rollout_steps=32,
+        epochs=3,
+        clip=0.1,
+        value_clip=0.1,
+        entropy_weight=0.01,
+        policy="beta",
+        hidden=(256, 256),
+        # So that values are about as large as the critic's clip is meant for.
+        reward_scale=0.1,
+    )
+    return Preset(
+        config,
+        2.5e-4,
+        8,
+        1_000_000,
+        "CaRL's configuration, at a smaller batch; vectors and dense layers instead of pictures",
+    )
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {"cartpole": _cartpole, "pendulum": _pendulum, "laneworld": _laneworld}
 
 
 def preset(name: str) -> Preset:

@@ -1,0 +1,413 @@
+"""LaneWorld as it is driven in: what is worth what, what ends an episode, and that a place in it is kept to the bit."""
+
+import numpy as np
+import pytest
+import torch
+
+gymnasium = pytest.importorskip("gymnasium")
+
+from anabranch.errors import CheckpointError, ConfigError  # noqa: E402
+from anabranch.rl import PPO, LaneWorld, judge  # noqa: E402
+from anabranch.rl.laneworld import Settings  # noqa: E402
+from anabranch.rl.laneworld.roads import GIVE_WAY, LIGHT, STOP_SIGN, light_state  # noqa: E402
+from anabranch.rl.laneworld.state import CAR, START_M  # noqa: E402
+from anabranch.rl.rewards import FACTORS, RouteReward  # noqa: E402
+from anabranch.testing import check_task  # noqa: E402
+from anabranch.train import TaskRunConfig, TrainConfig  # noqa: E402
+
+SMALL = {"maps": 1, "routes": 6, "traffic": 6, "walkers": 2, "longest_m": 400.0}
+PLAIN = RouteReward(outside=False, speed=False, ttc=False, comfort=False, centre=False)
+
+
+def world(num=4, seed=0, first=0, **settings):
+    made = LaneWorld.Config(world=Settings(**(SMALL | settings))).build().make(num, seed=seed, first=first)
+    made.reset()
+    return made
+
+
+def alone(num=4, **settings):
+    return world(num, traffic=0, walkers=0, **settings)
+
+
+def drives(world, pace=6.0):
+    """Along the route by pure pursuit, halting where it must: who knows the world well needs no more."""
+    state, library, route = world.state, world.library, world.scene.route_W
+    x, y, heading, speed = state.pose_W4.T
+    ahead = library.at(route, state.s_W + np.maximum(4.0, 0.7 * speed))
+    dx, dy = ahead[:, 0] - x, ahead[:, 1] - y
+    across = dy * np.cos(heading) - dx * np.sin(heading)
+    wheel = np.arctan(2.8 * 2 * across / (dx**2 + dy**2))
+    which, line = library.next_stop(route, state.front_m_W)
+    kind = library.stop_kind_QJ[route, which]
+    light, _ = light_state(world.clock_W, library.stop_offset_QJ[route, which])
+    holds = ((kind == LIGHT) & (light > 0)) | ((kind == STOP_SIGN) & (state.halted_W != which + 1))
+    # As fast as still lets it stop at 2 m/s^2.
+    wanted = np.where(holds, np.minimum(pace, np.sqrt(4 * np.maximum(line - 1.0, 0))), pace)
+    pedal = np.clip(wanted - speed, -1, 1)
+    return np.stack([np.clip(wheel / np.radians(35), -1, 1), pedal], axis=1)
+
+
+def until_all_end(made, act):
+    """Return and outcome of the first episode of each world."""
+    total, found = np.zeros(made.num_envs), [None] * made.num_envs
+    for _ in range(4000):
+        _, reward, over, cut, infos = made.step(act(made))
+        going = [one is None for one in found]
+        total[going] += reward[going]
+        for row in np.flatnonzero((over | cut) & going):
+            found[row] = {name: values[row] for name, values in infos["outcome"].items()} | {"cut": cut[row]}
+        if all(found):
+            return total, found
+    raise AssertionError("an episode does not end")
+
+
+# What a route is worth
+
+
+def test_a_route_without_a_fault_is_worth_a_hundred():
+    made = alone(6, reward=PLAIN)
+    total, found = until_all_end(made, drives)
+    assert total == pytest.approx(np.full(6, 100.0), abs=1e-6)
+    for outcome in found:
+        assert outcome["route_completion"] == outcome["driving_score"] == 100
+        assert outcome["finished"] == 1
+        assert outcome["cut"]
+
+
+def test_terms_give_the_reward_exactly():
+    made, rng = world(8), np.random.default_rng(0)
+    seen = set()
+    for _ in range(150):
+        action = drives(made, 12.0) + rng.normal(0, 0.3, (8, 2))
+        _, reward, over, _, infos = made.step(action)
+        terms = infos["reward_terms"]
+        product = np.ones(8)
+        for name in FACTORS:
+            assert ((terms[name] >= 0) & (terms[name] <= 1)).all()
+            seen |= {name for value in terms[name] if value < 1}
+            product = product * terms[name]
+        assert np.array_equal(reward, terms["progress"] * product + terms["terminal"])
+        assert (reward <= terms["progress"]).all()
+        assert (terms["progress"] >= 0).all()
+        assert (terms["terminal"][~over] == 0).all()
+    assert {"outside", "speed", "comfort"} <= seen
+
+
+def test_an_outcome_counts_what_was_driven():
+    made = alone(2)
+    _, found = until_all_end(made, drives)
+    for outcome in found:
+        assert 3 < outcome["mean_speed"] < 7
+        assert outcome["infractions_per_km"] == 0
+        assert 0.5 <= outcome["comfort"] <= 1
+
+
+# What ends an episode
+
+
+def test_running_into_a_car_ends_it_with_the_hint():
+    made = world(2, walkers=0)
+    # The first car of world 0 stands right before it, and that of world 1 just beside.
+    for row, (along, across) in enumerate(((4.6, 0.0), (0.0, 2.6))):
+        _put(made, row, along, across)
+    _, reward, over, cut, infos = made.step(np.zeros((2, 2)))
+    assert over.tolist() == [True, False]
+    assert not cut.any()
+    assert infos["outcome"]["vehicle"][0] == 1
+    assert infos["outcome"]["driving_score"][0] == pytest.approx(0.6 * infos["outcome"]["route_completion"][0])
+    assert infos["reward_terms"]["terminal"].tolist() == [-1, 0]
+    assert reward[0] < 0
+
+
+def _put(made, row, along, across):
+    """A car of traffic at a place beside the ego car, in the same direction: on the ego's own route, moved."""
+    state = made.state
+    state.alive_WK[row] = False
+    state.path_WK[row, 0], state.path_s_WK[row, 0] = made.scene.route_W[row], state.s_W[row] + along
+    state.speed_WK[row, 0] = 0.0
+    state.alive_WK[row, 0] = True
+    heading = made.library.at(made.scene.route_W[row : row + 1], state.s_W[row : row + 1])[0, 2]
+    state.pose_W4[row, 0] += across * np.sin(heading)
+    state.pose_W4[row, 1] -= across * np.cos(heading)
+
+
+def test_running_into_somebody_ends_it():
+    made = world(1, traffic=0, walkers=1)
+    state, scene = made.state, made.scene
+    # Crossing right now, in the middle of the lane before the car: a third of 10.8 m from 3.6 m beside.
+    scene.walker_s_WM[0], scene.walker_period_WM[0] = state.s_W[0] + 2.4, 20.0
+    scene.walker_phase_WM[0] = -scene.offset_W[0] - 0.1 + 3.6 / 1.4
+    _, _, over, _, infos = made.step(np.zeros((1, 2)))
+    assert over[0]
+    assert infos["outcome"]["walker"][0] == 1
+
+
+def _before_line(made, kind, metres):
+    """Put every car so many metres before the first line of a kind on its route; worlds without one are left out."""
+    library, state = made.library, made.state
+    rows = []
+    for row, route in enumerate(made.scene.route_W):
+        lines = np.flatnonzero(library.stop_kind_QJ[route] == kind)
+        if not len(lines):
+            continue
+        rows.append(row)
+        front = library.stop_s_QJ[route, lines[0]] - metres
+        s = front - CAR[0] / 2
+        x, y, heading = library.at(np.array([route]), np.array([s]))[0, :3]
+        state.pose_W4[row] = x, y, heading, 5.0
+        state.s_W[row] = state.done_m_W[row] = s
+        state.front_m_W[row], state.halted_W[row] = front, 0
+        state.heading_WH[row] = heading
+    assert rows
+    return rows
+
+
+@pytest.mark.parametrize(("time", "ends"), [(1.0, False), (9.0, False), (15.0, True)])
+def test_a_red_light_ends_it_and_green_and_yellow_do_not(time, ends):
+    made = alone(8)
+    rows = _before_line(made, LIGHT, 0.3)
+    for row in rows:
+        route = made.scene.route_W[row]
+        offset = made.library.stop_offset_QJ[route, np.flatnonzero(made.library.stop_kind_QJ[route] == LIGHT)[0]]
+        made.scene.offset_W[row] = time - offset
+    _, _, over, _, infos = made.step(np.zeros((8, 2)))
+    assert over[rows].tolist() == [ends] * len(rows)
+    if ends:
+        assert infos["outcome"]["red_light"][rows].tolist() == [1] * len(rows)
+
+
+@pytest.mark.parametrize("halts", [True, False])
+def test_a_stop_sign_asks_for_a_halt(halts):
+    made = alone(16, maps=4)
+    rows = _before_line(made, STOP_SIGN, 0.3)
+    if halts:
+        made.state.pose_W4[rows, 3] = 0.0
+        made.step(np.zeros((16, 2)))
+        made.state.pose_W4[rows, 3] = 5.0
+    over = made.step(np.zeros((16, 2)))[2]
+    assert over[rows].tolist() == [not halts] * len(rows)
+
+
+def test_a_road_that_goes_first_only_asks():
+    made = alone(16, maps=4)
+    rows = _before_line(made, GIVE_WAY, 0.3)
+    assert not made.step(np.zeros((16, 2)))[2][rows].any()
+
+
+def test_leaving_the_road_ends_it():
+    made = alone(1)
+    total, found = until_all_end(made, lambda _: np.array([[-1.0, 0.3]]))
+    assert found[0]["off_road"] == 1
+    assert found[0]["route_completion"] < 20
+    assert total[0] < 20
+
+
+def test_standing_for_too_long_ends_it():
+    made = alone(1, start_speed=0.0, blocked_s=2.0)
+    ends = [made.step(np.array([[0.0, -1.0]]))[2][0] for _ in range(20)]
+    assert ends == [False] * 19 + [True]
+
+
+def test_an_episode_is_over_when_its_time_is():
+    made = alone(1, timeout_s=1.5)
+    ends = [made.step(drives(made, 2.0))[2][0] for _ in range(15)]
+    assert ends == [False] * 14 + [True]
+
+
+# Soft factors
+
+
+def test_windows_count_for_exactly_so_many_steps():
+    made = alone(1, reward=RouteReward(window=5))
+    # Braking hard is uncomfortable; before and long after that everything is well.
+    made.state.pose_W4[0, 3] = 5.0
+    made.step(np.zeros((1, 2)))
+    made.state.ttc_W[0] = 5
+    made.state.comfort_WC[0, 1] = 5
+    ttc, comfort = [], []
+    for _ in range(7):
+        terms = made.step(drives(made, 5.0))[4]["reward_terms"]
+        ttc.append(terms["ttc"][0])
+        comfort.append(made.state.comfort_WC[0, 1] > 0)
+    assert ttc == [0.5] * 4 + [1.0] * 3
+    assert comfort == [True] * 4 + [False] * 3
+
+
+def test_a_collision_that_comes_counts_half():
+    made = world(3, walkers=0)
+    # 4 m before the ego car, bumper to bumper: at 6 m/s it is there in 0.67 s, at 4 m/s in a second.
+    for row, speed in enumerate((6.0, 4.0, 0.05)):
+        _put(made, row, 8.5, 0.0)
+        made.state.pose_W4[row, 3] = speed
+    terms = made.step(np.zeros((3, 2)))[4]["reward_terms"]
+    assert terms["ttc"].tolist() == [0.5, 1.0, 1.0]
+
+
+def test_driving_beside_the_middle_and_outside_of_lanes():
+    made = alone(1, shortest_m=300.0)
+    state = made.state
+    heading = state.pose_W4[0, 2]
+    # 0.7 m to the left: within the lane (0.95 + 0.7 < 1.75), and beside its middle.
+    state.pose_W4[0, :2] += 0.7 * np.array([-np.sin(heading), np.cos(heading)])
+    state.pose_W4[0, 3] = 1.0
+    values = []
+    for _ in range(33):
+        terms = made.step(np.zeros((1, 2)))[4]["reward_terms"]
+        values.append(terms["centre"][0])
+        assert terms["outside"][0] == 1
+    # For 3 s that is nothing.
+    assert values == [1.0] * 30 + [0.5] * 3
+    state.pose_W4[0, :2] += 0.2 * np.array([-np.sin(heading), np.cos(heading)])
+    assert made.step(np.zeros((1, 2)))[4]["reward_terms"]["outside"][0] == 0
+
+
+def test_driving_too_fast_is_worth_less():
+    made = alone(1)
+    limit = made.library.at(made.scene.route_W, made.state.s_W)[0, 3]
+    made.state.pose_W4[0, 3] = limit + 1.115
+    assert made.step(np.zeros((1, 2)))[4]["reward_terms"]["speed"][0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_shaped_reward_takes_the_place():
+    made = alone(2, shaped=True)
+    _, reward, _, _, infos = made.step(drives(made, 6.0))
+    assert np.array_equal(reward, infos["reward_terms"]["shaped"])
+    assert (reward > 0.5).all()
+
+
+# gymnasium's side, and what is kept
+
+
+def test_what_is_seen_is_in_the_space():
+    made, rng = world(6), np.random.default_rng(1)
+    finals = 0
+    for _ in range(120):
+        seen, _, over, cut, infos = made.step(rng.uniform(-1, 1, (6, 2)))
+        assert made.observation_space.contains(seen)
+        assert all(np.isfinite(array).all() for array in seen.values())
+        if (over | cut).any():
+            finals += 1
+            assert np.array_equal(infos["_final_obs"], over | cut)
+            row = int(np.flatnonzero(over | cut)[0])
+            assert not np.array_equal(infos["final_obs"]["policy"][row], seen["policy"][row])
+            assert made.state.step_W[row] == 0
+            assert made.state.s_W[row] == START_M
+    assert finals
+    assert np.abs(seen["policy"]).max() < 10
+
+
+def test_the_nearest_others_are_seen_first():
+    made = world(1, walkers=0)
+    _put(made, 0, 12.0, 0.0)
+    policy = made.seen()["policy"][0]
+    near = policy[34:134].reshape(10, 10)
+    assert near[0, 0] == 1
+    assert near[0, 1] * 30 == pytest.approx(12.0, abs=0.3)
+    assert near[0, 2] * 30 == pytest.approx(0.0, abs=0.5)
+    assert not near[1:].any()
+
+
+def test_a_place_is_kept_to_the_bit():
+    """Also where episodes have ended since: the other begins with nothing but the arrays."""
+    rng = np.random.default_rng(2)
+    actions = rng.uniform(-1, 1, (160, 5, 2)) + np.array([0.0, 0.3])
+    made = world(5)
+    for action in actions[:80]:
+        seen = made.step(action)[0]
+    assert made.state.episode_W.sum() > 0
+    other = world(5)
+    found = other.load_state_dict(made.state_dict())
+    assert all(np.array_equal(found[name], seen[name]) for name in seen)
+    for action in actions[80:]:
+        mine, theirs = made.step(action), other.step(action)
+        assert all(np.array_equal(mine[0][name], theirs[0][name]) for name in seen)
+        for one, two in zip(mine[1:4], theirs[1:4], strict=True):
+            assert np.array_equal(one, two)
+    with pytest.raises(CheckpointError, match=r"episode_W of the state is \[5\], and \[4\] is needed"):
+        world(4).load_state_dict(made.state_dict())
+
+
+def test_a_part_of_the_worlds_is_as_in_all_of_them():
+    whole, part = world(5), world(2, first=3)
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        action = rng.uniform(-1, 1, (5, 2)) * [0.3, 1.0]
+        mine, theirs = whole.step(action), part.step(action[3:])
+        for name in ("policy", "critic"):
+            assert mine[0][name][3:] == pytest.approx(theirs[0][name], abs=1e-6)
+        assert mine[1][3:] == pytest.approx(theirs[1], abs=1e-9)
+
+
+def test_traffic_keeps_off_each_other_and_moves():
+    """Nobody drives into the car before: where cars overlap it is at crossings without lights, and seldom."""
+    made = world(4, traffic=12, walkers=0, blocked_s=1000.0)
+    overlaps = looked = 0
+    moved = []
+    for step in range(400):
+        # The ego car stands out of the way.
+        made.state.pose_W4[:, :2] = 5e5
+        made.state.s_W[:] = made.state.done_m_W[:] = START_M
+        made._move_traffic()
+        made.state.step_W += 1
+        if step % 20 == 0:
+            others = made.others()
+            near = np.hypot(
+                others[:, :, None, 0] - others[:, None, :, 0], others[:, :, None, 1] - others[:, None, :, 1]
+            )
+            alive = made.state.alive_WK[:, :, None] & made.state.alive_WK[:, None, :]
+            overlaps += int(((near < 1.9) & alive).sum() - made.state.alive_WK.sum()) // 2
+            looked += int(made.state.alive_WK.sum())
+            moved.append(made.state.speed_WK[made.state.alive_WK].mean())
+    assert looked > 600
+    assert overlaps / looked < 0.02
+    assert np.mean(moved) > 3
+    assert made.state.turn_WK.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shortest_m": 500.0, "longest_m": 520.0}, "let there be 50 m between both"),
+        ({"traffic": -1}, "traffic"),
+        ({"start_speed": float("nan")}, "start_speed"),
+    ],
+)
+def test_settings_that_cannot_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**fields)
+
+
+def test_a_policy_learns_there_and_is_resumed_to_the_bit():
+    config = PPO.Config(
+        environment=LaneWorld.Config(world=Settings(**SMALL)),
+        num_envs=4,
+        rollout_steps=16,
+        epochs=2,
+        hidden=(8,),
+        eval_episodes=2,
+    )
+    run = TaskRunConfig(task=config, train=TrainConfig(batch_size=32))
+    assert config.environment.build().layout.num_private == 10
+    check_task(
+        run.replace(task=config.replace(environment=LaneWorld.Config(world=Settings(**SMALL, timeout_s=5.0)))),
+        ranks=False,
+    )
+
+
+def test_measures_of_an_evaluation():
+    environment = LaneWorld.Config(world=Settings(**SMALL, timeout_s=4.0)).build()
+    torch.manual_seed(0)
+    model = PPO.Config(environment=environment.config, hidden=(8,)).build().network()
+    measures = judge(model, environment, episodes=5).measures()
+    assert {"route_completion", "driving_score", "infractions_per_km", "comfort", "stands_still"} <= set(measures)
+    assert 0 <= measures["driving_score"] <= measures["route_completion"] <= 100
+
+
+def test_a_picture_shows_the_car_in_the_middle():
+    pytest.importorskip("PIL")
+    made = world(2)
+    picture = LaneWorld.Config(world=Settings(**SMALL)).build().frame(made)
+    assert picture.shape == (400, 400, 3)
+    assert picture.dtype == np.uint8
+    assert picture[260, 200].tolist() == [230, 74, 60]
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 4
