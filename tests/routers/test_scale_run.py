@@ -600,3 +600,59 @@ def test_what_is_refused():
 
     with pytest.raises(InputError, match="await solve instead"):
         asyncio.run(inside())
+
+
+# What breaking a line of the code showed that nothing above held
+
+
+def test_what_nothing_new_is_known_of_is_not_scored_again():
+    """Of three steps two are scored before all, and the second again once the first is solved."""
+    models = Models(usual())
+    solve(models, decomposer=Given.Config(steps=STEPS).build(), rule=TopFraction.Config().build())
+    assert models.stages == ["score", "score", "solve", "score", "solve", "last"]
+    assert len({how["seed"] for stage, _, _, how in models.asked if stage == "score"}) == 3
+
+
+def test_what_a_step_really_cost_is_taken_from_the_budget_of_the_rule():
+    """Three of four steps would fit, at 1,792 tokens more each; the first takes 6,000."""
+    models = Models(usual(solve=lambda model, text, count: "word " * (6000 if model == "large" else 100)))
+    parts = {"decomposer": Given.Config(steps=("a", "b", "c", "d")).build(), "assessor": of_difficulties(*[0.9] * 4)}
+    rule = Budgeted.Config(budget=6000.0).build()
+    trace = solve(models, **parts, rule=rule, settings=Settings(force_last="score"))
+    assert [one.system for one in trace.steps] == [2, 1, 1, 1]
+
+
+def test_calls_are_counted_where_only_the_budget_says_how_many():
+    models = Models(usual())
+    solve(models, budget=Budget(calls=4))
+    assert len(models.asked) == 4
+
+
+def test_no_more_outlines_or_scores_are_asked_for_than_leave_room_for_an_answer():
+    models = Models(usual(outline="no"), left=3)
+    solve(models)
+    assert models.stages == ["outline", "outline", "last"]
+    models = Models(usual(score="no"), left=2)
+    solve(models, decomposer=Identity.Config().build())
+    assert models.stages == ["score", "last"]
+
+
+def test_a_question_behind_the_outline_is_one_of_its_steps():
+    for how, most, is_read in (("append", 3, False), ("append", 4, True), ("join", 3, True), ("join", 2, False)):
+        trace = solve(Models(usual()), settings=Settings(last_step=how, max_steps=most))
+        assert (trace.outline is not None) == is_read
+
+
+def test_a_call_that_the_run_ended_with_is_made_again(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with pytest.raises(BackendError):
+        solve(Models(usual(last=down)), journal=path)
+    # What is written over a line that broke off leaves nothing of it.
+    path.write_bytes(path.read_bytes() + b'{"key": "' + b"x" * 5000)
+    models = Models(usual())
+    trace = solve(models, journal=path)
+    assert (models.stages, trace.answer) == (["last"], "large")
+    assert path.read_bytes().endswith(b"}\n")
+    again = Models({})
+    assert solve(again, journal=path).answer == "large"
+    assert again.asked == []
