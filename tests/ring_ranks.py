@@ -95,6 +95,16 @@ def alone(rank: int, world: int) -> str:
     return says(lambda: ring_attention(q, q, q, timeout_s=0.2, check=False))
 
 
+def gone(rank: int, world: int) -> str:
+    """What is said where the last rank's process ends in the midst of it: the test kills it."""
+    q = torch.zeros(1, 4, 2, 8)
+    said = says(lambda: ring_attention(q, q, q))
+    print(said, flush=True)
+    if rank == world - 1:
+        time.sleep(60)
+    return says(lambda: ring_attention(q, q, q))
+
+
 def decoder(**attention: Any) -> Decoder:
     return Decoder.Config(
         vocab_size=19,

@@ -1,10 +1,13 @@
 """Real processes over gloo: 2 of them, or 4, started once; what they do is in `tests/ring_ranks.py`."""
 
+import time
+from contextlib import suppress
+
 import pytest
 
 import ring_ranks
 from anabranch.cluster.ring import SCHEMES, plan_attention
-from anabranch.testing import run_ranks
+from anabranch.testing import Ranks, run_ranks
 
 
 @pytest.fixture(
@@ -56,6 +59,21 @@ def test_a_rank_that_does_not_come_is_named():
     said = run_ranks(ring_ranks.alone, 2)
     assert said[0].startswith("PeerError: rank 1 did not")
     assert said[1] == "was away"
+
+
+def test_a_rank_whose_process_ends_is_named():
+    with Ranks(3, ring_ranks.gone) as ranks:
+        # It has no output before it has begun.
+        told = ""
+        while "nothing" not in told:
+            time.sleep(0.02)
+            with suppress(FileNotFoundError):
+                told = ranks.output(2)
+        ranks.kill(2)
+        said = ranks.wait()
+    # Both waited for it, or one for the other that had given up.
+    assert any(line.startswith("PeerError: rank 2 did not") for line in said)
+    assert all(line.startswith("PeerError: rank ") for line in said)
 
 
 @pytest.mark.parametrize("case", ["zigzag token_ring", "stripe ring", "contiguous auto", "replicas"])

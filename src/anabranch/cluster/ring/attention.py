@@ -259,7 +259,7 @@ def _attend(
     if options.scheme not in ("auto", *SCHEMES):
         problem = f"scheme is {options.scheme!r}; use auto, {', '.join(SCHEMES)}"
     if team.group is not None and options.check:
-        check_agreement({**told, **_described(tensors, options)}, team.group, problem)
+        check_agreement({**told, **_described(tensors, options)}, team.link, problem)
     if problem is not None:
         raise InputError(problem)
     queries, keys = place()

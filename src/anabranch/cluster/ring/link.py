@@ -19,9 +19,21 @@ from torch import Tensor
 from anabranch.cluster.messages import MessageLog
 from anabranch.errors import InputError, PeerError
 
-__all__ = ["FLOWS", "GroupLink", "Handle", "Link", "Outgoing", "SimulatedLinks", "Traffic", "drive", "pack", "unpack"]
+__all__ = [
+    "FLOWS",
+    "GroupLink",
+    "Handle",
+    "Link",
+    "Outgoing",
+    "SimulatedLinks",
+    "Traffic",
+    "drive",
+    "everyone",
+    "pack",
+    "unpack",
+]
 
-FLOWS = ("travel", "home")
+FLOWS = ("travel", "home", "agree")
 # Tensors, or a buffer that came from somewhere.
 Outgoing = Tensor | Sequence[Tensor]
 # (rank, number of the share, what is sent), and (rank, number, tensors like what comes).
@@ -79,7 +91,7 @@ class Traffic:
 
     Attributes:
         sent: messages by directed pair; None before the first pass.
-        waited_s: seconds that a rank stood still for blocks (``travel``) and for results (``home``).
+        waited_s: seconds that a rank stood still for blocks (``travel``), for results (``home``) and until all had agreed (``agree``).
         pairs: pairs of a query and a key that were computed, for one head, by rank and step of forward passes.
     """
 
@@ -133,7 +145,7 @@ class GroupLink:
             made.append(_GroupHandle(self, flow, to, True, self._tag(flow, step, number), buffer, ()))
         for source, number, like in receives:
             size = sum(part.numel() * part.element_size() for part in like)
-            buffer = torch.empty(size, dtype=torch.uint8, device=self._device())
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
             made.append(_GroupHandle(self, flow, source, False, self._tag(flow, step, number), buffer, tuple(like)))
         self._begin(made, flow)
         return list(made[: len(sends)]), list(made[len(sends) :])
@@ -153,7 +165,9 @@ class GroupLink:
             for handle, work in zip(made, works if len(works) == len(made) else works * len(made), strict=False):
                 handle.work = work
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where messages are."""
         return torch.device("cuda", torch.cuda.current_device()) if self._is_nccl else torch.device("cpu")
 
     def _tag(self, flow: str, step: int, number: int) -> int:
@@ -344,6 +358,16 @@ class _Awaited:
 
     def parts(self) -> list[Tensor]:
         return unpack(self.buffer, self.like)
+
+
+def everyone(link: Any, flow: str, mine: Sequence[Tensor]) -> Any:
+    """A program: the parts of all ranks, in their order. They are alike on all."""
+    others = [other for other in range(link.world) if other != link.rank]
+    like = [part.to("meta") for part in mine]
+    sent, received = link.exchange(flow, 0, [(to, 0, mine) for to in others], [(to, 0, like) for to in others])
+    yield from (*received, *sent)
+    parts = {other: handle.parts() for other, handle in zip(others, received, strict=True)}
+    return [parts.get(rank, list(mine)) for rank in range(link.world)]
 
 
 def drive(program: Any, traffic: Traffic) -> Any:

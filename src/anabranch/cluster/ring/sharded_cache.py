@@ -16,7 +16,7 @@ from torch import Tensor
 from anabranch.cluster.ring.attention import RingOptions, placed_attention
 from anabranch.cluster.ring.kernel import attend, fine_dtype, merge
 from anabranch.cluster.ring.layout import Layout, Placement
-from anabranch.cluster.ring.link import GroupLink, Traffic, drive
+from anabranch.cluster.ring.link import GroupLink, Traffic, drive, everyone
 from anabranch.cluster.ring.pieces import Mask, pieces_between
 from anabranch.cluster.ring.scored import options_of, with_sinks
 from anabranch.cluster.ring.team import Group, process_group
@@ -175,21 +175,9 @@ class ShardedCache:
         if self.group is None:
             return out, lse
         link = GroupLink(self.group, traffic=told.traffic, timeout_s=told.timeout_s)
-        parts: Any = drive(_everyone(self.rank, self.world, [lse, out], link), told.traffic or Traffic())
+        parts: Any = drive(everyone(link, "home", [lse, out]), told.traffic or Traffic())
         # In the order of ranks, on all of them: so they go on with equal bits.
         whole, total = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
         for part_lse, part in parts:
             merge(whole, total, part, part_lse)
         return whole, total
-
-
-def _everyone(rank: int, world: int, mine: list[Tensor], link: Any) -> Any:
-    """A program: the parts of all ranks, in order."""
-    others = [other for other in range(world) if other != rank]
-    like = [part.to("meta") for part in mine]
-    sends, receives = link.exchange(
-        "home", 0, [(other, 0, mine) for other in others], [(other, 0, like) for other in others]
-    )
-    yield from (*receives, *sends)
-    parts = {other: handle.parts() for other, handle in zip(others, receives, strict=True)}
-    return [mine if other == rank else parts[other] for other in range(world)]
