@@ -188,7 +188,7 @@ class BillingProvider:
         return response
 
     def _bill(self, call: "Call", made: int) -> None:
-        self.bills[call.number] += call.nano(self.prices[call.model], made)
+        self.bills[call.number] += call.nano(self.prices[call.model], made * call.choices)
 
 
 def _break(request: web.Request) -> None:
@@ -209,6 +209,8 @@ class Call:
         self.length = max(1, min(most, int(draw.triangular(most / 2, most, most)) if most < 10**9 else 50))
         self.tells_usage = bool((body.get("stream_options") or {}).get("include_usage")) and habit != "mute"
         self.at_once = 10 if habit == "dense" else 4
+        # Of OpenAI's form; all are made at the same time, and as long as each other.
+        self.choices = body.get("n") or 1
 
     def text(self, size: int) -> str:
         """So many tokens."""
@@ -222,8 +224,8 @@ class Call:
         """Of the whole answer."""
         return {
             "prompt_tokens": self.prompt,
-            "completion_tokens": self.length,
-            "total_tokens": self.prompt + self.length,
+            "completion_tokens": self.length * self.choices,
+            "total_tokens": self.prompt + self.length * self.choices,
         }
 
     def anthropic_usage(self) -> Json:
@@ -260,21 +262,29 @@ class OpenAIForm:
     def whole(self, call: Call) -> Json:
         """An answer."""
         message = {"role": "assistant", "content": call.text(call.length)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choices = [{"index": at, "message": message, "finish_reason": "stop"} for at in range(call.choices)]
         usage = {} if call.habit == "mute" else {"usage": call.openai_usage()}
         # Long beside a short answer, and no part of it.
         return {
             **self.head,
             "object": "chat.completion",
             "system_fingerprint": "f" * 2000,
-            "choices": [choice],
+            "choices": choices,
             **usage,
             **call.beside(),
         }
 
     def _chunk(self, call: Call, delta: Json, reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return _data({**self.head, "choices": [choice], **call.usage_so_far()})
+        return b"".join(
+            _data(
+                {
+                    **self.head,
+                    "choices": [{"index": at, "delta": delta, "finish_reason": reason}],
+                    **call.usage_so_far(),
+                }
+            )
+            for at in range(call.choices)
+        )
 
     def begin(self, call: Call) -> bytes:
         """Before the first token."""

@@ -74,9 +74,9 @@ def _done():
     return done
 
 
-def model(name, dollars=1.0, **fields):
-    """One that answers at once; its tokens cost so many dollars a million."""
-    provider = Mock.Config(model=name, tokens=4)
+def model(name, dollars=1.0, provider=None, **fields):
+    """One that answers at once, unless it has another ``provider``; its tokens cost so many dollars a million."""
+    provider = provider or Mock.Config(model=name, tokens=4)
     given = {"price": Price.of_dollars(dollars, 2 * dollars), "max_tokens": 50, **fields}
     return ModelConfig(name=name, deployments=(DeploymentConfig(provider=provider),), **given)
 

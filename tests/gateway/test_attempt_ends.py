@@ -13,6 +13,7 @@ from anabranch.gateway.dispatch.billed import FEW
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamRequest, Usage
 from anabranch.routers.money import Price
+from known_speed import know
 
 # 1,000 nano-dollars a token of the prompt, 2,000 of the answer.
 PRICE = Price(input=1_000_000_000, output=2_000_000_000)
@@ -102,7 +103,7 @@ def test_what_is_lost_is_charged_the_most_that_may_be_billed(failure, fields, co
 
 def test_a_stream_that_was_cut_off_here_is_charged_the_time_it_had():
     case = Case(stream=True, rules=DispatchRules(margin_s=1.0))
-    case.live.fast_token_s = 0.5
+    know(case.live, 2.0, case.now_s)
     attempt = case.attempt()
     case.now_s += 3.0
     case.ends.lost(case.live, attempt, failed("first_token"))
@@ -115,7 +116,7 @@ def test_a_stream_that_was_cut_off_here_is_charged_the_time_it_had():
 
 def test_a_whole_answer_is_made_to_its_end_however_short_it_was_waited_for():
     case = Case()
-    case.live.fast_token_s = 0.5
+    know(case.live, 2.0, case.now_s)
     attempt = case.attempt(is_whole=True)
     case.ends.lost(case.live, attempt, failed("timeout"))
     assert attempt.usage.completion == MOST.completion

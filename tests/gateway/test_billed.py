@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch import Attempt
-from anabranch.gateway.dispatch.billed import FEW, broken_off, may_be_billed, tokens_of
-from anabranch.gateway.providers.provider import Failure, HttpCall, Usage
+from anabranch.gateway.dispatch.billed import FEW, broken_off, may_be_billed, tokens_of, whole_at_most
+from anabranch.gateway.providers.provider import Answer, Failure, HttpCall, Usage
 
 MOST = Usage(100, 50, 0, True)
 
@@ -64,6 +64,17 @@ def test_what_a_broken_stream_may_come_to():
     assert broken_off(MOST, Usage(20, 60), 0, 10.0, 1.0) == Usage(20, 60, 0, True)
     # Some say 0 before they know.
     assert broken_off(MOST, Usage(0, 0), 0, 10.0, 0.0).prompt == 100
+
+
+def test_each_answer_goes_on_for_a_little_and_what_was_predicted_may_be_billed():
+    assert broken_off(MOST, None, 5, 10.0, 0.0, 3).completion == 5 + 3 * FEW
+    predicted = Usage(100, 50, 0, True, predicted=7)
+    assert broken_off(predicted, None, 5, 10.0, 0.0).completion == 5 + FEW + 7
+    answer = Answer({"choices": [{"message": {"content": "abc"}}]}, None, Usage(3, 1, 0, True))
+    assert whole_at_most(MOST, answer).completion == 3 + 1 + FEW
+    assert whole_at_most(predicted, answer).completion == 3 + 1 + FEW + 7
+    # Of best_of answers the best alone is shown.
+    assert whole_at_most(MOST, answer, 1.0, 4).completion == 4 * (3 + 1) + FEW
 
 
 @given(

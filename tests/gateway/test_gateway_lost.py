@@ -28,6 +28,7 @@ from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
+from known_speed import know
 
 # 1,000 and 20,000 nano-dollars a token.
 PRICE = Price.of_dollars(1, 20)
@@ -190,7 +191,7 @@ def test_a_stream_whose_client_left_is_charged_what_can_have_been_made(tmp_path)
     async def work(gateway):
         [live] = gateway.runtime.dispatcher.groups["small"].lives
         # It is known to make 20 tokens a second.
-        live.fast_token_s = 0.05
+        know(live, 20.0, gateway.runtime.dispatcher.now())
         stream = await gateway.achat(ask(stream=True))
         for _ in range(3):
             await anext(stream)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from anabranch.gateway.prompt_tokens import count_prompt, has_images, last_text
+from anabranch.gateway.prompt_tokens import count_prompt, has_images, last_text, num_made, num_shown
 from anabranch.gateway.validate import check_chat, check_completion, check_embeddings
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import parse
@@ -126,6 +126,22 @@ def test_images_and_token_ids_count_too():
     assert count_prompt({"input": ["abcd", "efgh"]}).tokens == 2
     assert has_images(body["messages"])
     assert not has_images([{"role": "user", "content": "image_url"}])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "shown", "made"),
+    [
+        ("chat", {}, 1, 1),
+        ("chat", {"n": 3}, 3, 3),
+        ("chat", {"n": None, "best_of": None}, 1, 1),
+        ("completions", {"prompt": "a", "best_of": 4}, 1, 4),
+        ("completions", {"prompt": ["a", "b"], "n": 2, "best_of": 3}, 4, 6),
+        ("completions", {"prompt": [1, 2, 3], "n": 2}, 2, 2),
+        ("completions", {"prompt": [[1], [2, 3]]}, 2, 2),
+    ],
+)
+def test_answers_that_are_shown_and_those_that_are_made(endpoint, body, shown, made):
+    assert (num_shown(endpoint, body), num_made(endpoint, body)) == (shown, made)
 
 
 def test_the_text_of_a_query_is_the_last_user_message():

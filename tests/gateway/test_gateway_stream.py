@@ -408,6 +408,41 @@ def test_an_upstream_that_falls_silent_is_given_up_on_after_signs_of_life():
     run(work)
 
 
+@pytest.mark.parametrize("ping", [b": keep-alive\n\n", b"event: ping\ndata: {}\n\n"])
+def test_pings_keep_a_stream_alive_until_the_whole_time_is_up(ping):
+    """They were passed over, and an upstream that sent them through a long parameter was given up on (R20's F2)."""
+
+    async def work() -> None:
+        pings = [0.05, ping] * 8
+        wire = Wire([said("a"), *pings, said("b"), END, DONE], [said("a"), *pings, HANGS], [said("a"), *pings * 9])
+        dispatcher = dispatcher_of(wire, timeout_s=0.1)
+        stream, raw = await read(dispatcher)
+        assert (text(raw), stream.failure) == ("ab", None)
+        stream, _ = await read(dispatcher)
+        assert stream.failure.kind == "timeout"
+        stream, _ = await read(dispatcher, seconds=1.0)
+        assert stream.failure.kind == "deadline"
+
+    run(work)
+
+
+def test_what_came_while_the_reader_was_away_is_a_sign_of_life():
+    async def work() -> None:
+        rules = DispatchRules(heartbeat_s=0.03, retries=0)
+        dispatcher = dispatcher_of(
+            Wire([said("a"), 0.05, b": ping\n\n", 0.08, said("b"), END, DONE]), rules, timeout_s=0.1
+        )
+        plan = Plan(candidates=("a",), deadline=dispatcher.now() + 5.0)
+        stream = await dispatcher.stream(plan, request())
+        blocks = []
+        async for block in stream:
+            blocks.append(block)
+            await asyncio.sleep(0.01)
+        assert (text(b"".join(blocks)), stream.failure) == ("ab", None)
+
+    run(work)
+
+
 # Going on
 
 

@@ -12,6 +12,7 @@ import random
 import pytest
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LostConfig, ModelConfig
+from anabranch.gateway.dispatch import stream_pace
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.openai import OpenAI
@@ -31,8 +32,9 @@ def data(value, name):
     return f"event: {name}\ndata: {json.dumps(value)}\n\n".encode()
 
 
-def openai(delta):
-    return b"data: " + json.dumps({**OpenAIForm.head, "choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+def openai(delta, choices=1):
+    chunks = [{**OpenAIForm.head, "choices": [{"index": at, "delta": delta}]} for at in range(choices)]
+    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
 
 
 def anthropic(kind, text):
@@ -61,14 +63,20 @@ def shown(call, usual, word, thought, ping):
 
 
 @pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Streams of a third of a second tell how fast they are made."""
+    monkeypatch.setattr(stream_pace, "TELLING_S", 0.2)
+
+
+@pytest.fixture(autouse=True)
 def hides(monkeypatch):
     """What is made is shown in part."""
     openai_token, anthropic_token = OpenAIForm.token, AnthropicForm.token
 
     def of_openai(form, call, size):
         pings = b": keep-alive\n\n"
-        thought = openai({"reasoning_content": "hm, "})
-        return shown(call, openai_token(form, call, size), openai({"content": "word "}), thought, pings)
+        word, thought = (openai(one, call.choices) for one in ({"content": "word "}, {"reasoning_content": "hm, "}))
+        return shown(call, openai_token(form, call, size), word, thought, pings)
 
     def of_anthropic(form, call, size):
         usual, ping = anthropic_token(form, call, size), data({"type": "ping"}, "ping")
@@ -105,22 +113,29 @@ async def read(gateway, number, most, leaves_s=None, stalls_s=(), **more):
         await asyncio.wait_for(whole(), leaves_s)
 
 
-async def charged(tmp_path, kind, draw, warm, slow, **more):
+async def charged(tmp_path, kind, draw, warm, slow, choices=1, **more):
     """For each request that was left: its number, its bill and what it was charged."""
     provider = BillingProvider({"m": PRICE}, 1, token_s=TOKEN_S)
     numbers = range(2 * len(KINDS))
     async with provider.running(), Gateway(config(provider.url, tmp_path, kind)) as gateway:
         pace(gateway)
         for number in range(warm):
-            await read(gateway, USUAL + number, 30)
+            await read(gateway, USUAL + number, 50)
         stalled = [(0.0, 1.2), (0.0, 0.4, 0.4, 0.4)]
         await asyncio.gather(
             *(read(gateway, USUAL + 100 + number, 30, stalls_s=stalled[number % 2]) for number in range(slow))
         )
+        several = {"n": choices} if choices > 1 else {}
         await asyncio.gather(
             *(
                 read(
-                    gateway, number, MOST, LEAVES_S * draw.uniform(0.6, 1.0), [draw.choice((0.0, 0.1, 0.3))] * 2, **more
+                    gateway,
+                    number,
+                    MOST,
+                    LEAVES_S * draw.uniform(0.6, 1.0),
+                    [draw.choice((0.0, 0.1, 0.3))] * 2,
+                    **several,
+                    **more,
                 )
                 for number in numbers
             )
@@ -132,10 +147,11 @@ async def charged(tmp_path, kind, draw, warm, slow, **more):
     return [(number, provider.bills[number], rows[number].cost_nano) for number in numbers]
 
 
-@pytest.mark.parametrize("kind", [OpenAI, Anthropic])
-@pytest.mark.parametrize("slow", [0, 16])
-def test_what_is_made_and_not_shown_is_charged(tmp_path, kind, slow):
-    found = run_paced(charged(tmp_path, kind, random.Random(slow), 2, slow))
+@pytest.mark.parametrize(
+    ("kind", "slow", "choices"), [(OpenAI, 0, 1), (OpenAI, 16, 8), (Anthropic, 0, 1), (Anthropic, 16, 1)]
+)
+def test_what_is_made_and_not_shown_is_charged(tmp_path, kind, slow, choices):
+    found = run_paced(charged(tmp_path, kind, random.Random(slow), 3, slow, choices))
     below = [(KINDS[number % len(KINDS)], bill, cost) for number, bill, cost in found if cost < bill]
     assert not below
     # By its time, not by all that can have been.

@@ -52,13 +52,19 @@ def opened(rate, *parts):
         rules=SimpleNamespace(margin_s=MARGIN_S, bytes_per_token=1.0),
     )  # fmt: skip
     live = SimpleNamespace(
-        rate=rate,
+        speed=SimpleNamespace(of=lambda tier, now: rate),
         provider=SimpleNamespace(translator=lambda request: None, config=SimpleNamespace(model="m")),
         name="m",
     )
     attempt = SimpleNamespace(start_s=0.0, first_token_s=1.0, most=MOST, seen=0, is_late=False)
     request = SimpleNamespace(wants_usage=False, body={}, prompt_tokens=7, endpoint="chat")
     return Opened(run, live, attempt, request, Reply(clock, *parts)), clock, charged
+
+
+def waited(stream, clock, seconds):
+    """Its reader was there all the time."""
+    clock.now += seconds
+    stream._lag.waited(seconds)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ def opened(rate, *parts):
 )
 def test_what_lies_unread_is_charged_by_the_time_since_all_was_read(rate, known, found, wanted):
     stream, clock, charged = opened(rate)
-    clock.now = 2.0
+    waited(stream, clock, 1.0)
     stream.taken(chunks(known))
     clock.now = 3.0
     stream.taken(large(found))
@@ -87,11 +93,21 @@ def test_what_lies_unread_is_charged_by_the_time_since_all_was_read(rate, known,
     assert charged == [Usage(7, seen + FEW + math.ceil(wanted * (1 + 3 + MARGIN_S)), 0, True)]
 
 
+def test_what_came_while_the_reader_was_away_may_have_come_at_once():
+    stream, clock, charged = opened(None)
+    waited(stream, clock, 0.1)
+    clock.now += 0.9
+    stream.taken(chunks(10))
+    clock.now += 2.0
+    stream.drop()
+    assert charged == [Usage(7, 31 + FEW + math.ceil(30 / 0.1 * (1 + 2 + MARGIN_S)), 0, True)]
+
+
 @pytest.mark.parametrize("beside", [b": keep-alive\n\n", b'data: {"choices": []}\n\n'])
 @pytest.mark.parametrize(("rate", "made"), [(10.0, 10.0), (None, 30.0)])
 def test_pings_and_comments_say_nothing_of_what_is_made_meanwhile(beside, rate, made):
     stream, clock, charged = opened(rate)
-    clock.now = 2.0
+    waited(stream, clock, 1.0)
     stream.taken(chunks(10))
     for _ in range(11):
         clock.now += 0.5
@@ -129,7 +145,7 @@ def test_thoughts_of_which_a_summary_is_shown_are_charged_by_all_the_time():
 def test_where_nobody_knows_how_fast_it_is_what_may_think_is_charged_the_most(asked, model, is_most):
     stream, clock, charged = opened(None)
     stream.request.body, stream.live.provider.config.model = asked, model
-    clock.now = 2.0
+    waited(stream, clock, 1.0)
     stream.taken(chunks(10))
     stream.drop()
     assert (charged[0].completion == MOST.completion) == is_most
@@ -138,7 +154,7 @@ def test_where_nobody_knows_how_fast_it_is_what_may_think_is_charged_the_most(as
 @pytest.mark.parametrize("rate", [None, 10.0])
 def test_sound_and_pictures_are_charged_the_most(rate):
     stream, clock, charged = opened(rate)
-    clock.now = 2.0
+    waited(stream, clock, 1.0)
     stream.taken(chunks(10) + b'data: {"choices": [{"index": 0, "delta": {"audio": {"data": "AAAA"}}}]}\n\n')
     stream.drop()
     assert charged == [Usage(7, MOST.completion, 0, True)]

@@ -190,6 +190,31 @@ def num_prompts(body: Mapping[str, Any]) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
+def num_shown(endpoint: str, body: Mapping[str, Any]) -> int:
+    """How many answers a request is given: choices, for each of its prompts."""
+    return _number(body, "n") * (num_prompts(body) if endpoint == "completions" else 1)
+
+
+def num_made(endpoint: str, body: Mapping[str, Any]) -> int:
+    """How many answers are made for a request, and billed, at most: of ``best_of`` only the best are shown."""
+    prompts = num_prompts(body) if endpoint == "completions" else 1
+    return max(_number(body, "n"), _number(body, "best_of")) * prompts
+
+
+def predicted_tokens(body: Mapping[str, Any]) -> int:
+    """Tokens at most of a text of which the sender thinks that it is in the answer (``prediction``): those that are not are billed too."""
+    given = body.get("prediction")
+    texts: list[str] = []
+    if isinstance(given, dict):
+        _gather(given.get("content"), texts)
+    return sum(num_bytes(text) for text in texts)
+
+
+def _number(body: Mapping[str, Any], name: str) -> int:
+    asked = body.get(name)
+    return asked if type(asked) is int and asked > 0 else 1
+
+
 def _gather_message(message: Any, texts: list[str], found: list[Media]) -> None:
     """Add all texts of a message to ``texts``, and what is none to ``found``."""
     if not isinstance(message, dict):

@@ -9,6 +9,7 @@ from anabranch.gateway.config import LimitsConfig
 from anabranch.gateway.core.bounds import CONTINUED, Bounds
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.prompt_tokens import BYTES_PER_TOKEN, count_prompt
+from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.runtime import Runtime
 from gateway_states import config, model
 
@@ -47,6 +48,29 @@ def test_completion_tokens_of_a_chat(name, body, most):
 def test_completion_tokens_of_other_endpoints():
     assert bounds("embeddings", input="a").most_tokens("small") == 0
     assert bounds("completions", prompt=["a", "b", "c"], max_tokens=5, best_of=2).most_tokens("small") == 30
+
+
+FORESEEN = Runtime(
+    config(
+        model("openai", provider=OpenAI.Config(model="m", key_env=None)),
+        model("drops", provider=OpenAI.Config(model="m", key_env=None, drops=("prediction",))),
+        model("mock"),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "content", ["x" * 30, [{"type": "text", "text": "x" * 20}, {"type": "text", "text": "x" * 10}]]
+)
+def test_what_the_sender_predicts_may_be_billed_as_the_answer_is(content):
+    """R20's F3: it counted as prompt alone. A model that is not sent it bills nothing of it."""
+    held = bounds(
+        runtime=FORESEEN, model="openai", n=2, max_tokens=50, prediction={"type": "content", "content": content}
+    )
+    most = held.most("openai", None)
+    assert (most.completion, most.predicted) == (2 * (50 + 30), 2 * 30)
+    for name in ("drops", "mock"):
+        assert (held.most(name, None).completion, held.most(name, None).predicted) == (2 * 50, 0)
 
 
 def test_thoughts_are_part_of_an_answer_and_leave_some():

@@ -9,6 +9,7 @@ from anabranch.gateway.config import LimitsConfig
 from anabranch.gateway.core.call_bodies import CallBodies
 from anabranch.gateway.core.model_calls import answered, body_of, bounded
 from anabranch.gateway.dispatch import Report
+from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Answer, UpstreamError, Usage
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
@@ -137,6 +138,10 @@ def test_a_call_without_an_end_is_given_one():
     assert (body["max_tokens"], most.completion, most.prompt) == (50, 100, looked.count.at_most)
     body, most = bounded(runtime, {**given, "max_tokens": 3}, looked)
     assert (body["max_tokens"], most.completion) == (3, 3)
+    # What is predicted may be billed beside it, where it is sent on.
+    runtime = Runtime(config(model("small", provider=OpenAI.Config(model="m", key_env=None))))
+    _, most = bounded(runtime, {**given, "max_tokens": 3, "prediction": {"type": "content", "content": "abcd"}}, looked)
+    assert (most.completion, most.predicted) == (7, 4)
 
 
 def test_an_answer_without_choices_is_none():

@@ -21,7 +21,8 @@ class DeploymentConfig(Config):
             deadline of the request.
         first_token_timeout_s: seconds until a stream's first token; None takes the model's, then ``timeout_s``, and where that is None
             too, a third of the deadline, so that a silent upstream leaves time for another.
-        idle_timeout_s: seconds between two events of a stream; None takes the model's, then ``timeout_s``.
+        idle_timeout_s: seconds between two signs of life of a stream (events, pings, comments); None takes the model's, then
+            ``timeout_s``.
         rpm: requests a minute it takes; None is no limit.
         tpm: tokens a minute it takes; None is no limit.
         max_in_flight: requests at a time; None is no limit.

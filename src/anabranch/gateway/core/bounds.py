@@ -1,20 +1,36 @@
 """The most that the calls of one request may be billed for: what is reserved before each of them is made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.asked import Asked
 from anabranch.gateway.dispatch import Report
+from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.media_requests import in_seconds, is_by_second, is_media, most_made
-from anabranch.gateway.prompt_tokens import BYTES_PER_TOKEN, PromptCount, count_prompt, num_prompts, room_of
-from anabranch.gateway.providers.provider import Usage
+from anabranch.gateway.prompt_tokens import (
+    BYTES_PER_TOKEN,
+    PromptCount,
+    count_prompt,
+    num_made,
+    predicted_tokens,
+    room_of,
+)
+from anabranch.gateway.providers.provider import WRITES, Usage
 
 if TYPE_CHECKING:
     from anabranch.gateway.runtime import Runtime
 
 # Tokens, at most, of telling a model to go on where another broke off.
 CONTINUED = 200
+
+
+def with_prediction(most: Usage, lives: Iterable[Live], endpoint: str, body: Mapping[str, Any]) -> Usage:
+    """``most``, and what is billed of a text that the sender predicted, where one of these deployments is sent that."""
+    if "prediction" not in body or endpoint not in WRITES or not any(live.provider.predicts for live in lives):
+        return most
+    predicted = predicted_tokens(body) * num_made(endpoint, body)
+    return replace(most, completion=most.completion + predicted, predicted=predicted)
 
 
 class Bounds:
@@ -50,8 +66,7 @@ class Bounds:
         asked = max(body.get("max_completion_tokens") or 0, body.get("max_tokens") or 0)
         # Where no end is said, the context is one.
         most = asked or self.bound(model) or self.runtime.models[model].context or limits.max_tokens
-        answers = num_prompts(body) if self.endpoint == "completions" else 1
-        return most * answers * max(body.get("n") or 1, body.get("best_of") or 1)
+        return most * num_made(self.endpoint, body)
 
     def bound(self, model: str) -> int | None:
         """Where a request does not say how long an answer may be, the model is told, and this is what is reserved; see `room_of`."""
@@ -83,7 +98,8 @@ class Bounds:
             # The next one is sent what was said.
             more = CONTINUED + sum(attempt.seen for attempt in report.attempts) * BYTES_PER_TOKEN
             count = replace(count, at_most=count.at_most + more)
-        return self.asked.most(count, self.most_tokens(model), self.runtime.models[model].context)
+        most = self.asked.most(count, self.most_tokens(model), self.runtime.models[model].context)
+        return with_prediction(most, self.runtime.dispatcher.groups[model].lives, self.endpoint, self.body)
 
     def worst_nano(self, model: str, report: Report | None) -> int:
         """The most nano-dollars that one call of a model may cost, likewise."""

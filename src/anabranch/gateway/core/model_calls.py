@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from anabranch.errors import InputError, LimitError
 from anabranch.gateway.asked import Asked
+from anabranch.gateway.core.bounds import with_prediction
 from anabranch.gateway.core.call_bodies import CallBodies, Looked
 from anabranch.gateway.core.call_room import CallRoom
 from anabranch.gateway.core.payable import refusal
@@ -359,7 +360,8 @@ def bounded(runtime: "Runtime", body: dict[str, Any], looked: Looked) -> tuple[d
         room = room_of(limit, model.context, count)
         body = body if room is None else {**body, "max_tokens": room}
         most = room or model.context or limit
-    return body, looked.asked.most(count, (body.get("n") or 1) * most)
+    usage = looked.asked.most(count, (body.get("n") or 1) * most)
+    return body, with_prediction(usage, runtime.dispatcher.groups[body["model"]].lives, "chat", body)
 
 
 def upstream_request(body: dict[str, Any], id: str, looked: Looked) -> UpstreamRequest:

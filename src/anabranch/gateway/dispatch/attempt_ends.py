@@ -11,6 +11,7 @@ from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import DISPUTED, DOUBTED, OUTCOME
+from anabranch.gateway.prompt_tokens import num_made, num_shown
 from anabranch.gateway.providers.provider import Answer, Failure, FailureKind, UpstreamRequest, Usage
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class AttemptEnds:
         self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
         self.report, self.began = report, began
         self.tokens, self._streams = request.prompt_tokens, request.stream
+        # Made at the same time; and for each that is shown.
+        self._answers = num_made(request.endpoint, request.body)
+        self._unshown = -(-self._answers // num_shown(request.endpoint, request.body))
         self.avoid: set[str] = set()
 
     def won(self, live: Live, attempt: Attempt, usage: Usage, waited_s: float | None = None) -> None:
@@ -157,7 +161,7 @@ class AttemptEnds:
     def usage_of(self, attempt: Attempt, answer: Answer) -> Usage:
         """What a whole answer is charged for: what it told, else what it may be billed at most."""
         most = attempt.most
-        return answer.usage if most is None else whole_at_most(most, answer, self.rules.bytes_per_token)
+        return answer.usage if most is None else whole_at_most(most, answer, self.rules.bytes_per_token, self._unshown)
 
     def charge(self, live: Live, attempt: Attempt, usage: Usage, made: int | None = None) -> None:
         """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
@@ -190,7 +194,12 @@ class AttemptEnds:
         has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
         if attempt.is_whole or not has_ended:
             return broken_off(most, attempt.told, 0, None, 0.0)
-        return broken_off(most, attempt.told, 0, live.rate, (attempt.total_s or 0.0) + self.rules.margin_s)
+        speed = live.speed.of(most.tier, self.dispatcher.now())
+        rate, silent_s = (
+            None if speed is None else speed * self._answers,
+            (attempt.total_s or 0.0) + self.rules.margin_s,
+        )
+        return broken_off(most, attempt.told, 0, rate, silent_s, self._answers)
 
     def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
         """What a failure says of the deployment: nothing, where it may well be the request's own."""

@@ -42,8 +42,11 @@ def tokens_of(texts: int, text_bytes: int, bytes_per_token: float = 1.0) -> int:
     return max(texts, math.ceil(text_bytes / bytes_per_token))
 
 
-def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0) -> Usage:
-    """What an answer that came may be billed: what was told; where nothing was, by its text, and not more than the ``most``."""
+def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0, unshown: int = 1) -> Usage:
+    """What an answer that came may be billed: what was told; where nothing was, by its text, and not more than the ``most``.
+
+    So many answers as ``unshown`` were made for each that was shown.
+    """
     said = answer.usage
     if not said.is_estimated:
         return said
@@ -55,22 +58,25 @@ def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0) -> 
         # It is there, and it is as long as it is.
         return Usage(most.prompt, said.completion, 0, True, audio_output=said.audio_output)
     # Each choice has an end, which is no text.
-    made = tokens_of(0, num_bytes, bytes_per_token) + FEW + choices if choices else 0
+    made = (tokens_of(0, num_bytes, bytes_per_token) + choices) * unshown + FEW + most.predicted if choices else 0
     completion = min(max(made, said.completion), most.completion)
     if said.tells_prompt:
         return replace(said, completion=completion)
     return Usage(most.prompt, completion, 0, True, calls=said.calls)
 
 
-def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, silent_s: float) -> Usage:
+def broken_off(
+    most: Usage, told: Usage | None, seen: int, rate: float | None, silent_s: float, answers: int = 1
+) -> Usage:
     """The most that a stream may be billed which ended before it told.
 
     Args:
         most: whatever happens.
         told: by the provider so far; None for nothing.
         seen: completion tokens that came.
-        rate: completion tokens a second; None if it is not known.
+        rate: completion tokens a second, of all answers; None if it is not known.
         silent_s: seconds in which tokens may have been made that did not come.
+        answers: that were made at the same time.
     """
     # Some say 0 before they know.
     begun = told if told is not None and told.prompt else Usage(most.prompt)
@@ -79,5 +85,7 @@ def broken_off(most: Usage, told: Usage | None, seen: int, rate: float | None, s
         begun = replace(begun, prompt=max(begun.prompt, most.prompt))
     said = 0 if told is None else told.completion
     seen = max(seen, said)
-    made = most.completion if rate is None else seen + FEW + math.ceil(rate * silent_s)
+    made = most.completion
+    if rate is not None:
+        made = seen + FEW * answers + math.ceil(rate * silent_s) + most.predicted
     return replace(begun, completion=max(said, min(made, most.completion)), is_estimated=True)

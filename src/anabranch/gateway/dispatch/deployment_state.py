@@ -8,6 +8,7 @@ from typing import Any
 from anabranch.gateway.dispatch.bill import bill, is_unpriced
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
+from anabranch.gateway.dispatch.output_speed import OutputSpeed
 from anabranch.gateway.dispatch.senders import Senders
 from anabranch.gateway.dispatch.shared_rooms import Full
 from anabranch.gateway.dispatch.window import SlidingSum
@@ -22,13 +23,7 @@ ODD_TIERS = 8
 # Weight of the newest observation in smoothed values.
 ALPHA = 0.1
 
-# Weight of a slower stream in how fast streams are at most.
-FORGETS = 0.01
-
-# Tokens from which on a stream tells how fast it is.
-TELLING = 16
-
-# And of its time since the first of them, the part in which it was waited for: in the rest its reader was, which may have held it up.
+# Of a stream's time since its first token, the part in which it was waited for: in the rest its reader was, which may have held it up.
 TELLING_SHARE = 0.75
 
 # Share of failures, smoothed, above which a deployment is not trusted blindly.
@@ -56,7 +51,7 @@ class Live:
         first_token_s: smoothed; None before the first.
         token_s: smoothed seconds per completion token of a stream after the first.
         latency_s: smoothed seconds to a whole answer.
-        fast_token_s: seconds per completion token of the fastest stream of late; None before the first.
+        speed: how fast its streams are at most.
         tells_usage: its streams say what they come to.
         rests_until: the upstream asked to be left alone until then.
         full_until: all processes together have used up its limits until then, for attempts of ``full_tokens`` and more.
@@ -84,7 +79,7 @@ class Live:
         self.first_token_s: float | None = None
         self.token_s: float | None = None
         self.latency_s: float | None = None
-        self.fast_token_s: float | None = None
+        self.speed = OutputSpeed()
         self.tells_usage = False
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
         self._on_change, self._heard_at = on_change, 0.0
@@ -112,11 +107,6 @@ class Live:
     def is_shaky(self) -> bool:
         """It failed lately more often than now and then."""
         return self.failing > SHAKY
-
-    @property
-    def rate(self) -> float | None:
-        """Completion tokens a second that a stream brings at most, by those of late; None if there was none."""
-        return None if self.fast_token_s is None else 1.0 / self.fast_token_s
 
     def is_silent(self, now: float) -> bool:
         """Attempts wait for a first sign, and none has come for much longer than usual: they may all be lost, though none has failed."""
@@ -270,9 +260,6 @@ class Live:
             if latency_s is not None and tokens > 1:
                 token_s = (latency_s - first_token_s) / (tokens - 1)
                 self.token_s = _smoothed(self.token_s, token_s)
-                if tokens >= TELLING:
-                    old, new = self.fast_token_s, max(token_s, 1e-6)
-                    self.fast_token_s = new if old is None or new < old else old + FORGETS * (new - old)
 
     def load(self, now: float) -> float:
         """The largest share of a limit that is in use; 0 without limits."""
@@ -294,7 +281,7 @@ class Live:
             "first_token_s",
             "token_s",
             "latency_s",
-            "fast_token_s",
+            "speed",
             "tells_usage",
             "rests_until",
             "full_until",

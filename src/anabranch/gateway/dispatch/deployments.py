@@ -23,7 +23,7 @@ class Deployment:
         weight: share of the requests, for ``weighted``.
         timeout_s: most seconds to a whole answer.
         first_token_timeout_s: most seconds to the first token of a stream.
-        idle_timeout_s: most seconds between two events of a stream; None for ``timeout_s``.
+        idle_timeout_s: most seconds between two signs of life of a stream (events, pings, comments); None for ``timeout_s``.
         rpm: most requests in a minute; None for no limit.
         tpm: most tokens in a minute, prompts and completions.
         max_in_flight: most requests at once.

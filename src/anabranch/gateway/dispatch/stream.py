@@ -71,6 +71,8 @@ class Stream:
         self._opened: Opened | None = None
         self._coming: asyncio.Future[tuple[Opened, Attempt]] | None = None
         self._quiet_since: float | None = None
+        # Bytes that the upstream had sent when it was last waited for.
+        self._heard = 0
         self._events = self._relay()
         self.failure: Failure | None = None
 
@@ -232,9 +234,9 @@ class Stream:
     async def _some(self, opened: Opened) -> bytes:
         """What comes next, which may be empty, or a sign of life if that takes long. Raises UpstreamError when it takes too long."""
         now, limit_s, beat_s = self._now(), opened.live.deployment.idle_s, self._run.rules.heartbeat_s
-        if self._quiet_since is None:
-            # Since we wait: until then it may have been the reader who was slow.
-            self._quiet_since = now
+        if self._quiet_since is None or opened.num_bytes != self._heard:
+            # Since we wait: until then it may have been the reader who was slow. Pings and comments are a sign of life too.
+            self._quiet_since, self._heard = now, opened.num_bytes
         left_s = min(self._quiet_since + limit_s - now, self._run.left_s)
         if left_s <= 0:
             raise self._run.timed_out(opened.live, limit_s, "timeout")

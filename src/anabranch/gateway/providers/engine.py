@@ -8,6 +8,7 @@ class Engine(OpenAI, kind="engine"):
     """Talks to a server of `anabranch.serving`, or any other that needs no key."""
 
     is_billed = False
+    predicts = False
 
     @configclass
     class Config(OpenAI.Config):

@@ -77,10 +77,12 @@ class OpenAI(Provider, kind="openai"):
                 check_header(self.idempotency_header, "")
 
     endpoints = ("chat", "completions", "embeddings", *media.PATHS)
+    predicts = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._key = read_key(config.key_env, config.key_file)
+        self.predicts = self.predicts and "prediction" not in config.drops
         base = config.base_url.rstrip("/")
         self._urls = {endpoint: base + path for endpoint, path in PATHS.items()}
         self._headers = {"content-type": "application/json", **config.headers, **self._authorization()}

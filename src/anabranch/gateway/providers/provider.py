@@ -88,6 +88,9 @@ class Provider(Part, family="provider"):
     # It puts prompts into its cache without being asked to, and may bill that.
     caches_unasked: ClassVar[bool] = True
 
+    # It takes a `prediction`, and bills what of it is not in its answer.
+    predicts: bool = False
+
     # It makes an answer to its end, and may bill that, whoever has gone meanwhile.
     makes_on: ClassVar[bool] = True
 

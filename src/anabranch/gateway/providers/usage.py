@@ -42,6 +42,7 @@ class Usage:
         calls: as how many calls it is billed, where those have a price; None for one, if it does not say.
         pages: of the most that a call may come to, the prompt tokens that tools of the provider may bring: what is told before the end
             is without them.
+        predicted: likewise, the completion tokens of a text that the sender predicted: what of it is not taken is billed, and not shown.
     """
 
     prompt: int = 0
@@ -61,6 +62,7 @@ class Usage:
     tells_prompt: bool = False
     calls: int | None = None
     pages: int = 0
+    predicted: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -79,6 +81,7 @@ class Usage:
             _sum(self.nano, other.nano),
             calls=_sum(self.calls, other.calls),
             pages=self.pages + other.pages,
+            predicted=self.predicted + other.predicted,
         )
 
     @property
@@ -167,6 +170,11 @@ class Usage:
 def is_untold(completion: int, text_bytes: int) -> bool:
     """Whether a completion of so many tokens cannot be that of a text of so many bytes: it was not counted, or not yet."""
     return completion <= 1 and text_bytes > ONE_TOKEN_BYTES
+
+
+def thoughts_of(usage: Mapping[str, Any]) -> int:
+    """Completion tokens that a ``usage`` in OpenAI's form says were thoughts; 0 if it does not say."""
+    return _count(_table(usage, "completion_tokens_details"), "reasoning_tokens")
 
 
 def searches_of(usage: Mapping[str, Any]) -> int | None:
