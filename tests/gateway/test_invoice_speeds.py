@@ -353,7 +353,7 @@ def shapes(draw, speed, *, tells=True):
 STALLS = st.lists(st.sampled_from([0.0, 0.0, 0.1, 2.0]), max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([20.0, 150.0]), st.sampled_from(["m", "o3"]))
 def test_what_is_left_is_never_below_its_bill(data, speed, model):
     world = World(model)
@@ -367,7 +367,7 @@ def test_what_is_left_is_never_below_its_bill(data, speed, model):
     assert charged >= shape.made(after_s) * shape.answers
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([20.0, 150.0]))
 def test_what_a_plain_stream_is_charged_is_near_what_can_have_been_made(data, speed):
     world = World()
