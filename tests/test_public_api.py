@@ -86,8 +86,9 @@ PUBLIC = {
         static_mixture unload unmerge write_peft
     """,
     "anabranch.rl": """
-        Actions ActorCritic Agent Beta Categorical Clipped Distribution Ends Environment Episodes Film Gymnasium Kind LaneWorld Layout
-        Normal PPO PRESETS Preset Rollout Rollouts Samples World advantages clipped_losses episode_seed judge load_agent record training
+        Actions ActorCritic Agent Beta Categorical Clipped Distribution Ends Environment Episodes Film Gymnasium Highway
+        Kind LaneWorld Layout Normal PPO PRESETS Preset Rollout Rollouts Samples World advantages clipped_losses
+        episode_seed judge load_agent record training
     """,
     "anabranch.heads": """
         HeadActivation HeadGate HeadRouting RateBalance ReMoEController RoutedAttention RoutedHeads SmoothProximity head_losses

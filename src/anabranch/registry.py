@@ -204,6 +204,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "environment": {
         "gymnasium": "anabranch.rl:Gymnasium",
         "laneworld": "anabranch.rl:LaneWorld",
+        "highway": "anabranch.rl:Highway",
     },
     "adapter_method": {
         "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",

@@ -15,6 +15,7 @@ require("lm", by=__name__)
 from anabranch.rl.environment import Environment, Gymnasium, World, episode_seed
 from anabranch.rl.evaluation import Episodes, judge
 from anabranch.rl.film import Film, record
+from anabranch.rl.highway import Highway
 from anabranch.rl.laneworld import LaneWorld
 from anabranch.rl.network import ActorCritic, Layout
 from anabranch.rl.policies import Actions, Beta, Categorical, Distribution, Kind, Normal
@@ -38,6 +39,7 @@ __all__ = [
     "Episodes",
     "Film",
     "Gymnasium",
+    "Highway",
     "Kind",
     "LaneWorld",
     "Layout",

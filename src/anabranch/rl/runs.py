@@ -19,6 +19,7 @@ import torch
 from anabranch.config import override
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.rl.environment import Gymnasium
+from anabranch.rl.highway import Highway
 from anabranch.rl.laneworld import LaneWorld
 from anabranch.rl.network import ActorCritic
 from anabranch.rl.ppo import PPO
@@ -107,7 +108,30 @@ def _laneworld() -> Preset:
     )
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"cartpole": _cartpole, "pendulum": _pendulum, "laneworld": _laneworld}
+def _highway() -> Preset:
+    config = PPO.Config(
+        environment=Highway.Config(),
+        num_envs=8,
+        rollout_steps=32,
+        epochs=10,
+        gamma=0.8,
+        clip=0.2,
+        entropy_weight=0.01,
+        hidden=(256, 256),
+        reward_scale=0.1,
+        eval_episodes=20,
+    )
+    return Preset(
+        config, 5e-4, 4, 20_000, "HighwayEnv's own example of PPO (gamma, widths, learning rate), more environments"
+    )
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {
+    "cartpole": _cartpole,
+    "pendulum": _pendulum,
+    "laneworld": _laneworld,
+    "highway": _highway,
+}
 
 
 def preset(name: str) -> Preset:

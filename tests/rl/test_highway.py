@@ -1,0 +1,106 @@
+"""HighwayEnv under CaRL's reward: progress by lane coordinates, what ends an episode, and places that are found again."""
+
+import numpy as np
+import pytest
+
+gymnasium = pytest.importorskip("gymnasium")
+pytest.importorskip("highway_env")
+
+from anabranch.rl import Highway  # noqa: E402
+from anabranch.rl.rewards import FACTORS  # noqa: E402
+
+# Few cars and little physics, so that a step is quick.
+QUICK = {"config": {"simulation_frequency": 5}}
+IDLE, FASTER, SLOWER = 1, 3, 4
+
+
+def played(env, actions, seed=0):
+    env.reset(seed=seed)
+    found = []
+    for action in actions:
+        found.append(env.step(action))
+        if found[-1][2] or found[-1][3]:
+            break
+    return found
+
+
+@pytest.fixture(scope="module")
+def roundabout():
+    return Highway.Config(id="roundabout-v1", arguments=QUICK).build().single()
+
+
+def test_terms_give_the_reward_and_progress_adds_up(roundabout):
+    for seed in range(4):
+        steps = played(roundabout, [IDLE] * 15, seed)
+        total = 0.0
+        for _, reward, _, _, info in steps:
+            terms = info["reward_terms"]
+            product = 1.0
+            for name in FACTORS:
+                assert 0 <= terms[name] <= 1
+                product *= terms[name]
+            assert reward == pytest.approx(terms["progress"] * product + terms["terminal"], abs=1e-12)
+            assert terms["progress"] >= 0
+            total += terms["progress"]
+        outcome = steps[-1][4]["outcome"]
+        assert outcome["route_completion"] == pytest.approx(total)
+        assert outcome["route_completion"] > 5
+        assert outcome["arrived"] + outcome["collided"] <= 1
+
+
+def test_a_collision_has_the_hint_and_costs_the_score():
+    env = (
+        Highway.Config(id="highway-v0", arguments={"config": {"simulation_frequency": 5, "vehicles_count": 30}})
+        .build()
+        .single()
+    )
+    found = next(
+        steps[-1] for seed in range(8) if (steps := played(env, [FASTER] * 30, seed))[-1][4]["outcome"]["collided"]
+    )
+    _, _, terminated, truncated, info = found
+    assert terminated
+    assert not truncated
+    assert info["reward_terms"]["terminal"] == -1
+    outcome = info["outcome"]
+    assert outcome["driving_score"] == pytest.approx(0.6 * outcome["route_completion"])
+
+
+def test_an_arrival_is_cut_off_and_worth_no_more():
+    """Without others, on the straight: 60 m to be driven."""
+    config = {"simulation_frequency": 5, "vehicles_count": 1}
+    env = Highway.Config(id="highway-v0", arguments={"config": config}, straight_m=60.0).build().single()
+    steps = played(env, [IDLE] * 10)
+    _, _, terminated, truncated, info = steps[-1]
+    assert not terminated
+    assert truncated
+    assert info["outcome"]["route_completion"] == 100
+    assert sum(info["reward_terms"]["progress"] for *_, info in steps) == pytest.approx(100)
+    # 25 m/s, a second a step.
+    assert len(steps) == 3
+
+
+def test_highwayenvs_own_reward_is_told_beside(roundabout):
+    own = Highway.Config(id="roundabout-v1", arguments=QUICK, own_reward=True).build().single()
+    plain = gymnasium.make("roundabout-v1", **QUICK)
+    plain.reset(seed=3)
+    mine, theirs = played(own, [SLOWER] * 4, 3), [plain.step(SLOWER) for _ in range(4)]
+    assert [step[1] for step in mine] == [pytest.approx(step[1]) for step in theirs]
+    both = played(roundabout, [IDLE] * 15, 3)[-1][4]["outcome"]["own_return"]
+    again = played(own, [IDLE] * 15, 3)
+    assert both == pytest.approx(sum(step[1] for step in again))
+
+
+def test_a_place_is_found_again():
+    environment = Highway.Config(id="roundabout-v1", arguments=QUICK).build()
+    assert environment.layout.actions.choices == 5
+    world, other = environment.make(2, seed=1), environment.make(2, seed=1)
+    rng = np.random.default_rng(0)
+    world.reset()
+    for _ in range(7):
+        seen = world.step(rng.integers(0, 5, 2))[0]
+    assert np.array_equal(other.load_state_dict(world.state_dict()), seen)
+    for _ in range(5):
+        action = rng.integers(0, 5, 2)
+        mine, theirs = world.step(action), other.step(action)
+        assert np.array_equal(mine[0], theirs[0])
+        assert np.array_equal(mine[1], theirs[1])
