@@ -118,10 +118,18 @@ class Parallel(Config):
             Above 1, ``train.parallel`` none means ddp: what is no expert is in every process.
         context: processes that cut each sequence of a language model between them (`anabranch.cluster.ring`); it must divide the number of
             processes. Above 1, ``train.parallel`` none means ddp.
+        pipeline: processes that work through the layers of a language model one after another, as stages (GPipe); it must divide the number
+            of processes, and the others are pipelines with batches of their own.
+        micro_batches: into which a pipeline cuts its batch; None for four times its stages.
+        data: processes, or groups of them that share one, that have a batch of their own; None for as many as there are. Above 1,
+            ``train.parallel`` none means ddp.
     """
 
     experts: Size = Field(default=1, ge=1)
     context: Size = Field(default=1, ge=1)
+    pipeline: Size = Field(default=1, ge=1)
+    micro_batches: Size | None = Field(default=None, ge=1)
+    data: Size | None = Field(default=None, ge=1)
 
 
 class _Run(Config):

@@ -24,6 +24,7 @@ from anabranch.nn.expert_parallel import expert_mesh, shard_experts, sharded_par
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
 from anabranch.train.config import Parallel, TrainConfig
+from anabranch.train.pipeline import PipelinedDecoder
 
 # What torch calls it depends on the version.
 _BUFFER_OPTION = next(
@@ -52,9 +53,16 @@ class Workers:
     def __init__(self, config: TrainConfig, shared: Parallel | None = None) -> None:
         self._num_shares = 1 if shared is None else shared.experts
         self._num_cuts = 1 if shared is None else shared.context
-        is_shared = max(self._num_shares, self._num_cuts) > 1
-        self.parallel = "ddp" if config.parallel == "none" and is_shared else config.parallel
+        self._num_stages = 1 if shared is None else shared.pipeline
+        self._micro_batches = None if shared is None else shared.micro_batches
+        self._recomputes = config.recompute
+        self._num_data = None if shared is None else shared.data
+        is_shared = max(self._num_shares, self._num_cuts, self._num_data or 1) > 1
+        self.parallel: str = "ddp" if config.parallel == "none" and is_shared else config.parallel
         self._check_cuts(config)
+        self._check_stages(config)
+        if self._num_stages > 1:
+            self.parallel = "pipeline"
         if self._num_shares > 1 and config.compile:
             raise ConfigError(
                 f"train.compile is True, and rows that travel between processes (parallel.experts={self._num_shares}) are not compiled; "
@@ -76,17 +84,29 @@ class Workers:
                 wanted = f"parallel.experts is {self._num_shares}"
             elif self._num_cuts > 1:
                 wanted = f"parallel.context is {self._num_cuts}"
+            elif self._num_stages > 1:
+                wanted = f"parallel.pipeline is {self._num_stages}"
+            elif self._num_data is not None:
+                wanted = f"parallel.data is {self._num_data}"
             raise ConfigError(f"{wanted}; start it with torchrun --nproc-per-node N -m anabranch train ...")
         self.device = find_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if self.size % self._num_cuts:
+        for name, number in (("context", self._num_cuts), ("pipeline", self._num_stages)):
+            if self.size % number:
+                raise ConfigError(
+                    f"parallel.{name} is {number}, and there are {self.size} processes; use a number that divides them"
+                )
+        together = self._num_cuts * self._num_stages
+        self.batch_number, self.num_batches = self.rank // together, self.size // together
+        if self._num_data not in (None, self.num_batches):
+            of = f" in groups of {together}" if together > 1 else ""
             raise ConfigError(
-                f"parallel.context is {self._num_cuts}, and there are {self.size} processes; use a number that divides them"
+                f"parallel.data is {self._num_data}, and {self.size} processes{of} have {self.num_batches} batches; "
+                f"start {self._num_data * together}, or set it to {self.num_batches}"
             )
-        self.batch_number, self.num_batches = self.rank // self._num_cuts, self.size // self._num_cuts
 
     def _check_cuts(self, config: TrainConfig) -> None:
         """What does not go together with sequences that are cut."""
@@ -97,6 +117,21 @@ class Workers:
         if refused := [name for name, is_set in beside.items() if is_set]:
             raise ConfigError(
                 f"parallel.context is {self._num_cuts}, and {refused[0]} is set; sequences that are cut go with replicas alone"
+            )
+
+    def _check_stages(self, config: TrainConfig) -> None:
+        """What does not go together with stages."""
+        if self._num_stages == 1:
+            if self._micro_batches is not None:
+                raise ConfigError(
+                    f"parallel.micro_batches is {self._micro_batches}, and parallel.pipeline is 1; a pipeline cuts its batch so"
+                )
+            return
+        beside = {"train.compile": config.compile, "train.parallel=fsdp": config.parallel == "fsdp"}
+        beside |= {"parallel.experts": self._num_shares > 1, "parallel.context": self._num_cuts > 1}
+        if refused := [name for name, is_set in beside.items() if is_set]:
+            raise ConfigError(
+                f"parallel.pipeline is {self._num_stages}, and {refused[0]} is set; stages go with replicas of pipelines alone"
             )
 
     @property
@@ -111,6 +146,8 @@ class Workers:
         """
         self._shard_experts(model)
         model = self._cut(model)
+        if self.parallel == "pipeline":
+            return self._in_stages(model)
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
@@ -147,6 +184,16 @@ class Workers:
         )
         return ContextParallel(model, mesh["context"])
 
+    def _in_stages(self, model: Any) -> PipelinedDecoder:
+        """The model as it is called with the batch of its pipeline."""
+        mesh = dist.device_mesh.init_device_mesh(
+            self.device.type, (self.num_batches, self._num_stages), mesh_dim_names=("batches", "pipeline")
+        )
+        group = mesh["pipeline"].get_group()
+        return PipelinedDecoder(
+            model, group, self.num_batches, micro_batches=self._micro_batches, recomputes=self._recomputes
+        )
+
     @property
     def is_sharded(self) -> bool:
         """Whether a process has a part of the weights only."""
@@ -156,6 +203,8 @@ class Workers:
         """Around one micro-batch: gradients are exchanged in the last one only."""
         if isinstance(wrapped, FSDPModule):
             wrapped.set_requires_gradient_sync(is_last)
+        if isinstance(wrapped, PipelinedDecoder):
+            wrapped.is_last = is_last
         if isinstance(wrapped, DistributedDataParallel) and not is_last:
             return wrapped.no_sync()
         return nullcontext()

@@ -15,7 +15,9 @@ from anabranch.train.config import CONFIG_FILE, RunConfig, TaskRunConfig, TrainC
 from anabranch.train.metrics import METRICS_FILE, recorded_updates
 
 # What a resumed run may change: how long, how often, where, and on what. All else would make it another run.
-_CHANGEABLE = frozenset({"parallel.experts", "parallel.context"}) | frozenset(
+_CHANGEABLE = frozenset(
+    {"parallel.experts", "parallel.context", "parallel.pipeline", "parallel.micro_batches", "parallel.data"}
+) | frozenset(
     f"train.{name}"
     for name in (
         "steps",

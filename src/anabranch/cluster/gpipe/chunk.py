@@ -4,8 +4,9 @@ Between the two a chunk keeps of a micro-batch either its graph, or its inputs a
 same random numbers and without moving running statistics.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from anabranch.cluster.keyed_random import drawing, random_key
 from anabranch.cluster.saved_bytes import Held, SavedBytes
 from anabranch.errors import InputError
 
-__all__ = ["Chunk", "Gradients", "StepKey"]
+__all__ = ["Chunk", "Gradients", "StepKey", "is_recomputing"]
 
 # One entry of each tensor of a nested value, None where it has no gradient.
 Gradients = list[Tensor | None]
@@ -131,7 +132,7 @@ class Chunk:
         if kept.held is not None:
             # From here on autograd counts them.
             kept.held.release()
-        with torch.enable_grad(), untracked(self.modules), self._watching():
+        with torch.enable_grad(), untracked(self.modules), self._watching(), _recomputing():
             kept.output, kept.exports = self._run(kept.entry, kept.imports, key, micro_batch)
         kept.has_graph = True
 
@@ -188,7 +189,8 @@ class Chunk:
     ) -> tuple[Gradients, dict[str, Tensor | None]]:
         kept = self._kept[micro_batch]
         if roots:
-            torch.autograd.backward(roots, list(gradients))
+            with _without_autocast(roots[0].device.type):
+                torch.autograd.backward(roots, list(gradients))
         found = [tensor.grad for tensor in tensors_of(kept.entry)]
         skips = {name: tensor.grad for name, tensor in kept.imports.items()}
         self._forget(micro_batch)
@@ -241,11 +243,33 @@ class Chunk:
         return nullcontext() if self.meter is None else self.meter.watch()
 
 
+_here = threading.local()
+
+
+def is_recomputing() -> bool:
+    """Whether this thread does a forward again whose first time was counted."""
+    return getattr(_here, "is_recomputing", False)
+
+
+@contextmanager
+def _recomputing() -> Iterator[None]:
+    _here.is_recomputing = True
+    try:
+        yield
+    finally:
+        _here.is_recomputing = False
+
+
 def _has_dropout(layer: nn.Module) -> bool:
     return any(
         isinstance(module, _DROPOUTS) or (isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0)
         for module in layer.modules()
     )
+
+
+def _without_autocast(kind: str) -> Any:
+    """What a backward computes in is the forward's choice."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _as_sent(value: Any, is_of_graph: bool | None) -> Any:

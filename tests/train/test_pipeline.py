@@ -1,0 +1,124 @@
+"""Stages of a decoder learn as one process does: GPipe in the trainer."""
+
+import pytest
+
+from anabranch.errors import ConfigError
+from anabranch.lm import load_model
+from anabranch.routing import BiasBalancer, SwitchLoss, ZLoss
+from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
+from anabranch.train.config import Parallel
+from ranks import run_ranks
+
+TRAIN = """
+from anabranch.train import Trainer, read_run_config
+for name in {names}:
+    trainer = Trainer(read_run_config("{folder}/" + name + ".config"), "{folder}/" + name)
+    result = trainer.fit()
+    print(name, result.status, repr(result.bits_per_byte))
+"""
+
+RESUME = """
+from anabranch.train import Trainer, read_run_config
+from anabranch.train.config import Parallel
+config = read_run_config("{folder}")
+config = config.replace(train=config.train.replace(steps=8, accumulation=1), parallel=Parallel(pipeline=2, micro_batches=2))
+Trainer(config, "{folder}", resume=True).fit()
+"""
+
+
+@pytest.fixture
+def config(make_run, balanced_model):
+    # Losses of a micro-batch, and a bias that is moved by the loads of all.
+    run = make_run(balanced_model(SwitchLoss.Config(), ZLoss.Config(), BiasBalancer.Config()))
+    return run.replace(train=run.train.replace(accumulation=2))
+
+
+def assert_same_curve(one, two, tolerance):
+    ours, theirs = read_metrics(one), read_metrics(two)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["kind"] == other["kind"]
+        if mine["kind"] == "validation":
+            assert mine["nats_per_token"] == pytest.approx(other["nats_per_token"], abs=tolerance)
+            continue
+        assert mine["loss"] == pytest.approx(other["loss"], abs=tolerance)
+        assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+        assert mine["auxiliary"] == pytest.approx(other["auxiliary"], rel=1e-3)
+
+
+def save(config, folder, name, **changes):
+    train, parallel = changes.get("train", {}), changes.get("parallel", {})
+    place = folder / f"{name}.config"
+    place.mkdir()
+    settings = config.train.replace(**{"accumulation": 1, **train})
+    config.replace(train=settings, parallel=Parallel(**parallel)).save(place)
+
+
+def test_two_stages_learn_as_one_process_does_and_one_goes_on(tmp_path, config):
+    Trainer(config, tmp_path / "one").fit()
+    save(config, tmp_path, "two", parallel={"pipeline": 2, "micro_batches": 2}, train={"recompute": True})
+    outputs = run_ranks(TRAIN.format(names=("two",), folder=tmp_path))
+    assert outputs[0] == outputs[1]
+    assert_same_curve(tmp_path / "one", tmp_path / "two", 2e-5)
+    assert load_model(tmp_path / "two")[0].state_dict().keys() == load_model(tmp_path / "one")[0].state_dict().keys()
+    longer = config.replace(train=config.train.replace(steps=8))
+    for name in ("one", "two"):
+        Trainer(longer, tmp_path / name, resume=True).fit()
+    assert_same_curve(tmp_path / "one", tmp_path / "two", 5e-5)
+
+
+@pytest.mark.slow
+def test_stages_that_keep_activations_and_stages_that_go_on_with_what_one_wrote(tmp_path, config):
+    for name in ("one", "other"):
+        Trainer(config, tmp_path / name).fit()
+    save(config, tmp_path, "kept", parallel={"pipeline": 2, "micro_batches": 2})
+    run_ranks(TRAIN.format(names=("kept",), folder=tmp_path))
+    assert_same_curve(tmp_path / "one", tmp_path / "kept", 2e-5)
+    Trainer(config.replace(train=config.train.replace(steps=8)), tmp_path / "one", resume=True).fit()
+    run_ranks(RESUME.format(folder=tmp_path / "other"))
+    assert checkpoints(tmp_path / "other")[-1].name == "step-00000008"
+    assert_same_curve(tmp_path / "one", tmp_path / "other", 5e-5)
+
+
+@pytest.mark.slow
+def test_two_pipelines_of_two_stages_share_a_batch(tmp_path, config):
+    Trainer(config.replace(train=config.train.replace(accumulation=2)), tmp_path / "one").fit()
+    save(config, tmp_path, "four", parallel={"pipeline": 2, "micro_batches": 1, "data": 2})
+    outputs = run_ranks(TRAIN.format(names=("four",), folder=tmp_path), 4)
+    assert len(set(outputs)) == 1
+    assert_same_curve(tmp_path / "one", tmp_path / "four", 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "train", "message"),
+    [
+        ({"pipeline": 2}, {}, "parallel.pipeline is 2; start it with torchrun"),
+        ({"pipeline": 2}, {"compile": True}, "parallel.pipeline is 2, and train.compile is set"),
+        ({"pipeline": 2}, {"parallel": "fsdp"}, "and train.parallel=fsdp is set"),
+        ({"pipeline": 2, "experts": 2}, {}, "and parallel.experts is set"),
+        ({"data": 2}, {}, "parallel.data is 2; start it with torchrun"),
+        ({"micro_batches": 2}, {}, "parallel.micro_batches is 2, and parallel.pipeline is 1"),
+    ],
+)
+def test_what_does_not_go_together_is_told(tmp_path, config, parallel, train, message):
+    changed = config.replace(train=config.train.replace(**train), parallel=Parallel(**parallel))
+    with pytest.raises(ConfigError, match=message):
+        Trainer(changed, tmp_path / "run")
+
+
+def test_models_that_cannot_be_cut_are_told(config):
+    from anabranch.train.pipeline import _check, _layers
+
+    model = config.model.build(seed=0)
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline is 99, and"):
+        _layers(model, 99)
+    whole = config.model.feed_forward.replace(
+        router=config.model.feed_forward.router.replace(balance=(SwitchLoss.Config(scope="global_batch"),))
+    )
+    with pytest.raises(ConfigError, match="over the global batch"):
+        _check(config.model.replace(feed_forward=whole).build(seed=0), 2)
+
+
+def test_read_back(tmp_path, config):
+    config.replace(parallel=Parallel(pipeline=4, micro_batches=8)).save(tmp_path)
+    assert read_run_config(tmp_path).parallel == Parallel(pipeline=4, micro_batches=8)
