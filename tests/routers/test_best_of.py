@@ -48,7 +48,11 @@ def run(ask, query=None, pool=POOL, left_s=math.inf, settings=None, **fields):
     )
 
     async def events():
-        return [event async for event in program.run(request, ask)]
+        found = [event async for event in program.run(request, ask)]
+        # Whoever is late is called off, and asked no more.
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return found
 
     told = asyncio.run(events())
     steps = [event for event in told if isinstance(event, Step)]

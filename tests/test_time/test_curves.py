@@ -148,6 +148,14 @@ def holds(curve, eps):
     assert (stop == 0) == (curve.gain(0) <= eps)
 
 
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.37, 0.7, 0.95])
+def test_a_threshold_that_is_a_gain_is_reached_there(p):
+    """Rounding moves the closed form across a whole number, one way or the other."""
+    curve = TTSPM(f_max=0.8, p=p)
+    n = np.arange(200)[curve.gain(np.arange(200)) > 1e-200]
+    assert (curve.saturation(curve.gain(n)) == n).all()
+
+
 @given(f_max=ceilings, eps=st.floats(1e-6, 0.9))
 def test_a_certain_sample_is_enough(f_max, eps):
     assert TTSPM(f_max=f_max, p=1).saturation(eps) == (1 if eps < f_max else 0)

@@ -140,6 +140,10 @@ def test_chains_side_by_side_give_the_commonest_of_their_last_answers():
     model = Model("1", "1", "5", None, None, "5")
     found = asyncio.run(mixed(model, chains=3, depth=2, critic=lambda sample: "again"))
     assert (found.answer.text, found.failures) == ("1", 2)
+    # It is not gone on with.
+    model = Model("1", "1", "5", None, None, "5", "6")
+    asyncio.run(mixed(model, chains=3, depth=3, critic=lambda sample: "again"))
+    assert [len(batch) for batch in model.asked] == [3, 3, 1]
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5])

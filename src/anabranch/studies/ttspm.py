@@ -20,7 +20,8 @@ where it is in none, and is not resolved else. PRIMARY: over the twelve settings
 mixture predicts it and as it is observed is at least 0.8. Held out: on all kinds together the mixture's mean error at 16, 32 and 64 samples
 is at most half of one p's. Money: at a price of a hundredth of a right answer, stopping by question (the mixture fitted on half of the
 questions, each answer verified) needs on the other half at most 60 % of the samples of the smallest fixed number that is right as often,
-but for one point; and what it is worth is at least 0.95 of what adaptive consistency is worth. Recovery: p within 2 % and N* within one.
+but for one point; and what it is worth is at least 0.95 of what adaptive consistency is worth. Recovery, of p = 0.1, 0.3 and 0.5:
+p within 2 % in the mean, and N* within one in each (of 12,800 draws of one p the deviation is 2.7, 1.4 and 0.9 %, so no less can be asked).
 The small model: the mixture's largest error over 16 points is at most 3 points. Rounds are told (p, q, plateau of each kind) and not
 judged: that small models gain by them is not claimed.
 
@@ -56,6 +57,7 @@ from anabranch.test_time import (
 
 Gains = (0.02, 0.01, 0.005)
 SEEDS, FITTED, PRICE = 5, 8, 0.01
+DRAWN = (0.1, 0.3, 0.5)
 R, HALF, SHARE, WORTH, CLOSE, POINTS = 0.8, 0.5, 0.6, 0.95, 0.02, 0.03
 
 COLUMNS = (
@@ -129,16 +131,16 @@ def run(case: Case, seed: int, progress: Progress) -> Metrics:
 
 def _recovery(case: Case, seed: int) -> Metrics:
     rng = np.random.default_rng(seed)
-    p = 0.2
-    curve = TTSPM(p=p)
-    right_QM = rng.random((case.questions, case.samples)) < p
-    found = TTSPM(f_max=1.0).fit(right_QM)
+    offs, stops = [], []
+    for p in DRAWN:
+        found = TTSPM(f_max=1.0).fit(rng.random((case.questions, case.samples)) < p)
+        offs.append(abs(found.p / p - 1))
+        stops.append(abs(found.saturation(0.01) - TTSPM(p=p).saturation(0.01)))
     many_CN = np.stack([BetaTTSPM(1.0, a, 2.0).value(np.arange(1, 17)) for a in rng.uniform(0.3, 4.0, 1000)])
     began = time.perf_counter()
     fit_many(many_CN, "mixed", num_questions=100)
     fits_s = time.perf_counter() - began
-    stop = abs(found.saturation(0.01) - curve.saturation(0.01))
-    return {"p_off": abs(found.p / p - 1), "stop_off": stop, "fits_s": fits_s, "decision_ms": _decision_ms()}
+    return {"p_off": float(np.mean(offs)), "stop_off": max(stops), "fits_s": fits_s, "decision_ms": _decision_ms()}
 
 
 def _decision_ms() -> float:

@@ -92,7 +92,6 @@ def _confine(seconds: float, folder: str, write: int) -> None:
         # No network, where a user may have a namespace of his own.
         os.unshare(_NEW_USER | _NEW_NETWORK)  # type: ignore[attr-defined]
     os.chdir(folder)
-    os.environ.clear()
     os.environ["HOME"] = os.environ["TMPDIR"] = folder
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
