@@ -28,6 +28,7 @@ import torch.multiprocessing as mp
 from _harness import arguments, finish, start
 from _paced_links import PacedLink
 from anabranch.cluster.ring import SCHEMES, Layout, Placement, Topology, Traffic, plan_attention
+from anabranch.cluster.ring.by_heads import ByHeads
 from anabranch.cluster.ring.pieces import Mask
 from anabranch.cluster.ring.schedule import Schedule
 from anabranch.cluster.ring.team import GroupTeam, Settings, over_ranks
@@ -60,7 +61,9 @@ class Case:
         """(seconds of the slowest rank, output, what was sent)."""
         traffic = Traffic()
         link = PacedLink(bandwidth, traffic=traffic)
-        settings = Settings(Schedule(scheme, self.queries, self.keys, Mask(bool(self.resident))), WIDTH**-0.5, None)
+        placed = (self.queries, self.keys, Mask(bool(self.resident)))
+        schedule = ByHeads(*placed) if scheme == ByHeads.scheme else Schedule(scheme, *placed)
+        settings = Settings(schedule, WIDTH**-0.5, None)
         dist.barrier()
         began = time.perf_counter()
         with torch.no_grad():

@@ -23,6 +23,7 @@ from anabranch.cluster.ring import (
     token_ring_attention,
 )
 from anabranch.cluster.ring.link import SimulatedLinks
+from anabranch.cluster.ring.schedule import RINGS
 from anabranch.errors import InputError, PeerError
 from naive_attention import drawn, naive
 
@@ -55,7 +56,7 @@ def odd(causal: bool):
     return case, reference(case, causal)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", RINGS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", KINDS)
 def test_every_scheme_and_layout_at_an_odd_length(layout, causal, scheme):
@@ -77,7 +78,7 @@ def test_groups_of_heads(group, scheme):
 
 
 @given(
-    st.sampled_from(SCHEMES),
+    st.sampled_from(RINGS),
     st.sampled_from(KINDS),
     st.integers(1, 5),
     st.integers(1, 26),
@@ -142,6 +143,22 @@ def test_many_orders_of_events_give_the_same_bits(orders):
         out = simulated_attention(*leaves, 4, True, layout="zigzag", scheme="token_ring", seed=seed)
         found.append((out, *torch.autograd.grad(out, leaves, dout)))
     assert all(torch.equal(one, other) for other in found[1:] for one, other in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "groups", "world"), [(4, 4, 2), (4, 2, 4), (8, 2, 2), (6, 6, 3), (4, 1, 4)])
+@pytest.mark.parametrize("layout", KINDS)
+def test_heads_are_cut_where_they_divide(layout, heads, groups, world):
+    """Also where heads of several ranks see one key head."""
+    documents = (0, 9, 23)
+    told = {"documents": documents}
+    check(drawn(1, 23, heads, groups, 4), world, True, layout=layout, scheme="ulysses", told=told, seed=1, **told)
+
+
+def test_heads_that_do_not_divide_are_told_so():
+    *leaves, _ = drawn(1, 6, 6, 3, 4)
+    for world, said in ((4, "6 query heads over 3 key heads cannot be cut over 4 ranks"), (2, "over 2 ranks")):
+        with pytest.raises(InputError, match=said):
+            simulated_attention(*leaves, world, True, scheme="ulysses")
 
 
 # b bytes of a number, n rows of a rank, N ranks.
@@ -315,7 +332,7 @@ def test_ranks_that_all_wait_are_told_of():
         ({"k": torch.zeros(1, 4, 3, 8), "v": torch.zeros(1, 4, 3, 8)}, "there are 4 query heads and 3 key heads"),
         ({"v": torch.zeros(1, 3, 2, 8)}, "keys as many as values"),
         ({"q": torch.zeros(1, 4, 4, 8, dtype=torch.float64)}, "the types are torch.float64, torch.float32"),
-        ({"scheme": "star"}, "scheme is 'star'; use auto, token_ring, ring, ring2, all_gather"),
+        ({"scheme": "star"}, "scheme is 'star'; use auto, token_ring, ring, ring2, all_gather, ulysses"),
         ({"layout": "spiral"}, "layout is 'spiral'"),
         ({"layout": "zigzag", "length": 5}, "each rank has 4 positions, and zigzag of 5 over 1 ranks has 6"),
         ({"out_dtype": torch.bfloat16}, "out_dtype is torch.bfloat16; use torch.float32"),

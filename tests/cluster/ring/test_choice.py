@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from anabranch.cluster.ring import SCHEMES, Topology, plan_attention
+from anabranch.cluster.ring.schedule import RINGS
 from anabranch.errors import ConfigError, InputError
 
 # Links alone, and no latency: time is bytes over bandwidth.
@@ -23,6 +24,7 @@ def plan(group=1, *, topology=LINKS, dtype=torch.float32, **options):
         "head_dim": 64,
         "causal": False,
         "layout": "contiguous",
+        "schemes": RINGS,
     }
     return plan_attention(**{**told, **options}, dtype=dtype, topology=topology)
 
@@ -56,6 +58,15 @@ def test_memory_decides_about_all_gather():
     assert roomy.choice == "all_gather"
     assert "too much memory" in plan().explain()
     assert "too much memory" not in roomy.explain()
+
+
+def test_cut_heads_send_each_number_to_one_rank():
+    """Queries, keys, values there and results back: a quarter of each from each rank to each of the three others, all at once."""
+    found = next(cost for cost in plan(schemes=None).costs if cost.scheme == "ulysses")
+    there, back = 1024 * 2 * 3 * 64 * 4, 1024 * 2 * (64 + 1) * 4
+    assert found.size_bytes == 12 * (there + back)
+    assert found.time_s == pytest.approx((there + back) / 1e9)
+    assert "ulysses" not in times(plan(world=3, schemes=None))
 
 
 def test_few_queries_over_many_keys_go_to_the_keys():
@@ -107,14 +118,22 @@ def test_a_slow_link_of_a_matrix_is_waited_for():
 def test_the_choice_is_the_quickest_that_is_allowed(world, backward):
     for group in (1, 2, 4, 8):
         for kind in ("mesh", "ring", "switch"):
-            found = plan(group, world=world, length=40 * world, backward=backward, topology=Topology(kind))
+            found = plan(
+                group, schemes=None, world=world, length=40 * world, backward=backward, topology=Topology(kind)
+            )
             assert found.choice == min((c for c in found.costs if c.is_allowed), key=lambda c: c.time_s).scheme
 
 
 def test_a_plan_is_plain_values_and_a_table():
-    found = plan(4)
+    found = plan(4, schemes=None)
     assert found.to_dict()["sizes"]["kv_heads"] == 2
-    assert [cost["scheme"] for cost in found.to_dict()["costs"]] == ["ring", "ring2", "token_ring", "all_gather"]
+    assert [cost["scheme"] for cost in found.to_dict()["costs"]] == [
+        "ring",
+        "ring2",
+        "token_ring",
+        "all_gather",
+        "ulysses",
+    ]
     lines = found.explain().splitlines()
     assert len(lines) == 2 + len(SCHEMES)
     assert sum(line.startswith("*") for line in lines) == 1
@@ -139,6 +158,8 @@ def test_a_plan_is_plain_values_and_a_table():
             "matrix is of 2 ranks, and there are 4",
         ),
         (lambda: plan(kv_heads=3), InputError, "heads is 8, kv_heads 3"),
+        (lambda: plan(schemes=["star"]), InputError, "schemes has 'star'; use token_ring"),
+        (lambda: plan(world=3, schemes=["ulysses"]), InputError, "none of the schemes ulysses can be used here"),
         (lambda: plan(head_dim=0), InputError, "head_dim 0"),
     ],
 )

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.cluster.ring import SCHEMES, Layout
+from anabranch.cluster.ring import Layout
 from anabranch.cluster.ring.pieces import Mask
-from anabranch.cluster.ring.schedule import Schedule
+from anabranch.cluster.ring.schedule import RINGS, Schedule
 from anabranch.errors import InputError
 
 
@@ -29,7 +29,7 @@ def test_zigzag_moves_one_and_a_half_chunks_a_hop_each_way(world):
     assert rows(found, "travel") == rows(found, "home") == 1.5 * chunk * world * (world - 1)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", RINGS)
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_zigzag_gives_all_ranks_the_same_work_at_every_step(world, scheme):
     made = schedule(scheme, world=world, length=2 * world * 6)
@@ -86,7 +86,7 @@ def test_all_gather_sends_from_owners():
 
 
 @given(
-    st.sampled_from(SCHEMES),
+    st.sampled_from(RINGS),
     st.sampled_from(("contiguous", "zigzag", "stripe")),
     st.integers(1, 5),
     st.integers(0, 30),

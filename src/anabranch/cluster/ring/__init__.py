@@ -21,11 +21,11 @@ from anabranch.cluster.ring.attention import (
     simulated_placed_attention,
     token_ring_attention,
 )
-from anabranch.cluster.ring.choice import AttentionPlan, SchemeCost, Topology, plan_attention
+from anabranch.cluster.ring.choice import AttentionPlan, plan_attention
+from anabranch.cluster.ring.costs import SCHEMES, SchemeCost, Topology
 from anabranch.cluster.ring.layout import Layout, Placement, Run
 from anabranch.cluster.ring.link import Traffic
 from anabranch.cluster.ring.model import ContextOutput, ContextParallel, average_gradients
-from anabranch.cluster.ring.schedule import SCHEMES
 from anabranch.cluster.ring.sharded_cache import ShardedCache
 
 __all__ = [

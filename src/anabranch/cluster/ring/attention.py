@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from anabranch.cluster.ring.agreement import check_agreement
-from anabranch.cluster.ring.choice import Sizes, Topology, choose
+from anabranch.cluster.ring.by_heads import ByHeads, head_shares
+from anabranch.cluster.ring.choice import choose
+from anabranch.cluster.ring.costs import SCHEMES, Sizes, Topology
 from anabranch.cluster.ring.kernel import fine_dtype
 from anabranch.cluster.ring.layout import KINDS, Layout, Placement
 from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic
 from anabranch.cluster.ring.pieces import Mask
-from anabranch.cluster.ring.schedule import SCHEMES, Schedule
+from anabranch.cluster.ring.schedule import Schedule
 from anabranch.cluster.ring.team import Group, GroupTeam, Settings, SimulatedTeam, over_ranks, process_group
 from anabranch.errors import InputError
 
@@ -242,7 +244,11 @@ def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, opti
     scheme = options.scheme
     if scheme == "auto":
         scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology())
-    schedule = Schedule(scheme, queries, keys, options.mask)
+    if scheme == ByHeads.scheme:
+        head_shares(query.shape[1], key.shape[1], queries.world)
+        schedule: Schedule | ByHeads = ByHeads(queries, keys, options.mask)
+    else:
+        schedule = Schedule(scheme, queries, keys, options.mask)
     scale = query.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     return Settings(schedule, scale, home)
 

@@ -141,7 +141,8 @@ class GroupLink:
         made: list[_GroupHandle] = []
         for to, number, parts in sends:
             buffer = pack(parts)
-            self.traffic.add(self.world, self.rank, to, flow, step, buffer.numel())
+            if buffer.numel():
+                self.traffic.add(self.world, self.rank, to, flow, step, buffer.numel())
             made.append(_GroupHandle(self, flow, to, True, self._tag(flow, step, number), buffer, ()))
         for source, number, like in receives:
             size = sum(part.numel() * part.element_size() for part in like)
@@ -155,6 +156,7 @@ class GroupLink:
             for handle in made:
                 handle.begin()
             return
+        made = [handle for handle in made if handle.buffer.numel()]
         if made:
             # Sends and receives of one step in one call: apart, two ranks could each wait for the other's.
             group = _flow_group(self.group, flow)
@@ -194,7 +196,9 @@ class _GroupHandle:
         self.work: Any = None
 
     def begin(self) -> None:
-        """Start the transfer."""
+        """Start the transfer; nothing is not sent."""
+        if not self.buffer.numel():
+            return
         try:
             if self.is_send:
                 self.work = dist.isend(self.buffer, self.peer, group=self.link.group, tag=self.tag)
@@ -205,10 +209,12 @@ class _GroupHandle:
 
     @property
     def is_ready(self) -> bool:
-        return bool(self.work.is_completed())
+        return self.work is None or bool(self.work.is_completed())
 
     def wait(self) -> None:
         timeout = self.link.timeout_s
+        if self.work is None:
+            return
         try:
             if timeout is None:
                 self.work.wait()
@@ -266,7 +272,8 @@ class SimulatedLinks:
         delay = 0 if self._draw is None else self._draw.randrange(8 * self.world)
         # A copy, as the sender may use its memory again.
         self._mail[key] = (self.turn + delay, buffer.clone())
-        self.traffic.add(self.world, key[0], key[1], key[2], key[3], buffer.numel())
+        if buffer.numel():
+            self.traffic.add(self.world, key[0], key[1], key[2], key[3], buffer.numel())
 
     def has(self, key: tuple[int, int, str, int, int]) -> bool:
         """Whether a message is there."""

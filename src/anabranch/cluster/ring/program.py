@@ -9,42 +9,22 @@ they arrive, so they do not depend on it.
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from anabranch.cluster.ring.kernel import attend, fine_dtype, gradients, merge
+from anabranch.cluster.ring import by_heads
+from anabranch.cluster.ring.by_heads import ByHeads
+from anabranch.cluster.ring.inputs import Inputs, Program, like_rows
+from anabranch.cluster.ring.kernel import attend, gradients, merge
 from anabranch.cluster.ring.link import Handle, Link, Outgoing
 from anabranch.cluster.ring.pieces import Piece, Rows
 from anabranch.cluster.ring.schedule import Schedule, Share
 
-__all__ = ["Inputs", "Program", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
-# Gives what the pass made.
-Program = Generator[Handle, None, tuple[Tensor, ...]]
 Waits = Generator[Handle, None, None]
-
-
-class Inputs(NamedTuple):
-    """What a rank has.
-
-    Attributes:
-        query_BHLD, key_BGSD, value_BGSD: its own.
-        scale: factor on scores.
-        home_dtype: of the results that go home; None for that of `fine_dtype`.
-    """
-
-    query_BHLD: Tensor
-    key_BGSD: Tensor
-    value_BGSD: Tensor
-    scale: float
-    home_dtype: torch.dtype | None = None
-
-    @property
-    def fine(self) -> torch.dtype:
-        """Of partial results."""
-        return fine_dtype(self.query_BHLD.dtype)
 
 
 class Passenger(Protocol):
@@ -69,16 +49,20 @@ class Passenger(Protocol):
         """What the pass gives."""
 
 
-def forward(schedule: Schedule, rank: int, inputs: Inputs, link: Link) -> Program:
+def forward(schedule: Schedule | ByHeads, rank: int, inputs: Inputs, link: Link) -> Program:
     """(out_BHLD, lse_BHL) of this rank's queries, both of `fine_dtype`; lse is minus infinity where a query sees nothing."""
+    if isinstance(schedule, ByHeads):
+        return by_heads.forward(schedule, rank, inputs, link)
     kind = _QueriesForward if schedule.moves_queries else _KeysForward
     return _circulate(schedule, rank, kind(inputs), link)
 
 
 def backward(
-    schedule: Schedule, rank: int, inputs: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, link: Link
+    schedule: Schedule | ByHeads, rank: int, inputs: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, link: Link
 ) -> Program:
     """(dquery, dkey, dvalue) of this rank, of `fine_dtype`. ``lse`` and ``delta`` are those of its queries, see `kernel`."""
+    if isinstance(schedule, ByHeads):
+        return by_heads.backward(schedule, rank, inputs, dout, lse, delta, link)
     kind = _QueriesBackward if schedule.moves_queries else _KeysBackward
     return _circulate(schedule, rank, kind(inputs, dout, lse, delta), link)
 
@@ -247,7 +231,7 @@ class _QueriesForward(_Forward):
         return [self.inputs.query_BHLD[:, :, slice(*rows)]]
 
     def like(self, rows: int) -> list[Tensor]:
-        return [_like(self.inputs.query_BHLD, rows)]
+        return [like_rows(self.inputs.query_BHLD, rows)]
 
     def visit(self, parts: list[Tensor], first: int, pieces: tuple[Piece, ...], wanted: Rows) -> list[Tensor]:
         inputs = self.inputs
@@ -258,7 +242,7 @@ class _QueriesForward(_Forward):
         return [lse, out]
 
     def home_like(self, rows: int) -> list[Tensor]:
-        out = _like(self.inputs.query_BHLD, rows)
+        out = like_rows(self.inputs.query_BHLD, rows)
         lse = out.new_empty(out.shape[:3], dtype=self.inputs.fine)
         return [lse, out.to(self.inputs.home_dtype or self.inputs.fine)]
 
@@ -274,7 +258,7 @@ class _KeysForward(_Forward):
         return [self.inputs.key_BGSD[:, :, slice(*rows)], self.inputs.value_BGSD[:, :, slice(*rows)]]
 
     def like(self, rows: int) -> list[Tensor]:
-        return [_like(self.inputs.key_BGSD, rows), _like(self.inputs.value_BGSD, rows)]
+        return [like_rows(self.inputs.key_BGSD, rows), like_rows(self.inputs.value_BGSD, rows)]
 
     def visit(self, parts: list[Tensor], first: int, pieces: tuple[Piece, ...], wanted: Rows) -> None:
         inputs = self.inputs
@@ -308,7 +292,7 @@ class _QueriesBackward(_Backward):
         return [part[:, :, slice(*rows)] for part in (self.lse, self.delta, self.inputs.query_BHLD, self.dout)]
 
     def like(self, rows: int) -> list[Tensor]:
-        return [_like(part, rows) for part in (self.lse, self.delta, self.inputs.query_BHLD, self.dout)]
+        return [like_rows(part, rows) for part in (self.lse, self.delta, self.inputs.query_BHLD, self.dout)]
 
     def visit(self, parts: list[Tensor], first: int, pieces: tuple[Piece, ...], wanted: Rows) -> list[Tensor]:
         inputs = self.inputs
@@ -321,7 +305,7 @@ class _QueriesBackward(_Backward):
         return [dquery]
 
     def home_like(self, rows: int) -> list[Tensor]:
-        return [_like(self.dquery, rows)]
+        return [like_rows(self.dquery, rows)]
 
     def come_home(self, parts: list[Tensor], rows: Rows) -> None:
         self.dquery[:, :, slice(*rows)] += parts[0]
@@ -334,7 +318,7 @@ class _KeysBackward(_Backward):
         return [self.inputs.key_BGSD[:, :, slice(*rows)], self.inputs.value_BGSD[:, :, slice(*rows)]]
 
     def like(self, rows: int) -> list[Tensor]:
-        return [_like(self.inputs.key_BGSD, rows), _like(self.inputs.value_BGSD, rows)]
+        return [like_rows(self.inputs.key_BGSD, rows), like_rows(self.inputs.value_BGSD, rows)]
 
     def visit(self, parts: list[Tensor], first: int, pieces: tuple[Piece, ...], wanted: Rows) -> list[Tensor]:
         inputs = self.inputs
@@ -356,13 +340,8 @@ class _KeysBackward(_Backward):
         return [dkey, dvalue]
 
     def home_like(self, rows: int) -> list[Tensor]:
-        return [_like(self.dkey, rows), _like(self.dvalue, rows)]
+        return [like_rows(self.dkey, rows), like_rows(self.dvalue, rows)]
 
     def come_home(self, parts: list[Tensor], rows: Rows) -> None:
         self.dkey[:, :, slice(*rows)] += parts[0]
         self.dvalue[:, :, slice(*rows)] += parts[1]
-
-
-def _like(part: Tensor, rows: int) -> Tensor:
-    """A tensor without memory, of so many rows."""
-    return torch.empty(*part.shape[:2], rows, *part.shape[3:], dtype=part.dtype, device="meta")

@@ -20,9 +20,9 @@ from anabranch.cluster.ring.layout import Placement, Run
 from anabranch.cluster.ring.pieces import Mask, Piece, Rows, hull, pieces_between
 from anabranch.errors import InputError
 
-__all__ = ["SCHEMES", "Message", "Schedule", "Share"]
+__all__ = ["RINGS", "Message", "Schedule", "Share"]
 
-SCHEMES = ("token_ring", "ring", "ring2", "all_gather")
+RINGS = ("token_ring", "ring", "ring2", "all_gather")
 
 
 class Share(NamedTuple):
@@ -72,8 +72,8 @@ class Schedule:
     mask: Mask
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise InputError(f"scheme is {self.scheme!r}; use {', '.join(SCHEMES)}")
+        if self.scheme not in RINGS:
+            raise InputError(f"scheme is {self.scheme!r}; use {', '.join(RINGS)}")
         if self.queries.world != self.keys.world:
             raise InputError(f"queries are on {self.queries.world} ranks and keys on {self.keys.world}")
 

@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from anabranch.cluster.ring import program
+from anabranch.cluster.ring.by_heads import ByHeads
+from anabranch.cluster.ring.inputs import Inputs, Program
 from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic, drive
-from anabranch.cluster.ring.program import Inputs
 from anabranch.cluster.ring.schedule import Schedule
 from anabranch.errors import ConfigError, InputError
 
@@ -31,7 +32,7 @@ class Team(Protocol):
     group: dist.ProcessGroup | None
     traffic: Traffic
 
-    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
+    def run(self, make: Callable[[int, int, Any], Program]) -> list[tuple[Tensor, ...]]:
         """What the programs ``make(index, rank, link)`` give, in the order of ``ranks``."""
 
 
@@ -42,7 +43,7 @@ class GroupTeam:
         self.link, self.world, self.ranks, self.group = link, link.world, (link.rank,), link.group
         self.traffic = link.traffic
 
-    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
+    def run(self, make: Callable[[int, int, Any], Program]) -> list[tuple[Tensor, ...]]:
         """See `Team`."""
         return [drive(make(0, self.ranks[0], self.link), self.traffic)]
 
@@ -55,7 +56,7 @@ class SimulatedTeam:
         self.group: dist.ProcessGroup | None = None
         self.traffic = links.traffic
 
-    def run(self, make: Callable[[int, int, Any], program.Program]) -> list[tuple[Tensor, ...]]:
+    def run(self, make: Callable[[int, int, Any], Program]) -> list[tuple[Tensor, ...]]:
         """See `Team`."""
         return self.links.run([make(rank, rank, self.links.link(rank)) for rank in self.ranks])
 
@@ -82,7 +83,7 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
 class Settings:
     """What the passes are told beside tensors."""
 
-    schedule: Schedule
+    schedule: Schedule | ByHeads
     scale: float
     home_dtype: torch.dtype | None
 
@@ -127,7 +128,7 @@ class _Attention(torch.autograd.Function):
             for own, out, dout, dlse in zip(inputs, found[::2], given[::2], given[1::2], strict=True)
         ]
 
-        def make(index: int, rank: int, link: Any) -> program.Program:
+        def make(index: int, rank: int, link: Any) -> Program:
             # Zeros that nothing was computed for are expanded ones.
             dout = given[2 * index].to(inputs[index].query_BHLD.dtype)
             lse = found[2 * index + 1]
