@@ -154,6 +154,9 @@ def test_a_threshold_that_is_a_gain_is_reached_there(p):
     curve = TTSPM(f_max=0.8, p=p)
     n = np.arange(200)[curve.gain(np.arange(200)) > 1e-200]
     assert (curve.saturation(curve.gain(n)) == n).all()
+    many = 10**9 + np.arange(2000)
+    few = TTSPM(p=1e-8 * p)
+    assert (few.saturation(few.gain(many)) == many).all()
 
 
 @given(f_max=ceilings, eps=st.floats(1e-6, 0.9))

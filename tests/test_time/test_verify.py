@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from anabranch.errors import InputError
+from anabranch.sandbox import close_all
 from anabranch.test_time import CodeVerifier, gsm8k_answer, is_gsm8k_right
 from anabranch.test_time.verify import MOST_CODE, code_of
 
@@ -96,6 +97,8 @@ def test_code_that_ends_otherwise_passes_nothing(code, why):
 
 def test_what_runs_has_nothing_of_ours(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    # Processes that were started before have an older environment.
+    close_all()
     assert verifier.run("import os", "assert 'OPENAI_API_KEY' not in os.environ").passed
     assert verifier.run("import os", "assert os.listdir('.') == []\nopen('mine', 'w').write('x')").passed
     assert not os.path.exists("mine")
