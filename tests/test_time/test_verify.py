@@ -1,5 +1,7 @@
 """Verifiers: final numbers as GSM8K has them, and code in a process that it can neither hang, exhaust, fool by mistake, nor read."""
 
+import gzip
+import json
 import os
 import sys
 
@@ -9,6 +11,7 @@ from anabranch.errors import InputError
 from anabranch.sandbox import close_all
 from anabranch.test_time import CodeVerifier, gsm8k_answer, is_gsm8k_right
 from anabranch.test_time.verify import MOST_CODE, code_of
+from real_data import needs_data, real_data
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="code is run in a child that is forked")
 
@@ -117,3 +120,48 @@ def test_too_much_is_not_run():
     assert verifier.run("x" * (MOST_CODE + 1), "").why == "too long"
     with pytest.raises(InputError, match="seconds is 100"):
         CodeVerifier(seconds=100.0)
+
+
+# Real data
+
+
+@needs_data("qa/humaneval.jsonl.gz")
+def test_every_solution_of_humaneval_passes_and_no_empty_one_does():
+    rows = read("qa/humaneval.jsonl.gz")
+    assert len(rows) == 164
+    for answer, passed in (("canonical_solution", 164), ("empty", 0)):
+        verdicts = [
+            CodeVerifier().check_humaneval(
+                row["prompt"], row.get(answer, "    pass\n"), row["test"], row["entry_point"]
+            )
+            for row in rows
+        ]
+        assert sum(verdict.passed for verdict in verdicts) == passed
+
+
+@needs_data("qa/humaneval.jsonl.gz")
+def test_solutions_of_humaneval_pass_the_examples_of_their_questions_but_for_those_that_are_wrong():
+    rows = [row for row in read("qa/humaneval.jsonl.gz") if ">>>" in row["prompt"]]
+    answers = [f"```python\n{row['prompt']}{row['canonical_solution']}\n```" for row in rows]
+    failed = [
+        row["task_id"].partition("/")[2]
+        for row, answer in zip(rows, answers, strict=True)
+        if not CodeVerifier().check_examples(row["prompt"], answer).passed
+    ]
+    # Their own examples do not give what they say, or say it in other words than Python.
+    assert failed == ["47", "65", "108", "113", "116", "128", "145", "156", "162"]
+
+
+@needs_data("qa/gsm8k_test.jsonl.gz")
+def test_every_solution_of_gsm8k_has_its_number():
+    rows = read("qa/gsm8k_test.jsonl.gz")
+    assert len(rows) == 1319
+    for row in rows:
+        written = row["answer"].split("####")[1].strip()
+        assert gsm8k_answer(row["answer"]) == written.replace(",", "")
+        assert is_gsm8k_right(f"So she has {written} in the end.", row["answer"])
+
+
+def read(name):
+    with gzip.open(real_data(name), "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
