@@ -130,9 +130,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "served_depth": frozenset(BARS["served_depth"]),
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
-    # At equal terms; those before compared a tuned run with one that was not.
     "fabric": frozenset(BARS["fabric"]),
-    "fastrp": frozenset({Bar(100, "tuned, .*", "DeepWalk.*")}),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
 }
