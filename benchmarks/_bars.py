@@ -130,6 +130,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "served_depth": frozenset(BARS["served_depth"]),
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
+    "ring_attention": frozenset(BARS["ring_attention"]),
     "fabric": frozenset(BARS["fabric"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),
