@@ -139,6 +139,7 @@ def test_every_solution_of_humaneval_passes_and_no_empty_one_does():
         assert sum(verdict.passed for verdict in verdicts) == passed
 
 
+@pytest.mark.slow
 @needs_data("qa/humaneval.jsonl.gz")
 def test_solutions_of_humaneval_pass_the_examples_of_their_questions_but_for_those_that_are_wrong():
     rows = [row for row in read("qa/humaneval.jsonl.gz") if ">>>" in row["prompt"]]
