@@ -117,6 +117,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(0.99, "prompt .*, routed", "the same path, not routed"),
     ),
     "train_lm": (Bar(1.5),),
+    "ttspm": (Bar(1.0, peer="bar of .*"),),
     "versatile": (Bar(1.3, peer="all loops"), Bar(1.2, peer="4 loops")),
 }  # fmt: skip
 
@@ -131,6 +132,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
     "ring_attention": frozenset(BARS["ring_attention"]),
+    "ttspm": frozenset(BARS["ttspm"]),
     "fabric": frozenset(BARS["fabric"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),

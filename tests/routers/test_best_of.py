@@ -175,6 +175,30 @@ def test_equal_answers_are_judged_once():
     assert all(text.count("<<<") == 2 for text in ask.judged)
 
 
+def test_a_judge_that_hangs_leaves_the_vote():
+    class Hanging(Scripted):
+        async def __call__(self, arm, messages, **how):
+            if arm == "large":
+                await asyncio.sleep(30)
+            return await super().__call__(arm, messages, **how)
+
+    began = time.monotonic()
+    step, done, _ = run(Hanging("5", "4", "4"), select="judge", judge="large", batch=3, max_n=3, left_s=1.0)
+    assert (done.message["content"], step["samples"]) == ("4", 3)
+    assert time.monotonic() - began < 10
+
+
+def test_code_that_hangs_is_not_verified_and_not_waited_for():
+    question = Query(text="Write one.\n\n>>> one()\n1\n")
+    began = time.monotonic()
+    step, done, _ = run(
+        Scripted("```python\nwhile True: pass\n```"), query=question, verifier="examples", batch=1, max_n=2, left_s=1.0
+    )
+    assert step["verified"] == 0
+    assert done is not None
+    assert time.monotonic() - began < 4
+
+
 def test_what_an_answer_comes_to():
     assert answer_key("so it is \\boxed{42}") == answer_key("The answer is 42.") == "42"
     assert answer_key("tool calls: 7 and 8") == "tool calls: 7 and 8"

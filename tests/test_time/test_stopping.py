@@ -19,6 +19,7 @@ from anabranch.test_time import (
     play_oracle,
     play_question,
     play_votes,
+    regret,
     verified_accuracy,
     vote_probability,
 )
@@ -113,6 +114,14 @@ def test_the_oracle_takes_what_is_worth_most():
     # Of k right in four: Hit@n less a fifth for each sample.
     # k = 2: 1/2 - .2, 5/6 - .4, 1 - .6: two. k = 0: none. k = 4: one. k = 1: 1/4 - .2, 1/2 - .4, 3/4 - .6, 1 - .8: four.
     assert play_oracle(CORRECT, 1.0, 0.2).tolist() == [2, 0, 1, 4]
+
+
+def test_regret_is_what_the_oracle_has_more():
+    # Worth at 1 and a fifth: two of 5/6 - .4, none, one of 1 - .2, four of 1 - .8; the rule takes two of each, and is right twice.
+    best = (5 / 6 - 0.4 + 0.8 + 0.2) / 4
+    assert regret(play_fixed(CORRECT, 2), CORRECT, 1.0, 0.2) == pytest.approx(best - (0.5 - 0.4))
+    with pytest.raises(InputError, match="spent is of 4 questions"):
+        regret(play_fixed(CORRECT, 2), CORRECT[:2], 1.0, 0.2)
 
 
 @given(st.integers(0, 2**31), st.floats(0.001, 0.5))

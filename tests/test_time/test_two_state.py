@@ -25,7 +25,7 @@ def test_a_case_by_hand():
     assert curve.plateau == pytest.approx(2 / 3)
     assert curve.value([0, 1, 2, 3]) == pytest.approx([0, 1 / 2, 5 / 8, 21 / 32])
     # Gains 1/2, 1/8, 1/32.
-    assert curve.saturation(0.1) == 2
+    assert curve.saturation(0.1) == curve.budget(v=10.0, c=1.0) == 2
 
 
 @given(p=shares, q=st.floats(0, 1), first=st.floats(0, 1), eps=st.floats(1e-6, 0.5))

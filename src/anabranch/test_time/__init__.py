@@ -26,6 +26,7 @@ from anabranch.test_time.stopping import (
     play_oracle,
     play_question,
     play_votes,
+    regret,
     verified_accuracy,
     vote_probability,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "play_oracle",
     "play_question",
     "play_votes",
+    "regret",
     "sequential",
     "sequential_cost",
     "survival_curve",

@@ -28,7 +28,7 @@ class BudgetController:
     Attributes:
         curve: what is known beforehand of the model on such questions.
         value: worth of a right answer.
-        cost: price of a sample, in the same money.
+        cost: price of a sample, in the same money; where samples turn out to cost more, that is what further ones are held against.
         decides: ``prior``: the curve's budget before the first call, and no more looks. ``posterior``: after each batch, by what became
             of it. ``both``: after each batch, and never more than the prior's budget.
         batch: samples at a time.
@@ -127,9 +127,8 @@ class Allowance:
         if wanted <= 0:
             return self._end("saturated")
         affordable = rules.max_n - self.drawn
-        price = max(rules.cost, self.spent / self.drawn if self.drawn else 0.0)
         if np.isfinite(rules.max_cost):
-            affordable = min(affordable, int((rules.max_cost - self.spent) / price + 1e-9))
+            affordable = min(affordable, int((rules.max_cost - self.spent) / self._price + 1e-9))
         if affordable <= 0:
             return self._end("budget")
         if self.elapsed_s + self._longest_s >= rules.deadline_s:
@@ -176,6 +175,11 @@ class Allowance:
         """It is over, for a reason that whoever draws knows of: no more money, no more time."""
         self.reason = self.reason or reason
 
+    @property
+    def _price(self) -> float:
+        """Of a sample: as it was thought to be, or as they turned out to be where that is more."""
+        return max(self.rules.cost, self.spent / self.drawn if self.drawn else 0.0)
+
     def _wanted(self) -> int:
         """Samples that pay, of the next batch."""
         rules = self.rules
@@ -203,7 +207,7 @@ class Allowance:
         else:
             share_left = rules.curve.unsolved(failures)
             gain = np.asarray(rules.curve.gain(failures + np.arange(most))) / max(float(np.min(share_left)), 1e-300)
-        is_worth = gain * rules.value > rules.cost
+        is_worth = gain * rules.value > self._price
         return most if is_worth.all() else int(is_worth.argmin())
 
     def _end(self, reason: Reason) -> int:

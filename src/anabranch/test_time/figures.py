@@ -12,6 +12,7 @@ LEAST = 1e-12
 
 # Terms of the sum that are added one by one; Stirling's series is right to 1e-14 behind them.
 _SHIFT = 32
+_AT = np.arange(_SHIFT)
 
 
 def numbers(name: str, value: Any) -> np.ndarray:
@@ -81,10 +82,13 @@ def log_unsolved_mixed(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> np.ndarra
     The first terms are added as they stand. The others are a second difference of ln Gamma, taken of Stirling's series term by
     term, so that nothing large cancels: subtracted, four values of ln Gamma near 1e10 would leave no digit.
     """
-    a, b, n = np.broadcast_arrays(a, b, n)
-    at = np.arange(_SHIFT)
-    terms = np.log1p(a[..., None] / (b[..., None] + at))
-    head = np.where(at < n[..., None], terms, 0.0).sum(-1)
+    if np.ndim(a) == np.ndim(b) == 0:
+        # One curve, as a controller looks at it: the terms are the same for every n.
+        sums = np.concatenate(([0.0], np.cumsum(np.log1p(a / (b + _AT)))))
+        head = sums[np.minimum(n, _SHIFT).astype(np.intp)]
+    else:
+        a, b, n = np.broadcast_arrays(a, b, n)
+        head = np.where(n[..., None] > _AT, np.log1p(a[..., None] / (b[..., None] + _AT)), 0.0).sum(-1)
     rest = n - _SHIFT
     if not (rest > 0).any():
         return -head

@@ -108,15 +108,8 @@ async def parallel(
             # Asked again at once, what failed as a whole would fail again.
             break
         answers = [same(one.text) for one in came] if verify is None else []
-        costs = [one.cost for one in came if one.cost is not None]
         # What did not come has used up its place, so that a pool which fails ends.
-        allowance.told(
-            wanted,
-            verified=right,
-            answers=[one for one in answers if one],
-            cost=sum(costs) if len(costs) == len(came) else None,
-            seconds=clock() - began,
-        )
+        _tell(allowance, wanted, came, right, answers, clock() - began)
     found.reason = allowance.reason if isinstance(allowance, Allowance) else None
     _choose(found, select)
     return found
@@ -124,21 +117,25 @@ async def parallel(
 
 async def sequential(
     draw: Draw,
-    n: int,
+    n: int | BudgetController,
     critic: Critic,
     select: Select | None = None,
     *,
     verify: Verify | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Sampled:
     """One answer, thought over again in further rounds; the last one is given, unless ``select`` says another or one was verified.
 
     Args:
         draw: asks; it is given all rounds so far.
-        n: rounds.
+        n: rounds, or the rules that say; of those a round is one sample, whatever their batch is.
         critic: what is said to an answer before the next round.
-        select, verify: see `parallel`.
+        select, verify, clock: see `parallel`.
     """
-    return await mixed(draw, chains=1, depth=n, critic=critic, select=select or _last, verify=verify)
+    allowance = _allowance(n)
+    if isinstance(allowance, Allowance):
+        return await _chains(draw, 1, allowance.rules.max_n, critic, select or _last, verify, allowance, clock)
+    return await _chains(draw, 1, allowance, critic, select or _last, verify)
 
 
 async def mixed(
@@ -154,25 +151,45 @@ async def mixed(
 
     Without a verifier, ``select`` sees the last answer of each chain (of a single chain, all its answers).
     """
-    chains, depth = whole("chains", chains, 1), whole("depth", depth, 1)
+    return await _chains(draw, whole("chains", chains, 1), whole("depth", depth, 1), critic, select, verify)
+
+
+async def _chains(
+    draw: Draw,
+    chains: int,
+    depth: int,
+    critic: Critic,
+    select: Select,
+    verify: Verify | None,
+    allowance: Allowance | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Sampled:
+    """`mixed`, and what ends it before its depth is reached."""
     found = Sampled(verified=None if verify is None else [])
     histories: list[History] = [()] * chains
     last: list[int | None] = [None] * chains
     open_chains = list(range(chains))
     for _ in range(depth):
-        if not open_chains:
+        if not open_chains or (allowance is not None and not allowance.next()):
             break
+        began = clock()
         drawn = await _drawn(draw, [histories[at] for at in open_chains])
         came = [(at, one) for at, one in zip(open_chains, drawn, strict=True) if one is not None]
         found.failures += len(open_chains) - len(came)
         first = len(found.samples)
-        await _take(found, [one for _, one in came], verify)
+        right = await _take(found, [one for _, one in came], verify)
+        if allowance is not None:
+            _tell(allowance, len(open_chains), [one for _, one in came], right, [], clock() - began)
         for place, (at, one) in enumerate(came):
             last[at] = first + place
             histories[at] = (*histories[at], (one.text, critic(one)))
         open_chains = [at for at, _ in came]
         if found.verified is not None and any(found.verified):
             break
+    if allowance is not None:
+        # That it may go no deeper is told by whoever would be asked once more.
+        allowance.next()
+        found.reason = allowance.reason
     if found.verified is not None and any(found.verified):
         found.reason = "verified"
         _choose(found, select)
@@ -182,6 +199,19 @@ async def mixed(
     chosen = select([found.samples[at] for at in places]) if places else None
     found.chosen = None if chosen is None else Chosen(places[chosen.place], chosen.sure)
     return found
+
+
+def _tell(
+    allowance: Allowance,
+    count: int,
+    came: Sequence[Sample],
+    right: Sequence[bool] | None,
+    answers: Sequence[str],
+    seconds: float,
+) -> None:
+    costs = [one.cost for one in came if one.cost is not None]
+    cost = sum(costs) if len(costs) == len(came) else None
+    allowance.told(count, verified=right, answers=[one for one in answers if one], cost=cost, seconds=seconds)
 
 
 async def _drawn(draw: Draw, histories: Sequence[History]) -> Sequence[Sample | None]:

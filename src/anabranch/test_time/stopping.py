@@ -183,6 +183,24 @@ def play_votes(answer_QM: Any, correct_QM: Any, *, confidence: float = SURE, lea
     return Spent(np.asarray(samples, np.int64), np.asarray(right))
 
 
+def regret(spent: Spent, correct_QM: Any, v: float, c: float) -> float:
+    """What a rule earned less than whoever knew beforehand how many samples each question is worth, on average over questions.
+
+    Args:
+        spent: what the rule did with these outcomes.
+        correct_QM: outcomes.
+        v: worth of a right answer.
+        c: price of a sample.
+    """
+    correct_QM = outcomes_of("correct_QM", correct_QM)
+    if len(spent.samples_Q) != len(correct_QM):
+        raise InputError(f"spent is of {len(spent.samples_Q)} questions; correct_QM has {len(correct_QM)}")
+    best_Q = play_oracle(correct_QM, v, c)
+    curve_QN = np.hstack([np.zeros((len(best_Q), 1)), hit_curve(correct_QM.sum(1), correct_QM.shape[1])])
+    worth_Q = v * curve_QN[np.arange(len(best_Q)), best_Q] - c * best_Q
+    return float(worth_Q.mean()) - spent.worth(v, c)
+
+
 def play_oracle(correct_QM: Any, v: float, c: float) -> np.ndarray:
     """For each question the number of samples that is worth most, v Hit@n - c n, by whoever knows all of them: int64 ``[Q]``."""
     correct_QM = outcomes_of("correct_QM", correct_QM)

@@ -82,6 +82,13 @@ class TwoStateTTSPM:
             n = np.where(self.gain(n) > eps, n + 1, n)
         return whole_back(n)
 
+    def budget(self, v: Any, c: Any) -> Any:
+        """Rounds that pay, for a right answer worth ``v`` and a round that costs ``c``. Raises InputError unless both are above 0."""
+        v, c = positive("v", v), positive("c", c)
+        with np.errstate(over="ignore", under="ignore"):
+            ratio = np.clip(c / v, np.finfo(float).tiny, np.finfo(float).max)
+        return self.saturation(ratio)
+
     def _power_less_one(self, n: np.ndarray) -> np.ndarray:
         """(1 - p - q)^n - 1."""
         total = self._p + self._q

@@ -39,8 +39,8 @@ from anabranch.test_time.selectors import Chosen, Sample
 # Tokens, where a query does not tell.
 USUAL_PROMPT, USUAL_COMPLETION = 500, 500
 
-# Of the time that is left, what is kept to choose and to say the answer.
-KEPT_SHARE = 0.1
+# Of the time that is left, what is kept to say the answer, and what a judge has.
+KEPT_SHARE, JUDGING_SHARE = 0.1, 0.3
 
 CRITIC = "Check your answer step by step. If something is wrong, put it right. Reply with the full corrected answer."
 
@@ -133,13 +133,15 @@ class BestOf(Counting, Program, kind="best_of"):
 
     async def run(self, request: ProgramRequest, ask: Ask) -> AsyncIterator[Event]:
         """Draw, choose, and give the best. Raises what the last model failed with where none gave an answer."""
-        until_s = time.monotonic() + min(self.config.deadline_s, request.left_s * (1 - KEPT_SHARE))
+        began_s, judging = time.monotonic(), JUDGING_SHARE if self.config.select == "judge" else 0.0
+        last_s = began_s + request.left_s * (1 - KEPT_SHARE)
+        until_s = began_s + min(self.config.deadline_s, request.left_s * (1 - KEPT_SHARE - judging))
         error: AnabranchError | None = None
         for name in request.names:
             drawing = Drawing(request, name, ask, until_s, self.config)
             curve = self._curve_of(request, name)
             found = await self._sampled(request, drawing, curve)
-            chosen = await self._chosen(request, name, found, ask)
+            chosen = await self._chosen(request, name, found, ask, last_s)
             yield self._step(name, found, chosen, drawing)
             if chosen is not None:
                 self._remember(request, name, found, chosen)
@@ -195,10 +197,10 @@ class BestOf(Counting, Program, kind="best_of"):
     async def _sampled(self, request: ProgramRequest, drawing: Drawing, curve: BetaTTSPM) -> Sampled:
         model = next(one for one in request.pool.models if one.name == drawing.model)
         rules = self._rules(curve, self._cost(model, request.query), self._most(request.query))
-        verify = examples_checker(request.query.text) if self.config.verifier == "examples" else None
+        is_run = self.config.verifier == "examples"
+        verify = examples_checker(request.query.text, drawing.until_s) if is_run else None
         if self.config.rounds:
-            rounds = max(1, rules.begin().budget)
-            return await sequential(drawing, rounds, lambda sample: self.config.critic, verify=verify)
+            return await sequential(drawing, rules, lambda sample: self.config.critic, verify=verify)
         return await parallel(drawing, rules, self._select, same=answer_key, verify=verify)
 
     def _select(self, samples: Sequence[Sample]) -> Chosen | None:
@@ -206,10 +208,12 @@ class BestOf(Counting, Program, kind="best_of"):
             return logprob_weighted(samples, answer_key)
         return majority(samples, answer_key)
 
-    async def _chosen(self, request: ProgramRequest, name: str, found: Sampled, ask: Ask) -> Chosen | None:
+    async def _chosen(
+        self, request: ProgramRequest, name: str, found: Sampled, ask: Ask, until_s: float
+    ) -> Chosen | None:
         if self.config.select != "judge" or found.reason == "verified" or len(found.samples) < 2:
             return found.chosen
-        scores = await judged(request, found.samples, self.config.judge or name, ask)
+        scores = await judged(request, found.samples, self.config.judge or name, ask, until_s)
         # A judge that says nothing leaves the vote.
         return best_judged(found.samples, scores) if any(score == score for score in scores) else found.chosen
 

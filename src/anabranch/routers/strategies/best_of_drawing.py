@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from anabranch.errors import AnabranchError
@@ -31,6 +31,9 @@ Reply with one number and nothing else."""
 # Characters of a question, and of an answer, that a judge reads, and that are looked at for what an answer comes to.
 MOST_JUDGED, MOST_READ = 20_000, 200_000
 
+# Seconds of one run of code.
+LEAST_S, MOST_S = 0.05, 5.0
+
 _SCORE = re.compile(r"\d{1,2}(?:\.\d{1,4})?")
 
 
@@ -39,6 +42,7 @@ class Drawing:
 
     Attributes:
         model: that is asked.
+        until_s: by `time.monotonic`; what has not come by then is given up.
         error: of the last call that failed.
         is_late: some did not come in time.
         is_full: the request may not ask any more.
@@ -47,12 +51,12 @@ class Drawing:
         request: what for.
         model: see the attribute.
         ask: of the request.
-        until_s: by `time.monotonic`; what has not come by then is given up.
+        until_s: see the attribute.
         config: of `best_of`.
     """
 
     def __init__(self, request: ProgramRequest, model: str, ask: Ask, until_s: float, config: Any) -> None:
-        self._request, self.model, self._ask, self._until_s, self._config = request, model, ask, until_s, config
+        self._request, self.model, self._ask, self.until_s, self._config = request, model, ask, until_s, config
         self._drawn = 0
         self.error: AnabranchError | None = None
         self.is_late = self.is_full = False
@@ -67,21 +71,13 @@ class Drawing:
     async def __call__(self, histories: Sequence[History]) -> list[Sample | None]:
         """A sample for each history; None for what failed or did not come in time. No more than the request may still ask."""
         room = int(min(len(histories), self._ask.left))
-        left_s = self._until_s - time.monotonic()
-        if left_s <= 0:
+        if self.until_s <= time.monotonic():
             self.is_late = True
             return [None] * len(histories)
-        tasks = [asyncio.ensure_future(self._one(history)) for history in histories[:room]]
-        try:
-            if tasks:
-                _, late = await asyncio.wait(tasks, timeout=left_s)
-                self.is_late = self.is_late or bool(late)
-        finally:
-            for task in tasks:
-                task.cancel()
-        found = [task.result() if task.done() and not task.cancelled() else None for task in tasks]
+        came = await _by(self.until_s, [self._one(history) for history in histories[:room]])
+        self.is_late = self.is_late or any(one is _LATE for one in came)
         self.is_full = self.is_full or room < len(histories)
-        return found + [None] * (len(histories) - room)
+        return [None if one is _LATE else one for one in came] + [None] * (len(histories) - room)
 
     async def _one(self, history: History) -> Sample | None:
         number, self._drawn = self._drawn, self._drawn + 1
@@ -114,6 +110,23 @@ class Drawing:
         return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": said}]
 
 
+# What did not come in time.
+_LATE: Any = object()
+
+
+async def _by(until_s: float, works: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """What each comes to, all of them side by side; `_LATE` for those that are not done by then, which are called off."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        if tasks:
+            left_s = max(0.0, until_s - time.monotonic())
+            await asyncio.wait(tasks, timeout=None if math.isinf(left_s) else left_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return [task.result() if task.done() and not task.cancelled() else _LATE for task in tasks]
+
+
 def _sample(answered: Answered, wants_logprob: bool) -> Sample:
     text = answered.text
     if not text:
@@ -140,28 +153,32 @@ def answer_key(text: str) -> str:
     return text if text.startswith("tool calls: ") else final_answer(text[-MOST_READ:])
 
 
-def examples_checker(question: str) -> Callable[[Sequence[Sample]], Awaitable[Sequence[bool]]] | None:
-    """Runs code against the examples of a question; None where it has none."""
+def examples_checker(question: str, until_s: float) -> Callable[[Sequence[Sample]], Awaitable[Sequence[bool]]] | None:
+    """Runs code against the examples of a question; None where it has none. What has not run by ``until_s`` is not verified."""
     if ">>>" not in question:
         return None
-    verifier = CodeVerifier()
 
     def passes(text: str) -> bool:
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            return False
         try:
-            verdict = verifier.check_examples(question, text)
+            verdict = CodeVerifier(seconds=max(LEAST_S, min(MOST_S, left_s))).check_examples(question, text)
         except SandboxError:
             # No process for it: nobody knows, so nothing is verified.
             return False
         return verdict is not None and verdict.passed
 
     async def verify(samples: Sequence[Sample]) -> list[bool]:
-        return list(await asyncio.gather(*(asyncio.to_thread(passes, one.text) for one in samples)))
+        return [passed is True for passed in await _by(until_s, [asyncio.to_thread(passes, one.text) for one in samples])]
 
     return verify
 
 
-async def judged(request: ProgramRequest, samples: Sequence[Sample], judge: str, ask: Ask) -> list[float]:
-    """What a model says each answer is worth, 0 to 1; NaN where it says no number, or does not answer. Equal answers are asked for once."""
+async def judged(
+    request: ProgramRequest, samples: Sequence[Sample], judge: str, ask: Ask, until_s: float
+) -> list[float]:
+    """What a model says each answer is worth, 0 to 1; NaN where it says no number, or nothing in time. Equal answers are asked for once."""
     question = request.query.text[:MOST_JUDGED]
 
     async def one(text: str) -> float:
@@ -173,7 +190,8 @@ async def judged(request: ProgramRequest, samples: Sequence[Sample], judge: str,
         return score_of(said)
 
     texts = list(dict.fromkeys(sample.text for sample in samples))
-    scores = dict(zip(texts, await asyncio.gather(*map(one, texts)), strict=True))
+    said = [math.nan if score is _LATE else score for score in await _by(until_s, [one(text) for text in texts])]
+    scores = dict(zip(texts, said, strict=True))
     return [scores[sample.text] for sample in samples]
 
 

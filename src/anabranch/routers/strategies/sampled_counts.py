@@ -130,13 +130,13 @@ class Counting(Strategy):
             raise DataError(f"{self.name} learns from scores, and the data have none")
         self._base, self._all, self._fits = self._none(), None, self._none()
         right_NM = Span.of(data.score_NM).shrink(data.score_NM) >= self.config.right
+        tasks, task_N = np.unique([task or "" for task in data.task], return_inverse=True)
         for column, model in enumerate(data.models):
-            rows = np.flatnonzero(np.isfinite(data.score_NM[:, column]))
-            for task in sorted({data.task[row] or "" for row in rows}):
-                of_task = [row for row in rows if (data.task[row] or "") == task]
-                solved = int(right_NM[of_task, column].sum())
-                self._base.add(model, task, 1, True, times=solved)
-                self._base.add(model, task, 1, False, times=len(of_task) - solved)
+            is_known_N = np.isfinite(data.score_NM[:, column])
+            for number, task in enumerate(tasks):
+                right_n = right_NM[is_known_N & (task_N == number), column]
+                self._base.add(model, str(task), 1, True, times=int(right_n.sum()))
+                self._base.add(model, str(task), 1, False, times=int((~right_n).sum()))
         return self
 
     # Kept, told and heard
