@@ -75,9 +75,11 @@ class CodeVerifier:
 
     Attributes:
         seconds: that one run may take, of computing and of waiting alike; at most 15.
+        source: whose code it is: where no process is free, sources take turns.
     """
 
     seconds: float = 5.0
+    source: str = ""
 
     def __post_init__(self) -> None:
         finite("seconds", self.seconds, 0.01, 15.0)
@@ -91,7 +93,7 @@ class CodeVerifier:
             return Verdict(False, "too long")
         request = {"code": code, "tests": tests, "seconds": self.seconds}
         try:
-            said = Sandbox.of(_WORK).ask("code", request)
+            said = Sandbox.of(_WORK).ask(self.source, request)
         except Refused:
             # Of the process that watches, which the code may have brought down.
             return Verdict(False, "refused")

@@ -198,7 +198,7 @@ class BestOf(Counting, Program, kind="best_of"):
         model = next(one for one in request.pool.models if one.name == drawing.model)
         rules = self._rules(curve, self._cost(model, request.query), self._most(request.query))
         is_run = self.config.verifier == "examples"
-        verify = examples_checker(request.query.text, drawing.until_s) if is_run else None
+        verify = examples_checker(request.query, drawing.until_s) if is_run else None
         if self.config.rounds:
             return await sequential(drawing, rules, lambda sample: self.config.critic, verify=verify)
         return await parallel(drawing, rules, self._select, same=answer_key, verify=verify)

@@ -5,11 +5,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 from anabranch.errors import AnabranchError
 from anabranch.routers.contract.program import Answered, Ask, ProgramRequest
+from anabranch.routers.contract.query import Query
 from anabranch.routers.strategies.consistency import final_answer
 from anabranch.routers.strategies.logprob import measured
 from anabranch.sandbox import SandboxError
@@ -114,7 +117,7 @@ class Drawing:
 _LATE: Any = object()
 
 
-async def _by(until_s: float, works: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+async def _by(until_s: float, works: Sequence[Awaitable[Any]]) -> list[Any]:
     """What each comes to, all of them side by side; `_LATE` for those that are not done by then, which are called off."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
@@ -153,8 +156,15 @@ def answer_key(text: str) -> str:
     return text if text.startswith("tool calls: ") else final_answer(text[-MOST_READ:])
 
 
-def examples_checker(question: str, until_s: float) -> Callable[[Sequence[Sample]], Awaitable[Sequence[bool]]] | None:
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """That wait for code to run: apart from those that all else of a gateway waits in."""
+    return ThreadPoolExecutor(16, thread_name_prefix="best-of-code")
+
+
+def examples_checker(query: Query, until_s: float) -> Callable[[Sequence[Sample]], Awaitable[Sequence[bool]]] | None:
     """Runs code against the examples of a question; None where it has none. What has not run by ``until_s`` is not verified."""
+    question = query.text
     if ">>>" not in question:
         return None
 
@@ -163,14 +173,16 @@ def examples_checker(question: str, until_s: float) -> Callable[[Sequence[Sample
         if left_s <= 0:
             return False
         try:
-            verdict = CodeVerifier(seconds=max(LEAST_S, min(MOST_S, left_s))).check_examples(question, text)
+            verifier = CodeVerifier(seconds=max(LEAST_S, min(MOST_S, left_s)), source=query.tenant)
+            verdict = verifier.check_examples(question, text)
         except SandboxError:
             # No process for it: nobody knows, so nothing is verified.
             return False
         return verdict is not None and verdict.passed
 
     async def verify(samples: Sequence[Sample]) -> list[bool]:
-        return [passed is True for passed in await _by(until_s, [asyncio.to_thread(passes, one.text) for one in samples])]
+        run = asyncio.get_running_loop().run_in_executor
+        return [passed is True for passed in await _by(until_s, [run(_threads(), passes, one.text) for one in samples])]
 
     return verify
 
