@@ -1,7 +1,8 @@
 """How long do fits of curves of samples take, a thousand at once, and how long does the budget controller take to decide?
 
-Curves are those of mixed questions, at 16 and at 64 samples, with the noise of 100 questions. The peer of fits is scipy's `curve_fit`, curve
-by curve, from one start; ours searches a grid of starts first. A decision is a look at what became of a batch, and how much more to draw.
+Curves are those of mixed questions, at 16 and at 64 samples, with the noise of 100 questions. The peer of fits is scipy's `curve_fit`,
+curve by curve, from one start; ours searches a grid of starts first. A decision is a look at what became of a batch, and
+how much more to draw.
 One thread, processor time.
 
     bar          a thousand fits within a second, 99 of 100 decisions within 0.2 ms: ``peer`` is the bar, a ratio of 1 or above passes

@@ -9,18 +9,8 @@ import pytest
 from anabranch.errors import BackendError, CheckpointError
 from anabranch.studies import small_model
 from anabranch.studies.harness import Results
-from anabranch.studies.ttspm import (
-    Case,
-    Gains,
-    correlation_of,
-    draw,
-    judge,
-    last_number,
-    make,
-    run,
-    setting_of,
-    word_sums,
-)
+from anabranch.studies.ttspm import Case, Gains, correlation_of, draw, judge, make, run, setting_of
+from anabranch.studies.ttspm_real import last_number, run_real, told, word_sums
 from anabranch.studies.ttspm_sums import KINDS, attempt_of, questions_of
 from anabranch.test_time import BetaTTSPM
 from real_data import needs_data
@@ -156,7 +146,7 @@ def test_functions_and_problems_are_drawn_by_seed_and_verified():
         assert (found["accuracy"], found["curve"]) == (0.0, [0.0, 0.0])
         assert all(mark in text for text in seen[0])
         assert seen[0] == seen[1]
-        run_real(kind, 3, 1, 0.8, 2, lambda text: None, say)
+        run_real(kind, 3, 2, 0.8, 2, lambda text: None, say)
         assert seen[2] != seen[0]
 
 

@@ -133,7 +133,11 @@ def test_rounds_read_the_last_answer_and_what_was_said_to_it():
 def test_rules_end_rounds_too():
     # The curve gains 1/2, 1/6, 1/12, 1/20 ...: four of them are more than 0.04, whatever the batch.
     found = asyncio.run(sequential(Model("1", "2", "3", "4", "5"), rules(cost=0.04, batch=3), lambda sample: "again"))
-    assert ([one.text for one in found.samples], found.reason, found.answer.text) == (["1", "2", "3", "4"], "saturated", "4")
+    assert ([one.text for one in found.samples], found.reason, found.answer.text) == (
+        ["1", "2", "3", "4"],
+        "saturated",
+        "4",
+    )
     found = asyncio.run(sequential(Model("1", "4", "5"), rules(), lambda sample: "again", verify=is_four))
     assert (found.reason, found.answer.text, len(found.samples)) == ("verified", "4", 2)
     found = asyncio.run(sequential(Model("1"), rules(max_n=2), lambda sample: "again"))

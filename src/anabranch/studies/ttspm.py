@@ -27,7 +27,7 @@ p within 2 % in the mean, and N* within one in each (of 12,800 draws of one p th
 Language models: the mixture's largest error over 16 points is at most 3 points. Rounds are told (p, q, plateau of each kind) and not
 judged: that small models gain by them is not claimed.
 
-Not run yet. It is planned for 5 seeds, some hours of two cores each, most of them of the coder. The smaller size shows that all of it works.
+Not run yet. It is planned for 5 seeds, some hours of two cores each, most of them of the coder. The smaller size shows that it works.
 """
 # Shapes: S kinds of sums, Q questions, M samples, N points, T rounds
 
