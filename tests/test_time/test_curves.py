@@ -200,6 +200,15 @@ def test_what_failures_leave_is_bayes_rule(f_max, a, b, failures):
     assert later.gain(7) == pytest.approx(curve.gain(failures + 7) / curve.unsolved(failures), rel=1e-9)
 
 
+def test_gains_in_one_look_are_those_one_by_one():
+    for curve in (TTSPM(f_max=0.8, p=0.3), BetaTTSPM(0.8, 0.5, 1.5)):
+        assert curve.gains(3, 40) == pytest.approx(curve.gain(3 + np.arange(40)), rel=1e-12)
+        assert curve.gains(3, 40, failed=True) == pytest.approx(
+            curve.gain(3 + np.arange(40)) / curve.unsolved(3), rel=1e-12
+        )
+        assert curve.gains(3, 0).shape == (0,)
+
+
 # What is refused
 
 

@@ -200,14 +200,14 @@ class Allowance:
             most: looked at.
             failures: samples that are known to have failed; None to go by the curve of all questions.
         """
-        rules = self.rules
+        if most <= 0:
+            return 0
         # One look at all of them: gains fall, so the first that does not pay is the end.
         if failures is None:
-            gain = np.asarray(rules.curve.gain(drawn + np.arange(most)))
+            gain = self.rules.curve.gains(drawn, most)
         else:
-            share_left = rules.curve.unsolved(failures)
-            gain = np.asarray(rules.curve.gain(failures + np.arange(most))) / max(float(np.min(share_left)), 1e-300)
-        is_worth = gain * rules.value > self._price
+            gain = self.rules.curve.gains(failures, most, failed=True)
+        is_worth = gain * self.rules.value > self._price
         return most if is_worth.all() else int(is_worth.argmin())
 
     def _end(self, reason: Reason) -> int:

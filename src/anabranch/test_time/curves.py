@@ -155,6 +155,20 @@ class Curve:
         self._check()
         return given_back(self._unsolved(count("n", n)))
 
+    def gains(self, after: int, most: int, *, failed: bool = False) -> np.ndarray:
+        """What each of the next ``most`` samples after so many adds, in one look: float64 ``[most]``. Of a curve with numbers as parameters.
+
+        Args:
+            after: samples before them; a whole number, which is not checked again.
+            most: samples.
+            failed: on one question that those before did not solve, in place of all questions.
+        """
+        self._check()
+        n = np.arange(float(after), after + most)
+        left = np.exp(self._log_left(n))
+        gain = self._f_max * self._next(n) * left
+        return gain / max((1 - self._f_max) + self._f_max * left[0], 1e-300) if failed and most else gain
+
     def _gain(self, n: np.ndarray) -> np.ndarray:
         return self._f_max * self._next(n) * np.exp(self._log_left(n))
 
