@@ -132,7 +132,6 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
     "ring_attention": frozenset(BARS["ring_attention"]),
-    "ttspm": frozenset(BARS["ttspm"]),
     "fabric": frozenset(BARS["fabric"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),

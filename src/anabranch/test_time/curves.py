@@ -156,7 +156,7 @@ class Curve:
         return given_back(self._unsolved(count("n", n)))
 
     def gains(self, after: int, most: int, *, failed: bool = False) -> np.ndarray:
-        """What each of the next ``most`` samples after so many adds, in one look: float64 ``[most]``. Of a curve with numbers as parameters.
+        """What each of the next ``most`` samples after so many adds, in one look: float64 ``[most]``. Parameters must be numbers.
 
         Args:
             after: samples before them; a whole number, which is not checked again.
