@@ -37,7 +37,7 @@ class FakeStore:
                 subject="global",
                 period="total",
                 limit_nano=self.limit,
-                remaining_nano=0,
+                remaining_nano=self.limit,
                 resets_s=None,
                 retry_after_s=None,
             )

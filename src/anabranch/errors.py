@@ -51,12 +51,15 @@ class UnknownModelError(InputError):
     Attributes:
         model: the name.
         near: names that were perhaps meant, best first.
+
+    Args:
+        beside: what there is of that name that is no model, in place of what was perhaps meant.
     """
 
-    def __init__(self, model: str, near: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, near: Sequence[str] = (), beside: str = "") -> None:
         self.model, self.near = model, tuple(near)
         found = f"did you mean {' or '.join(map(repr, near))}?" if near else "list the models to see what there is"
-        super().__init__(f"there is no model {model!r}; {found}")
+        super().__init__(f"there is no model {model!r}; {beside or found}")
 
 
 class LimitError(AnabranchError):

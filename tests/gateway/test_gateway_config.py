@@ -36,6 +36,7 @@ from anabranch.gateway.http.run import try_out
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.money import Price
+from gateway_states import config
 
 GOOD = """\
 default_strategy = "fast"
@@ -232,6 +233,7 @@ BAD = [
     (MODEL + "[fallbacks]\nsmal = ['small']", 6, "fallbacks.smal is 'smal', which is no name of a model; did you mean 'small'?"),
     (MODEL + "[fallbacks]\nsmall = [\n'small']", 7, "fallbacks.small.0 is 'small', which was tried before"),
     (MODEL + "[cache]\nsemantic = true", 6, "cache.semantic is true, which needs an embedder"),
+    (MODEL + "[retries]\nbudget = 7", 6, "retries.budget is 7"),
     (MODEL + "[cache]\nthreshold = 2.0", 6, "cache.threshold is 2.0; it must be less than or equal to 1"),
     (MODEL + '[admin]\nkey = "sk-very-hidden"', 6, "admin.key must say where the secret is"),
     (MODEL + '[admin]\nkey = "env:NOT_THERE"', 6, "admin.key: the environment variable NOT_THERE is not set"),
@@ -346,6 +348,26 @@ def test_unknown_names(read, name, near):
         find_target(read(GOOD), name)
     assert unknown.value.near[: len(near)] == tuple(near)
     assert len(str(unknown.value)) < 1200
+
+
+def test_a_router_that_lies_beside_the_served_one_is_told_apart_from_none(tmp_path):
+    """R20: auto/knn was "did you mean auto", though the folder held knn. Where the folder is, senders are not told."""
+    (tmp_path / "knn.safetensors").touch()
+    (tmp_path / "seen.safetensors").touch()
+    folder = StrategyConfig(router=str(tmp_path))
+    for name, called in (("recommended", "auto"), ("fitted", "auto/fitted")):
+        held = config().replace(strategies={"cheapest": StrategyConfig(use="cheapest"), name: folder})
+        held = held.replace(default_strategy=name) if called == "auto" else held
+        with pytest.raises(
+            UnknownModelError, match=f"a router knn was fitted beside the one that {called} is"
+        ) as unknown:
+            find_target(held, "auto/knn?k=3")
+        assert "[strategies.knn]" in str(unknown.value)
+        assert str(tmp_path) not in str(unknown.value)
+        for other in ("auto/knm", "auto/seen", f"auto/../{tmp_path.name}/knn", "auto/", "knn"):
+            with pytest.raises(UnknownModelError) as unknown:
+                find_target(held, other)
+            assert "was fitted" not in str(unknown.value)
 
 
 @pytest.mark.parametrize("query", ["x", "x=1&x=2", "&".join(f"k{n}=1" for n in range(17))])

@@ -57,6 +57,27 @@ def command(capsys, *arguments, code=0):
     return json.loads(said.out) if code == 0 else said.err
 
 
+def test_eval_says_why_a_model_has_no_rows(tmp_path, capsys):
+    """Of two that are drawn from, one is always too dear: R20 saw '0 rows', and not why."""
+
+    async def work(gateway):
+        key, made = await gateway.store.create_key("k")
+        await gateway.store.set_budget(f"key:{made.id}", 10**7)
+        for number in range(30):
+            body = {"model": "auto/try", "messages": [{"role": "user", "content": f"question {number}"}]}
+            reply = await gateway.handle("chat", body, headers={"x-cache": "deny"}, key=key)
+            assert reply.headers["x-route-model"] == "a"
+            await gateway.feedback({"request_id": reply.headers["x-request-id"], "score": number % 2}, key=key)
+
+    dear = settings(tmp_path)
+    a, b = dear.models
+    used(dear.replace(models=(a, b.replace(price=Price.of_dollars(1000, 1000)))), work)
+    main(["gateway", "eval", str(tmp_path / "gateway.db"), "--strategy", "ridge", "--quiet"])
+    said = capsys.readouterr()
+    assert "b has 0 rows: it answered none of these 30 questions" in said.out + said.err
+    assert "whose worst case (max_tokens at its price) a budget has no room for" in said.out + said.err
+
+
 @pytest.mark.parametrize("repeated", [1, 12])
 def test_a_few_questions_that_every_model_answered_do_not_take_the_place_of_the_log(tmp_path, capsys, repeated):
     """By lot a earns 1 and b 0.2; of what users asked both, b was right. One such question made eval fail, fifteen decide it."""

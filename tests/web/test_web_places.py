@@ -44,9 +44,31 @@ def test_a_host_of_ipv6_has_one_part_however_many_addresses_it_takes():
     assert places.enter(Connection(), "192.0.2.1")
 
 
+def test_a_site_leaves_room_however_many_networks_it_has():
+    places, of_site = Places(16, 0.5), [Connection() for _ in range(16)]
+    entered = [places.enter(one, f"2001:db8:1:{number:x}::1") for number, one in enumerate(of_site)]
+    assert sum(entered) == 12
+    assert places.enter(Connection(), "203.0.113.5")
+    assert places.enter(Connection(), "2001:db8:2::1")
+    # One more makes place of its own site.
+    of_site[3].is_idle = True
+    assert places.enter(Connection(), "2001:db8:1:ff::1") or of_site[3].is_closed
+    for one in of_site:
+        places.leave(one)
+    assert "2001:db8:1::/48" not in places._of_site or places._of_site["2001:db8:1::/48"] <= 1
+
+
+def test_hosts_behind_a_translator_are_hosts_of_their_own():
+    places = Places(16, 0.5)
+    assert sum(places.enter(Connection(), f"64:ff9b::cb00:71{number:02x}") for number in range(16)) == 16
+
+
 @pytest.mark.parametrize(
     ("address", "host"),
     [
+        ("64:ff9b::203.0.113.5", "203.0.113.5"),
+        ("64:ff9b:0:0:0:1::1", "64:ff9b::/64"),
+        ("2002:cb00:7105:1::1", "203.0.113.5"),
         ("192.0.2.1", "192.0.2.1"),
         ("::ffff:192.0.2.1", "192.0.2.1"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),

@@ -62,6 +62,30 @@ def test_a_strategy_s_candidates_that_no_budget_has_room_for_are_passed_over_and
         run(work, {"model": "auto"}, limit - 1)
 
 
+@pytest.mark.parametrize("body", [{}, {"n": 3}, {"max_tokens": 40}])
+def test_a_refusal_says_with_how_many_tokens_there_would_be_room(body):
+    """R20: with fewer it passed, and nobody said so."""
+
+    async def work(limit, most=None):
+        state, asked = await decided(body if most is None else {**body, "max_tokens": most}, store=FakeStore(limit))
+        await asked.reserve()
+        return state.purse.held_nano
+
+    limit = run(work, 10**15) * 2 // 3
+    with pytest.raises(
+        BudgetError, match=r"; with max_tokens = \d+ or less it may cost no more than is left$"
+    ) as refused:
+        run(work, limit)
+    most = int(str(refused.value).partition("max_tokens = ")[2].split()[0])
+    assert run(work, limit, most) <= limit
+    with pytest.raises(BudgetError):
+        run(work, limit, most + 1)
+    # Where the prompt alone is too dear, no number of tokens would do.
+    with pytest.raises(BudgetError) as refused:
+        run(work, 1)
+    assert "max_tokens" not in str(refused.value)
+
+
 def test_a_model_without_a_price_is_asked_where_no_money_is_limited():
     of = config(model("free", price=None))
 

@@ -52,7 +52,7 @@ def show_log(
     from anabranch.routers.strategies.fixed import Static
 
     learned: Recorded | None
-    read = log.what_was_read()
+    read, whole = log.what_was_read(), log
     if ending.router is None:
         judged, learned, log = _learned(log, pool, ending.strategy, fields, embedder, share, seed, quiet)
     else:
@@ -66,6 +66,8 @@ def show_log(
         return
     say_read(log)
     print_replay(result)
+    for line in never_asked(whole, pool):
+        say(line)
     print_verdict(verdict)
 
 
@@ -120,6 +122,20 @@ def _fitted(
     for made in embedders.values():
         log = embed(made, log, _tell(quiet))
     return {name: one.strategy for name, one in found.routers.items()}, learned, log
+
+
+def never_asked(log: Recorded, pool: Pool) -> list[str]:
+    """Why a model has no rows: what can have kept it from answering."""
+    import numpy as np
+
+    answered = {name for at, name in enumerate(log.models) if np.isfinite(log.score_NM[:, at]).any()}
+    return [
+        f"{name} has 0 rows: it answered none of these {len(log.query):,} questions. It was not among the models that were drawn from, it "
+        "failed, or it was passed over, as a model is whose worst case (max_tokens at its price) a budget has no room for; "
+        "anabranch gateway ledger list shows what was asked for and what answered"
+        for name in pool.names
+        if name not in answered
+    ]
 
 
 def _tell(quiet: bool) -> Any:

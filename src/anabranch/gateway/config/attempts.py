@@ -11,7 +11,7 @@ class RetryConfig(Config):
         attempts: most calls of one model for one request, the first included.
         base_s, cap_s: the wait before retry k is uniform in 0 .. min(cap, base * 2^k) seconds.
         budget: most retries, fallbacks and hedges as a share of requests, over ``window_s`` seconds, so that an outage does not
-            multiply load; 0 for none at all. Each sender has a right to that share of its own requests.
+            multiply load; 0 for none at all, 1 for as many again as there are requests. Each sender has a right to that share of its own.
         least: so many there may be in any window, however quiet it is; of several senders each has its part.
         window_s: see ``budget``.
     """
@@ -19,7 +19,7 @@ class RetryConfig(Config):
     attempts: int = Field(default=3, ge=1, le=20)
     base_s: float = Field(default=0.25, ge=0)
     cap_s: float = Field(default=8.0, ge=0)
-    budget: float = Field(default=0.2, ge=0, le=10)
+    budget: float = Field(default=0.2, ge=0, le=1)
     least: int = Field(default=10, ge=0)
     window_s: float = Field(default=10.0, gt=0)
 

@@ -11,6 +11,7 @@ router-mf-0.116             RouteLLM's form of auto/mf?threshold=0.116
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qsl
 
 from anabranch.errors import InputError, UnknownModelError
@@ -19,6 +20,8 @@ from anabranch.gateway.config.suggestions import near
 
 AUTO = "auto"
 MAX_KNOBS = 16
+# What a fitted router may be called: no way to another folder. `seen` is none, see `anabranch.routers.fitted`.
+_ROUTER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ROUTELLM = re.compile(r"router-(?P<name>.+)-(?P<threshold>(?:0(?:\.\d+)?|1(?:\.0+)?|\.\d+))")
 
 
@@ -65,7 +68,23 @@ def find_target(config: GatewayConfig, name: str) -> Target:
     routellm = _ROUTELLM.fullmatch(name)
     if routellm and routellm["name"] in config.strategies:
         return Target(strategy=routellm["name"], knobs={"threshold": routellm["threshold"]})
-    raise UnknownModelError(name[:200], near(head[:200], names_of(config)))
+    raise UnknownModelError(name[:200], near(head[:200], names_of(config)), _beside(config, head))
+
+
+def _beside(config: GatewayConfig, head: str) -> str:
+    """What is said of a router that lies beside one which a strategy serves, and is not served itself; "" if it is none."""
+    name = head.removeprefix(f"{AUTO}/")
+    if name == head or _ROUTER.fullmatch(name) is None or name == "seen":
+        return ""
+    folders = [(own, Path(one.router)) for own, one in config.strategies.items() if one.router is not None]
+    beside = [own for own, folder in folders if (folder / f"{name}.safetensors").is_file()]
+    if not beside:
+        return ""
+    asked = AUTO if beside[0] == config.default else f"{AUTO}/{beside[0]}"
+    return (
+        f"a router {name} was fitted beside the one that {asked} is, and is not served by its name; whoever runs the gateway can name it: "
+        f"[strategies.{name}] with router = its file"
+    )
 
 
 def _knobs(query: str, mark: str) -> dict[str, str]:

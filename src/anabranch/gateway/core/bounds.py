@@ -104,3 +104,23 @@ class Bounds:
     def worst_nano(self, model: str, report: Report | None) -> int:
         """The most nano-dollars that one call of a model may cost, likewise."""
         return self.runtime.dispatcher.groups[model].worst_nano(self.most(model, report))
+
+    def fitting(self, model: str, report: Report | None, nano: int) -> int:
+        """The largest ``max_tokens`` with which one call of a model costs no more than so much; 0 if none does, or it has no such field."""
+        if self.endpoint not in WRITES:
+            return 0
+        given, answers = self.most(model, report), num_made(self.endpoint, self.body)
+        group = self.runtime.dispatcher.groups[model]
+
+        def worst(tokens: int) -> int:
+            completion = tokens * answers + given.predicted
+            made = {"audio_output": given.audio_output, "image_output": given.image_output}
+            return group.worst_nano(
+                replace(given, completion=completion, **{name: min(one, completion) for name, one in made.items()})
+            )
+
+        low, high = 0, (given.completion - given.predicted) // answers
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if worst(middle) <= nano else (low, middle - 1)
+        return low

@@ -44,7 +44,7 @@ class ModelAnswer:
             try:
                 self._hold = await state.purse.hold(state.bounds.worst_nano(candidate.model, state.report))
             except BudgetError as error:
-                refused = refused or error
+                refused = refused or self._with_way_out(error, candidate.model)
                 if state.target.model is not None:
                     break
                 continue
@@ -54,6 +54,22 @@ class ModelAnswer:
             return
         assert refused is not None
         raise refused
+
+    def _with_way_out(self, error: BudgetError, model: str) -> BudgetError:
+        """A refusal that says with how many tokens the request would have had room, where it would."""
+        state = self._state
+        most = state.bounds.fitting(model, state.report, error.remaining_nano)
+        if not most:
+            return error
+        return BudgetError(
+            f"{error}; with max_tokens = {most} or less it may cost no more than is left",
+            subject=error.subject,
+            period=error.period,
+            limit_nano=error.limit_nano,
+            remaining_nano=error.remaining_nano,
+            resets_s=error.resets_s,
+            retry_after_s=error.retry_after_s,
+        )
 
     async def ask(self) -> Any:
         """The whole answer, or the stream of it, past its first token. Raises UpstreamError."""
