@@ -4,6 +4,7 @@ import struct
 
 import pytest
 
+from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
 from anabranch.gateway.sound_aac import FLAC_FRAME_S, config_rate, flac_within
 from anabranch.gateway.sound_containers import contained
@@ -49,7 +50,7 @@ def test_the_rate_of_a_config(config, rate):
 
 def test_a_frame_of_flac_lasts_as_long_as_the_longest_that_is_there():
     def longest_s(data):
-        return flac_within(data).longest_s
+        return flac_within(data, walked=Pieces()).longest_s
 
     assert longest_s(b"fLaC" + told(44_100) + flac_frame(USUAL) * 3) == 4_096 / 44_100
     assert longest_s(b"dfLa" + b"\x00" * 4 + told(8_000) + flac_frame(USUAL)) == 4_096 / 8_000
@@ -59,9 +60,9 @@ def test_a_frame_of_flac_lasts_as_long_as_the_longest_that_is_there():
     assert longest_s(flac_frame(USUAL)) == FLAC_FRAME_S
     assert longest_s(b"") == FLAC_FRAME_S
     # All together, those that do not say how fast they are at the lowest rate that is said; none for longer than any clip is.
-    both = flac_within(b"fLaC" + told(44_100) + flac_frame(USUAL) * 3 + flac_frame(SLOW))
+    both = flac_within(b"fLaC" + told(44_100) + flac_frame(USUAL) * 3 + flac_frame(SLOW), walked=Pieces())
     assert (both.num, both.seconds) == (4, 65_536 + 3 * 4_096)
-    assert flac_within(flac_frame(SLOW) * 99).seconds == 1_000_000
+    assert flac_within(flac_frame(SLOW) * 99, walked=Pieces()).seconds == 1_000_000
 
 
 def adts(body, mark=11, blocks=1):
@@ -73,27 +74,27 @@ def adts(body, mark=11, blocks=1):
 
 def test_a_frame_of_adts_may_hold_more_blocks_than_it_says():
     many = adts(b"\x01" * 4_000) * 4
-    found = framed(many)
+    found = framed(many, walked=Pieces())
     assert found.seconds == 4 * 1_024 / 8_000
     # 16 kbit/s.
     assert found.at_most == 4 * 2
     assert sound(many, "aac").at_most == 8 * AUDIO_A_SECOND
     # What it says counts where that is more.
-    assert framed(adts(b"\x01" * 4, blocks=4) * 4).at_most == 16 * 1_024 / 8_000
+    assert framed(adts(b"\x01" * 4, blocks=4) * 4, walked=Pieces()).at_most == 16 * 1_024 / 8_000
     # Frames of another kind among them last as long as they do.
     layer_3 = (b"\xff\xfb\x90\x00" + b"\x55" * 413) * 4
-    assert framed(many + layer_3).at_most == pytest.approx(8 + 4 * 1_152 / 44_100)
+    assert framed(many + layer_3, walked=Pieces()).at_most == pytest.approx(8 + 4 * 1_152 / 44_100)
 
 
 def test_a_sample_of_an_m4a_may_hold_many_blocks():
     # 100 bytes in each of 430 samples, of 2,000 a second.
     raw = m4a(430)
-    assert contained(raw).seconds == pytest.approx(430 * 1_024 / 44_100)
-    assert contained(raw).at_most == pytest.approx(430 / 20)
+    assert contained(raw, walked=Pieces()).seconds == pytest.approx(430 * 1_024 / 44_100)
+    assert contained(raw, walked=Pieces()).at_most == pytest.approx(430 / 20)
     alike = m4a(10, size=4_000, config=CONFIGS[24_000])
     # The file has fewer bytes than that: there is one, of all of them.
     assert len(alike) < 4_000
-    assert contained(alike).at_most == pytest.approx(len(alike) / 2_000)
+    assert contained(alike, walked=Pieces()).at_most == pytest.approx(len(alike) / 2_000)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_run_of_a_fragment_says_how_long_its_samples_are(flags, head, row, at)
     rows = b"".join(struct.pack(row, *(size if place == at else 7 for place in range(len(row) - 1))) for size in sizes)
     run = box(b"trun", struct.pack(">II", flags, len(sizes)), head, rows)
     raw = m4a(0) + box(b"moof", box(b"traf", run)) + box(b"mdat", b"\x55" * 4_024)
-    assert contained(raw).at_most == pytest.approx(4_024 / 2_000)
+    assert contained(raw, walked=Pieces()).at_most == pytest.approx(4_024 / 2_000)
     # Without its rows each of the clip's bytes may be in it.
     cut = m4a(0) + box(b"moof", box(b"traf", run[:-4])) + box(b"mdat", b"\x55" * 4_024)
     assert sound(cut, "m4a").at_most >= len(cut) / 2_000 * AUDIO_A_SECOND
@@ -131,18 +132,18 @@ def webm_of(codec, blocks, private=b""):
 def test_a_block_of_a_webm_may_hold_many_of_aac_and_of_flac():
     blocks = block(b"\x01" * 396) * 10
     private = CONFIGS[44_100]
-    found = contained(webm_of(b"A_AAC", blocks, private))
+    found = contained(webm_of(b"A_AAC", blocks, private), walked=Pieces())
     assert (found.seconds, found.is_counted) == (pytest.approx(10 * 1_024 / 44_100), True)
     assert found.at_most == pytest.approx(10 * 396 / 2_000)
     # Without a config each may be of the lowest rate.
-    assert contained(webm_of(b"A_AAC", blocks)).at_most == pytest.approx(10 * 396 / 2_000)
+    assert contained(webm_of(b"A_AAC", blocks), walked=Pieces()).at_most == pytest.approx(10 * 396 / 2_000)
     short = webm_of(b"A_AAC", block(b"\x01" * 8) * 10)
-    assert (contained(short).at_most, contained(short).is_counted) == (pytest.approx(10 * 1_024 / 7_350), False)
+    assert (contained(short, walked=Pieces()).at_most, contained(short, walked=Pieces()).is_counted) == (pytest.approx(10 * 1_024 / 7_350), False)
     flac = webm_of(b"A_FLAC", block(flac_frame(USUAL) * 10) * 10, b"fLaC" + told(44_100))
-    assert contained(flac).at_most == pytest.approx(100 * 4_096 / 44_100)
-    assert contained(flac).is_counted
+    assert contained(flac, walked=Pieces()).at_most == pytest.approx(100 * 4_096 / 44_100)
+    assert contained(flac, walked=Pieces()).is_counted
     # Of those that are one packet each, no more than so many.
-    assert contained(webm_of(b"A_VORBIS", blocks)).at_most == pytest.approx(10 * 0.512)
+    assert contained(webm_of(b"A_VORBIS", blocks), walked=Pieces()).at_most == pytest.approx(10 * 0.512)
 
 
 def test_flac_in_an_m4a_may_be_of_any_rate():
@@ -164,5 +165,5 @@ def test_flac_in_an_m4a_may_be_of_any_rate():
         box(b"minf", table),
     )
     raw = box(b"ftyp", b"M4A \x00\x00\x00\x00") + box(b"moov", box(b"trak", media)) + box(b"mdat", frames)
-    assert contained(raw).at_most >= 3 * 65_536
+    assert contained(raw, walked=Pieces()).at_most >= 3 * 65_536
     assert esds(CONFIGS[44_100]) not in raw

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
 from anabranch.gateway.sound_containers import contained
@@ -41,20 +42,20 @@ def stts(count, delta=1):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_samples_of_the_compact_table_count(bits):
-    found = contained(file(tables=(stts(1_000), stz2(1_000, bits))))
+    found = contained(file(tables=(stts(1_000), stz2(1_000, bits))), walked=Pieces())
     assert (found.seconds, found.is_counted) == (pytest.approx(1_000 * SAMPLE_S), True)
     # No more of them than have a size there, and none of a size of nothing.
     short = contained(
         file(tables=(stts(1_000), stz2(10, bits).replace(struct.pack(">I", 10), struct.pack(">I", 1_000))))
-    )
+    , walked=Pieces())
     assert short.seconds <= 20 * SAMPLE_S + 1_000 / 44_100
     none = file(tables=(stts(1_000), stz2(1_000, 0)))
-    assert not contained(none).is_counted
+    assert not contained(none, walked=Pieces()).is_counted
 
 
 def test_without_samples_nothing_was_counted():
     raw = file(tables=(stts(1_000),), data=b"\x55" * 50_000)
-    assert not contained(raw).is_counted
+    assert not contained(raw, walked=Pieces()).is_counted
     assert sound(raw, "m4a").at_most >= 50 * AUDIO_A_SECOND
 
 
@@ -62,15 +63,15 @@ def test_without_samples_nothing_was_counted():
 def test_of_two_tables_the_longer_one_counts(other):
     for tables in ((stsz(1), other), (other, stsz(1))):
         raw = file(tables=tables, data=b"\x55" * 9_000)
-        assert contained(raw).seconds == pytest.approx(2_000 * SAMPLE_S)
+        assert contained(raw, walked=Pieces()).seconds == pytest.approx(2_000 * SAMPLE_S)
 
 
 def test_a_sample_has_a_byte_at_least():
     raw = file(tables=(stsz(0xFFFFFFFF, size=1),))
-    assert contained(raw).seconds <= len(raw) * SAMPLE_S
+    assert contained(raw, walked=Pieces()).seconds <= len(raw) * SAMPLE_S
     fragment = box(b"moof", box(b"traf", box(b"trun", b"\x00" * 4, struct.pack(">I", 0xFFFFFFFF))))
     raw = file(tables=(stsz(0),), more=fragment)
-    assert contained(raw).seconds <= len(raw) * SAMPLE_S
+    assert contained(raw, walked=Pieces()).seconds <= len(raw) * SAMPLE_S
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_sample_has_a_byte_at_least():
 )
 def test_where_a_table_may_be_that_was_not_read_nothing_was_counted(hidden):
     raw = file(tables=(stsz(1),), more=hidden, data=b"\x55" * 50_000)
-    assert not contained(raw).is_counted
+    assert not contained(raw, walked=Pieces()).is_counted
     assert sound(raw, "m4a").at_most >= 50 * AUDIO_A_SECOND
 
 
@@ -93,16 +94,16 @@ def test_of_two_configs_the_slower_one_counts():
     two = esds(CONFIGS[44_100]) + esds(CONFIGS[8_000])
     entry = box(b"mp4a", b"\x00" * 24, struct.pack(">I", 48_000 << 16), two)
     other = box(b"stsd", b"\x00" * 4, struct.pack(">I", 1), entry)
-    found = contained(file(tables=(stsz(100), other)))
+    found = contained(file(tables=(stsz(100), other)), walked=Pieces())
     assert (found.seconds, found.is_counted) == (pytest.approx(100 * 1024 / 8_000), True)
     for first, last in ((44_100, 8_000), (8_000, 44_100)):
         other = box(b"stsd", b"\x00" * 12 + b"mp4a" + b"\x00" * 28, esds(CONFIGS[last]))
-        found = contained(file(tables=(stsz(100), other), config=CONFIGS[first]))
+        found = contained(file(tables=(stsz(100), other), config=CONFIGS[first]), walked=Pieces())
         assert (found.seconds, found.is_counted) == (pytest.approx(100 * 1024 / 8_000), True)
     # One of another codec is not known at all.
     other = box(b"stsd", b"\x00" * 4, struct.pack(">I", 1), box(b"alac", b"\x00" * 60))
-    assert not contained(file(tables=(stsz(100), other))).is_counted
-    assert not contained(file(tables=(other, stsz(100)))).is_counted
+    assert not contained(file(tables=(stsz(100), other)), walked=Pieces()).is_counted
+    assert not contained(file(tables=(other, stsz(100))), walked=Pieces()).is_counted
 
 
 def test_a_claim_of_hours_is_as_long_as_its_bytes_can_be():
@@ -130,10 +131,10 @@ def test_a_claim_of_hours_is_as_long_as_its_bytes_can_be():
 
 def test_what_has_too_many_pieces_is_not_read(monkeypatch):
     monkeypatch.setattr(sound_packets, "MOST_PIECES", 500)
-    assert contained(m4a(30)) is not None
+    assert contained(m4a(30), walked=Pieces()) is not None
     for more in (box(b"free") * 100, box(b"moov", box(b"trak"))):
         with pytest.raises(sound_packets.ManyPiecesError):
-            contained(m4a(30) + more)
+            contained(m4a(30) + more, walked=Pieces())
 
 
 # Samples that are played more than once
@@ -156,7 +157,7 @@ def mvhd(scale=1_000):
 def played(*tables, more=b"", **fields):
     """Seconds of a file whose head of the film says that its clock counts thousandths."""
     raw = file(tables=tables, more=box(b"moov", mvhd()) + more, **fields)
-    found = contained(raw)
+    found = contained(raw, walked=Pieces())
     assert found.is_counted
     # Each sample may hold many blocks.
     assert found.at_most >= found.seconds
@@ -191,9 +192,9 @@ def test_each_edit_plays_its_samples_again(long):
 def test_where_nobody_knows_when_samples_are_each_edit_may_play_all(times, more, scale):
     tables = (times, stsz(50), box(b"edts", elst(*[(2, 0)] * 100)))
     raw = file(tables=tables, more=box(b"moov", mvhd()) + more, scale=scale)
-    assert contained(raw).seconds >= 100 * 50 * SAMPLE_S - 1e-6
+    assert contained(raw, walked=Pieces()).seconds >= 100 * 50 * SAMPLE_S - 1e-6
     raw = file(tables=tables, more=box(b"moof", box(b"traf", box(b"trun", b"\x00" * 4, struct.pack(">I", 7)))))
-    assert contained(raw).seconds >= 100 * 57 * SAMPLE_S - 1e-6
+    assert contained(raw, walked=Pieces()).seconds >= 100 * 57 * SAMPLE_S - 1e-6
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -203,7 +204,7 @@ def test_chunks_may_lie_on_one_another(long):
         assert played(stts(5_000), *tables, data=b"\x55" * 5_000) == pytest.approx(5_000 * SAMPLE_S)
     # What is claimed has to lie somewhere.
     raw = file(tables=(stts(1), stsz(1 << 31, size=100), stco(900, 900, long=long)))
-    assert contained(raw).seconds <= 2 * (len(raw) / 100 + 1) * SAMPLE_S
+    assert contained(raw, walked=Pieces()).seconds <= 2 * (len(raw) / 100 + 1) * SAMPLE_S
 
 
 def test_runs_of_fragments_may_lie_on_one_another():
@@ -231,7 +232,7 @@ def test_a_clock_that_does_not_run_and_a_track_that_does_not_say_what_it_is():
         raw = file(tables=(stsz(5_000, size=100), stco(*[900] * 100)), data=b"\x55" * 5_000, **fields)
         assert sound(raw, "m4a").at_most >= 5_000 * SAMPLE_S * AUDIO_A_SECOND
         raw = raw.replace(b"soun", b"????")
-        assert not contained(raw).is_counted
+        assert not contained(raw, walked=Pieces()).is_counted
         assert sound(raw, "m4a").at_most >= 5_000 * SAMPLE_S * AUDIO_A_SECOND
 
 
@@ -240,14 +241,14 @@ def test_a_clock_that_does_not_run_and_a_track_that_does_not_say_what_it_is():
 )
 def test_of_other_codecs_no_sample_is_longer_than_theirs(codec, each_s):
     raw = file(tables=(stts(5_000), stsz(5_000, size=1), stco(*[900] * 100))).replace(b"mp4a", codec)
-    assert not contained(raw).is_counted
-    assert 5_000 * each_s <= contained(raw).at_most
-    assert codec != b"sowt" or contained(raw).at_most <= 1
+    assert not contained(raw, walked=Pieces()).is_counted
+    assert 5_000 * each_s <= contained(raw, walked=Pieces()).at_most
+    assert codec != b"sowt" or contained(raw, walked=Pieces()).at_most <= 1
 
 
 def test_blocks_of_the_newest_aac_are_four_times_as_long():
     xhe = (31 << 27 | 10 << 21 | 4 << 17 | 1 << 13).to_bytes(4, "big")
-    assert contained(file(tables=(stts(1), stsz(100)), config=xhe)).seconds == pytest.approx(
+    assert contained(file(tables=(stts(1), stsz(100)), config=xhe), walked=Pieces()).seconds == pytest.approx(
         100 * 4_096 / 44_100, rel=1e-3
     )
 
@@ -267,7 +268,7 @@ def test_never_shorter_than_what_a_decoder_plays(samples, chunks, edits, delta):
         if at >= 0:
             begin, end = at / 44_100, at / 44_100 + (length / 1_000 if length else 1e9)
             heard += sum(begin - each_s < number * each_s < end for number in range(samples * chunks))
-    assert contained(raw).seconds >= max(heard, samples * chunks) * SAMPLE_S - 1e-6
+    assert contained(raw, walked=Pieces()).seconds >= max(heard, samples * chunks) * SAMPLE_S - 1e-6
 
 
 _NAMES = st.sampled_from([b"moov", b"trak", b"mdia", b"minf", b"stbl", b"udta", b"free", b"moof", b"traf", b"wave"])
@@ -288,7 +289,7 @@ _TREE = st.recursive(
 def test_of_any_boxes_around_it_no_sample_is_lost(trees, samples, cut):
     raw = file(tables=(*trees, stsz(samples)), more=b"".join(trees), data=b"\x55" * 30_000)
     raw = raw[: len(raw) - cut]
-    found = contained(raw)
+    found = contained(raw, walked=Pieces())
     assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000
     assert sound(raw, "m4a").at_most >= min(samples * SAMPLE_S, len(raw) / 1_000) * AUDIO_A_SECOND - 1
 
@@ -296,5 +297,5 @@ def test_of_any_boxes_around_it_no_sample_is_lost(trees, samples, cut):
 @given(st.binary(max_size=400))
 def test_any_bytes_are_one_or_none(data):
     for raw in (box(b"ftyp", b"M4A ") + data, file(tables=(stsz(3), data))):
-        found = contained(raw)
+        found = contained(raw, walked=Pieces())
         assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
 from anabranch.gateway.sound_containers import contained
@@ -36,25 +37,25 @@ def test_what_a_page_of_a_wrong_sum_hides_counts_by_its_bytes():
     hidden = b"".join(page([SMALL] * 50) for _ in range(30))
     raw = ogg_opus([SMALL]) + wrapped(hidden)
     assert sound(raw, "ogg").at_most >= 30 * 50 * 0.02 * AUDIO_A_SECOND
-    assert contained(ogg_opus([SMALL] * 50)).rest == 0
+    assert contained(ogg_opus([SMALL] * 50), walked=Pieces()).rest == 0
     # One that is cut off ends somewhere: so much of it is there.
     cut = ogg_opus([SMALL] * 50)[:-100]
-    assert 0 < contained(cut).rest < 3_000
+    assert 0 < contained(cut, walked=Pieces()).rest < 3_000
 
 
 def test_a_packet_that_is_begun_and_not_gone_on_with_is_one():
     begun = summed(raw_page(packet(b"\xf8", 255), b"\xff"))
     raw = ogg_opus([]) + (begun + page([SMALL])) * 100
-    assert contained(raw).seconds >= 100 * 0.04 - 1e-6
+    assert contained(raw, walked=Pieces()).seconds >= 100 * 0.04 - 1e-6
     # The rest of it, as its page says, is none of its own.
     more = summed(raw_page(packet(b"\xf8", 9), b"\x09", flags=1))
-    assert contained(ogg_opus([]) + (begun + more) * 100).seconds == pytest.approx(2.0)
+    assert contained(ogg_opus([]) + (begun + more) * 100, walked=Pieces()).seconds == pytest.approx(2.0)
 
 
 def test_what_is_no_note_is_a_packet():
     # Each page says that the stream begins anew.
     pair = page([OPUS_HEAD, SMALL], first=True)
-    assert contained(ogg_opus([SMALL]) + pair * 100).seconds == pytest.approx(101 * 0.02)
+    assert contained(ogg_opus([SMALL]) + pair * 100, walked=Pieces()).seconds == pytest.approx(101 * 0.02)
 
 
 def test_a_page_that_is_dropped_does_not_make_another_codec_of_a_stream():
@@ -62,17 +63,17 @@ def test_a_page_that_is_dropped_does_not_make_another_codec_of_a_stream():
     lie = raw_page(OPUS_HEAD, [len(OPUS_HEAD)], flags=2)
     for raw in (page([head], first=True) + lie, lie + page([head], first=True)):
         raw += page([b"x" * 200] * 100, granule=44_100 * 7)
-        assert not contained(raw).is_counted
+        assert not contained(raw, walked=Pieces()).is_counted
         assert sound(raw, "ogg").at_most >= len(raw) / 1_000 * AUDIO_A_SECOND
 
 
 def test_what_has_too_many_pieces_is_not_read(monkeypatch):
     monkeypatch.setattr(sound_packets, "MOST_PIECES", 1_000)
-    assert contained(ogg_opus([SMALL] * 400)) is not None
+    assert contained(ogg_opus([SMALL] * 400), walked=Pieces()) is not None
     many_streams = page([b"x"], serial=2, first=True) + page([b"x"], serial=3, first=True)
     for raw in (ogg_opus([SMALL] * 600), ogg_opus([SMALL]) + page([b""] * 255) * 3, ogg_opus([SMALL]) + many_streams):
         with pytest.raises(sound_packets.ManyPiecesError):
-            contained(raw)
+            contained(raw, walked=Pieces())
 
 
 _PART = st.one_of(
@@ -98,7 +99,7 @@ def test_no_packet_of_a_whole_page_is_lost(parts):
         else:
             body, sizes, flags = told
             raw += raw_page(body, sizes, flags=flags)
-    found = contained(raw)
+    found = contained(raw, walked=Pieces())
     assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000
     assert sound(raw, "ogg").at_most >= int(sure_s * AUDIO_A_SECOND)
 
@@ -106,5 +107,5 @@ def test_no_packet_of_a_whole_page_is_lost(parts):
 @given(st.binary(max_size=400))
 def test_any_bytes_are_one_or_none(data):
     for raw in (b"OggS" + data, ogg_opus([SMALL]) + data):
-        found = contained(raw)
+        found = contained(raw, walked=Pieces())
         assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000

@@ -11,7 +11,7 @@ from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt
 from anabranch.gateway.providers.media import Upload
 from anabranch.gateway.sound_containers import contained
-from anabranch.gateway.sound_packets import ManyPiecesError, one_request, pieces
+from anabranch.gateway.sound_packets import ManyPiecesError, Pieces, one_request
 from anabranch.web.api_error import ApiError
 from anabranch.web.responses import to_chat
 from sound_made import m4a, ogg_opus, packet, page, webm
@@ -69,7 +69,7 @@ def test_an_hour_of_live_sound_is_read(monkeypatch, ms):
     monkeypatch.undo()
     monkeypatch.setattr(sound_packets, "MOST_PIECES", sound_packets.MOST_PIECES // 10)
     raw = ogg_opus([]) + page([packet(b"\x08" if ms == 20 else b"\x00", 20)]) * (360_000 // ms)
-    assert contained(raw).seconds == pytest.approx(360)
+    assert contained(raw, walked=Pieces()).seconds == pytest.approx(360)
 
 
 def test_a_clip_of_another_form_is_refused():
@@ -85,11 +85,13 @@ def test_a_clip_of_another_form_is_refused():
     assert heard_seconds(b"caff".ljust(16_000), "mp3") == 1
 
 
-def test_an_error_within_leaves_nothing_behind():
-    with pytest.raises(ZeroDivisionError), one_request("x"):
-        pieces().add(1_000 // 0)
-    with one_request("x"):
-        pieces().add(1_000)
-        with pytest.raises(ManyPiecesError), one_request("y"):
-            pieces().add()
-    pieces().add(1_000)
+def test_a_request_within_another_is_walked_through_with_it():
+    with pytest.raises(ApiError, match="x: the sound in this request"), one_request("x") as walked:
+        walked.add(1_000)
+        # It is the one around it that says what is wrong.
+        with pytest.raises(ManyPiecesError), one_request("y", walked) as same:
+            assert same is walked
+            same.add()
+        walked.add()
+    with one_request("x") as walked:
+        walked.add(1_000)

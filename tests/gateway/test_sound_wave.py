@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
 from anabranch.gateway.sound_packets import ManyPiecesError, OtherSoundError
@@ -51,7 +52,7 @@ DATA = b"data", bytes(80_000)
     ],
 )
 def test_a_second_of_a_plain_format_has_so_many_bytes(chunk, rate):
-    assert wave_rate(wav(chunk, DATA)) == rate
+    assert wave_rate(wav(chunk, DATA), walked=Pieces()) == rate
     if rate:
         raw = wav(chunk, DATA)
         found = sound(raw, "wav")
@@ -87,13 +88,13 @@ def test_a_long_tag_of_flac_is_flac():
 
 def test_notes_before_it_are_walked_through_with_the_rest(monkeypatch):
     monkeypatch.setattr(sound_packets, "MOST_PIECES", 1_000)
-    assert wave_rate(wav(*[(b"note", b"")] * 400, fmt(1, 16), DATA)) == 16_000
+    assert wave_rate(wav(*[(b"note", b"")] * 400, fmt(1, 16), DATA), walked=Pieces()) == 16_000
     with pytest.raises(ManyPiecesError):
-        wave_rate(wav(*[(b"note", b"")] * 600, fmt(1, 16), DATA))
+        wave_rate(wav(*[(b"note", b"")] * 600, fmt(1, 16), DATA), walked=Pieces())
 
 
 @given(st.binary(max_size=100))
 def test_any_bytes_are_one_or_none(data):
     for raw in (b"RIFF\0\0\0\0WAVE" + data, wav((b"fmt ", data), DATA)):
         with suppress(OtherSoundError):
-            assert (wave_rate(raw) or 1) > 0
+            assert (wave_rate(raw, walked=Pieces()) or 1) > 0

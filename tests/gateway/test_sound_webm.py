@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, audio, sound
 from anabranch.gateway.sound_containers import contained
@@ -34,12 +35,12 @@ SMALL = block(packet(b"\xf8", 40))
 def test_an_integer_of_more_than_eight_bytes_is_passed_over(id, size):
     raw = HEAD + SEGMENT + LENGTH + TRACKS + track(codec=b"A_VORBIS") + CLUSTER
     raw += element(id, b"\xff" * size) + SMALL * 500
-    found = contained(raw)
+    found = contained(raw, walked=Pieces())
     assert (found.seconds, found.is_counted) == (5.0, False)
     assert found.at_most >= 500 * 0.02
     assert sound(raw, "webm").at_most >= len(raw) / 1_000 * AUDIO_A_SECOND
     # Of eight they are fine, however large.
-    assert contained(raw.replace(element(id, b"\xff" * size), element(id, b"\xff" * 8))) is not None
+    assert contained(raw.replace(element(id, b"\xff" * size), element(id, b"\xff" * 8)), walked=Pieces()) is not None
 
 
 @pytest.mark.parametrize(
@@ -62,58 +63,58 @@ def test_behind_an_element_that_is_too_long_the_next_cluster_counts(broken):
 def test_what_is_walked_past_is_the_sparsest_sound():
     raw = OPUS + CLUSTER + TIME + SMALL * 50
     filled = raw + element("EC", b"\x00" * 4_991)
-    assert contained(filled).rest - contained(raw).rest == 5_000
+    assert contained(filled, walked=Pieces()).rest - contained(raw, walked=Pieces()).rest == 5_000
     broken = raw + b"\xec\x10\xff\xff\xff" + b"\x00" * 995
-    assert contained(broken).rest - contained(raw).rest == 1_000
+    assert contained(broken, walked=Pieces()).rest - contained(raw, walked=Pieces()).rest == 1_000
     # However it calls itself, if it is longer than what says something.
     long = raw + element("4489", b"\x00" * 990)
-    assert contained(long).rest - contained(raw).rest == 1_000
+    assert contained(long, walked=Pieces()).rest - contained(raw, walked=Pieces()).rest == 1_000
 
 
 @pytest.mark.parametrize("is_turned", [False, True])
 def test_a_track_tells_of_itself_in_any_order(is_turned):
     second = block(packet(b"\xf8", 40), track=2)
     raw = OPUS + track(2, is_turned=is_turned) + CLUSTER + TIME + SMALL + second * 500
-    assert contained(raw).seconds == pytest.approx(501 * 0.02)
-    assert contained(raw).is_counted
+    assert contained(raw, walked=Pieces()).seconds == pytest.approx(501 * 0.02)
+    assert contained(raw, walked=Pieces()).is_counted
 
 
 def test_of_a_track_that_is_not_told_of_all_counts():
     raw = OPUS + CLUSTER + TIME + SMALL + block(packet(b"\xf8", 40), track=3) * 500
-    found, alone = contained(raw), contained(OPUS + CLUSTER + TIME + SMALL)
+    found, alone = contained(raw, walked=Pieces()), contained(OPUS + CLUSTER + TIME + SMALL, walked=Pieces())
     assert found.seconds == pytest.approx(501 * 0.02)
     assert found.rest - alone.rest == 500 * 44
 
 
 def test_pictures_make_no_sound_and_a_number_that_is_both_does():
     film = block(packet(b"\xf8", 40), track=2) * 500
-    assert contained(OPUS + track(2, b"V_VP8") + CLUSTER + TIME + SMALL + film).seconds == pytest.approx(0.02)
+    assert contained(OPUS + track(2, b"V_VP8") + CLUSTER + TIME + SMALL + film, walked=Pieces()).seconds == pytest.approx(0.02)
     both = OPUS + track(2, b"V_VP8") + track(2) + CLUSTER + TIME + SMALL + film
-    assert contained(both).seconds == pytest.approx(501 * 0.02)
+    assert contained(both, walked=Pieces()).seconds == pytest.approx(501 * 0.02)
     other = OPUS + LENGTH + track(2, b"A_VORBIS") + CLUSTER + TIME + SMALL + film
-    assert not contained(other).is_counted
+    assert not contained(other, walked=Pieces()).is_counted
 
 
 def test_packets_that_do_not_stand_there_as_they_are_may_be_the_longest():
     coded = HEAD + SEGMENT + TRACKS + track(1, b"A_OPUS", element("6D80", b"\x00" * 4)) + CLUSTER + TIME + SMALL * 10
-    assert contained(coded).seconds == pytest.approx(10 * 0.12)
+    assert contained(coded, walked=Pieces()).seconds == pytest.approx(10 * 0.12)
 
 
 def test_what_has_too_many_pieces_is_not_read(monkeypatch):
     monkeypatch.setattr(sound_packets, "MOST_PIECES", 1_000)
     raw = OPUS + CLUSTER + TIME
-    assert contained(raw + SMALL * 200) is not None
+    assert contained(raw + SMALL * 200, walked=Pieces()) is not None
     other_tracks = block(packet(b"\xf8"), track=2) + block(packet(b"\xf8"), track=3)
     for more in (SMALL * 300, SMALL + b"\xec\x80" * 300, SMALL + other_tracks, (TRACKS + track()) * 4):
         with pytest.raises(sound_packets.ManyPiecesError):
-            contained(raw + more)
+            contained(raw + more, walked=Pieces())
 
 
 @pytest.mark.parametrize("broken", [b"\x00", b"\xa3\x80", b"\xa3\x81\x81", b"\xec\x00", element("E7", b"\x00" * 9)])
 def test_what_came_before_something_broken_counts_and_the_cluster_behind_it(broken):
     whole = OPUS + CLUSTER + TIME + block(b"\xfb\x06") * 500
-    assert contained(whole + broken).seconds == pytest.approx(500 * 0.12)
-    assert contained(whole + broken + CLUSTER + TIME + SMALL * 100).seconds == pytest.approx(500 * 0.12 + 100 * 0.02)
+    assert contained(whole + broken, walked=Pieces()).seconds == pytest.approx(500 * 0.12)
+    assert contained(whole + broken + CLUSTER + TIME + SMALL * 100, walked=Pieces()).seconds == pytest.approx(500 * 0.12 + 100 * 0.02)
 
 
 @pytest.mark.parametrize("id", ["42F7", "EC", "18530167"])
@@ -153,7 +154,7 @@ def test_of_any_damage_no_block_is_lost(parts):
         head, size, number = part
         raw += CLUSTER + TIME + block(packet(head, size), track=number)
         sure_s += min(PACKETS[head] / 1e3, size / 1_000)
-    found = contained(raw)
+    found = contained(raw, walked=Pieces())
     assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000
     assert sound(raw, "webm").at_most >= int(sure_s * AUDIO_A_SECOND)
 
@@ -161,7 +162,7 @@ def test_of_any_damage_no_block_is_lost(parts):
 @given(st.binary(max_size=400))
 def test_any_bytes_are_one_or_none(data):
     for raw in (HEAD + data, OPUS + CLUSTER + data):
-        found = contained(raw)
+        found = contained(raw, walked=Pieces())
         assert found is None or 0 < max(found.seconds, found.at_most) <= 1_000_000
 
 

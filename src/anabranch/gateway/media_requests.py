@@ -9,7 +9,7 @@ from anabranch.gateway import media_tokens
 from anabranch.gateway.asked import Asked
 from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
 from anabranch.gateway.providers.media import PATHS, SPOKEN, Upload
-from anabranch.gateway.sound_packets import one_request
+from anabranch.gateway.sound_packets import Pieces, one_request
 from anabranch.gateway.validate import check_model
 from anabranch.routers.money import Price
 from anabranch.web.api_error import wrong
@@ -84,21 +84,21 @@ def count_media(endpoint: str, body: Json) -> PromptCount:
         return PromptCount(len(spoken), len(spoken.encode("utf-8", "surrogatepass")), True)
     texts = {name: value for name, value in body.items() if not _is_upload(value)}
     counted = count_prompt(texts)
-    with one_request(_FILES.get(endpoint, "file")):
-        found = [_media(endpoint, one) for value in body.values() if _is_upload(value) for one in value]
+    with one_request(_FILES.get(endpoint, "file")) as walked:
+        found = [_media(endpoint, one, walked) for value in body.values() if _is_upload(value) for one in value]
     tokens = counted.tokens + sum(one.tokens for one in found)
     at_most = counted.at_most + sum(one.at_most for one in found)
     audio, images = (sum(one.at_most for one in found if one.kind == kind) for kind in ("audio", "image"))
     return PromptCount(tokens, at_most, True, audio, images)
 
 
-def _media(endpoint: str, one: Upload) -> media_tokens.Media:
+def _media(endpoint: str, one: Upload, walked: Pieces) -> media_tokens.Media:
     """By what the endpoint takes it for: what a file is called, its sender chooses."""
     if endpoint == "image_edits":
         head = base64.b64encode(one.data[:_HEAD]).decode()
         picture = media_tokens.image(f"data:image/png;base64,{head}")
         return replace(picture, at_most=picture.at_most + _FIDELITY)
-    return media_tokens.sound(one.data, one.name.rpartition(".")[2].lower())
+    return media_tokens.sound(one.data, one.name.rpartition(".")[2].lower(), walked)
 
 
 def is_by_second(price: Price) -> bool:

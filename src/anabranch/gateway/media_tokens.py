@@ -25,7 +25,7 @@ from typing import Any
 from anabranch.gateway.sound_containers import contained, is_container
 from anabranch.gateway.sound_frames import flac, flac_seconds, framed, notes_end
 from anabranch.gateway.sound_others import LOOKED_AT, refuse_others
-from anabranch.gateway.sound_packets import ManyPiecesError, OtherSoundError
+from anabranch.gateway.sound_packets import ManyPiecesError, OtherSoundError, Pieces
 from anabranch.gateway.sound_wave import wave_rate
 
 # Of an image whose size is not known.
@@ -103,13 +103,13 @@ class Media:
     kind: str = "file"
 
 
-def image(url: str) -> Media:
+def image(url: str, walked: Pieces | None = None) -> Media:
     """Of an image by its URL; the size is known of those that are within it (``data:``).
 
-    What says that it is something else is counted as that.
+    What says that it is something else is counted as that: a clip with what is ``walked`` of its request, alone where that is None.
     """
     kind = kind_of_url(url)
-    if kind and not kind.startswith("image/") and (found := file({"file_data": url})) is not None:
+    if kind and not kind.startswith("image/") and (found := file({"file_data": url}, walked)) is not None:
         return found
     size = _size(_decoded(url.partition(",")[2][: _HEAD * 4 // 3])) if url.startswith("data:") else None
     if size is None or not all(size):
@@ -121,23 +121,23 @@ def image(url: str) -> Media:
     return Media(min(max(area, 85), IMAGE_TOKENS), max(_OPENAI_MOST, min(area, IMAGE_MOST), patches, tiles), "image")
 
 
-def audio(clip: Mapping[str, Any]) -> Media | None:
-    """Of an ``input_audio``: ``data`` in base64 and its ``format``; None if it is none."""
+def audio(clip: Mapping[str, Any], walked: Pieces | None = None) -> Media | None:
+    """Of an ``input_audio``: ``data`` in base64 and its ``format``; None if it is none. For ``walked`` see `image`."""
     data, form = clip.get("data"), str(clip.get("format")).lower()
     if not isinstance(data, str):
         return None
     # Whatever it is called: who decodes it looks at what it is.
-    return _clip(len(data) * 3 // 4, form, lambda size: _decoded(data[: size * 4 // 3 // 4 * 4]))
+    return _clip(len(data) * 3 // 4, form, lambda size: _decoded(data[: size * 4 // 3 // 4 * 4]), walked)
 
 
-def sound(data: bytes, form: str) -> Media:
-    """Of a clip by its bytes; ``form`` is what it is called (``mp3``)."""
-    return _clip(len(data), form, lambda size: data[:size])
+def sound(data: bytes, form: str, walked: Pieces | None = None) -> Media:
+    """Of a clip by its bytes; ``form`` is what it is called (``mp3``). For ``walked`` see `image`."""
+    return _clip(len(data), form, lambda size: data[:size], walked)
 
 
-def _clip(num_bytes: int, form: str, head: Callable[[int], bytes]) -> Media:
+def _clip(num_bytes: int, form: str, head: Callable[[int], bytes], walked: Pieces | None) -> Media:
     """Of so many bytes; ``head`` gives the first of them."""
-    found = _lasts(num_bytes, form, head)
+    found = _lasts(num_bytes, form, head, Pieces() if walked is None else walked)
     # A few bytes that claim to be hours are no reason to keep others out of a limit that all share; a budget of one's own they may fill.
     seconds = min(found.seconds, num_bytes / (_SPARSEST if found.is_counted else _FEWEST))
     return Media(math.ceil(seconds * AUDIO_A_SECOND), math.ceil(found.at_most_s * AUDIO_A_SECOND), "audio")
@@ -152,21 +152,21 @@ class _Lasts:
     is_counted: bool = False
 
 
-def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
+def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes], walked: Pieces) -> _Lasts:
     first = head(_FORMAT * 3 // 4)
     is_noted = first.startswith(b"ID3")
     refuse_others(head(num_bytes if is_noted else LOOKED_AT), notes_end(head(num_bytes)) if is_noted else 0)
-    if (found := framed(head(num_bytes)) if first.startswith(_FRAMED) else None) is not None:
+    if (found := framed(head(num_bytes), walked) if first.startswith(_FRAMED) else None) is not None:
         seconds = found.seconds + found.rest / _TYPICAL.get(form, _TYPICAL["mp3"])
         return _Lasts(seconds, found.at_most + found.rest / _FEWEST, True)
-    wave = wave_rate(first) or (wave_rate(head(num_bytes)) if first.startswith(b"RIFF") else None)
-    if (within := contained(head(num_bytes)) if is_container(first) or wave is None else None) is not None:
+    wave = wave_rate(first, walked) or (wave_rate(head(num_bytes), walked) if first.startswith(b"RIFF") else None)
+    if (within := contained(head(num_bytes), walked) if is_container(first) or wave is None else None) is not None:
         # What is only told is what it is mostly; what it may be at most, its bytes say.
         at_most = within.at_most if within.is_counted else max(num_bytes / _FEWEST, within.at_most)
         at_most = max(within.seconds, at_most) + within.rest / _FEWEST
         seconds = within.seconds or num_bytes / _TYPICAL.get(form, _TYPICAL["m4a"])
         return _Lasts(seconds, at_most, within.is_counted)
-    if (found := flac(head(num_bytes)) if first.startswith((b"fLaC", b"ID3")) else None) is not None:
+    if (found := flac(head(num_bytes), walked) if first.startswith((b"fLaC", b"ID3")) else None) is not None:
         declared = flac_seconds(head(_HEAD)) or 0.0
         if found.seconds:
             return _Lasts(found.seconds, max(found.seconds, declared), True)
@@ -174,7 +174,7 @@ def _lasts(num_bytes: int, form: str, head: Callable[[int], bytes]) -> _Lasts:
         return _Lasts(declared or num_bytes / _TYPICAL["flac"], max(declared, num_bytes / _FEWEST))
     seconds = num_bytes / (wave or _TYPICAL.get(form, _TYPICAL["mp3"]))
     at_most = max(seconds, num_bytes / (wave or _FEWEST))
-    if wave is None and (found := framed(head(num_bytes), is_sure=False)) is not None:
+    if wave is None and (found := framed(head(num_bytes), walked, is_sure=False)) is not None:
         # Something stands before what may be frames.
         at_most = max(at_most, found.at_most)
     return _Lasts(seconds, at_most)
@@ -185,16 +185,17 @@ def heard_seconds(data: bytes, form: str) -> float:
     if form == "pcm":
         return len(data) / _PCM
     try:
-        found = framed(data)
-        return found.seconds if found is not None else _lasts(len(data), form, lambda size: data[:size]).seconds
+        walked = Pieces()
+        found = framed(data, walked)
+        return found.seconds if found is not None else _lasts(len(data), form, lambda size: data[:size], walked).seconds
     except (ManyPiecesError, OtherSoundError):
         return len(data) / _TYPICAL.get(form, _TYPICAL["mp3"])
 
 
-def file(given: Mapping[str, Any]) -> Media | None:
+def file(given: Mapping[str, Any], walked: Pieces | None = None) -> Media | None:
     """Of a ``file``: ``file_data`` in base64, mostly a ``data:`` URL, or the ``file_id`` or the address of one that the provider gets.
 
-    None for what is no such file, or of a kind whose tokens are not known: then its letters count.
+    None for what is no such file, or of a kind whose tokens are not known: then its letters count. For ``walked`` see `image`.
     """
     data, url = given.get("file_data"), given.get("file_url")
     if isinstance(url, str) and not isinstance(data, str):
@@ -205,7 +206,7 @@ def file(given: Mapping[str, Any]) -> Media | None:
         return elsewhere(kind_of_url(data))
     if data.startswith("data:audio/"):
         form, _, text = data.partition(",")
-        return audio({"data": text, "format": form[11:].partition(";")[0]})
+        return audio({"data": text, "format": form[11:].partition(";")[0]}, walked)
     kind, _, text = data.removeprefix("data:").partition(",") if data.startswith("data:") else ("", "", data)
     if kind.startswith(_TEXTS):
         num_bytes = len(text) * 3 // 4

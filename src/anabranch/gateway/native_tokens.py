@@ -21,7 +21,7 @@ from anabranch.gateway.prompt_tokens import (
     media_within,
     text_of,
 )
-from anabranch.gateway.sound_packets import one_request
+from anabranch.gateway.sound_packets import Pieces, one_request
 from anabranch.web.large_json import num_bytes
 from anabranch.web.responses.request import picture_url
 from anabranch.web.responses.tools import arguments_of, told_of
@@ -80,17 +80,17 @@ def count_native(chat: Json, native: Json, counter: Counter | None = None) -> Pr
 
     Raises ApiError as `count_prompt`.
     """
-    with one_request("input" if "input" in native else "messages"):
-        return _counted(chat, native, counter)
+    with one_request("input" if "input" in native else "messages") as walked:
+        return _counted(chat, native, counter, walked)
 
 
-def _counted(chat: Json, native: Json, counter: Counter | None) -> PromptCount:
-    count = count_prompt(chat, counter)
+def _counted(chat: Json, native: Json, counter: Counter | None, walked: Pieces) -> PromptCount:
+    count = count_prompt(chat, counter, walked)
     rest = _Rest(chat)
     more = list(rest.of(native))
     items = [item for item in _listed(native, "input") if isinstance(item, dict)]
     thoughts = sum(item.get("type") == "reasoning" for item in items)
-    found = [media for item in items for media in media_within(_unknown(item))]
+    found = [media for item in items for media in media_within(_unknown(item), walked)]
     around = MESSAGE_TOKENS * thoughts
     size = sum(num_bytes(text) for text in more)
     tokens = -(-size // BYTES_PER_TOKEN) if counter is None else sum(counter(text) for text in more)

@@ -6,7 +6,7 @@ from typing import Any
 
 from anabranch.gateway import media_tokens
 from anabranch.gateway.media_tokens import Media
-from anabranch.gateway.sound_packets import one_request
+from anabranch.gateway.sound_packets import Pieces, one_request
 from anabranch.web.large_json import num_bytes
 
 BYTES_PER_TOKEN = 4
@@ -36,11 +36,11 @@ _KIND = 40
 IMAGES = ("image_url", "input_image")
 
 # Parts that are no text: the field that holds them, and what counts it.
-_INNER: dict[str, tuple[str, Callable[[Mapping[str, Any]], Media | None]]] = {
+_INNER: dict[str, tuple[str, Callable[[Mapping[str, Any], Pieces | None], Media | None]]] = {
     "input_audio": ("data", media_tokens.audio),
     "file": ("file_data", media_tokens.file),
-    "video_url": ("url", lambda inner: media_tokens.elsewhere("video/")),
-    "audio_url": ("url", lambda inner: media_tokens.elsewhere("audio/")),
+    "video_url": ("url", lambda inner, walked: media_tokens.elsewhere("video/")),
+    "audio_url": ("url", lambda inner, walked: media_tokens.elsewhere("audio/")),
 }
 
 # Fields that no model reads. All others count, unknown ones too: a text that is sent on is a text that is paid for.
@@ -80,16 +80,23 @@ class PromptCount:
     images: int = 0
 
 
-def count_prompt(body: Mapping[str, Any], counter: Counter | None = None) -> PromptCount:
+def count_prompt(
+    body: Mapping[str, Any], counter: Counter | None = None, walked: Pieces | None = None
+) -> PromptCount:
     """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``.
+
+    Args:
+        body: of the request.
+        counter: the tokenizer of its model; None for a quarter of the bytes.
+        walked: of the request that it was made of, see `one_request`; None if it came so.
 
     Raises ApiError for sound that is made to be read slowly.
     """
-    with one_request("messages"):
-        return _counted(body, counter)
+    with one_request("messages", walked) as of_request:
+        return _counted(body, counter, of_request)
 
 
-def _counted(body: Mapping[str, Any], counter: Counter | None) -> PromptCount:
+def _counted(body: Mapping[str, Any], counter: Counter | None, walked: Pieces) -> PromptCount:
     around = 0
     # Of what an upstream may count, and most do not.
     beside = max(0, sum(_setting_bytes(name, value) for name, value in body.items()) - SETTINGS_BYTES)
@@ -100,7 +107,7 @@ def _counted(body: Mapping[str, Any], counter: Counter | None) -> PromptCount:
             around += MESSAGE_TOKENS * len(value) + 3
             beside += MESSAGE_TOKENS * sum(map(_more_parts, value))
             for message in value:
-                _gather_message(message, texts, found)
+                _gather_message(message, texts, found, walked)
         elif name in ("prompt", "input") and isinstance(value, list):
             for part in value:
                 if isinstance(part, int | list):  # ids of tokens
@@ -215,22 +222,24 @@ def _number(body: Mapping[str, Any], name: str) -> int:
     return asked if type(asked) is int and asked > 0 else 1
 
 
-def _gather_message(message: Any, texts: list[str], found: list[Media]) -> None:
+def _gather_message(message: Any, texts: list[str], found: list[Media], walked: Pieces) -> None:
     """Add all texts of a message to ``texts``, and what is none to ``found``."""
     if not isinstance(message, dict):
         texts.append(text_of(message))
         return
     texts.extend(_said(message, _MESSAGE_NAMES, ("role", "content", "images")))
-    _gather(message.get("content"), texts, found)
+    _gather(message.get("content"), texts, found, walked)
     # Pictures that a model made before: what is none of them is text.
     images = message.get("images")
     if isinstance(images, list):
-        _gather(images, texts, found)
+        _gather(images, texts, found, walked)
     elif images:
         texts.append(text_of(images))
 
 
-def _gather(content: Any, texts: list[str], found: list[Media] | None = None) -> None:
+def _gather(
+    content: Any, texts: list[str], found: list[Media] | None = None, walked: Pieces | None = None
+) -> None:
     """Add the texts of a message's content to ``texts``, and what is none to ``found``, with what else is said of it to ``texts``."""
     if isinstance(content, str):
         texts.append(content)
@@ -239,14 +248,14 @@ def _gather(content: Any, texts: list[str], found: list[Media] | None = None) ->
         if not isinstance(part, dict):
             texts.append(text_of(part))
             continue
-        counted, said = _media_of(part)
+        counted, said = _media_of(part, walked)
         if found is None:
             said = [] if counted is not None else [text_of(one) for name, one in part.items() if name != "type" and one]
         elif counted is None:
             # One that says nothing is sent all the same.
             kind = () if len(str(part.get("type"))) > _KIND else ("type",)
             said = _said(part, _PART_NAMES, kind) or [text_of(part)]
-            found.extend(media_within(part))
+            found.extend(media_within(part, walked))
         else:
             found.append(counted)
         texts.extend(said)
@@ -261,7 +270,7 @@ def _said(table: Mapping[str, Any], known: frozenset[str], without: Sequence[str
     ]
 
 
-def media_within(part: Mapping[str, Any]) -> list[Media]:
+def media_within(part: Mapping[str, Any], walked: Pieces | None) -> list[Media]:
     """What a part names, at any depth, that a provider gets for itself; its letters say nothing of how long that is."""
     found: list[Media] = []
     left: list[Any] = [part]
@@ -274,25 +283,25 @@ def media_within(part: Mapping[str, Any]) -> list[Media]:
             if isinstance(source, dict) and source.get("type") in ("url", "file"):
                 found.append(media_tokens.elsewhere("image/" if kind == "image" else ""))
             elif value is not part and isinstance(kind, str):
-                inner, _ = _media_of(value)
+                inner, _ = _media_of(value, walked)
                 found += [] if inner is None else [inner]
             left += value.values()
     return found
 
 
-def _media_of(part: dict[str, Any]) -> tuple[Media | None, list[str]]:
+def _media_of(part: dict[str, Any], walked: Pieces | None) -> tuple[Media | None, list[str]]:
     """What a part is if it is no text, and what it says beside that; None if it is text."""
     kind = part.get("type")
     if kind in IMAGES:
         given, field = part.get("image_url"), "image_url"
         inner = given if isinstance(given, dict) else {"url": given}
         url = inner.get("url")
-        counted: Media | None = media_tokens.image(url if isinstance(url, str) else "")
+        counted: Media | None = media_tokens.image(url if isinstance(url, str) else "", walked)
         hidden = "url"
     elif isinstance(kind, str) and kind in _INNER and isinstance(part.get(kind), dict):
         inner, field = part[kind], kind
         hidden, count = _INNER[kind]
-        counted = count(inner)
+        counted = count(inner, walked)
     else:
         return None, []
     return counted, _said(part, _PART_NAMES, ("type", field)) + _said(

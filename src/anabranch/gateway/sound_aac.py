@@ -1,7 +1,7 @@
 """How long what containers hold of AAC, FLAC and ALAC may last; the first two are played block by block, whatever a sample holds."""
 
 from anabranch.gateway.sound_frames import FlacFrames, flac_frames
-from anabranch.gateway.sound_packets import AAC_RATES, LONGEST_S, pieces
+from anabranch.gateway.sound_packets import AAC_RATES, LONGEST_S, Pieces
 
 # Seconds of the longest frame of FLAC that players take, 65,535 samples of 8,000 a second; of one whose head says otherwise, that.
 FLAC_FRAME_S = 8.2
@@ -27,14 +27,14 @@ def config_rate(config: bytes) -> int:
     return AAC_RATES[mark] // slower if mark < len(AAC_RATES) else 0
 
 
-def flac_within(data: bytes) -> FlacFrames:
+def flac_within(data: bytes, walked: Pieces) -> FlacFrames:
     """The frames of FLAC in a container, wherever they stand, by their heads; none lasts over `LONGEST_S`.
 
     Where the rate is told nowhere it is taken for the lowest that is used, and the longest frame for `FLAC_FRAME_S` at least.
 
     Raises ManyPiecesError.
     """
-    walked, rates = pieces(), []
+    rates = []
     for mark, ahead in _FLAC_TOLD:
         at = data.find(mark)
         while at >= 0:
@@ -42,7 +42,7 @@ def flac_within(data: bytes) -> FlacFrames:
             if (rate := int.from_bytes(data[at + ahead : at + ahead + 3], "big") >> 4) > 0:
                 rates.append(rate)
             at = data.find(mark, at + 1)
-    found = flac_frames(data, min(rates, default=_FLAC_RATE))
+    found = flac_frames(data, min(rates, default=_FLAC_RATE), walked)
     longest_s = found.longest_s if rates else max(found.longest_s, FLAC_FRAME_S)
     return found._replace(seconds=min(found.seconds, LONGEST_S), longest_s=min(longest_s, LONGEST_S))
 

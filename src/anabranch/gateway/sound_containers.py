@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from anabranch.gateway.sound_mp4 import mp4
 from anabranch.gateway.sound_ogg import ogg
-from anabranch.gateway.sound_packets import LONGEST_S, Contained
+from anabranch.gateway.sound_packets import LONGEST_S, Contained, Pieces
 from anabranch.gateway.sound_webm import webm
 
 
@@ -22,19 +22,19 @@ def is_container(head: bytes) -> bool:
     return head.startswith((b"OggS", b"\x1aE\xdf\xa3")) or head[4:8] in (b"ftyp", b"styp", b"moov")
 
 
-def contained(data: bytes) -> Contained | None:
+def contained(data: bytes, walked: Pieces) -> Contained | None:
     """Of a whole clip; None for what is no such container, or tells nothing. Takes time in proportion to the clip.
 
     Raises ManyPiecesError.
     """
     try:
         if data.startswith(b"OggS"):
-            found = ogg(data)
+            found = ogg(data, walked)
         elif data.startswith(b"\x1aE\xdf\xa3"):
-            found = webm(data)
+            found = webm(data, walked)
         else:
             # Whatever stands before it: a box of any name is passed over.
-            found = mp4(data) if is_container(data[:8]) or b"moov" in data else None
+            found = mp4(data, walked) if is_container(data[:8]) or b"moov" in data else None
     except (IndexError, ValueError, OverflowError, struct.error):
         # It ends in the middle of something that says how long it is, or is not made as such containers are.
         return None

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_FEWEST, AAC_RATES, LONGEST_S, pieces
+from anabranch.gateway.sound_packets import AAC_BLOCK, AAC_FEWEST, AAC_RATES, LONGEST_S, Pieces
 
 # Bits of a second in thousands, by version (1, or 2 and 2.5) and layer, by the mark in a frame's head; 0 where it is not said.
 _RATES: dict[tuple[bool, int], tuple[int, ...]] = {
@@ -67,11 +67,12 @@ class FlacFrames(NamedTuple):
     longest_s: float
 
 
-def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
+def framed(data: bytes, walked: Pieces, *, is_sure: bool = True) -> Framed | None:
     """Of a clip of MPEG audio or ADTS; None for what does not begin as one. Raises ManyPiecesError.
 
     Args:
         data: the clip.
+        walked: of its request.
         is_sure: it is none unless it begins so; else frames are looked for anywhere, as decoders do that know of nothing else.
     """
     start = notes_end(data)
@@ -79,7 +80,7 @@ def framed(data: bytes, *, is_sure: bool = True) -> Framed | None:
         return None
     at, rest, seconds, tries = start, 0, 0.0, _TRIES
     aac_s, aac_bytes = 0.0, 0
-    size, walked = len(data), pieces()
+    size = len(data)
     while at < size:
         walked.add()
         frame = _frame(data, at)
@@ -111,25 +112,26 @@ def notes_end(data: bytes) -> int:
     return at if at <= len(data) else 0
 
 
-def flac(data: bytes) -> Framed | None:
+def flac(data: bytes, walked: Pieces) -> Framed | None:
     """Of a FLAC file, by the heads of its frames; None for others. Without any, ``seconds`` are 0. Raises ManyPiecesError."""
     start = notes_end(data)
     if data[start : start + 4] != b"fLaC":
         return None
-    frames = flac_frames(data, _flac_told(data[start:])[0], start)
+    frames = flac_frames(data, _flac_told(data[start:])[0], walked, start)
     seconds = min(frames.seconds, LONGEST_S)
     return Framed(seconds, 0 if frames.num else len(data) - start, seconds)
 
 
-def flac_frames(data: bytes, rate: int, start: int = 0) -> FlacFrames:
+def flac_frames(data: bytes, rate: int, walked: Pieces, start: int = 0) -> FlacFrames:
     """All frames that begin in a clip, wherever they stand: those that decoders find. Raises ManyPiecesError.
 
     Args:
         data: the clip.
         rate: samples a second that it says; 0 where it does not, and those that do not say theirs count for nothing if none does.
+        walked: of its request.
         start: where to begin.
     """
-    walked, num, seconds, longest_s = pieces(), 0, 0.0, 0.0
+    num, seconds, longest_s = 0, 0.0, 0.0
     # Samples of frames that do not say how fast they are, and of the longest of them; and the lowest rate that is said at all.
     unsaid, longest_unsaid, lowest = 0, 0, rate
     for found in _FLAC_SYNC.finditer(data, start):

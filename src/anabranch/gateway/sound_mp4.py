@@ -199,10 +199,10 @@ def _lasts(codec: bytes, flac_s: float) -> tuple[float, float]:
     return (0.512, 0.0) if codec in _WHOLE else _OTHER
 
 
-def mp4(data: bytes) -> Contained | None:
+def mp4(data: bytes, walked: Pieces) -> Contained | None:
     """Of all its tracks of sound, and of those that do not say that they are none. Raises ManyPiecesError."""
     tracks: list[_Track] = []
-    fragments, film, seen, is_cut, walked = _Samples(), 0, 0, False, pieces()
+    fragments, film, seen, is_cut = _Samples(), 0, 0, False
     for name, begin, end, is_longer in _boxes(data, walked):
         # Decoders do not agree on what is in a box that is longer than what it is in.
         is_cut |= is_longer and name != b"mdat"
@@ -229,7 +229,7 @@ def mp4(data: bytes) -> Contained | None:
         return None
     is_whole = fragments.num > 0 or b"ctts" in data
     has_flac = any(b"fLaC" in track.codecs for track in sounds)
-    flac = flac_within(data) if has_flac else FlacFrames(0, 0.0, 0.0)
+    flac = flac_within(data, walked) if has_flac else FlacFrames(0, 0.0, 0.0)
     is_apart = not fragments.num and all(
         sum(map(data.count, names)) == len(tracks) for names in ((b"stsc",), (b"stco", b"co64"))
     )

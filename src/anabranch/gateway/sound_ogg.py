@@ -3,7 +3,7 @@
 import struct
 import zlib
 
-from anabranch.gateway.sound_packets import PAGE, STREAM, Contained, opus_ms, pieces
+from anabranch.gateway.sound_packets import PAGE, STREAM, Contained, Pieces, opus_ms
 
 # Of a packet, what is looked at.
 _HEAD = 80
@@ -15,13 +15,12 @@ _OTHER_S, _FLAC_SAMPLES = 0.512, 65_535
 _TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-def ogg(data: bytes) -> Contained | None:
+def ogg(data: bytes, walked: Pieces) -> Contained | None:
     """Of all its streams, one after another or beside each other.
 
     A page whose sum is wrong is dropped by most decoders, which look on behind its first byte: it counts, and its bytes do once more.
     """
     streams: dict[bytes, _Stream] = {}
-    walked = pieces()
     at, rest = 0, 0
     while at < len(data):
         if data[at : at + 4] != b"OggS" or at + 27 > len(data):

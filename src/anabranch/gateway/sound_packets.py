@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from anabranch.web.api_error import wrong
@@ -40,8 +39,6 @@ ELEMENT, PAGE, STREAM = 2, 2, 400
 
 _TAKEN = "send WAV of PCM (float, A-law, mu-law or ADPCM, too), MP3, FLAC, Ogg, WebM, M4A (MP4) or AAC as ADTS"
 
-_of_request: ContextVar["Pieces | None"] = ContextVar("pieces", default=None)
-
 
 class NoContainerError(ValueError):
     """It is not made as the container that it begins as."""
@@ -73,7 +70,7 @@ class OtherSoundError(Exception):
 
 
 class Pieces:
-    """How many pieces have been walked through."""
+    """How many pieces have been walked through, of all clips of one request."""
 
     __slots__ = ("_left",)
 
@@ -87,28 +84,22 @@ class Pieces:
             raise ManyPiecesError
 
 
-def pieces() -> Pieces:
-    """Those of the request whose clips are read; of one clip where there is none."""
-    of_request = _of_request.get()
-    return Pieces() if of_request is None else of_request
-
-
 @contextmanager
-def one_request(field: str) -> Iterator[None]:
-    """All clips that are read within are of one request, or of the one around it.
+def one_request(field: str, walked: Pieces | None = None) -> Iterator[Pieces]:
+    """What the clips of one request are read with.
 
     Args:
         field: that holds them, as an error names it.
+        walked: of a request around it, which names what is wrong; None for one of its own.
 
     Raises ApiError where they have too many pieces, and for clips of a form that is not read: how long they are nobody could say, and
     whoever waits behind the many would wait long.
     """
-    if _of_request.get() is not None:
-        yield
+    if walked is not None:
+        yield walked
         return
-    token = _of_request.set(Pieces())
     try:
-        yield
+        yield Pieces()
     except ManyPiecesError:
         message = (
             f"{field}: the sound in this request is made of more than {MOST_PIECES:,} frames, too many to be read; "
@@ -119,8 +110,6 @@ def one_request(field: str) -> Iterator[None]:
         raise wrong(
             field, f"{field}: a clip is {error}, and how long it lasts cannot be told before it is decoded; {_TAKEN}"
         ) from None
-    finally:
-        _of_request.reset(token)
 
 
 def _whole_ms(first: int) -> float:

@@ -2,7 +2,7 @@
 
 import struct
 
-from anabranch.gateway.sound_packets import ELEMENT, OtherSoundError, pieces
+from anabranch.gateway.sound_packets import ELEMENT, OtherSoundError, Pieces
 
 # Samples a second, channels, and bits of a sample that files of sound have; what says more is none, or lies.
 _SOUND = (384_000, 32, 64)
@@ -27,7 +27,7 @@ _NAMES = {
 }
 
 
-def wave_rate(head: bytes) -> int | None:
+def wave_rate(head: bytes, walked: Pieces) -> int | None:
     """Fewest bytes of a second of a WAV file, of all that it says.
 
     None for others, and where its samples do not begin within ``head`` or what it says cannot be. Raises OtherSoundError for what is packed
@@ -35,7 +35,7 @@ def wave_rate(head: bytes) -> int | None:
     """
     if not head.startswith(b"RIFF") or head[8:12] != b"WAVE":
         return None
-    at, found, walked = 12, list[int | None](), pieces()
+    at, found = 12, list[int | None]()
     while at + 8 <= len(head):
         walked.add(ELEMENT)
         name, size = head[at : at + 4], int.from_bytes(head[at + 4 : at + 8], "little")

@@ -19,7 +19,6 @@ from anabranch.gateway.sound_packets import (
     NoContainerError,
     Pieces,
     opus_ms,
-    pieces,
 )
 
 _SEGMENT, _INFO, _SCALE, _DURATION = 0x18538067, 0x1549A966, 0x2AD7B1, 0x4489
@@ -49,9 +48,8 @@ _OTHER = (0.512, 1e-3)
 _SILENT = (b"V_", b"S_", b"B_")
 
 
-def webm(data: bytes) -> Contained | None:
+def webm(data: bytes, walked: Pieces) -> Contained | None:
     """Of all its tracks that are no pictures: of those that it does not tell of, too. Raises ManyPiecesError."""
-    walked = pieces()
     found, walk = _Found(walked), _Walk(data, walked)
     for id, begin, end in walk:
         try:
