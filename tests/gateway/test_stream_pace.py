@@ -118,6 +118,14 @@ def test_what_was_told_and_cannot_have_been_shown_may_be_too_high():
     assert steady(wait_s=30.0).lesson(301).speed == pytest.approx(150.0, rel=0.05)
 
 
+def test_an_upstream_that_never_tells_is_as_fast_as_its_bytes():
+    lesson = steady().lesson(None)
+    assert (lesson.speed, lesson.is_exact, lesson.least) == (pytest.approx(500.0), False, 0.0)
+    stream = steady()
+    assert stream.pace.lesson(stream.now, None, 0, stream.size, 1, 4.0).speed == pytest.approx(125.0)
+    assert steady(3).lesson(None).speed is None
+
+
 STEPS = st.lists(
     st.tuples(st.floats(0, 2), st.integers(0, 50), st.booleans(), st.integers(0, 1), st.booleans()), max_size=200
 )

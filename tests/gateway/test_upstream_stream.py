@@ -64,7 +64,7 @@ def opened(rate, *parts):
 def waited(stream, clock, seconds):
     """Its reader was there all the time."""
     clock.now += seconds
-    stream._lag.waited(seconds)
+    stream.made.lag.waited(seconds)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_sound_and_pictures_are_charged_the_most(rate):
 def test_a_reader_who_waits_for_what_comes_has_caught_up():
     half = CAUGHT_UP_S / 2
     stream, clock, _ = opened(None, (half, large(3)), (half, chunks(1)), (half, chunks(1)))
-    began = stream._lag.known_at
+    began = stream.made.lag.known_at
 
     async def main():
         found = []
         for _ in range(3):
             await stream.next()
-            found.append(stream._lag.known_at)
+            found.append(stream.made.lag.known_at)
             # The reader takes its time: that is no wait for the upstream.
             clock.now += 5.0
         return found

@@ -1,4 +1,8 @@
-"""Server-sent events: writing them, and reading their JSON."""
+"""Server-sent events of ours: writing them, and reading the JSON of what was written here.
+
+Those of upstreams come in any form, cut anywhere and without end: `anabranch.gateway.providers.sse` reads them, and says what is wrong with
+them in the gateway's words. The two share no code.
+"""
 
 import json
 from collections.abc import Iterator

@@ -6,7 +6,7 @@ sender's streams teach what all are charged, nobody's odd stream may make it ver
 - It is kept for each tier for itself, and is that of one answer; a request for eight is made eight times as fast.
 - It is that of the fastest stream, and forgotten by time alone: however many slow ones somebody has, they take nothing back.
 - Below three lessons it is not known, and what is left is charged the most that it can have been, or by what it showed.
-- Lessons that may be too high, as part of what was told was not shown, count only while there are not three of the others.
+- Lessons that may be too high (part of what was told was not shown, or nothing was told) count only while there are not three others.
 - The time of a whole request tells how fast it was at least. That is no lesson, but it raises what others told.
 """
 

@@ -106,29 +106,40 @@ class Pace:
         self._at, self._texts, self._bytes, self._waited_s = now, texts, text_bytes, waited_s
         self._is_mixed = is_behind
 
-    def lesson(self, now: float, told: int, thought: int, text_bytes: int, answers: int = 1) -> Lesson:
+    def lesson(
+        self,
+        now: float,
+        told: int | None,
+        thought: int,
+        text_bytes: int,
+        answers: int = 1,
+        bytes_per_token: float = 1.0,
+    ) -> Lesson:
         """What the stream tells, which is whole now.
 
         Args:
             now: seconds.
-            told: tokens that its upstream said it came to.
+            told: tokens that its upstream said it came to; None if it did not say.
             thought: of them, those that it said were thoughts.
             text_bytes: of the answer, without thoughts.
             answers: that were made at the same time. How fast one was, several do not tell: they may be made one after another.
+            bytes_per_token: of text, at least.
         """
-        whole_s = now - self._sent_at
-        least = told / answers / whole_s if whole_s >= TELLING_S and told >= answers * TELLING_TOKENS else 0.0
-        if answers > 1:
-            return Lesson(None, least=least)
-        seconds, texts, size = self._telling()
-        shown = (told - thought) * size / max(text_bytes, 1)
+        whole_s, least = now - self._sent_at, 0.0
+        if told is not None and whole_s >= TELLING_S and told >= answers * TELLING_TOKENS:
+            least = told / answers / whole_s
+        seconds, texts, size = (0.0, 0, 0) if answers > 1 else self._telling()
+        # Of each token so many bytes at least.
+        most = max(texts, size / bytes_per_token)
+        shown = most if told is None else (told - thought) * size / max(text_bytes, 1)
         if not seconds or shown < TELLING_TOKENS:
             return Lesson(None, least=least)
+        if told is None:
+            return Lesson(most / seconds, is_exact=False)
         speed, seen = shown / seconds, max(texts, size / ENGLISH_BYTES) / seconds
         if speed <= SHOWN * max(seen, told / whole_s):
             return Lesson(speed, least=least)
-        # A token has a byte at least.
-        return Lesson(min(speed, size / seconds), is_exact=False, least=least)
+        return Lesson(min(speed, most / seconds), is_exact=False, least=least)
 
     def _telling(self) -> tuple[float, int, int]:
         """Seconds in which it was plainly being written, and the texts and bytes that came of them; none if they tell nothing."""

@@ -6,18 +6,15 @@ and what they say is counted, for upstreams that send no usage. All else (an err
 
 import asyncio
 import logging
-import math
 import re
 from typing import TYPE_CHECKING
 
-from anabranch.gateway.dispatch.billed import USUAL_BYTES, broken_off, tokens_of
 from anabranch.gateway.dispatch.deployment_state import Live
-from anabranch.gateway.dispatch.hidden import asks_media, may_think
 from anabranch.gateway.dispatch.plan import Attempt
-from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, Lag
-from anabranch.gateway.dispatch.stream_pace import Pace
+from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES
+from anabranch.gateway.dispatch.stream_made import Made
 from anabranch.gateway.dispatch.stream_tally import Tally
-from anabranch.gateway.prompt_tokens import num_made, num_shown
+from anabranch.gateway.prompt_tokens import num_shown
 from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
 from anabranch.gateway.providers.content_lists import flattened
 from anabranch.gateway.providers.provider import (
@@ -49,9 +46,6 @@ _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 # How long the usage is waited for that comes behind the end of an answer whose reader has gone: nothing more is made meanwhile.
 USAGE_S = 5.0
 
-# Shortest time whose tokens say how fast a stream is itself: at its beginning many come at once.
-OWN_S = 0.25
-
 
 class Opened:
     """See the module.
@@ -60,6 +54,7 @@ class Opened:
         first: events up to the first token, and, once `read_whole` was called, all of them.
         head: of the first chunk: its id, model and the like.
         tally: of what has come.
+        made: what it can have made beside that.
         is_done: nothing more will come.
         has_finished: every choice that was asked for came to its end, whatever the connection does.
         has_given_usage: a chunk with the usage was passed on.
@@ -83,8 +78,6 @@ class Opened:
         self.translator: Translator | None = live.provider.translator(request)
         self.first, self.head = b"", Json()
         self.is_done = self.has_finished = self.has_given_usage = False
-        self._sent_at = run.began + attempt.start_s
-        self._lag, self._pace = Lag(run.dispatcher.now), Pace(self._sent_at)
         self._stitch = stitch
         self._usage_body: Json | None = None
         self._gives_usage = request.wants_usage and stitch is None
@@ -93,15 +86,9 @@ class Opened:
         )
         self._has_begun = self._is_settled = False
         self.num_bytes = 0
-        # Tokens, as they mostly are, that came with the first, and for how long that was waited for.
-        self._first, self._first_wait_s = 0, 0.0
-        # Seconds since the first token in which it was waited for.
-        self._waited_s = 0.0
         self._num_choices, self._whole = num_shown(request.endpoint, request.body), set[int]()
-        # Made at the same time; and for each that is shown.
-        self._answers = num_made(request.endpoint, request.body)
-        self._unshown = -(-self._answers // self._num_choices)
         self.tally = Tally(request.prompt_tokens, self._num_choices, bool(request.body.get("echo")))
+        self.made = Made(run, live, attempt, request, self.tally)
 
     def counted(self) -> Usage:
         """What the upstream said of all of it, else an estimate."""
@@ -124,25 +111,10 @@ class Opened:
             usage, most = self.counted(), self.attempt.most
             self.attempt.seen = usage.completion
             if not self._is_told and most is not None:
-                usage = self._whole_at_most(most, True)
+                usage = self.made.untold(most, self.told, True)
             self.live.tells_usage = self.live.tells_usage or self._is_told
-            self.run.ends.won(self.live, self.attempt, usage, self._waited_s)
-            if self._is_told:
-                self._teach(usage.completion)
-
-    def _teach(self, told: int) -> None:
-        """How fast its deployment is, by a whole answer that came to so many tokens, as far as they are such as others make."""
-        tally = self.tally
-        if tally.has_media or self.request.body.get("prediction"):
-            return
-        now, text_bytes = self.run.dispatcher.now(), tally.text_bytes - tally.thought_bytes
-        lesson = self._pace.lesson(now, told, tally.thought_tokens, text_bytes, self._answers)
-        self.live.speed.learn(self._tier, lesson, now)
-
-    @property
-    def _tier(self) -> str:
-        """That was asked for: of a stream that is left nothing else is known."""
-        return "" if self.attempt.most is None else self.attempt.most.tier
+            self.run.ends.won(self.live, self.attempt, usage, self.made.waited_s)
+            self.made.teach(usage.completion if self._is_told else None)
 
     def drop(self, failure: Failure | None = None) -> None:
         """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
@@ -156,13 +128,11 @@ class Opened:
         if most is not None and not self._is_told:
             if self.has_finished and not is_behind:
                 # No more is made, but it may not have said yet what it came to.
-                usage = self._whole_at_most(most, self.is_done)
+                usage = self.made.untold(most, self.told, self.is_done)
                 if failure is None and not self.is_done and self.live.bill(most, most):
                     self._read_on()
             else:
-                unread_s = self.run.dispatcher.now() - self._lag.known_at
-                hidden_s = (self.attempt.first_token_s or 0.0) + unread_s + self.run.rules.margin_s
-                usage = self._broken_off(most, 0, None) if is_behind else self._at_most(most, hidden_s)
+                usage = self.made.unread(most, self.told) if is_behind else self.made.left(most, self.told)
         reads_on = self.attempt.is_late
         self.run.ends.lost(self.live, self.attempt, failure, usage)
         if not reads_on:
@@ -215,60 +185,6 @@ class Opened:
             self.tally.count_begun(self.splitter.rest)
         return len(data) > AHEAD_BYTES
 
-    def _at_most(self, most: Usage, hidden_s: float) -> Usage:
-        """The most that may be billed of it, of which ``hidden_s`` seconds were not seen."""
-        lag, bytes_per_token = self._lag, self.run.rules.bytes_per_token
-        speed, now = self._speed, self.run.dispatcher.now()
-        seen = self.tally.at_most(bytes_per_token) * self._unshown
-        if self._is_hidden(speed):
-            return self._broken_off(most, seen, None)
-        first_at = self._sent_at + (self.attempt.first_token_s or 0.0)
-        # Of a slow reader what came later came as fast as they read: that says how fast it is at least.
-        known_s, read_s = lag.known_at - first_at, now - first_at
-        rate: float | None = None
-        if speed is not None:
-            rate = max(speed * self._answers, self._own_rate(first_at) * self._unshown)
-            # Between what is shown there may be thoughts, of which a summary comes: all the time it was made as fast as can be.
-            seen = max(seen, math.ceil(rate * known_s))
-        elif (wait_s := lag.known_wait_s - self._first_wait_s) > 0:
-            # What a reader took their time for may have come at once.
-            known = tokens_of(lag.texts, lag.text_bytes, bytes_per_token) * self._unshown
-            rate = max(known / min(wait_s, known_s), seen / read_s)
-        return self._broken_off(most, seen, rate, hidden_s)
-
-    def _own_rate(self, first_at: float) -> float:
-        """Tokens a second that this stream itself showed at least. How fast they come depends little on how long they are."""
-        lag, now = self._lag, self.run.dispatcher.now()
-        found = ((tokens_of(lag.texts, lag.text_bytes, USUAL_BYTES), lag.known_at), (self.tally.usual, now))
-        # What came with the first token was made before it, all since it was sent.
-        since_first = ((tokens - self._first) / max(at - first_at, OWN_S) for tokens, at in found)
-        return max(*since_first, *(tokens / max(at - self._sent_at, OWN_S) for tokens, at in found))
-
-    def _broken_off(self, most: Usage, seen: int, rate: float | None, hidden_s: float = 0.0) -> Usage:
-        return broken_off(most, self.told, seen, rate, hidden_s, self._answers)
-
-    @property
-    def _speed(self) -> float | None:
-        """Of one answer of the deployment, as far as it is known."""
-        return self.live.speed.of(self._tier, self.run.dispatcher.now())
-
-    def _is_hidden(self, speed: float | None) -> bool:
-        """What came, and when, says nothing of how much was made."""
-        if self.tally.has_media or asks_media(self.request.body):
-            return True
-        if speed is not None:
-            return False
-        config = self.live.provider.config
-        model, is_told = str(getattr(config, "model", None) or ""), getattr(config, "reasons", None)
-        return self.tally.has_thought or may_think(self.request.body, model, is_told)
-
-    def _whole_at_most(self, most: Usage, has_said_all: bool) -> Usage:
-        """The most that may be billed of an answer that is whole, and did not say what it comes to."""
-        if has_said_all and not self.live.tells_usage and not self.tally.has_media:
-            return self._broken_off(most, self.tally.at_most(self.run.rules.bytes_per_token) * self._unshown, 0.0)
-        # What it was about to say may hold thoughts that were not shown, of the time before the first token.
-        return self._at_most(most, self.attempt.first_token_s or 0.0)
-
     async def until_content(self) -> None:
         """Read to the first token. Raises UpstreamError."""
         try:
@@ -277,7 +193,7 @@ class Opened:
                 if self.num_bytes > EVENT_BYTES and not self._has_begun:
                     raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
         finally:
-            self._first, self._first_wait_s = self.tally.usual, self._lag.known_wait_s
+            self.made.begun()
             self.attempt.told, self.attempt.has_begun = self.told, bool(self.head)
         if not self._has_begun:
             raise UpstreamError(
@@ -332,10 +248,7 @@ class Opened:
             else:
                 raise
         finally:
-            waited_s = self.run.dispatcher.now() - began
-            self._lag.waited(waited_s)
-            if self.attempt.first_token_s is not None:
-                self._waited_s += waited_s
+            self.made.waited(self.run.dispatcher.now() - began)
         return self.taken(data) if data else self._ended()
 
     def taken(self, data: bytes) -> bytes:
@@ -344,11 +257,7 @@ class Opened:
         try:
             return self._passed(self.splitter.feed(data))
         finally:
-            told, tally, lag = self.told, self.tally, self._lag
-            said = (0 if told is None else told.completion, self.has_finished)
-            lag.took(len(data), tally.texts, tally.text_bytes, said)
-            texts, size = tally.texts - tally.thoughts, tally.text_bytes - tally.thought_bytes
-            self._pace.took(self.run.dispatcher.now(), texts, size, tally.thoughts, self._waited_s, lag.is_behind)
+            self.made.took(len(data), self.told, self.has_finished)
 
     def _passed(self, block: bytes) -> bytes:
         """What is passed on of whole events. Raises UpstreamError."""

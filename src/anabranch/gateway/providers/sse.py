@@ -1,4 +1,7 @@
-"""Server-sent events of upstreams: whole events out of bytes that are cut anywhere. `anabranch.web.sse` writes them."""
+"""Server-sent events of upstreams: whole events out of bytes that are cut anywhere, which are not trusted.
+
+`anabranch.web.sse` writes events; it reads none but ours, and knows nothing of upstreams.
+"""
 
 import re
 from collections.abc import Iterator
