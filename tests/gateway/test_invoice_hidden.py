@@ -113,14 +113,13 @@ async def read(gateway, number, most, leaves_s=None, stalls_s=(), **more):
         await asyncio.wait_for(whole(), leaves_s)
 
 
-async def charged(tmp_path, kind, draw, warm, slow, choices=1, **more):
+async def charged(tmp_path, kind, draw, warm, slow, choices=1, leaves_s=LEAVES_S, **more):
     """For each request that was left: its number, its bill and what it was charged."""
     provider = BillingProvider({"m": PRICE}, 1, token_s=TOKEN_S)
     numbers = range(2 * len(KINDS))
     async with provider.running(), Gateway(config(provider.url, tmp_path, kind)) as gateway:
         pace(gateway)
-        for number in range(warm):
-            await read(gateway, USUAL + number, 50)
+        await asyncio.gather(*(read(gateway, USUAL + number, 50) for number in range(warm)))
         stalled = [(0.0, 1.2), (0.0, 0.4, 0.4, 0.4)]
         await asyncio.gather(
             *(read(gateway, USUAL + 100 + number, 30, stalls_s=stalled[number % 2]) for number in range(slow))
@@ -132,7 +131,7 @@ async def charged(tmp_path, kind, draw, warm, slow, choices=1, **more):
                     gateway,
                     number,
                     MOST,
-                    LEAVES_S * draw.uniform(0.6, 1.0),
+                    leaves_s * draw.uniform(0.6, 1.0),
                     [draw.choice((0.0, 0.1, 0.3))] * 2,
                     **several,
                     **more,
@@ -165,3 +164,11 @@ def test_and_where_nobody_knows_how_fast_it_is(tmp_path, kind, slow):
     found = run_paced(charged(tmp_path, kind, random.Random(slow), 0, slow, reasoning_effort="low"))
     below = [(KINDS[number % len(KINDS)], bill, cost) for number, bill, cost in found if cost < bill]
     assert not below
+
+
+def test_each_of_several_answers_is_charged(tmp_path):
+    """Eight of a stream that was left were charged as one (R20's S1)."""
+    found = run_paced(charged(tmp_path, OpenAI, random.Random(1), 3, 0, 8, leaves_s=0.4))
+    below = [(KINDS[number % len(KINDS)], bill, cost) for number, bill, cost in found if cost < bill]
+    assert not below
+    assert sum(cost for _, _, cost in found) < 10 * sum(bill for _, bill, _ in found)

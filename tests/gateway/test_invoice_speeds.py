@@ -36,6 +36,7 @@ class Shape:
     wait     nothing is made and nothing comes
     think    tokens are made and nothing comes
     sum up   tokens are made, and a summary of them comes, of a few words
+    aloud    tokens are made, and come as thoughts
     write    tokens are made and come
     whole    tokens are made, and come when it ends, in one event
     """
@@ -79,10 +80,11 @@ class Shape:
         found, at = [], 0.0
         for what, seconds in self.parts:
             num = math.floor(seconds * self.speed + 1e-6)
-            if what == "write":
+            if what in ("write", "aloud"):
+                name = "content" if what == "write" else "reasoning_content"
                 for start in range(0, num, self.at_once):
                     size = min(self.at_once, num - start)
-                    found.append((at + (start + size) / self.speed, self.delta("content", self.text * size)))
+                    found.append((at + (start + size) / self.speed, self.delta(name, self.text * size)))
             elif what == "whole" and num:
                 found.append((at + seconds, self.delta("content", self.text * num)))
             elif what == "sum up":
@@ -99,7 +101,7 @@ class Shape:
 
     def usage(self, end):
         made = self.made(end) * self.answers
-        thought = sum(math.floor(s * self.speed) for what, s in self.parts if what in ("think", "sum up"))
+        thought = sum(math.floor(s * self.speed) for what, s in self.parts if what in ("think", "sum up", "aloud"))
         told = {"prompt_tokens": 5, "completion_tokens": made, "total_tokens": made + 5}
         if self.tells_thoughts:
             told["completion_tokens_details"] = {"reasoning_tokens": thought * self.answers}
@@ -147,7 +149,7 @@ class World:
     """One deployment."""
 
     def __init__(self, model="m"):
-        self.now_s = 1000.0
+        self.now_s, self.beside = 1000.0, {}
         provider = OpenAI.Config(model=model, key_env=None)
         group = Group(name="m", deployments=(Deployment(name="d", provider=provider),), price=Price.of_dollars(0, 1))
         rules = DispatchRules(margin_s=MARGIN_S)
@@ -157,7 +159,7 @@ class World:
     def begun(self, shape, stalls=()):
         self.now_s += 10.0
         endpoint = "completions" if "prompt" in shape.body() else "chat"
-        request = UpstreamRequest(endpoint, shape.body(), prompt_tokens=5)
+        request = UpstreamRequest(endpoint, {**shape.body(), **self.beside}, prompt_tokens=5)
         plan, report = Plan(candidates=("m",), deadline=1e9), Report()
         ends = AttemptEnds(self.dispatcher, plan, request, report, self.now_s)
         call = HttpCall("http://nowhere", {}, b"{}", is_sent=True)
@@ -245,6 +247,38 @@ def test_three_streams_tell_how_fast_it_is():
     assert world.speed == pytest.approx(1.25 * 200, rel=0.05)
 
 
+@pytest.mark.parametrize("tells", [False, True])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (("wait", 0.3), ("aloud", 4.0), ("write", 0.3)),
+        (("wait", 0.3), ("aloud", 4.0), ("write", 2.0)),
+        (("wait", 0.3), ("aloud", 0.3), ("write", 2.0)),
+    ],
+)
+def test_thoughts_that_are_shown_tell_it_too(parts, tells):
+    world = World("o3")
+    for _ in range(LESSONS):
+        world.taught(Shape(parts, tells_thoughts=tells))
+    assert world.speed == pytest.approx(1.25 * 100, rel=0.1)
+
+
+def test_what_is_told_apart_tells_it_after_thoughts_that_nobody_sees():
+    world = World("o3")
+    for _ in range(LESSONS):
+        world.taught(Shape((("wait", 0.3), ("think", 9.0), ("write", 2.0)), tells_thoughts=True))
+    assert world.speed == pytest.approx(1.25 * 100, rel=0.1)
+
+
+@pytest.mark.parametrize("odd", [{"prediction": {"content": "word " * 500}}, {"echo": True}])
+def test_streams_that_hold_what_was_not_made_teach_nothing(odd):
+    world = World()
+    world.beside = odd
+    for _ in range(LESSONS):
+        world.taught(plain())
+    assert world.speed is None
+
+
 THINKS = (("wait", 0.2), ("think", 3.0))
 
 
@@ -324,7 +358,7 @@ def test_a_slow_reader_teaches_neither_that_it_is_slow_nor_that_it_is_fast():
 
 TEXTS = st.sampled_from([WORD, CHINESE, DIGIT])
 MIDDLES = st.tuples(
-    st.sampled_from(["wait", "think", "sum up", "write", "write", "whole"]), st.sampled_from([0.03, 0.3, 0.8, 1.5, 4.0])
+    st.sampled_from(["wait", "think", "sum up", "aloud", "write", "write", "whole"]), st.sampled_from([0.03, 0.3, 0.8, 1.5, 4.0])
 )
 SPEEDS = st.sampled_from([0.92, 1.0, 1.08])
 NUMBERS = st.sampled_from([1, 1, 1, 2, 5])

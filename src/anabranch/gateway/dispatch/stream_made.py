@@ -41,6 +41,8 @@ class Made:
         self._body = request.body
         self._sent_at = run.began + attempt.start_s
         self.lag, self._pace = Lag(run.dispatcher.now), Pace(self._sent_at)
+        # Of thoughts and the answer together, once some of the former are shown.
+        self._pace_of_all: Pace | None = None
         self.waited_s = 0.0
         # Tokens, as they mostly are, that came with the first, and for how long that was waited for.
         self._first, self._first_wait_s = 0, 0.0
@@ -59,7 +61,11 @@ class Made:
         tally, lag = self._tally, self.lag
         lag.took(size, tally.texts, tally.text_bytes, (0 if told is None else told.completion, has_finished))
         texts, text_bytes = tally.texts - tally.thoughts, tally.text_bytes - tally.thought_bytes
-        self._pace.took(self._run.dispatcher.now(), texts, text_bytes, tally.thoughts, self.waited_s, lag.is_behind)
+        now = self._run.dispatcher.now()
+        self._pace.took(now, texts, text_bytes, tally.thoughts, self.waited_s, lag.is_behind)
+        if tally.thoughts:
+            self._pace_of_all = self._pace_of_all or Pace(self._sent_at)
+            self._pace_of_all.took(now, tally.texts, tally.text_bytes, 0, self.waited_s, lag.is_behind)
 
     def begun(self) -> None:
         """The first token has come, with what came beside it."""
@@ -71,11 +77,15 @@ class Made:
         None of an upstream that did not tell.
         """
         tally = self._tally
-        if tally.has_media or self._body.get("prediction"):
+        if tally.has_media or self._body.get("prediction") or self._body.get("echo"):
             return
         now, text_bytes = self._run.dispatcher.now(), tally.text_bytes - tally.thought_bytes
-        bytes_per_token = self._run.rules.bytes_per_token
-        lesson = self._pace.lesson(now, told, tally.thought_tokens, text_bytes, self._answers, bytes_per_token)
+        answers, bytes_per_token = self._answers, self._run.rules.bytes_per_token
+        lesson = self._pace.lesson(now, told, tally.thought_tokens, text_bytes, answers, bytes_per_token)
+        if self._pace_of_all is not None and not (lesson.speed and lesson.is_exact):
+            # Where thoughts are shown whole, they tell it as the answer does.
+            of_all = self._pace_of_all.lesson(now, told, 0, tally.text_bytes, answers, bytes_per_token)
+            lesson = of_all if of_all.speed and of_all.is_exact else lesson
         self._live.speed.learn(self._tier, lesson, now)
 
     def left(self, most: Usage, told: Usage | None) -> Usage:
