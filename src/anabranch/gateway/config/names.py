@@ -83,7 +83,7 @@ def _beside(config: GatewayConfig, head: str) -> str:
     asked = AUTO if beside[0] == config.default else f"{AUTO}/{beside[0]}"
     return (
         f"a router {name} was fitted beside the one that {asked} is, and is not served by its name; whoever runs the gateway can name it: "
-        f"[strategies.{name}] with router = its file"
+        f"[strategies.{name}] with the same router"
     )
 
 
