@@ -260,7 +260,8 @@ def test_thoughts_that_are_shown_tell_it_too(parts, tells):
     world = World("o3")
     for _ in range(LESSONS):
         world.taught(Shape(parts, tells_thoughts=tells))
-    assert world.speed == pytest.approx(1.25 * 100, rel=0.1)
+    # Where they are not told apart, few of them are not told from the answer.
+    assert 1.25 * 99 <= world.speed <= 1.25 * (101 if tells else 116)
 
 
 def test_what_is_told_apart_tells_it_after_thoughts_that_nobody_sees():
@@ -358,7 +359,8 @@ def test_a_slow_reader_teaches_neither_that_it_is_slow_nor_that_it_is_fast():
 
 TEXTS = st.sampled_from([WORD, CHINESE, DIGIT])
 MIDDLES = st.tuples(
-    st.sampled_from(["wait", "think", "sum up", "aloud", "write", "write", "whole"]), st.sampled_from([0.03, 0.3, 0.8, 1.5, 4.0])
+    st.sampled_from(["wait", "think", "sum up", "aloud", "write", "write", "whole"]),
+    st.sampled_from([0.03, 0.3, 0.8, 1.5, 4.0]),
 )
 SPEEDS = st.sampled_from([0.92, 1.0, 1.08])
 NUMBERS = st.sampled_from([1, 1, 1, 2, 5])

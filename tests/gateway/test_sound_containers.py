@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, audio, heard_seconds, sound
 from anabranch.gateway.sound_containers import contained, is_container
-from anabranch.gateway.sound_packets import opus_ms
+from anabranch.gateway.sound_packets import Pieces, opus_ms
 from sound_made import CONFIGS, PACKETS, block, element, m4a, ogg_opus, packet, page, webm
 
 
@@ -93,7 +92,9 @@ def test_blocks_in_groups_of_films_and_with_several_packets():
 def test_a_webm_of_another_codec_says_how_long_it_is():
     assert contained(webm([], codec=b"A_VORBIS", duration=2500.0), walked=Pieces()).seconds == 2.5
     assert contained(webm([block(b"xxxx", time=900)], codec=b"A_VORBIS"), walked=Pieces()).seconds == pytest.approx(0.9)
-    assert contained(webm([block(b"xxxx", time=900)], codec=b"A_VORBIS", scale=2_000_000), walked=Pieces()).seconds == pytest.approx(1.8)
+    assert contained(
+        webm([block(b"xxxx", time=900)], codec=b"A_VORBIS", scale=2_000_000), walked=Pieces()
+    ).seconds == pytest.approx(1.8)
     assert contained(webm([], codec=b"A_VORBIS", duration=float("nan")), walked=Pieces()) is None
 
 

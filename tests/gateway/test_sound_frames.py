@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, audio, heard_seconds, sound
 from anabranch.gateway.sound_frames import flac, framed, notes_end
+from anabranch.gateway.sound_packets import Pieces
 
 NOTES = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
 

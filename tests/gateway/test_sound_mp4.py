@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
 from anabranch.gateway.sound_containers import contained
+from anabranch.gateway.sound_packets import Pieces
 from sound_made import CONFIGS, box, esds, m4a
 
 SAMPLE_S = 1024 / 44_100
@@ -46,8 +46,9 @@ def test_samples_of_the_compact_table_count(bits):
     assert (found.seconds, found.is_counted) == (pytest.approx(1_000 * SAMPLE_S), True)
     # No more of them than have a size there, and none of a size of nothing.
     short = contained(
-        file(tables=(stts(1_000), stz2(10, bits).replace(struct.pack(">I", 10), struct.pack(">I", 1_000))))
-    , walked=Pieces())
+        file(tables=(stts(1_000), stz2(10, bits).replace(struct.pack(">I", 10), struct.pack(">I", 1_000)))),
+        walked=Pieces(),
+    )
     assert short.seconds <= 20 * SAMPLE_S + 1_000 / 44_100
     none = file(tables=(stts(1_000), stz2(1_000, 0)))
     assert not contained(none, walked=Pieces()).is_counted

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
 from anabranch.gateway.sound_containers import contained
 from anabranch.gateway.sound_ogg import _sum
+from anabranch.gateway.sound_packets import Pieces
 from sound_made import OPUS_HEAD, PACKETS, ogg_opus, packet, page, summed
 
 SMALL = packet(b"\xf8", 40)

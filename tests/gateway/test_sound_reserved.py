@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
 from anabranch.gateway.sound_containers import contained
 from anabranch.gateway.sound_frames import flac, framed
+from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway.sound_places import SamplePlaces
 from sound_made import block, box, element, esds
 
@@ -170,7 +170,10 @@ def test_each_edit_plays_all_frames_again():
     frames = flac_frames(50, 500)
     sizes = list(map(len, frames))
     once, twice = (
-        contained(m4a_of(b"fLaC", sizes, config=DFLA, edits=[(0, 0)] * num, samples=4_096, data=b"".join(frames)), walked=Pieces())
+        contained(
+            m4a_of(b"fLaC", sizes, config=DFLA, edits=[(0, 0)] * num, samples=4_096, data=b"".join(frames)),
+            walked=Pieces(),
+        )
         for num in (1, 3)
     )
     assert once.seconds == pytest.approx(50 * 4_096 / 44_100)
@@ -204,7 +207,10 @@ def test_what_decoders_refuse_is_no_frame(change):
     if at >= 0:
         head[at] = value
     behind = value if at < 0 else 0
-    assert flac(b"fLaC" + info(44_100) + bytes(head) + bytes([sum8(head), behind]) + b"\x00" * 9, walked=Pieces()).seconds == 0
+    assert (
+        flac(b"fLaC" + info(44_100) + bytes(head) + bytes([sum8(head), behind]) + b"\x00" * 9, walked=Pieces()).seconds
+        == 0
+    )
     # A number that goes on with a byte that cannot be in it.
     head = b"\xff\xf8\xc9\x08\xc2\x20"
     assert flac(b"fLaC" + info(44_100) + head + bytes([sum8(head)]) + b"\x00" * 9, walked=Pieces()).seconds == 0
@@ -229,7 +235,9 @@ def test_a_sample_of_alac_lasts_as_long_as_its_config_says(samples, rate):
 def test_of_two_configs_of_alac_the_longer_frame_counts_and_without_one_nothing_is_known():
     two = alac_config(4_096, 44_100) + alac_config(8_192, 44_100)
     for config in (two, alac_config(8_192, 44_100) + alac_config(4_096, 44_100)):
-        assert contained(m4a_of(b"alac", [900] * 10, config=config), walked=Pieces()).seconds == pytest.approx(10 * 8_192 / 44_100)
+        assert contained(m4a_of(b"alac", [900] * 10, config=config), walked=Pieces()).seconds == pytest.approx(
+            10 * 8_192 / 44_100
+        )
     behind = m4a_of(b"alac", [900] * 10, config=alac_config(4_096, 44_100))
     one, two = (b"stsd" + struct.pack(">II", 0, num) for num in (1, 2))
     assert contained(behind, walked=Pieces()).is_counted

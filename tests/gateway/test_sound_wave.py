@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, sound
-from anabranch.gateway.sound_packets import ManyPiecesError, OtherSoundError
+from anabranch.gateway.sound_packets import ManyPiecesError, OtherSoundError, Pieces
 from anabranch.gateway.sound_wave import wave_rate
 
 TAIL = bytes.fromhex("0000 0000 1000 8000 00AA 0038 9B71")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.sound_packets import Pieces
 from anabranch.gateway import sound_packets
 from anabranch.gateway.media_tokens import AUDIO_A_SECOND, audio, sound
 from anabranch.gateway.sound_containers import contained
+from anabranch.gateway.sound_packets import Pieces
 from sound_made import PACKETS, block, element, packet
 
 HEAD = element("1A45DFA3", b"")
@@ -88,7 +88,9 @@ def test_of_a_track_that_is_not_told_of_all_counts():
 
 def test_pictures_make_no_sound_and_a_number_that_is_both_does():
     film = block(packet(b"\xf8", 40), track=2) * 500
-    assert contained(OPUS + track(2, b"V_VP8") + CLUSTER + TIME + SMALL + film, walked=Pieces()).seconds == pytest.approx(0.02)
+    assert contained(
+        OPUS + track(2, b"V_VP8") + CLUSTER + TIME + SMALL + film, walked=Pieces()
+    ).seconds == pytest.approx(0.02)
     both = OPUS + track(2, b"V_VP8") + track(2) + CLUSTER + TIME + SMALL + film
     assert contained(both, walked=Pieces()).seconds == pytest.approx(501 * 0.02)
     other = OPUS + LENGTH + track(2, b"A_VORBIS") + CLUSTER + TIME + SMALL + film
@@ -114,7 +116,9 @@ def test_what_has_too_many_pieces_is_not_read(monkeypatch):
 def test_what_came_before_something_broken_counts_and_the_cluster_behind_it(broken):
     whole = OPUS + CLUSTER + TIME + block(b"\xfb\x06") * 500
     assert contained(whole + broken, walked=Pieces()).seconds == pytest.approx(500 * 0.12)
-    assert contained(whole + broken + CLUSTER + TIME + SMALL * 100, walked=Pieces()).seconds == pytest.approx(500 * 0.12 + 100 * 0.02)
+    assert contained(whole + broken + CLUSTER + TIME + SMALL * 100, walked=Pieces()).seconds == pytest.approx(
+        500 * 0.12 + 100 * 0.02
+    )
 
 
 @pytest.mark.parametrize("id", ["42F7", "EC", "18530167"])

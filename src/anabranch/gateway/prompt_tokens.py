@@ -80,9 +80,7 @@ class PromptCount:
     images: int = 0
 
 
-def count_prompt(
-    body: Mapping[str, Any], counter: Counter | None = None, walked: Pieces | None = None
-) -> PromptCount:
+def count_prompt(body: Mapping[str, Any], counter: Counter | None = None, walked: Pieces | None = None) -> PromptCount:
     """Of a request to ``/v1/chat/completions``, ``/v1/completions`` or ``/v1/embeddings``.
 
     Args:
@@ -237,9 +235,7 @@ def _gather_message(message: Any, texts: list[str], found: list[Media], walked: 
         texts.append(text_of(images))
 
 
-def _gather(
-    content: Any, texts: list[str], found: list[Media] | None = None, walked: Pieces | None = None
-) -> None:
+def _gather(content: Any, texts: list[str], found: list[Media] | None = None, walked: Pieces | None = None) -> None:
     """Add the texts of a message's content to ``texts``, and what is none to ``found``, with what else is said of it to ``texts``."""
     if isinstance(content, str):
         texts.append(content)

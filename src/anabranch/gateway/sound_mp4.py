@@ -17,7 +17,6 @@ from anabranch.gateway.sound_packets import (
     STREAM,
     Contained,
     Pieces,
-    pieces,
 )
 from anabranch.gateway.sound_places import SamplePlaces
 

@@ -192,7 +192,7 @@ class _Found:
         if any(entry.is_opus for entry in self.entries) and not any(entry.is_other for entry in self.entries):
             return Contained(ms / 1e3, True, rest + unknown)
         has_flac = any(b"FLA" in entry.codecs for entry in self.entries)
-        flac = flac_within(data) if has_flac else FlacFrames(0, 0.0, 0.0)
+        flac = flac_within(data, self.walked) if has_flac else FlacFrames(0, 0.0, 0.0)
         told = max(self.told, self.last) * self.scale / 1e9
         if (counted := self._counted(heard, flac)) is not None:
             return Contained(counted[0], True, rest + unknown, max(*counted, told))

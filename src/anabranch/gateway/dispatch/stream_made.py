@@ -38,7 +38,7 @@ class Made:
 
     def __init__(self, run: "Run", live: Live, attempt: Attempt, request: UpstreamRequest, tally: Tally) -> None:
         self._run, self._live, self._attempt, self._tally = run, live, attempt, tally
-        self._body = request.body
+        self._request = request
         self._sent_at = run.began + attempt.start_s
         self.lag, self._pace = Lag(run.dispatcher.now), Pace(self._sent_at)
         # Of thoughts and the answer together, once some of the former are shown.
@@ -77,7 +77,7 @@ class Made:
         None of an upstream that did not tell.
         """
         tally = self._tally
-        if tally.has_media or self._body.get("prediction") or self._body.get("echo"):
+        if tally.has_media or self._request.body.get("prediction") or self._request.body.get("echo"):
             return
         now, text_bytes = self._run.dispatcher.now(), tally.text_bytes - tally.thought_bytes
         answers, bytes_per_token = self._answers, self._run.rules.bytes_per_token
@@ -139,13 +139,13 @@ class Made:
 
     def _is_hidden(self, speed: float | None) -> bool:
         """What came, and when, says nothing of how much was made."""
-        if self._tally.has_media or asks_media(self._body):
+        if self._tally.has_media or asks_media(self._request.body):
             return True
         if speed is not None:
             return False
         config = self._live.provider.config
         model, is_told = str(getattr(config, "model", None) or ""), getattr(config, "reasons", None)
-        return self._tally.has_thought or may_think(self._body, model, is_told)
+        return self._tally.has_thought or may_think(self._request.body, model, is_told)
 
     def _broken_off(
         self, most: Usage, told: Usage | None, seen: int, rate: float | None, hidden_s: float = 0.0
