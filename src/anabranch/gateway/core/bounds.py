@@ -114,9 +114,13 @@ class Bounds:
 
         def worst(tokens: int) -> int:
             completion = tokens * answers + given.predicted
-            made = {"audio_output": given.audio_output, "image_output": given.image_output}
             return group.worst_nano(
-                replace(given, completion=completion, **{name: min(one, completion) for name, one in made.items()})
+                replace(
+                    given,
+                    completion=completion,
+                    audio_output=min(given.audio_output, completion),
+                    image_output=min(given.image_output, completion),
+                )
             )
 
         low, high = 0, (given.completion - given.predicted) // answers
