@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.cluster import ring_attention, token_ring_attention
@@ -18,9 +19,11 @@ from anabranch.cluster.ring import (
     Traffic,
     average_gradients,
     context_parallel_attention,
+    measure_topology,
+    plan_attention,
 )
 from anabranch.errors import AnabranchError
-from anabranch.lm import Decoder
+from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import SelfAttention, SwiGLU
 from naive_attention import drawn, naive
 
@@ -84,6 +87,46 @@ def differing(rank: int, world: int) -> list[str]:
         says(lambda: ring_attention(q, q, q, causal=rank == 0)),
         says(lambda: ring_attention(q if rank else q[0], q, q)),
     ]
+
+
+def measured(rank: int, world: int) -> tuple[Any, str]:
+    """What links and ranks were measured to be, and what `auto` takes for it."""
+    topology = measure_topology(size_bytes=1 << 16, repeats=1)
+    q = torch.zeros(1, 8, 4, 8)
+    context_parallel_attention(q, q, q, topology=topology)
+    return topology, plan_attention(8 * world, world, 4, 4, 8, torch.float32, topology=topology).choice
+
+
+def outside(rank: int, world: int) -> str:
+    """What is said where a process is not in the group."""
+    group = dist.new_group([0])
+    q = torch.zeros(1, 4, 2, 8)
+    return says(lambda: ring_attention(q, q, q, group))
+
+
+def grid(rank: int, world: int) -> dict[str, Any]:
+    """Two rings of two ranks that cut heads between them: errors against one process, and what is said where one rank is given another shape."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("ring", "heads"))
+    found: dict[str, Any] = {}
+    for kind, causal, heads, groups in (("zigzag", True, 4, 4), ("contiguous", False, 4, 1), ("stripe", True, 4, 2)):
+        layout = Layout(kind, world, 27, (0, 11, 27))
+        *whole, dout = drawn(2, 27, heads, groups, 8)
+        expected = naive(*whole, causal=causal, documents=(0, 11, 27))
+        grads = torch.autograd.grad(expected, whole, dout)
+        for scheme in ("token_ring", "auto"):
+            parts = [layout.shard(part.detach(), rank).requires_grad_() for part in whole]
+            told = {"layout": kind, "scheme": scheme, "length": 27, "documents": (0, 11, 27)}
+            out = context_parallel_attention(*parts, mesh, causal, **told)
+            own = torch.autograd.grad(out, parts, layout.shard(dout, rank))
+            pairs = zip((out, *own), (expected, *grads), strict=True)
+            found[f"{kind} {scheme}"] = [float((gathered(layout, part) - right).abs().max()) for part, right in pairs]
+    q = torch.zeros(1, 4, 4, 8)
+    odd = q[..., :4] if rank == 1 else q
+    found["said"] = [
+        says(lambda: ring_attention(odd, odd, odd, mesh)),
+        says(lambda: ring_attention(q[:, :, :1], q[:, :, :1], q[:, :, :1], mesh)),
+    ]
+    return found
 
 
 def alone(rank: int, world: int) -> str:
@@ -172,6 +215,8 @@ def generation(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {"alone": torch.stack(made, 1).tolist()}
     found["whole"] = cut.generate(token, 5).tolist()
     found["chunks"] = cut.generate(token, 5, chunk=5).tolist()
+    config = SamplingConfig(max_tokens=5, temperature=1.0)
+    found["sampled"] = [generate(one, token.tolist(), config) for one in (model, cut)]
     store = cut.new_cache()
     cut.extend(token, store)
     traffic.sent = None
@@ -185,6 +230,8 @@ def everything(rank: int, world: int, length: int, steps: int) -> dict[str, Any]
         "attention": attention(rank, world),
         "late": late(rank, world),
         "differing": differing(rank, world),
+        "outside": outside(rank, world),
+        "measured": measured(rank, world),
         "training": training(rank, world, length, steps),
         "logits": logits(rank, world),
         "generation": generation(rank, world),

@@ -66,7 +66,7 @@ PUBLIC = {
     """,
     "anabranch.cluster.ring": """
         AttentionPlan ContextOutput ContextParallel Layout Placement RingOptions Run SCHEMES SchemeCost ShardedCache Topology Traffic
-        average_gradients context_parallel_attention placed_attention plan_attention ring_attention simulated_attention
+        average_gradients context_parallel_attention measure_topology placed_attention plan_attention ring_attention simulated_attention
         simulated_placed_attention token_ring_attention
     """,
     "anabranch.cluster.fabric": """

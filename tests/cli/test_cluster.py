@@ -3,8 +3,10 @@
 import json
 
 from anabranch import presets
+from anabranch.lm import save_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.layers import layer_costs, uncut_groups
+from anabranch.nn import LatentAttention
 
 
 def test_a_plan_is_told_as_json_and_drawn(here, tmp_path):
@@ -56,3 +58,24 @@ def test_layers_that_share_a_pool_stay_together(here):
     assert code == 2
     assert "some stay together" in err
     assert uncut_groups(Decoder.Config(num_layers=3)) == []
+
+
+def test_ways_to_cut_attention_are_compared(here):
+    line = ["cluster", "attention", "dense", "--ranks", "4", "--sequence-length", "4096", "--bandwidth", "1GB"]
+    code, out, err = here(*line)
+    assert (code, err) == (0, "")
+    assert [word in out for word in ("ring2", "token_ring", "all_gather", "ulysses")] == [True] * 4
+    assert "x as fast as ring, by simulation of one layer" in out
+    code, out, _ = here(*line, "--cached", "65536", "--backward", "--network", "ring", "--json")
+    told = json.loads(out)
+    assert (code, told["choice"], told["ranks"]) == (0, "token_ring", 4)
+    costs = {cost["scheme"]: cost["size_bytes"] for cost in told["costs"]}
+    assert costs["token_ring"] < costs["ring"]
+
+
+def test_attention_that_is_not_cut_is_told_so(here, tmp_path):
+    config = Decoder.Config(num_layers=1, dim=16, vocab_size=8, attention=LatentAttention.Config())
+    save_model(tmp_path / "latent", config.build(seed=0))
+    code, _, err = here("cluster", "attention", str(tmp_path / "latent"))
+    assert code == 2
+    assert "only self-attention is cut over ranks" in err

@@ -77,6 +77,16 @@ compare moe dense --out z --steps -1
 compare moe deep.toml --out z
 study rexmoe --out z --seeds 0-{HUGE}
 study rexmoe --out z --set steps=1e30
+cluster attention trained --ranks 0
+cluster attention trained --ranks 2 --sequence-length {HUGE}
+cluster attention trained --ranks 2 --sequence-length 64 --cached {HUGE}
+cluster attention trained --ranks 2 --layout spiral
+cluster attention trained --ranks 2 --network star
+cluster attention trained --ranks 2 --bandwidth 0
+cluster attention trained --ranks 2 --bandwidth fast
+cluster attention trained --ranks 2 --latency-us nan
+cluster attention trained --ranks 2 --efficiency nan
+cluster attention trained --ranks 2 --hardware nothing
 cluster plan trained --ranks 0
 cluster plan trained --ranks 99999
 cluster plan trained --ranks 64

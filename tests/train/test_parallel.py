@@ -55,18 +55,19 @@ def config(make_run, balanced_model):
 
 def test_replicas_and_shards_and_cut_sequences_learn_as_one_process_does(tmp_path, config):
     Trainer(config, tmp_path / "one").fit()
-    ways = ("ddp", "fsdp", "context")
+    ways = ("ddp", "fsdp", "context", "context-fsdp")
     for name in ways:
         folder = tmp_path / f"{name}.config"
         folder.mkdir()
-        if name == "context":
-            config.replace(parallel=Parallel(context=2)).save(folder)
+        if name.startswith("context"):
+            train = config.train.replace(parallel="fsdp" if name.endswith("fsdp") else "none")
+            config.replace(parallel=Parallel(context=2), train=train).save(folder)
         else:
             config.replace(train=config.train.replace(parallel=name)).save(folder)
     outputs = run_ranks(TRAIN.format(names=ways, folder=tmp_path))
     assert outputs[0] == outputs[1]  # both know the result of all
     held = [line.split()[:3] for line in outputs[0].splitlines()]
-    assert held == [["ddp", "finished", "1.0"], ["fsdp", "finished", "0.5"], ["context", "finished", "1.0"]]
+    assert held == [["ddp", "finished", "1.0"], ["fsdp", "finished", "0.5"], ["context", "finished", "1.0"], ["context-fsdp", "finished", "0.5"]]
     for name in ways:
         assert_same_curve(tmp_path / "one", tmp_path / name, 2e-5)
         ours, _ = load_model(tmp_path / name)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anabranch.cluster.ring import ContextParallel
 from anabranch.data.batch import Batch
 from anabranch.lm.generate import evaluating
 
@@ -69,6 +70,7 @@ def evaluate(
     *,
     precision: str = "float32",
     equal_passes: bool = False,
+    copies: int = 1,
 ) -> Evaluation:
     """Evaluate ``model`` on ``windows``, on the device where it is, in evaluation mode.
 
@@ -79,17 +81,19 @@ def evaluate(
         windows: of one split or text, see `anabranch.data.Windows`.
         precision: ``float32``, or ``bfloat16`` autocast.
         equal_passes: repeat forward passes on ranks that have fewer batches (a sharded model communicates in each).
+        copies: how many ranks bring the same part of the windows, since they share its sequences.
     """
     device = next(model.parameters()).device
     # Nats, tokens, bytes.
     total_3M = torch.zeros(3, len(windows.domains), dtype=torch.float64, device=device)
     with evaluation_mode(model), autocast(device, precision):
         for batch, counts in _batches(windows, device, equal_passes):
-            logits_BLV = model(batch.token_BL).logits_BLV
+            nats_BL = _nats(model, batch)
             if counts:
-                _add(total_3M, logits_BLV, batch)
+                _add(total_3M, nats_BL, batch)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total_3M)
+        total_3M /= copies
     parts = {name: _evaluation(total_3M[:, place]) for place, name in enumerate(windows.domains)}
     parts = {name: part for name, part in parts.items() if part.tokens}
     overall = _evaluation(total_3M.sum(1))
@@ -101,9 +105,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def _add(total_3M: Tensor, logits_BLV: Tensor, batch: Batch) -> None:
+def _nats(model: nn.Module, batch: Batch) -> Tensor:
+    """Of each target."""
+    if isinstance(model, ContextParallel):
+        # Logits of a whole sequence are what no process may have room for.
+        return model.token_nats(batch.token_BL, batch.target_BL)
+    logits_BLV = model(batch.token_BL).logits_BLV
     nats_N = F.cross_entropy(logits_BLV.flatten(0, 1).float(), batch.target_BL.flatten(), reduction="none")
-    nats_B = nats_N.view_as(batch.target_BL).double().sum(1)
+    return nats_N.view_as(batch.target_BL)
+
+
+def _add(total_3M: Tensor, nats_BL: Tensor, batch: Batch) -> None:
+    nats_B = nats_BL.double().sum(1)
     tokens_B = torch.full_like(nats_B, batch.target_BL.shape[1])
     bytes_B = torch.zeros_like(nats_B) if batch.byte_length_BL is None else batch.byte_length_BL.sum(1).double()
     total_3M.index_add_(1, batch.domain_B, torch.stack([nats_B, tokens_B, bytes_B]))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from anabranch.cluster.ring import ContextParallel
 from anabranch.config import Field, configclass
 from anabranch.data import Batch, DataConfig, Tokenizer
 from anabranch.data.stream import TokenStream
@@ -81,6 +82,7 @@ class TextTask(Task, kind="text"):
     headline: ClassVar[str] = "nats_per_token"
     unit: ClassVar[str] = "tokens"
     material: ClassVar[str] = "text"
+    cuts_sequences: ClassVar[bool] = True
 
     @configclass
     class Config(Task.Config):
@@ -156,7 +158,9 @@ class TextTask(Task, kind="text"):
         """See `Evaluation`."""
         settings = context.settings
         is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        return evaluate(model, data, precision=settings.precision, equal_passes=is_sharded).to_dict()
+        copies = model.world if isinstance(model, ContextParallel) else 1
+        found = evaluate(model, data, precision=settings.precision, equal_passes=is_sharded, copies=copies)
+        return found.to_dict()
 
 
 class LanguageModel(DecoderTask, TextTask, kind="language_model"):

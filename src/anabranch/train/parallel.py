@@ -59,6 +59,7 @@ class Workers:
         self._num_data = None if shared is None else shared.data
         is_shared = max(self._num_shares, self._num_cuts, self._num_data or 1) > 1
         self.parallel: str = "ddp" if config.parallel == "none" and is_shared else config.parallel
+        self._cut_model: ContextParallel | None = None
         self._check_cuts(config)
         self._check_stages(config)
         if self._num_stages > 1:
@@ -113,10 +114,9 @@ class Workers:
         if self._num_cuts == 1:
             return
         beside = {"train.compile": config.compile, "parallel.experts": self._num_shares > 1}
-        beside["train.parallel=fsdp"] = config.parallel == "fsdp"
         if refused := [name for name, is_set in beside.items() if is_set]:
             raise ConfigError(
-                f"parallel.context is {self._num_cuts}, and {refused[0]} is set; sequences that are cut go with replicas alone"
+                f"parallel.context is {self._num_cuts}, and {refused[0]} is set; sequences that are cut go with replicas or shards of weights alone"
             )
 
     def _check_stages(self, config: TrainConfig) -> None:
@@ -145,6 +145,8 @@ class Workers:
         Raises ConfigError where experts are to be shared and cannot be, or there are none.
         """
         self._shard_experts(model)
+        if self.parallel == "fsdp":
+            shard(model, parts, self.device)
         model = self._cut(model)
         if self.parallel == "pipeline":
             return self._in_stages(model)
@@ -158,8 +160,6 @@ class Workers:
             )
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded_parameters(model))
             return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
-        if self.parallel == "fsdp":
-            shard(model, parts, self.device)
         return model
 
     def _shard_experts(self, model: nn.Module) -> None:
@@ -182,7 +182,19 @@ class Workers:
         mesh = dist.device_mesh.init_device_mesh(
             self.device.type, (self.num_batches, self._num_cuts), mesh_dim_names=("batches", "context")
         )
-        return ContextParallel(model, mesh["context"])
+        self._cut_model = ContextParallel(model, mesh["context"])
+        if self.parallel == "fsdp":
+            self._cut_model.gather_by_fsdp()
+        return self._cut_model
+
+    @property
+    def part_of_evaluation(self) -> tuple[int, int]:
+        """Which of how many parts of what is evaluated this process has. Those that cut sequences between them have the same."""
+        return (self.batch_number, self.num_batches) if self._num_cuts > 1 else (self.rank, self.size)
+
+    def as_evaluated(self, model: nn.Module) -> nn.Module:
+        """The model as it is called in evaluation: it too works on this process's share of each sequence, where sequences are cut."""
+        return model if self._cut_model is None else self._cut_model
 
     def _in_stages(self, model: Any) -> PipelinedDecoder:
         """The model as it is called with the batch of its pipeline."""
@@ -201,8 +213,9 @@ class Workers:
 
     def micro_batch(self, wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """Around one micro-batch: gradients are exchanged in the last one only."""
-        if isinstance(wrapped, FSDPModule):
-            wrapped.set_requires_gradient_sync(is_last)
+        sharded = wrapped.model if isinstance(wrapped, ContextParallel) else wrapped
+        if isinstance(sharded, FSDPModule):
+            sharded.set_requires_gradient_sync(is_last)
         if isinstance(wrapped, PipelinedDecoder):
             wrapped.is_last = is_last
         if isinstance(wrapped, DistributedDataParallel) and not is_last:

@@ -82,10 +82,13 @@ class Trainer(Generic[R]):
         self.workers = Workers(config.train, config.parallel)
         self._context = _context(config, self.workers)
         self.task: Task = config.task.build(**given)
-        # Each process has windows of its own to evaluate, also where several share a sequence in training.
-        self._held_out = self.task.validation_data(
-            replace(self._context, rank=self.workers.rank, world_size=self.workers.size)
-        )
+        if config.parallel.context > 1 and not self.task.cuts_sequences:
+            raise ConfigError(
+                f"parallel.context is {config.parallel.context}, and {type(self.task).__name__} does not learn from sequences that are cut; "
+                "set it to 1"
+            )
+        part, parts = self.workers.part_of_evaluation
+        self._held_out = self.task.validation_data(replace(self._context, rank=part, world_size=parts))
         self.stream = self.task.training_data(self._context)
         # Whatever module the task makes.
         self.model: Any = self._model(found)
@@ -336,7 +339,8 @@ class Trainer(Generic[R]):
         self._meter.reset()
         context = replace(self._context, step=self._progress.step)
         with evaluation_mode(self.model), autocast(self.workers.device, self._settings.precision):
-            measured = self.task.evaluate(self.model, moved(self._held_out, context.device), context)
+            model = self.workers.as_evaluated(self.model)
+            measured = self.task.evaluate(model, moved(self._held_out, context.device), context)
         _check_measured(measured, self.task)
         record = {"step": self._progress.step, "kind": "validation", **measured}
         self._progress.evaluation = record | self._meter.read(training=False)

@@ -25,6 +25,7 @@ from anabranch.cluster.ring import (
 from anabranch.cluster.ring.link import SimulatedLinks
 from anabranch.cluster.ring.schedule import RINGS
 from anabranch.errors import InputError, PeerError
+from anabranch.testing import DEVICES
 from naive_attention import drawn, naive
 
 KINDS = ("contiguous", "zigzag", "stripe")
@@ -94,6 +95,13 @@ def test_packs_and_windows(scheme, layout, world, length, causal, window, seed, 
     case = drawn(1, length, 2, 1, 4, seed=seed)
     told = {"window": window, "documents": documents}
     check(case, world, causal, layout=layout, scheme=scheme, seed=seed, told=told, **told)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_on_every_device(device):
+    """With a window, so that masks are made there too."""
+    case = [part.detach().to(device).requires_grad_(part.requires_grad) for part in drawn(1, 21, 4, 2, 8)]
+    check(case, 4, True, layout="zigzag", scheme="token_ring", window=6, told={"window": 6})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -332,6 +340,7 @@ def test_ranks_that_all_wait_are_told_of():
         ({"k": torch.zeros(1, 4, 3, 8), "v": torch.zeros(1, 4, 3, 8)}, "there are 4 query heads and 3 key heads"),
         ({"v": torch.zeros(1, 3, 2, 8)}, "keys as many as values"),
         ({"q": torch.zeros(1, 4, 4, 8, dtype=torch.float64)}, "the types are torch.float64, torch.float32"),
+        ({"q": torch.zeros(1, 4, 4, 8, device="meta")}, "the tensors are on meta, cpu and cpu; use one device"),
         ({"scheme": "star"}, "scheme is 'star'; use auto, token_ring, ring, ring2, all_gather, ulysses"),
         ({"layout": "spiral"}, "layout is 'spiral'"),
         ({"layout": "zigzag", "length": 5}, "each rank has 4 positions, and zigzag of 5 over 1 ranks has 6"),

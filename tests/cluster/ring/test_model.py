@@ -5,7 +5,7 @@ import torch
 
 from anabranch.cluster.ring import ContextParallel, Layout, RingOptions, ShardedCache, average_gradients
 from anabranch.errors import CapacityError, ConfigError, InputError
-from anabranch.lm import Decoder
+from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import SelfAttention, SwiGLU
 
 
@@ -63,6 +63,25 @@ def test_generation_over_a_cut_cache_is_the_decoders(attention, chunk):
     assert torch.equal(ContextParallel(plain).generate(token, 6, chunk=chunk), torch.stack(made, 1))
 
 
+def test_sampling_with_stops_is_the_decoders():
+    """Sequences that stop leave the cache."""
+    plain, prompts = decoder(), tokens(5).tolist()
+    alone = generate(plain, prompts, SamplingConfig(max_tokens=12, temperature=1.0, seed=1))
+    stop = (alone[0][4],)
+    config = SamplingConfig(max_tokens=12, temperature=1.0, seed=1, stop=stop)
+    expected = generate(plain, prompts, config)
+    assert len({len(made) for made in expected}) == 2
+    assert generate(ContextParallel(plain), prompts, config) == expected
+
+
+def test_nats_of_tokens_are_those_of_the_logits():
+    plain, token = decoder(), tokens()
+    target = token.roll(-1, 1)
+    expected = torch.nn.functional.cross_entropy(plain(token).logits_BLV.flatten(0, 1), target.flatten(), reduction="none")
+    found = ContextParallel(plain).token_nats(token, target)
+    torch.testing.assert_close(found, expected.detach().view(2, 11), atol=1e-5, rtol=1e-5)
+
+
 def test_a_pass_that_fails_leaves_the_cache_as_it_was():
     cut, token = ContextParallel(decoder()), tokens()
     cache = cut.new_cache()
@@ -79,8 +98,8 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was():
 
 
 def test_a_full_cache_says_so_before_anything_runs():
-    cache = ShardedCache(max_rows=4)
-    with pytest.raises(CapacityError, match="a rank would hold 5 positions, and max_rows is 4"):
+    cache = ShardedCache(max_length=4)
+    with pytest.raises(CapacityError, match="the cache holds 4 positions, but 5 are needed"):
         cache.begin(Layout("contiguous", 1, 5), is_cut=False)
     with pytest.raises(InputError, match="the new positions begin at 3, and the cache has 0"):
         cache.begin(Layout("contiguous", 1, 1, first=3), is_cut=False)
@@ -105,6 +124,16 @@ def test_what_cannot_be_cut_is_said():
     with pytest.raises(InputError, match="layout is 'spiral'"):
         ContextParallel(decoder(), layout="spiral")
     cut = ContextParallel(decoder())
+    with pytest.raises(InputError, match=r"tokens are \[11\]; they must be \[B, S\]"):
+        cut(tokens()[0])
+    with pytest.raises(InputError, match=r"tokens are \[2, 11\] and targets \[2, 10\]"):
+        cut(tokens(), tokens(10))
+    with pytest.raises(CapacityError, match="the cache holds 4 positions, but 11 are needed"):
+        cut.extend(tokens(), cut.new_cache(4))
+    with pytest.raises(ConfigError, match="prompts of different lengths are padded"):
+        generate(cut, [[1, 2], [3]], SamplingConfig(max_tokens=2))
+    with pytest.raises(ConfigError, match="set last_only"):
+        cut(tokens(), cache=cut.new_cache())
     with pytest.raises(InputError, match="there are no tokens"):
         cut.extend(torch.zeros(1, 0, dtype=torch.int64), cut.new_cache())
     with pytest.raises(InputError, match="max_new_tokens is 0"):
@@ -160,6 +189,10 @@ def test_what_transformers_does_to_scores_is_not_left_out_in_silence():
     other.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ConfigError, match="LlamaForCausalLM has layers of kind 'linear_attention'"):
         ContextParallel(other)
+    mixed = llama()
+    mixed.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(ConfigError, match="1 of 2 layers of LlamaForCausalLM asked for attention"):
+        ContextParallel(mixed)(token)
     alone = llama()
     alone.set_attn_implementation("anabranch_ring")
     with pytest.raises(ConfigError, match="works inside of ContextParallel only"):

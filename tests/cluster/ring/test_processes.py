@@ -54,6 +54,35 @@ def test_ranks_that_differ_are_told_so_on_all_ranks(ran):
         )
 
 
+def test_measured_links_are_the_same_on_all_ranks(ran):
+    topologies = [rank["measured"][0] for rank in ran]
+    assert all(topology == topologies[0] for topology in topologies)
+    matrix = topologies[0].matrix
+    assert [len(row) for row in matrix] == [len(ran)] * len(ran)
+    assert all((speed > 0) == (row != to) for row, speeds in enumerate(matrix) for to, speed in enumerate(speeds))
+    assert topologies[0].flops > 0
+    assert all(rank["measured"][1] in SCHEMES for rank in ran)
+
+
+def test_rings_of_ranks_that_cut_heads_between_them():
+    found = run_ranks(ring_ranks.grid, 4)
+    for rank in found:
+        said = rank.pop("said")
+        assert len(rank) == 6
+        for case, errors in rank.items():
+            assert errors[0] <= 1e-12, case
+            assert max(errors[1:]) <= 1e-11, case
+        assert said[0].startswith("InputError: ")
+        assert said[1].startswith("InputError: 1 query heads over 1 key heads cannot be cut over 2 ranks")
+    assert found[0].keys() == found[3].keys()
+
+
+def test_a_process_outside_of_the_group_is_told_so(ran):
+    assert ran[0]["outside"] == "nothing"
+    for rank in ran[1:]:
+        assert rank["outside"].startswith("InputError: this process is not in the group")
+
+
 def test_a_rank_that_does_not_come_is_named():
     """By those that wait for it; in time, and not when the group gives up."""
     said = run_ranks(ring_ranks.alone, 2)
@@ -95,6 +124,7 @@ def test_logits_are_those_of_one_process(ran):
 def test_generation_is_that_of_one_process(ran):
     for made in (rank["generation"] for rank in ran):
         assert made["whole"] == made["chunks"] == made["alone"]
+        assert made["sampled"][0] == made["sampled"][1]
 
 
 def test_decoding_sends_partial_results_alone(ran):

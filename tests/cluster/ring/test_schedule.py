@@ -85,6 +85,14 @@ def test_all_gather_sends_from_owners():
     ]
 
 
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous"])
+def test_all_gather_sends_each_rank_what_it_wants_and_no_more(kind):
+    made = schedule("all_gather", kind, 4, 32, window=9)
+    share = made.shares[0]
+    for message in made.messages(brings_home=False):
+        assert message.rows == made.wanted(share, message.source, message.to)
+
+
 @given(
     st.sampled_from(RINGS),
     st.sampled_from(("contiguous", "zigzag", "stripe")),

@@ -2,6 +2,7 @@
 
 import typer
 
+from anabranch.cli.cluster.attention import attention
 from anabranch.cli.cluster.fabric import fabric
 from anabranch.cli.cluster.plan import plan
 
@@ -9,7 +10,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Put a model on several machines: stages of a pipeline, and the network between them.
+    help="""Put a model on several machines: stages of a pipeline, sequences cut over ranks, and the network between them.
 
     Nothing here needs a GPU or a second machine.""",
 )
@@ -22,3 +23,4 @@ def _group() -> None:
 
 app.command("plan")(plan)
 app.command("fabric")(fabric)
+app.command("attention")(attention)

@@ -78,7 +78,7 @@ def plan(
     from anabranch.cluster import plan as made_of
     from anabranch.lm.layers import layer_costs, uncut_groups
 
-    config = _config(model)
+    config = config_of(model)
     length = sequence_length or config.max_positions
     if sequences * length > _MOST_TOKENS:
         raise ConfigError(f"{sequences} sequences of {length} tokens are more than {_MOST_TOKENS} in a micro-batch")
@@ -106,7 +106,8 @@ def plan(
         fact("wrote", str(picture))
 
 
-def _config(model: str) -> Decoder.Config:
+def config_of(model: str) -> Decoder.Config:
+    """Of a preset, or of what there is at a path."""
     if not Path(model).exists():
         from anabranch import presets
 

@@ -14,17 +14,20 @@ from typing import Any, Literal
 from zlib import crc32
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from anabranch.cluster.ring.agreement import check_agreement
-from anabranch.cluster.ring.by_heads import ByHeads, head_shares
+from anabranch.cluster.ring.by_heads import ByHeads, head_shares, schedule_by_heads
 from anabranch.cluster.ring.choice import choose
 from anabranch.cluster.ring.costs import SCHEMES, Sizes, Topology
+from anabranch.cluster.ring.grid import attend_on_grid
 from anabranch.cluster.ring.kernel import fine_dtype
 from anabranch.cluster.ring.layout import KINDS, Layout, Placement
 from anabranch.cluster.ring.link import GroupLink, SimulatedLinks, Traffic
 from anabranch.cluster.ring.pieces import Mask
-from anabranch.cluster.ring.schedule import Schedule
+from anabranch.cluster.ring.schedule import Schedule, schedule_of
 from anabranch.cluster.ring.team import Group, GroupTeam, Settings, SimulatedTeam, over_ranks, process_group
 from anabranch.errors import InputError
 
@@ -91,7 +94,8 @@ def context_parallel_attention(
 
     Args:
         query_BLHD, key_BLGD, value_BLGD: float64, float32, bfloat16 or float16; L is as `Layout` says, G divides H.
-        group: of processes, or a mesh of one dimension; None for all processes, or for this one alone where there is no group.
+        group: of processes, or a mesh of one dimension; None for all processes, or for this one alone where there is no group. A mesh of two:
+            a ring of rows whose ranks cut heads between them, see `anabranch.cluster.ring.grid`; positions then count row by row.
         causal: queries see nothing behind themselves.
         layout: which rows a rank has, see `anabranch.cluster.ring.layout`. ``zigzag`` balances causal work.
         length: S, where the last rows are padding; None for N L. Padding sees nothing, gives 0 and gets no gradient.
@@ -106,14 +110,16 @@ def context_parallel_attention(
     """
     given = RingOptions(causal=causal, **options)
     documents = None if documents is None else tuple(int(place) for place in documents)
-    team = _team(group, given)
+    is_grid = isinstance(group, DeviceMesh) and group.ndim == 2
+    team = None if is_grid else _team(group, given)
+    world = _size_of(group) if team is None else team.world
 
     def make(rows: int) -> tuple[Placement, Placement]:
-        whole = rows * team.world if length is None else length
-        made = Layout(layout, team.world, whole, documents, least_rows=rows)
+        whole = rows * world if length is None else length
+        made = Layout(layout, world, whole, documents, least_rows=rows)
         if made.rows != rows:
             raise InputError(
-                f"each rank has {rows} positions, and {layout} of {whole} over {team.world} ranks has {made.rows}; "
+                f"each rank has {rows} positions, and {layout} of {whole} over {world} ranks has {made.rows}; "
                 "pad to that, and pass length="
             )
         return made.placement, made.placement
@@ -124,6 +130,9 @@ def context_parallel_attention(
         "documents": _digest(documents),
     }
     rows = query_BLHD.shape[1] if query_BLHD.dim() == 4 else -1
+    if team is None:
+        made = make(max(rows, 0))
+        return placed_attention(query_BLHD, key_BLGD, value_BLGD, *made, group, return_lse=return_lse, **vars(given))
     return _attend(
         (query_BLHD, key_BLGD, value_BLGD),
         lambda: make(rows),
@@ -165,22 +174,21 @@ def placed_attention(
     `context_parallel_attention`.
     """
     given = RingOptions(**options)
+    tensors = (query_BLHD, key_BSGD, value_BSGD)
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        rank = group.get_local_rank(0) * group.size(1) + group.get_local_rank(1)
+
+        def attend(*parts: Any) -> Any:
+            return placed_attention(*parts, return_lse=True, **vars(given))
+
+        made = attend_on_grid(
+            tensors, queries, keys, group, attend, _misplaced(tensors, queries, keys, group.size(), rank), given
+        )
+        return made if return_lse else made[0]
     team = _team(group, given)
     told = {"placement": crc32(repr((queries, keys)).encode())}
-    tensors = (query_BLHD, key_BSGD, value_BSGD)
-
-    def make() -> tuple[Placement, Placement]:
-        for name, placement in (("queries", queries), ("keys", keys)):
-            if placement.world != team.world:
-                raise InputError(f"{name} are placed on {placement.world} ranks, and there are {team.world}")
-        for name, part, placement in (("queries", query_BLHD, queries), ("keys", key_BSGD, keys)):
-            if part.shape[1] != placement.rows[team.ranks[0]]:
-                raise InputError(
-                    f"rank {team.ranks[0]} has {part.shape[1]} rows of {name}, and their placement says {placement.rows[team.ranks[0]]}"
-                )
-        return queries, keys
-
-    return _attend(tensors, make, team, given, told, return_lse)
+    problem = _misplaced(tensors, queries, keys, team.world, team.ranks[0])
+    return _attend(tensors, lambda: (queries, keys), team, given, told, return_lse, problem)
 
 
 def simulated_attention(
@@ -220,6 +228,8 @@ def simulated_placed_attention(
 ) -> list[Tensor]:
     """`placed_attention` of simulated ranks: out_BLHD of each, of (query_BLHD, key_BSGD, value_BSGD) of each."""
     options = RingOptions() if options is None else options
+    if len(parts) != queries.world:
+        raise InputError(f"there are parts of {len(parts)} ranks, and the placement is of {queries.world}")
     team = SimulatedTeam(SimulatedLinks(len(parts), seed=seed, traffic=options.traffic))
     flat = [part.transpose(1, 2) for own in parts for part in own]
     if not len(flat[0]):
@@ -228,10 +238,17 @@ def simulated_placed_attention(
     return [out.transpose(1, 2) for out in found[::2]]
 
 
+def _size_of(group: Group) -> int:
+    assert isinstance(group, DeviceMesh), "a grid is a mesh"
+    return int(group.size())
+
+
 def _team(group: Group, options: RingOptions) -> Any:
     found = process_group(group)
     if found is None:
         return SimulatedTeam(SimulatedLinks(1, traffic=options.traffic))
+    if dist.get_rank(found) < 0:
+        raise InputError("this process is not in the group that was given; pass one that it is in")
     return GroupTeam(GroupLink(found, traffic=options.traffic, timeout_s=options.timeout_s))
 
 
@@ -246,9 +263,9 @@ def _settings(parts: Sequence[Tensor], queries: Placement, keys: Placement, opti
         scheme = choose(queries, keys, options.mask, sizes, options.topology or Topology())
     if scheme == ByHeads.scheme:
         head_shares(query.shape[1], key.shape[1], queries.world)
-        schedule: Schedule | ByHeads = ByHeads(queries, keys, options.mask)
+        schedule: Schedule | ByHeads = schedule_by_heads(queries, keys, options.mask)
     else:
-        schedule = Schedule(scheme, queries, keys, options.mask)
+        schedule = schedule_of(scheme, queries, keys, options.mask)
     scale = query.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     return Settings(schedule, scale, home)
 
@@ -260,10 +277,14 @@ def _attend(
     options: RingOptions,
     told: dict[str, int],
     return_lse: bool,
+    problem: str | None = None,
 ) -> Any:
-    problem = _problem(*tensors)
+    problem = _problem(*tensors) or problem
     if options.scheme not in ("auto", *SCHEMES):
         problem = f"scheme is {options.scheme!r}; use auto, {', '.join(SCHEMES)}"
+    if team.group is not None and tensors[0].device.type != team.link.device.type:
+        moved = team.link.device.type
+        problem = f"the tensors are on {tensors[0].device}, and this group moves those of {moved}; use a group of nccl for CUDA"
     if team.group is not None and options.check:
         check_agreement({**told, **_described(tensors, options)}, team.link, problem)
     if problem is not None:
@@ -278,6 +299,20 @@ def _attend(
     return (out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2)) if return_lse else out_BHLD.transpose(1, 2)
 
 
+def _misplaced(
+    tensors: tuple[Tensor, ...], queries: Placement, keys: Placement, world: int, rank: int
+) -> str | None:
+    """What is wrong with the tensors of a rank, and with where it is said that they are."""
+    if problem := _problem(tensors[0], tensors[1], tensors[2]):
+        return problem
+    for name, part, placement in (("queries", tensors[0], queries), ("keys", tensors[1], keys)):
+        if placement.world != world:
+            return f"{name} are placed on {placement.world} ranks, and there are {world}"
+        if part.shape[1] != placement.rows[rank]:
+            return f"rank {rank} has {part.shape[1]} rows of {name}, and their placement says {placement.rows[rank]}"
+    return None
+
+
 def _problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """What is wrong with the tensors of one rank."""
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
@@ -287,6 +322,8 @@ def _problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"the shapes are {shapes}; B and D must be the same, and keys as many as values"
     if 0 in query.shape[2:] or key.shape[2] == 0 or query.shape[2] % key.shape[2]:
         return f"there are {query.shape[2]} query heads and {key.shape[2]} key heads; the second must divide the first"
+    if len({part.device for part in (query, key, value)}) > 1:
+        return f"the tensors are on {query.device}, {key.device} and {value.device}; use one device"
     if len({part.dtype for part in (query, key, value)}) > 1 or not query.dtype.is_floating_point:
         return f"the types are {query.dtype}, {key.dtype} and {value.dtype}; use one floating type"
     return None

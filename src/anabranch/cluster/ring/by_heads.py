@@ -9,9 +9,9 @@ ranks see goes to each of them, and its gradient is their sum.
 # Shapes: B sequences, L positions of a rank, N ranks, H query heads, G key heads, D head width
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from anabranch.cluster.ring.link import Handle, Link
 from anabranch.cluster.ring.pieces import Mask, Piece, pieces_between
 from anabranch.errors import InputError
 
-__all__ = ["ByHeads", "HeadShare", "backward", "forward", "head_shares"]
+__all__ = ["ByHeads", "HeadShare", "backward", "forward", "head_shares", "schedule_by_heads"]
 
 
 class HeadShare(NamedTuple):
@@ -62,8 +62,9 @@ class ByHeads:
     queries: Placement
     keys: Placement
     mask: Mask
+    _found: dict[tuple[int, int], tuple[Piece, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    scheme = "ulysses"
+    scheme: ClassVar[str] = "ulysses"
 
     @property
     def world(self) -> int:
@@ -72,7 +73,9 @@ class ByHeads:
 
     def pieces(self, owner: int, rank: int) -> tuple[Piece, ...]:
         """What the queries of ``owner`` see of the keys of ``rank``."""
-        return _pieces(self, owner, rank)
+        if (owner, rank) not in self._found:
+            self._found[owner, rank] = pieces_between(self.queries.runs[owner], self.keys.runs[rank], self.mask)
+        return self._found[owner, rank]
 
     def all_pairs(self) -> int:
         """Pairs of query and key of one head."""
@@ -84,9 +87,10 @@ class ByHeads:
         return -(-self.all_pairs() // self.world) if step == 0 else 0
 
 
-@lru_cache(maxsize=1024)
-def _pieces(schedule: ByHeads, owner: int, rank: int) -> tuple[Piece, ...]:
-    return pieces_between(schedule.queries.runs[owner], schedule.keys.runs[rank], schedule.mask)
+@lru_cache(maxsize=32)
+def schedule_by_heads(queries: Placement, keys: Placement, mask: Mask) -> ByHeads:
+    """The `ByHeads`, which remembers what it worked out."""
+    return ByHeads(queries, keys, mask)
 
 
 def forward(schedule: ByHeads, rank: int, inputs: Inputs, link: Link) -> Program:

@@ -25,11 +25,11 @@ from typing import Any, Literal
 
 import torch
 
-from anabranch.cluster.ring.by_heads import ByHeads, head_shares
+from anabranch.cluster.ring.by_heads import head_shares, schedule_by_heads
 from anabranch.cluster.ring.costs import ORDER, SCHEMES, SchemeCost, Sizes, Topology, cost_by_heads, cost_of
 from anabranch.cluster.ring.layout import Layout, Placement
 from anabranch.cluster.ring.pieces import Mask
-from anabranch.cluster.ring.schedule import RINGS, Schedule
+from anabranch.cluster.ring.schedule import RINGS, schedule_of
 from anabranch.errors import InputError
 
 __all__ = ["AttentionPlan", "choose", "plan_attention"]
@@ -157,10 +157,10 @@ def _costs(
     queries: Placement, keys: Placement, mask: Mask, sizes: Sizes, topology: Topology, backward: bool
 ) -> tuple[SchemeCost, ...]:
     costs = [
-        cost_of(Schedule(scheme, queries, keys, mask), sizes, topology, backward) for scheme in ORDER if scheme in RINGS
+        cost_of(schedule_of(scheme, queries, keys, mask), sizes, topology, backward) for scheme in ORDER if scheme in RINGS
     ]
     try:
         head_shares(sizes.heads, sizes.kv_heads, queries.world)
     except InputError:
         return tuple(costs)
-    return (*costs, cost_by_heads(ByHeads(queries, keys, mask), sizes, topology, backward))
+    return (*costs, cost_by_heads(schedule_by_heads(queries, keys, mask), sizes, topology, backward))

@@ -13,12 +13,14 @@ data parallel training.
 # Shapes: B sequences, S positions of all, L of a rank, V vocabulary, H query heads, G key heads, D head width
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from anabranch.cluster.ring.attention import RingOptions, placed_attention
 from anabranch.cluster.ring.layout import KINDS, Layout
@@ -29,6 +31,9 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.nn.scored import PLAIN, Scoring
 
 __all__ = ["ContextOutput", "ContextParallel", "RingStore", "average_gradients"]
+
+# By what name a model whose weights are in shards has what is called in place of its forward.
+_ON_SHARE = "_anabranch_on_share"
 
 
 @dataclass(frozen=True)
@@ -121,16 +126,42 @@ class ContextParallel(nn.Module):
         else:
             self._form = _DecoderForm(model)
 
+    def gather_by_fsdp(self) -> None:
+        """Say that the model's weights are in shards (FSDP2): they are gathered where it is called, which is not by its own ``forward``."""
+        setattr(self.model, _ON_SHARE, partial(_on_share, self.model))
+        register_fsdp_forward_method(self.model, _ON_SHARE)
+
     def forward(
-        self, token_BS: Tensor, target_BS: Tensor | None = None, *, state: dict[str, Any] | None = None
+        self,
+        token_BS: Tensor,
+        target_BS: Tensor | None = None,
+        *,
+        cache: ShardedCache | None = None,
+        token_mask_BL: Tensor | None = None,
+        last_only: bool = False,
+        state: dict[str, Any] | None = None,
     ) -> ContextOutput:
-        """Logits, or the loss where there are targets.
+        """Logits, or the loss where there are targets. Called as a `Decoder` is, so `anabranch.lm.generate` samples from it.
 
         Args:
             token_BS: int64, the same on all ranks; any length.
             target_BS: int64 ids to predict at each position, -100 for none.
+            cache: of `new_cache`; it is extended, and logits are those of the last position, see `extend`.
+            token_mask_BL: bool, of which nothing may be False: padding in front of sequences is not cut over ranks.
+            last_only: logits of the last position alone, of a pass with a cache.
             state: given to the forward context of a decoder of ours.
+
+        Raises InputError for tensors of other shapes, ConfigError for padding.
         """
+        if token_mask_BL is not None and not bool(token_mask_BL.all()):
+            raise ConfigError("prompts of different lengths are padded, which is not cut over ranks; run them one by one")
+        if cache is not None:
+            if not last_only:
+                raise ConfigError("a pass with a cache that is cut over ranks gives the last position's logits; set last_only")
+            return ContextOutput(self.extend(token_BS, cache)[:, None])
+        if token_BS.dim() != 2 or (target_BS is not None and target_BS.shape != token_BS.shape):
+            beside = "" if target_BS is None else f" and targets {list(target_BS.shape)}"
+            raise InputError(f"tokens are {list(token_BS.shape)}{beside}; they must be [B, S], both the same")
         layout = Layout(self.layout_kind, self.world, token_BS.shape[1])
         store = RingStore(layout, self.group, self.options)
         logits_BLV, auxiliary, metrics = self._form.run(
@@ -156,9 +187,31 @@ class ContextParallel(nn.Module):
             terms={"cross_entropy": share, **auxiliary},
         )
 
-    def new_cache(self) -> ShardedCache:
-        """An empty cache of which each rank holds a share of the positions."""
-        return ShardedCache(self.group, self.options)
+    @torch.no_grad()
+    def token_nats(self, token_BS: Tensor, target_BS: Tensor) -> Tensor:
+        """float32 ``[B, S]``: the cross-entropy of each target, on every rank. No rank has logits of more than its share."""
+        layout = Layout(self.layout_kind, self.world, token_BS.shape[1])
+        store = RingStore(layout, self.group, self.options)
+        logits_BLV, _, _ = self._form.run(
+            self._own(layout, token_BS), self._ids(layout, token_BS), layout, self.rank, store, None
+        )
+        target_BL = layout.shard(target_BS, self.rank)
+        nats_N = F.cross_entropy(logits_BLV.flatten(0, 1).float(), target_BL.flatten(), reduction="none")
+        return self._whole(layout, nats_N.view_as(target_BL))
+
+    @property
+    def embedding(self) -> Any:
+        """The decoder's."""
+        return self.model.embedding
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    def new_cache(self, max_length: int | None = None) -> ShardedCache:
+        """An empty cache of which each rank holds a share, for up to ``max_length`` positions of all ranks (None: as memory has room for)."""
+        return ShardedCache(self.group, self.options, max_length=max_length)
 
     @torch.no_grad()
     def extend(self, token_BS: Tensor, cache: ShardedCache) -> Tensor:
@@ -181,19 +234,24 @@ class ContextParallel(nn.Module):
             first=cache.length,
         )
         rank = self.rank if is_cut else 0
-        token_BL = layout.shard(token_BS, rank)
+        # Of a long prompt the logits of all positions would be larger than the cache.
+        keeper, row = _place_of_last(layout)
+        keep_L = torch.tensor([row if rank == keeper else 0], device=token_BS.device)
+        position_L = layout.position_ids(rank).to(token_BS.device)
         cache.begin(layout, is_cut=is_cut)
         try:
-            logits_BLV, _, _ = self._form.run(
-                token_BL, layout.position_ids(rank).to(token_BS.device), layout, rank, cache, None
+            logits_B1V, _, _ = self._form.run(
+                layout.shard(token_BS, rank), position_L, layout, rank, cache, None, keep_L=keep_L
             )
         except BaseException:
             cache.forget()
             raise
         cache.commit()
-        if not is_cut:
-            return logits_BLV[:, -1]
-        return self._whole(layout, logits_BLV)[:, -1]
+        logits_BV = logits_B1V[:, 0].contiguous()
+        if is_cut:
+            assert self.group is not None, "there are several ranks"
+            dist.broadcast(logits_BV, dist.get_global_rank(self.group, keeper), group=self.group)
+        return logits_BV
 
     @torch.no_grad()
     def generate(self, token_BS: Tensor, max_new_tokens: int, *, chunk: int | None = None) -> Tensor:
@@ -246,20 +304,56 @@ class _DecoderForm:
         self.model = model
 
     def run(
-        self, token_BL: Tensor, position_L: Tensor, layout: Layout, rank: int, store: Any, state: dict[str, Any] | None
+        self,
+        token_BL: Tensor,
+        position_L: Tensor,
+        layout: Layout,
+        rank: int,
+        store: Any,
+        state: dict[str, Any] | None,
+        *,
+        keep_L: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """(logits_BLV, losses of layers, metrics)."""
-        context = self.model.context(token_BL, state=state)
-        context.position_BL = position_L.expand(len(token_BL), -1)
-        context.rotary = self.model.rotary(position_L[None], context.rotary[0].dtype)
-        context.cache = store
-        real_L = layout.is_real(rank).to(token_BL.device)
-        if not real_L.all():
-            # Padding is routed nowhere and counts for nothing.
-            context.item_mask_N = real_L.expand(len(token_BL), -1).reshape(-1)
-        logits_BLV = self.model.logits(self.model.hidden(token_BL, context), context)
-        context.commit()
-        return logits_BLV, context.mean_losses(), context.mean_metrics()
+        """(logits_BLV, losses of layers, metrics); logits of the rows ``keep_L`` alone where given."""
+        run = getattr(self.model, _ON_SHARE, None) or partial(_on_share, self.model)
+        found: tuple[Tensor, dict[str, Tensor], dict[str, Tensor]] = run(
+            token_BL, position_L, layout, rank, store, state, keep_L
+        )
+        return found
+
+
+def _on_share(
+    model: Any,
+    token_BL: Tensor,
+    position_L: Tensor,
+    layout: Layout,
+    rank: int,
+    store: Any,
+    state: dict[str, Any] | None,
+    keep_L: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """See `_DecoderForm.run`."""
+    context = model.context(token_BL, state=state)
+    context.position_BL = position_L.expand(len(token_BL), -1)
+    context.rotary = model.rotary(position_L[None], context.rotary[0].dtype)
+    context.cache = store
+    real_L = layout.is_real(rank).to(token_BL.device)
+    if not real_L.all():
+        # Padding is routed nowhere and counts for nothing.
+        context.item_mask_N = real_L.expand(len(token_BL), -1).reshape(-1)
+    x_BLD = model.hidden(token_BL, context, keep_L=keep_L)
+    logits_BLV = model.logits(x_BLD, context, keep_L=keep_L)
+    context.commit()
+    return logits_BLV, context.mean_losses(), context.mean_metrics()
+
+
+def _place_of_last(layout: Layout) -> tuple[int, int]:
+    """(rank, row) of the last position."""
+    for rank in range(layout.world):
+        found = (layout.places(rank) == layout.length - 1).nonzero()
+        if len(found):
+            return rank, int(found[0])
+    raise AssertionError("a layout has all positions")
 
 
 def average_gradients(model: nn.Module, group: Group = None) -> None:

@@ -11,16 +11,16 @@ of c in zigzag, where all of them would be 2 c N (N - 1).
 """
 # Shapes: N ranks, n rows of a rank, Hq and Hk heads, D head width, c rows of a chunk
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from anabranch.cluster.ring.layout import Placement, Run
+from anabranch.cluster.ring.layout import Placement
 from anabranch.cluster.ring.pieces import Mask, Piece, Rows, hull, pieces_between
 from anabranch.errors import InputError
 
-__all__ = ["RINGS", "Message", "Schedule", "Share"]
+__all__ = ["RINGS", "Message", "Schedule", "Share", "schedule_of"]
 
 RINGS = ("token_ring", "ring", "ring2", "all_gather")
 
@@ -70,6 +70,7 @@ class Schedule:
     queries: Placement
     keys: Placement
     mask: Mask
+    _found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.scheme not in RINGS:
@@ -116,21 +117,33 @@ class Schedule:
 
     def pieces(self, share: Share, owner: int, rank: int) -> tuple[Piece, ...]:
         """The work at ``rank`` on the share of ``owner``; rows count from the beginnings of the blocks."""
-        return _pieces(self, share, owner, rank)
+        found: tuple[Piece, ...] = self._once(
+            ("pieces", share, owner, rank), lambda: self._pieces(share, owner, rank)
+        )
+        return found
 
     def wanted(self, share: Share, owner: int, rank: int) -> Rows | None:
         """The rows of the share of ``owner`` that ``rank`` works on; None for none."""
-        return _wanted(self, share, owner, rank)
+        pieces = self.pieces(share, owner, rank)
+        found: Rows | None = self._once(
+            ("wanted", share, owner, rank),
+            lambda: hull(piece.rows if self.moves_queries else piece.keys for piece in pieces),
+        )
+        return found
 
     def hop(self, share: Share, owner: int, step: int) -> Rows | None:
         """The rows that arrive at step ``step`` + 1 at `visitor`: those that are wanted there or further on."""
-        return _hop(self, share, owner, step)
+        hops: list[Rows | None] = self._once(("hops", share, owner), lambda: self._hops(share, owner))
+        return hops[step]
 
     def pairs(self, rank: int, step: int) -> int:
         """Pairs of query and key that ``rank`` computes at ``step``, for one head."""
-        return sum(
-            piece.pairs for share in self.shares for piece in self.pieces(share, self.owner(share, rank, step), rank)
-        )
+        found: int = self._once(("pairs", rank, step), lambda: self._pairs(rank, step))
+        return found
+
+    def _pairs(self, rank: int, step: int) -> int:
+        work = (self.pieces(share, self.owner(share, rank, step), rank) for share in self.shares)
+        return sum(piece.pairs for pieces in work for piece in pieces)
 
     def messages(self, *, brings_home: bool) -> Iterator[Message]:
         """All messages of a pass, by step; ``brings_home`` says whether something is made for the owner of a block."""
@@ -148,28 +161,32 @@ class Schedule:
         if brings_home and step and home is not None:
             yield Message("home", step, here, owner, home)
 
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is worked out at the first time it is asked for."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
-@lru_cache(maxsize=4096)
-def _pieces(schedule: Schedule, share: Share, owner: int, rank: int) -> tuple[Piece, ...]:
-    mine, others = schedule.queries.runs, schedule.keys.runs
-    first, last = schedule.rows_of(share, owner)
-    moving: tuple[Run, ...]
-    if schedule.moves_queries:
-        moving = tuple(run.within(first, last) for run in mine[owner])
-        return pieces_between(moving, others[rank], schedule.mask)
-    moving = tuple(run.within(first, last) for run in others[owner])
-    return pieces_between(mine[rank], moving, schedule.mask)
+    def _pieces(self, share: Share, owner: int, rank: int) -> tuple[Piece, ...]:
+        first, last = self.rows_of(share, owner)
+        placed = self.queries if self.moves_queries else self.keys
+        moving = tuple(run.within(first, last) for run in placed.runs[owner])
+        if self.moves_queries:
+            return pieces_between(moving, self.keys.runs[rank], self.mask)
+        return pieces_between(self.queries.runs[rank], moving, self.mask)
+
+    def _hops(self, share: Share, owner: int) -> list[Rows | None]:
+        """Of each step; from the last on, as what goes further on has come before."""
+        rows: Rows | None = None
+        hops: list[Rows | None] = [None]
+        for step in range(self.world - 1, 0, -1):
+            wanted = self.wanted(share, owner, self.visitor(share, owner, step))
+            rows = wanted if self.is_direct else hull(one for one in (rows, wanted) if one is not None)
+            hops.append(rows)
+        return hops[::-1]
 
 
-@lru_cache(maxsize=4096)
-def _wanted(schedule: Schedule, share: Share, owner: int, rank: int) -> Rows | None:
-    pieces = schedule.pieces(share, owner, rank)
-    return hull(piece.rows if schedule.moves_queries else piece.keys for piece in pieces)
-
-
-@lru_cache(maxsize=4096)
-def _hop(schedule: Schedule, share: Share, owner: int, step: int) -> Rows | None:
-    last = step + 2 if schedule.is_direct else schedule.world
-    later = range(step + 1, min(last, schedule.world))
-    wanted = (schedule.wanted(share, owner, schedule.visitor(share, owner, after)) for after in later)
-    return hull(rows for rows in wanted if rows is not None)
+@lru_cache(maxsize=32)
+def schedule_of(scheme: str, queries: Placement, keys: Placement, mask: Mask) -> Schedule:
+    """The `Schedule`, which remembers what it worked out: layers and steps of a training ask for the same again and again."""
+    return Schedule(scheme, queries, keys, mask)

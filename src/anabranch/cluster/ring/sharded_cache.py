@@ -6,7 +6,7 @@ partial result on its own share, and those go to everyone, N (N - 1) H (D + 1) n
 """
 # Shapes: B sequences, H query heads, G key heads, L new rows, S rows of this rank, D head width
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class ShardedCache:
     Args:
         group: of the ranks.
         options: of attention.
-        max_rows: positions that a rank has room for; None for as many as memory has.
+        max_length: positions that all ranks together keep at most; None for as many as memory has room for.
 
     Attributes:
         length: positions that were run.
@@ -70,31 +70,33 @@ class ShardedCache:
     keeps_visits = True
     takes_scoring = True
 
-    def __init__(self, group: Group = None, options: RingOptions | None = None, *, max_rows: int | None = None) -> None:
+    def __init__(self, group: Group = None, options: RingOptions | None = None, *, max_length: int | None = None) -> None:
         self.group = process_group(group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.world = 1 if self.group is None else dist.get_world_size(self.group)
         self.options = RingOptions() if options is None else options
-        self.max_rows = max_rows
+        self.max_length = max_length
         self.length = 0
         self.placement = Placement((0,) * self.world, ((),) * self.world)
         self._slots: dict[tuple[int, int], _Rows] = {}
         self._new: Layout | None = None
         self._is_cut = False
+        # Where all positions are when the pass is done.
+        self._target = self.placement
+        self._is_checked = False
 
     def begin(self, layout: Layout, *, is_cut: bool) -> None:
         """Say what is about to run: positions that are cut over the ranks as ``layout`` says, or are on all of them whole.
 
-        Raises InputError for positions that do not follow those that are here, CapacityError where a rank has no room for its share.
+        Raises InputError for positions that do not follow those that are here, CapacityError for more than ``max_length``.
         """
         if layout.first != self.length:
             raise InputError(f"the new positions begin at {layout.first}, and the cache has {self.length}")
-        placement = self._after(layout, is_cut)
-        if self.max_rows is not None and max(placement.rows) > self.max_rows:
-            raise CapacityError(
-                f"a rank would hold {max(placement.rows)} positions, and max_rows is {self.max_rows}; use more ranks, or a shorter context"
-            )
-        self._new, self._is_cut = layout, is_cut
+        end = self.length + layout.length
+        if self.max_length is not None and end > self.max_length:
+            raise CapacityError(f"the cache holds {self.max_length} positions, but {end} are needed")
+        self._new, self._is_cut, self._target = layout, is_cut, self._after(layout, is_cut)
+        self._is_checked = False
 
     def _after(self, layout: Layout, is_cut: bool) -> Placement:
         """Where all positions are, with new ones: those that are on all ranks are kept by the one that has fewest."""
@@ -109,7 +111,7 @@ class ShardedCache:
     def commit(self) -> None:
         """The pass is done: what was new is part of the cache."""
         assert self._new is not None, "a pass was begun"
-        self.placement = self._after(self._new, self._is_cut)
+        self.placement = self._target
         self.length += self._new.length
         self._new = None
 
@@ -118,6 +120,11 @@ class ShardedCache:
         for slot in self._slots.values():
             slot.length = min(slot.length, self.placement.rows[self.rank])
         self._new = None
+
+    def keep_rows(self, keep_B: Tensor) -> None:
+        """Forget the sequences of the batch for which the bool ``keep_B`` is False."""
+        for slot in self._slots.values():
+            slot.key_BGSD, slot.value_BGSD = slot.key_BGSD[keep_B], slot.value_BGSD[keep_B]
 
     @property
     def size_bytes(self) -> int:
@@ -141,7 +148,7 @@ class ShardedCache:
         if self._new is None:
             raise ConfigError("call begin before a pass")
         told = options_of(self.options, scoring)
-        after = self._after(self._new, self._is_cut)
+        after = self._target
         slot = self._slots.get((layer, visit))
         if slot is None:
             empty = key_BGLD[:, :, :0]
@@ -153,6 +160,9 @@ class ShardedCache:
         if after.rows[self.rank] > slot.length:
             slot.append(key_BGLD, value_BGLD)
         if self._is_cut:
+            # What differs between ranks does so in the first layer.
+            told = replace(told, check=told.check and not self._is_checked)
+            self._is_checked = True
             query, key, value = (part.transpose(1, 2) for part in (query_BHLD, *slot.kept))
             out, lse = placed_attention(
                 query, key, value, self._new.placement, after, self.group, return_lse=True, **vars(told)

@@ -29,9 +29,15 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 @dataclass
 class _Current:
-    """What the attention modules of a model share: the store of the pass that runs, or ran last (its backward may run parts again)."""
+    """What the attention modules of a model share.
+
+    Attributes:
+        store: of the pass that runs, or ran last: its backward may run parts again.
+        num_calls: of attention in it.
+    """
 
     store: Any = None
+    num_calls: int = 0
 
 
 class TransformersForm:
@@ -63,9 +69,15 @@ class TransformersForm:
         """(logits_BLV, no losses, no metrics)."""
         if state:
             raise ConfigError("state is for decoders of ours; leave it out")
-        self._current.store = store
+        self._current.store, self._current.num_calls = store, 0
         position_BL = position_L.expand(len(token_BL), -1)
         made = self.model(input_ids=token_BL, position_ids=position_BL, use_cache=False)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if self._current.num_calls < layers:
+            raise ConfigError(
+                f"{self._current.num_calls} of {layers} layers of {type(self.model).__name__} asked for attention; the others may mix positions "
+                "by themselves, which is not cut over ranks"
+            )
         return made.logits, {}, {}
 
 
@@ -95,6 +107,7 @@ def _attend(
     if refused or not getattr(module, "is_causal", True):
         what = refused[0] if refused else "attention to later positions"
         raise ConfigError(f"{type(module).__name__} asks for {what}, which attention over ranks has not")
+    current.num_calls += 1
     scoring = Scoring(scale=scaling, window=sliding_window, sink_H=s_aux)
     y_BHLD = current.store.attend(0, query_BHLD, key_BGLD, value_BGLD, scoring=scoring)
     return y_BHLD.transpose(1, 2).contiguous(), None

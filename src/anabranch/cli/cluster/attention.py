@@ -1,0 +1,124 @@
+"""``anabranch cluster attention``: what it takes to cut a model's sequences over ranks, scheme by scheme."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from anabranch.cli.cluster.plan import config_of
+from anabranch.cli.options import FLAG, AsJson
+from anabranch.cli.output import fact, print_json, size, table
+from anabranch.cli.plan import read_hardware
+from anabranch.errors import ConfigError
+from anabranch.extras import require
+from anabranch.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from anabranch.cluster.ring import AttentionPlan
+
+# Messages are simulated one by one, and there are as many as the square of the ranks.
+_MOST_RANKS, _MOST_TOKENS = 128, 2**31
+
+
+def attention(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A training run, a saved model, a preset, or a folder of Hugging Face's."),
+    ],
+    ranks: Annotated[int, typer.Option(metavar="N", min=1, max=_MOST_RANKS, help="Ranks that share a sequence.")] = 8,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(metavar="L", min=1, max=_MOST_TOKENS, help="Tokens of a sequence. Default: the model's longest."),
+    ] = None,
+    cached: Annotated[
+        int, typer.Option(metavar="L", min=0, max=_MOST_TOKENS, help="Tokens before them, whose keys lie on the ranks.")
+    ] = 0,
+    sequences: Annotated[int, typer.Option(metavar="B", min=1, max=_MOST_TOKENS, help="Sequences at a time.")] = 1,
+    layout: Annotated[
+        Literal["contiguous", "zigzag", "stripe"],
+        typer.Option(metavar="NAME", help="Who has which positions: contiguous, zigzag or stripe."),
+    ] = "zigzag",
+    backward: Annotated[bool, typer.Option("--backward", metavar=FLAG, help="Of the backward pass.")] = False,
+    network: Annotated[
+        Literal["mesh", "ring", "switch"],
+        typer.Option(metavar="NAME", help="Links of each pair (mesh), of neighbours (ring), or one port of each rank."),
+    ] = "mesh",
+    bandwidth: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of a link one way, a second, such as 50GB. Default: the hardware's.")
+    ] = None,
+    latency_us: Annotated[float, typer.Option(metavar="US", min=0, max=1e9, help="Of a message, in microseconds.")] = 10.0,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of one rank: a100, h100, ...; cpu or cuda measures this machine; or compute=312T,bandwidth=2T,memory=80G.",
+        ),
+    ] = "a100",
+    efficiency: Annotated[
+        float, typer.Option(metavar="SHARE", min=0.001, max=1, help="What of the hardware's peak FLOP/s attention reaches.")
+    ] = 0.4,
+    as_json: AsJson = False,
+) -> None:
+    """Compare ways to cut attention over ranks: TokenRing, ring, counter-rotating ring, all-gather, Ulysses.
+
+    One layer of the model, in bfloat16. Its messages and its work are counted, not run, and timed by simulation.
+    """
+    require("lm", by="anabranch cluster attention")
+    from anabranch.cluster.ring import Topology, plan_attention
+    from anabranch.nn import SelfAttention
+
+    config = config_of(model)
+    told = config.attention
+    if not isinstance(told, SelfAttention.Config):
+        raise ConfigError(f"attention of {model} is {type(told).__qualname__}; only self-attention is cut over ranks")
+    length = sequence_length or config.max_positions
+    if (length + cached) * sequences > _MOST_TOKENS:
+        raise ConfigError(f"{sequences} sequences of {length + cached} tokens are more than {_MOST_TOKENS}")
+    device = read_hardware(hardware, "float16")
+    speed = device.network_bandwidth if bandwidth is None else parse_bytes(bandwidth, "--bandwidth")
+    if not speed:
+        raise ConfigError(f"--hardware {device.name} says nothing of its links; say --bandwidth, such as 50GB")
+    links = Topology(network, bandwidth=speed, latency_s=latency_us * 1e-6, flops=device.compute * efficiency)
+    made = plan_attention(
+        length,
+        ranks,
+        told.num_heads,
+        told.kv_heads,
+        told.width(config.dim),
+        batch=sequences,
+        causal=True,
+        window=told.window,
+        layout=layout,
+        kv_cached=cached,
+        backward=backward,
+        topology=links,
+    )
+    if as_json:
+        print_json({"model": model, "hardware": device.name, "ranks": ranks, "sequence_length": length, **made.to_dict()})
+        return
+    behind = f" behind {cached:,}" if cached else ""
+    fact("model", f"{model}   {told.num_heads} query heads over {told.kv_heads} key heads of {told.width(config.dim)}")
+    fact("ranks", f"{ranks}, {length:,} tokens{behind}, {layout}; {network} of {size(speed)}/s, each {device.name}")
+    print()
+    _print(made)
+
+
+def _print(made: AttentionPlan) -> None:
+    rows = [
+        [
+            cost.scheme,
+            f"{cost.time_s * 1e3:,.3f}",
+            f"{cost.compute_s * 1e3:,.3f}",
+            size(cost.size_bytes),
+            size(cost.link_bytes),
+            size(cost.memory_bytes) if cost.is_allowed else f"{size(cost.memory_bytes)}, too much",
+        ]
+        for cost in made.costs
+    ]
+    table(["scheme", "time\n(ms)", "computing\n(ms)", "sent", "by the\nbusiest link", "blocks\nof others"], rows)
+    print()
+    best = next(cost for cost in made.costs if cost.scheme == made.choice)
+    ring = next(cost for cost in made.costs if cost.scheme == "ring")
+    gain = ring.time_s / best.time_s if best.time_s else 1.0
+    fact("auto", f"{made.choice}: {gain:.2f} x as fast as ring, by simulation of one layer")
