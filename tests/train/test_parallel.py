@@ -67,7 +67,12 @@ def test_replicas_and_shards_and_cut_sequences_learn_as_one_process_does(tmp_pat
     outputs = run_ranks(TRAIN.format(names=ways, folder=tmp_path))
     assert outputs[0] == outputs[1]  # both know the result of all
     held = [line.split()[:3] for line in outputs[0].splitlines()]
-    assert held == [["ddp", "finished", "1.0"], ["fsdp", "finished", "0.5"], ["context", "finished", "1.0"], ["context-fsdp", "finished", "0.5"]]
+    assert held == [
+        ["ddp", "finished", "1.0"],
+        ["fsdp", "finished", "0.5"],
+        ["context", "finished", "1.0"],
+        ["context-fsdp", "finished", "0.5"],
+    ]
     for name in ways:
         assert_same_curve(tmp_path / "one", tmp_path / name, 2e-5)
         ours, _ = load_model(tmp_path / name)

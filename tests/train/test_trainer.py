@@ -281,7 +281,9 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, make_run, dense_model, 
     with pytest.raises(ConfigError, match=r"parallel\.context is 2; start it with torchrun"):
         Trainer(make_run().replace(parallel=Parallel(context=2)), tmp_path / "a")
     for beside, shared in (({"compile": True}, {}), ({}, {"experts": 2})):
-        with pytest.raises(ConfigError, match=r"parallel\.context is 2, and .* is set; .* go with replicas or shards of weights alone"):
+        with pytest.raises(
+            ConfigError, match=r"parallel\.context is 2, and .* is set; .* go with replicas or shards of weights alone"
+        ):
             Trainer(make_run(**beside).replace(parallel=Parallel(context=2, **shared)), tmp_path / "a")
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match=r"train.device is 'cuda', and there is no CUDA device here; use cpu"):

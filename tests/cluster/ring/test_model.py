@@ -77,7 +77,9 @@ def test_sampling_with_stops_is_the_decoders():
 def test_nats_of_tokens_are_those_of_the_logits():
     plain, token = decoder(), tokens()
     target = token.roll(-1, 1)
-    expected = torch.nn.functional.cross_entropy(plain(token).logits_BLV.flatten(0, 1), target.flatten(), reduction="none")
+    expected = torch.nn.functional.cross_entropy(
+        plain(token).logits_BLV.flatten(0, 1), target.flatten(), reduction="none"
+    )
     found = ContextParallel(plain).token_nats(token, target)
     torch.testing.assert_close(found, expected.detach().view(2, 11), atol=1e-5, rtol=1e-5)
 

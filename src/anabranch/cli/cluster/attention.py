@@ -45,9 +45,12 @@ def attention(
         typer.Option(metavar="NAME", help="Links of each pair (mesh), of neighbours (ring), or one port of each rank."),
     ] = "mesh",
     bandwidth: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of a link one way, a second, such as 50GB. Default: the hardware's.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Of a link one way, a second, such as 50GB. Default: the hardware's."),
     ] = None,
-    latency_us: Annotated[float, typer.Option(metavar="US", min=0, max=1e9, help="Of a message, in microseconds.")] = 10.0,
+    latency_us: Annotated[
+        float, typer.Option(metavar="US", min=0, max=1e9, help="Of a message, in microseconds.")
+    ] = 10.0,
     hardware: Annotated[
         str,
         typer.Option(
@@ -56,7 +59,8 @@ def attention(
         ),
     ] = "a100",
     efficiency: Annotated[
-        float, typer.Option(metavar="SHARE", min=0.001, max=1, help="What of the hardware's peak FLOP/s attention reaches.")
+        float,
+        typer.Option(metavar="SHARE", min=0.001, max=1, help="What of the hardware's peak FLOP/s attention reaches."),
     ] = 0.4,
     as_json: AsJson = False,
 ) -> None:
@@ -95,7 +99,9 @@ def attention(
         topology=links,
     )
     if as_json:
-        print_json({"model": model, "hardware": device.name, "ranks": ranks, "sequence_length": length, **made.to_dict()})
+        print_json(
+            {"model": model, "hardware": device.name, "ranks": ranks, "sequence_length": length, **made.to_dict()}
+        )
         return
     behind = f" behind {cached:,}" if cached else ""
     fact("model", f"{model}   {told.num_heads} query heads over {told.kv_heads} key heads of {told.width(config.dim)}")

@@ -299,9 +299,7 @@ def _attend(
     return (out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2)) if return_lse else out_BHLD.transpose(1, 2)
 
 
-def _misplaced(
-    tensors: tuple[Tensor, ...], queries: Placement, keys: Placement, world: int, rank: int
-) -> str | None:
+def _misplaced(tensors: tuple[Tensor, ...], queries: Placement, keys: Placement, world: int, rank: int) -> str | None:
     """What is wrong with the tensors of a rank, and with where it is said that they are."""
     if problem := _problem(tensors[0], tensors[1], tensors[2]):
         return problem

@@ -62,7 +62,9 @@ class ByHeads:
     queries: Placement
     keys: Placement
     mask: Mask
-    _found: dict[tuple[int, int], tuple[Piece, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _found: dict[tuple[int, int], tuple[Piece, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     scheme: ClassVar[str] = "ulysses"
 

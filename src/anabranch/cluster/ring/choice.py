@@ -157,7 +157,9 @@ def _costs(
     queries: Placement, keys: Placement, mask: Mask, sizes: Sizes, topology: Topology, backward: bool
 ) -> tuple[SchemeCost, ...]:
     costs = [
-        cost_of(schedule_of(scheme, queries, keys, mask), sizes, topology, backward) for scheme in ORDER if scheme in RINGS
+        cost_of(schedule_of(scheme, queries, keys, mask), sizes, topology, backward)
+        for scheme in ORDER
+        if scheme in RINGS
     ]
     try:
         head_shares(sizes.heads, sizes.kv_heads, queries.world)

@@ -76,7 +76,11 @@ def attend_on_grid(
     query_heads, key_heads = [share.queries for share in shares], [share.keys for share in shares]
     spread = [
         _Spread.apply(link, rows, heads, part)
-        for part, rows, heads in ((query, query_rows, query_heads), (key, key_rows, key_heads), (value, key_rows, key_heads))
+        for part, rows, heads in (
+            (query, query_rows, query_heads),
+            (key, key_rows, key_heads),
+            (value, key_rows, key_heads),
+        )
     ]
     out, lse = attend(*spread, rows_together(queries, link.world), rows_together(keys, link.world), mesh.get_group(0))
     return _Gather.apply(link, query_rows, query_heads, out), _Gather.apply(link, query_rows, query_heads, lse)

@@ -1,6 +1,6 @@
 """How quick the links between ranks, and the ranks, really are: a `Topology` for plans and for ``scheme="auto"``.
 
-    options = {"scheme": "auto", "topology": measure_topology()}       # all ranks of the group call it
+options = {"scheme": "auto", "topology": measure_topology()}       # all ranks of the group call it
 """
 # Shapes: B sequences, L positions, H heads, D head width, N ranks
 
@@ -94,9 +94,7 @@ def _quickest(link: GroupLink, source: int, to: int, size: int, repeats: int) ->
 
 def _flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of attention on this rank, all ranks working."""
-    query, key, value = (
-        torch.zeros(_BATCH, _HEADS, _LENGTH, _WIDTH, dtype=dtype, device=device) for _ in range(3)
-    )
+    query, key, value = (torch.zeros(_BATCH, _HEADS, _LENGTH, _WIDTH, dtype=dtype, device=device) for _ in range(3))
     out = torch.zeros(query.shape, dtype=fine_dtype(dtype), device=device)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=out.dtype, device=device)
     pieces = (Piece((0, _LENGTH), (0, _LENGTH)),)

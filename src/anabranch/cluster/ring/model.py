@@ -154,10 +154,14 @@ class ContextParallel(nn.Module):
         Raises InputError for tensors of other shapes, ConfigError for padding.
         """
         if token_mask_BL is not None and not bool(token_mask_BL.all()):
-            raise ConfigError("prompts of different lengths are padded, which is not cut over ranks; run them one by one")
+            raise ConfigError(
+                "prompts of different lengths are padded, which is not cut over ranks; run them one by one"
+            )
         if cache is not None:
             if not last_only:
-                raise ConfigError("a pass with a cache that is cut over ranks gives the last position's logits; set last_only")
+                raise ConfigError(
+                    "a pass with a cache that is cut over ranks gives the last position's logits; set last_only"
+                )
             return ContextOutput(self.extend(token_BS, cache)[:, None])
         if token_BS.dim() != 2 or (target_BS is not None and target_BS.shape != token_BS.shape):
             beside = "" if target_BS is None else f" and targets {list(target_BS.shape)}"

@@ -117,9 +117,7 @@ class Schedule:
 
     def pieces(self, share: Share, owner: int, rank: int) -> tuple[Piece, ...]:
         """The work at ``rank`` on the share of ``owner``; rows count from the beginnings of the blocks."""
-        found: tuple[Piece, ...] = self._once(
-            ("pieces", share, owner, rank), lambda: self._pieces(share, owner, rank)
-        )
+        found: tuple[Piece, ...] = self._once(("pieces", share, owner, rank), lambda: self._pieces(share, owner, rank))
         return found
 
     def wanted(self, share: Share, owner: int, rank: int) -> Rows | None:

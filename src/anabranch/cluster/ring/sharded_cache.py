@@ -70,7 +70,9 @@ class ShardedCache:
     keeps_visits = True
     takes_scoring = True
 
-    def __init__(self, group: Group = None, options: RingOptions | None = None, *, max_length: int | None = None) -> None:
+    def __init__(
+        self, group: Group = None, options: RingOptions | None = None, *, max_length: int | None = None
+    ) -> None:
         self.group = process_group(group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.world = 1 if self.group is None else dist.get_world_size(self.group)
