@@ -105,7 +105,7 @@ def outside(rank: int, world: int) -> str:
 
 
 def grid(rank: int, world: int) -> dict[str, Any]:
-    """Two rings of two ranks that cut heads between them: errors against one process, and what is said where one rank is given another shape."""
+    """Two rings of two ranks that cut heads between them: errors against one process, and what is said of a rank with another shape."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("ring", "heads"))
     found: dict[str, Any] = {}
     for kind, causal, heads, groups in (("zigzag", True, 4, 4), ("contiguous", False, 4, 1), ("stripe", True, 4, 2)):

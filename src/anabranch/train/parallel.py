@@ -116,7 +116,8 @@ class Workers:
         beside = {"train.compile": config.compile, "parallel.experts": self._num_shares > 1}
         if refused := [name for name, is_set in beside.items() if is_set]:
             raise ConfigError(
-                f"parallel.context is {self._num_cuts}, and {refused[0]} is set; sequences that are cut go with replicas or shards of weights alone"
+                f"parallel.context is {self._num_cuts}, and {refused[0]} is set; sequences that are cut go with replicas or shards of "
+                "weights alone"
             )
 
     def _check_stages(self, config: TrainConfig) -> None:

@@ -164,7 +164,7 @@ class Task(Part, family="task"):
         headline: the number in an evaluation by which runs are compared; weights for which it is not finite are not trusted.
         unit: what is counted as work, in ``units_per_item`` to an item of a batch.
         material: what it learns from, in messages.
-        cuts_sequences: whether a model may be a `anabranch.cluster.ring.ContextParallel`, of which each process has a share of every sequence.
+        cuts_sequences: whether a model may be a `anabranch.cluster.ring.ContextParallel`, in which processes share every sequence.
 
     A task that must do something before or after each step has methods ``before_step`` and ``on_step``, see `StepHooks`.
     """

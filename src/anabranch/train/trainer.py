@@ -84,7 +84,7 @@ class Trainer(Generic[R]):
         self.task: Task = config.task.build(**given)
         if config.parallel.context > 1 and not self.task.cuts_sequences:
             raise ConfigError(
-                f"parallel.context is {config.parallel.context}, and {type(self.task).__name__} does not learn from sequences that are cut; "
+                f"parallel.context is {config.parallel.context}, and {type(self.task).__name__} does not learn from cut sequences; "
                 "set it to 1"
             )
         part, parts = self.workers.part_of_evaluation

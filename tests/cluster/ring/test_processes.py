@@ -64,6 +64,7 @@ def test_measured_links_are_the_same_on_all_ranks(ran):
     assert all(rank["measured"][1] in SCHEMES for rank in ran)
 
 
+@pytest.mark.slow
 def test_rings_of_ranks_that_cut_heads_between_them():
     found = run_ranks(ring_ranks.grid, 4)
     for rank in found:

@@ -5,8 +5,8 @@
     out_BLHD = token_ring_attention(q_BLHD, k_BLGD, v_BLGD, causal=True, layout="zigzag")         # under torchrun
 
 `attention` is where to begin; `layout` says who has which positions, `pieces` what they see, `schedule` who sends what when, `program` what
-a rank does, `kernel` the arithmetic, `link` the messages, `choice` which scheme is quickest, `model` and `sharded_cache` decoders, `grid` rings of ranks that cut
-heads between them.
+a rank does, `kernel` the arithmetic, `link` the messages, `choice` which scheme is quickest, `model` and `sharded_cache` decoders, `grid`
+rings of ranks that cut heads between them.
 """
 
 from anabranch.extras import require

@@ -94,8 +94,8 @@ def context_parallel_attention(
 
     Args:
         query_BLHD, key_BLGD, value_BLGD: float64, float32, bfloat16 or float16; L is as `Layout` says, G divides H.
-        group: of processes, or a mesh of one dimension; None for all processes, or for this one alone where there is no group. A mesh of two:
-            a ring of rows whose ranks cut heads between them, see `anabranch.cluster.ring.grid`; positions then count row by row.
+        group: of processes, or a mesh of one dimension; None for all processes, or for this one alone where there is no group. A mesh of
+            two: a ring of rows whose ranks cut heads between them, see `anabranch.cluster.ring.grid`; positions then count row by row.
         causal: queries see nothing behind themselves.
         layout: which rows a rank has, see `anabranch.cluster.ring.layout`. ``zigzag`` balances causal work.
         length: S, where the last rows are padding; None for N L. Padding sees nothing, gives 0 and gets no gradient.

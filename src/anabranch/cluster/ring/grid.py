@@ -3,8 +3,8 @@
     mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("ring", "heads"))         # nodes, and the ranks of each
     out_BLHD = context_parallel_attention(q_BLHD, k_BLGD, v_BLGD, mesh, causal=True, layout="zigzag")
 
-Ranks of a row of the mesh exchange heads for positions, so that each has the positions of all of them for its heads; with these it takes part in
-the ring of its column. More ranks can share a sequence than there are heads, and only the ring's messages go from row to row.
+Ranks of a row of the mesh exchange heads for positions, so that each has the positions of all of them for its heads; with these it takes
+part in the ring of its column. More ranks can share a sequence than there are heads, and only the ring's messages go from row to row.
 """
 # Shapes: B sequences, L rows of a rank, H query heads, G key heads, D head width
 
@@ -150,7 +150,8 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, Tensor]:
-        return None, None, None, _to_rows(*ctx.told, dy.contiguous())
+        link, rows, heads = ctx.told
+        return None, None, None, _to_rows(link, rows, heads, dy.contiguous())
 
 
 class _Gather(torch.autograd.Function):
@@ -164,4 +165,5 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None, Tensor]:
-        return None, None, None, _to_heads(*ctx.told, dx.contiguous())
+        link, rows, heads = ctx.told
+        return None, None, None, _to_heads(link, rows, heads, dx.contiguous())

@@ -30,8 +30,8 @@ def measure_topology(
 ) -> Topology:
     """A mesh with the bandwidth of each directed pair, the latency of a message, and the speed of attention on a rank.
 
-    One pair after another sends ``size_bytes`` and gets an answer, the quickest of ``repeats`` counts; N (N - 1) pairs take turns, so this is
-    for the beginning of a run. All ranks get the same.
+    One pair after another sends ``size_bytes`` and gets an answer, the quickest of ``repeats`` counts; N (N - 1) pairs take turns, so this
+    is for the beginning of a run. All ranks get the same.
 
     Args:
         group: of processes, or a mesh of one dimension; None for all.

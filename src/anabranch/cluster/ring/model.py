@@ -214,7 +214,7 @@ class ContextParallel(nn.Module):
         return self.model.config
 
     def new_cache(self, max_length: int | None = None) -> ShardedCache:
-        """An empty cache of which each rank holds a share, for up to ``max_length`` positions of all ranks (None: as memory has room for)."""
+        """An empty cache of which each rank holds a share, for up to ``max_length`` positions of all ranks (None: as memory has)."""
         return ShardedCache(self.group, self.options, max_length=max_length)
 
     @torch.no_grad()

@@ -75,8 +75,8 @@ class TransformersForm:
         layers = self.model.config.get_text_config().num_hidden_layers
         if self._current.num_calls < layers:
             raise ConfigError(
-                f"{self._current.num_calls} of {layers} layers of {type(self.model).__name__} asked for attention; the others may mix positions "
-                "by themselves, which is not cut over ranks"
+                f"{self._current.num_calls} of {layers} layers of {type(self.model).__name__} asked for attention; the others may mix "
+                "positions by themselves, which is not cut over ranks"
             )
         return made.logits, {}, {}
 
