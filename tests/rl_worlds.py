@@ -3,10 +3,16 @@
 It is found as those of other packages are, by the entry point in rl_worlds-0.dist-info.
 """
 
+import time
+from pathlib import Path
+
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from anabranch.config import configclass
 from anabranch.rl import Actions, Environment, Layout, episode_seed
+from anabranch.train import Trainer
 
 LENGTH, LIMIT = 6, 9
 
@@ -15,7 +21,7 @@ class Corridor(Environment, kind="corridor"):
     """Walk to the right end of a corridor of 6 places: reward 1 there, -0.1 a step; cut off after 9 steps.
 
     With ``is_vector`` an action is a number from -2 to 2, and above 0 goes right. ``bad`` is the number of an environment whose reward is
-    NaN at its third step. The critic alone sees how many steps are left.
+    NaN at its third step, ``slow`` of one whose step takes 10 ms. The critic alone sees how many steps are left.
     """
 
     @configclass
@@ -24,6 +30,7 @@ class Corridor(Environment, kind="corridor"):
 
         is_vector: bool = False
         bad: int | None = None
+        slow: int | None = None
 
     @property
     def layout(self):
@@ -31,12 +38,13 @@ class Corridor(Environment, kind="corridor"):
         return Layout(2, 1, actions)
 
     def make(self, num, *, seed, first=0):
-        return CorridorWorld(num, seed, first, self.config.bad)
+        return CorridorWorld(num, seed, first, self.config.bad, self.config.slow)
 
 
 class CorridorWorld:
-    def __init__(self, num, seed, first, bad):
+    def __init__(self, num, seed, first, bad, slow):
         self.num_envs, self.seed, self.first, self.bad = num, seed, first, bad
+        self.is_slow = slow is not None and first <= slow < first + num
         self.place = np.zeros(num, np.int64)
         self.steps = np.zeros(num, np.int64)
         self.episode = np.zeros(num, np.int64)
@@ -62,6 +70,8 @@ class CorridorWorld:
         }
 
     def step(self, actions):
+        if self.is_slow:
+            time.sleep(0.01)
         right = np.asarray(actions).reshape(self.num_envs) > 0
         self.place = np.clip(self.place + np.where(right, 1, -1), 0, LENGTH - 1)
         self.steps += 1
@@ -87,3 +97,24 @@ class CorridorWorld:
 
     def close(self):
         self.is_open = False
+
+
+def train_rank(rank, run, folder, ranks):
+    """A process of a training whose rollouts may be stopped; writes how long they were, and its weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    lengths = []
+    trainer = Trainer(run, Path(folder) / "run")
+    acts = trainer.stream._collect
+
+    def collect(number):
+        acts(number)
+        lengths.append(len(trainer.stream.rollout.samples.value_B))
+
+    trainer.stream._collect = collect
+    trainer.fit()
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    torch.save({"lengths": lengths, "weights": weights}, Path(folder) / f"{rank}.pt")
+    # Threads of gloo may still let go of tensors; see `Workers.close`.
+    time.sleep(0.2)
+    dist.destroy_process_group()

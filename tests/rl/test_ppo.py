@@ -6,14 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.rl import PPO, Actions, ActorCritic, Categorical, Layout, Rollouts, Samples, clipped_losses, judge
 from anabranch.rl.evaluation import evaluation_seed
+from anabranch.rl.preemption import Stragglers
 from anabranch.rl.rollout import normalised
 from anabranch.testing import check_task
 from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, checkpoints, read_metrics
-from rl_worlds import LIMIT, Corridor
+from rl_worlds import LIMIT, Corridor, train_rank
 
 
 def run(*, batch_size=8, steps=8, train=None, **fields):
@@ -444,3 +446,106 @@ def test_it_learns_to_walk_to_the_end(tmp_path):
     ).fit()
     assert result.measures["arrived"] == 1.0
     assert result.headline > 0.6
+
+
+# Stragglers
+
+
+class Counts:
+    """What processes count in, in this one."""
+
+    def __init__(self):
+        self.numbers = {}
+
+    def add(self, key, value):
+        self.numbers[key] = self.numbers.get(key, 0) + value
+        return self.numbers[key]
+
+
+def test_stragglers_stop_when_enough_have_finished():
+    counts = Counts()
+    # 60 % of 4 processes are 3; a quarter of 16 steps are 4.
+    slow, quick = (Stragglers(16, 4, share=0.6, least=0.25, counts=counts) for _ in range(2))
+    quick.finished(0)
+    quick.finished(0)
+    assert not slow.is_over(0, 8)
+    quick.finished(0)
+    assert [slow.is_over(0, steps) for steps in (2, 4, 6, 8, 16)] == [False, True, False, True, False]
+    # Of another rollout nobody has finished.
+    assert not slow.is_over(1, 8)
+    with pytest.raises(ConfigError, match="preempt_share is 2; it must be above 0 and at most 1"):
+        Stragglers(16, 4, share=2, counts=counts)
+
+
+def test_a_rollout_that_was_stopped_is_learned_from_in_smaller_mini_batches(tmp_path):
+    counts = Counts()
+
+    def stopped():
+        made = rollouts(rollout_steps=16, batch_size=16, normalize_advantage="none")
+        made.stragglers = Stragglers(16, 2, share=0.5, least=0.5, counts=counts)
+        return made
+
+    stream = stopped()
+    stream.stragglers.finished(0)
+    batches = [stream.next_batch(8) for _ in range(16)]
+    samples = stream.rollout.samples
+    # 8 of 16 steps of 4 environments: as many mini-batches of both epochs, half as large.
+    assert len(samples.value_B) == 32
+    assert {len(batch.value_B) for batch in batches} == {4}
+    for epoch in (batches[:8], batches[8:]):
+        seen = torch.cat([batch.advantage_B for batch in epoch])
+        assert torch.equal(seen.sort().values, samples.advantage_B.sort().values)
+    # It is what the first 8 steps of a whole one are, but for what is known of later.
+    whole = rollouts(rollout_steps=16, batch_size=16, normalize_advantage="none")
+    whole.next_batch(8)
+    assert torch.equal(samples.observation_BD, whole.rollout.samples.observation_BD[:32])
+    assert torch.equal(samples.action_BA, whole.rollout.samples.action_BA[:32])
+    # The next rollout is whole again, and begins where this one was stopped.
+    stream.next_batch(8)
+    assert len(stream.rollout.samples.value_B) == 64
+    begin = whole.rollout.samples.observation_BD[32:36]
+    assert torch.equal(stream.rollout.samples.observation_BD[:4], begin)
+    kept = stopped()
+    kept.stragglers.finished(0)
+    kept.next_batch(8)
+    kept.save(tmp_path)
+    other = stopped()
+    other.load(tmp_path)
+    other.load_state_dict(kept.state_dict())
+    assert torch.equal(other.next_batch(8).advantage_B, kept.next_batch(8).advantage_B)
+
+
+def test_processes_that_made_unequal_steps_keep_all_of_them():
+    """Parts of 8 and 3 steps, put together as `_finish` does, against each on its own."""
+    stream = rollouts(epochs=1)
+    world = stream._open_world()
+    acted = stream._act(0, world)
+    short = acted.first(3)
+    short.last_nD = acted.observation_TnD[3]
+    whole, few = stream._samples(acted), stream._samples(short)
+    assert torch.equal(few.observation_BD, whole.observation_BD[:12])
+    assert len(few.value_B) == 12
+    # What comes later counts by the value of where it stopped: the last step's advantage is one step's.
+    reward, value = short.reward_Tn[2], few.value_B.view(3, 4)[2]
+    going = ~(short.terminated_Tn[2] | short.truncated_Tn[2])
+    expected = reward + 0.99 * stream._judged(short.last_nD)[1] - value
+    torch.testing.assert_close(few.advantage_B.view(3, 4)[2][going], expected[going])
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_not_waited_for(tmp_path):
+    """Of two, the first is done at once; the second, at 10 ms a step, stops after a quarter. Both then learn the same from all of it."""
+    made = run(
+        environment=Corridor.Config(slow=3),
+        rollout_steps=64,
+        batch_size=64,
+        epochs=1,
+        preempt_share=0.5,
+        train={"parallel": "ddp", "checkpoint_every": None, "eval_every": None, "device": "cpu"},
+    )
+    spawn(train_rank, args=(made, str(tmp_path), 2), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    # 2 environments each: 128 samples of the first, and 32 or little more of the second.
+    assert first["lengths"] == second["lengths"]
+    assert all(128 + 32 <= length < 256 for length in first["lengths"])
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())

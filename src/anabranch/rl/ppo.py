@@ -29,6 +29,7 @@ from anabranch.rl.environment import Environment, Gymnasium
 from anabranch.rl.evaluation import judge
 from anabranch.rl.network import ActorCritic
 from anabranch.rl.policies import Distribution
+from anabranch.rl.preemption import Stragglers
 from anabranch.rl.rollout import Collecting, Rollouts, Samples
 from anabranch.train import Losses, Task, TaskContext
 
@@ -125,6 +126,9 @@ class PPO(Task, kind="ppo"):
             hidden: widths of the layers of policy and critic.
             activation: ``tanh`` or ``relu``.
             observation_scale: observations are divided by it, number by number; empty for as they are.
+            preempt_share: in several processes: once so many of them have all their steps, the others stop; None lets all make all. What
+                is learned then depends on how quick they are.
+            preempt_least: share of its steps that a process makes in any case.
             eval_episodes: of an evaluation.
         """
 
@@ -146,6 +150,8 @@ class PPO(Task, kind="ppo"):
         hidden: tuple[Annotated[Size, Field(ge=1)], ...] = (64, 64)
         activation: Literal["tanh", "relu"] = "tanh"
         observation_scale: tuple[Annotated[float, Field(gt=0)], ...] = ()
+        preempt_share: float | None = Field(default=None, gt=0, le=1)
+        preempt_least: float = Field(default=0.25, gt=0, le=1)
         eval_episodes: int = Field(default=100, ge=1)
 
         @property
@@ -195,14 +201,20 @@ class PPO(Task, kind="ppo"):
 
     def training_data(self, context: TaskContext) -> Rollouts:
         """See `Rollouts`."""
+        config, stragglers = self.config, None
+        if config.preempt_share is not None and context.world_size > 1:
+            stragglers = Stragglers(
+                config.rollout_steps, context.world_size, share=config.preempt_share, least=config.preempt_least
+            )
         self.rollouts = Rollouts(
             self.environment,
-            self.config.collecting,
+            config.collecting,
             batch_size=context.settings.batch_size,
             seed=context.settings.seed,
             rank=context.rank,
             world_size=context.world_size,
             device=context.device,
+            stragglers=stragglers,
         )
         return self.rollouts
 

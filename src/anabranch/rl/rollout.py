@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.rl.environment import Environment, World, flat
 from anabranch.rl.network import ActorCritic
+from anabranch.rl.preemption import Stragglers
 from anabranch.rl.returns import Ends, advantages
 
 __all__ = ["Collecting", "Rollout", "Rollouts", "Samples", "normalised"]
@@ -142,6 +143,7 @@ class Rollouts:
         seed: of the run.
         rank, world_size: of so many processes this is number ``rank``.
         device: of the model.
+        stragglers: stops this process where most others have acted enough; None to let it make all steps.
 
     Attributes:
         model: whose policy acts; it must be set before the first batch is asked for.
@@ -161,6 +163,7 @@ class Rollouts:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
+        stragglers: Stragglers | None = None,
     ) -> None:
         if collecting.num_samples % batch_size:
             raise ConfigError(
@@ -178,7 +181,7 @@ class Rollouts:
             )
         self.environment, self.collecting, self.batch_size = environment, collecting, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.device = device or torch.device("cpu")
+        self.device, self.stragglers = device or torch.device("cpu"), stragglers
         self.model: nn.Module | None = None
         self.position = 0
         self.rollout: Rollout | None = None
@@ -207,26 +210,30 @@ class Rollouts:
         assert self.rollout is not None
         epoch, within = divmod(place, self.collecting.num_samples)
         batch, offset = divmod(within, self.batch_size)
-        index_M = self._permutation(number, epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
-        begin = offset + self.rank * batch_size
-        row_B = index_M[begin : begin + batch_size]
         samples = self.rollout.samples
+        # A rollout whose stragglers were stopped has fewer samples: as many mini-batches, in as many parts, each smaller.
+        held = len(samples.value_B)
+        size = max(batch_size * held // self.collecting.num_samples, 1)
+        whole = size * (self.batch_size // batch_size)
+        index_M = self._permutation(number, epoch, held)[batch * whole : (batch + 1) * whole]
+        begin = (offset // batch_size + self.rank) * size
+        row_B = index_M[begin : begin + size]
         picked = Samples(*(tensor[row_B] for tensor in samples))
         if self.collecting.normalize != "none":
             # Of the whole mini-batch, whichever part of it this process has.
             rows = index_M if self.collecting.normalize == "minibatch" else slice(None)
             of_whole = normalised(samples.advantage_B[rows])
             picked = picked._replace(
-                advantage_B=of_whole[begin : begin + batch_size] if isinstance(rows, Tensor) else of_whole[row_B]
+                advantage_B=of_whole[begin : begin + size] if isinstance(rows, Tensor) else of_whole[row_B]
             )
         self.position += batch_size * self.world_size
         return picked
 
-    def _permutation(self, number: int, epoch: int) -> Tensor:
+    def _permutation(self, number: int, epoch: int, samples: int) -> Tensor:
         key = (number, epoch)
         if self._order is None or self._order[0] != key:
             generator = _generator(self.seed, _ORDER, *key)
-            self._order = key, torch.randperm(self.collecting.num_samples, generator=generator)
+            self._order = key, torch.randperm(samples, generator=generator)
         return self._order[1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,7 +273,8 @@ class Rollouts:
             samples = Samples(*(tensors.pop(name) for name in Samples._fields))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None
-        if any(len(tensor) != self.collecting.num_samples for tensor in samples):
+        fewest = 1 if self.stragglers is not None else self.collecting.num_samples
+        if not all(fewest <= len(tensor) == len(samples.value_B) <= self.collecting.num_samples for tensor in samples):
             raise CheckpointError(
                 f"{path} has {len(samples.value_B)} samples, and a rollout {self.collecting.num_samples}"
             )
@@ -308,12 +316,12 @@ class Rollouts:
         """Act for T steps, and make `rollout` of what happened."""
         assert self.model is not None, "the policy must be given first"
         try:
-            acted = self._act(number, self._open_world())
+            world = self._open_world()
+            self._finish(number, self._act(number, world), world)
         except BaseException:
             # The environments have moved on from what is kept; whoever goes on begins from there.
             self._drop_world()
             raise
-        self._finish(number, acted)
 
     def _act(self, number: int, world: World) -> _Acted:
         network = _network(self.model)
@@ -339,6 +347,12 @@ class Rollouts:
             self._note_ends(step, acted, np.asarray(reward_n, np.float64), infos)
             self._observation_nD = flat(observations)
             self._check("observation", self._observation_nD)
+            if self.stragglers is not None and self.stragglers.is_over(number, step + 1):
+                acted = acted.first(step + 1)
+                break
+        else:
+            if self.stragglers is not None:
+                self.stragglers.finished(number)
         acted.last_nD[:] = torch.from_numpy(self._observation_nD)
         return acted
 
@@ -368,22 +382,26 @@ class Rollouts:
                 f"environment {(self._first if first is None else first) + place} gave the {what} {bad}; mend it, and resume"
             )
 
-    def _finish(self, number: int, acted: _Acted) -> None:
+    def _finish(self, number: int, acted: _Acted, world: World) -> None:
         """Exchange what processes did, and work out advantages: all processes do the same from here on."""
-        assert self._world is not None
-        kind = _network(self.model).kind
-        own_state = {
-            **self._world.state_dict(),
-            "own_return": self._return_n.copy(),
-            "own_length": self._length_n.copy(),
-        }
+        state = {**world.state_dict(), "own_return": self._return_n.copy(), "own_length": self._length_n.copy()}
+        parts = [acted]
         if self.world_size > 1:
-            parts: list[Any] = [None] * self.world_size
-            dist.all_gather_object(parts, (acted, own_state))
-            acted = _Acted.joined([part for part, _ in parts])
-            self._state = _joined([state for _, state in parts])
-        else:
-            self._state = own_state
+            gathered: list[Any] = [None] * self.world_size
+            dist.all_gather_object(gathered, (acted, state))
+            parts, state = [part for part, _ in gathered], _joined([each for _, each in gathered])
+        if len({part.num_steps for part in parts}) == 1:
+            # In the order of one process, so that as many processes as there may be learn the same.
+            parts = [_Acted.joined(parts)]
+        made = [self._samples(part) for part in parts]
+        samples = Samples(*(torch.cat(tensors) for tensors in zip(*made, strict=True))) if len(made) > 1 else made[0]
+        ended = [pair for part in parts for pair in part.ended]
+        sum_return, sum_length = sum(each for each, _ in ended), sum(each for _, each in ended)
+        self.rollout = Rollout(number, samples, len(ended), float(sum_return), float(sum_length))
+        self._state = state
+
+    def _samples(self, acted: _Acted) -> Samples:
+        kind = _network(self.model).kind
         observation_SD = acted.observation_TnD.flatten(0, 1)
         parameter_SP, value_S = self._judged(observation_SD)
         shape = acted.reward_Tn.shape
@@ -391,11 +409,10 @@ class Rollouts:
         cut_TN = acted.truncated_Tn & ~acted.terminated_Tn
         if bool(cut_TN.any()):
             final_value_TN[cut_TN] = self._judged(acted.final_TnD[cut_TN])[1]
-        last_value_N = self._judged(acted.last_nD)[1]
         advantage_TN = advantages(
             acted.reward_Tn * self.collecting.reward_scale,
             value_TN,
-            last_value_N,
+            self._judged(acted.last_nD)[1],
             Ends(acted.terminated_Tn, acted.truncated_Tn, final_value_TN),
             gamma=self.collecting.gamma,
             gae_lambda=self.collecting.gae_lambda,
@@ -403,11 +420,7 @@ class Rollouts:
         )
         action_SA, advantage_S = acted.action_TnA.flatten(0, 1), advantage_TN.flatten()
         log_prob_S = kind.distribution(parameter_SP).log_prob(action_SA)
-        samples = Samples(
-            observation_SD, action_SA, parameter_SP, log_prob_S, value_S, advantage_S, advantage_S + value_S
-        )
-        sum_return, sum_length = sum(each for each, _ in acted.ended), sum(each for _, each in acted.ended)
-        self.rollout = Rollout(number, samples, len(acted.ended), float(sum_return), float(sum_length))
+        return Samples(observation_SD, action_SA, parameter_SP, log_prob_S, value_S, advantage_S, advantage_S + value_S)
 
     def _judged(self, observation_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(parameters, values) on the CPU."""
@@ -440,6 +453,15 @@ class _Acted:
             torch.zeros(num, observed),
             [],
         )
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.reward_Tn)
+
+    def first(self, steps: int) -> _Acted:
+        """The first steps alone."""
+        kept = {name: each for name, each in vars(self).items() if name in ("last_nD", "ended")}
+        return _Acted(**{name: each[:steps] for name, each in vars(self).items() if name not in kept}, **kept)
 
     @classmethod
     def joined(cls, parts: list[_Acted]) -> _Acted:
