@@ -87,6 +87,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(0.95, "(training|decode) .* against reuse 1"),
     ),
     "ring_attention": (Bar(1.54, "link-bound, .*"), Bar(0.91, "crossover, .*"), Bar(3.33, "pass-Q, .*")),
+    "rl": (Bar(50, "world"), Bar(1.5, "ppo")),
     "routed_heads": (Bar(0.91, "all on, .*"), Bar(1.18, "(half|head) off, .*")),
     "routing_decisions": (Bar(1.0, peer="bar of .*"),),
     "serving_engine": (

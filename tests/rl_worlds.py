@@ -21,7 +21,8 @@ class Corridor(Environment, kind="corridor"):
     """Walk to the right end of a corridor of 6 places: reward 1 there, -0.1 a step; cut off after 9 steps.
 
     With ``is_vector`` an action is a number from -2 to 2, and above 0 goes right. ``bad`` is the number of an environment whose reward is
-    NaN at its third step, ``slow`` of one whose step takes 10 ms. The critic alone sees how many steps are left.
+    NaN at its third step, ``slow`` of one whose step takes 10 ms,
+    ``blind`` of one that sees NaN after two steps. The critic alone sees how many steps are left.
     """
 
     @configclass
@@ -31,6 +32,7 @@ class Corridor(Environment, kind="corridor"):
         is_vector: bool = False
         bad: int | None = None
         slow: int | None = None
+        blind: int | None = None
 
     @property
     def layout(self):
@@ -38,13 +40,14 @@ class Corridor(Environment, kind="corridor"):
         return Layout(2, 1, actions)
 
     def make(self, num, *, seed, first=0):
-        return CorridorWorld(num, seed, first, self.config.bad, self.config.slow)
+        return CorridorWorld(num, seed, first, self.config)
 
 
 class CorridorWorld:
-    def __init__(self, num, seed, first, bad, slow):
-        self.num_envs, self.seed, self.first, self.bad = num, seed, first, bad
-        self.is_slow = slow is not None and first <= slow < first + num
+    def __init__(self, num, seed, first, config):
+        self.num_envs, self.seed, self.first, self.bad = num, seed, first, config.bad
+        self.blind = None if config.blind is None else config.blind - first
+        self.is_slow = config.slow is not None and first <= config.slow < first + num
         self.place = np.zeros(num, np.int64)
         self.steps = np.zeros(num, np.int64)
         self.episode = np.zeros(num, np.int64)
@@ -64,6 +67,8 @@ class CorridorWorld:
 
     def _seen(self):
         middle = self.place / LENGTH
+        if self.blind is not None and 0 <= self.blind < self.num_envs and self.steps[self.blind] == 2:
+            middle[self.blind] = np.nan
         return {
             "policy": np.stack([middle, np.sin(self.place)], 1).astype(np.float32),
             "critic": (self.steps[:, None] / LIMIT).astype(np.float32),

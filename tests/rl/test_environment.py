@@ -173,3 +173,57 @@ def test_a_film_of_an_episode(tmp_path):
 @pytest.mark.parametrize(("name", "samples", "least"), [("cartpole", 100_000, 475.0), ("pendulum", 300_000, -250.0)])
 def test_it_learns_what_others_do(tmp_path, name, samples, least):
     assert Trainer(training(name, samples=samples), tmp_path / "run").fit().headline >= least
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def spread():
+    """Five environments in two processes."""
+    world = Gymnasium.Config(id="CartPole-v1", workers=2).build().make(5, seed=3)
+    yield world
+    world.close()
+
+
+def test_processes_do_what_one_does(spread):
+    alone = CARTPOLE.make(5, seed=3)
+    rng = np.random.default_rng(4)
+    assert np.array_equal(spread.reset()[0], alone.reset()[0])
+    ended = 0
+    for _ in range(60):
+        action = rng.integers(0, 2, 5)
+        ours, theirs = spread.step(action), alone.step(action)
+        for one, two in zip(ours[:4], theirs[:4], strict=True):
+            assert np.array_equal(one, two)
+        done = theirs[2] | theirs[3]
+        ended += int(done.sum())
+        if done.any():
+            assert np.array_equal(ours[4]["_final_obs"], done)
+            for place in np.flatnonzero(done):
+                assert np.array_equal(ours[4]["final_obs"][place], theirs[4]["final_obs"][place])
+    assert ended > 2
+    state = alone.state_dict()
+    for name, array in spread.state_dict().items():
+        assert np.array_equal(array, state[name]), name
+    assert np.array_equal(spread.load_state_dict(state), ours[0])
+
+
+def test_an_error_of_a_process_is_told_here(spread):
+    state = {"episode": np.zeros(5, int), "length": np.full(5, 60), "action": np.ones((5, 60, 1), int)}
+    with pytest.raises(CheckpointError, match="environment 0 ended its episode"):
+        spread.load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"environment\.id is 'Nothing-v7'"):
+        Gymnasium.Config(id="Nothing-v7", workers=2).build().make(2, seed=0)
+
+
+def test_a_process_that_is_gone_is_told():
+    world = Gymnasium.Config(id="CartPole-v1", workers=2).build().make(2, seed=0)
+    try:
+        world.reset()
+        world._workers[1]._process.kill()
+        world._workers[1]._process.wait()
+        with pytest.raises(DataError, match=r"a process that ran environments has ended \(code -9\)"):
+            world.step(np.zeros(2, int))
+    finally:
+        world.close()

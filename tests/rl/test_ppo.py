@@ -10,6 +10,7 @@ from torch.multiprocessing.spawn import spawn
 
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.rl import PPO, Actions, ActorCritic, Categorical, Layout, Rollouts, Samples, clipped_losses, judge
+from anabranch.rl import evaluation
 from anabranch.rl.evaluation import evaluation_seed
 from anabranch.rl.preemption import Stragglers
 from anabranch.rl.rollout import normalised
@@ -436,6 +437,26 @@ def test_an_episode_that_is_cut_off_counts_as_such(tmp_path):
     assert [round(float(cell), 6) for cell in lines[1].split(",")] == [0, -0.9, 9, 0, 0]
     with pytest.raises(ConfigError, match="episodes is 0"):
         judge(model, task.environment, episodes=0)
+
+
+def test_an_episode_without_an_end_is_told(monkeypatch):
+    monkeypatch.setattr(evaluation, "LONGEST", 5)
+    task = run().task.build()
+    torch.manual_seed(0)
+    model = task.network()
+    with torch.no_grad():
+        model.policy[-1].bias.copy_(torch.tensor([50.0, 0.0]))
+    with pytest.raises(DataError, match=r"has not ended after 5 steps; give the environment a limit"):
+        judge(model, task.environment, episodes=2)
+
+
+def test_an_observation_that_is_no_number_is_told():
+    task = run(environment=Corridor.Config(blind=1)).task.build()
+    with pytest.raises(DataError, match="environment 1 gave an observation that is no number, 2 steps into an episode"):
+        judge(task.network(), task.environment, episodes=4)
+    stream = rollouts(environment=Corridor.Config(blind=1))
+    with pytest.raises(DataError, match="environment 1 gave the observation nan"):
+        stream.next_batch(8)
 
 
 @pytest.mark.slow

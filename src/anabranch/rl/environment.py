@@ -113,10 +113,12 @@ class Gymnasium(Environment, kind="gymnasium"):
         Attributes:
             id: of gymnasium's registry: ``CartPole-v1``, or ``package:Name-v0``, which imports ``package`` first.
             arguments: of ``gymnasium.make``.
+            workers: processes that environments are spread over; what happens is the same, and slow ones take less time.
         """
 
         id: str = Field(default="CartPole-v1", min_length=1)
         arguments: dict[str, Any] = Field(default_factory=dict)
+        workers: int = Field(default=1, ge=1, le=1024)
 
     config: Config
 
@@ -125,6 +127,11 @@ class Gymnasium(Environment, kind="gymnasium"):
         require("gymnasium", by=f"the environment {self.config.id}")
         from anabranch.rl.replayed import ReplayedWorld
 
+        if self.config.workers > 1 and num > 1 and not drawing:
+            from anabranch.rl.parallel import ParallelWorld
+
+            alone = self.config.replace(workers=1)
+            return ParallelWorld(alone, num, workers=self.config.workers, seed=seed, first=first)
         return ReplayedWorld(lambda: self.single(**drawing), num, seed=seed, first=first)
 
     def single(self, **drawing: Any) -> Any:

@@ -28,6 +28,8 @@ __all__ = ["Episodes", "judge"]
 _EVALUATION = 7_919
 # Environments side by side, at most: one pass of the network serves them all.
 _MOST_BESIDE = 64
+# Steps of an episode, at most; one that goes on has no end of its own.
+LONGEST = 100_000
 # Of a normal distribution: 95 % lie within so many deviations.
 _WITHIN_95 = 1.96
 
@@ -92,7 +94,8 @@ def judge(
         on_step: called after each step with the world and how many episodes have ended.
         world: use this one, of the first beginnings, instead of making one.
 
-    Raises ConfigError for less than one episode, DataError if the environment gives a reward that is not finite.
+    Raises ConfigError for less than one episode, DataError if the environment gives a reward or an observation that is not finite, or an
+    episode that does not end within 100,000 steps.
     """
     if episodes < 1:
         raise ConfigError(f"episodes is {episodes}; use at least 1")
@@ -123,7 +126,9 @@ def _played(model: ActorCritic, world: World, episodes: int, on_step: Callable[[
     return_N, length_N = np.zeros(num), np.zeros(num, np.int64)
     observations, _ = world.reset()
     while left_N.any():
-        parameter_NP = model(torch.from_numpy(flat(observations)).to(device), "policy").cpu()
+        seen_ND = flat(observations)
+        _check(seen_ND, length_N, left_N)
+        parameter_NP = model(torch.from_numpy(seen_ND).to(device), "policy").cpu()
         action_NA = model.kind.distribution(parameter_NP).mode()
         observations, reward_N, over_N, cut_N, infos = world.step(model.kind.to_environment(action_NA).numpy())
         return_N += reward_N
@@ -145,3 +150,16 @@ def _played(model: ActorCritic, world: World, episodes: int, on_step: Callable[[
         if on_step is not None:
             on_step(world, int(played_N.sum()))
     return Episodes(return_E, length_E, terminated_E, outcomes)
+
+
+def _check(seen_ND: np.ndarray, length_N: np.ndarray, left_N: np.ndarray) -> None:
+    """Raise DataError for an observation that is no number, or an episode that counts and has no end."""
+    finite_N = np.isfinite(seen_ND).all(axis=1) | (left_N == 0)
+    if not finite_N.all():
+        place = int(np.flatnonzero(~finite_N)[0])
+        raise DataError(f"environment {place} gave an observation that is no number, {length_N[place]} steps into an episode")
+    if (length_N[left_N > 0] >= LONGEST).any():
+        raise DataError(
+            f"an episode has not ended after {LONGEST:,} steps; give the environment a limit, such as "
+            "task.environment.arguments.max_episode_steps=1000"
+        )

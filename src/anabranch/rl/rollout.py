@@ -32,7 +32,7 @@ from anabranch.rl.network import ActorCritic
 from anabranch.rl.preemption import Stragglers
 from anabranch.rl.returns import Ends, advantages
 
-__all__ = ["Collecting", "Rollout", "Rollouts", "Samples", "normalised"]
+__all__ = ["Collecting", "Rollout", "Rollouts", "Samples", "joined_states", "normalised"]
 
 FILE = "rollout.safetensors"
 _WORLD = "world/"
@@ -389,7 +389,7 @@ class Rollouts:
         if self.world_size > 1:
             gathered: list[Any] = [None] * self.world_size
             dist.all_gather_object(gathered, (acted, state))
-            parts, state = [part for part, _ in gathered], _joined([each for _, each in gathered])
+            parts, state = [part for part, _ in gathered], joined_states([each for _, each in gathered])
         if len({part.num_steps for part in parts}) == 1:
             # In the order of one process, so that as many processes as there may be learn the same.
             parts = [_Acted.joined(parts)]
@@ -474,7 +474,7 @@ class _Acted:
         return cls(**tensors, ended=[pair for part in parts for pair in part.ended])
 
 
-def _joined(states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def joined_states(states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """States of worlds as one; where second axes differ, the shorter are filled up with 0."""
     made = {}
     for name in states[0]:

@@ -27,8 +27,8 @@ class Settings(Config):
         timeout_s: after which it ends in any case.
     """
 
-    maps: Size = Field(default=8, ge=1, le=1000)
-    routes: Size = Field(default=16, ge=1, le=1000)
+    maps: Size = Field(default=8, ge=1, le=100)
+    routes: Size = Field(default=16, ge=1, le=100)
     shortest_m: float = Field(default=200.0, ge=50)
     longest_m: float = Field(default=1000.0, ge=100, le=5000)
     traffic: int = Field(default=20, ge=0, le=100)

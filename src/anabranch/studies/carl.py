@@ -1,0 +1,220 @@
+"""Does PPO with the simple reward gain from larger mini-batches, and lose with a shaped one?
+
+"CaRL: Learning Scalable Planning Policies with Simple Rewards", 2025, arXiv 2504.17838. The paper: with the shaped reward of Roach PPO
+fails or becomes worse as mini-batches grow; with route completion cut down by infractions it is as good or better, which is what lets it
+learn from 300 million samples in CARLA (driving score 64 on longest6 v2) and 500 million in nuPlan.
+
+Scaled down: LaneWorld instead of CARLA and nuPlan, 161 numbers instead of a picture, dense layers of 2 x 256, 4 million samples. No score
+of these benchmarks can be compared with; the order of rewards and sizes can.
+
+One run: PPO on as many samples in all arms; a batch is 4 mini-batches, and the learning rate is 2.5e-4 at 256 and grows with the square
+root of the mini-batch, for both rewards alike. Then 100 routes on maps that were never seen, by the policy's mean: the same routes for all
+arms of a seed.
+
+Arms:
+
+    simple-256, simple-2048, simple-16384    CaRL's reward, by mini-batch
+    shaped-256, shaped-2048, shaped-16384    Roach's reward
+    no-factors                               simple-2048 without soft factors: progress, and the hint
+    no-hint                                  simple-2048 without the hint at the end
+
+The rule, fixed before any run. PRIMARY: at 16,384 the driving score of the simple reward is more than 10 points above that of the shaped
+one. A claim is about a paired difference over seeds, ours - baseline - margin; it holds where that is above 0 by a two-sided paired t-test
+at 5% after Holm's correction over all claims that have run, does not hold where it is below 0 by the same test, and is not resolved
+otherwise or with fewer than five seeds.
+
+What is reported and judged by nobody: the middle size, the ablations, how many routes ended standing still or crawling (below 0.5 m/s and
+20 % of the route), and the share of runs that collapse (route completion below 20 %).
+
+Not run yet. It is planned for 5 seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.rl import PPO, LaneWorld, training
+from anabranch.rl.laneworld import Settings
+from anabranch.rl.rewards import RouteReward
+from anabranch.rl.runs import samples_of
+from anabranch.studies.asked import Asked, judged
+from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
+from anabranch.train import Event, TaskRunConfig, Trainer
+
+ARMS = {
+    "simple-256": "CaRL's reward, mini-batches of 256",
+    "simple-2048": "of 2,048",
+    "simple-16384": "of 16,384",
+    "shaped-256": "Roach's reward, mini-batches of 256",
+    "shaped-2048": "of 2,048",
+    "shaped-16384": "of 16,384",
+    "no-factors": "simple-2048 without soft factors",
+    "no-hint": "simple-2048 without the hint",
+}
+# Worlds side by side: more for larger batches, so that a rollout is not all of one stretch of road.
+_WORLDS = {256: 64, 2048: 128, 16384: 256}
+# Mini-batches of a batch, and the size at which the learning rate was chosen.
+_BATCHES, _TUNED_AT, _LEARNING_RATE = 4, 256, 2.5e-4
+_TOLD_EVERY_S = 15.0
+COLUMNS = (
+    Column("driving_score", "driving\nscore", ".1f"),
+    Column("route_completion", "route\n%", ".1f"),
+    Column("finished", "finished", ".2f"),
+    Column("stands_still", "stands\nstill", ".2f"),
+    Column("collapsed", "collapsed", ".2f"),
+    Column("gradient_steps", "gradient\nsteps", ".0f"),
+    Column("samples_per_second", "samples/s", ".0f"),
+)
+
+
+@configclass
+class Size(Config):
+    """What all arms share.
+
+    Attributes:
+        samples: of each run.
+        shrink: batches and worlds are so many times smaller, for a look whether it runs.
+        episodes: routes by which a policy is measured.
+        hidden: widths of the networks.
+        world: LaneWorld, but for the reward.
+    """
+
+    samples: int = Field(default=4_000_000, ge=1)
+    shrink: int = Field(default=1, ge=1)
+    episodes: int = Field(default=100, ge=1)
+    hidden: tuple[int, ...] = (256, 256)
+    world: Settings = Settings()
+
+
+def run_of(arm: str, size: Size) -> TaskRunConfig:
+    """The training of an arm."""
+    reward, _, batch = arm.partition("-")
+    mini_batch = int(batch) if batch.isdigit() else 2048
+    worlds = max(_WORLDS[mini_batch] // size.shrink, 1)
+    rollout = max(_BATCHES * mini_batch // size.shrink, _BATCHES * worlds)
+    world = size.world.replace(shaped=reward == "shaped", reward=_reward(arm))
+    return training(
+        "laneworld",
+        samples=size.samples,
+        settings={
+            "task.environment": to_dict(LaneWorld.Config(world=world)),
+            "task.num_envs": worlds,
+            "task.rollout_steps": rollout // worlds,
+            "task.hidden": list(size.hidden),
+            "task.eval_episodes": size.episodes,
+            "train.batch_size": rollout // _BATCHES,
+            "train.learning_rate": _LEARNING_RATE * math.sqrt(mini_batch / _TUNED_AT),
+        },
+    )
+
+
+def _reward(arm: str) -> RouteReward:
+    if arm == "no-factors":
+        return RouteReward(outside=False, speed=False, ttc=False, comfort=False, centre=False)
+    return RouteReward(hint=0.0) if arm == "no-hint" else RouteReward()
+
+
+def make(full: bool = False, **changes: Any) -> Study:
+    """The study in one of its two sizes; ``changes`` are fields of `Size`."""
+    tiny = Size(
+        samples=512,
+        shrink=64,
+        episodes=2,
+        hidden=(8,),
+        world=Settings(maps=1, routes=4, traffic=4, walkers=1, longest_m=400.0, timeout_s=10.0),
+    )
+    size = (Size() if full else tiny).replace(**changes)
+    return Study(
+        name="carl",
+        title="PPO with a simple and with a shaped reward, by the size of mini-batches",
+        settings={"size": "full" if full else "smoke", **to_dict(size)},
+        arms=[Arm(name, about, run_of(name, size)) for name, about in ARMS.items()],
+        seeds=(0, 1, 2, 3, 4) if full else (0, 1),
+        run=run,
+        judge=judge,
+        columns=COLUMNS,
+    )
+
+
+def run(config: TaskRunConfig, seed: int, progress: Progress) -> Metrics:
+    """One arm: what its policy came to on routes that it had not seen."""
+    said = time.monotonic()
+
+    def tell(event: Event) -> None:
+        nonlocal said
+        if event.kind == "step" and time.monotonic() - said > _TOLD_EVERY_S:
+            said = time.monotonic()
+            progress(f"step {event.step:,} of {event.steps:,}")
+
+    config = config.replace(train=config.train.replace(seed=seed, checkpoint_every=None))
+    with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
+        trainer = Trainer(config, Path(folder) / "run", on_event=tell)
+        try:
+            result = trainer.fit()
+        finally:
+            trainer.stream.close()
+    samples = samples_of(config, result.step)
+    measured = {name: value for name, value in result.measures.items() if name not in ("step", "kind")}
+    task: Any = config.task
+    assert isinstance(task, PPO.Config)
+    return {
+        **measured,
+        "collapsed": float(measured["route_completion"] < 20),
+        "samples": samples,
+        "updates": samples // task.collecting.num_samples,
+        "gradient_steps": result.step - result.skipped_steps,
+        "learning_rate": config.train.learning_rate,
+        "seconds": result.seconds,
+        "samples_per_second": samples / max(result.seconds, 1e-9),
+    }
+
+
+# Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
+_CLAIMS: tuple[Asked, ...] = (
+    (
+        "driving_score",
+        "simple-16384",
+        "driving_score",
+        "shaped-16384",
+        10.0,
+        "PRIMARY: at mini-batches of 16,384 the simple reward drives more than 10 points better than the shaped one",
+        "the shaped one fails",
+    ),
+    (
+        "driving_score",
+        "simple-16384",
+        "driving_score",
+        "simple-256",
+        -3.0,
+        "with the simple reward mini-batches of 16,384 lose less than 3 points against those of 256",
+        "equal or better",
+    ),
+    (
+        "driving_score",
+        "shaped-256",
+        "driving_score",
+        "shaped-16384",
+        0.0,
+        "with the shaped reward mini-batches of 16,384 drive worse than those of 256",
+        "worse",
+    ),
+    (
+        "stands_still",
+        "shaped-16384",
+        "stands_still",
+        "simple-16384",
+        0.0,
+        "at mini-batches of 16,384 more routes end standing still with the shaped reward",
+        "local optima",
+    ),
+)
+
+
+def judge(results: Results) -> list[Claim]:
+    """The claims; see the rule in the module's docstring."""
+    return judged(results, _CLAIMS)
