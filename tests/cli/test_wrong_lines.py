@@ -220,6 +220,14 @@ rl train cartpole --out z --seed {HUGE}
 rl train cartpole --out z --set task.gamma=nan
 rl train cartpole --out z --set task.hidden=[0]
 rl train cartpole --out z --set task.num_envs=1e30
+rl train cartpole --out z --set task.num_envs=2147483647
+rl train cartpole --out z --set task.rollout_steps=2147483647 --samples 99999999999999
+rl train cartpole --out z --set task.hidden=[2147483647,2147483647]
+rl train cartpole --out z --set task.epochs=2147483647
+rl train cartpole --out z --set task.environment.kind=nowhere
+rl train cartpole --out z --set task.environment.workers=0
+rl train laneworld --out z --set task.environment.world.traffic=nan
+rl train laneworld --out z --set task.environment.world.longest_m=60
 rl train cartpole --out z --set task.reward_scale=0
 rl train cartpole --out z --set train.learning_rate=inf
 rl train --out text --resume

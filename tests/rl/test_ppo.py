@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.errors import CapacityError, CheckpointError, ConfigError, DataError
 from anabranch.rl import PPO, Actions, ActorCritic, Categorical, Layout, Rollouts, Samples, clipped_losses, judge
 from anabranch.rl import evaluation
 from anabranch.rl.evaluation import evaluation_seed
@@ -315,11 +315,20 @@ def test_a_reward_that_is_no_number_is_told_with_its_environment():
         ({"batch_size": 7}, "train.batch_size is 7, which does not divide the 32 samples of a rollout"),
         ({"batch_size": 1}, "advantages of one sample cannot be normalised"),
         ({"policy": "beta"}, "use categorical"),
+        ({"hidden": (100_000, 100_000)}, r"hidden is \[100000, 100000\], which takes 1e\+10 numbers"),
+        ({"train": {"precision": "bfloat16"}}, "train.precision is 'bfloat16'"),
+        ({"num_envs": 70_000}, "num_envs is 70000"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused_at_once(tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
         Trainer(run(**fields), tmp_path / "run")
+
+
+def test_a_rollout_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("anabranch.rl.rollout.room_bytes", lambda: 1000)
+    with pytest.raises(CapacityError, match=r"a rollout of 4 environments x 8 steps takes 0\.0 GB, and there are 0\.0"):
+        Trainer(run(), tmp_path / "run")
 
 
 # The task

@@ -21,6 +21,8 @@ from anabranch.rl.policies import Actions, Kind, kind_of
 __all__ = ["ActorCritic", "Layout"]
 
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+# Weights of one network.
+_MOST_NUMBERS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class ActorCritic(nn.Module):
         width = layout.num_observed + layout.num_private
         if scale and (len(scale) != width or not all(value > 0 for value in scale)):
             raise ConfigError(f"observation_scale has {len(scale)} numbers; use {width} above 0, or none")
+        _check_size(width, hidden)
         self.layout = layout
         self.kind: Kind = kind_of(policy, layout.actions)
         self.register_buffer("scale_D", torch.tensor(scale or [1.0] * width), persistent=False)
@@ -100,6 +103,15 @@ class ActorCritic(nn.Module):
 
     def _judges(self, observation_BD: Tensor) -> Tensor:
         return self.critic(observation_BD / self.scale_D).squeeze(-1)
+
+
+def _check_size(width: int, hidden: tuple[int, ...]) -> None:
+    """Raise ConfigError for networks that nobody trains by acting, before memory is taken."""
+    numbers = sum(before * after for before, after in pairwise((width, *hidden)))
+    if numbers > _MOST_NUMBERS:
+        raise ConfigError(
+            f"hidden is {list(hidden)}, which takes {numbers:.3g} numbers in each network; use layers of at most {_MOST_NUMBERS:,} together"
+        )
 
 
 def _dense(inputs: int, hidden: tuple[int, ...], outputs: int, activation: str, *, last_gain: float) -> nn.Sequential:

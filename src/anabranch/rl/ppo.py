@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from anabranch.bounds import Size
+from anabranch.bounds import Repeats, Size
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.rl.environment import Environment, Gymnasium
@@ -133,9 +133,9 @@ class PPO(Task, kind="ppo"):
         """
 
         environment: Environment.Config = Field(default_factory=Gymnasium.Config)
-        num_envs: Size = Field(default=8, ge=1)
+        num_envs: Repeats = Field(default=8, ge=1)
         rollout_steps: Size = Field(default=128, ge=1)
-        epochs: int = Field(default=4, ge=1)
+        epochs: Repeats = Field(default=4, ge=1)
         gamma: float = Field(default=0.99, ge=0, le=1)
         gae_lambda: float = Field(default=0.95, ge=0, le=1)
         bootstrap_truncated: bool = True
@@ -200,7 +200,12 @@ class PPO(Task, kind="ppo"):
     # From what
 
     def training_data(self, context: TaskContext) -> Rollouts:
-        """See `Rollouts`."""
+        """See `Rollouts`. Raises ConfigError for a precision in which what acts and what learns are not the same."""
+        if context.settings.precision != "float32":
+            raise ConfigError(
+                f"train.precision is {context.settings.precision!r}, and PPO compares how likely actions are for who acted and for who learns; "
+                "use float32"
+            )
         config, stragglers = self.config, None
         if config.preempt_share is not None and context.world_size > 1:
             stragglers = Stragglers(

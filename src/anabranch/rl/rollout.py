@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.errors import CapacityError, CheckpointError, ConfigError, DataError
+from anabranch.machine import room_bytes
 from anabranch.rl.environment import Environment, World, flat
 from anabranch.rl.network import ActorCritic
 from anabranch.rl.preemption import Stragglers
@@ -150,7 +151,7 @@ class Rollouts:
         rollout: the one that mini-batches come from; None before the first.
         position: samples that were handed out so far, in all processes.
 
-    Raises ConfigError if mini-batches do not divide a rollout, or processes the environments.
+    Raises ConfigError if mini-batches do not divide a rollout, or processes the environments, CapacityError if there is no room for one.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class Rollouts:
             raise ConfigError(
                 f"num_envs is {collecting.num_envs}, which {world_size} processes cannot share evenly; use a multiple of {world_size}"
             )
+        _check_room(environment, collecting)
         self.environment, self.collecting, self.batch_size = environment, collecting, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.device, self.stragglers = device or torch.device("cpu"), stragglers
@@ -297,7 +299,8 @@ class Rollouts:
         """The environments, where they were after the last whole rollout."""
         if self._world is not None:
             return self._world
-        world = self.environment.make(self._num_own, seed=self.seed, first=self._first)
+        # Kept at once: whatever fails from here on, it is closed.
+        world = self._world = self.environment.make(self._num_own, seed=self.seed, first=self._first)
         own = slice(self._first, self._first + self._num_own)
         state = {name: array[own] for name, array in self._state.items()}
         if state:
@@ -308,7 +311,6 @@ class Rollouts:
             seen, _ = world.reset()
         self._observation_nD = flat(seen)
         self._check("observation", self._observation_nD)
-        self._world = world
         return world
 
     @torch.no_grad()
@@ -495,6 +497,18 @@ def _row(final: Any, place: int) -> Any:
     if isinstance(one, Mapping):
         return {name: np.asarray(array)[None] for name, array in one.items()}
     return np.asarray(one)[None]
+
+
+def _check_room(environment: Environment, collecting: Collecting) -> None:
+    """Raise CapacityError where a rollout takes more memory than there is. Observations are held twice while it is made."""
+    layout = environment.layout
+    numbers = 2 * (layout.num_observed + layout.num_private) + 3 * max(layout.actions.num_numbers, layout.actions.choices)
+    needed, room = 4 * (numbers + 8) * collecting.num_samples, room_bytes()
+    if needed > room:
+        raise CapacityError(
+            f"a rollout of {collecting.num_envs:,} environments x {collecting.steps:,} steps takes {needed / 1e9:.1f} GB, and there are "
+            f"{room / 1e9:.1f}; make num_envs or rollout_steps smaller"
+        )
 
 
 def _network(model: nn.Module | None) -> ActorCritic:
