@@ -63,6 +63,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "cluster plan x --picture y.svg": "lm,plots",
     "rl train x --out y": "lm",
     "rl eval x": "lm",
+    "rl eval x --picture y.svg": "lm,plots",
     "rl replay x --out y": "lm,images",
     "cluster fabric --picture y.svg": "plots",
     "cluster fabric --trace x.parquet": "lm",

@@ -112,7 +112,7 @@ COMMANDS = {
         {"model": "m/config.json", "adapter": "a/adapter_config.json", "data": "text/a.txt"},
         {"OUT": "rep/adapters.html"},
     ),
-    "rl eval": ("{run} --csv {CSV}", {"run": "m/config.json"}, {"CSV": "o.csv"}),
+    "rl eval": ("{run} --csv {CSV} --picture {PICTURE}", {"run": "m/config.json"}, {"CSV": "o.csv", "PICTURE": "o.svg"}),
     "rl replay": ("{run} --out {OUT}", {"run": "m/config.json"}, {"OUT": "o.gif"}),
     "report": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "rep/report.html"}),
     "oracle": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "text/a.txt"}, {"OUT": "orc/oracle.json"}),

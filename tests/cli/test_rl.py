@@ -50,6 +50,16 @@ def test_eval_says_what_training_said(capfd, trained, tmp_path):
     assert len((tmp_path / "e.csv").read_text().splitlines()) == 4
 
 
+def test_eval_draws_the_curve(capfd, trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("c.svg", "c.png"):
+        code, out, _ = run(capfd, "rl", "eval", trained, "--episodes", 2, "--picture", tmp_path / name, "--quiet")
+        assert code == 0
+        assert f"wrote   {tmp_path / name}" in out
+    assert "episodes of a rollout" in (tmp_path / "c.svg").read_text()
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_replay_draws_a_film(capfd, trained, tmp_path):
     pytest.importorskip("pygame")
     code, out, _ = run(capfd, "rl", "replay", trained, "--out", tmp_path / "a.gif", "--frames", 3, "--json")
@@ -83,6 +93,8 @@ def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
         (["eval", "nowhere"], "no training run in nowhere"),
         (["eval", "{run}", "--episodes", "0"], "episodes"),
         (["eval", "{run}", "--csv", "{run}/config.json"], "is read"),
+        (["eval", "{run}", "--picture", "a.jpg"], "its name must end in .svg or .png"),
+        (["eval", "{run}", "--csv", "a.svg", "--picture", "a.svg"], "is to be written twice"),
         (["replay", "{run}", "--out", "a.png"], "ends in .gif"),
     ],
 )

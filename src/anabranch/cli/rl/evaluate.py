@@ -12,9 +12,12 @@ from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.rl.train import _returned
+from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
+# What the name of a picture may end in.
+_FORMS = (".svg", ".png")
 # Told first, or not as they are.
 _KNOWN = ("mean_return", "return_deviation", "return_interval", "episodes", "mean_length", "terminated")
 
@@ -29,6 +32,9 @@ def evaluate(
         ),
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a line for each episode.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw how returns grew in training: .svg or .png.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -36,10 +42,13 @@ def evaluate(
 
     Example: anabranch rl eval runs/cartpole --episodes 100 --csv episodes.csv
     """
-    require("lm", by="anabranch rl eval")
+    require("lm", *(["plots"] if picture is not None else []), by="anabranch rl eval")
     from anabranch.rl import judge, load_agent
+    from anabranch.train import read_metrics
 
-    check_apart([csv], [run])
+    if picture is not None and picture.suffix not in _FORMS:
+        raise ConfigError(f"--picture is {str(picture)!r}; its name must end in {' or '.join(_FORMS)}")
+    check_apart([csv, picture], [run])
     agent = load_agent(run)
     begins = agent.config.train.seed if seed is None else seed
     with Progress(episodes, "episode", quiet=quiet) as progress:
@@ -53,6 +62,10 @@ def evaluate(
     measures = found.measures()
     if csv is not None:
         found.write_csv(csv)
+    if picture is not None:
+        from anabranch.cli.rl.curve import draw_curve
+
+        draw_curve(read_metrics(run), measures, picture, run.name)
     if as_json:
         print_json({"folder": str(run), "step": agent.step, "seed": begins, **measures})
         return
@@ -64,4 +77,5 @@ def evaluate(
     for name, value in measures.items():
         if name not in _KNOWN:
             fact(name, f"{value:.4g}")
-    wrote(str(csv) if csv is not None else "nothing", f"anabranch rl replay {shell_word(run)} --out episode.gif")
+    made = ", ".join(str(path) for path in (csv, picture) if path is not None)
+    wrote(made or "nothing", f"anabranch rl replay {shell_word(run)} --out episode.gif")
