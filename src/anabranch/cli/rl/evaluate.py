@@ -78,4 +78,8 @@ def evaluate(
         if name not in _KNOWN:
             fact(name, f"{value:.4g}")
     made = ", ".join(str(path) for path in (csv, picture) if path is not None)
-    wrote(made or "nothing", f"anabranch rl replay {shell_word(run)} --out episode.gif")
+    then = f"anabranch rl replay {shell_word(run)} --out episode.gif"
+    if made:
+        wrote(made, then)
+    else:
+        fact("next", then)

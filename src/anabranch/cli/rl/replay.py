@@ -9,7 +9,7 @@ import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Quiet
-from anabranch.cli.output import fact, print_json, wrote
+from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -50,4 +50,4 @@ def replay(
         print_json(told | {"return": film.total, "seed": begins})
         return
     fact("episode", f"{film.steps} steps, return {film.total:.2f}, {len(film.frames)} frames")
-    wrote(str(out), f"anabranch rl eval {run}")
+    wrote(str(out), f"anabranch rl eval {shell_word(run)}")
