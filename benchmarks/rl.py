@@ -1,12 +1,12 @@
 """How many steps a second has LaneWorld beside HighwayEnv, and PPO beside Stable-Baselines3?
 
-    world       64 worlds of LaneWorld with 20 cars each, one step of all, against as many steps of HighwayEnv's highway with 20 cars: both
-                at 10 decisions and 10 steps of physics a second, one thread. bar: 50 times
-    ppo         acting and learning on 512 samples of HighwayEnv's roundabout: the same network, rollouts, epochs and mini-batches. bar: 1.5
-                times Stable-Baselines3's samples a second
-    cartpole    the same on 2,048 samples of CartPole, where the environment costs little. no bar
+world       64 worlds of LaneWorld with 20 cars each, one step of all, against as many steps of HighwayEnv's highway with 20 cars: both
+            at 10 decisions and 10 steps of physics a second, one thread. bar: 50 times
+ppo         acting and learning on 512 samples of HighwayEnv's roundabout: the same network, rollouts, epochs and mini-batches. bar: 1.5
+            times Stable-Baselines3's samples a second
+cartpole    the same on 2,048 samples of CartPole, where the environment costs little. no bar
 
-    python benchmarks/rl.py --threads 1 --json benchmarks/results/rl.json           # needs gymnasium, highway-env, stable-baselines3
+python benchmarks/rl.py --threads 1 --json benchmarks/results/rl.json           # needs gymnasium, highway-env, stable-baselines3
 """
 # Shapes: W worlds
 

@@ -186,6 +186,7 @@ def spread():
     world.close()
 
 
+@pytest.mark.slow
 def test_processes_do_what_one_does(spread):
     alone = CARTPOLE.make(5, seed=3)
     rng = np.random.default_rng(4)
@@ -209,6 +210,7 @@ def test_processes_do_what_one_does(spread):
     assert np.array_equal(spread.load_state_dict(state), ours[0])
 
 
+@pytest.mark.slow
 def test_an_error_of_a_process_is_told_here(spread):
     state = {"episode": np.zeros(5, int), "length": np.full(5, 60), "action": np.ones((5, 60, 1), int)}
     with pytest.raises(CheckpointError, match="environment 0 ended its episode"):
@@ -217,6 +219,7 @@ def test_an_error_of_a_process_is_told_here(spread):
         Gymnasium.Config(id="Nothing-v7", workers=2).build().make(2, seed=0)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_gone_is_told():
     world = Gymnasium.Config(id="CartPole-v1", workers=2).build().make(2, seed=0)
     try:

@@ -9,8 +9,18 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from anabranch.errors import CapacityError, CheckpointError, ConfigError, DataError
-from anabranch.rl import PPO, Actions, ActorCritic, Categorical, Layout, Rollouts, Samples, clipped_losses, judge
-from anabranch.rl import evaluation
+from anabranch.rl import (
+    PPO,
+    Actions,
+    ActorCritic,
+    Categorical,
+    Layout,
+    Rollouts,
+    Samples,
+    clipped_losses,
+    evaluation,
+    judge,
+)
 from anabranch.rl.evaluation import evaluation_seed
 from anabranch.rl.preemption import Stragglers
 from anabranch.rl.rollout import normalised
@@ -460,10 +470,12 @@ def test_an_episode_without_an_end_is_told(monkeypatch):
 
 
 def test_an_observation_that_is_no_number_is_told():
-    task = run(environment=Corridor.Config(blind=1)).task.build()
-    with pytest.raises(DataError, match="environment 1 gave an observation that is no number, 2 steps into an episode"):
-        judge(task.network(), task.environment, episodes=4)
     stream = rollouts(environment=Corridor.Config(blind=1))
+    with torch.no_grad():
+        # To the left, so that no episode ends before.
+        stream.model.policy[-1].bias.copy_(torch.tensor([50.0, 0.0]))
+    with pytest.raises(DataError, match="environment 1 gave an observation that is no number, 2 steps into an episode"):
+        judge(stream.model, stream.environment, episodes=4)
     with pytest.raises(DataError, match="environment 1 gave the observation nan"):
         stream.next_batch(8)
 

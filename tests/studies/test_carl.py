@@ -64,12 +64,11 @@ def test_an_arm_runs():
     pytest.importorskip("gymnasium")
     study = make()
     assert study.seeds == (0, 1)
-    for name in ("simple-2048", "shaped-256"):
-        arm = next(arm for arm in study.arms if arm.name == name)
-        found = study.run(arm.config, 0, lambda text: None)
-        assert {column.metric for column in study.columns} <= found.keys()
-        assert found["samples"] > 0
-        assert all(math.isfinite(value) for value in found.values())
+    arm = next(arm for arm in study.arms if arm.name == "shaped-256")
+    found = study.run(arm.config, 0, lambda text: None)
+    assert {column.metric for column in study.columns} <= found.keys()
+    assert found["samples"] > 0
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_both_sizes_are_made():

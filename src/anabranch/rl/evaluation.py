@@ -157,7 +157,9 @@ def _check(seen_ND: np.ndarray, length_N: np.ndarray, left_N: np.ndarray) -> Non
     finite_N = np.isfinite(seen_ND).all(axis=1) | (left_N == 0)
     if not finite_N.all():
         place = int(np.flatnonzero(~finite_N)[0])
-        raise DataError(f"environment {place} gave an observation that is no number, {length_N[place]} steps into an episode")
+        raise DataError(
+            f"environment {place} gave an observation that is no number, {length_N[place]} steps into an episode"
+        )
     if (length_N[left_N > 0] >= LONGEST).any():
         raise DataError(
             f"an episode has not ended after {LONGEST:,} steps; give the environment a limit, such as "

@@ -128,7 +128,7 @@ class _Worker:
 
     def __init__(self) -> None:
         # Each has a core of its own, so one thread.
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "anabranch.rl.world_worker"],
             stdin=subprocess.PIPE,

@@ -203,7 +203,7 @@ class PPO(Task, kind="ppo"):
         """See `Rollouts`. Raises ConfigError for a precision in which what acts and what learns are not the same."""
         if context.settings.precision != "float32":
             raise ConfigError(
-                f"train.precision is {context.settings.precision!r}, and PPO compares how likely actions are for who acted and for who learns; "
+                f"train.precision is {context.settings.precision!r}, and PPO compares how likely an action was and is; "
                 "use float32"
             )
         config, stragglers = self.config, None

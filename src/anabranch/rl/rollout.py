@@ -502,7 +502,9 @@ def _row(final: Any, place: int) -> Any:
 def _check_room(environment: Environment, collecting: Collecting) -> None:
     """Raise CapacityError where a rollout takes more memory than there is. Observations are held twice while it is made."""
     layout = environment.layout
-    numbers = 2 * (layout.num_observed + layout.num_private) + 3 * max(layout.actions.num_numbers, layout.actions.choices)
+    numbers = 2 * (layout.num_observed + layout.num_private) + 3 * max(
+        layout.actions.num_numbers, layout.actions.choices
+    )
     needed, room = 4 * (numbers + 8) * collecting.num_samples, room_bytes()
     if needed > room:
         raise CapacityError(
