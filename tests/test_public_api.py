@@ -72,7 +72,7 @@ PUBLIC = {
     "anabranch.cluster.fabric": """
         ALGORITHMS SCHEMES SPREAD Equivalence Flows FluidResult LinkEvent PacketConfig PacketResult PathHealth Piece Plan Routes
         Topology busiest check check_equivalence collective_flows dispatch_matrix exact_loads good_paths loads lower_bound
-        max_min_rates moe_dispatch plan routes simulate simulate_packets
+        max_min_rates moe_dispatch plan plan_trace routes simulate simulate_packets
     """,
     "anabranch.depth": """
         BlockStack DepthReport DepthRouter EXECUTE REPEAT RoutedPass SKIP check_depth_path decisions_of path_of routed_pass run_path

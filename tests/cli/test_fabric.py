@@ -31,7 +31,8 @@ def test_as_a_program(cli):
     lines = done.stdout.splitlines()
     assert lines[0] == "network leaf-spine of 4 leaves, 4 spines, 4 hosts a leaf"
     assert lines[1].startswith("traffic all-to-all of 4MB on 16 ranks   240 flows in 1 steps, 60 MB")
-    shown = {line.split()[0]: line.split() for line in lines[5:]}
+    assert lines[-1] == "nccl    split:4 is NCCL_IB_QPS_PER_CONNECTION=4 NCCL_IB_SPLIT_DATA_ON_QPS=1, over RDMA"
+    shown = {line.split()[0]: line.split() for line in lines[5:-1]}
     assert list(shown) == ["ecmp", "split:4", "whole", "greedy", "ethereal", "wrap", "spray", "reps"]
     assert shown["ethereal"][1:4] == ["15.0", shown["spray"][2], "1.000"]
 
@@ -44,8 +45,12 @@ def test_the_numbers_are_those_of_the_library(asked):
     flows = collective_flows("permutation", 16, 4_000_000, seed=3)
     assert told["lower_bound_s"] == lower_bound(flows, topology)
     assert told["traffic"] == {
-        "about": "permutation of 4MB on 16 ranks", "ranks": 16, "flows": 16, "steps": 1, "bytes": 64_000_000
-    }  # fmt: skip
+        "about": "permutation of 4MB on 16 ranks",
+        "ranks": 16,
+        "flows": 16,
+        "steps": 1,
+        "bytes": 64_000_000,
+    }
     for row in told["schemes"]:
         made = plan(flows, topology, row["scheme"], scope="leaf", seed=3)
         assert (row["pieces"], row["busiest_s"]) == (len(made), busiest(made))
@@ -124,14 +129,61 @@ def test_a_picture_of_one_switch(here):
 def test_a_plan_in_a_file(here, work):
     from anabranch.cluster.fabric import Topology, collective_flows, plan
 
-    words = ("permutation", *SMALL, "--scheme", "wrap", "--seed", 1, "--out", "plan.csv")
+    words = ("permutation", *SMALL, "--scheme", "wrap", "--seed", 1, "--window", 4, "--out", "plan.csv")
     assert here("cluster", "fabric", *words)[0] == 0
     rows = list(csv.reader((work / "plan.csv").open()))
     made = plan(collective_flows("permutation", 16, 4_000_000, seed=1), Topology.leaf_spine(4, 4, 4), "wrap", seed=1)
-    assert rows[0] == ["step", "src", "dst", "path", "offset", "bytes", "delay_ns"]
+    assert rows[0] == ["step", "src", "dst", "path", "offset", "bytes", "delay_ns", "window"]
     assert [row[1:6] for row in rows[1:]] == [
         [f"host{p.src}", f"host{p.dst}", str(p.path), str(p.offset), str(p.size)] for p in made
     ]
+
+
+def test_packets_too(asked, here):
+    from anabranch.cluster.fabric import LinkEvent, PacketConfig, Topology, collective_flows, plan, simulate_packets
+
+    words = ("permutation", *SMALL[:2], "--bytes", "200kB", "--scheme", "ethereal", "--scheme", "spray", "--seed", 2)
+    words += ("--packets", "--receiver", "go-back-n", "--lose", "leaf0-spine1")
+    told = by_scheme(asked(*words))
+    topology, flows = Topology.leaf_spine(4, 4, 4), collective_flows("permutation", 16, 200_000, seed=2)
+    for scheme, row in told.items():
+        made = plan(flows, topology, scheme, seed=2)
+        config = PacketConfig(receiver="go-back-n")
+        found = simulate_packets(made, config, events=[LinkEvent("leaf0-spine1")], seed=2)
+        assert row["packets"] == {name: getattr(found, name) for name in row["packets"]}
+        assert len(row["packets"]) == 10
+    assert told["ethereal"]["packets"]["moved"] > 0
+    _, out, _ = here("cluster", "fabric", *words)
+    line = next(line for line in out.splitlines() if line.startswith("ethereal"))
+    numbers = told["ethereal"]["packets"]
+    assert line.split()[-3:] == [f"{numbers[name]:,}" for name in ("resent", "timeouts", "lost")]
+    assert by_scheme(asked("permutation", *SMALL, "--scheme", "wrap"))["wrap"]["packets"] is None
+
+
+def test_a_plan_as_a_trace_of_links(here, work):
+    from anabranch.cluster.fabric import Topology, collective_flows, loads, plan
+    from anabranch.routing import RoutingTrace
+
+    words = ("permutation", *SMALL, "--scheme", "spray", "--out", "plan.parquet")
+    assert here("cluster", "fabric", *words)[0] == 0
+    trace = RoutingTrace.read(work / "plan.parquet")
+    made = plan(collective_flows("permutation", 16, 4_000_000), Topology.leaf_spine(4, 4, 4), "spray")
+    carried = np.bincount(trace.column("destination", 0), trace.column("weight", 0), made.topology.num_links)
+    np.testing.assert_allclose(carried, loads(made), rtol=1e-6)
+
+
+def test_much_traffic_without_numba_names_the_extra(here, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for words in (
+        ("--network", "leaf-spine:16x16x16"),
+        ("--network", "leaf-spine:2x2x2", "--bytes", "1GB", "--packets"),
+    ):
+        code, out, err = here("cluster", "fabric", *words, "--scheme", "spray")
+        assert (code, out) == (2, "")
+        assert "for so much traffic, needs numba; pip install 'anabranch[cluster]'" in err
+        assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -177,12 +229,25 @@ def test_a_theorem_that_does_not_hold_is_no_success(here, monkeypatch):
         ("--slow leaf0-spine1=nan", "capacity of leaf0-spine1 is nan"),
         ("--scheme ethernet", "no scheme 'ethernet'"),
         ("--layer 3", "--layer is of a routing trace"),
+        ("--row-bytes 1kB", "--row-bytes is of a routing trace"),
+        (
+            "all-to-all --trace none.parquet",
+            "COLLECTIVE is of a collective, and --trace is given; leave one of them out",
+        ),
+        ("--bytes 1MB --trace none.parquet", "--bytes is of a collective, and --trace is given"),
+        ("--theorem --scheme wrap", "--theorem has networks and flows of its own; leave out --scheme"),
+        ("--theorem permutation", "leave out COLLECTIVE"),
+        ("--network leaf-spine:8000x4000x2", "8,000 leaves and 4,000 spines have 32,000,000 cables"),
+        ("--lose leaf0-spine1", "--lose is of packets; give --packets too"),
+        ("--receiver go-back-n", "--receiver is of packets; give --packets too"),
+        ("--packets --lose leaf0-spine99", "no node 'spine99'"),
+        ("--network leaf-spine:2x1x2 --bytes 10kB --packets --lose leaf0-spine0", "pieces were not through"),
         ("--trace none.parquet", "there is no routing trace at none.parquet"),
         ("--picture fabric.pdf", "--picture is 'fabric.pdf'; its name must end in .png or .svg"),
         ("--out plan.csv", "--out writes one plan; give one --scheme"),
-        ("--out plan.txt --scheme wrap", "--out is 'plan.txt'; its name must end in .csv"),
+        ("--out plan.txt --scheme wrap", "--out is 'plan.txt'; its name must end in .csv or .parquet"),
     ],
-)  # fmt: skip
+)
 def test_wrong_lines_are_told_in_one(here, work, line, said):
     (work / "bad.csv").write_text("a,b,10\na,b\n")
     (work / "noise.csv").write_bytes(bytes(range(256)))

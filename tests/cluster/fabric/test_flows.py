@@ -28,7 +28,7 @@ def test_halving_and_doubling_by_hand():
 def test_direct_by_hand():
     assert collective_flows("all-to-all", 3, 9).steps() == [
         [(0, 1, 3), (0, 2, 3), (1, 2, 3), (1, 0, 3), (2, 0, 3), (2, 1, 3)]
-    ]  # fmt: skip
+    ]
 
 
 def test_a_tree_by_hand():
@@ -123,12 +123,19 @@ def test_a_dispatch_counts_every_choice_once(items, choices, experts, data):
     [
         (lambda: collective_flows("all-reduse", 4, 1), "no collective 'all-reduse'"),
         (lambda: collective_flows("all-reduce", 4, 1, "direct"), "no 'direct' of all-reduce; known: ring"),
-        (lambda: collective_flows("all-reduce", 6, 1, "halving-doubling"), "of 6 ranks; it needs a power of two, such as 4"),
+        (
+            lambda: collective_flows("all-reduce", 6, 1, "halving-doubling"),
+            "of 6 ranks; it needs a power of two, such as 4",
+        ),
         (lambda: collective_flows("all-to-all", 1, 1), "ranks is 1"),
         (lambda: collective_flows("all-to-all", 4, 0), "bytes is 0"),
+        (lambda: collective_flows("permutation", 4, 8, seed=-1), "seed is -1"),
         (lambda: collective_flows("all-to-all", 4, 1e9), "bytes is 1000000000.0"),
         (lambda: Flows.of([(0, 1, 0)]), "flow 0 is 0 bytes from host 0 to 1 in step 0; it must have 1 byte or more"),
-        (lambda: Flows.of([(0, 1, 5), (2, 2, 5)]), "flow 1 is 5 bytes from host 2 to 2 in step 0; a host sends itself nothing"),
+        (
+            lambda: Flows.of([(0, 1, 5), (2, 2, 5)]),
+            "flow 1 is 5 bytes from host 2 to 2 in step 0; a host sends itself nothing",
+        ),
         (lambda: Flows.of([(0, -1, 5)]), "hosts are counted from 0"),
         (lambda: Flows.of([(0, 1, 5, -1)]), "steps are counted from 0"),
         (lambda: Flows.of([(0, 1)]), "a flow is (source, destination, bytes)"),
@@ -142,7 +149,7 @@ def test_a_dispatch_counts_every_choice_once(items, choices, experts, data):
         (lambda: moe_dispatch(np.zeros((2, 3), int), 4), "rows_RR must be whole numbers [R, R]"),
         (lambda: moe_dispatch(np.full((2, 2), 2**40), 2**40), "at most 2^50 bytes"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_flow_is_told(make, said):
     with pytest.raises(InputError) as caught:
         make()

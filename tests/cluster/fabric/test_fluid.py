@@ -114,6 +114,16 @@ def test_a_step_waits_for_what_its_rank_has_to_do_and_for_nobody_else():
     assert found.finish_F.tolist() == pytest.approx([1.0, 3.0, 2.0, 4.0])
 
 
+def test_windows_follow_each_other():
+    # Three flows of 1 s each to three leaves: together they end after 3 s, one by one after 1, 2 and 3; and then comes the next step.
+    topology = Topology.leaf_spine(4, 1, 1, cap_up=8, cap_host=8)
+    flows = Flows.of([*((0, host, 10**9, 0) for host in (1, 2, 3)), (0, 1, 10**9, 1)])
+    together, apart = (simulate(plan(flows, topology, "whole", window=window)) for window in (None, 1))
+    assert together.finish_F.tolist() == pytest.approx([3.0, 3.0, 3.0, 4.0])
+    assert sorted(apart.finish_F[:3]) == pytest.approx([1.0, 2.0, 3.0])
+    assert apart.finish_F[3] == pytest.approx(4.0)
+
+
 def naive_run(made):
     """Completion by the plain loop: rates of `naive_rates`, until the next piece ends."""
     flows, found = made.flows, routes(made)
@@ -125,9 +135,13 @@ def naive_run(made):
     left, now, finish = dict(enumerate((8.0 * made.size_Q).tolist())), 0.0, {}
     while left:
         ready = [
-            q for q in left
+            q
+            for q in left
             if not any(who[p][2] < who[q][2] and who[q][0] in who[p][:2] for p in left)
-        ]  # fmt: skip
+            and not any(
+                (who[p][0], who[p][2]) == (who[q][0], who[q][2]) and made.window_Q[p] < made.window_Q[q] for p in left
+            )
+        ]
         rates = dict(zip(ready, naive_rates([paths[q] for q in ready], made.topology.capacity_L.tolist()), strict=True))
         step = min(left[q] / rates[q] for q in ready)
         now += step
@@ -143,11 +157,12 @@ def naive_run(made):
 @given(
     st.sampled_from(SCHEMES),
     st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(1, 9), st.integers(0, 3)), max_size=12),
+    st.sampled_from([None, 1, 3]),
 )
-def test_runs_end_when_the_naive_loop_says(scheme, rows):
+def test_runs_end_when_the_naive_loop_says(scheme, rows, window):
     topology = Topology.leaf_spine(4, 3, 2, cap_up=5, cap_host=8)
     flows = Flows.of((src, dst, size * 10**8, step) for src, dst, size, step in rows if src != dst)
-    made = plan(flows, topology, scheme)
+    made = plan(flows, topology, scheme, window=window)
     assert simulate(made).finish_Q.tolist() == pytest.approx(naive_run(made), rel=1e-6)
 
 

@@ -15,6 +15,8 @@ from anabranch.cluster.fabric import (
     collective_flows,
     kernels,
     loads,
+    packet_kernels,
+    packet_state,
     packets,
     plan,
     simulate_packets,
@@ -87,6 +89,13 @@ def test_steps_follow_each_other():
     # Rank 0 goes on when its own packet is acknowledged, 2000 ns later.
     found = run([(0, 1, 1000, 0), (0, 1, 1000, 1)], line())
     assert found.finish_F == pytest.approx([6000 * NS, 14_000 * NS], rel=1e-12)
+
+
+def test_windows_follow_each_other():
+    # 6000 ns there and 2000 for the acknowledgement, then the next leaf's turn.
+    topology = Topology.leaf_spine(3, 1, 1, cap_up=8, cap_host=8)
+    made = at_once(plan(Flows.of([(0, 1, 1000), (0, 2, 1000)]), topology, "whole", window=1))
+    assert sorted(simulate_packets(made, PLAIN).finish_F) == pytest.approx([6000 * NS, 14_000 * NS], rel=1e-12)
 
 
 # Against a naive loop
@@ -218,6 +227,16 @@ def test_a_flow_without_another_path_waits_for_its_own():
         run([(0, 1, 3000)], line(), PLAIN, events=[failure], most_s=0.01)
 
 
+def test_a_host_that_nothing_reaches_is_given_up():
+    with pytest.raises(InputError, match="1 of 2 pieces were not through"):
+        run([(0, 2, 3000), (1, 3, 3000)], line(hosts=2), PLAIN.replace(rto_us=100), events=[LinkEvent("host2-leaf1")])
+    # One that is repaired after longer than that is waited for.
+    repair = LinkEvent("host2-leaf1", at_us=3e5, works=True)
+    found = run([(0, 2, 3000)], line(hosts=2), PLAIN.replace(rto_us=100), events=[LinkEvent("host2-leaf1"), repair])
+    assert 0.3 < found.completion_s < 0.301
+    assert found.timeouts == 3000
+
+
 def test_recycled_paths_avoid_what_failed():
     topology, failure = line(hosts=4, spines=4), LinkEvent("spine1-leaf1")
     rows = [(host, 4 + host, 300_000) for host in range(4)]
@@ -225,6 +244,33 @@ def test_recycled_paths_avoid_what_failed():
     spray, reps = (run(rows, topology, config, scheme, events=[failure]) for scheme in ("spray", "reps"))
     assert 0 < reps.lost < 0.5 * spray.lost
     assert reps.completion_s < spray.completion_s
+
+
+def test_recycled_paths_are_used_in_the_order_in_which_they_came():
+    state, _ = packet_state.make_state(plan(Flows.of([(0, 1, 10)]), line(spines=4), "reps"), constants("reps"), 1, 8)
+    chosen = []
+    for step in (
+        "put 2",
+        "put 0",
+        "take",
+        "put 3",
+        "take",
+        "take",
+        *(f"put {way}" for way in (0, 1, 2, 3, 0, 1, 2, 3, 1)),
+        "take",
+        "take",
+    ):
+        if step == "take":
+            chosen.append(int(packet_kernels.choose_row(state, constants("reps"), 0)))
+        else:
+            packet_kernels.recycle(state, 0, int(step[-1]))
+    # Of nine that came last the first made room.
+    assert chosen == [2, 0, 3, 1, 2]
+    assert state.pieces.cached[0] == 6
+
+
+def constants(scheme):
+    return packets.constants_of(plan(Flows.of([(0, 1, 10)]), line(spines=4), scheme), PacketConfig())
 
 
 def test_ethereal_ends_when_spraying_does():
@@ -281,9 +327,16 @@ def test_the_same_comes_out_compiled(receiver, monkeypatch):
         (lambda: PacketConfig(window=0.5), ConfigError, "window is 0.5"),
         (lambda: run([(0, 1, 10)], line(), events=[LinkEvent("leaf0-spine7")]), InputError, "no node 'spine7'"),
         (lambda: run([(0, 1, 10)], line(), seed=-1), InputError, "seed is -1"),
-        (lambda: run([(0, 1, 2**40)], line(), PLAIN.replace(payload=1)), CapacityError, "more than 2,147,483,648 packets"),
+        (lambda: run([(0, 1, 10)], line(), most_s=float("nan")), InputError, "most_s is nan"),
+        (lambda: LinkEvent("leaf0-spine0", at_us=float("inf")), InputError, "at_us is inf"),
+        (lambda: LinkEvent("leaf0-spine0", at_us=-1), InputError, "at_us is -1"),
+        (
+            lambda: run([(0, 1, 2**40)], line(), PLAIN.replace(payload=1)),
+            CapacityError,
+            "more than 2,147,483,648 packets",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_run_is_told(make, error, said):
     with pytest.raises(error) as caught:
         make()

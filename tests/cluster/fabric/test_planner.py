@@ -22,6 +22,7 @@ from anabranch.cluster.fabric import (
     lower_bound,
     moe_dispatch,
     plan,
+    plan_trace,
     routes,
 )
 from anabranch.cluster.fabric.schemes import num_pieces, num_wrapped
@@ -56,7 +57,7 @@ def test_two_flows_over_three_paths_by_hand():
     made = plan(flows, topology)
     assert sorted((piece.dst, piece.offset, piece.size) for piece in made) == [
         (dst, offset, 100) for dst in (2, 3) for offset in (0, 100, 200)
-    ]  # fmt: skip
+    ]
     assert by_path(made) == {"spine0": 200, "spine1": 200, "spine2": 200}
     # Wrapped, 600 bytes are cut at 200, 300 (where the second flow begins) and 400: four pieces.
     made = plan(flows, topology, "wrap")
@@ -205,6 +206,38 @@ def test_wrap_is_within_a_byte_of_each_share(network, seed):
                 assert abs(sum(sizes) - Fraction(total * int(capacity[path]), int(capacity.sum()))) < 1
 
 
+def test_windows_by_hand():
+    # Host 0 sends two flows to each of three leaves: two leaves fill a window of four or five, the third waits; one of three takes turns.
+    topology = Topology.leaf_spine(4, 1, 2)
+    flows = Flows.of((0, 2 + number, 10) for number in range(6))
+    for window, counts in ((None, [6]), (6, [6]), (5, [4, 2]), (4, [4, 2]), (3, [2, 2, 2]), (1, [2, 2, 2])):
+        made = plan(flows, topology, "whole", window=window)
+        assert np.bincount(made.window_Q).tolist() == counts
+        for number in range(len(counts)):
+            dst = [piece.dst for piece, place in zip(made, made.window_Q, strict=True) if place == number]
+            assert len({topology.leaf_H[host] for host in dst}) == counts[number] / 2
+    # Which leaf is first is drawn.
+    assert len({tuple(plan(flows, topology, "whole", window=2, seed=seed).window_Q) for seed in range(9)}) > 1
+
+
+@settings(deadline=None)
+@given(networks(), st.integers(1, 6), st.sampled_from(["ethereal", "split:2"]))
+def test_windows_hold_no_more_than_they_may(network, window, scheme):
+    topology, flows = network
+    made = plan(flows, topology, scheme, window=window)
+    held = {}
+    for piece, flow, number in zip(made, made.flow_Q, made.window_Q, strict=True):
+        held.setdefault((piece.src, int(flows.step_F[flow])), {}).setdefault(int(number), []).append(
+            int(topology.leaf_H[piece.dst])
+        )
+    for windows in held.values():
+        assert sorted(windows) == list(range(len(windows)))
+        for leaves in windows.values():
+            assert len(leaves) <= window or len(set(leaves)) == 1
+        # Each leaf of a step is in one window.
+        assert sum(len(set(leaves)) for leaves in windows.values()) == len(set().union(*windows.values()))
+
+
 def test_seeds_draw_other_paths():
     flows, topology = collective_flows("permutation", 16, 10**6), Topology.leaf_spine(4, 4, 4)
     for scheme in ("ecmp", "split:2", "whole", "wrap"):
@@ -273,9 +306,13 @@ def test_routes_are_the_links_of_a_piece():
     assert start.tolist() == [0, 6]
     named = {topology.link_name(link): weight for link, weight in zip(link_E, weight_E, strict=True)}
     assert named == {
-        "host0 > leaf0": 1.0, "leaf0 > spine0": 0.5, "leaf0 > spine1": 0.5,
-        "spine0 > leaf1": 0.5, "spine1 > leaf1": 0.5, "leaf1 > host1": 1.0,
-    }  # fmt: skip
+        "host0 > leaf0": 1.0,
+        "leaf0 > spine0": 0.5,
+        "leaf0 > spine1": 0.5,
+        "spine0 > leaf1": 0.5,
+        "spine1 > leaf1": 0.5,
+        "leaf1 > host1": 1.0,
+    }
     whole = routes(plan(Flows.of([(0, 1, 100)]), topology, "whole"))
     assert (whole.start.tolist(), set(whole.weight_E)) == ([0, 4], {1.0})
 
@@ -300,6 +337,22 @@ def test_a_path_that_timed_out_gets_nothing_until_its_mark_ends():
     assert by_path(plan(flows, topology, health=health, now_s=1.05)) == {"spine0": 100, "spine1": 0}
 
 
+@pytest.mark.parametrize("scheme", ["wrap", "spray"])
+def test_a_trace_says_what_each_link_carries(scheme):
+    topology = Topology.leaf_spine(3, 2, 2)
+    made = plan(Flows.of([(0, 2, 1000, 0), (0, 1, 300, 0), (3, 5, 77, 1)]), topology, scheme)
+    trace = plan_trace(made)
+    layer = trace.layer(0)
+    assert (layer.num_destinations, layer.name, trace.domains) == (topology.num_links, "links", [scheme])
+    carried = np.bincount(trace.column("destination", 0), trace.column("weight", 0), topology.num_links)
+    np.testing.assert_allclose(carried, loads(made), rtol=1e-6)
+    # Choices stand in the order in which links are passed.
+    first = trace.decisions(0).index_NK[0]
+    assert first[0] == topology.host_up_H[made.flows.src_F[made.flow_Q[0]]]
+    assert set(trace.column("position", 0)) == {0, 1}
+    assert len(plan_trace(plan(Flows.of([]), topology, scheme))) == 0
+
+
 def broken(change):
     topology = Topology.leaf_spine(2, 2, 2)
     made = plan(Flows.of([(0, 2, 100), (1, 3, 60)]), topology)
@@ -316,9 +369,12 @@ def broken(change):
         (lambda made: replace(made, flow_Q=np.zeros_like(made.flow_Q)), "are not its"),
         (lambda made: replace(made, flow_Q=made.flow_Q + 1), "a piece of flow 2; there are 2 flows"),
         (lambda made: replace(made, path_Q=made.path_Q + 2), "goes over path"),
-        (lambda made: replace(made, topology=made.topology.with_failed(["leaf1-spine0"])), "over path 0 from leaf0 to leaf1"),
+        (
+            lambda made: replace(made, topology=made.topology.with_failed(["leaf1-spine0"])),
+            "over path 0 from leaf0 to leaf1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_plan_is_found(change, said):
     with pytest.raises(InputError) as caught:
         check(broken(change))
@@ -329,15 +385,21 @@ def test_a_wrong_plan_is_found(change, said):
     ("make", "said"),
     [
         (lambda f, t: plan(f, t, "etherial"), "no scheme 'etherial'; known: ecmp, split:4"),
+        (lambda f, t: plan(f, t, None), "no scheme None"),
+        (lambda f, t: lower_bound(Flows.of([(0, 9, 1)]), t), "flows name host 9"),
         (lambda f, t: plan(f, t, "split:0"), "splits into 0 pieces; 1 to 64"),
         (lambda f, t: plan(f, t, "split:999999999"), "splits into 999999999 pieces"),
         (lambda f, t: plan(f, t, scope="rack"), "scope is 'rack'"),
         (lambda f, t: plan(f, t, seed=-1), "seed is -1"),
+        (lambda f, t: plan(f, t, window=0), "window is 0"),
         (lambda f, t: plan(Flows.of([(0, 9, 1)]), t), "flows name host 9, but the network has hosts 0 to 3"),
         (lambda f, t: plan(f, t.with_failed(["host2-leaf1"])), "the cable of host2 has failed, and flow 0 needs it"),
-        (lambda f, t: plan(f, t.with_failed(["leaf0-spine0", "leaf1-spine1"])), "no good path from leaf0 to leaf1: all 2 have failed"),
+        (
+            lambda f, t: plan(f, t.with_failed(["leaf0-spine0", "leaf1-spine1"])),
+            "no good path from leaf0 to leaf1: all 2 have failed",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_planned_is_told(make, said):
     with pytest.raises(InputError) as caught:
         make(Flows.of([(0, 2, 100)]), Topology.leaf_spine(2, 2, 2))

@@ -8,9 +8,7 @@ from anabranch.errors import CapacityError, InputError
 def hops(topology, src, dst):
     """Names of the switches of each path between the leaves of two hosts."""
     leaf, to = int(topology.leaf_H[src]), int(topology.leaf_H[dst])
-    return [
-        [topology.names[topology.link_to[link]] for link in path] for path in topology.paths(leaf, to).tolist()
-    ]  # fmt: skip
+    return [[topology.names[topology.link_to[link]] for link in path] for path in topology.paths(leaf, to).tolist()]
 
 
 def test_a_leaf_spine_by_hand():
@@ -77,7 +75,7 @@ def test_paths_of_a_leaf_spine_are_those_of_its_cables():
 
 def test_failures_and_speeds_are_copies():
     topology = Topology.leaf_spine(2, 3, 1)
-    failed = topology.with_failed(["leaf0-spine1"])
+    failed = topology.with_failed("leaf0-spine1")
     assert topology.is_up_L.all()
     assert (~failed.is_up_L).sum() == 2
     assert failed.failed_cables() == ["leaf0-spine1"]
@@ -96,8 +94,15 @@ def test_groups_are_racks_and_pods():
     assert sizes == [3] * 8 + [8] * 4
     pod = next(group for group in topology.groups if len(group) == 8)
     assert sorted(topology.names[node] for node in pod) == [
-        "agg0", "agg1", "host0", "host1", "host2", "host3", "leaf0", "leaf1",
-    ]  # fmt: skip
+        "agg0",
+        "agg1",
+        "host0",
+        "host1",
+        "host2",
+        "host3",
+        "leaf0",
+        "leaf1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -111,17 +116,24 @@ def test_groups_are_racks_and_pods():
         (lambda: Topology.fat_tree(3), "k is 3; a fat-tree has switches with an even number of ports"),
         (lambda: Topology.fat_tree(4, float("inf")), "oversub is inf"),
         (lambda: Topology.from_links([("a", "a", 1)]), "from 'a' to itself"),
-        (lambda: Topology.from_links([("a", "s", 1), ("s", "a", 1), ("b", "s", 1)], hosts=["a", "b"]), "host 'a' has 2"),
+        (
+            lambda: Topology.from_links([("a", "s", 1), ("s", "a", 1), ("b", "s", 1)], hosts=["a", "b"]),
+            "host 'a' has 2",
+        ),
         (lambda: Topology.from_links([("s", "t", 1), ("t", "s", 1), ("a", "s", 1), ("b", "t", 1)]), "is there twice"),
         (lambda: Topology.from_links([("a", "b", 1)]), "switches is 0"),
-        (lambda: Topology.from_links([("a", "s", 1), ("b", "t", 1), ("s", "u", 1), ("t", "v", 1)]), "no route from host"),
+        (
+            lambda: Topology.from_links([("a", "s", 1), ("b", "t", 1), ("s", "u", 1), ("t", "v", 1)]),
+            "no route from host",
+        ),
         (lambda: Topology.from_links([]), "hosts is 0"),
+        (lambda: Topology.from_links([("a", "b")]), "a cable is (node, node, Gbit/s), not ('a', 'b')"),
         (lambda: Topology.leaf_spine(2, 2, 1).with_failed(["leaf0-spine9"]), "no node 'spine9'; did you mean"),
         (lambda: Topology.leaf_spine(2, 2, 1).with_failed(["leaf0-leaf1"]), "no cable leaf0 - leaf1"),
         (lambda: Topology.leaf_spine(2, 2, 1).with_failed(["nonsense"]), "no node 'nonsense'"),
         (lambda: Topology.leaf_spine(2, 2, 1).with_capacity({"leaf0-spine0": -1}), "capacity of leaf0-spine0 is -1"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_network_is_told(make, said):
     with pytest.raises(InputError) as caught:
         make()
@@ -131,6 +143,11 @@ def test_what_is_no_network_is_told(make, said):
 def test_names_with_dashes_are_found():
     topology = Topology.from_links([("h-0", "top-of-rack", 1), ("h-1", "top-of-rack", 1)])
     assert topology.with_failed(["h-1-top-of-rack"]).failed_cables() == ["h-1-top-of-rack"]
+
+
+def test_too_many_cables_are_refused_before_they_are_made():
+    with pytest.raises(CapacityError, match="8,000 leaves and 4,000 spines have 32,000,000 cables"):
+        Topology.leaf_spine(8000, 4000, 1)
 
 
 def test_too_many_paths_are_refused():

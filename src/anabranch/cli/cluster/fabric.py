@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from anabranch.cli.cluster.fabric_inputs import ranks_of, read_algorithm, read_slow, read_topology, read_trace
-from anabranch.cli.options import FLAG, AsJson, Seed
+from anabranch.cli.cluster.fabric_tried import Asked, tried, write_plan
+from anabranch.cli.options import FLAG, AsJson, Quiet, Seed
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, table
 from anabranch.errors import ConfigError
 from anabranch.extras import require
-from anabranch.files import atomic_file, check_apart
+from anabranch.files import check_apart
 from anabranch.sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from anabranch.cluster.fabric import Flows, Plan, Topology
+    from anabranch.cluster.fabric import Flows, Plan
 
-PICTURES = (".png", ".svg")
-# Pieces up to which rates are shared at every end of one; of more, ends within a thousandth of the busiest link's time are one.
-EXACT, COARSE = 20_000, 1e-3
+PICTURES, PLANS = (".png", ".svg"), (".csv", ".parquet")
+COLLECTIVE, MESSAGE, ROW_BYTES = "all-to-all", "64MB", "14336B"
 
 
 def fabric(
     collective: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="COLLECTIVE",
-            help="all-to-all, all-reduce, all-gather, reduce-scatter or permutation, with :ALGORITHM behind it (all-reduce:ring).",
+            help="all-to-all (the default), all-reduce, all-gather, reduce-scatter or permutation; :ALGORITHM may follow.",
         ),
-    ] = "all-to-all",
+    ] = None,
     network: Annotated[
         str,
         typer.Option(
@@ -40,7 +39,9 @@ def fabric(
             help="leaf-spine:LEAVESxSPINESxHOSTS, fat-tree:K or fat-tree:KxHOSTS (of a leaf), or a .csv of cables: node,node,Gbit/s.",
         ),
     ] = "leaf-spine:8x8x8",
-    message: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Buffer of a rank, such as 64MB.")] = "64MB",
+    message: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Buffer of a rank, such as 256MB. Default: 64MB.")
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(metavar="R", min=2, help="How many hosts take part, the first ones. Default: all.")
     ] = None,
@@ -56,6 +57,10 @@ def fabric(
         Literal["host", "leaf"],
         typer.Option(help="Every sender plans by itself, or each leaf for all of its hosts."),
     ] = "host",
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Pieces that a host has under way at a time, at most. Default: all."),
+    ] = None,
     failed: Annotated[
         list[str] | None,
         typer.Option("--fail", metavar="CABLE", help="A failed cable, such as leaf0-spine3. May be repeated."),
@@ -75,8 +80,26 @@ def fabric(
         int | None, typer.Option(metavar="N", min=0, help="Of --trace: its layer. Default: the first.")
     ] = None,
     row_bytes: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of --trace: what a token takes in a message.")
-    ] = "14336B",
+        str | None, typer.Option(metavar="SIZE", help="Of --trace: what a token takes in a message. Default: 14336B.")
+    ] = None,
+    packets: Annotated[
+        bool,
+        typer.Option(
+            "--packets", metavar=FLAG, help="Also move every packet: queues, marks, losses, time-outs, order."
+        ),
+    ] = False,
+    receiver: Annotated[
+        Literal["any-order", "go-back-n"],
+        typer.Option(help="Of --packets: whether receivers take packets in any order, or only the next one."),
+    ] = "any-order",
+    lost: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lose",
+            metavar="CABLE",
+            help="Of --packets: a cable that fails without a sender being told. May be repeated.",
+        ),
+    ] = None,
     theorem: Annotated[
         bool,
         typer.Option(
@@ -90,9 +113,13 @@ def fabric(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the plan of the one --scheme (.csv): pieces with their paths."),
+        typer.Option(
+            metavar="FILE",
+            help="Write the plan of the one --scheme: pieces with their paths (.csv), or a routing trace of links (.parquet).",
+        ),
     ] = None,
     seed: Seed = 0,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare ways to carry a collective over a network: what the busiest link carries, and when the last flow ends.
@@ -102,32 +129,65 @@ def fabric(
 
     Example: anabranch cluster fabric all-reduce:halving-doubling --network fat-tree:8x16 --picture fabric.svg
     """
+    of_traffic = {"COLLECTIVE": collective, "--bytes": message, "--trace": trace, "--ranks": ranks}
+    of_result = {
+        "--scheme": schemes,
+        "--fail": failed,
+        "--slow": slow,
+        "--packets": packets or None,
+        "--picture": picture,
+        "--out": out,
+    }
     if theorem:
+        if said := [name for name, value in {**of_traffic, **of_result}.items() if value is not None]:
+            raise ConfigError(f"--theorem has networks and flows of its own; leave out {said[0]}")
         _show_theorem(seed, as_json)
         return
+    _check_together(
+        trace is not None,
+        {"COLLECTIVE": collective, "--bytes": message},
+        {"--layer": layer, "--row-bytes": row_bytes},
+        {"--lose": lost, "--receiver": None if receiver == "any-order" else receiver} if not packets else {},
+    )
     _check_places(picture, out, schemes, [trace, Path(network) if network.endswith(".csv") else None])
     from anabranch.cluster.fabric import SCHEMES, lower_bound
 
     topology = read_topology(network).with_capacity(read_slow(slow)).with_failed(failed or [])
     count = ranks_of(topology, ranks)
-    flows, about = _flows(collective, count, message, trace, layer, row_bytes, seed)
+    if trace is not None:
+        flows, about = _dispatch(trace, layer, count, row_bytes or ROW_BYTES)
+    else:
+        flows, about = _collective(collective or COLLECTIVE, count, message or MESSAGE, seed)
     bound = lower_bound(flows, topology)
-    found = [_tried(name, flows, topology, scope, seed) for name in dict.fromkeys(schemes or SCHEMES)]
+    for cable in lost or []:
+        topology.cable(cable)
+    asked = Asked(scope, window, seed, receiver if packets else None, lost or [], quiet)
+    found = [tried(name, flows, topology, asked) for name in dict.fromkeys(schemes or SCHEMES)]
     rows = [row for row, _ in found]
     told = {
-        "network": {"about": topology.about, "hosts": topology.num_hosts, "links": topology.num_links, "failed": topology.failed_cables()},
+        "network": {
+            "about": topology.about,
+            "hosts": topology.num_hosts,
+            "links": topology.num_links,
+            "failed": topology.failed_cables(),
+        },
         "traffic": {
-            "about": about, "ranks": flows.num_ranks, "flows": len(flows), "steps": flows.num_steps, "bytes": int(flows.size_F.sum()),
+            "about": about,
+            "ranks": flows.num_ranks,
+            "flows": len(flows),
+            "steps": flows.num_steps,
+            "bytes": int(flows.size_F.sum()),
         },
         "scope": scope,
+        "window": window,
         "seed": seed,
         "lower_bound_s": bound,
         "schemes": rows,
-    }  # fmt: skip
+    }
     if picture is not None:
         _draw([made for _, made in found], rows, f"{about}   {topology.about}", picture)
     if out is not None:
-        _write_plan(found[0][1], out)
+        write_plan(found[0][1], out)
     if as_json:
         print_json(told)
         return
@@ -142,49 +202,45 @@ def _check_places(picture: Path | None, out: Path | None, schemes: list[str] | N
             raise ConfigError(f"--picture is {str(picture)!r}; its name must end in {' or '.join(PICTURES)}")
         require("plots", by="anabranch cluster fabric --picture")
     if out is not None:
-        if out.suffix != ".csv":
-            raise ConfigError(f"--out is {str(out)!r}; its name must end in .csv")
+        if out.suffix not in PLANS:
+            raise ConfigError(f"--out is {str(out)!r}; its name must end in {' or '.join(PLANS)}")
+        if out.suffix == ".parquet":
+            require("lm", by="anabranch cluster fabric --out FILE.parquet")
         if len(set(schemes or [])) != 1:
             raise ConfigError("--out writes one plan; give one --scheme, such as --scheme ethereal")
 
 
-def _flows(
-    collective: str, ranks: int, message: str, trace: Path | None, layer: int | None, row_bytes: str, seed: int
-) -> tuple[Flows, str]:
-    from anabranch.cluster.fabric import collective_flows, dispatch_matrix, moe_dispatch
+def _check_together(
+    has_trace: bool, of_collective: dict[str, Any], of_trace: dict[str, Any], of_packets: dict[str, Any]
+) -> None:
+    """Raise ConfigError for an option that would be read by nobody."""
+    for name, value in (of_collective if has_trace else of_trace).items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} is of a collective, and --trace is given; leave one of them out"
+                if has_trace
+                else f"{name} is of a routing trace; give --trace too, or leave it out"
+            )
+    for name, value in of_packets.items():
+        if value is not None:
+            raise ConfigError(f"{name} is of packets; give --packets too, or leave it out")
 
-    if trace is not None:
-        index_NK, num_experts, name = read_trace(trace, layer)
-        count = min(ranks, num_experts)
-        each = parse_bytes(row_bytes, "--row-bytes")
-        flows = moe_dispatch(dispatch_matrix(index_NK, num_experts, count), each)
-        return flows, f"dispatch of {len(index_NK):,} tokens to {num_experts} experts on {count} ranks, {name}"
-    if layer is not None:
-        raise ConfigError("--layer is of a routing trace; give --trace too, or leave it out")
-    kind, algo = read_algorithm(collective)
+
+def _dispatch(trace: Path, layer: int | None, ranks: int, row_bytes: str) -> tuple[Flows, str]:
+    from anabranch.cluster.fabric import dispatch_matrix, moe_dispatch
+
+    index_NK, num_experts, name = read_trace(trace, layer)
+    count = min(ranks, num_experts)
+    flows = moe_dispatch(dispatch_matrix(index_NK, num_experts, count), parse_bytes(row_bytes, "--row-bytes"))
+    return flows, f"dispatch of {len(index_NK):,} tokens to {num_experts} experts on {count} ranks, {name}"
+
+
+def _collective(text: str, ranks: int, message: str, seed: int) -> tuple[Flows, str]:
+    from anabranch.cluster.fabric import collective_flows
+
+    kind, algo = read_algorithm(text)
     flows = collective_flows(kind, ranks, parse_bytes(message, "--bytes"), algo, seed=seed)
-    return flows, f"{collective} of {message} on {ranks} ranks"
-
-
-def _tried(
-    name: str, flows: Flows, topology: Topology, scope: Literal["host", "leaf"], seed: int
-) -> tuple[dict[str, Any], Plan]:
-    """A scheme's numbers, and its plan."""
-    from anabranch.cluster.fabric import busiest, plan, simulate
-
-    made = plan(flows, topology, name, scope=scope, seed=seed)
-    resolution = 0.0 if len(made) <= EXACT else COARSE
-    run = simulate(made, resolution=resolution)
-    row = {
-        "scheme": name,
-        "pieces": len(made),
-        "pieces_per_host": len(made) / max(flows.num_ranks, 1),
-        "busiest_s": busiest(made),
-        "completion_s": run.completion_s,
-        "resolution": resolution,
-        "fell_back": made.fell_back,
-    }
-    return row, made
+    return flows, f"{text} of {message} on {ranks} ranks"
 
 
 def _show(told: dict[str, Any], picture: Path | None, out: Path | None) -> None:
@@ -198,25 +254,41 @@ def _show(told: dict[str, Any], picture: Path | None, out: Path | None) -> None:
     steps = ", step by step" if traffic["steps"] > 1 else ""
     fact("bound", f"{1e3 * bound:.4g} ms: the busiest link works that long, whatever the paths{steps}")
     best = min(row["completion_s"] for row in told["schemes"])
-    rows = [
-        [
-            row["scheme"] + (" *" if row["fell_back"] else ""),
-            f"{row['pieces_per_host']:,.1f}",
-            f"{1e3 * row['busiest_s']:.4g}",
-            f"{row['busiest_s'] / bound:.3f}" if bound else "-",
-            f"{1e3 * row['completion_s']:.4g}",
-            f"{row['completion_s'] / best:.3f}" if best else "-",
-        ]
-        for row in told["schemes"]
-    ]
-    table(
-        ["scheme", "pieces\na host", "busiest\nlink, ms", "over the\nbound", "completion,\nms", "over the\nbest"], rows
-    )
+    headers = ["scheme", "pieces\na host", "busiest\nlink, ms", "over the\nbound", "completion,\nms", "over the\nbest"]
+    moves = told["schemes"][0]["packets"] is not None
+    if moves:
+        headers += ["packets,\nms", "sent\nagain", "time-\nouts", "lost"]
+    table(headers, [_cells(row, bound, best) for row in told["schemes"]])
     if any(row["fell_back"] for row in told["schemes"]):
         fact("*", "flows or paths are not equal, so they were planned by wrap")
+    _nccl(told["schemes"])
     for path in (picture, out):
         if path is not None:
             fact("wrote", shell_word(path))
+
+
+def _cells(row: dict[str, Any], bound: float, best: float) -> list[str]:
+    cells = [
+        row["scheme"] + (" *" if row["fell_back"] else ""),
+        f"{row['pieces_per_host']:,.1f}",
+        f"{1e3 * row['busiest_s']:.4g}",
+        f"{row['busiest_s'] / bound:.3f}" if bound else "-",
+        f"{1e3 * row['completion_s']:.4g}",
+        f"{row['completion_s'] / best:.3f}" if best else "-",
+    ]
+    if row["packets"] is not None:
+        cells += [f"{1e3 * row['packets']['completion_s']:.4g}"]
+        cells += [f"{row['packets'][name]:,}" for name in ("resent", "timeouts", "lost")]
+    return cells
+
+
+def _nccl(rows: list[dict[str, Any]]) -> None:
+    """How the best of the schemes that split is had from NCCL, which names no paths."""
+    split = [row for row in rows if row["scheme"].startswith("split:")]
+    if split:
+        name = min(split, key=lambda row: row["completion_s"])["scheme"]
+        ways = name.partition(":")[2]
+        fact("nccl", f"{name} is NCCL_IB_QPS_PER_CONNECTION={ways} NCCL_IB_SPLIT_DATA_ON_QPS=1, over RDMA")
 
 
 def _show_theorem(seed: int, as_json: bool) -> None:
@@ -225,9 +297,15 @@ def _show_theorem(seed: int, as_json: bool) -> None:
     found = check_equivalence(seed=seed)
     if as_json:
         print_json(
-            {"holds": found.holds, "cases": found.cases, "mixes": found.mixes, "gap": str(found.gap),
-             "pieces_off": found.pieces_off, "worst": found.worst}
-        )  # fmt: skip
+            {
+                "holds": found.holds,
+                "cases": found.cases,
+                "mixes": found.mixes,
+                "gap": str(found.gap),
+                "pieces_off": found.pieces_off,
+                "worst": found.worst,
+            }
+        )
     else:
         fact("cases", f"{found.cases:,} pairs of flows and paths, {found.mixes:,} random networks with failed cables")
         fact("gap", f"{found.gap} of a flow, between single paths and packet spraying on any link")
@@ -241,12 +319,3 @@ def _draw(plans: list[Plan], rows: list[dict[str, Any]], title: str, path: Path)
     from anabranch.cli.cluster.fabric_picture import draw_fabric
 
     draw_fabric(plans, rows, title, path)
-
-
-def _write_plan(made: Plan, path: Path) -> None:
-    names, steps = made.topology.names, made.flows.step_F[made.flow_Q].tolist()
-    with atomic_file(path, clears=True) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer: Any = csv.writer(file)
-        writer.writerow(["step", "src", "dst", "path", "offset", "bytes", "delay_ns"])
-        for piece, step, delay in zip(made, steps, made.delay_ns_Q.tolist(), strict=True):
-            writer.writerow([step, names[piece.src], names[piece.dst], piece.path, piece.offset, piece.size, delay])

@@ -30,6 +30,7 @@ from anabranch.cluster.fabric.planner import (
 from anabranch.cluster.fabric.schemes import SCHEMES, SPREAD
 from anabranch.cluster.fabric.theorem import Equivalence, check_equivalence
 from anabranch.cluster.fabric.topology import Topology
+from anabranch.cluster.fabric.trace import plan_trace
 
 __all__ = [
     "ALGORITHMS",
@@ -58,6 +59,7 @@ __all__ = [
     "max_min_rates",
     "moe_dispatch",
     "plan",
+    "plan_trace",
     "routes",
     "simulate",
     "simulate_packets",

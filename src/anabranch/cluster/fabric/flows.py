@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from anabranch.bounds import shown, whole
+from anabranch.bounds import MOST_SEED, shown, whole
 from anabranch.errors import CapacityError, InputError
 
 MOST_RANKS, MOST_FLOWS = 65_536, 50_000_000
@@ -142,7 +142,7 @@ def collective_flows(kind: str, ranks: int, bytes: int, algo: str | None = None,
         raise InputError(f"there is no {algo!r} of {kind}; known: {', '.join(ALGORITHMS[kind])}")
     ranks, bytes = whole("ranks", ranks, 2, MOST_RANKS), whole("bytes", bytes, 1, MOST_BYTES)
     if kind == "permutation":
-        return _permutation(ranks, bytes, seed)
+        return _permutation(ranks, bytes, whole("seed", seed, 0, MOST_SEED))
     if algo in ("halving-doubling", "halving", "doubling") and ranks & (ranks - 1):
         raise InputError(f"{algo} of {ranks} ranks; it needs a power of two, such as {1 << ranks.bit_length() - 1}")
     _check_count(2 * ranks * ranks if algo in ("ring", "direct") else ranks)

@@ -6,23 +6,15 @@ Transport protocols that share links fairly come near these rates when pieces ar
 # Shapes: F flows, Q pieces, L links, A active pieces, R ranks, S steps
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from anabranch.bounds import finite
-from anabranch.cluster.fabric.kernels import drain, fill, fitting
+from anabranch.cluster.fabric.kernels import Chain, drain, fill, fitting, in_lists, pieces_of, scratch
 from anabranch.cluster.fabric.planner import Plan, Routes, routes
 from anabranch.errors import InputError
 
-
-class Steps(NamedTuple):
-    """Who waits for what, as `anabranch.cluster.fabric.kernels.enter_steps` takes it."""
-
-    who_Q: np.ndarray
-    pending: np.ndarray
-    begin: np.ndarray
-    order_Q: np.ndarray
+MOST_RANK_STEPS = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +43,13 @@ def max_min_rates(found: Routes, capacity_L: np.ndarray, active_A: np.ndarray | 
     active = np.arange(num_pieces) if active_A is None else np.asarray(active_A, np.int64)
     if len(active) and (np.diff(found.start)[active] < 1).any():
         raise InputError("a piece has no links: nothing bounds its rate")
-    rate_Q = np.zeros(num_pieces)
-    fitting(fill, len(found.link_E))(*_arrays(found), np.ascontiguousarray(capacity_L, np.float64), active, rate_Q)
-    return rate_Q
+    loop, rate_Q = fitting(fill, len(found.link_E)), np.zeros(num_pieces)
+    room = scratch(len(capacity_L), len(found.link_E))
+    given = (*_arrays(found), np.ascontiguousarray(capacity_L, np.float64), active, len(active), rate_Q, room)
+    if loop is fill:
+        given = in_lists(given)
+    loop(*given)
+    return np.asarray(given[-2])
 
 
 def simulate(made: Plan, *, resolution: float = 0.0) -> FluidResult:
@@ -69,26 +65,26 @@ def simulate(made: Plan, *, resolution: float = 0.0) -> FluidResult:
     resolution = finite("resolution", resolution, 0.0, 1.0)
     found = routes(made)
     capacity_L = np.where(made.topology.is_up_L, made.topology.capacity_L, 0).astype(np.float64)
-    steps = chain(made)
     window = 0.0
     if resolution:
         work_L = np.bincount(
             found.link_E, np.repeat(8.0 * made.size_Q, np.diff(found.start)) * found.weight_E, len(capacity_L)
         )
         window = resolution * float((work_L / made.topology.capacity_L).max(initial=0.0))
-    finish_Q = np.full(len(made), -1.0)
     # Rates are shared some dozen times, and every time all links are looked at.
-    shares = fitting(drain, 20 * len(found.link_E))(
+    loop = fitting(drain, 20 * len(found.link_E))
+    given = (
         *_arrays(found),
         capacity_L,
-        8.0 * made.size_Q,
-        steps.who_Q,
-        steps.pending,
-        steps.begin,
-        steps.order_Q,
+        pieces_of(8.0 * made.size_Q),
+        chain(made),
         window,
-        finish_Q,
+        scratch(len(capacity_L), len(found.link_E)),
     )
+    if loop is drain:
+        given = in_lists(given)
+    shares = loop(*given)
+    finish_Q = np.asarray(given[4].finish_Q)
     if len(made) and finish_Q.min() < 0:
         piece = next(piece for piece, end in zip(made, finish_Q.tolist(), strict=True) if end < 0)
         raise InputError(
@@ -99,19 +95,29 @@ def simulate(made: Plan, *, resolution: float = 0.0) -> FluidResult:
     return FluidResult(finish_Q, finish_F, float(finish_Q.max(initial=0.0)), int(shares))
 
 
-def chain(made: Plan) -> Steps:
-    """Who waits for what: of each rank and step the pieces that it has to send or receive, and those it sends, in order."""
+def chain(made: Plan) -> Chain:
+    """Who waits for what in a plan, before anything is sent."""
     flows = made.flows
     src_Q, dst_Q, step_Q = (column[made.flow_Q].astype(np.int64) for column in (flows.src_F, flows.dst_F, flows.step_F))
     num_ranks, num_steps = flows.num_ranks, flows.num_steps
-    if num_ranks * num_steps > 2**28:
+    size = num_ranks * num_steps
+    if size > MOST_RANK_STEPS:
         raise InputError(f"{num_ranks:,} ranks of {num_steps:,} steps are too many to simulate")
     own_Q = src_Q * num_steps + step_Q
-    size = num_ranks * num_steps
     pending = np.bincount(own_Q, minlength=size) + np.bincount(dst_Q * num_steps + step_Q, minlength=size)
-    begin = np.concatenate([[0], np.cumsum(np.bincount(own_Q, minlength=size))])
-    who_Q = np.stack([src_Q, dst_Q, step_Q], 1)
-    return Steps(who_Q, pending.reshape(num_ranks, num_steps).astype(np.int64), begin, np.argsort(own_Q, kind="stable"))
+    order_Q = np.lexsort((made.window_Q, own_Q))
+    changes_Q = (np.diff(own_Q[order_Q]) != 0) | (np.diff(made.window_Q[order_Q]) != 0)
+    return Chain(
+        who_Q=np.stack([src_Q, dst_Q, step_Q], 1),
+        pending=pending.reshape(num_ranks, num_steps).astype(np.int64),
+        begin=np.concatenate([[0], np.cumsum(np.bincount(own_Q, minlength=size))]).astype(np.int64),
+        order_Q=order_Q,
+        last_O=np.append(changes_Q, np.ones(min(len(made), 1), bool)),
+        cur_R=np.full(num_ranks, -1, np.int64),
+        next_R=np.zeros(num_ranks, np.int64),
+        out_R=np.zeros(num_ranks, np.int64),
+        started=np.zeros(len(made), np.int64),
+    )
 
 
 def _arrays(found: Routes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

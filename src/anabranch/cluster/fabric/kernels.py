@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,14 @@ def _compiled(loop: Any) -> Any:
         # Once each: from then on compiled loops may call them.
         register_jitable(_LOOPS.pop())
     return numba.njit(cache=True, nogil=True)(loop)
+
+
+def in_lists(values: Any) -> Any:
+    """Arrays of one dimension as lists, on which interpreted loops are several times as fast; tuples likewise, the rest as it is."""
+    if isinstance(values, tuple):
+        made = [in_lists(value) for value in values]
+        return type(values)(*made) if hasattr(values, "_fields") else tuple(made)
+    return values.tolist() if isinstance(values, np.ndarray) and values.ndim == 1 else values
 
 
 def _keep_compiled(package: Path = Path(__file__).parent) -> None:
@@ -95,14 +103,60 @@ def pop(heap: Any, count: int) -> int:
     return count
 
 
+class Scratch(NamedTuple):
+    """Room for `fill`: of each link what is used, by how much it grows, where its members begin and are filled to, how many are left."""
+
+    used_L: Any
+    grows_L: Any
+    first_L: Any
+    filled_L: Any
+    left_L: Any
+    member: Any
+    heap: Any
+
+
+def scratch(num_links: int, num_entries: int) -> Scratch:
+    """Arrays for so many links, and pairs of a piece and a link."""
+    heap = (np.zeros(num_links + 1), np.zeros(num_links + 1, np.int64), np.zeros(num_links + 1, np.int64))
+    counts = (np.zeros(num_links + 1, np.int64) for _ in range(3))
+    return Scratch(np.zeros(num_links), np.zeros(num_links), *counts, np.zeros(num_entries, np.int64), heap)
+
+
+@kernel
+def _join(
+    start: Any, link_E: Any, weight_E: Any, num_links: int, active_A: Any, num_active: int, rate_Q: Any, room: Any
+) -> None:
+    """Make ``room`` and the rates ready: who crosses each link, and by how much it fills while all rates grow alike."""
+    for link in range(num_links):
+        room.used_L[link], room.grows_L[link], room.left_L[link] = 0.0, 0.0, 0
+    for a in range(num_active):
+        piece = active_A[a]
+        rate_Q[piece] = -1.0
+        for e in range(start[piece], start[piece + 1]):
+            room.grows_L[link_E[e]] += weight_E[e]
+            room.left_L[link_E[e]] += 1
+    total = 0
+    for link in range(num_links):
+        room.first_L[link], room.filled_L[link] = total, total
+        total += room.left_L[link]
+    room.first_L[num_links] = total
+    for a in range(num_active):
+        piece = active_A[a]
+        for e in range(start[piece], start[piece + 1]):
+            room.member[room.filled_L[link_E[e]]] = piece
+            room.filled_L[link_E[e]] += 1
+
+
 @kernel
 def fill(
-    start: np.ndarray,
-    link_E: np.ndarray,
-    weight_E: np.ndarray,
-    capacity_L: np.ndarray,
-    active_A: np.ndarray,
-    rate_Q: np.ndarray,
+    start: Any,
+    link_E: Any,
+    weight_E: Any,
+    capacity_L: Any,
+    active_A: Any,
+    num_active: int,
+    rate_Q: Any,
+    room: Any,
 ) -> int:
     """Max-min fair rates of the active pieces, by progressive filling; returns the number of links that were filled.
 
@@ -110,149 +164,198 @@ def fill(
     at which they would be full. That rate never falls while pieces stop elsewhere, so a link that comes out with an old one is put back.
 
     Args:
-        start, link_E, weight_E: links of each piece, with the share of its rate that a link carries.
-        capacity_L: float64, 0 for a link that carries nothing.
-        active_A: pieces that send.
-        rate_Q: float64, written for the active ones.
+        start, link_E, weight_E: links of each piece, with the share of its rate that a link carries. Arrays, or lists, as all here.
+        capacity_L: floats, 0 for a link that carries nothing.
+        active_A: pieces that send, the first ``num_active`` of it.
+        rate_Q: floats, written for the active ones.
+        room: a `Scratch`.
     """
-    num_links = len(capacity_L)
-    used_L, grows_L, count_L = np.zeros(num_links), np.zeros(num_links), np.zeros(num_links + 1, np.int64)
-    for piece in active_A:
-        rate_Q[piece] = -1.0
-        for e in range(start[piece], start[piece + 1]):
-            grows_L[link_E[e]] += weight_E[e]
-            count_L[link_E[e] + 1] += 1
-    first_L = np.cumsum(count_L)
-    member, filled_L = np.empty(first_L[-1], np.int64), first_L[:-1].copy()
-    for piece in active_A:
-        for e in range(start[piece], start[piece + 1]):
-            member[filled_L[link_E[e]]] = piece
-            filled_L[link_E[e]] += 1
-    left_L = count_L[1:].copy()
-    heap = (np.empty(num_links + 1), np.empty(num_links + 1, np.int64), np.empty(num_links + 1, np.int64))
-    count, rounds, left = 0, 0, len(active_A)
+    num_links, heap = len(capacity_L), room.heap
+    _join(start, link_E, weight_E, num_links, active_A, num_active, rate_Q, room)
+    count, rounds, left = 0, 0, num_active
     for link in range(num_links):
-        if left_L[link]:
-            count = push(heap, count, capacity_L[link] / grows_L[link], link, link)
+        if room.left_L[link]:
+            count = push(heap, count, capacity_L[link] / room.grows_L[link], link, link)
     while left > 0 and count > 0:
         level, link = heap[0][0], heap[2][0]
         count = pop(heap, count)
-        if left_L[link] == 0:
+        if room.left_L[link] == 0:
             continue
-        now = max(capacity_L[link] - used_L[link], 0.0) / grows_L[link]
+        now = max(capacity_L[link] - room.used_L[link], 0.0) / room.grows_L[link]
         if now > level:
             count = push(heap, count, now, link, link)
             continue
         rounds += 1
-        for m in range(first_L[link], first_L[link + 1]):
-            piece = member[m]
+        for m in range(room.first_L[link], room.first_L[link + 1]):
+            piece = room.member[m]
             if rate_Q[piece] >= 0.0:
                 continue
             rate_Q[piece] = level
             left -= 1
             for e in range(start[piece], start[piece + 1]):
                 other = link_E[e]
-                used_L[other] += weight_E[e] * level
-                grows_L[other] -= weight_E[e]
-                left_L[other] -= 1
-                if left_L[other] == 0:
-                    grows_L[other] = 0.0
+                room.used_L[other] += weight_E[e] * level
+                room.grows_L[other] -= weight_E[e]
+                room.left_L[other] -= 1
+                if room.left_L[other] == 0:
+                    room.grows_L[other] = 0.0
     return rounds
 
 
-@kernel
-def enter_steps(
-    rank: int, cur_R: np.ndarray, pending: np.ndarray, begin: np.ndarray, order_Q: np.ndarray, started: np.ndarray
-) -> int:
-    """Let a rank go on to the first step in which it has something left; its pieces of steps that it enters are put into ``started``.
+class Chain(NamedTuple):
+    """Who waits for what.
 
-    ``pending[rank, step]`` counts pieces that the rank has still to send or receive; ``begin`` says where its own ones of a step stand
-    in ``order_Q``. Returns how many were started.
+    Attributes:
+        who_Q: int64 [Q, 3], source, destination and step of each piece.
+        pending: int64 [R, S], pieces that a rank has still to send or to receive in a step.
+        begin: where a rank's own pieces of a step stand in ``order_Q``: those of rank r and step s from place r S + s of ``begin``.
+        order_Q: pieces by source, step and window.
+        last_O: bool, whether a place of ``order_Q`` is the last of its window.
+        cur_R: the step that a rank is in, -1 before the first.
+        next_R: the place in ``order_Q`` of a rank's next piece.
+        out_R: pieces of a rank's window that are not over.
+        started: room for numbers of pieces.
     """
-    count, num_steps = 0, pending.shape[1]
-    while cur_R[rank] < num_steps:
-        if cur_R[rank] >= 0 and pending[rank, cur_R[rank]] > 0:
+
+    who_Q: Any
+    pending: Any
+    begin: Any
+    order_Q: Any
+    last_O: Any
+    cur_R: Any
+    next_R: Any
+    out_R: Any
+    started: Any
+
+
+@kernel
+def start_window(chain: Any, rank: int) -> int:
+    """Start the next window of a rank's step; how many pieces that are, whose numbers are in ``started``."""
+    count, end = 0, chain.begin[rank * chain.pending.shape[1] + chain.cur_R[rank] + 1]
+    while chain.next_R[rank] < end:
+        place = chain.next_R[rank]
+        chain.started[count] = chain.order_Q[place]
+        count += 1
+        chain.next_R[rank] = place + 1
+        if chain.last_O[place]:
             break
-        cur_R[rank] += 1
-        if cur_R[rank] < num_steps:
-            place = rank * num_steps + cur_R[rank]
-            for at in range(begin[place], begin[place + 1]):
-                started[count] = order_Q[at]
-                count += 1
+    chain.out_R[rank] = count
     return count
 
 
 @kernel
+def go_on(chain: Any, rank: int) -> int:
+    """Let a rank start what it may: its next window, or what it has in the next step in which it has something left.
+
+    Returns how many pieces were started; their numbers are in ``started``.
+    """
+    num_steps, step = chain.pending.shape[1], chain.cur_R[rank]
+    if (
+        0 <= step < num_steps
+        and chain.out_R[rank] == 0
+        and chain.next_R[rank] < chain.begin[rank * num_steps + step + 1]
+    ):
+        return start_window(chain, rank)
+    count = 0
+    while chain.cur_R[rank] < num_steps:
+        if chain.cur_R[rank] >= 0 and chain.pending[rank, chain.cur_R[rank]] > 0:
+            break
+        chain.cur_R[rank] += 1
+        if chain.cur_R[rank] < num_steps:
+            chain.next_R[rank] = chain.begin[rank * num_steps + chain.cur_R[rank]]
+            count = start_window(chain, rank)
+    return count
+
+
+class Pieces(NamedTuple):
+    """What `drain` knows of pieces: bits that are left, rates, and when each ended (-1 while it has not); room for numbers of pieces."""
+
+    left_Q: Any
+    rate_Q: Any
+    finish_Q: Any
+    active: Any
+    ended: Any
+
+
+def pieces_of(bits_Q: np.ndarray) -> Pieces:
+    """All at the start."""
+    count = len(bits_Q)
+    left_Q = np.asarray(bits_Q, np.float64).copy()
+    numbers = (np.zeros(count, np.int64) for _ in range(2))
+    return Pieces(left_Q, np.zeros(count), np.full(count, -1.0), *numbers)
+
+
+@kernel
+def _first_end(pieces: Any, count: int, resolution: float) -> tuple[float, float]:
+    """Seconds up to which ends are one, and after how many the last of those comes; infinite where none can end."""
+    first = np.inf
+    for a in range(count):
+        piece = pieces.active[a]
+        if pieces.rate_Q[piece] > 0.0:
+            first = min(first, pieces.left_Q[piece] / pieces.rate_Q[piece])
+    # Ends that differ by rounding alone are one.
+    most, passed = first * (1.0 + 1e-9) + resolution, first
+    for a in range(count):
+        piece = pieces.active[a]
+        if pieces.rate_Q[piece] > 0.0:
+            lasts = pieces.left_Q[piece] / pieces.rate_Q[piece]
+            if passed < lasts <= most:
+                passed = lasts
+    return most, passed
+
+
+@kernel
 def drain(
-    start: np.ndarray,
-    link_E: np.ndarray,
-    weight_E: np.ndarray,
-    capacity_L: np.ndarray,
-    left_Q: np.ndarray,
-    who_Q: np.ndarray,
-    pending: np.ndarray,
-    begin: np.ndarray,
-    order_Q: np.ndarray,
+    start: Any,
+    link_E: Any,
+    weight_E: Any,
+    capacity_L: Any,
+    pieces: Any,
+    chain: Any,
     resolution: float,
-    finish_Q: np.ndarray,
+    room: Any,
 ) -> int:
     """Let all pieces run to their end at max-min fair rates, shared anew whenever one ends; returns how often that was done.
 
     Args:
-        left_Q: float64, bits; used up.
-        who_Q: int64 [Q, 3], source, destination and step of each piece.
-        pending, begin, order_Q: see `enter_steps`.
+        start, link_E, weight_E, capacity_L, room: as for `fill`.
+        pieces: a `Pieces`; ``finish_Q`` is the result, in seconds. -1 stays where a piece can never end.
+        chain: a `Chain`, used up.
         resolution: seconds; ends within so many of the first are taken together, and bandwidth is shared anew after the last.
-        finish_Q: float64, written: seconds. -1 stays where a piece can never end.
     """
-    num_ranks, num_pieces = pending.shape[0], len(left_Q)
-    cur_R, started, ended = (
-        np.full(num_ranks, -1, np.int64),
-        np.empty(num_pieces, np.int64),
-        np.empty(num_pieces, np.int64),
-    )
-    active, rate_Q = np.empty(num_pieces, np.int64), np.zeros(num_pieces)
     count, now, shares = 0, 0.0, 0
-    for rank in range(num_ranks):
-        for s in range(enter_steps(rank, cur_R, pending, begin, order_Q, started)):
-            active[count] = started[s]
+    for rank in range(chain.pending.shape[0]):
+        for s in range(go_on(chain, rank)):
+            pieces.active[count] = chain.started[s]
             count += 1
     while count > 0:
-        fill(start, link_E, weight_E, capacity_L, active[:count], rate_Q)
+        fill(start, link_E, weight_E, capacity_L, pieces.active, count, pieces.rate_Q, room)
         shares += 1
-        first = np.inf
-        for a in range(count):
-            if rate_Q[active[a]] > 0.0:
-                first = min(first, left_Q[active[a]] / rate_Q[active[a]])
-        if first == np.inf:
+        most, passed = _first_end(pieces, count, resolution)
+        if passed == np.inf:
             break
-        # Ends that differ by rounding alone are one.
-        most = first * (1.0 + 1e-9) + resolution
-        passed = first
-        for a in range(count):
-            lasts = left_Q[active[a]] / rate_Q[active[a]] if rate_Q[active[a]] > 0.0 else np.inf
-            if lasts <= most and lasts > passed:
-                passed = lasts
         kept, over = 0, 0
         for a in range(count):
-            piece = active[a]
-            lasts = left_Q[piece] / rate_Q[piece] if rate_Q[piece] > 0.0 else np.inf
-            if lasts <= most:
-                finish_Q[piece] = now + lasts
-                left_Q[piece] = 0.0
-                pending[who_Q[piece, 0], who_Q[piece, 2]] -= 1
-                pending[who_Q[piece, 1], who_Q[piece, 2]] -= 1
-                ended[over] = piece
+            piece = pieces.active[a]
+            rate = pieces.rate_Q[piece]
+            if rate > 0.0 and pieces.left_Q[piece] / rate <= most:
+                pieces.finish_Q[piece] = now + pieces.left_Q[piece] / rate
+                pieces.left_Q[piece] = 0.0
+                src, dst, step = chain.who_Q[piece, 0], chain.who_Q[piece, 1], chain.who_Q[piece, 2]
+                chain.pending[src, step] -= 1
+                chain.pending[dst, step] -= 1
+                chain.out_R[src] -= 1
+                pieces.ended[over] = piece
                 over += 1
             else:
-                left_Q[piece] -= rate_Q[piece] * passed
-                active[kept] = piece
+                pieces.left_Q[piece] -= rate * passed
+                pieces.active[kept] = piece
                 kept += 1
         now += passed
         count = kept
         for e in range(over):
             for side in range(2):
-                for s in range(enter_steps(who_Q[ended[e], side], cur_R, pending, begin, order_Q, started)):
-                    active[count] = started[s]
+                for s in range(go_on(chain, chain.who_Q[pieces.ended[e], side])):
+                    pieces.active[count] = chain.started[s]
                     count += 1
     return shares

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.cluster.fabric.kernels import enter_steps, kernel, pop, push
+from anabranch.cluster.fabric.kernels import go_on, kernel, pop, push
 from anabranch.cluster.fabric.packet_state import (
     ACK,
     ARRIVE,
@@ -19,6 +19,7 @@ from anabranch.cluster.fabric.packet_state import (
     DROPS,
     EVENTS,
     FREE,
+    HEARD,
     HOPS,
     LEFT,
     LINK_DOWN,
@@ -107,8 +108,9 @@ def choose_row(state: Any, c: Any, place: int) -> int:
     if piece.path >= 0:
         return piece.first_row + piece.path
     if c.mode == RECYCLED and piece.cached > 0:
-        piece.cached -= 1
-        return piece.first_row + state.cache_QC[CACHED * place + piece.cached]
+        row = piece.first_row + state.cache_QC[CACHED * place + piece.oldest]
+        piece.oldest, piece.cached = (piece.oldest + 1) % CACHED, piece.cached - 1
+        return row
     return piece.first_row + draw(state, piece.num_rows)
 
 
@@ -183,9 +185,9 @@ def wake(state: Any, c: Any, place: int, now: int) -> None:
 @kernel
 def enter(state: Any, rank: int, now: int) -> None:
     """Start what a rank may send now."""
-    count = enter_steps(rank, state.cur_R, state.pending, state.begin, state.order_Q, state.started_Q)
+    count = go_on(state.chain, rank)
     for number in range(count):
-        place = state.started_Q[number]
+        place = state.chain.started[number]
         at(state, now + state.pieces[place].delay, START, place)
 
 
@@ -280,7 +282,7 @@ def receive(state: Any, c: Any, slot: int, now: int) -> None:
     if piece.got == piece.num_packets and piece.finish < 0:
         piece.finish = now
         state.clock[LEFT] -= 1
-        state.pending[piece.dst, piece.step] -= 1
+        state.chain.pending[piece.dst, piece.step] -= 1
         enter(state, piece.dst, now)
     at(state, now + c.latency_ps * (state.rows[c.depth * packet.row] + 2), ACK, slot)
 
@@ -339,17 +341,27 @@ def acknowledge(state: Any, c: Any, slot: int, now: int) -> None:
         return
     count = heard(state, c, place, number, says)
     if count > 0:
-        piece.progress = now
+        piece.progress = state.clock[HEARD] = now
         control(c, piece, count, is_marked)
-        if c.mode == RECYCLED and piece.path < 0 and not is_marked and piece.cached < CACHED:
-            state.cache_QC[CACHED * place + piece.cached] = row - piece.first_row
-            piece.cached += 1
+        if c.mode == RECYCLED and piece.path < 0 and not is_marked:
+            recycle(state, place, row - piece.first_row)
     if piece.acked == piece.num_packets:
         piece.active = 2
-        state.pending[piece.src, piece.step] -= 1
+        state.chain.pending[piece.src, piece.step] -= 1
+        state.chain.out_R[piece.src] -= 1
         enter(state, piece.src, now)
     else:
         wake(state, c, place, now)
+
+
+@kernel
+def recycle(state: Any, place: int, way: int) -> None:
+    """Keep a path to use it again, the newest in place of the oldest; they are used in the order in which they came."""
+    piece = state.pieces[place]
+    if piece.cached == CACHED:
+        piece.oldest, piece.cached = (piece.oldest + 1) % CACHED, CACHED - 1
+    state.cache_QC[CACHED * place + (piece.oldest + piece.cached) % CACHED] = way
+    piece.cached += 1
 
 
 @kernel

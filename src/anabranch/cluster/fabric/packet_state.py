@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anabranch.cluster.fabric.fluid import Steps, chain
+from anabranch.cluster.fabric.fluid import chain
+from anabranch.cluster.fabric.kernels import Chain, in_lists
 from anabranch.cluster.fabric.planner import Plan, good_paths
 from anabranch.cluster.fabric.schemes import SPREAD
 from anabranch.cluster.fabric.topology import Topology
@@ -19,8 +20,8 @@ PS_PER_S, PS_PER_NS = 1_000_000_000_000, 1_000
 CACHED = 8
 
 # Places in ``State.clock``.
-NOW, ORDER, EVENTS, FREE, LEFT, HOPS, DROPS, LOST, MARKS, TIMEOUTS, RESENT, OUT_OF_ORDER, MOVED = range(13)
-CLOCKS = 13
+NOW, ORDER, EVENTS, FREE, LEFT, HOPS, DROPS, LOST, MARKS, TIMEOUTS, RESENT, OUT_OF_ORDER, MOVED, HEARD = range(14)
+CLOCKS = 14
 # Kinds of events.
 ARRIVE, NIC, ACK, TIMER, START, LINK_DOWN, LINK_UP = range(7)
 # What a packet that comes back says.
@@ -50,24 +51,21 @@ class Constants(NamedTuple):
 
 # What is known of each piece, link, host and packet in flight. Records keep together what is used together; a name may not be one
 # of numpy's own methods.
+_PLACE = "src dst step host_up host_down leaf first_row num_rows path delay"
+# Of its packets: next to send, acknowledged, in flight, received in order or at all, what a receiver asked for last.
+_SENT = "num_packets last_bytes first_bit following acked flying got nacked"
+# 0 not started, 1 sends, 2 over; when it last heard something; when the last byte came.
+_LIFE = "active progress finish"
+# Acknowledgements and marks since the congestion window was looked at, and how many that takes; recycled paths it holds.
+_HEARD = "acks marks span oldest cached"
+# The next in its host's line, and whether it stands there.
+_LINE = "behind waits"
+# Congestion window, packets up to which it doubles, mean share of marks.
+_CONTROL = "window slow alpha"
 PIECE = np.dtype(
-    [
-        *((name, np.int64) for name in (
-            # where from, where to, and over what
-            "src", "dst", "step", "host_up", "host_down", "leaf", "first_row", "num_rows", "path", "delay",
-            # its packets: next to send, acknowledged, in flight, received in order or at all, what a receiver asked for last
-            "num_packets", "last_bytes", "first_bit", "following", "acked", "flying", "got", "nacked",
-            # 0 not started, 1 sends, 2 over; when it last heard something; when the last byte came
-            "active", "progress", "finish",
-            # acknowledgements and marks since the window was looked at, and how many that takes; recycled paths it holds
-            "acks", "marks", "span", "cached",
-            # the next in its host's line, and whether it stands there
-            "behind", "waits",
-        )),
-        # congestion window, packets up to which it doubles, mean share of marks
-        ("window", np.float64), ("slow", np.float64), ("alpha", np.float64),
-    ]
-)  # fmt: skip
+    [(name, np.int64) for part in (_PLACE, _SENT, _LIFE, _HEARD, _LINE) for name in part.split()]
+    + [(name, np.float64) for name in _CONTROL.split()]
+)
 LINK = np.dtype(
     [("rate", np.float64), *((name, np.int64) for name in ("up", "free_at", "sent", "first_port", "end_port"))]
 )
@@ -89,7 +87,7 @@ class State(NamedTuple):
         cache_QC: recycled paths of each piece, one row after the other.
         bits_M: of each packet of each piece, 1 if it was received, and 2 more if it was acknowledged.
         marked_until: int64 [H x leaf x path], picoseconds up to which a sender leaves a path alone.
-        cur_R, pending, begin, order_Q, started_Q: see `anabranch.cluster.fabric.kernels.enter_steps`.
+        chain: who waits for what, a `Chain`.
     """
 
     clock: Any
@@ -105,11 +103,7 @@ class State(NamedTuple):
     cache_QC: Any
     bits_M: Any
     marked_until: Any
-    cur_R: Any
-    pending: Any
-    begin: Any
-    order_Q: Any
-    started_Q: Any
+    chain: Any
 
 
 def make_state(made: Plan, constants: Constants, seed: int, room: int) -> tuple[State, Constants]:
@@ -118,7 +112,7 @@ def make_state(made: Plan, constants: Constants, seed: int, room: int) -> tuple[
     rows, pieces = _pieces(made, constants, steps)
     constants = constants._replace(
         depth=rows.shape[1], leaves=len(topology.names) - topology.num_hosts, ways=int(pieces.num_rows.max(initial=1))
-    )  # fmt: skip
+    )
     count, hosts = len(made), np.zeros(topology.num_hosts, HOST).view(np.recarray)
     hosts.head = hosts.rear = -1
     links, ports = _links(topology)
@@ -139,11 +133,7 @@ def make_state(made: Plan, constants: Constants, seed: int, room: int) -> tuple[
         cache_QC=np.zeros(CACHED * (count if constants.mode == RECYCLED else 1), np.int64),
         bits_M=np.zeros(1 if constants.in_order else int(pieces.num_packets.sum()), np.uint8),
         marked_until=np.zeros(marks, np.int64),
-        cur_R=np.full(made.flows.num_ranks, -1, np.int64),
-        pending=steps.pending,
-        begin=steps.begin,
-        order_Q=steps.order_Q,
-        started_Q=np.zeros(count, np.int64),
+        chain=steps,
     )
     return state, constants
 
@@ -157,7 +147,7 @@ def _links(topology: Topology) -> tuple[Any, np.ndarray]:
     return links, order.astype(np.int64)
 
 
-def _pieces(made: Plan, constants: Constants, steps: Steps) -> tuple[np.ndarray, Any]:
+def _pieces(made: Plan, constants: Constants, steps: Chain) -> tuple[np.ndarray, Any]:
     """Paths as rows, and the record of each piece."""
     topology, rows = made.topology, _rows(made)
     pieces = np.zeros(len(made), PIECE).view(np.recarray)
@@ -180,7 +170,8 @@ def plain(state: State) -> State:
     """The same state in lists and plain objects, which interpreted loops are ten times as fast on as on arrays."""
     return state._replace(
         clock=state.clock.tolist(),
-        heap=tuple(column.tolist() for column in state.heap),
+        heap=in_lists(state.heap),
+        chain=in_lists(state.chain),
         bits_M=bytearray(state.bits_M),
         **{name: _objects(getattr(state, name)) for name in ("links", "pieces", "hosts", "packets")},
         **{name: getattr(state, name).tolist() for name in ("ports", "rows", "free_K", "cache_QC", "marked_until")},
@@ -256,7 +247,10 @@ def _rows(made: Plan) -> _Rows:
     for at, row in enumerate(rows):
         row_WD[at, 0], row_WD[at, 1 : 1 + len(row)] = len(row), row
     path_Q = np.array(
-        [-1 if path == SPREAD else place_of[pair][path] for pair, path in zip(pair_Q.tolist(), made.path_Q.tolist(), strict=True)],
+        [
+            -1 if path == SPREAD else place_of[pair][path]
+            for pair, path in zip(pair_Q.tolist(), made.path_Q.tolist(), strict=True)
+        ],
         np.int64,
-    )  # fmt: skip
+    )
     return _Rows(row_WD, np.array(first, np.int64)[pair_Q], np.array(number, np.int64)[pair_Q], path_Q)

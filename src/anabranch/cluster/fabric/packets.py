@@ -9,11 +9,11 @@ take the latency of the path and no bandwidth.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from anabranch.bounds import MOST_SEED, whole
+from anabranch.bounds import MOST_SEED, finite, whole
 from anabranch.cluster.fabric import packet_state as ps
 from anabranch.cluster.fabric.kernels import fitting
 from anabranch.cluster.fabric.packet_kernels import DONE, FULL, at, begin, run
@@ -26,6 +26,8 @@ Receiver = Literal["any-order", "go-back-n"]
 # Events between two looks at whether somebody wants to stop.
 TURN = 200_000
 MOST_PACKETS = 2**31
+# Time-outs of a piece without any acknowledgement, after which nothing is hoped for.
+MOST_SILENT = 1000
 # Packets in flight that there is room for at first.
 ROOM = 1024
 
@@ -59,11 +61,14 @@ class PacketConfig(Config):
 
 @dataclass(frozen=True)
 class LinkEvent:
-    """A cable fails, or works again, at ``at_us``, and no sender is told."""
+    """A cable fails, or works again, after ``at_us`` microseconds, and no sender is told. Raises InputError for a time that is none."""
 
     cable: tuple[str, str] | str
     at_us: float = 0.0
     works: bool = False
+
+    def __post_init__(self) -> None:
+        finite("at_us", self.at_us, 0.0, 1e12)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +121,11 @@ def simulate_packets(
         most_s: simulated seconds after which to give up.
         progress: told from time to time how many pieces are through, of how many.
 
-    Raises InputError for a cable that is not there or a plan that cannot end (no path works, or not within ``most_s``), CapacityError
-    beyond 2^31 packets.
+    Raises InputError for a cable that is not there or a plan that does not end (nobody heard anything for a thousand time-outs, or
+    ``most_s`` have passed), CapacityError beyond 2^31 packets.
     """
     config, seed = PacketConfig() if config is None else config, whole("seed", seed, 0, MOST_SEED)
+    most_s = None if most_s is None else finite("most_s", most_s, 0.0, 1e9)
     if float((made.size_Q / config.payload).sum()) > MOST_PACKETS:
         raise CapacityError(
             f"the plan has more than {MOST_PACKETS:,} packets of {config.payload} bytes; raise payload, or send less"
@@ -137,10 +143,12 @@ def simulate_packets(
     for event in events:
         for link in made.topology.cable(event.cable):
             at(state, round(event.at_us * 1_000_000), ps.LINK_UP if event.works else ps.LINK_DOWN, link)
-    margin = 16 + 2 * int(np.diff(state.begin).max())
+    margin = 16 + 2 * int(np.diff(state.chain.begin).max())
     state = _with_room(state, margin * made.flows.num_ranks)
     begin(state, made.flows.num_ranks)
-    state = _finished(loop, state, constants, margin, made, most_s, progress)
+    # A cable that is repaired late is waited for.
+    last_ps = max((round(event.at_us * 1_000_000) for event in events), default=0)
+    state = _finished(loop, state, constants, margin, made, most_s, last_ps, progress)
     return _result(made, state)
 
 
@@ -157,17 +165,21 @@ def _finished(
     margin: int,
     made: Plan,
     most_s: float | None,
+    last_ps: int,
     progress: Callable[[int, int], None],
 ) -> ps.State:
     """The state when the last piece is there."""
-    turn = TURN if most_s is None else min(TURN, 2_000)
+    turn = max(1, TURN // 10) if loop is run else TURN
+    turn = turn if most_s is None else min(turn, 2_000)
     while True:
         status = loop(state, constants, turn, margin)
         left, now_s = int(state.clock[ps.LEFT]), int(state.clock[ps.NOW]) / ps.PS_PER_S
         progress(len(made) - left, len(made))
         if status == DONE and not left:
             return state
-        if status == DONE or (most_s is not None and now_s > most_s):
+        silent_ps = int(state.clock[ps.NOW]) - max(int(state.clock[ps.HEARD]), last_ps)
+        is_lost = silent_ps > MOST_SILENT * constants.rto_ps
+        if status == DONE or is_lost or (most_s is not None and now_s > most_s):
             piece = list(made)[int((ps.column(state.pieces, "finish") < 0).argmax())]
             raise InputError(
                 f"{left:,} of {len(made):,} pieces were not through after {now_s:.6g} s, among them one from host {piece.src} to "
@@ -213,18 +225,18 @@ def _result(made: Plan, state: ps.State) -> PacketResult:
     finish_F = np.zeros(len(made.flows))
     finish_Q = ps.column(state.pieces, "finish") / ps.PS_PER_S
     np.maximum.at(finish_F, made.flow_Q, finish_Q)
-    clock: Any = state.clock
-    named = {
-        name: int(clock[place])
-        for name, place in (
-            ("hops", ps.HOPS), ("dropped", ps.DROPS), ("lost", ps.LOST), ("marked", ps.MARKS), ("resent", ps.RESENT),
-            ("timeouts", ps.TIMEOUTS), ("moved", ps.MOVED), ("out_of_order", ps.OUT_OF_ORDER),
-        )
-    }  # fmt: skip
+    clock = [int(count) for count in state.clock]
     return PacketResult(
         finish_F=finish_F,
         completion_s=float(finish_Q.max(initial=0.0)),
         packets=int(ps.column(state.pieces, "num_packets").sum()),
+        hops=clock[ps.HOPS],
+        dropped=clock[ps.DROPS],
+        lost=clock[ps.LOST],
+        marked=clock[ps.MARKS],
+        resent=clock[ps.RESENT],
+        timeouts=clock[ps.TIMEOUTS],
+        moved=clock[ps.MOVED],
+        out_of_order=clock[ps.OUT_OF_ORDER],
         bytes_L=ps.column(state.links, "sent").astype(np.float64),
-        **named,
     )

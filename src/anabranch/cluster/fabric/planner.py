@@ -60,6 +60,7 @@ class Plan:
         path_Q: int32, number among `Topology.paths` of the two leaves; 0 within a rack, `SPREAD` for all good ones.
         offset_Q, size_Q: int64, bytes.
         delay_ns_Q: int32, 0 to 50: senders start apart.
+        window_Q: int32: a host starts its pieces of a step window by window, each when the one before is over; 0 for all at once.
         fell_back: whether ``ethereal`` met flows or paths that are not equal, and went by ``wrap`` there.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     offset_Q: np.ndarray
     size_Q: np.ndarray
     delay_ns_Q: np.ndarray
+    window_Q: np.ndarray
     fell_back: bool = False
 
     def __len__(self) -> int:
@@ -95,6 +97,7 @@ def plan(
     *,
     scope: Scope = "host",
     seed: int = 0,
+    window: int | None = None,
     health: PathHealth | None = None,
     now_s: float = 0.0,
 ) -> Plan:
@@ -102,11 +105,13 @@ def plan(
 
     Args:
         flows: of any number of steps; each step is planned by itself.
-        scheme: one of `anabranch.cluster.fabric.schemes`. Where ``ethereal`` meets flows or
-            paths that are not equal it goes by ``wrap``, and the plan's ``fell_back`` says so.
+        scheme: one of `anabranch.cluster.fabric.schemes`. Where ``ethereal`` meets flows or paths that are not equal it goes by
+            ``wrap``, and the plan's ``fell_back`` says so.
         scope: "host", every sender by itself as in the paper; "leaf", all hosts of a leaf together, which a library can that knows the
             whole collective: halving-doubling then needs no splits.
         seed: of the order of flows and paths, of start delays and of hashes.
+        window: pieces that a host has under way at a time, at most: destination leaves wait for each other, in random order, and one
+            that has more pieces goes alone. None for all at once.
         health: paths that timed out lately, at ``now_s``; they get nothing.
 
     Raises InputError for hosts that the network does not have, and where no good path is left, naming both leaves.
@@ -115,10 +120,8 @@ def plan(
         raise InputError(f'scope is {shown(scope)}; it is "host" or "leaf"')
     place = placer(scheme)
     seed = whole("seed", seed, 0, MOST_SEED)
-    if flows.num_ranks > topology.num_hosts:
-        raise InputError(
-            f"flows name host {flows.num_ranks - 1}, but the network has hosts 0 to {topology.num_hosts - 1}"
-        )
+    window = None if window is None else whole("window", window, 1)
+    check_fits(flows, topology)
     planner = _Planner(flows, topology, scope, seed, health, now_s)
     parts, fell_back = [planner.within_racks()], False
     for chosen, good, capacity in planner.groups():
@@ -130,9 +133,21 @@ def plan(
         parts.append(Pieces(chosen[made.flow], path, made.offset, made.size))
     flow_Q, path_Q, offset_Q, size_Q = (np.concatenate(column).astype(np.int64) for column in zip(*parts, strict=True))
     delay_Q = np.random.default_rng([seed, 1]).integers(0, MOST_DELAY_NS + 1, len(flow_Q)).astype(np.int32)
+    window_Q = np.zeros(len(flow_Q), np.int32) if window is None else _windows(flows, topology, flow_Q, window, seed)
     made_plan = Plan(
-        topology, flows, scheme, scope, seed, flow_Q, path_Q.astype(np.int32), offset_Q, size_Q, delay_Q, fell_back
-    )  # fmt: skip
+        topology,
+        flows,
+        scheme,
+        scope,
+        seed,
+        flow_Q,
+        path_Q.astype(np.int32),
+        offset_Q,
+        size_Q,
+        delay_Q,
+        window_Q,
+        fell_back,
+    )
     if scheme == "greedy":
         _place_greedily(made_plan)
     return made_plan
@@ -196,6 +211,14 @@ class _Planner:
         return good, capacity
 
 
+def check_fits(flows: Flows, topology: Topology) -> None:
+    """Raise InputError for a flow of a host that the network does not have."""
+    if flows.num_ranks > topology.num_hosts:
+        raise InputError(
+            f"flows name host {flows.num_ranks - 1}, but the network has hosts 0 to {topology.num_hosts - 1}"
+        )
+
+
 def _check_hosts(flows: Flows, topology: Topology) -> None:
     """Raise InputError for a flow of a host whose own cable has failed."""
     for host_F, link_H in ((flows.src_F, topology.host_up_H), (flows.dst_F, topology.host_down_H)):
@@ -235,6 +258,23 @@ def _place_greedily(made: Plan) -> None:
             best = int((busy_L[links_PD] + adds_PD).max(1).argmin())
             busy_L[links_PD[best]] += adds_PD[best]
             made.path_Q[piece] = good[best]
+
+
+def _windows(flows: Flows, topology: Topology, flow_Q: np.ndarray, window: int, seed: int) -> np.ndarray:
+    """int32 [Q]: the window of each piece: of a host and step, leaves in random order fill one after the other."""
+    src_Q, step_Q, to_Q = flows.src_F[flow_Q], flows.step_F[flow_Q], topology.leaf_H[flows.dst_F[flow_Q]]
+    order = np.lexsort((to_Q, src_Q, step_Q))
+    senders = np.flatnonzero((np.diff(src_Q[order]) != 0) | (np.diff(step_Q[order]) != 0)) + 1
+    random, window_Q = np.random.default_rng([seed, 4]), np.zeros(len(flow_Q), np.int32)
+    for pieces in np.split(order, senders):
+        groups = np.split(pieces, np.flatnonzero(np.diff(to_Q[pieces])) + 1)
+        number, filled = 0, 0
+        for place in random.permutation(len(groups)).tolist():
+            if filled and filled + len(groups[place]) > window:
+                number, filled = number + 1, 0
+            window_Q[groups[place]] = number
+            filled += len(groups[place])
+    return window_Q
 
 
 def routes(made: Plan) -> Routes:
@@ -313,8 +353,9 @@ def lower_bound(flows: Flows, topology: Topology) -> float:
     """Seconds that the busiest link works at least, whatever the paths: what crosses the edges of a host or a group over their capacity.
 
     The sum over steps, as of `busiest`. Groups are those of the topology: racks, and pods of a fat-tree. Infinite
-    where nothing of an edge is left.
+    where nothing of an edge is left. Raises InputError for a host that the network does not have.
     """
+    check_fits(flows, topology)
     capacity_L = np.where(topology.is_up_L, topology.capacity_L, 0).astype(float)
     hosts = topology.num_hosts
     out_H, back_H = capacity_L[topology.host_up_H], capacity_L[topology.host_down_H]

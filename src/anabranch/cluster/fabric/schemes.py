@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
 
 SPREAD = -1
@@ -145,13 +146,16 @@ def mix(value: np.ndarray) -> np.ndarray:
 
 def placer(scheme: str) -> Callable[[Group], Pieces]:
     """The function of a scheme that places group by group. Raises InputError for a name that is none."""
-    if split := re.fullmatch(r"split:(\d{1,9})", scheme):
+    split = re.fullmatch(r"split:(\d{1,9})", scheme) if isinstance(scheme, str) else None
+    if split:
         parts = int(split[1])
         if not 1 <= parts <= MOST_SPLIT:
             raise InputError(f"scheme {scheme!r} splits into {parts} pieces; 1 to {MOST_SPLIT} are allowed")
         return hashed(parts)
-    if scheme not in _PLACERS:
-        raise InputError(f"there is no scheme {scheme!r}; known: {', '.join(SCHEMES)}, with any number behind split:")
+    if not isinstance(scheme, str) or scheme not in _PLACERS:
+        raise InputError(
+            f"there is no scheme {shown(scheme)}; known: {', '.join(SCHEMES)}, with any number behind split:"
+        )
     return _PLACERS[scheme]
 
 

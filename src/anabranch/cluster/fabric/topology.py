@@ -15,10 +15,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from anabranch.bounds import finite, whole
+from anabranch.bounds import finite, shown, whole
 from anabranch.errors import CapacityError, InputError
 
-MOST_HOSTS, MOST_SWITCHES, MOST_PATHS = 65_536, 16_384, 4_096
+MOST_HOSTS, MOST_SWITCHES, MOST_PATHS, MOST_CABLES = 65_536, 16_384, 4_096, 2_000_000
 # Gbit/s.
 SLOWEST, FASTEST = 1e-6, 1e6
 GIGA = 1_000_000_000
@@ -58,12 +58,16 @@ class Topology:
     ) -> Self:
         """Every leaf has a cable to every spine. ``cap_up`` (leaf to spine) and ``cap_host`` are Gbit/s.
 
-        Raises InputError for numbers that make no network.
+        Raises InputError for numbers that make no network, CapacityError beyond two million cables.
         """
         leaves = whole("leaves", leaves, 1, MOST_SWITCHES // 2)
         spines = whole("spines", spines, 1, MOST_PATHS)
         hosts_per_leaf = whole("hosts_per_leaf", hosts_per_leaf, 1, MOST_HOSTS)
         hosts = whole("leaves x hosts_per_leaf", leaves * hosts_per_leaf, 2, MOST_HOSTS)
+        if leaves * spines > MOST_CABLES:
+            raise CapacityError(
+                f"{leaves:,} leaves and {spines:,} spines have {leaves * spines:,} cables; at most {MOST_CABLES:,}"
+            )
         cables = [(f"host{h}", f"leaf{h // hosts_per_leaf}", cap_host) for h in range(hosts)]
         cables += [(f"leaf{a}", f"spine{b}", cap_up) for a in range(leaves) for b in range(spines)]
         about = f"leaf-spine of {leaves} leaves, {spines} spines, {hosts_per_leaf} hosts a leaf"
@@ -121,7 +125,10 @@ class Topology:
 
         Raises InputError for a cable twice, a host with several cables, or hosts that no route connects.
         """
-        cables = [(str(a), str(b), speed) for a, b, speed in links]
+        rows = [tuple(row) for row in links]
+        if wrong := [row for row in rows if len(row) != 3]:
+            raise InputError(f"a cable is (node, node, Gbit/s), not {shown(wrong[0])}")
+        cables = [(str(a), str(b), speed) for a, b, speed in rows]
         degree: dict[str, int] = {}
         for a, b, _ in cables:
             if a == b:
@@ -152,9 +159,7 @@ class Topology:
                 raise InputError(f"host {order[a]!r} has its cable to host {order[b]!r}; it must end at a switch")
         speed = np.repeat([_bits(f"capacity of {a} - {b}", gbps) for a, b, gbps in cables], 2).astype(np.int64)
         both = np.stack([ends, ends[:, ::-1]], 1).reshape(-1, 2)
-        made = cls(
-            about, tuple(order), hosts, both[:, 0].copy(), both[:, 1].copy(), speed, np.ones(len(both), bool)
-        )  # fmt: skip
+        made = cls(about, tuple(order), hosts, both[:, 0].copy(), both[:, 1].copy(), speed, np.ones(len(both), bool))
         racks: dict[int, set[int]] = {}
         for host, leaf in enumerate(made.leaf_H.tolist()):
             racks.setdefault(leaf, {leaf}).add(host)
@@ -174,7 +179,7 @@ class Topology:
         Raises InputError for a cable that is not there.
         """
         up_L = self.is_up_L.copy()
-        for cable in cables:
+        for cable in [cables] if isinstance(cables, str) else cables:
             up_L[self.cable(cable)] = False
         return replace(self, is_up_L=up_L)
 
