@@ -118,8 +118,9 @@ class Scratch(NamedTuple):
 def scratch(num_links: int, num_entries: int) -> Scratch:
     """Arrays for so many links, and pairs of a piece and a link."""
     heap = (np.zeros(num_links + 1), np.zeros(num_links + 1, np.int64), np.zeros(num_links + 1, np.int64))
-    counts = (np.zeros(num_links + 1, np.int64) for _ in range(3))
-    return Scratch(np.zeros(num_links), np.zeros(num_links), *counts, np.zeros(num_entries, np.int64), heap)
+    first_L, filled_L, left_L = (np.zeros(num_links + 1, np.int64) for _ in range(3))
+    member = np.zeros(num_entries, np.int64)
+    return Scratch(np.zeros(num_links), np.zeros(num_links), first_L, filled_L, left_L, member, heap)
 
 
 @kernel

@@ -125,7 +125,7 @@ class Topology:
 
         Raises InputError for a cable twice, a host with several cables, or hosts that no route connects.
         """
-        rows = [tuple(row) for row in links]
+        rows: list[Any] = [tuple(row) for row in links]
         if wrong := [row for row in rows if len(row) != 3]:
             raise InputError(f"a cable is (node, node, Gbit/s), not {shown(wrong[0])}")
         cables = [(str(a), str(b), speed) for a, b, speed in rows]
