@@ -113,6 +113,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "eps_greedy": "anabranch.routers.strategies.bandit:EpsGreedy",
         "ic_cache": "anabranch.routers.ic_cache.strategy:ICCacheRouting",
         "scale": "anabranch.routers.scale.program:Scale",
+        "router_r1": "anabranch.routers.router_r1.program:RouterR1",
     },
     "decomposer": {
         "prompt": "anabranch.routers.scale.decompose:Prompted",

@@ -37,6 +37,7 @@ ASKED = {
     "oracle": {"decides": False},
     "prompt": {"plays": False, "ask": middling},
     "scale": {"plays": False},
+    "router_r1": {"plays": False},
     "best_of": {"plays": False},
 }
 

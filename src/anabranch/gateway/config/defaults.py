@@ -30,7 +30,7 @@ _MODELS = (
 )
 # By the name that requests use.
 _STRATEGIES = {
-    **{name: name for name in ("rules", "cheapest", "random", "round_robin", "least_latency", "scale")},
+    **{name: name for name in ("rules", "cheapest", "random", "round_robin", "least_latency", "scale", "router_r1")},
     "best-of": "best_of",
 }
 

@@ -1,0 +1,319 @@
+"""`auto/router-r1`: a model of the pool that thinks, asks other models over several rounds, and answers.
+
+    [strategies.router-r1]
+    kind = "router_r1"
+    policy = "router"                                   # the model that routes; without it the cheapest of the pool
+    about = { small = "quick; capitals, dates", large = "slow and dear; law, medicine" }
+
+The sender is given the answer alone. What was thought and asked is the request's business: each turn is a line of the trace, without its
+texts, each call has its row. Descriptions are all that the router knows of the models, so that one more joins by being described.
+
+Rounds end at ``max_turns``, at a budget, and at six tenths of the request's time. Where no answer has come by then, a model is asked
+directly, the dearest first, and the trace says why; where nothing can be asked any more, the last information there is is given.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from anabranch.config import Field, configclass
+from anabranch.errors import AnabranchError, ConfigError, InputError, LimitError
+from anabranch.routers.contract.ask import Answered, Arm, Ask
+from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Said, Step
+from anabranch.routers.contract.query import Decision, Model, Pool, Query
+from anabranch.routers.contract.strategy import ordered
+from anabranch.routers.router_r1.episode import Asked, Episode, Rules
+from anabranch.routers.router_r1.grammar import closed
+from anabranch.routers.router_r1.prompts import agent_prompt, router_prompt
+from anabranch.routers.scale.work import Problem
+from anabranch.routers.strategies.chained import given_as_it_comes
+from anabranch.routers.strategies.rules import by_price
+
+# Share of the time that a request has in which rounds may begin; the rest is for a direct answer.
+ROUNDS_SHARE = 0.6
+# By which share the calls of rounds must be over.
+CALLS_SHARE = 0.8
+# What a router is told that has done nothing in its turn.
+GO_ON = "Go on."
+# Of what a sender asks, what no router could give.
+WHOLE = ("tools", "functions", "modalities", "audio", "response_format")
+
+
+class RouterR1(Program, kind="router_r1"):
+    """Router-R1 behind a gateway."""
+
+    @configclass
+    class Config(Program.Config):
+        """Router, pool and limits; the paper's code has most of them.
+
+        Attributes:
+            policy: model that routes; "" for the cheapest of the pool.
+            settings: fields of OpenAI's chat request that it is asked with.
+            about: descriptions of models, in place of those of the gateway's config.
+            aliases: other names of models.
+            max_turns: in which it may ask; then it has one more.
+            max_calls: questions to models; None for as many as turns.
+            turn_tokens, reply_tokens, information_tokens: most tokens of a turn, of a model's reply, and words of it that the router sees.
+            temperature: of the router; None for the sender's, or the model's own.
+            call_s: most seconds of one call.
+            budget_usd, budget_s: of the rounds of one request; None for its purse, and its time.
+            warns: the prompt for base models.
+            shows_trace: the answer is the whole trajectory, thoughts and all.
+        """
+
+        policy: str = ""
+        settings: dict[str, Any] = Field(default_factory=dict)
+        about: dict[str, str] = Field(default_factory=dict)
+        aliases: dict[str, str] = Field(default_factory=dict)
+        max_turns: int = Field(default=4, ge=0, le=64)
+        max_calls: int | None = Field(default=None, ge=0)
+        turn_tokens: int = Field(default=1024, ge=1)
+        reply_tokens: int = Field(default=512, ge=1)
+        information_tokens: int = Field(default=600, ge=1)
+        temperature: float | None = Field(default=None, ge=0)
+        call_s: float = Field(default=60.0, gt=0)
+        budget_usd: float | None = Field(default=None, gt=0)
+        budget_s: float | None = Field(default=None, gt=0)
+        warns: bool = False
+        shows_trace: bool = False
+
+        def __post_init__(self) -> None:
+            ours = sorted({"model", "messages", "n", "best_of", "stream", "stream_options"} & self.settings.keys())
+            if ours:
+                raise ConfigError(f"settings has {', '.join(ours)}, which the program says itself")
+
+    is_fast = True
+
+    # -- deciding
+
+    def route(self, query: Query, pool: Pool) -> Decision:
+        """Models from dear to cheap: who answers where the router does not. Raises InputError for a policy that is not in the pool."""
+        places = [int(at) for at in by_price(pool)]
+        policy = self.config.policy or next(
+            (pool.models[at].name for at in places if pool.models[at].is_available), pool.models[places[0]].name
+        )
+        if policy not in pool.names:
+            raise InputError(f"router_r1 routes with {policy!r}; the pool has {', '.join(pool.names)}")
+        score_M = [0.0] * len(pool)
+        for rank, at in enumerate(places):
+            score_M[at] = float(rank)
+        return Decision(
+            candidates=ordered(pool, score_M),
+            strategy=self.name,
+            reason=f"{policy} thinks, and asks whom it wants",
+            details={"policy": policy},
+            probability=1.0,
+        )
+
+    # -- answering
+
+    async def run(self, request: ProgramRequest, ask: Ask) -> AsyncGenerator[Event, None]:
+        """Rounds, and the answer. Raises what a direct answer fails with where there is nothing else to give."""
+        running = _Rounds(self.config, request, ask)
+        if running.can_route:
+            async with aclosing(running.events()) as events:
+                async for event in events:
+                    yield event
+        else:
+            running.why = "no question that a router could answer"
+        if (done := running.done) is not None:
+            yield running.totals()
+            yield done
+            return
+        yield Step("direct", {"why": running.why})
+        async with aclosing(self._directly(request, ask, running)) as given:
+            async for event in given:
+                if isinstance(event, Done):
+                    yield running.totals()
+                yield event
+
+    async def _directly(self, request: ProgramRequest, ask: Ask, running: "_Rounds") -> AsyncGenerator[Event, None]:
+        """The answer of the first model that gives one; else the last information there was."""
+        for name in request.names:
+            is_last, has_said = name == request.names[-1], False
+            try:
+                async with aclosing(given_as_it_comes(request, name, ask, running.spare, is_last)) as given:  # type: ignore[type-var]
+                    async for event in given:
+                        has_said = has_said or isinstance(event, Said)
+                        yield replace(event, is_spare=True) if isinstance(event, Done) else event
+                        if isinstance(event, Done):
+                            return
+            except LimitError:
+                if has_said or running.spare is None:
+                    raise
+                yield running.spare
+                return
+
+
+@dataclass(slots=True)
+class _Rounds:
+    """Those of one request.
+
+    Attributes:
+        done: the answer; None where none came.
+        spare: what is better than none.
+        why: no answer came.
+    """
+
+    config: Any
+    request: ProgramRequest
+    ask: Ask
+    done: Done | None = None
+    spare: Done | None = None
+    why: str = ""
+    episode: Episode | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _sums: dict[str, list[float]] = field(default_factory=lambda: {"router": [0, 0, 0.0, 0], "pool": [0, 0, 0.0, 0]})
+
+    @property
+    def can_route(self) -> bool:
+        """It is a question in words, and whoever asked it wants words."""
+        messages = self.request.messages
+        is_question = isinstance(messages, str) or (bool(messages) and messages[-1].get("role") == "user")
+        return (
+            is_question
+            and bool(self.request.query.text.strip())
+            and not any(self.request.settings.get(name) for name in WHOLE)
+        )
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Turns of the router, and what they ask."""
+        config, names = self.config, self._names()
+        policy = str(self.request.decision.details["policy"])
+        policy = policy if policy in self.request.names else self.request.names[-1]
+        problem = Problem.of(self.request.messages)
+        rules = Rules(
+            max_turns=config.max_turns, max_calls=config.max_calls, information_tokens=config.information_tokens,
+            aliases={alias: name for alias, name in config.aliases.items() if name in names},
+        )  # fmt: skip
+        self.episode = episode = Episode(problem.text, rules, names)
+        messages = problem.asked(router_prompt(problem.text, names, self._about(names), warns=config.warns))
+        while not episode.is_done:
+            self.why = self._used_up()
+            if self.why:
+                return
+            try:
+                turn = await self._turn(policy, messages)
+            except AnabranchError as error:
+                self.why = f"the router: {type(error).__name__}"
+                yield Step("failed", {"model": policy, "error": type(error).__name__})
+                return
+            before = len(episode.parts)
+            asked = episode.feed(turn)
+            facts: dict[str, Any] = {"turn": episode.turns}
+            if asked is not None:
+                facts |= await self._asked(asked)
+            yield Step("turn", {**facts, "action": episode.actions[-1]})
+            told = "".join(text for text, is_router in episode.parts[before:] if not is_router)
+            written = next(text for text, is_router in episode.parts[before:] if is_router)
+            messages = [
+                *messages,
+                {"role": "assistant", "content": written or "..."},
+                {"role": "user", "content": told.strip() or GO_ON},
+            ]
+        if not episode.answer:
+            self.why = "the router gave no answer"
+            return
+        content = episode.text.strip() if config.shows_trace else episode.answer
+        self.done = Done(message={"content": content}, model=policy)
+
+    async def _turn(self, policy: str, messages: Sequence[Mapping[str, Any]]) -> str:
+        carried = {
+            name: self.request.settings[name]
+            for name in ("temperature", "top_p", "user", "seed")
+            if name in self.request.settings
+        }
+        arm = Arm(policy, {**carried, **self.config.settings})
+        ends = ("</search>", "</route>", "</answer>")
+        how = {"max_tokens": self.config.turn_tokens, "temperature": self.config.temperature, "stop": ends}
+        found = await self._called("router", arm, messages, purpose="route", **how)
+        return closed(found.text.replace("<route>", "<search>"))
+
+    async def _asked(self, asked: Asked) -> dict[str, Any]:
+        """Ask a model, and tell the router; what it took."""
+        assert self.episode is not None
+        prompt = agent_prompt(asked.query, self.config.reply_tokens)
+        facts: dict[str, Any] = {"model": asked.model}
+        try:
+            found = await self._called(
+                "pool", Arm(asked.model), prompt, purpose="draft", max_tokens=self.config.reply_tokens, temperature=0.0
+            )
+        except AnabranchError as error:
+            self.episode.inform(None)
+            return {**facts, "error": type(error).__name__}
+        self.episode.inform(found.text)
+        if found.text.strip():
+            self.spare = Done(message={"content": found.text}, model=asked.model, finish_reason="length", is_spare=True)
+        return {
+            **facts,
+            "prompt_tokens": found.prompt_tokens,
+            "completion_tokens": found.completion_tokens,
+            "cost": found.cost,
+            "latency_s": round(found.latency_s, 3),
+        }
+
+    async def _called(self, who: str, arm: Arm, messages: Any, **how: Any) -> Answered:
+        """One call. Raises LimitError where it takes too long, else what it fails with."""
+        left_s = min(self.config.call_s, CALLS_SHARE * self.request.left_s - self._elapsed())
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                found = await self.ask(arm, messages, **how)
+        except TimeoutError:
+            raise LimitError(
+                f"{arm.model} took longer than it may for one call of router_r1", retry_after_s=1.0
+            ) from None
+        for place, value in enumerate((found.prompt_tokens, found.completion_tokens, found.cost, 1)):
+            self._sums[who][place] += value
+        return found
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def _used_up(self) -> str:
+        """Why no further round may begin; "" where one may."""
+        soft_s = ROUNDS_SHARE * self.request.left_s
+        soft_s = soft_s if self.config.budget_s is None else min(soft_s, self.config.budget_s)
+        if self._elapsed() >= soft_s:
+            return "time"
+        cost = sum(sums[2] for sums in self._sums.values())
+        if self.config.budget_usd is not None and cost >= self.config.budget_usd:
+            return "money"
+        # A turn, what it asks, and a direct answer.
+        return "calls" if self.ask.left < 3 else ""
+
+    def _names(self) -> tuple[str, ...]:
+        """Models that may be asked, in the order of the pool, without the router where there are others."""
+        allowed = [model.name for model in self.request.pool.models if model.name in self.request.names]
+        policy = self.request.decision.details["policy"]
+        others = tuple(name for name in allowed if name != policy)
+        return others or tuple(allowed)
+
+    def _about(self, names: Sequence[str]) -> dict[str, str]:
+        models = {model.name: model for model in self.request.pool.models}
+        return {name: self.config.about.get(name) or described(models[name]) for name in names}
+
+    def totals(self) -> Step:
+        """What all of it took, a direct answer not among it."""
+        spent, told = getattr(self.ask, "spent", None), {}
+        for who, (prompt, completion, cost, calls) in self._sums.items():
+            told[who] = {"prompt": int(prompt), "completion": int(completion), "cost": cost, "calls": int(calls)}
+        if spent is not None:
+            told["all"] = {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens, "cost": spent.cost}
+        facts = {} if self.episode is None else self.episode.facts()
+        return Step("totals", {**told, **facts})
+
+
+def described(model: Model) -> str:
+    """What the gateway's config says of a model."""
+    price = model.price.output / 1e9
+    size = (
+        ""
+        if model.parameters is None or not math.isfinite(model.parameters)
+        else f"{model.parameters:g} billion parameters"
+    )
+    parts = [model.description, size, f"{price:g} dollars a million tokens" if price else ""]
+    return "; ".join(part for part in parts if part) or "nothing is known of it"
