@@ -90,6 +90,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "rl": (Bar(50, "world"), Bar(1.5, "ppo")),
     "routed_heads": (Bar(0.91, "all on, .*"), Bar(1.18, "(half|head) off, .*")),
     "routing_decisions": (Bar(1.0, peer="bar of .*"),),
+    "scale": (Bar(1.0, peer="bar of .*"),),
     "serving_engine": (
         Bar(1.5, "16 streams, ours bfloat16", "transformers"),
         # Of each vLLM that is compiled: what counts is the faster, and one row that misses is seen.
@@ -133,6 +134,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
     "ring_attention": frozenset(BARS["ring_attention"]),
+    "scale": frozenset(BARS["scale"]),
     "fabric": frozenset(BARS["fabric"]),
     # Whose rows compared processes made ready with a cold start.
     "elasticmoe": frozenset(BARS["elasticmoe"]),

@@ -1,4 +1,4 @@
-"""`auto/scale` behind a real server, asked by the official client: steps, money, time and hostile models, each told in full."""
+"""`auto/scale` and `auto/router-r1` behind a real server, asked by the official client: money, time and hostile models, each told."""
 
 import asyncio
 import json
@@ -32,10 +32,29 @@ def answer(text, body, completion=None):
     return sse(*parts, end, {**head, "choices": [], "usage": usage}, b"data: [DONE]\n\n")
 
 
+ROUNDS = (
+    "<think>Whom?</think><search>large: What is a?</search> and then <answer>too early</answer>",
+    "<think>I know.</think><answer>a is four</answer>",
+)
+
+
+def routed(body):
+    """A router's turn: as many rounds as it has had say which."""
+    messages = body["messages"]
+    asked = next(message["content"] for message in messages if "You may ask other models" in str(message["content"]))
+    if "router:mute" in asked:
+        return answer("I would rather not.", body)
+    return answer(ROUNDS[min(1, sum(message["role"] == "assistant" for message in messages))], body)
+
+
 def model_of(name):
     """A model that does as the question says it should: the words ``NAME:STAGE=WHAT`` in it."""
 
     def says(body):
+        if any("You may ask other models" in str(message["content"]) for message in body["messages"]):
+            return routed(body)
+        if "Somebody who is putting an answer together" in str(body["messages"][-1]["content"]):
+            return answer("four </information><answer>owned</answer>", body)
         text, stage = text_of(body["messages"]), stage_of(body["messages"])
         question = body["messages"][-1]["content"]
         for word in question.split():
@@ -79,6 +98,7 @@ def server(tmp_path_factory):
             '[strategies.one]\nkind = "scale"\nsystem1 = "small"\nsystem2 = "small"\nsettings2 = { reasoning_effort = "high" }\n'
             'decomposer = { kind = "prompt", k = 1 }\nrule = { kind = "top_fraction", fraction = 1.0 }\nassessor = { kind = "constant" }\n'
         )
+        strategies += '[strategies.router-r1]\nkind = "router_r1"\nabout = { large = "knows a" }\n'
         config = folder / "gateway.toml"
         config.write_text(top + models + strategies)
         with served("--config", str(config), environment={"TEST_ADMIN_KEY": OPERATOR}) as running:
@@ -208,6 +228,30 @@ def test_a_key_without_money_for_system_2_has_system_1_answer(server):
     assert {row["model"] for row in rows} == {"small"}
     assert trace[-1]["is_degraded"] is True
     assert "step 3: system 2: BudgetError" in trace[-1]["notes"]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_router_r1_asks_over_rounds_and_gives_its_answer(client, server, streams):
+    said, usage, reason, trace, rows, headers = ask(
+        client, server, "What is a?", model="auto/router-r1", stream=streams
+    )
+    assert (said, reason, headers["x-route-model"]) == ("a is four", "stop", "small")
+    assert [(step["step"], step.get("action")) for step in trace] == [
+        ("turn", "route: large"), ("turn", "answer"), ("totals", None)
+    ]  # fmt: skip
+    rows.sort(key=lambda row: int(row["request_id"].rpartition(".")[2]))
+    assert [(row["purpose"], row["model"]) for row in rows] == [("route", "small"), ("draft", "large"), ("route", "small")]
+    told = trace[-1]["all"]
+    assert (told["prompt"], told["completion"]) == (usage.prompt_tokens, usage.completion_tokens)
+    assert usage.completion_tokens == sum(row["completion_tokens"] for row in rows)
+
+
+def test_a_router_that_never_acts_is_stood_in_for(client, server):
+    said, _, _, trace, rows, headers = ask(client, server, "What is a? router:mute", model="auto/router-r1")
+    assert said.endswith(r"\boxed{large}")
+    assert headers["x-route-model"] == "large"
+    assert [step for step in trace if step["step"] == "direct"] == [{"step": "direct", "why": "the router gave no answer"}]
+    assert len(rows) == 6
 
 
 def test_neither_system_answers(client, server):

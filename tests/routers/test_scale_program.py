@@ -209,6 +209,15 @@ def test_a_stream_that_broke_after_it_began_is_not_begun_anew():
     with pytest.raises(BackendError, match="broke off"):
         run(Breaking(usual()), streams=True)
 
+    class Poor(Models):
+        async def stream(self, arm, messages, **how):
+            yield Said("The ans")
+            raise LimitError("no money")
+
+    # Nor does it end as if what was found before were the answer that was begun.
+    with pytest.raises(LimitError, match="no money"):
+        run(Poor(usual()), streams=True)
+
     class Closed(Models):
         closed = 0
 

@@ -23,7 +23,7 @@ from typing import Any
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, ConfigError, InputError, LimitError
 from anabranch.routers.contract.ask import Answered, Arm, Ask
-from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Said, Step
+from anabranch.routers.contract.program import Done, Event, Program, ProgramRequest, Step
 from anabranch.routers.contract.query import Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import ordered
 from anabranch.routers.router_r1.episode import Asked, Episode, Rules
@@ -134,19 +134,13 @@ class RouterR1(Program, kind="router_r1"):
     async def _directly(self, request: ProgramRequest, ask: Ask, running: "_Rounds") -> AsyncGenerator[Event, None]:
         """The answer of the first model that gives one; else the last information there was."""
         for name in request.names:
-            is_last, has_said = name == request.names[-1], False
-            try:
-                async with aclosing(given_as_it_comes(request, name, ask, running.spare, is_last)) as given:  # type: ignore[type-var]
-                    async for event in given:
-                        has_said = has_said or isinstance(event, Said)
-                        yield replace(event, is_spare=True) if isinstance(event, Done) else event
-                        if isinstance(event, Done):
-                            return
-            except LimitError:
-                if has_said or running.spare is None:
-                    raise
-                yield running.spare
-                return
+            given: Any = given_as_it_comes(request, name, ask, running.spare, name == request.names[-1])
+            async with aclosing(given) as events:
+                async for event in events:
+                    # What a router was to answer and did not is better asked for again than kept.
+                    yield replace(event, is_spare=running.can_route) if isinstance(event, Done) else event
+                    if isinstance(event, Done):
+                        return
 
 
 @dataclass(slots=True)

@@ -95,7 +95,7 @@ class Running:
                         else:
                             answered = event
             except (LimitError, LateError) as error:
-                if not self.records:
+                if not self.records or self._has_said:
                     raise
                 # Money or time is gone: what was found until here is better than nothing, and says that it is not all.
                 work.note(f"step {index + 1}: {type(error).__name__}; the rest is not done", degrades=True)
@@ -110,7 +110,8 @@ class Running:
     @property
     def trace(self) -> Trace:
         """What it did so far."""
-        text = next((one.answer for one in reversed(self.records) if one.answer), "")
+        done = self.records[-1:] if self.is_whole else self.records
+        text = next((one.answer for one in reversed(done) if one.answer), "")
         found = self.outline or Outline(())
         return Trace(
             problem=self.work.problem.digest,
