@@ -27,7 +27,7 @@ BODY = {"model": "auto/scale", "messages": [{"role": "user", "content": "Why?"}]
 OUTLINE = '{"step1": "Find a.", "step2": "Add it."}'
 
 
-def config(tmp_path, *, dollars=1, limits=None, small=OUTLINE, **behaviour):
+def config(tmp_path, *, dollars=1, limits=None, small=OUTLINE, deadline_s=120.0, **behaviour):
     def model(name, price, reply, **more):
         provider = Mock.Config(model=name, reply=reply, **more)
         return ModelConfig(name=name, price=price, max_tokens=100, deployments=(DeploymentConfig(provider=provider),))
@@ -35,7 +35,7 @@ def config(tmp_path, *, dollars=1, limits=None, small=OUTLINE, **behaviour):
     return GatewayConfig(
         models=(
             model("small", Price.of_dollars(dollars, dollars), small, **behaviour),
-            model("large", Price.of_dollars(10 * dollars, 10 * dollars), r"It is \boxed{4}"),
+            model("large", Price.of_dollars(10 * dollars, 10 * dollars), r"It is \boxed{4}", **behaviour),
         ),
         strategies={
             "cheapest": StrategyConfig(use="cheapest"),
@@ -47,6 +47,7 @@ def config(tmp_path, *, dollars=1, limits=None, small=OUTLINE, **behaviour):
         retries=RetryConfig(attempts=1),
         lost=LostConfig(read_on_s=0),
         limits=limits or LimitsConfig(),
+        deadline_s=deadline_s,
     )
 
 
@@ -113,6 +114,18 @@ def test_a_request_may_not_cost_more_than_it_may(tmp_path):
     assert {row.model for row in rows if row.parent_id} == {"small"}
     assert trace[-1]["is_degraded"] is True
     assert found["choices"][0]["message"]["content"]
+
+
+def test_a_request_is_answered_within_its_time_however_slow_models_are(tmp_path):
+    """Of 1.5 seconds an outline, a score and a step take 1.05: what is left is System 1's, or the results so far."""
+
+    async def work(gateway):
+        return await gateway.achat(BODY)
+
+    found, rows, trace = run(config(tmp_path, latency_s=0.35, deadline_s=1.5), work)
+    assert found["choices"][0]["message"]["content"]
+    assert trace[-1]["is_degraded"] is True
+    assert {row.model for row in rows if row.parent_id} == {"small"}
 
 
 def test_few_calls_are_shared_out(tmp_path):
