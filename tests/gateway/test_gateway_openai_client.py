@@ -37,7 +37,7 @@ def test_models_are_listed(client):
         client.models.retrieve("smal")
 
 
-@pytest.mark.parametrize("model", ["small", "auto", "auto/cheapest", "auto/rules", "auto/scale"])
+@pytest.mark.parametrize("model", ["small", "auto", "auto/cheapest", "auto/rules", "auto/scale", "auto/router-r1"])
 def test_chat(client, model):
     raw = client.chat.completions.with_raw_response.create(model=model, messages=HELLO, max_tokens=20)
     answer = raw.parse()

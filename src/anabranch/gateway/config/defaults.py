@@ -30,8 +30,9 @@ _MODELS = (
 )
 # By the name that requests use.
 _STRATEGIES = {
-    **{name: name for name in ("rules", "cheapest", "random", "round_robin", "least_latency", "scale", "router_r1")},
+    **{name: name for name in ("rules", "cheapest", "random", "round_robin", "least_latency", "scale")},
     "best-of": "best_of",
+    "router-r1": "router_r1",
 }
 
 
