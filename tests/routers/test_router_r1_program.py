@@ -4,6 +4,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.errors import BackendError, ConfigError, InputError, LimitError
 from anabranch.routers.contract.ask import Answered, Arm, Said, Spent
@@ -233,6 +235,33 @@ def test_what_no_router_can_answer_a_model_does(messages, settings):
     assert named(steps, "direct") == [{"why": "no question that a router could answer"}]
     assert (models.names, done.model, done.is_spare) == (["large"], "large", False)
     assert all(name in models.asked[0][0].settings for name in settings)
+
+
+PIECES = st.sampled_from(
+    ["<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>", "small", "large", ":", " ", "why", "<route>"]
+)
+
+
+@given(st.lists(st.one_of(st.lists(PIECES, max_size=9).map("".join), st.just(None)), min_size=1, max_size=6))
+@settings(max_examples=80, deadline=None)
+def test_whatever_a_router_writes_it_ends_is_bounded_and_adds_up(turns):
+    count = [0]
+
+    class Any(Models):
+        async def __call__(self, arm, messages, **how):
+            if how.get("purpose") == "route":
+                count[0] += 1
+                turn = turns[count[0] % len(turns)]
+                self.turns = [BackendError("down") if turn is None else turn]
+            return await super().__call__(arm, messages, **how)
+
+    models = Any()
+    _, steps, done = run(models)
+    assert len(models.asked) <= 5 + 4 + 1
+    [totals] = named(steps, "totals")
+    assert (totals["all"]["prompt"], totals["all"]["completion"]) == (models.spent.prompt_tokens, models.spent.completion_tokens)
+    assert done.message["content"]
+    assert bool(named(steps, "direct")) == done.is_spare
 
 
 def test_which_model_routes():
