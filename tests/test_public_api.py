@@ -41,6 +41,14 @@ PUBLIC = {
         load_judgements load_outcomes measured_in merged pool_of pooled read_joules read_prices routellm_mmlu split
     """,
     "anabranch.routers.embed": "Embedder embed_cached",
+    "anabranch.routers.router_r1": """
+        CostWindow Episode FunctionPool MultiRoundRouteEnv Price RecordedPool Reply RouterR1 Rules Tokens exact_match faults raw_cost
+        token_f1 total_reward
+    """,
+    "anabranch.routers.scale": """
+        Assessor Budget Budgeted ClientAsk Constant Decomposer Disagreement Entropy Given Identity Oracle Probe Problem PromptScore
+        Prompted Rule Scale Score SelectiveReasoner Settings System Threshold TopFraction Trace
+    """,
     "anabranch.routers.referee": """
         Interval Recovery Replay Replayed Report Standing Trial Verdict aiq bootstrap cost_save decision_latency evaluate holm hull
         pareto_distance preference recovery recovery_in_bins replay routerbench_aiq try_out with_cheapest

@@ -247,7 +247,7 @@ PIECES = st.sampled_from(
 def test_whatever_a_router_writes_it_ends_is_bounded_and_adds_up(turns):
     count = [0]
 
-    class Any(Models):
+    class Writing(Models):
         async def __call__(self, arm, messages, **how):
             if how.get("purpose") == "route":
                 count[0] += 1
@@ -255,7 +255,7 @@ def test_whatever_a_router_writes_it_ends_is_bounded_and_adds_up(turns):
                 self.turns = [BackendError("down") if turn is None else turn]
             return await super().__call__(arm, messages, **how)
 
-    models = Any()
+    models = Writing()
     _, steps, done = run(models)
     assert len(models.asked) <= 5 + 4 + 1
     [totals] = named(steps, "totals")
