@@ -1,9 +1,15 @@
 """Prompts: those that ship are whole, a file of one's own is checked, and families of models may have their own words."""
 
+import asyncio
+
 import pytest
 
 from anabranch.errors import ConfigError, DataError
+from anabranch.routers.contract.program import ProgramRequest
+from anabranch.routers.contract.query import Model, Pool, Query
 from anabranch.routers.scale.prompts import FOLDER, NAMES, Prompts, bar_for
+from anabranch.routers.strategies import make
+from scale_scripted import Models, usual
 
 FILE = (FOLDER / "en.toml").read_text("utf-8")
 
@@ -21,6 +27,26 @@ def test_a_family_has_its_own_words_and_what_is_filled_in_is_not_read_again(tmp_
     prompts = Prompts.read(str(path))
     assert prompts.fill("planned", "Qwen/Qwen3-8B", number=1, step="a $bar") == "1: a $bar /no_think"
     assert prompts.fill("planned", "llama", number=1, step="a") == "Step 1, not done yet: a"
+
+
+def test_a_file_is_read_anew_and_a_program_keeps_what_it_read(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(FILE)
+    program = make("scale", language=str(path))
+    path.write_text(FILE.replace("Split it into", "Part it into"))
+    assert "Part it into" in Prompts.read(str(path)).texts["outline"]
+    path.unlink()
+    # Requests that come later do not need the file.
+    query = Query(text="why?")
+    pool = Pool((Model(name="small"),))
+    request = ProgramRequest(query=query, pool=pool, decision=program.route(query, pool))
+    models = Models(usual())
+
+    async def main():
+        return [event async for event in program.run(request, models)]
+
+    asyncio.run(main())
+    assert "Split it into" in models.asked[0][2]
 
 
 @pytest.mark.parametrize(

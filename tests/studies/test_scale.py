@@ -106,7 +106,7 @@ async def _written(bench):
 
 def test_the_frozen_size():
     size = Size()
-    assert (size.steps, size.tried, size.judged) == (6000, 200, 400)
+    assert (size.steps, size.tried, size.judged) == (3000, 200, 400)
     assert make(full=True).seeds == (0, 1, 2, 3, 4)
 
 

@@ -60,6 +60,7 @@ from anabranch.routers.scale import (
     TopFraction,
     Trace,
 )
+from anabranch.routers.scale.prompts import Prompts
 from anabranch.studies.asked import Asked, judged
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.scale_model import FAST, LETTERS, SLOW, ModelAsk, answer_of, asked, decoded, right, train
@@ -99,8 +100,8 @@ class Size(Config):
     dim: int = Field(default=192, ge=16)
     layers: int = Field(default=6, ge=1)
     heads: int = Field(default=6, ge=1)
-    steps: int = Field(default=6000, ge=1)
-    rows: int = Field(default=128, ge=1)
+    steps: int = Field(default=3000, ge=1)
+    rows: int = Field(default=64, ge=1)
     rate: float = Field(default=2e-3, gt=0)
     probed: int = Field(default=2000, ge=10)
     most: int = Field(default=160, ge=1)
@@ -146,7 +147,7 @@ class Bench:
     """A seed's model, problems and probe."""
 
     def __init__(self, config: ArmConfig, seed: int, progress: Progress) -> None:
-        self.size, self.seed, self._progress = config.size, seed, progress
+        self.size, self.seed, self._progress, self._prompts = config.size, seed, progress, Prompts.read(str(PROMPTS))
         size, kinds = config.size, (*EASY, *HARD) if config.arm == "mixed" else ("add",)
         attention = SelfAttention.Config(num_heads=size.heads)
         shape = Decoder.Config(
@@ -233,7 +234,7 @@ class Bench:
                 assessor=assessor,
                 rule=rule,
                 settings=settings,
-                language=str(PROMPTS),
+                language=self._prompts,
             )
             return await reasoner.solve(chain.text, models)
 

@@ -108,7 +108,7 @@ class Scale(Program, kind="scale"):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         # What cannot be read is told at the start, not by the first request.
-        Prompts.read(config.language)
+        self._prompts = Prompts.read(config.language)
         self._decomposer: Decomposer = config.decomposer.build()
         self._assessor: Assessor = config.assessor.build()
         self._rule: Rule = config.rule.build()
@@ -196,7 +196,7 @@ class Scale(Program, kind="scale"):
                 deadline_s=max(HARD_SHARE * left_s, 1e-3),
             ),
             settings=self._settings(request),
-            language=config.language,
+            language=self._prompts,
         )
         running = reasoner.begin(problem, ask, sender=self._sender(request), streams=request.is_streamed, is_plain=True)
         if not is_question:

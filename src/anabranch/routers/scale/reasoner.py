@@ -44,7 +44,7 @@ class SelectiveReasoner:
         tau, k: of those two.
         budget: of a run; none by default.
         settings: of a run.
-        language: of the prompts, or a file of them.
+        language: of the prompts, a file of them, or `Prompts` that were read.
 
     Raises ConfigError where two say the same, and for a budget in dollars of systems whose price nobody said.
     """
@@ -61,7 +61,7 @@ class SelectiveReasoner:
         k: int | None = None,
         budget: Budget | None = None,
         settings: Settings | None = None,
-        language: str = "en",
+        language: str | Prompts = "en",
     ) -> None:
         if tau is not None and rule is not None:
             raise ConfigError(f"tau is {tau!r} beside a rule; a threshold is a rule of its own, give one of the two")
@@ -74,7 +74,7 @@ class SelectiveReasoner:
         self.assessor: Assessor = assessor or PromptScore.Config().build()
         self.rule: Rule = rule or made_rule.build()
         self.budget, self.settings = budget or Budget(), settings or Settings()
-        self.prompts = Prompts.read(language)
+        self.prompts = language if isinstance(language, Prompts) else Prompts.read(language)
         if self.rule.unit == "usd" and any(one.usd_per_token is None for one in self.systems.values()):
             raise ConfigError(
                 "the rule's budget is in dollars; say usd_per_token of both systems, or give it in tokens"

@@ -56,7 +56,8 @@ class Prompts:
 
         Raises ConfigError for a language that there is not, DataError for a file that cannot be read or lacks something.
         """
-        return _read(language)
+        # One's own file may have changed since.
+        return _read(language) if language.endswith(".toml") else _shipped(language)
 
     def fill(self, name: str, model: str, **values: object) -> str:
         """A text as a model is given it."""
@@ -73,6 +74,10 @@ def bar_for(texts: Sequence[str]) -> str:
 
 
 @cache
+def _shipped(language: str) -> Prompts:
+    return _read(language)
+
+
 def _read(language: str) -> Prompts:
     is_file = language.endswith(".toml")
     path = Path(language) if is_file else FOLDER / f"{language}.toml"
