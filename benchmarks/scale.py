@@ -1,8 +1,8 @@
 """What does SCALE itself take of a step, beside the calls it makes: is it below 2 ms?
 
-Models that answer at once, on one event loop; one thread, processor time. A step is its score and its answer, with the context, the seeds, the
-records and the trace of both; rows hold whole runs by their number of steps. Each row is against the bar: ``peer`` is 2, a ratio of 1 or
-above passes.
+Models that answer at once, on one event loop; one thread, processor time. A step is its score and its answer, with the context, the seeds,
+the records and the trace of both; rows hold whole runs by their number of steps. Each row is against the bar: ``peer`` is 2, a ratio of 1
+or above passes.
 
     given       steps that are given: a score and an answer each
     outlined    8 outlines and a choice before them, shared out over the steps
@@ -45,7 +45,9 @@ class AtOnce:
         elif "Which version is best?" in text:
             said = "version1"
         elif "Split it into" in text:
-            said = json.dumps({f"step{at}": f"Find number {at}, way {self._count}." for at in range(1, self._steps + 1)})
+            said = json.dumps(
+                {f"step{at}": f"Find number {at}, way {self._count}." for at in range(1, self._steps + 1)}
+            )
         else:
             said = "First this, then that. " * 20 + r"So it is \boxed{7}."
         return Answered.saying(said, model=arm.model, prompt_tokens=len(text) // 4, completion_tokens=len(said) // 4)
@@ -93,9 +95,7 @@ def main() -> None:
             ),
             f"journal, {steps} steps": journaled,
         }
-        rows += [
-            against_bar(case, work, steps, options.rounds) for case, work in works.items() if options.only in case
-        ]
+        rows += [against_bar(case, work, steps, options.rounds) for case, work in works.items() if options.only in case]
     finish("scale", rows, options, ["numpy"])
 
 

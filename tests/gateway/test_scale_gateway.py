@@ -117,15 +117,15 @@ def test_a_request_may_not_cost_more_than_it_may(tmp_path):
 
 
 def test_a_request_is_answered_within_its_time_however_slow_models_are(tmp_path):
-    """Of 1.5 seconds an outline, a score and a step take 1.05: what is left is System 1's, or the results so far."""
+    """All that could be asked takes longer than there is: scores that cannot be read are given up, and System 1 does the rest."""
 
     async def work(gateway):
         return await gateway.achat(BODY)
 
-    found, rows, trace = run(config(tmp_path, latency_s=0.35, deadline_s=1.5), work)
+    found, rows, trace = run(config(tmp_path, latency_s=0.25, deadline_s=2.0), work)
     assert found["choices"][0]["message"]["content"]
     assert trace[-1]["is_degraded"] is True
-    assert {row.model for row in rows if row.parent_id} == {"small"}
+    assert len(rows) <= 8
 
 
 def test_few_calls_are_shared_out(tmp_path):

@@ -241,7 +241,11 @@ def test_router_r1_asks_over_rounds_and_gives_its_answer(client, server, streams
         ("turn", "route: large"), ("turn", "answer"), ("totals", None)
     ]  # fmt: skip
     rows.sort(key=lambda row: int(row["request_id"].rpartition(".")[2]))
-    assert [(row["purpose"], row["model"]) for row in rows] == [("route", "small"), ("draft", "large"), ("route", "small")]
+    assert [(row["purpose"], row["model"]) for row in rows] == [
+        ("route", "small"),
+        ("draft", "large"),
+        ("route", "small"),
+    ]
     told = trace[-1]["all"]
     assert (told["prompt"], told["completion"]) == (usage.prompt_tokens, usage.completion_tokens)
     assert usage.completion_tokens == sum(row["completion_tokens"] for row in rows)
@@ -251,7 +255,9 @@ def test_a_router_that_never_acts_is_stood_in_for(client, server):
     said, _, _, trace, rows, headers = ask(client, server, "What is a? router:mute", model="auto/router-r1")
     assert said.endswith(r"\boxed{large}")
     assert headers["x-route-model"] == "large"
-    assert [step for step in trace if step["step"] == "direct"] == [{"step": "direct", "why": "the router gave no answer"}]
+    assert [step for step in trace if step["step"] == "direct"] == [
+        {"step": "direct", "why": "the router gave no answer"}
+    ]
     assert len(rows) == 6
 
 

@@ -21,7 +21,10 @@ POOL = Pool(
         Model(name="small", price=Price.of_dollars(1, 2), description="quick; art"),
     )
 )
-QUESTION = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Who painted it, and is it protected?"}]
+QUESTION = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "Who painted it, and is it protected?"},
+]
 TURNS = (
     "<think>Art first.</think><search>small: Who painted it?",
     "<think>Now law.</think><search>large: Is a work of Ann protected?",
@@ -178,7 +181,12 @@ def test_where_nothing_can_be_asked_any_more_the_last_information_is_given():
 
     models = Models(TURNS[0], says={"small": small})
     _, _, done = run(models)
-    assert (done.message, done.model, done.finish_reason, done.is_spare) == ({"content": "small knows"}, "small", "length", True)
+    assert (done.message, done.model, done.finish_reason, done.is_spare) == (
+        {"content": "small knows"},
+        "small",
+        "length",
+        True,
+    )
     with pytest.raises(LimitError):
         run(Models(LimitError("no money"), says=dict.fromkeys(POOL.names, LimitError("no money"))))
 
@@ -238,7 +246,21 @@ def test_what_no_router_can_answer_a_model_does(messages, settings):
 
 
 PIECES = st.sampled_from(
-    ["<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>", "small", "large", ":", " ", "why", "<route>"]
+    [
+        "<think>",
+        "</think>",
+        "<search>",
+        "</search>",
+        "<answer>",
+        "</answer>",
+        "<information>",
+        "small",
+        "large",
+        ":",
+        " ",
+        "why",
+        "<route>",
+    ]
 )
 
 
@@ -259,7 +281,10 @@ def test_whatever_a_router_writes_it_ends_is_bounded_and_adds_up(turns):
     _, steps, done = run(models)
     assert len(models.asked) <= 5 + 4 + 1
     [totals] = named(steps, "totals")
-    assert (totals["all"]["prompt"], totals["all"]["completion"]) == (models.spent.prompt_tokens, models.spent.completion_tokens)
+    assert (totals["all"]["prompt"], totals["all"]["completion"]) == (
+        models.spent.prompt_tokens,
+        models.spent.completion_tokens,
+    )
     assert done.message["content"]
     assert bool(named(steps, "direct")) == done.is_spare
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -546,8 +547,6 @@ def test_other_ways_to_score():
             found = await super().__call__(arm, messages, **how)
             if how.get("logprobs") is None:
                 return found
-            from dataclasses import replace
-
             return replace(found, choices=({**found.choices[0], "logprobs": logprobs},))
 
     trace = solve(Unsure(usual()), **three(assessor=Entropy.Config().build()))
@@ -656,3 +655,34 @@ def test_a_call_that_the_run_ended_with_is_made_again(tmp_path):
     again = Models({})
     assert solve(again, journal=path).answer == "large"
     assert again.asked == []
+
+
+def test_a_system_that_hangs_leaves_time_for_the_other_and_for_the_last_step():
+    class Hanging(Models):
+        async def __call__(self, arm, messages, **how):
+            if arm.model == "large":
+                self.asked.append(("hang", arm, "", how))
+                await asyncio.sleep(30)
+            return await super().__call__(arm, messages, **how)
+
+    models = Hanging(usual())
+    trace = solve(models, **three(budget=Budget(deadline_s=0.5)))
+    assert (trace.answer, trace.is_whole, trace.is_degraded) == ("small", True, True)
+    assert [one.system for one in trace.steps] == [1] * len(trace.steps)
+
+
+def test_no_attempt_is_made_that_there_is_no_time_for():
+    """Each call takes four of ten seconds by the models' own account: a second attempt at a score would leave no time for two answers."""
+    now = [0.0]
+
+    class Slow(Models):
+        async def __call__(self, arm, messages, **how):
+            now[0] += 4
+            return replace(await super().__call__(arm, messages, **how), latency_s=4.0)
+
+    models = Slow(usual(score="no"))
+    made = reasoner(decomposer=Given.Config(steps=STEPS).build(), budget=Budget(deadline_s=10.0))
+    running = made.begin(Problem(QUESTION), models, clock=lambda: now[0])
+    asyncio.run(_drained(running))
+    assert models.stages == ["score", "last"]
+    assert running.trace.is_whole

@@ -19,6 +19,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import InputError
 from anabranch.routers.contract.ask import Answered
+from anabranch.routers.scale.decompose import has_room
 from anabranch.routers.scale.parsing import score
 from anabranch.routers.scale.rules import Score
 from anabranch.routers.scale.work import Earlier, Work
@@ -132,7 +133,7 @@ class PromptScore(Assessor, kind="prompt"):
         """The first of ``retries`` replies that is one."""
         prompt = work.prompt("score", 1, view.text, view.earlier)
         for attempt in range(work.settings.retries):
-            if attempt and work.calls.left <= 1:
+            if attempt and not has_room(work):
                 break
             answer = await work.cheap(
                 "score", view.index, view.round * ROUND + attempt, prompt, max_tokens=work.settings.score_tokens

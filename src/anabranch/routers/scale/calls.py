@@ -133,6 +133,11 @@ class Calls:
         """Seconds until all has to be over."""
         return self.budget.deadline_s - self.elapsed_s
 
+    def has_time_for(self, calls: float) -> bool:
+        """Whether so many calls, each as slow as the slowest so far, would be over in time."""
+        slowest_s = max((one.latency_s for one in self.made), default=0.0)
+        return calls * slowest_s <= self.left_s
+
     @property
     def exhausted(self) -> str:
         """Which budget is used up, in one word; "" for none."""
@@ -156,9 +161,10 @@ class Calls:
         messages: Messages,
         *,
         purpose: Purpose | None = None,
+        share: float = 1.0,
         **how: Any,
     ) -> Answered:
-        """The whole answer, from the journal where it is there.
+        """The whole answer, from the journal where it is there. It may take a ``share`` of the time that is left.
 
         Raises an AnabranchError if none comes, or none in time; DataError for a journal of something else.
         """
@@ -168,7 +174,7 @@ class Calls:
         replayed = self._replayed(record, digest)
         if replayed is not None:
             return replayed
-        seconds = self._seconds()
+        seconds = self._seconds(share)
         try:
             try:
                 async with asyncio.timeout(seconds):
@@ -200,12 +206,21 @@ class Calls:
         return None
 
     async def stream(
-        self, stage: Stage, index: int, attempt: int, system: int, arm: Arm, messages: Messages, **how: Any
+        self,
+        stage: Stage,
+        index: int,
+        attempt: int,
+        system: int,
+        arm: Arm,
+        messages: Messages,
+        *,
+        share: float = 1.0,
+        **how: Any,
     ) -> AsyncGenerator[Said | Answered, None]:
         """Its pieces as they come, and, last, the whole. Raises as a call does."""
         how = self._how(stage, index, attempt, how)
         record = _Open(self, stage, index, attempt, system, arm.model)
-        ends = self._clock() + (self._seconds() or math.inf)
+        ends = self._clock() + (self._seconds(share) or math.inf)
         pieces: Any = self._ask.stream(arm, messages, purpose="answer", **how)
         try:
             while True:
@@ -233,9 +248,9 @@ class Calls:
         if self._journal is not None:
             self._journal.note_lost(self.lost)
 
-    def _seconds(self) -> float | None:
+    def _seconds(self, share: float) -> float | None:
         """Of the next call. Raises LateError where there are none."""
-        left_s = min(self._call_s, self.left_s)
+        left_s = min(self._call_s, share * self.left_s)
         if left_s < LEAST_S:
             raise LateError("no time is left for another call of scale")
         return None if math.isinf(left_s) else left_s

@@ -100,7 +100,7 @@ class Prompted(Decomposer, kind="prompt"):
             work.note(f"outline: room for {k} candidates of {self.config.k}", degrades=True)
         found = list(await asyncio.gather(*(self._candidate(work, index, 0) for index in range(k))))
         for attempt in range(1, work.settings.retries):
-            if any(found) or work.calls.left <= 1 or work.calls.exhausted:
+            if any(found) or not has_room(work):
                 break
             found.append(await self._candidate(work, 0, attempt))
         usable = [steps for steps in found if steps]
@@ -131,7 +131,7 @@ class Prompted(Decomposer, kind="prompt"):
         )
         prompt = work.prompts.fill("select", model, bar=bar, problem=problem, count=len(usable), versions=versions)
         for attempt in range(work.settings.retries):
-            if work.calls.left <= 1 or work.calls.exhausted:
+            if not has_room(work):
                 break
             answer = await work.cheap("select", 0, attempt, prompt, max_tokens=work.settings.score_tokens)
             best = None if answer is None else choice(answer.text, len(usable))
@@ -148,6 +148,11 @@ class Prompted(Decomposer, kind="prompt"):
             return (*steps, question)
         last = question if how == "replace" else work.prompts.fill("joined", model, step=steps[-1])
         return (*steps[:-1], last)
+
+
+def has_room(work: Work) -> bool:
+    """Whether one more call may be made before there is an answer: it, a step and the last one have to fit."""
+    return work.calls.left > 1 and not work.calls.exhausted and work.calls.has_time_for(3)
 
 
 def _numbered(steps: tuple[str, ...]) -> str:

@@ -26,6 +26,8 @@ from anabranch.routers.scale.work import Earlier, Work
 
 # Share of the time that must be left for a step that is not the last.
 LAST_SHARE = 0.25
+# Of the time that is left, what a system may take for whom the other could stand in, and a step that is not the last.
+FIRST_SHARE, STEP_SHARE = 0.6, 0.75
 # Completion tokens of a budget below which System 2 is not begun.
 LEAST_TOKENS = 16
 # What a step's own answer is asked for as the sender wants it, and what of that the steps before have too.
@@ -80,11 +82,13 @@ class Running:
             await self._score_upfront()
         for index, step in enumerate(outline.steps):
             is_last = index == len(outline.steps) - 1
-            if not is_last and self._is_short():
+            is_short = not is_last and self._is_short()
+            score = None if is_short else await self._score(index)
+            # A score takes time, and calls.
+            if is_short or (not is_last and self._is_short()):
                 self.earlier.append(Earlier(step))
                 work.note(f"step {index + 1}: left out, for want of time or calls", degrades=True)
                 continue
-            score = await self._score(index)
             wanted = self._wanted(index, score)
             answered = None
             try:
@@ -235,7 +239,9 @@ class Running:
         """Time or calls are left for hardly more than the last step."""
         left_s = self.work.calls.left_s
         total_s = left_s + self.work.calls.elapsed_s
-        return self.work.calls.left < 2 or (not math.isinf(total_s) and left_s < LAST_SHARE * total_s)
+        if math.isinf(total_s):
+            return self.work.calls.left < 2
+        return self.work.calls.left < 2 or left_s < LAST_SHARE * total_s or not self.work.calls.has_time_for(2)
 
     def _can_think(self, index: int) -> bool:
         """Whether the budget has room for System 2; noted once where it has none."""
@@ -261,7 +267,8 @@ class Running:
             if attempt and work.calls.left < 1:
                 break
             try:
-                async with aclosing(self._asked(index, attempt, system, is_last)) as coming:
+                share = FIRST_SHARE if attempt < len(order) - 1 else 1.0 if is_last else STEP_SHARE
+                async with aclosing(self._asked(index, attempt, system, is_last, share)) as coming:
                     async for event in coming:
                         if isinstance(event, Said):
                             self._has_said = True
@@ -286,7 +293,7 @@ class Running:
         raise error or BackendError("neither system gave an answer to the last step")
 
     async def _asked(
-        self, index: int, attempt: int, system: int, is_last: bool
+        self, index: int, attempt: int, system: int, is_last: bool, share: float
     ) -> AsyncGenerator[Said | Answered, None]:
         work, found = self.work, self.work.systems[system]
         assert self.outline is not None
@@ -298,7 +305,7 @@ class Running:
         else:
             work.fit(system, step, self.earlier)
             messages = work.problem.asked(work.prompt("last" if is_last else "solve", system, step, self.earlier))
-        how: dict[str, Any] = {"max_tokens": self._most(system, found.max_tokens)}
+        how: dict[str, Any] = {"max_tokens": self._most(system, found.max_tokens), "share": share}
         if is_last and self.streams:
             streamed = work.calls.stream("solve", index, attempt, system, arm, messages, **how)
             async with aclosing(streamed) as coming:

@@ -15,6 +15,8 @@ from anabranch.routers.scale.records import Stage
 
 # Bytes of a token, roughly: only for telling that a window may overflow.
 BYTES_PER_TOKEN = 4
+# Of the time that is left, what an outline, a choice or a score may take: the rest is for answers.
+OVERHEAD_SHARE = 0.5
 # Characters that stay of a result that has no box, where the window is too small for all of it.
 KEPT = 400
 
@@ -181,7 +183,9 @@ class Work:
         """System 1's reply to a prompt; None, and a note, where none comes."""
         arm = self.arm(1)
         try:
-            return await self.calls(stage, index, attempt, 1, arm, self.problem.asked(prompt), **how)
+            return await self.calls(
+                stage, index, attempt, 1, arm, self.problem.asked(prompt), share=OVERHEAD_SHARE, **how
+            )
         except DataError:
             # The journal is of something else: no answer would help.
             raise
