@@ -6,7 +6,7 @@ Told is how many tokens an answer has, not when each was made. That is told by w
 - A pause (a search at the provider, a queue, a parameter that comes whole, a proxy that holds events back) is taken out, with what came at
   its end: whether something was made in it, nobody knows. So are gaps in which thoughts came, those in which the reader was waited for, and
   those behind such a reader, in which what had lain in buffers came.
-- What is left must be at least a second, several gaps and most of the time since the first text, or the stream tells nothing.
+- What is left must be at least half a second, several gaps and most of the time since the first text, or the stream tells nothing.
 - Thoughts that were told are no part of what came. Where more was told than can have been shown, some of it was thought unseen.
 """
 
@@ -15,7 +15,7 @@ from array import array
 from anabranch.gateway.dispatch.output_speed import Lesson
 
 # Shortest time, and fewest tokens and gaps, in which they tell something.
-TELLING_S = 1.0
+TELLING_S = 0.5
 TELLING_TOKENS = 16
 TELLING_GAPS = 4
 
