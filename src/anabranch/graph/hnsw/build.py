@@ -20,6 +20,7 @@ from anabranch.graph.hnsw.layout import (
     LEVEL,
     ROWS,
     STRIDE,
+    SUSPECT,
     TOP,
     WIDTH,
     as_query,
@@ -27,7 +28,7 @@ from anabranch.graph.hnsw.layout import (
     links_of,
     touch,
 )
-from anabranch.graph.hnsw.raw import address, get_i32, helper, kernel, set_i32
+from anabranch.graph.hnsw.raw import address, get_i32, helper, kernel, set_i32, set_u8
 from anabranch.graph.hnsw.search import INFINITY, PADDING, clear, descend, insert, is_equal, pool_search
 from anabranch.graph.hnsw.selecting import (
     extend,
@@ -38,6 +39,7 @@ from anabranch.graph.hnsw.selecting import (
     select,
     write_links,
 )
+from anabranch.graph.hnsw.suspects import FAR, NOW, WATCHED, behind_gap, is_far_off, is_found, mark_left_out
 
 
 @kernel
@@ -65,6 +67,10 @@ def link_new(graph, visited, slot_B, begin, end):
             count = live_candidates(graph, base, count, found_d, found_i)
             if graph[EXTEND] != 0:
                 count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
+            if level == 0:
+                is_far = is_far_off(graph, found_d, found_i, count, address(other))
+                is_suspect = is_far or behind_gap(found_d, count) < count
+                set_u8(graph[SUSPECT], base, np.uint8(FAR * is_far + (NOW | WATCHED) * is_suspect))
             count = select(graph, base, count, graph[CAP], found_d, found_i, chosen, address(other))
             write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
             num_copies += level == 0 and leads_to_equal(graph, base, chosen, count)
@@ -161,7 +167,50 @@ def add_links(graph, level, target, links, source_B, begin, end, own, other):
         slot = get_i32(links, number) if number < held else np.int64(source_B[place + (place >= out)])
         insert(found_d, found_i, number, count, measure(graph, query, scale, norm, slot), slot)
     chosen = np.empty(cap, np.int32)
-    write_links(links, cap, chosen, select(graph, target, count, cap, found_d, found_i, chosen, address(other)))
+    taken = select(graph, target, count, cap, found_d, found_i, chosen, address(other))
+    write_links(links, cap, chosen, taken)
+    mark_left_out(graph, found_d, found_i, count, chosen, taken)
+
+
+@helper
+def leads_to(links, cap, slot):
+    """Whether a slot is in the list at ``links``."""
+    for place in range(cap):
+        if get_i32(links, place) == slot:
+            return True
+    return False
+
+
+@kernel
+def link_lost(graph, visited, slot_S, begin, end, ef):
+    """Let the nearest that a walk for it comes to lead to each of suspects ``begin`` ... ``end`` that it does not come to; how many.
+
+    One after the other: what was linked leads on to others.
+    """
+    found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
+    todo, ground, cap, num_linked = np.empty(graph[CAP0] + 1, np.int32), np.int64(0), graph[CAP0], 0
+    own, other, wanted = (
+        np.empty(graph[WIDTH], np.float32),
+        np.empty(graph[WIDTH], np.float32),
+        np.empty(graph[WIDTH], np.float32),
+    )
+    for number in range(begin, end):
+        slot = np.int64(slot_S[number])
+        query, scale, norm = as_query(graph, slot, address(wanted))
+        entry, nearest, start, _, _ = descend(graph, query, scale, norm, ground)
+        count, _, _ = pool_search(
+            graph, query, scale, norm, ground, entry, nearest, start, ef, visited, found_d, found_i, todo
+        )
+        if is_found(graph, slot, count, found_i):
+            continue
+        for place in range(count):
+            target = np.int64(~found_i[place])
+            links = links_of(graph, target, 0)
+            add_links(graph, ground, target, links, slot_S, number, number + 1, own, other)
+            if leads_to(links, cap, slot):
+                num_linked += 1
+                break
+    return num_linked
 
 
 @kernel

@@ -15,6 +15,7 @@ from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage, draw_levels
 from anabranch.graph.hnsw.strays import Strays
+from anabranch.graph.hnsw.suspects import NOW
 from anabranch.graph.interrupts import Interrupts
 
 # Deleted elements are taken out of all lists, so that their places can be used again, once they are one in so many.
@@ -28,6 +29,9 @@ MOST = 2**62
 
 # One copy of another in so many elements makes a look at all lists worth it.
 COPIES = 8
+
+# So is one that came in so many.
+NEW = 16
 
 # Above so many elements all lists are looked at beside searches: some milliseconds.
 LOOKED_BESIDE = 1 << 14
@@ -134,7 +138,8 @@ class Changes:
         # What rows are rounded about may be far from them by now.
         self._strays.count(vector_ND, held)
         is_due = self._is_due(count - again)
-        is_anew = is_due and self._settle(vector_ND, workers)
+        if is_due:
+            self._settle(vector_ND, workers)
         # A table that a reader makes from now on has all of them.
         had_table = self._slots.is_made
         slot_S = self._append(vector_ND[again:], id_N[again:])
@@ -155,8 +160,6 @@ class Changes:
                 self._slots.forget()
             elif had_table:
                 self._slots.put(id_N, slot_S)
-        if is_anew:
-            self._linker.repair()
 
     def _vacate(self, count: int, workers: Workers) -> int:
         """How many of so many new elements have vacant places; where there are too few, those of deleted elements become so."""
@@ -167,8 +170,6 @@ class Changes:
             self._linker.take_out(dead_S, workers)
             held.vacate(dead_S)
             self._count(0, len(dead_S))
-            if held.graph[layout.ENTRY] >= 0:
-                self._linker.repair()
         return min(count, len(held.vacant_S))
 
     def _append(self, vector_ND: np.ndarray, id_N: np.ndarray) -> np.ndarray:
@@ -198,7 +199,8 @@ class Changes:
             return
         self._count(0, len(slot_S))
         self._strays.count(vector_SD, self._storage)
-        is_anew = self._is_due(0) and self._settle(vector_SD, workers, slot_S)
+        if self._is_due(0):
+            self._settle(vector_SD, workers, slot_S)
         self._storage.own()
         # Before anything is taken out: there may be no memory for it.
         encoded = self._storage.encode(vector_SD)
@@ -210,10 +212,6 @@ class Changes:
             # Whatever came between, they come in again.
             self._linker.link_again(slot_S, workers)
             raise
-        # Where copies are about, what was taken out may have been all that led to some.
-        self._linker.is_cut = self._linker.is_cut or self._linker.num_copies > 0
-        if is_anew:
-            self._linker.repair()
 
     def take_worse(self) -> int:
         """How many elements keep errors of a centre of before, since this was asked."""
@@ -261,7 +259,7 @@ class Changes:
             self._linker.linked = 0
         self._slots.forget()
         if repair:
-            self.repair()
+            self.repair(workers)
         return len(dead)
 
     def _settle(self, vector_ND: np.ndarray, workers: Workers, moved_S: np.ndarray | None = None) -> bool:
@@ -309,29 +307,35 @@ class Changes:
             self._linker.link_again(slot_S, workers)
             raise
 
-    def repair(self) -> int:
-        """Link what level 0 does not lead to; how many."""
-        if not self._storage.count:
+    def repair(self, workers: Workers, *, everything: bool = False) -> int:
+        """Link what walks do not come to, of suspects or of all, and then what level 0 does not lead to; how many."""
+        held = self._storage
+        if not held.count:
             return 0
-        self._storage.own()
-        return self._linker.repair()
+        held.own()
+        if everything:
+            held.suspect[: held.count] |= NOW
+        return self._linker.look(workers) + self._linker.repair()
 
     @property
     def is_crowded(self) -> bool:
         """Whether an eighth of the elements came as copies of others since it was looked whether all can be reached, or some moved then."""
-        return self._linker.is_cut or self._linker.num_copies * COPIES > self._storage.count
-
-    def repair_if_due(self) -> None:
-        """`repair` where that `is_crowded`: what copies find near are copies, and they may have put out the only link to another group."""
         held, linker = self._storage, self._linker
+        return linker.is_cut or linker.num_copies * COPIES > held.count or linker.num_new * NEW > held.count
+
+    def repair_if_due(self, workers: Workers) -> None:
+        """Look for suspects; and `repair` where that `is_crowded`: what copies find near are copies, and they may have put out the only
+        link to another group."""
+        held, linker = self._storage, self._linker
+        linker.look(workers)
         if not self.is_crowded:
             return
-        linker.num_copies, linker.is_cut = 0, False
+        linker.num_copies, linker.num_new, linker.is_cut = 0, 0, False
         # A look at few takes no longer than to let searches in and out.
         with self._lock.open_to_readers() if held.count > LOOKED_BESIDE else nullcontext():
             is_whole = bool((linker.reached() | (held.level[: held.count] < 0)).all())
         if not is_whole:
-            self.repair()
+            self._linker.repair()
 
     def learn_if_due(self, workers: Workers) -> None:
         """Learn codes where there are now enough vectors for that, far more than they were learned from, or others."""

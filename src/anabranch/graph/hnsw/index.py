@@ -235,8 +235,8 @@ class HNSW(Kept, Finding):
                 id_1 = self._changes.insert_beside(vector_ND, given, reuse=reuse)
             if id_1 is not None:
                 if self._changes.is_crowded:
-                    with self._lock.write():
-                        self._changes.repair_if_due()
+                    with self._lock.write(), self._pool(workers, former, "add") as pool:
+                        self._changes.repair_if_due(pool)
                 self._tell(vector_ND)
                 return id_1
         with self._lock.write() as interrupts, self._pool(workers, former, "add") as pool:
@@ -252,8 +252,8 @@ class HNSW(Kept, Finding):
             if not known.all():
                 self._changes.insert(vector_ND[~known], id_N[~known], pool, interrupts, reuse=reuse)
             if repair:
-                self._changes.repair()
-            self._changes.repair_if_due()
+                self._changes.repair(pool)
+            self._changes.repair_if_due(pool)
             self._changes.learn_if_due(pool)
             strays = told_of_strays(vector_ND, self._storage, "vectors")
         self._tell(vector_ND, strays)
@@ -292,7 +292,7 @@ class HNSW(Kept, Finding):
         with self._lock.write(), self._pool(workers, former, "update") as pool:
             self._changes.move(self._slots.of(id_N), vector_ND, pool)
             if repair:
-                self._changes.repair()
+                self._changes.repair(pool)
             self._changes.learn_after_loss(pool)
             strays = told_of_strays(vector_ND, self._storage, "vectors")
         self._tell(vector_ND, strays)
@@ -346,7 +346,7 @@ class HNSW(Kept, Finding):
         little of the vectors that there are (as `train`). Raises CapacityError where memory does not suffice for that: codes stay then.
         """
         with self._lock.write(), self._pool(None, {}, "repair") as pool:
-            found = self._changes.repair()
+            found = self._changes.repair(pool, everything=True)
             self._changes.look_again(pool)
         return found
 

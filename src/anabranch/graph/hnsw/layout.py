@@ -68,8 +68,10 @@ from anabranch.graph.hnsw.raw import LINE, get_f32, get_i32, helper, prefetch, w
     NUM_VACANT,
     # Rises whenever slots come, go, or have other ids.
     VERSION,
+    # Address of uint8 [C], 1 for what walks may miss, see `suspects`.
+    SUSPECT,
     FIELDS,
-) = range(31)
+) = range(32)
 
 # Bytes of a row that are asked for ahead.
 ASKED = 256

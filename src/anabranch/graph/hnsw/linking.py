@@ -6,11 +6,12 @@ from collections.abc import Callable
 import numpy as np
 
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.build import come_prepared, insert_singly, link_back, link_new, prepare_singly
+from anabranch.graph.hnsw.build import come_prepared, insert_singly, link_back, link_lost, link_new, prepare_singly
 from anabranch.graph.hnsw.close import LEAST_TRIED, TRIED, find_close
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.mending import bridge, points_at, reach, repair_links
 from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.hnsw.suspects import FAR, LOOKED, NOW, WATCHED, find_lost, mark_leads, watch_gaps
 from anabranch.graph.interrupts import Interrupts
 from anabranch.graph.workers import Workers
 
@@ -27,6 +28,12 @@ EQUALS = 16
 # The slot of an element, level and slot of each list that is to lead to it, those lists, and how many they are.
 Prepared = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
+# Of those that were suspects once so many and two for each suspect are looked for with these.
+WATCHED_LEAST = 8
+
+# Suspects that one look brings about are looked for in the next, so often.
+ROUNDS = 4
+
 # Lists that are written before searches get room.
 STEP = 128
 
@@ -37,14 +44,17 @@ class Linker:
     Attributes:
         linked: how many elements are in the graph.
         num_copies: how many came since the last `repair` that lead to equals of theirs.
-        is_cut: whether some were taken out among such ones since.
+        num_new: how many came since.
+        is_cut: whether some were taken out since.
         num_done: how many of those that `link` was last given are.
     """
 
     def __init__(self, held: Storage, lock: ReadWriteLock) -> None:
         self._storage, self._lock = held, lock
-        self.linked = self.num_done = self.num_copies = 0
+        self.linked = self.num_done = self.num_copies = self.num_new = 0
         self.is_cut = False
+        # Of those that are watched, the first that is to be looked for next.
+        self._turn = 0
 
     def link(self, slot_S: np.ndarray, workers: Workers, interrupts: Interrupts | None = None) -> int:
         """Insert slots that no list points at, and whose own lists are empty, into the graph, in their order; how many.
@@ -57,6 +67,7 @@ class Linker:
         if singly:
             self._link_singly(slot_S, singly)
             self.num_done = done = singly
+            self.num_new += singly
         while done < len(slot_S):
             if interrupts is not None:
                 interrupts.check()
@@ -70,6 +81,7 @@ class Linker:
                 graph[layout.ENTRY], graph[layout.TOP] = batch_B[-1], self._storage.level[batch_B[-1]]
             self.num_done = done = done + len(batch_B)
             self.linked += len(batch_B)
+            self.num_new += len(batch_B)
         return done
 
     def _link_singly(self, slot_S: np.ndarray, count: int) -> None:
@@ -104,6 +116,7 @@ class Linker:
         slot_1, target_TP, list_TC, count = prepared
         come_prepared(self._storage.graph, slot_1, 0, target_TP, list_TC, count)
         self.linked += 1
+        self.num_new += 1
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
         """Insert a batch side by side; then, one by one, of equal vectors all but the first, and what is close to others of the batch: each
@@ -132,7 +145,7 @@ class Linker:
                 copies += self._forward(batch_B[np.arange(len(batch_B)) % first > 0], workers)
                 workers.run(lambda begin, end: find_close(graph, batch_B, begin, end, 1, is_close_B), len(batch_B), 64)
         self.num_copies += copies
-        is_close_B = is_close_B.astype(bool)
+        is_close_B = is_close_B.astype(bool) | (held.suspect[batch_B] & FAR > 0)
         if is_close_B.any():
             close_B, batch_B = batch_B[is_close_B], batch_B[~is_close_B]
             held.links[close_B] = -1
@@ -183,11 +196,14 @@ class Linker:
         held, graph = self._storage, self._storage.graph
         gone_N = np.zeros(held.count, np.uint8)
         gone_N[slot_S] = 1
+        row = held.linked_by()
         for level in range(int(graph[layout.TOP]) + 1):
+            mark_leads(row, level, slot_S[held.level[slot_S] >= level])
             self._mend(gone_N, level, workers)
         held.links[slot_S] = -1
         held.upper[held.lists_of(slot_S)] = -1
         self.linked -= len(slot_S)
+        self.is_cut = True
         if gone_N[graph[layout.ENTRY]]:
             stays = np.flatnonzero((gone_N == 0) & (held.level[: held.count] >= 0))
             entry = stays[held.level[stays].argmax()] if stays.size else -1
@@ -217,9 +233,50 @@ class Linker:
 
         self._in_steps(mend, len(target_T), 8, workers)
 
+    def look(self, workers: Workers) -> int:
+        """Look for suspects, and link those that walks do not come to; how many. See `suspects`."""
+        held, found = self._storage, 0
+        for turn in range(ROUNDS):
+            slot_S = np.flatnonzero(held.suspect[: held.count] & NOW)
+            held.suspect[slot_S] &= WATCHED
+            if turn == 0 and len(slot_S):
+                if not held.is_watched:
+                    with self._lock.open_to_readers():
+                        workers.run(lambda begin, end: watch_gaps(held.linked_by(), begin, end), held.count, 4096)
+                    held.is_watched = True
+                slot_S = np.union1d(slot_S, self._watched(2 * len(slot_S) + WATCHED_LEAST))
+            slot_S = slot_S[(held.deleted[slot_S] == 0) & (held.level[slot_S] >= 0)]
+            if not len(slot_S) or held.graph[layout.ENTRY] < 0:
+                break
+            graph, is_lost_S = held.linked_by(), np.zeros(len(slot_S), np.uint8)
+
+            def find(begin: int, end: int, slot_S: np.ndarray = slot_S, is_lost_S: np.ndarray = is_lost_S) -> None:
+                with Marks(held) as marks:
+                    find_lost(graph, marks, slot_S, begin, end, LOOKED, is_lost_S)
+
+            with self._lock.open_to_readers():
+                workers.run(find, len(slot_S), 8)
+            lost_S = slot_S[is_lost_S > 0]
+            # Where one is lost, those about it may be.
+            about = held.links[lost_S]
+            held.suspect[about[about >= 0]] |= NOW
+            for begin in range(0, len(lost_S), EQUALS):
+                with Marks(held) as marks:
+                    found += link_lost(graph, marks, lost_S, begin, min(begin + EQUALS, len(lost_S)), LOOKED)
+                self._lock.make_room()
+        return found
+
+    def _watched(self, count: int) -> np.ndarray:
+        """So many of those that were suspects once, in turn, int64 [S]: what came since may stand in the way of walks for them."""
+        slot_S = np.flatnonzero(self._storage.suspect[: self._storage.count] & WATCHED)
+        begin = int(np.searchsorted(slot_S, self._turn))
+        taken_S = np.concatenate([slot_S[begin:], slot_S[:begin]])[:count]
+        self._turn = int(taken_S[-1]) + 1 if len(taken_S) else 0
+        return taken_S
+
     def repair(self) -> int:
         """Link what level 0 does not lead to, by `repair_links`; how many."""
-        self.num_copies, self.is_cut = 0, False
+        self.num_copies, self.num_new, self.is_cut = 0, 0, False
         if self._storage.graph[layout.ENTRY] < 0:
             # Nothing leads anywhere, since memory ended while all were taken out.
             self.linked = 0

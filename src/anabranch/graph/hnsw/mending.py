@@ -9,6 +9,7 @@ from anabranch.graph.hnsw.layout import CAP0, COUNT, EF, ENTRY, LEVEL, WIDTH, as
 from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, kernel, set_i32, set_u8
 from anabranch.graph.hnsw.search import INFINITY, PADDING, clear, descend, insert, next_tag, pool_search
 from anabranch.graph.hnsw.selecting import measure, select, write_links
+from anabranch.graph.hnsw.suspects import mark_left_out
 
 
 @kernel
@@ -61,8 +62,9 @@ def bridge(graph, level, visited, gone_N, slot_T, begin, end):
                 elif size <= most:
                     through[size] = slot
                     size += 1
-        count = select(graph, base, count, cap, found_d, found_i, chosen, address(other))
-        write_links(links_of(graph, base, level), cap, chosen, count)
+        taken = select(graph, base, count, cap, found_d, found_i, chosen, address(other))
+        write_links(links_of(graph, base, level), cap, chosen, taken)
+        mark_left_out(graph, found_d, found_i, count, chosen, taken)
 
 
 @kernel

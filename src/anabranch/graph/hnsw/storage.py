@@ -81,11 +81,12 @@ class Storage:
         self.links = aligned((0, 2 * self.M), np.int32)
         self.upper = aligned((0, self.M), np.int32)
         self.first, self.level = aligned((0,), np.int32), aligned((0,), np.int32)
-        self.label, self.deleted = aligned((0,), np.int64), aligned((0,), np.uint8)
+        self.label = aligned((0,), np.int64)
+        self.deleted, self.suspect = aligned((0,), np.uint8), aligned((0,), np.uint8)
         self.graph[layout.ENTRY] = self.graph[layout.TOP] = -1
         self.graph[layout.NUM_DELETED] = 0
         self._set_vacant(np.empty(0, np.int64))
-        self.is_mapped = False
+        self.is_mapped, self.is_watched = False, True
         self.describe()
 
     @property
@@ -108,6 +109,7 @@ class Storage:
         graph[layout.LINKS], graph[layout.UPPER] = self.links.ctypes.data, self.upper.ctypes.data
         graph[layout.FIRST], graph[layout.LEVEL] = self.first.ctypes.data, self.level.ctypes.data
         graph[layout.DELETED], graph[layout.COUNT] = self.deleted.ctypes.data, self.count
+        graph[layout.SUSPECT] = self.suspect.ctypes.data
         graph[layout.LABEL], graph[layout.CAPACITY] = self.label.ctypes.data, self.capacity
         centre_D = self.encoding.centre_D
         graph[layout.CENTRE] = 0 if centre_D is None else centre_D.ctypes.data
@@ -216,7 +218,8 @@ class Storage:
         begin, end = self.count, self.count + len(vector_ND)
         slot_N, above = np.arange(begin, end), int(level_N.sum())
         self.put(slot_N, vector_ND)
-        self.label[begin:end], self.level[begin:end], self.deleted[begin:end] = label_N, level_N, 0
+        self.label[begin:end], self.level[begin:end] = label_N, level_N
+        self.deleted[begin:end] = self.suspect[begin:end] = 0
         self.links[begin:end] = -1
         self.first[begin:end] = self.num_upper + np.cumsum(level_N) - level_N
         self.upper[self.num_upper : self.num_upper + above] = -1
@@ -262,7 +265,7 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, with what they have room for."""
-        names = ("rows", "aux", "full", "links", "upper", "first", "level", "label", "deleted")
+        names = ("rows", "aux", "full", "links", "upper", "first", "level", "label", "deleted", "suspect")
         return sum(getattr(self, name).nbytes for name in names) + (0 if self.coded is None else self.coded.nbytes)
 
     @property
@@ -279,7 +282,7 @@ class Storage:
     def _each(self) -> int:
         """Bytes of an element without levels above 0."""
         codes = 0 if self.coded is None else self.coded.each
-        return self.stride + 8 * self.M + 29 + self.rerank * self.full_stride + codes
+        return self.stride + 8 * self.M + 30 + self.rerank * self.full_stride + codes
 
     def _reserve(self, count: int, num_upper: int) -> None:
         if count >= 2**31 - 1:
@@ -295,7 +298,7 @@ class Storage:
             self._resize(capacity, room)
 
     def _resize(self, capacity: int, num_upper: int) -> None:
-        names = ["rows", "aux", "links", "first", "level", "label", "deleted"] + ["full"] * self.rerank
+        names = ["rows", "aux", "links", "first", "level", "label", "deleted", "suspect"] + ["full"] * self.rerank
         names = names if capacity != self.capacity or self.is_mapped else []
         try:
             larger = {name: grown(getattr(self, name), capacity, self.count) for name in names}
@@ -360,7 +363,7 @@ class Storage:
         lists = self.lists_of(slot_S)
         self.links[: len(slot_S)] = new_N[self.links[slot_S]]
         self.upper[: len(lists)] = new_N[self.upper[lists]]
-        for name in ("rows", "aux", "level", "label", "deleted") + ("full",) * self.rerank:
+        for name in ("rows", "aux", "level", "label", "deleted", "suspect") + ("full",) * self.rerank:
             array = getattr(self, name)
             array[: len(slot_S)] = array[slot_S]
         if self.coded is not None:
@@ -424,6 +427,9 @@ class Storage:
                 )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
+        self.suspect = aligned((self.count,), np.uint8)
+        # Which they were is seen when it is needed.
+        self.suspect[:], self.is_watched = 0, False
         centres = np.array(arrays["centre"]) if "centre" in arrays else None
         if centres is not None and "groups" in arrays:
             centres = np.concatenate([centres[None], arrays["groups"]])

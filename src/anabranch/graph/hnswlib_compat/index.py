@@ -171,7 +171,7 @@ class Index(Base):
             held.mark(slot_N, deleted=False)
             index._slots.forget()
             index._changes.move(slot_N, vector_ND, workers)
-            index._changes.repair()
+            index._changes.repair(workers)
 
     # Asking
 

@@ -1,0 +1,161 @@
+"""Suspects: elements that walks may miss, which are looked for once a change is done, and linked from where walks for them end.
+
+A walk leads to a group that lies far from all else by a few links, and what the group's elements hold of others is of few places. Such
+links are lost when elements that have them move or go, or when others come that are nearer and lead there no more; and the first of a
+group that come may not find each other, so that it falls into parts that lead nowhere. None of that happens where vectors lie evenly, and
+to look for every element that comes would take a third of the time that it takes to link it. So kernels mark what came, or was left
+out of a list, beyond a gap: behind something that is less than half as far.
+
+Whoever is looked for by a walk of `LOOKED`, and not found, gets a link from the nearest that the walk came to: nothing in that one's list
+is nearer to it, or the walk would have gone on. So it is one that SELECT would choose.
+"""
+# Shapes: S suspects
+
+import numpy as np
+
+from anabranch.graph.hnsw.layout import (
+    AUX,
+    CAP0,
+    KIND,
+    LEVEL,
+    LINKS,
+    ROWS,
+    STRIDE,
+    SUSPECT,
+    WIDTH,
+    as_query,
+    cap_of,
+    links_of,
+)
+from anabranch.graph.hnsw.measuring import distance
+from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, kernel, set_u8
+from anabranch.graph.hnsw.search import PADDING, clear, descend, insert, is_equal, pool_search
+
+# What a walk that looks for a suspect holds: half of what a search does unless told otherwise.
+LOOKED = 32
+
+# What marks say: it is to be looked for; it came far from all else; it was to be looked for once.
+NOW, FAR, WATCHED = 1, 2, 4
+
+# A gap: the next of some sorted distances (squared, as "l2" and in effect "cosine" are) is more than so many times as large. After one,
+# two or three it takes more: in a plane the second nearest is 64 times as far, squared, once in 64.
+GAP, GAP_3, GAP_2, GAP_1 = 4.0, 8.0, 16.0, 64.0
+
+# Links of the nearest that tell how far apart elements lie there.
+SCALE = 4
+
+
+@helper
+def behind_gap(found_d, count):
+    """The number of the first of ``count`` rising distances that lies behind a gap; ``count`` where there is none."""
+    for number in range(1, count):
+        times = GAP
+        if number == 1:
+            times = GAP_1
+        elif number == 2:
+            times = GAP_2
+        elif number == 3:
+            times = GAP_3
+        if found_d[number] > times * found_d[number - 1] and found_d[number - 1] > 0:
+            return number
+    return count
+
+
+@helper
+def add_mark(graph, slot, mark):
+    """Mark a slot with more. Threads that do it at once all write the same."""
+    set_u8(graph[SUSPECT], slot, np.uint8(get_u8(graph[SUSPECT], slot) | mark))
+
+
+@helper
+def mark_left_out(graph, found_d, found_i, count, chosen, taken):
+    """Suspect those of ``count`` candidates behind a gap that are not among the ``taken`` that were chosen."""
+    for number in range(behind_gap(found_d, count), count):
+        is_left_out = True
+        for place in range(taken):
+            is_left_out = is_left_out and chosen[place] != found_i[number]
+        if is_left_out:
+            add_mark(graph, found_i[number], NOW | WATCHED)
+
+
+@helper
+def measure_links(graph, slot, level, found_d, found_i, scratch):
+    """The links of a slot with their distances, rising; how many."""
+    cap, count, links = cap_of(graph, level), 0, links_of(graph, slot, level)
+    query, scale, norm = as_query(graph, slot, scratch)
+    clear(found_d, 0)
+    while count < cap and get_i32(links, count) >= 0:
+        other = np.int64(get_i32(links, count))
+        row = graph[ROWS] + other * graph[STRIDE]
+        found = distance(graph[KIND], query, scale, norm, row, graph[AUX], other, graph[WIDTH])
+        insert(found_d, found_i, count, cap, found, other)
+        count += 1
+    return count
+
+
+@kernel
+def mark_leads(graph, level, slot_S):
+    """Suspect what lists of slots lead to beyond a gap: maybe nothing else does, and they go."""
+    cap, own = cap_of(graph, level), np.empty(graph[WIDTH], np.float32)
+    found_d, found_i = np.empty(cap + PADDING, np.float32), np.empty(cap + PADDING, np.int32)
+    for number in range(len(slot_S)):
+        count = measure_links(graph, np.int64(slot_S[number]), level, found_d, found_i, address(own))
+        mark_left_out(graph, found_d, found_i, count, found_i, 0)
+
+
+@kernel
+def watch_gaps(graph, begin, end):
+    """Watch those of slots ``begin`` ... ``end`` whose lists on level 0 have a gap, and what is behind it; as if they were looked for once."""
+    cap, own = graph[CAP0], np.empty(graph[WIDTH], np.float32)
+    found_d, found_i = np.empty(cap + PADDING, np.float32), np.empty(cap + PADDING, np.int32)
+    for slot in range(begin, end):
+        if get_i32(graph[LEVEL], slot) < 0:
+            continue
+        count = measure_links(graph, np.int64(slot), 0, found_d, found_i, address(own))
+        first = behind_gap(found_d, count)
+        for number in range(first, count):
+            add_mark(graph, found_i[number], WATCHED)
+        if first < count:
+            add_mark(graph, slot, WATCHED)
+
+
+@helper
+def is_far_off(graph, found_d, found_i, count, scratch):
+    """Whether the nearest of ``count`` candidates is far, by what lies about that one."""
+    if count == 0:
+        return True
+    near, most = np.int64(found_i[0]), np.float32(0.0)
+    query, scale, norm = as_query(graph, near, scratch)
+    for place in range(min(SCALE, graph[CAP0])):
+        other = np.int64(get_i32(graph[LINKS], near * graph[CAP0] + place))
+        if other < 0:
+            break
+        row = graph[ROWS] + other * graph[STRIDE]
+        most = max(most, distance(graph[KIND], query, scale, norm, row, graph[AUX], other, graph[WIDTH]))
+    return most > 0 and found_d[0] > GAP * most
+
+
+@helper
+def is_found(graph, slot, count, found_i):
+    """Whether a walk came to a slot, or to an equal of it."""
+    for place in range(count):
+        if ~found_i[place] == slot:
+            return True
+    return count > 0 and is_equal(graph, slot, np.int64(~found_i[0]))
+
+
+@kernel
+def find_lost(graph, visited, slot_S, begin, end, ef, is_lost_S):
+    """Mark, as 1 in uint8 [S], which of suspects ``begin`` ... ``end`` a walk that holds ``ef`` does not come to."""
+    found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
+    todo, own, ground = np.empty(graph[CAP0] + 1, np.int32), np.empty(graph[WIDTH], np.float32), np.int64(0)
+    for number in range(begin, end):
+        slot = np.int64(slot_S[number])
+        if get_i32(graph[LEVEL], slot) < 0:
+            continue
+        query, scale, norm = as_query(graph, slot, address(own))
+        entry, nearest, start, _, _ = descend(graph, query, scale, norm, ground)
+        count, _, _ = pool_search(
+            graph, query, scale, norm, ground, entry, nearest, start, ef, visited, found_d, found_i, todo
+        )
+        is_lost_S[number] = not is_found(graph, slot, count, found_i)
