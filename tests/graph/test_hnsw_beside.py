@@ -78,7 +78,8 @@ def test_beside_searches_it_gives_the_same_bytes(name, beside, monkeypatch):
     for vector in VECTORS:
         single.add(vector)
     whole.add(VECTORS)
-    if not CASES[name].get("dtype"):
+    # By the inner product short ones cannot be reached, and are linked when that is seen: after a sixteenth more, or a call.
+    if not CASES[name].get("dtype") and name != "ip":
         assert graph_bytes(single) == graph_bytes(whole)
     found = single.search(VECTORS[:20], 3, 80)[0]
     assert np.array_equal(found, whole.search(VECTORS[:20], 3, 80)[0]) or CASES[name].get("dtype")

@@ -69,7 +69,7 @@ def link_new(graph, visited, slot_B, begin, end):
                 count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
             if level == 0:
                 is_far = is_far_off(graph, found_d, found_i, count, address(other))
-                is_suspect = is_far or behind_gap(found_d, count) < count
+                is_suspect = is_far or behind_gap(graph, found_d, count) < count
                 set_u8(graph[SUSPECT], base, np.uint8(FAR * is_far + (NOW | WATCHED) * is_suspect))
             count = select(graph, base, count, graph[CAP], found_d, found_i, chosen, address(other))
             write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
@@ -201,11 +201,13 @@ def link_lost(graph, visited, slot_S, begin, end, ef):
         count, _, _ = pool_search(
             graph, query, scale, norm, ground, entry, nearest, start, ef, visited, found_d, found_i, todo
         )
-        if is_found(graph, slot, count, found_i):
+        if is_found(graph, query, scale, norm, slot, count, ef, found_d, found_i):
             continue
         for place in range(count):
             target = np.int64(~found_i[place])
             links = links_of(graph, target, 0)
+            if leads_to(links, cap, slot):
+                break
             add_links(graph, ground, target, links, slot_S, number, number + 1, own, other)
             if leads_to(links, cap, slot):
                 num_linked += 1

@@ -319,7 +319,12 @@ class Changes:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether an eighth of the elements came as copies of others since it was looked whether all can be reached, or some moved then."""
+        """Whether there are suspects, or it is to be looked whether all can be reached: since that was done some moved or went, an eighth
+        of the elements came as copies of others, or a sixteenth came at all."""
+        return self._linker.is_suspect or self._may_be_cut
+
+    @property
+    def _may_be_cut(self) -> bool:
         held, linker = self._storage, self._linker
         return linker.is_cut or linker.num_copies * COPIES > held.count or linker.num_new * NEW > held.count
 
@@ -327,8 +332,10 @@ class Changes:
         """Look for suspects; and `repair` where that `is_crowded`: what copies find near are copies, and they may have put out the only
         link to another group."""
         held, linker = self._storage, self._linker
-        linker.look(workers)
         if not self.is_crowded:
+            return
+        linker.look(workers)
+        if not self._may_be_cut:
             return
         linker.num_copies, linker.num_new, linker.is_cut = 0, 0, False
         # A look at few takes no longer than to let searches in and out.

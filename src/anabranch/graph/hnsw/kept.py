@@ -93,6 +93,7 @@ class Kept:
             "next_id": self._changes.next_id,
             "changed": self._changes.changed,
             "copies": self._linker.num_copies,
+            "new": self._linker.num_new,
             "cut": self._linker.is_cut,
         }
 
@@ -107,6 +108,7 @@ class Kept:
             # Files of earlier releases do not say so.
             made._changes.changed = whole(meta.get("changed", 0), "changed", most=MOST)
             made._linker.num_copies = whole(meta.get("copies", 0), "copies", most=MOST)
+            made._linker.num_new = whole(meta.get("new", 0), "new", most=MOST)
             made._linker.is_cut = meta.get("cut") is True
             if made._storage.coded is not None:
                 made._storage.coded.trained_on = whole(meta["trained_on"], "trained_on")

@@ -46,13 +46,14 @@ class Linker:
         num_copies: how many came since the last `repair` that lead to equals of theirs.
         num_new: how many came since.
         is_cut: whether some were taken out since.
+        is_suspect: whether some that came since suspects were looked for are such.
         num_done: how many of those that `link` was last given are.
     """
 
     def __init__(self, held: Storage, lock: ReadWriteLock) -> None:
         self._storage, self._lock = held, lock
         self.linked = self.num_done = self.num_copies = self.num_new = 0
-        self.is_cut = False
+        self.is_cut = self.is_suspect = False
         # Of those that are watched, the first that is to be looked for next.
         self._turn = 0
 
@@ -67,7 +68,6 @@ class Linker:
         if singly:
             self._link_singly(slot_S, singly)
             self.num_done = done = singly
-            self.num_new += singly
         while done < len(slot_S):
             if interrupts is not None:
                 interrupts.check()
@@ -82,6 +82,7 @@ class Linker:
             self.num_done = done = done + len(batch_B)
             self.linked += len(batch_B)
             self.num_new += len(batch_B)
+        self.is_suspect = self.is_suspect or bool((self._storage.suspect[slot_S] & NOW).any())
         return done
 
     def _link_singly(self, slot_S: np.ndarray, count: int) -> None:
@@ -89,6 +90,7 @@ class Linker:
         if len(slot_S) > 1 or self._storage.graph[layout.ENTRY] < 0:
             self._one_by_one(slot_S, 0, count)
             self.linked += count
+            self.num_new += count
             return
         # Nearly all of the work, and nothing leads there yet.
         with self._lock.open_to_readers():
@@ -117,6 +119,7 @@ class Linker:
         come_prepared(self._storage.graph, slot_1, 0, target_TP, list_TC, count)
         self.linked += 1
         self.num_new += 1
+        self.is_suspect = self.is_suspect or bool(self._storage.suspect[slot_1[0]] & NOW)
 
     def _link_batch(self, batch_B: np.ndarray, workers: Workers) -> None:
         """Insert a batch side by side; then, one by one, of equal vectors all but the first, and what is close to others of the batch: each
@@ -235,7 +238,7 @@ class Linker:
 
     def look(self, workers: Workers) -> int:
         """Look for suspects, and link those that walks do not come to; how many. See `suspects`."""
-        held, found = self._storage, 0
+        held, found, self.is_suspect = self._storage, 0, False
         for turn in range(ROUNDS):
             slot_S = np.flatnonzero(held.suspect[: held.count] & NOW)
             held.suspect[slot_S] &= WATCHED
@@ -248,23 +251,27 @@ class Linker:
             slot_S = slot_S[(held.deleted[slot_S] == 0) & (held.level[slot_S] >= 0)]
             if not len(slot_S) or held.graph[layout.ENTRY] < 0:
                 break
-            graph, is_lost_S = held.linked_by(), np.zeros(len(slot_S), np.uint8)
-
-            def find(begin: int, end: int, slot_S: np.ndarray = slot_S, is_lost_S: np.ndarray = is_lost_S) -> None:
-                with Marks(held) as marks:
-                    find_lost(graph, marks, slot_S, begin, end, LOOKED, is_lost_S)
-
-            with self._lock.open_to_readers():
-                workers.run(find, len(slot_S), 8)
-            lost_S = slot_S[is_lost_S > 0]
+            lost_S = self._lost(slot_S, workers)
             # Where one is lost, those about it may be.
-            about = held.links[lost_S]
+            about, graph = held.links[lost_S], held.linked_by()
             held.suspect[about[about >= 0]] |= NOW
             for begin in range(0, len(lost_S), EQUALS):
                 with Marks(held) as marks:
                     found += link_lost(graph, marks, lost_S, begin, min(begin + EQUALS, len(lost_S)), LOOKED)
                 self._lock.make_room()
         return found
+
+    def _lost(self, slot_S: np.ndarray, workers: Workers) -> np.ndarray:
+        """Those of some slots that a walk for them does not come to."""
+        held, graph, is_lost_S = self._storage, self._storage.linked_by(), np.zeros(len(slot_S), np.uint8)
+
+        def find(begin: int, end: int) -> None:
+            with Marks(held) as marks:
+                find_lost(graph, marks, slot_S, begin, end, LOOKED, is_lost_S)
+
+        with self._lock.open_to_readers():
+            workers.run(find, len(slot_S), 8)
+        return slot_S[is_lost_S > 0]
 
     def _watched(self, count: int) -> np.ndarray:
         """So many of those that were suspects once, in turn, int64 [S]: what came since may stand in the way of walks for them."""

@@ -16,6 +16,10 @@ import numpy as np
 from anabranch.graph.hnsw.layout import (
     AUX,
     CAP0,
+    COSINE,
+    IP_F16,
+    IP_F32,
+    IP_I8,
     KIND,
     LEVEL,
     LINKS,
@@ -46,8 +50,18 @@ SCALE = 4
 
 
 @helper
-def behind_gap(found_d, count):
-    """The number of the first of ``count`` rising distances that lies behind a gap; ``count`` where there is none."""
+def has_gaps(graph):
+    """Whether distances are such that one may be several times another: all but inner products of vectors of any length."""
+    kind = graph[KIND]
+    return graph[COSINE] != 0 or not (kind == IP_F32 or kind == IP_F16 or kind == IP_I8)
+
+
+@helper
+def behind_gap(graph, found_d, count):
+    """The number of the first of ``count`` rising distances that lies behind a gap; ``count`` where there is none, as by inner products:
+    how they compare as numbers says nothing."""
+    if not has_gaps(graph):
+        return count
     for number in range(1, count):
         times = GAP
         if number == 1:
@@ -70,7 +84,7 @@ def add_mark(graph, slot, mark):
 @helper
 def mark_left_out(graph, found_d, found_i, count, chosen, taken):
     """Suspect those of ``count`` candidates behind a gap that are not among the ``taken`` that were chosen."""
-    for number in range(behind_gap(found_d, count), count):
+    for number in range(behind_gap(graph, found_d, count), count):
         is_left_out = True
         for place in range(taken):
             is_left_out = is_left_out and chosen[place] != found_i[number]
@@ -105,14 +119,14 @@ def mark_leads(graph, level, slot_S):
 
 @kernel
 def watch_gaps(graph, begin, end):
-    """Watch those of slots ``begin`` ... ``end`` whose lists on level 0 have a gap, and what is behind it; as if they were looked for once."""
+    """Watch those of slots ``begin`` ... ``end`` whose lists on level 0 have a gap, and what is behind it, as what was looked for."""
     cap, own = graph[CAP0], np.empty(graph[WIDTH], np.float32)
     found_d, found_i = np.empty(cap + PADDING, np.float32), np.empty(cap + PADDING, np.int32)
     for slot in range(begin, end):
         if get_i32(graph[LEVEL], slot) < 0:
             continue
         count = measure_links(graph, np.int64(slot), 0, found_d, found_i, address(own))
-        first = behind_gap(found_d, count)
+        first = behind_gap(graph, found_d, count)
         for number in range(first, count):
             add_mark(graph, found_i[number], WATCHED)
         if first < count:
@@ -122,8 +136,8 @@ def watch_gaps(graph, begin, end):
 @helper
 def is_far_off(graph, found_d, found_i, count, scratch):
     """Whether the nearest of ``count`` candidates is far, by what lies about that one."""
-    if count == 0:
-        return True
+    if count == 0 or not has_gaps(graph):
+        return False
     near, most = np.int64(found_i[0]), np.float32(0.0)
     query, scale, norm = as_query(graph, near, scratch)
     for place in range(min(SCALE, graph[CAP0])):
@@ -136,12 +150,19 @@ def is_far_off(graph, found_d, found_i, count, scratch):
 
 
 @helper
-def is_found(graph, slot, count, found_i):
-    """Whether a walk came to a slot, or to an equal of it."""
+def is_found(graph, query, scale, norm, slot, count, most, found_d, found_i):
+    """Whether a walk for a slot, which held ``most`` and came to ``count``, came to it or to an equal of it.
+
+    Also where so many are nearer that it would not be held: by the inner product no vector need be the nearest of itself.
+    """
     for place in range(count):
         if ~found_i[place] == slot:
             return True
-    return count > 0 and is_equal(graph, slot, np.int64(~found_i[0]))
+    if count == 0:
+        return False
+    row = graph[ROWS] + slot * graph[STRIDE]
+    own = distance(graph[KIND], query, scale, norm, row, graph[AUX], slot, graph[WIDTH])
+    return (count == most and own >= found_d[count - 1]) or is_equal(graph, slot, np.int64(~found_i[0]))
 
 
 @kernel
@@ -158,4 +179,4 @@ def find_lost(graph, visited, slot_S, begin, end, ef, is_lost_S):
         count, _, _ = pool_search(
             graph, query, scale, norm, ground, entry, nearest, start, ef, visited, found_d, found_i, todo
         )
-        is_lost_S[number] = not is_found(graph, slot, count, found_i)
+        is_lost_S[number] = not is_found(graph, query, scale, norm, slot, count, ef, found_d, found_i)
