@@ -34,8 +34,7 @@ def test_a_group_that_comes_together_is_found(away, how):
     else:
         index.add(np.concatenate([many, around(rng, 120, 0)]))
         index.update(id_G, group)
-    # One of the many is lost however they come.
-    assert index.stats()["unreachable"] <= 1
+    assert index.stats()["unreachable"] == 0
     assert itself(index, group, id_G) == 1
 
 

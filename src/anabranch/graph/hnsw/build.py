@@ -39,7 +39,7 @@ from anabranch.graph.hnsw.selecting import (
     select,
     write_links,
 )
-from anabranch.graph.hnsw.suspects import FAR, NOW, WATCHED, behind_gap, is_far_off, is_found, mark_left_out
+from anabranch.graph.hnsw.suspects import FAR, NOW, WATCHED, behind_gap, is_far_off, is_found, leads_to, mark_left_out
 
 
 @kernel
@@ -168,26 +168,35 @@ def add_links(graph, level, target, links, source_B, begin, end, own, other):
         insert(found_d, found_i, number, count, measure(graph, query, scale, norm, slot), slot)
     chosen = np.empty(cap, np.int32)
     taken = select(graph, target, count, cap, found_d, found_i, chosen, address(other))
+    mark_left_out(graph, links, cap, found_d, found_i, count, chosen, taken)
     write_links(links, cap, chosen, taken)
-    mark_left_out(graph, found_d, found_i, count, chosen, taken)
 
 
 @helper
-def leads_to(links, cap, slot):
-    """Whether a slot is in the list at ``links``."""
-    for place in range(cap):
-        if get_i32(links, place) == slot:
-            return True
-    return False
+def lead_both_ways(graph, slot_S, number, chosen, taken, own, other):
+    """Let a suspect lead to what was chosen, as far as its list on level 0 has room, and that to it. What it leads to already stays."""
+    slot, cap = np.int64(slot_S[number]), graph[CAP0]
+    links = links_of(graph, slot, 0)
+    for place in range(taken):
+        target = np.int64(chosen[place])
+        # Lists lead to few equals (`stand_between`).
+        if is_equal(graph, slot, target):
+            continue
+        put_last(links, cap, target)
+        if not leads_to(links_of(graph, target, 0), cap, slot):
+            add_links(graph, np.int64(0), target, links_of(graph, target, 0), slot_S, number, number + 1, own, other)
 
 
 @kernel
 def link_lost(graph, visited, slot_S, begin, end, ef):
     """Let the nearest that a walk for it comes to lead to each of suspects ``begin`` ... ``end`` that it does not come to; how many.
 
-    One after the other: what was linked leads on to others.
+    One after the other: what was linked leads on to others. And as it came, or was left, without most of its neighbours, it is linked to
+    those that a walk of ef_construction comes to now.
     """
-    found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
+    most = max(ef, graph[EF])
+    found_d, found_i = np.empty(most + PADDING, np.float32), np.empty(most + PADDING, np.int32)
+    chosen = np.empty(cap_of(graph, 0), np.int32)
     todo, ground, cap, num_linked = np.empty(graph[CAP0] + 1, np.int32), np.int64(0), graph[CAP0], 0
     own, other, wanted = (
         np.empty(graph[WIDTH], np.float32),
@@ -212,6 +221,12 @@ def link_lost(graph, visited, slot_S, begin, end, ef):
             if leads_to(links, cap, slot):
                 num_linked += 1
                 break
+        count, _, _ = pool_search(
+            graph, query, scale, norm, ground, entry, nearest, start, most, visited, found_d, found_i, todo
+        )
+        count = live_candidates(graph, slot, count, found_d, found_i)
+        taken = select(graph, slot, count, graph[CAP], found_d, found_i, chosen, address(other))
+        lead_both_ways(graph, slot_S, number, chosen, taken, own, other)
     return num_linked
 
 

@@ -158,6 +158,7 @@ class Changes:
             if done < count:
                 # Readers, who were let in meanwhile, may have counted the rest.
                 self._slots.forget()
+                self._repair_after(workers)
             elif had_table:
                 self._slots.put(id_N, slot_S)
 
@@ -211,6 +212,7 @@ class Changes:
         except BaseException:
             # Whatever came between, they come in again.
             self._linker.link_again(slot_S, workers)
+            self._repair_after(workers)
             raise
 
     def take_worse(self) -> int:
@@ -343,6 +345,11 @@ class Changes:
             is_whole = bool((linker.reached() | (held.level[: held.count] < 0)).all())
         if not is_whole:
             self._linker.repair()
+
+    def _repair_after(self, workers: Workers) -> None:
+        """`repair_if_due` where something came between; where memory does not suffice the next change does it."""
+        with suppress(MemoryError, CapacityError):
+            self.repair_if_due(workers)
 
     def learn_if_due(self, workers: Workers) -> None:
         """Learn codes where there are now enough vectors for that, far more than they were learned from, or others."""

@@ -32,7 +32,7 @@ from anabranch.graph.hnsw.searching import Searcher
 from anabranch.graph.hnsw.single import Single
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage
-from anabranch.graph.workers import asked_workers
+from anabranch.graph.workers import Workers, asked_workers
 
 
 class HNSW(Kept, Finding):
@@ -205,8 +205,8 @@ class HNSW(Kept, Finding):
             vectors: [N, D] numbers; for "hamming" packed bits.
             ids: int [N], not negative, each once; None for those after the largest so far.
             update: move elements whose id is there already, instead of raising.
-            repair: link elements that level 0 does not lead to afterwards (as `repair`). So it is whenever an eighth of the elements came
-                as copies of others.
+            repair: look whether level 0 leads to all elements afterwards, and link those that it does not. So it is whenever some were
+                moved, or places of deleted ones used again, an eighth came as copies of others, or a sixteenth came at all.
             reuse: use the places of deleted elements, which `restore` cannot bring back then.
             workers: for this call; None for the index's own.
 
@@ -235,7 +235,7 @@ class HNSW(Kept, Finding):
                 id_1 = self._changes.insert_beside(vector_ND, given, reuse=reuse)
             if id_1 is not None:
                 if self._changes.is_crowded:
-                    with self._lock.write(), self._pool(workers, former, "add") as pool:
+                    with self._lock.write(), Workers(1) as pool:
                         self._changes.repair_if_due(pool)
                 self._tell(vector_ND)
                 return id_1
@@ -283,6 +283,8 @@ class HNSW(Kept, Finding):
 
     def update(self, ids: Any, vectors: Any, *, repair: bool = True, workers: int | None = None, **former: Any) -> None:
         """Move elements to new vectors: they are taken out of the graph and inserted again on their levels.
+
+        ``repair`` says whether it is looked then if all can be reached; if not, that is for the next change.
 
         Raises InputError for unknown ids, and as `add`.
         """
@@ -340,10 +342,11 @@ class HNSW(Kept, Finding):
         return found
 
     def repair(self) -> int:
-        """Link every element that cannot be reached on level 0 from the entry point; how many there were.
+        """Look for every element, and link those that a walk for them does not come to, or that cannot be reached on level 0; how many.
 
-        It is linked from the nearest reached list that has room, so nothing else changes; but that codes are learned anew where they say
-        little of the vectors that there are (as `train`). Raises CapacityError where memory does not suffice for that: codes stay then.
+        That takes as long as a search for each. Changes look by themselves for what they may have cut off. Beside that, codes are learned
+        anew where they say little of the vectors that there are (as `train`). Raises CapacityError where memory does not suffice for that:
+        codes stay then.
         """
         with self._lock.write(), self._pool(None, {}, "repair") as pool:
             found = self._changes.repair(pool, everything=True)

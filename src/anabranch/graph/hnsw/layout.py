@@ -1,5 +1,8 @@
 """Where the parts of an index lie, as kernels see it: one row of int64 with addresses, sizes and the entry point; and distances to a slot.
 
+The places of the row have their names here; it is no record with fields: all in it fits an int64, and a copy of it (`linked_by`) is another
+view of the same index.
+
 Kinds of distance are 2 * precision + metric: precision 0 float32, 1 float16, 2 int8; metric 0 squared L2, 1 for 1 - <a, b>. Of bits it is
 `HAMMING`, how many differ; a row is then of words of 64, whose number is WIDTH. Codes (`coded`) are only searched: half bytes, where WIDTH
 is bytes of a row, and bytes to look up, where it is their number.

@@ -29,7 +29,7 @@ EQUALS = 16
 Prepared = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 # Of those that were suspects once so many and two for each suspect are looked for with these.
-WATCHED_LEAST = 8
+WATCHED_LEAST = 2
 
 # Suspects that one look brings about are looked for in the next, so often.
 ROUNDS = 4
@@ -56,6 +56,8 @@ class Linker:
         self.is_cut = self.is_suspect = False
         # Of those that are watched, the first that is to be looked for next.
         self._turn = 0
+        # Suspects that were looked for since some of these were.
+        self._owed = 0
 
     def link(self, slot_S: np.ndarray, workers: Workers, interrupts: Interrupts | None = None) -> int:
         """Insert slots that no list points at, and whose own lists are empty, into the graph, in their order; how many.
@@ -64,6 +66,8 @@ class Linker:
         """
         graph, done = self._storage.graph, 0
         self.num_done = 0
+        # Nothing is looked for that no list may lead to yet.
+        self._storage.suspect[slot_S] = 0
         singly = len(slot_S) if len(slot_S) == 1 else max(min(SINGLY - self.linked, len(slot_S)), 0)
         if singly:
             self._link_singly(slot_S, singly)
@@ -82,7 +86,7 @@ class Linker:
             self.num_done = done = done + len(batch_B)
             self.linked += len(batch_B)
             self.num_new += len(batch_B)
-        self.is_suspect = self.is_suspect or bool((self._storage.suspect[slot_S] & NOW).any())
+        self.is_suspect = self.is_suspect or self._owed > 0 or bool((self._storage.suspect[slot_S] & NOW).any())
         return done
 
     def _link_singly(self, slot_S: np.ndarray, count: int) -> None:
@@ -130,6 +134,8 @@ class Linker:
         for begin in range(0, len(again_B), EQUALS):
             self._one_by_one(again_B, begin, min(begin + EQUALS, len(again_B)))
             self._lock.make_room()
+            # Before the parts of a group that do not find each other grow.
+            self.look(workers, is_last=False)
 
     def _link_beside(self, batch_B: np.ndarray, workers: Workers) -> np.ndarray:
         """Insert elements side by side, but those that are close to others of them, see `close`; which these are, bool [B]."""
@@ -151,7 +157,7 @@ class Linker:
         is_close_B = is_close_B.astype(bool) | (held.suspect[batch_B] & FAR > 0)
         if is_close_B.any():
             close_B, batch_B = batch_B[is_close_B], batch_B[~is_close_B]
-            held.links[close_B] = -1
+            held.links[close_B], held.suspect[close_B] = -1, 0
             held.upper[held.lists_of(close_B)] = -1
         if len(batch_B):
             for level in range(int(min(held.level[batch_B].max(), graph[layout.TOP])) + 1):
@@ -236,18 +242,20 @@ class Linker:
 
         self._in_steps(mend, len(target_T), 8, workers)
 
-    def look(self, workers: Workers) -> int:
-        """Look for suspects, and link those that walks do not come to; how many. See `suspects`."""
+    def look(self, workers: Workers, *, is_last: bool = True) -> int:
+        """Look for suspects, and link those that walks do not come to; how many. See `suspects`.
+
+        Where more of them come at once, all but the last look leave those that are watched to that.
+        """
         held, found, self.is_suspect = self._storage, 0, False
         for turn in range(ROUNDS):
             slot_S = np.flatnonzero(held.suspect[: held.count] & NOW)
             held.suspect[slot_S] &= WATCHED
-            if turn == 0 and len(slot_S):
-                if not held.is_watched:
-                    with self._lock.open_to_readers():
-                        workers.run(lambda begin, end: watch_gaps(held.linked_by(), begin, end), held.count, 4096)
-                    held.is_watched = True
-                slot_S = np.union1d(slot_S, self._watched(2 * len(slot_S) + WATCHED_LEAST))
+            if turn == 0:
+                self._owed += len(slot_S)
+            if turn == 0 and is_last and self._owed:
+                slot_S = np.union1d(slot_S, self._watched(2 * self._owed + WATCHED_LEAST, workers))
+                self._owed = 0
             slot_S = slot_S[(held.deleted[slot_S] == 0) & (held.level[slot_S] >= 0)]
             if not len(slot_S) or held.graph[layout.ENTRY] < 0:
                 break
@@ -273,9 +281,14 @@ class Linker:
             workers.run(find, len(slot_S), 8)
         return slot_S[is_lost_S > 0]
 
-    def _watched(self, count: int) -> np.ndarray:
+    def _watched(self, count: int, workers: Workers) -> np.ndarray:
         """So many of those that were suspects once, in turn, int64 [S]: what came since may stand in the way of walks for them."""
-        slot_S = np.flatnonzero(self._storage.suspect[: self._storage.count] & WATCHED)
+        held = self._storage
+        if not held.is_watched:
+            with self._lock.open_to_readers():
+                workers.run(lambda begin, end: watch_gaps(held.linked_by(), begin, end), held.count, 4096)
+            held.is_watched = True
+        slot_S = np.flatnonzero(held.suspect[: held.count] & WATCHED)
         begin = int(np.searchsorted(slot_S, self._turn))
         taken_S = np.concatenate([slot_S[begin:], slot_S[:begin]])[:count]
         self._turn = int(taken_S[-1]) + 1 if len(taken_S) else 0

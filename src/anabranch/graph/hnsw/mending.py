@@ -63,8 +63,9 @@ def bridge(graph, level, visited, gone_N, slot_T, begin, end):
                     through[size] = slot
                     size += 1
         taken = select(graph, base, count, cap, found_d, found_i, chosen, address(other))
-        write_links(links_of(graph, base, level), cap, chosen, taken)
-        mark_left_out(graph, found_d, found_i, count, chosen, taken)
+        links = links_of(graph, base, level)
+        mark_left_out(graph, links, cap, found_d, found_i, count, chosen, taken)
+        write_links(links, cap, chosen, taken)
 
 
 @kernel

@@ -7,7 +7,11 @@ to look for every element that comes would take a third of the time that it take
 out of a list, beyond a gap: behind something that is less than half as far.
 
 Whoever is looked for by a walk of `LOOKED`, and not found, gets a link from the nearest that the walk came to: nothing in that one's list
-is nearer to it, or the walk would have gone on. So it is one that SELECT would choose.
+is nearer to it, or the walk would have gone on. So it is one that SELECT would choose. And it is linked to what lies about where the walk
+ended, so that parts of a group become one (`build.link_lost`).
+
+What comes may also stand in the way of walks that found others before, with no link lost. So what was a suspect once stays watched:
+with each look some of these are looked for in turn, and the neighbours of any that are lost (`Linker.look`).
 """
 # Shapes: S suspects
 
@@ -82,10 +86,20 @@ def add_mark(graph, slot, mark):
 
 
 @helper
-def mark_left_out(graph, found_d, found_i, count, chosen, taken):
-    """Suspect those of ``count`` candidates behind a gap that are not among the ``taken`` that were chosen."""
+def leads_to(links, cap, slot):
+    """Whether a slot is in the list at ``links``."""
+    for place in range(cap):
+        if get_i32(links, place) == slot:
+            return True
+    return False
+
+
+@helper
+def mark_left_out(graph, links, cap, found_d, found_i, count, chosen, taken):
+    """Suspect those of ``count`` candidates behind a gap that are in the list at ``links``, and not among the ``taken`` that were chosen
+    for another."""
     for number in range(behind_gap(graph, found_d, count), count):
-        is_left_out = True
+        is_left_out = leads_to(links, cap, found_i[number])
         for place in range(taken):
             is_left_out = is_left_out and chosen[place] != found_i[number]
         if is_left_out:
@@ -114,7 +128,8 @@ def mark_leads(graph, level, slot_S):
     found_d, found_i = np.empty(cap + PADDING, np.float32), np.empty(cap + PADDING, np.int32)
     for number in range(len(slot_S)):
         count = measure_links(graph, np.int64(slot_S[number]), level, found_d, found_i, address(own))
-        mark_left_out(graph, found_d, found_i, count, found_i, 0)
+        for place in range(behind_gap(graph, found_d, count), count):
+            add_mark(graph, found_i[place], NOW | WATCHED)
 
 
 @kernel
