@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from anabranch.graph import HNSW
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.linking import Linker
-from anabranch.graph.hnsw.raw import address
+from anabranch.graph.hnsw.raw import address, kernel
 from anabranch.graph.hnsw.suspects import NOW, WATCHED, behind_gap, is_far_off
 from anabranch.graph.live import LiveIndex
 from hnsw_checks import check_graph, graph_bytes
@@ -252,6 +252,17 @@ def test_what_a_file_holds_is_watched_by_its_lists(tmp_path):
 GRAPH = made()._storage.graph
 
 
+# Helpers are for kernels alone.
+@kernel
+def gap(graph, found_d):
+    return behind_gap(graph, found_d, len(found_d))
+
+
+@kernel
+def far_off(graph, found_d, found_i, scratch):
+    return is_far_off(graph, found_d, found_i, len(found_d), address(scratch))
+
+
 @pytest.mark.parametrize(
     ("distances", "first"),
     [
@@ -270,14 +281,14 @@ GRAPH = made()._storage.graph
     ],
 )
 def test_where_a_gap_is(distances, first):
-    assert behind_gap(GRAPH, np.array(distances, np.float32), len(distances)) == first
+    assert gap(GRAPH, np.array(distances, np.float32)) == first
 
 
 def test_inner_products_have_no_gaps():
     plain, cosine = (HNSW(DIM, metric, workers=1)._storage.graph for metric in ("ip", "cosine"))
     distance_C = np.array([1, 100], np.float32)
-    assert behind_gap(plain, distance_C, 2) == 2
-    assert behind_gap(cosine, distance_C, 2) == 1
+    assert gap(plain, distance_C) == 2
+    assert gap(cosine, distance_C) == 1
 
 
 def test_far_off_is_by_what_lies_about_the_nearest():
@@ -288,7 +299,7 @@ def test_far_off_is_by_what_lies_about_the_nearest():
     most = max(float((index.vectors([slot]) ** 2).sum()) for slot in links[links >= 0][:4])
     for times, is_far in ((3.9, False), (4.1, True)):
         found_d, found_i = np.array([times * most], np.float32), np.zeros(1, np.int32)
-        assert bool(is_far_off(graph, found_d, found_i, 1, address(own))) == is_far
+        assert bool(far_off(graph, found_d, found_i, own)) == is_far
 
 
 def test_even_vectors_are_hardly_ever_suspects():

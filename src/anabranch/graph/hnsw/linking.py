@@ -28,8 +28,8 @@ EQUALS = 16
 # The slot of an element, level and slot of each list that is to lead to it, those lists, and how many they are.
 Prepared = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
-# Of those that were suspects once so many and two for each suspect are looked for with these.
-WATCHED_LEAST = 2
+# Of those that were suspects once two are looked for with each suspect, and so many more with several.
+WATCHED_MORE = 64
 
 # Suspects that one look brings about are looked for in the next, so often.
 ROUNDS = 4
@@ -254,7 +254,7 @@ class Linker:
             if turn == 0:
                 self._owed += len(slot_S)
             if turn == 0 and is_last and self._owed:
-                slot_S = np.union1d(slot_S, self._watched(2 * self._owed + WATCHED_LEAST, workers))
+                slot_S = np.union1d(slot_S, self._watched(2 * self._owed + WATCHED_MORE * (self._owed > 1), workers))
                 self._owed = 0
             slot_S = slot_S[(held.deleted[slot_S] == 0) & (held.level[slot_S] >= 0)]
             if not len(slot_S) or held.graph[layout.ENTRY] < 0:
