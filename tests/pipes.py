@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from anabranch.cluster import GPipe, MessageLog, Pop, Stash
 
@@ -178,6 +180,21 @@ def replicas(rank, world, items):
     half = slice(0, items // 2) if rank < 2 else slice(items // 2, None)
     pipe.step(x[half], target[half], F.mse_loss)
     return {name: p.grad for name, p in pipe.named_parameters()}
+
+
+def sharded(rank, world, items):
+    """The same with the layers of a stage in shards over the two pipelines: gradients of a rank, made whole."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "pipeline"))
+    pipe = GPipe(
+        mlp(), stages=2, micro_batches=3, runner="distributed", group=mesh["pipeline"].get_group(), checkpoint="always"
+    )
+    for layer in pipe.children():
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh["data"])
+    x, target = batch(items)
+    half = slice(0, items // 2) if rank < 2 else slice(items // 2, None)
+    pipe.step(x[half], target[half], F.mse_loss)
+    return {name: p.grad.full_tensor() for name, p in pipe.named_parameters()}
 
 
 def total(rank, world):

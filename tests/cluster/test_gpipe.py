@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anabranch.cluster import GPipe, MessageLog, Pop, SavedBytes, Stash
+from anabranch.cluster import GPipe, KeyedDropout, MessageLog, Pop, SavedBytes, Stash
 from anabranch.cluster.gpipe import StageError
 from anabranch.errors import InputError
 
@@ -56,6 +56,28 @@ def test_losses_and_gradients_have_the_same_bits_for_every_number_of_stages():
             # A tied parameter's parts are added in another order.
             assert torch.allclose(gradient, found[0][1][name], rtol=1e-12, atol=1e-14), name
     assert found[0][0][0] != found[0][0][1], "a new step draws anew"
+
+
+def test_keyed_dropout_is_the_same_for_every_layout():
+    x, target = pipes.batch(8)
+
+    def made():
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 8), KeyedDropout(0.5, seed=3, layer=1), nn.Linear(8, 8), KeyedDropout(0.5, seed=3, layer=3)]
+        return nn.Sequential(*layers).double()
+
+    _, wanted = pipes.gradients(made(), x, target, F.mse_loss)
+    for stages, micro_batches, checkpoint in ((1, 1, "never"), (2, 3, "always"), (4, 8, "except_last")):
+        pipe = GPipe(made(), stages, micro_batches, checkpoint)
+        pipe.step(x, target, F.mse_loss)
+        assert all(torch.allclose(p.grad, wanted[name], rtol=1e-10) for name, p in pipe.named_parameters())
+    # Two pipelines with half of the batch each, and a later step.
+    halves = [GPipe(made(), 2, 2) for _ in range(2)]
+    for number, pipe in enumerate(halves):
+        rows = slice(4 * number, 4 * number + 4)
+        pipe.step(x[rows], target[rows], F.mse_loss, first_row=4 * number)
+    for one, other in zip(*(pipe.named_parameters() for pipe in halves), strict=True):
+        assert torch.allclose((one[1].grad + other[1].grad) / 2, wanted[one[0]], rtol=1e-10)
 
 
 def test_another_mode_of_recomputation_draws_the_same():

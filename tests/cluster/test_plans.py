@@ -32,7 +32,7 @@ def test_recomputation_and_1f1b_hold_less():
 def test_groups_links_and_memory_count():
     assert plan(LAYERS, ranks=2, flops_s=1e12, uncut=[range(7)]).partition.balance == (7, 1)
     assert plan(LAYERS, ranks=2, flops_s=1e12).schedule.num_micro_batches == 8
-    even = {"ranks": 2, "micro_batches": 4, "flops_s": 1e12, "balance": [4, 4]}
+    even = {"ranks": 2, "micro_batches": 4, "flops_s": 1e12, "balance": [4, 4], "checkpoint": "never"}
     free = plan(LAYERS, **even)
     paid = plan(LAYERS, **even, bytes_s=1e9, latency_s=1e-3)
     assert paid.timeline.step_s == pytest.approx(free.timeline.step_s + 2 * 2e-3)

@@ -53,6 +53,15 @@ def test_recomputation_is_part_of_the_backward():
     assert taken == {"never": 12, "except_last": 15, "always": 16}
 
 
+def test_a_recomputation_does_not_wait_for_the_gradient():
+    table = schedule("gpipe", stages=2, micro_batches=1)
+    found = simulate(table, Durations.even(2, forward_s=1, recomputes="always"))
+    # Forward 1 + 1; stage 1 again 1 and backward 2, stage 0 does its forward again meanwhile; backward 2.
+    assert found.step_s == 7
+    assert [(bar.slot.stage, bar.start_s) for bar in found.bars if bar.is_again] == [(1, 2), (0, 1)]
+    assert {bar["kind"] for bar in found.to_dict()["bars"]} == {"forward", "backward", "again"}
+
+
 def test_sends_take_time_and_overlap_with_work():
     table = schedule("gpipe", stages=2, micro_batches=2)
     free = simulate(table, Durations.even(2, forward_s=1))

@@ -224,9 +224,10 @@ def drawing(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[Draws]:
         devices: GPUs whose fused operations (dropout, attention with dropout) draw from the device's own generator, which is set and
             put back; no other thread may draw there meanwhile.
     """
-    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"], enabled=bool(devices)):
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    gpus = [device for device in devices if device.type == "cuda"]
+    # Without one the default generators are left alone: other threads of the process may draw from them.
+    with torch.random.fork_rng(devices=gpus, enabled=bool(gpus)):
+        for device in gpus:
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
         with Draws(seed) as mode:
             yield mode

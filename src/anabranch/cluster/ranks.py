@@ -363,9 +363,10 @@ def _run(
     sys.stdout.flush()
     # Bytes by plain pickle: what multiprocessing makes of tensors would need this process to be there when they are read.
     connection.send_bytes(told)
-    with suppress(EOFError, OSError):
-        # Until the other end is closed.
-        connection.recv_bytes()
+    if result.why is None:
+        with suppress(EOFError, OSError):
+            # Until the other end is closed. One that failed goes at once, so that others find its connections closed.
+            connection.recv_bytes()
     # A group that a failed rank took part in may wait for the others when it is destroyed; nothing here is worth that.
     os._exit(0 if result.why is None else 1)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from anabranch.cluster.events import Task, run_tasks
-from anabranch.cluster.schedules import FORWARD, WEIGHT, Kind, Schedule, Slot
+from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT, Kind, Schedule, Slot
 from anabranch.errors import InputError
 
 __all__ = ["Bar", "Durations", "Timeline", "is_recomputed", "simulate"]
@@ -53,11 +53,12 @@ class Durations:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a stage did from when to when."""
+    """What a stage did from when to when; ``is_again`` is the forward that is done again before a backward."""
 
     slot: Slot
     start_s: float
     end_s: float
+    is_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Timeline:
 
     Attributes:
         schedule: the table.
-        bars: one of each slot, in its order.
+        bars: one of each slot, in its order, and one before it where a forward is done again.
         sends: (from stage, to stage, start, end) of each message.
     """
 
@@ -101,7 +102,7 @@ class Timeline:
             "busy_s": list(self.busy_K),
             "bars": [
                 {
-                    "stage": bar.slot.stage, "micro_batch": bar.slot.micro_batch, "kind": bar.slot.kind,
+                    "stage": bar.slot.stage, "micro_batch": bar.slot.micro_batch, "kind": "again" if bar.is_again else bar.slot.kind,
                     "visit": bar.slot.visit, "start_s": bar.start_s, "end_s": bar.end_s,
                 }
                 for bar in self.bars
@@ -114,31 +115,39 @@ def simulate(schedule: Schedule, durations: Durations) -> Timeline:
     _check(schedule, durations)
     number: dict[tuple[Kind, int, int], int] = {}
     tasks: list[Task] = []
+    slots: list[tuple[Slot, int, bool]] = []
     # A stage's work in its order; what it needs is filled in below, when all work and all sends have their numbers.
     for slot in schedule.slots:
-        number[slot.kind, slot.micro_batch, schedule.chunk_of(slot)] = len(tasks)
-        tasks.append(Task(("stage", slot.stage), _seconds(schedule, durations, slot)))
-    links: list[tuple[int, int]] = []
-    for place, slot in enumerate(schedule.slots):
+        chunk, stage = schedule.chunk_of(slot), ("stage", slot.stage)
+        if slot.kind == BACKWARD and is_recomputed(
+            durations.recomputes, slot.micro_batch, schedule.num_micro_batches
+        ):
+            # It needs no gradient, so it comes before that does.
+            slots.append((slot, len(tasks), True))
+            tasks.append(Task(stage, durations.forward_C[chunk]))
+        number[slot.kind, slot.micro_batch, chunk] = len(tasks)
+        slots.append((slot, len(tasks), False))
+        tasks.append(Task(stage, _seconds(schedule, durations, slot)))
+    links: list[tuple[int, int, int]] = []
+    for slot, place, is_again in slots:
         after = []
         chunk = schedule.chunk_of(slot)
-        for stage, micro_batch, kind, visit in schedule.needs(slot):
-            other = visit * schedule.num_stages + stage
+        for stage_of, micro_batch, kind, visit in () if is_again else schedule.needs(slot):
+            other = visit * schedule.num_stages + stage_of
             needed = number[kind, micro_batch, other]
-            if stage != slot.stage:
+            if stage_of != slot.stage:
                 # An output, or the gradient of one.
                 taken = 0.0 if durations.send_C is None else durations.send_C[min(chunk, other)]
-                links.append((stage, slot.stage))
                 needed, source = len(tasks), needed
-                tasks.append(Task(("link", stage, slot.stage), taken, (source,), durations.latency_s))
+                links.append((stage_of, slot.stage, needed))
+                tasks.append(Task(("link", stage_of, slot.stage), taken, (source,), durations.latency_s))
             after.append(needed)
         tasks[place] = replace(tasks[place], after=tuple(after))
-    intervals = run_tasks(tasks, in_order=[("stage", stage) for stage in range(schedule.num_stages)])
-    count = len(schedule.slots)
+    done = run_tasks(tasks, in_order=[("stage", stage) for stage in range(schedule.num_stages)])
     return Timeline(
         schedule,
-        tuple(Bar(slot, at.start_s, at.end_s) for slot, at in zip(schedule.slots, intervals[:count], strict=True)),
-        tuple((*link, at.start_s, at.end_s) for link, at in zip(links, intervals[count:], strict=True)),
+        tuple(Bar(slot, done[place].start_s, done[place].end_s, is_again) for slot, place, is_again in slots),
+        tuple((source, target, done[task].start_s, done[task].end_s) for source, target, task in links),
     )
 
 
@@ -157,8 +166,7 @@ def _seconds(schedule: Schedule, durations: Durations, slot: Slot) -> float:
         weight = backward / 2 if durations.weight_C is None else durations.weight_C[chunk]
     if slot.kind == WEIGHT:
         return weight
-    again = is_recomputed(durations.recomputes, slot.micro_batch, schedule.num_micro_batches)
-    return backward - weight + (forward if again else 0.0)
+    return backward - weight
 
 
 def _check(schedule: Schedule, durations: Durations) -> None:

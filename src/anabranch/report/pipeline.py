@@ -5,7 +5,7 @@ from typing import Any
 
 from anabranch.report.style import SERIES, figure, to_png, to_svg
 
-_COLOURS = {"forward": SERIES[0], "backward": SERIES[1], "weight": SERIES[2]}
+_COLOURS = {"forward": SERIES[0], "backward": SERIES[1], "weight": SERIES[2], "again": SERIES[5]}
 # Bars of whose numbers there is room for.
 _MOST_NUMBERS = 600
 

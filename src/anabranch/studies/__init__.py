@@ -25,6 +25,7 @@ STUDIES = {
     "elasticmoe": "anabranch.studies.elasticmoe:make",
     "fastrp": "anabranch.studies.fastrp:make",
     "expertflow": "anabranch.studies.expertflow:make",
+    "gpipe": "anabranch.studies.gpipe:make",
     "graphrouter": "anabranch.studies.graphrouter:make",
     "graphvite": "anabranch.studies.graphvite:make",
     "hnsw": "anabranch.studies.hnsw:make",

@@ -12,7 +12,6 @@ One pair of processes checks all models, as starting them takes longer than the 
 import copy
 import math
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessException, spawn
 
+from anabranch.cluster.ranks import RankError, run_ranks
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.pool import ExpertPool
 from anabranch.routing import sync_loads
@@ -40,6 +39,8 @@ RANKS, SEQUENCES, LENGTH, STEPS = 2, 4, 12, 3
 TOLERANCE = 1e-4
 # For how long the other process is waited for.
 PATIENCE = timedelta(seconds=60)
+# For how long both together, however many models there are.
+LONGEST_S = 1800.0
 
 Models = Mapping[str, Decoder.Config]
 
@@ -61,8 +62,8 @@ def check_parallel(models: Models) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_check, args=(dict(models), folder), nprocs=RANKS)
-        except ProcessException as error:
+            run_ranks(_check, RANKS, dict(models), folder, backend=None, timeout_s=LONGEST_S)
+        except RankError as error:
             raise AssertionError("\n".join(_wrong(folder)) or str(error)) from error
         wrong = _wrong(folder)
     if wrong:
@@ -99,12 +100,10 @@ class _Expected:
     is_random: bool
 
 
-def _check(rank: int, models: Models, folder: str) -> None:
-    torch.set_num_threads(1)
+def _check(rank: int, world: int, models: Models, folder: str) -> None:
     # Before there is a group that would sum its loads.
     expected = {name: _expected(config) for name, config in models.items()}
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=PATIENCE)
     with (Path(folder) / f"wrong-{rank}").open("w") as wrong:
         for name, config in models.items():
             for way in (*WAYS, *(WITH_EXPERTS if _shares_experts(config) else ())):
@@ -116,9 +115,6 @@ def _check(rank: int, models: Models, folder: str) -> None:
                     raise
                 if problem is not None:
                     wrong.write(f"{name} under {way}: {problem}\n")
-    # Threads of gloo may still let go of tensors; see `Workers.close`.
-    time.sleep(0.2)
-    dist.destroy_process_group()
 
 
 def _expected(config: Decoder.Config) -> _Expected:

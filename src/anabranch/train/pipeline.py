@@ -83,8 +83,16 @@ class PipelinedDecoder(nn.Module):
         self._terms: list[tuple[float, dict[str, Tensor]]] = []
         self._seed: int | None = None
 
-    def forward(self, token_BL: Tensor, target_BL: Tensor) -> DecoderOutput:
-        """The training loss, of the same batch in all processes of the group; its backward adds gradients to those that are there."""
+    def forward(self, token_BL: Tensor, target_BL: Tensor | None = None, **options: Any) -> DecoderOutput:
+        """The training loss, of the same batch in all processes of the group; its backward adds gradients to those that are there.
+
+        Raises ConfigError for any other call of a decoder: stages give the loss of a batch, and no logits.
+        """
+        if target_BL is None or options:
+            stages = dist.get_world_size(self._group)
+            raise ConfigError(
+                f"parallel.pipeline is {stages}, and the task asks the model for more than the loss of tokens and targets; set it to 1"
+            )
         self._set_seed()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         before = [parameter.grad for parameter in parameters]

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessException, spawn
 
+from anabranch.cluster.ranks import RankError, run_ranks
 from anabranch.train.checkpoint import checkpoints
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.metrics import read_metrics
 from anabranch.train.optimizer import full_tensor
-from anabranch.train.parallel_contract import PATIENCE, RANKS, WAYS
+from anabranch.train.parallel_contract import LONGEST_S, PATIENCE, RANKS, WAYS
 from anabranch.train.result import Event
 from anabranch.train.trainer import Trainer
 
@@ -123,8 +122,8 @@ def _timeless(record: dict[str, Any]) -> dict[str, Any]:
 
 def _check_ranks(run: Run, place: Path, is_random: bool, given: dict[str, Any]) -> None:
     try:
-        spawn(_train_rank, args=(run, str(place), given), nprocs=RANKS)
-    except ProcessException as error:
+        run_ranks(_train_rank, RANKS, run, str(place), given, backend=None, timeout_s=LONGEST_S)
+    except RankError as error:
         raise AssertionError(f"with two processes: {error}") from error
     for way in WAYS:
         first, second = (load_file(place / f"{way}-{rank}.safetensors") for rank in range(RANKS))
@@ -138,21 +137,16 @@ def _check_ranks(run: Run, place: Path, is_random: bool, given: dict[str, Any]) 
             )
 
 
-def _train_rank(rank: int, run: Run, folder: str, given: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
+def _train_rank(rank: int, world: int, run: Run, folder: str, given: dict[str, Any]) -> None:
+    dist.init_process_group("gloo", timeout=PATIENCE)
     for way in WAYS:
-        # What another process sends is memory that both have, and each is to move its own weights.
+        # Each way moves weights of its own.
         own = copy.deepcopy(given)
         trainer = Trainer(run.replace(train=run.train.replace(parallel=way)), Path(folder) / way, **own)
         trainer.fit()
         parameters = trainer.model.named_parameters()
         state = {name: full_tensor(parameter.detach()).clone() for name, parameter in parameters}
         save_file(state, Path(folder) / f"{way}-{rank}.safetensors")
-    # Threads of gloo may still let go of tensors; see `Workers.close`.
-    time.sleep(0.2)
-    dist.destroy_process_group()
 
 
 def _losses(out: Path) -> list[float]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from anabranch.cluster.gpipe.batch_norm import DeferredStatistics, untracked
 from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
 from anabranch.cluster.gpipe.skips import Area, Route
-from anabranch.cluster.keyed_random import drawing, random_key
+from anabranch.cluster.keyed_random import KeyedDropout, drawing, random_key
 from anabranch.cluster.saved_bytes import Held, SavedBytes
 from anabranch.errors import InputError
 
@@ -31,10 +32,16 @@ _DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn
 
 @dataclass(frozen=True)
 class StepKey:
-    """What random numbers are a function of, beside layer and micro-batch."""
+    """What random numbers are a function of, beside layer and micro-batch.
+
+    Attributes:
+        seed, step: of the pipeline.
+        first_rows: of each micro-batch, the number that its first row has in the whole batch.
+    """
 
     seed: int
     step: int
+    first_rows: tuple[int, ...] = ()
 
 
 @dataclass
@@ -82,6 +89,7 @@ class Chunk:
         self.meter = meter
         # Layers that draw: told by their modules, or seen to. None until one has run in training.
         self._draws: list[bool | None] = [_has_dropout(layer) or None for layer in self.layers]
+        self._keyed = [module for module in self.modules if isinstance(module, KeyedDropout)]
         self._loss_draws: bool | None = None
         self._kept: dict[int, _Kept] = {}
 
@@ -184,6 +192,12 @@ class Chunk:
         """As `backward`, of the last chunk."""
         return self._differentiate(micro_batch, [loss] if loss.requires_grad else [], [None])
 
+    def exchange_gradients(self, does: bool) -> None:
+        """Whether layers that are in shards (FSDP2) exchange gradients in the next backward: once a step, in its last one."""
+        for module in self.modules:
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(does, recurse=False)
+
     def _differentiate(
         self, micro_batch: int, roots: list[Tensor], gradients: Sequence[Tensor | None]
     ) -> tuple[Gradients, dict[str, Tensor | None]]:
@@ -205,6 +219,9 @@ class Chunk:
         self, x: Any, imports: dict[str, Tensor], key: StepKey | None, micro_batch: int
     ) -> tuple[Any, dict[str, Tensor]]:
         area = Area(imports)
+        if key is not None:
+            for module in self._keyed:
+                module.step, module.first_row = key.step, key.first_rows[micro_batch]
         if key is not None and any(getattr(module, "inplace", False) for module in self.layers[0].modules()):
             # It would overwrite what a recomputation needs, and may not change a leaf.
             x = map_tensors(x, lambda tensor: tensor.clone())

@@ -214,6 +214,16 @@ class GPipe(nn.Module):
             )
         return self._tables[micro_batches]
 
+    def measure_saved(self) -> list[SavedBytes]:
+        """A new meter for each stage here, of what it keeps between forward and backward; the one of ``meter=`` no longer counts."""
+        meters = []
+        for stage in self._own_stages:
+            meter = SavedBytes(ignored=self.parameters())
+            meters.append(meter)
+            for chunk in stage.chunks:
+                chunk.meter = meter
+        return meters
+
     @property
     def num_stages(self) -> int:
         """K."""
@@ -232,6 +242,7 @@ class GPipe(nn.Module):
         loss_fn: Callable[[Any, Any], Tensor],
         *,
         weights: Callable[[Any], float] | None = None,
+        first_row: int = 0,
     ) -> Tensor:
         """One batch forward and backward; gradients are added to those that are there.
 
@@ -241,6 +252,7 @@ class GPipe(nn.Module):
             target: likewise; of the last stage.
             loss_fn: of an output and a target, the mean over the items of a micro-batch.
             weights: of a micro-batch's target, how much its mean counts, where that is not by items (tokens that are no padding).
+            first_row: the number of the first item here in a batch that several pipelines share, by which `KeyedDropout` draws.
 
         Returns:
             The loss, the weighted mean over micro-batches: float, detached, the same on every rank.
@@ -250,7 +262,7 @@ class GPipe(nn.Module):
         sizes = self._sizes(x)
         table = self._table(len(sizes))
         batch = Batch(
-            key=StepKey(self.seed, self.steps),
+            key=StepKey(self.seed, self.steps, tuple(first_row + start for start in _starts(sizes))),
             recomputes=[
                 self.training and is_recomputed(self.checkpoint, number, len(sizes)) for number in range(len(sizes))
             ],
@@ -415,6 +427,11 @@ class GPipe(nn.Module):
     def extra_repr(self) -> str:
         """For ``repr``."""
         return f"stages={self._num_stages}, balance={list(self.partition.balance)}, micro_batches={self.micro_batches}"
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Where each micro-batch begins."""
+    return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
 def _sum(batch: Batch) -> Tensor:

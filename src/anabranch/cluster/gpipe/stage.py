@@ -124,7 +124,13 @@ class Stage:
     def run(self, schedule: Schedule, batch: Batch, channel: Channel) -> Failure | None:
         """The stage's column. Returns the failure that it met or heard of, if there was one."""
         failure: Failure | None = None
-        for slot in schedule.of_stage(self.number):
+        slots = schedule.of_stage(self.number)
+        last = {slot.visit: slot for slot in slots if slot.kind == BACKWARD}
+        for slot in slots:
+            if slot == last.get(slot.visit):
+                self.chunks[slot.visit].exchange_gradients(True)
+            elif slot.kind == BACKWARD:
+                self.chunks[slot.visit].exchange_gradients(False)
             failure = self._slot(slot, self.chunks[slot.visit], batch, channel, failure)
         self._graphs.clear()
         for chunk in self.chunks:
