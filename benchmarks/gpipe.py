@@ -4,6 +4,7 @@
                 on the same model over gloo. bar: at most 1.05 times its time (a ratio of 0.95)
     speed-up    the same with the two ranks on two cores, against one process of one thread that takes the whole batch. bar: 1.5
     saved       bytes that the fuller rank keeps between forward and backward, with recomputation, over torch's. bar: at most 0.75 (1.33)
+    local       stages as two threads of one process, against torchgpipe where it is installed (pip install torchgpipe). bar: 1.0
     refused     five cases that torch's pipelining does not take, and ours does with the gradients of the unsplit model: uneven
                 micro-batches, fewer than stages, shapes that change from step to step, skips across stages, recomputation
 
@@ -14,6 +15,7 @@ Gradients are compared first. The speed-up means what it says only where two cor
 # Shapes: B sequences, L positions, D width
 
 import copy
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from _harness import arguments, finish, start
+from _harness import arguments, compare, finish, start
 from anabranch.cluster import GPipe, Pop, SavedBytes, Stash
 from anabranch.testing import run_ranks
 
@@ -143,6 +145,36 @@ def products(rank: int, world: int) -> float:
     return time.perf_counter() - begin
 
 
+def local(name: str, size: tuple[int, int, int, int], rounds: int) -> list[dict[str, Any]]:
+    """A row of the local runner; none where torchgpipe is not installed."""
+    if importlib.util.find_spec("torchgpipe") is None:
+        print("torchgpipe is not installed; its row is left out", flush=True)
+        return []
+    import torchgpipe
+
+    width, layers, sequences, length = size
+    x, target = batch_of(width, sequences, length)
+    half = [layers // 2] * 2
+    ours = GPipe(model_of(width, layers), balance=half, micro_batches=MICRO_BATCHES)
+    theirs = torchgpipe.GPipe(model_of(width, layers), half, devices=["cpu", "cpu"], chunks=MICRO_BATCHES)
+
+    def our_step() -> None:
+        ours.zero_grad()
+        ours.step(x, target, loss_fn)
+
+    def their_step() -> None:
+        theirs.zero_grad()
+        loss_fn(theirs(x), target).backward()
+
+    our_step()
+    their_step()
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    worst = max(float((one.grad - other.grad).abs().max() / other.grad.abs().max()) for one, other in pairs)
+    if not worst <= TOLERANCE:
+        raise SystemExit(f"{name}: gradients differ by {worst:.1e}, more than {TOLERANCE:.0e}")
+    return [compare(f"local, {name}", our_step, {"torchgpipe": their_step}, rounds=rounds)]
+
+
 def row(case: str, ours: list[float], theirs: list[float], peer: str, unit: str = "ms") -> dict[str, Any]:
     ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -229,6 +261,7 @@ def main() -> None:
         )
         held = {key: [float(max(found["saved"][key] for found in spared))] for key in ("ours", "theirs")}
         rows.append(row(f"saved, {name}", held["ours"], held["theirs"], "torch.distributed.pipelining", "MB"))
+        rows += local(name, size, options.rounds)
     finish("gpipe", rows, options, ["torch"])
 
 

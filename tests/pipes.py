@@ -91,7 +91,10 @@ def steps_of(rank, world, kind, items, options, steps=2):
         losses.append(pipe.step(x if rank == 0 else None, target if rank == world - 1 else None, loss_of(kind)).item())
     output = pipe.eval()(x if rank == 0 else None)
     grads = {name: p.grad for name, p in pipe.named_parameters() if p.grad is not None}
-    return {"losses": losses, "gradients": grads, "state": pipe.state_dict(), "log": log, "output": output}
+    state = pipe.state_dict()
+    pipe.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+    is_read = not any(parameter.any() for parameter in pipe.parameters())
+    return {"losses": losses, "gradients": grads, "state": state, "log": log, "output": output, "is_read": is_read}
 
 
 def all_steps_of(rank, world, cases):

@@ -58,6 +58,21 @@ def test_losses_and_gradients_have_the_same_bits_for_every_number_of_stages():
     assert found[0][0][0] != found[0][0][1], "a new step draws anew"
 
 
+def test_a_dropout_that_is_raised_in_training_is_repeated_in_recomputation():
+    x, target = pipes.batch(8)
+    found = []
+    for checkpoint in ("always", "never"):
+        torch.manual_seed(0)
+        drop = nn.Dropout(0.0)
+        pipe = GPipe(nn.Sequential(nn.Linear(8, 8), drop, nn.Linear(8, 8)).double(), 3, 2, checkpoint)
+        pipe.step(x, target, F.mse_loss)
+        pipe.zero_grad()
+        drop.p = 0.5
+        loss = pipe.step(x, target, F.mse_loss)
+        found.append((loss.item(), *(p.grad.sum().item() for p in pipe.parameters())))
+    assert found[0] == found[1]
+
+
 def test_keyed_dropout_is_the_same_for_every_layout():
     x, target = pipes.batch(8)
 

@@ -40,6 +40,7 @@ def check_steps(kind, world, items, found):
         gradient = wanted["0.weight" if (kind, name) == ("lm", "4.weight") else name]
         assert torch.allclose(merged[name], gradient, rtol=1e-10, atol=1e-12), name
     assert all(list(rank["state"]) == list(model.state_dict()) for rank in found)
+    assert all(rank["is_read"] for rank in found)
     assert [rank["output"] is None for rank in found] == [True] * (world - 1) + [False]
     assert torch.allclose(found[-1]["output"], model(x))
     if kind == "skips":

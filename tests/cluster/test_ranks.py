@@ -27,8 +27,8 @@ def test_a_rank_that_vanishes_is_told_with_what_it_printed():
 
 def test_a_hang_is_bounded_and_says_where_it_stood():
     start = time.monotonic()
-    with pytest.raises(RankError, match=r"rank 1: no result after 1\.5 s") as caught:
-        run_ranks(pipes.wait_forever, 2, timeout_s=1.5)
+    with pytest.raises(RankError, match="rank 1: no result after 1 s") as caught:
+        run_ranks(pipes.wait_forever, 2, timeout_s=1)
     assert "_asleep" in str(caught.value)
     assert time.monotonic() - start < 30
 

@@ -1,5 +1,7 @@
 """Stages of a decoder learn as one process does: GPipe in the trainer."""
 
+from ast import literal_eval
+
 import pytest
 
 from anabranch.errors import ConfigError
@@ -14,7 +16,8 @@ from anabranch.train import Trainer, read_run_config
 for name in {names}:
     trainer = Trainer(read_run_config("{folder}/" + name + ".config"), "{folder}/" + name)
     result = trainer.fit()
-    print(name, result.status, repr(result.bits_per_byte))
+    learned = [name for name, parameter in trainer.model.named_parameters() if parameter in trainer.optimizer.state]
+    print(repr((name, result.status, result.bits_per_byte, learned)))
 """
 
 RESUME = """
@@ -55,10 +58,18 @@ def save(config, folder, name, **changes):
 
 
 def test_two_stages_learn_as_one_process_does_and_one_goes_on(tmp_path, config):
+    # The head is the embedding, which the first and the last stage have both.
+    config = config.replace(model=config.model.replace(tie_embeddings=True))
     Trainer(config, tmp_path / "one").fit()
     save(config, tmp_path, "two", parallel={"pipeline": 2, "micro_batches": 2}, train={"recompute": True})
-    outputs = run_ranks(TRAIN.format(names=("two",), folder=tmp_path))
-    assert outputs[0] == outputs[1]
+    first, second = map(literal_eval, run_ranks(TRAIN.format(names=("two",), folder=tmp_path)))
+    assert first[:3] == second[:3]
+    # Each has the moments of its own stage's parameters.
+    names = {name for name, _ in config.model.build().named_parameters()}
+    assert set(first[3]) | set(second[3]) == names
+    assert set(first[3]) & set(second[3]) == {"embedding.weight"}
+    assert first[3]
+    assert second[3]
     assert_same_curve(tmp_path / "one", tmp_path / "two", 2e-5)
     assert load_model(tmp_path / "two")[0].state_dict().keys() == load_model(tmp_path / "one")[0].state_dict().keys()
     longer = config.replace(train=config.train.replace(steps=8))
@@ -84,8 +95,9 @@ def test_stages_that_keep_activations_and_stages_that_go_on_with_what_one_wrote(
 def test_two_pipelines_of_two_stages_share_a_batch(tmp_path, config):
     Trainer(config.replace(train=config.train.replace(accumulation=2)), tmp_path / "one").fit()
     save(config, tmp_path, "four", parallel={"pipeline": 2, "micro_batches": 1, "data": 2})
-    outputs = run_ranks(TRAIN.format(names=("four",), folder=tmp_path), 4)
-    assert len(set(outputs)) == 1
+    found = [literal_eval(line) for line in run_ranks(TRAIN.format(names=("four",), folder=tmp_path), 4)]
+    assert len({each[:3] for each in found}) == 1
+    assert found[0][3] == found[2][3] != found[1][3] == found[3][3]
     assert_same_curve(tmp_path / "one", tmp_path / "four", 2e-5)
 
 

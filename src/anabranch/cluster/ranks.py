@@ -44,6 +44,9 @@ __all__ = ["RankError", "Ranks", "run_ranks"]
 _PRELOADED = ["torch.distributed", "anabranch.cluster.ranks", "anabranch.cluster.gpipe"]
 # Seconds in which ranks that lost another may end by themselves, with an error that says more.
 _GRACE_S = 3.0
+# Seconds in which ranks must have begun: loading, and finding each other.
+_START_S = 120.0
+_BEGUN = b"begun"
 _TAIL = 4000
 # Offsets in struct tcp_info of Linux: bytes that arrived at the other end, and that were received.
 _ACKED_AT, _TCP_INFO_SIZE = 120, 232
@@ -83,6 +86,7 @@ class _Rank:
         rank: its number.
         process, connection: of it.
         output: where its standard output and error go.
+        has_begun: whether the function runs.
         result: once it has told.
         is_killed: whether `Ranks.kill` ended it.
     """
@@ -91,6 +95,7 @@ class _Rank:
     process: Any
     connection: Connection
     output: Path
+    has_begun: bool = False
     result: _Result | None = None
     is_killed: bool = False
 
@@ -109,7 +114,7 @@ class Ranks:
         arguments: given to it.
         backend: of the group; None for none, where the function makes its own, with ``MASTER_ADDR`` and ``MASTER_PORT`` of a store that
             outlives every rank.
-        timeout_s: from the start until the last rank has ended.
+        timeout_s: from when the last rank has begun the function until the last has ended; starting has a bound of its own (2 minutes).
         threads: of torch in each process.
     """
 
@@ -125,7 +130,8 @@ class Ranks:
         if world < 1:
             raise ValueError(f"world is {world}; use at least 1")
         self.world, self.timeout_s = world, timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._start_by = time.monotonic() + _START_S
+        self._end_by: float | None = None
         self._settings = {"backend": backend, "timeout_s": timeout_s, "threads": threads}
         self._folder = tempfile.TemporaryDirectory(prefix="anabranch-ranks-")
         # In this process, so that no rank's end takes it along.
@@ -176,7 +182,9 @@ class Ranks:
         """
         try:
             while open_ranks := [rank for rank in self._ranks.values() if rank.result is None and not rank.is_killed]:
-                self._gather(open_ranks, self._deadline)
+                if self._end_by is None and all(rank.has_begun for rank in open_ranks):
+                    self._end_by = time.monotonic() + self.timeout_s
+                self._gather(open_ranks, self._start_by if self._end_by is None else self._end_by)
         except BaseException:
             self.close()
             raise
@@ -249,7 +257,8 @@ class Ranks:
     def _gather(self, open_ranks: Sequence[_Rank], deadline: float) -> None:
         """Wait for one of the ranks to tell or to end. Raises RankError where it failed."""
         left = deadline - time.monotonic()
-        ready = wait([rank.connection for rank in open_ranks], max(left, 0)) if left > 0 else []
+        # What has been told already counts, however late it is asked for.
+        ready = wait([rank.connection for rank in open_ranks], max(left, 0))
         if not ready:
             raise self._late(open_ranks)
         for rank in open_ranks:
@@ -261,6 +270,9 @@ class Ranks:
     def _read(self, rank: _Rank) -> None:
         try:
             told = rank.connection.recv_bytes()
+            if told == _BEGUN:
+                rank.has_begun = True
+                return
         except (EOFError, OSError):
             rank.process.join(5)
             code = rank.process.exitcode
@@ -300,7 +312,9 @@ class Ranks:
                 os.kill(rank.process.pid, signal.SIGUSR1)
         time.sleep(0.3)
         told = [f"rank {rank.rank} stood at\n{self._tail(rank)}" for rank in open_ranks]
-        return RankError(open_ranks[0].rank, f"no result after {self.timeout_s:g} s", "\n".join(told))
+        first = next((rank for rank in open_ranks if not rank.has_begun), open_ranks[0])
+        why = f"no result after {self.timeout_s:g} s" if first.has_begun else f"not begun after {_START_S:g} s"
+        return RankError(first.rank, why, "\n".join(told))
 
     def _tail(self, rank: _Rank) -> str:
         text = rank.output.read_text(encoding="utf-8", errors="replace") if rank.output.exists() else ""
@@ -352,9 +366,10 @@ def _run(
     try:
         if settings["backend"] is not None:
             store = dist.TCPStore("127.0.0.1", int(environment["MASTER_PORT"]), is_master=False)
-            bound = timedelta(seconds=settings["timeout_s"])
+            bound = timedelta(seconds=_START_S + settings["timeout_s"])
             dist.init_process_group(settings["backend"], store=store, rank=rank, world_size=world, timeout=bound)
         function, arguments = pickle.loads(call)
+        connection.send_bytes(_BEGUN)
         result = _Result(function(rank, world, *arguments), sent=_sent_by_connection())
         told = pickle.dumps(result)
     except BaseException as error:

@@ -11,7 +11,7 @@ from anabranch.lm.tensors import build_empty
 from anabranch.nn.count import Count
 from anabranch.nn.linear import count_linear
 
-__all__ = ["layer_costs", "uncut_groups"]
+__all__ = ["layer_costs", "referred_to", "uncut_groups"]
 
 
 def layer_costs(config: Decoder.Config, *, tokens: int, sequence_length: int, dtype: torch.dtype) -> list[LayerCost]:
@@ -51,7 +51,7 @@ def uncut_groups(config: Decoder.Config) -> list[range]:
     model = build_empty(config)
     users: dict[int, list[int]] = {}
     for number, block in enumerate(model.blocks):
-        for module in _referred(block, {id(part) for part in model.shared.modules()}):
+        for module in referred_to(block, {id(part) for part in model.shared.modules()}):
             users.setdefault(module, []).append(number)
     spans = sorted({(min(found), max(found)) for found in users.values() if len(set(found)) > 1})
     merged: list[tuple[int, int]] = []
@@ -64,8 +64,8 @@ def uncut_groups(config: Decoder.Config) -> list[range]:
     return [range(first + 1, last + 2) for first, last in merged]
 
 
-def _referred(block: nn.Module, shared: set[int]) -> Iterator[int]:
-    """Those of the shared modules that a block's modules hold without registering them."""
+def referred_to(block: nn.Module, shared: set[int]) -> Iterator[int]:
+    """Ids of those of the ``shared`` modules that a block's modules hold without registering them."""
     for module in block.modules():
         for value in vars(module).values():
             if isinstance(value, nn.Module) and id(value) in shared:

@@ -106,8 +106,10 @@ class CheckpointManager:
         if path == self.newest:
             return None
         keep = self.workers.is_first
+        self.workers.make_whole()
         tensors = {name: full_tensor(tensor) for name, tensor in state_once(self.model).items()}
-        moments = optimizer_tensors(self.model, self.optimizer, keep=keep)
+        own = optimizer_tensors(self.model, self.optimizer, keep=keep or self.workers.is_staged)
+        moments = self.workers.gathered(own)
         if keep:
             write_checkpoint(
                 self.out, self._state(stream), lambda folder: self.task.save(folder, self.model, tensors), moments
@@ -143,7 +145,7 @@ class CheckpointManager:
             return headline is not None and math.isfinite(headline)
         parameters = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
         shards = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters)
-        return all(bool(torch.isfinite(shard).all()) for shard in shards)
+        return not self.workers.any(not all(bool(torch.isfinite(shard).all()) for shard in shards))
 
     def way_back(self) -> str:
         """What to do after weights have diverged. Checkpoints that hold them are set aside, so that resuming goes on from a good one."""

@@ -103,7 +103,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             raise CheckpointError(
                 f"the optimizer state has {key} {list(value.shape)}, which fits no parameter of the model"
             )
-        optimizer.state[parameter][moment] = _like(value, parameter)
+        # Where another stage of the model learns it, its moments are there.
+        if parameter.requires_grad:
+            optimizer.state[parameter][moment] = _like(value, parameter)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

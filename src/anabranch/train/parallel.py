@@ -8,7 +8,7 @@ torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.context=2
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,6 +56,8 @@ class Workers:
         self._num_stages = 1 if shared is None else shared.pipeline
         self._micro_batches = None if shared is None else shared.micro_batches
         self._recomputes = config.recompute
+        # The model in stages, once it is wrapped so.
+        self._staged: PipelinedDecoder | None = None
         self._num_data = None if shared is None else shared.data
         is_shared = max(self._num_shares, self._num_cuts, self._num_data or 1) > 1
         self.parallel: str = "ddp" if config.parallel == "none" and is_shared else config.parallel
@@ -202,10 +204,14 @@ class Workers:
         mesh = dist.device_mesh.init_device_mesh(
             self.device.type, (self.num_batches, self._num_stages), mesh_dim_names=("batches", "pipeline")
         )
-        group = mesh["pipeline"].get_group()
-        return PipelinedDecoder(
-            model, group, self.num_batches, micro_batches=self._micro_batches, recomputes=self._recomputes
+        self._staged = PipelinedDecoder(
+            model,
+            mesh["pipeline"].get_group(),
+            mesh["batches"].get_group(),
+            micro_batches=self._micro_batches,
+            recomputes=self._recomputes,
         )
+        return self._staged
 
     @property
     def is_sharded(self) -> bool:
@@ -222,6 +228,28 @@ class Workers:
         if isinstance(wrapped, DistributedDataParallel) and not is_last:
             return wrapped.no_sync()
         return nullcontext()
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether a process has the moments of some layers only."""
+        return self._staged is not None
+
+    def make_whole(self) -> None:
+        """Weights in this process are those of all, where other stages have taught some of them. All processes call it together."""
+        if self._staged is not None:
+            self._staged.make_whole()
+
+    def gradient_norm(
+        self, parameters: Sequence[nn.Parameter], norm_of: Callable[[Sequence[nn.Parameter]], float]
+    ) -> float:
+        """``norm_of`` the gradients of all parameters that learn in the model, those here being ``parameters``."""
+        if self._staged is None:
+            return norm_of(parameters)
+        return self._staged.norm(norm_of(self._staged.counted(parameters)))
+
+    def gathered(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named tensors of all stages. All processes call it together."""
+        return tensors if self._staged is None else self._staged.gathered(tensors)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` averaged over processes."""
@@ -245,6 +273,9 @@ class Workers:
 
     def close(self) -> None:
         """Leave the group, if it was joined here. Nothing may use it any more."""
+        if self._staged is not None:
+            self._staged.release()
+            self._staged = None
         if self._owns_group:
             # Threads of gloo may still be letting go of tensors, for which they need the interpreter's lock. Destroying the
             # group holds that lock and waits for the threads: forever, if they come late.

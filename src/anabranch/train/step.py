@@ -152,9 +152,7 @@ class Stepper:
 
     def gradient_norm(self) -> float:
         """Of all parameters together, in all processes."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norms = [float(full_tensor(torch.nn.utils.get_total_norm(alike))) for alike in by_layout(gradients)]
-        return norms[0] if len(norms) == 1 else math.hypot(*norms)
+        return self.workers.gradient_norm(self.parameters, _norm)
 
     def _seed(self, step: int, rank: int) -> None:
         """What is random in a step (jitter, masks per token) is a function of (seed, step, rank): resuming needs no state."""
@@ -173,6 +171,13 @@ def _seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Of the gradients of some parameters together."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [float(full_tensor(torch.nn.utils.get_total_norm(alike))) for alike in by_layout(gradients)]
+    return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
 
 def _add_share(total: dict[str, Tensor], values: Mapping[str, Tensor], parts: int) -> None:

@@ -337,6 +337,7 @@ class Trainer(Generic[R]):
         if self._held_out is None:
             return
         self._meter.reset()
+        self.workers.make_whole()
         context = replace(self._context, step=self._progress.step)
         with evaluation_mode(self.model), autocast(self.workers.device, self._settings.precision):
             model = self.workers.as_evaluated(self.model)

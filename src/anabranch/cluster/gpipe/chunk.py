@@ -27,7 +27,14 @@ __all__ = ["Chunk", "Gradients", "StepKey", "is_recomputing"]
 Gradients = list[Tensor | None]
 LossFunction = Callable[..., Tensor]
 
-_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_DROPPERS = (
+    nn.modules.dropout._DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Chunk:
         number, num_chunks: which chunk of how many.
         is_deferred: whether batch norms track a whole batch, see `DeferredStatistics`.
         meter: counts what is kept between forward and backward; None for no count.
+        draws: whether layers draw random numbers; None to find out.
     """
 
     def __init__(
@@ -79,6 +87,7 @@ class Chunk:
         *,
         is_deferred: bool = False,
         meter: SavedBytes | None = None,
+        draws: bool | None = None,
     ) -> None:
         self.layers, self.part, self.number = list(layers), part, number
         self.is_first, self.is_last = number == 0, number == num_chunks - 1
@@ -87,8 +96,9 @@ class Chunk:
         self.modules = [module for layer in self.layers for module in layer.modules()]
         self.statistics = DeferredStatistics.of(self.modules) if is_deferred else []
         self.meter = meter
-        # Layers that draw: told by their modules, or seen to. None until one has run in training.
-        self._draws: list[bool | None] = [_has_dropout(layer) or None for layer in self.layers]
+        # Modules that draw as they are set; and whether a layer was seen to draw beside those, None until it has run in training.
+        self._droppers = [[module for module in layer.modules() if isinstance(module, _DROPPERS)] for layer in self.layers]
+        self._draws: list[bool | None] = [draws for _ in self.layers]
         self._keyed = [module for module in self.modules if isinstance(module, KeyedDropout)]
         self._loss_draws: bool | None = None
         self._kept: dict[int, _Kept] = {}
@@ -232,12 +242,13 @@ class Chunk:
 
     def _call(self, place: int, layer: nn.Module, x: Any, key: StepKey | None, micro_batch: int) -> Any:
         """One layer; where it draws, with numbers that are a function of (seed, step, layer, micro-batch)."""
-        if key is None or not layer.training or self._draws[place] is False:
+        drops = any(map(_drops, self._droppers[place]))
+        if key is None or not layer.training or not (drops or self._draws[place] is not False):
             return layer(x)
         devices = {tensor.device for tensor in tensors_of(x)}
         with drawing(random_key(key.seed, key.step, self.part[place], micro_batch), [*devices]) as mode:
             x = layer(x)
-        if self._draws[place] is None:
+        if not drops and self._draws[place] is None:
             self._draws[place] = mode.has_drawn
         return x
 
@@ -277,11 +288,11 @@ def _recomputing() -> Iterator[None]:
         _here.is_recomputing = False
 
 
-def _has_dropout(layer: nn.Module) -> bool:
-    return any(
-        isinstance(module, _DROPOUTS) or (isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0)
-        for module in layer.modules()
-    )
+def _drops(module: nn.Module) -> bool:
+    """Whether a module of `_DROPPERS` draws, as it is set now."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return module.dropout > 0 if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else True
 
 
 def _without_autocast(kind: str) -> Any:

@@ -69,6 +69,8 @@ class GPipe(nn.Module):
         group: ranks of the pipeline, in order of stages; None for all.
         data_group: ranks with the same stage of other pipelines, over which gradients are averaged once a step.
         seed: of random numbers in layers.
+        draws: whether layers draw random numbers; None to find out when each first runs in training. Layers that may only begin to draw later
+            (but for dropouts of torch, whose share is looked at each time) need True.
         timeout_s: for which the local runner waits for a stage.
         meter: counts what stages keep between forward and backward.
         log: told of messages between stages; under ``distributed`` of those that this rank sends.
@@ -102,6 +104,7 @@ class GPipe(nn.Module):
         group: dist.ProcessGroup | None = None,
         data_group: dist.ProcessGroup | None = None,
         seed: int = 0,
+        draws: bool | None = None,
         timeout_s: float = 1800.0,
         meter: SavedBytes | None = None,
         log: MessageLog | None = None,
@@ -152,7 +155,7 @@ class GPipe(nn.Module):
                     [
                         Chunk(
                             [model[number].to(device) if device is not None else model[number] for number in part],
-                            part, routes, number_of, chunks, is_deferred=deferred_batch_norm, meter=meter,
+                            part, routes, number_of, chunks, is_deferred=deferred_batch_norm, meter=meter, draws=draws,
                         )
                         for number_of, part in enumerate(self.partition.parts)
                         if number_of % self._num_stages == stage
