@@ -26,7 +26,8 @@ def torchrun(cli, work):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "parallel", ["train.parallel=ddp", "train.parallel=fsdp", "parallel.experts=2", "parallel.context=2", "parallel.pipeline=2"]
+    "parallel",
+    ["train.parallel=ddp", "train.parallel=fsdp", "parallel.experts=2", "parallel.context=2", "parallel.pipeline=2"],
 )
 def test_two_processes_train_and_one_talks(torchrun, work, tiny, data, parallel):
     out = f"two-{parallel}"

@@ -79,7 +79,12 @@ def test_keyed_dropout_is_the_same_for_every_layout():
 
     def made():
         torch.manual_seed(0)
-        layers = [nn.Linear(8, 8), KeyedDropout(0.5, seed=3, layer=1), nn.Linear(8, 8), KeyedDropout(0.5, seed=3, layer=3)]
+        layers = [
+            nn.Linear(8, 8),
+            KeyedDropout(0.5, seed=3, layer=1),
+            nn.Linear(8, 8),
+            KeyedDropout(0.5, seed=3, layer=3),
+        ]
         return nn.Sequential(*layers).double()
 
     _, wanted = pipes.gradients(made(), x, target, F.mse_loss)

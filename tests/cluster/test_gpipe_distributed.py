@@ -78,7 +78,7 @@ def test_a_rank_that_vanishes_in_a_step_ends_the_others():
     assert time.monotonic() - start < 50
 
 
-@pytest.mark.parametrize("way", [pipes.replicas, pipes.sharded])
+@pytest.mark.parametrize("way", [pipes.replicas, pytest.param(pipes.sharded, marks=pytest.mark.slow)])
 def test_pipelines_beside_each_other_average_their_gradients(way):
     found = run_ranks(way, 4, 8)
     _, wanted = pipes.gradients(pipes.mlp(), *pipes.batch(8), F.mse_loss)

@@ -46,7 +46,9 @@ def test_the_worst_seed_decides(arm, metric, good, bad):
     ],
 )
 def test_speed_is_judged_where_there_are_two_cores(speeds, cores, verdict):
-    runs = {seed: {"speedup": speed, "cores": core} for seed, (speed, core) in enumerate(zip(speeds, cores, strict=True))}
+    runs = {
+        seed: {"speedup": speed, "cores": core} for seed, (speed, core) in enumerate(zip(speeds, cores, strict=True))
+    }
     (claim,) = judge(Results({"speed": runs}))
     assert claim.verdict == verdict
 

@@ -70,12 +70,16 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Result:
-    """What a rank tells in the end: a value, or an error; and what it sent by connection, (local port, remote port, bytes)."""
+    """What a rank tells in the end: a value, or an error; and what it sent by connection, (local port, remote port, bytes).
+
+    ``is_gone``: it told nothing, and its process has ended.
+    """
 
     value: Any = None
     why: str | None = None
     trace: str = ""
     sent: tuple[tuple[int, int, int], ...] = ()
+    is_gone: bool = False
 
 
 @dataclass
@@ -279,7 +283,7 @@ class Ranks:
             how = (
                 f"ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
             )
-            rank.result = _Result(why=f"{how} before it had a result")
+            rank.result = _Result(why=f"{how} before it had a result", is_gone=True)
             return
         rank.result = pickle.loads(told)
         self._sent[rank.rank] = rank.result.sent
@@ -294,6 +298,9 @@ class Ranks:
                 if rank.connection in ready:
                     self._read(rank)
             others = [rank for rank in others if rank.result is None]
+        # One that is gone is why others lost their connections to it, whoever told first.
+        gone = [rank for rank in self._ranks.values() if rank.result is not None and rank.result.is_gone]
+        first = gone[0] if gone else first
         result = first.result
         assert result is not None
         assert result.why is not None

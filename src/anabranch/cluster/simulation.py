@@ -119,9 +119,7 @@ def simulate(schedule: Schedule, durations: Durations) -> Timeline:
     # A stage's work in its order; what it needs is filled in below, when all work and all sends have their numbers.
     for slot in schedule.slots:
         chunk, stage = schedule.chunk_of(slot), ("stage", slot.stage)
-        if slot.kind == BACKWARD and is_recomputed(
-            durations.recomputes, slot.micro_batch, schedule.num_micro_batches
-        ):
+        if slot.kind == BACKWARD and is_recomputed(durations.recomputes, slot.micro_batch, schedule.num_micro_batches):
             # It needs no gradient, so it comes before that does.
             slots.append((slot, len(tasks), True))
             tasks.append(Task(stage, durations.forward_C[chunk]))

@@ -2,8 +2,8 @@
 
 "GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism", Huang et al., arXiv 1811.06965 (NeurIPS 2019): synchronous
 gradients, whatever the number of partitions; a bubble of (K - 1) / (M + K - 1), negligible from M = 4 K on; activation memory of
-O(N + (L / K)(N / M)) with re-materialisation against O(N L). On TPUs K = 2, 4, 8 with M = 32 gave 1.21, 1.84 and 3.48 times the throughput of
-K = 2 with M = 1 on AmoebaNet-D.
+O(N + (L / K)(N / M)) with re-materialisation against O(N L). On TPUs K = 2, 4, 8 with M = 32 gave 1.21, 1.84 and 3.48 times the throughput
+of K = 2 with M = 1 on AmoebaNet-D.
 
 Arms:
 
@@ -15,10 +15,10 @@ Arms:
     memory           E4. Bytes kept between forward and backward over depth; how deep a model fits the bytes of a naive one.
     lm-K             E5. A language model with dropout trained on text in 1 and in 4 stages.
 
-Scaled down from accelerators to two cores. The rule, fixed before any recorded run, each in every seed; with fewer than two seeds nothing is
-resolved. E1: differences at most 1e-10, of statistics at most 1e-6. E2: time within 8 % of the law, idle share within 0.03. E3: at least 1.5,
-judged only where two products at once have 0.8 of the speed of one; losses equal to 1e-4. E4: slope of always at most 0.35 of naive's, at
-least 3 times as deep on one stage and 10 times on four. E5: validation losses equal to 1e-4.
+Scaled down from accelerators to two cores. The rule, fixed before any recorded run, each in every seed; with fewer than two seeds nothing
+is resolved. E1: differences at most 1e-10, of statistics at most 1e-6. E2: time within 8 % of the law, idle share within 0.03. E3: at
+least 1.5, judged only where two products at once have 0.8 of the speed of one; losses equal to 1e-4. E4: slope of always at most 0.35 of
+naive's, at least 3 times as deep on one stage and 10 times on four. E5: validation losses equal to 1e-4.
 """
 
 from collections.abc import Callable
@@ -66,18 +66,24 @@ def make(full: bool = False, **changes: Any) -> Study:
 
 def arms(full: bool, steps: int, *, stages: tuple[int, ...] = STAGES) -> dict[str, Arm]:
     """All arms; ``stages`` of the bubble."""
-    exact = {} if full else {"stages": (1, 2), "micro_batches": (1, 3)}
-    bubble = {} if full else {"micro_batches": (1, 4), "sleep_s": 0.02, "repeats": 1}
-    speed = {} if full else {"width": 32, "layers": 2, "sequences": 8, "length": 8, "rounds": 1}
-    memory = {} if full else {"depths": (8, 16), "width": 16, "items": 64, "micro_batches": 8, "budget_depth": 8}
-    small = {} if full else {"width": 16, "layers": 4, "batch": 8, "length": 16}
+    exact: dict[str, Any] = {} if full else {"stages": (1, 2), "micro_batches": (1, 3)}
+    bubble: dict[str, Any] = {} if full else {"micro_batches": (1, 4), "sleep_s": 0.02, "repeats": 1}
+    speed: dict[str, Any] = {} if full else {"width": 32, "layers": 2, "sequences": 8, "length": 8, "rounds": 1}
+    memory: dict[str, Any] = (
+        {} if full else {"depths": (8, 16), "width": 16, "items": 64, "micro_batches": 8, "budget_depth": 8}
+    )
+    small: dict[str, Any] = {} if full else {"width": 16, "layers": 4, "batch": 8, "length": 16}
     made = [
         *(Arm(f"exact-{model}", f"E1: gradients, {model}", Exact(model=model, **exact)) for model in MODELS),
         *(Arm(f"bubble-{count}", f"E2: {count} sleeping stages", Bubble(stages=count, **bubble)) for count in stages),
         Arm("speed", "E3: two ranks against one process", Speed(**speed)),
         Arm("memory", "E4: bytes kept over depth", Memory(**memory)),
         *(
-            Arm(f"lm-{count}", f"E5: a language model in {count} stages", Transparency(stages=count, steps=steps, **small))
+            Arm(
+                f"lm-{count}",
+                f"E5: a language model in {count} stages",
+                Transparency(stages=count, steps=steps, **small),
+            )
             for count in (1, 4)
         ),
     ]
@@ -90,7 +96,12 @@ def arms(full: bool, steps: int, *, stages: tuple[int, ...] = STAGES) -> dict[st
 def judge(results: Results) -> list[Claim]:
     """The claims; see the rule in the module's docstring."""
     claims = [
-        _each(results.values(f"exact-{model}", "gradient"), 1e-10, f"E1: gradients of the unsplit {model} to 1e-10", "equal")
+        _each(
+            results.values(f"exact-{model}", "gradient"),
+            1e-10,
+            f"E1: gradients of the unsplit {model} to 1e-10",
+            "equal",
+        )
         for model in MODELS
     ]
     claims.append(
@@ -104,13 +115,18 @@ def judge(results: Results) -> list[Claim]:
             _each(results.values(of, "idle_off"), 0.03, f"E2: {count} stages idle by the law within 0.03", law),
         ]
     claims.append(_speed(results))
+    held = "E4: with recomputation bytes grow by at most 0.35 of naive's"
+    deep_1, deep_4 = "E4: 3 times as deep in the same bytes on one stage", "E4: 10 times as deep on four stages"
+    gain_1, gain_4 = (results.values("memory", f"depth_gain_{count}") for count in (1, 4))
     claims += [
         _each(results.values("speed", "loss_off"), 1e-4, "E3: losses of one process to 1e-4", "equal"),
-        _each(results.values("memory", "slope_ratio"), 0.35, "E4: with recomputation bytes grow by at most 0.35 of naive's", "N + (L/K)(N/M)"),
-        _each(results.values("memory", "depth_gain_1"), 3.0, "E4: 3 times as deep in the same bytes on one stage", "318M of 82M parameters", is_least=True),
-        _each(results.values("memory", "depth_gain_4"), 10.0, "E4: 10 times as deep on four stages", "1.05B of 82M parameters", is_least=True),
-        _equal(results, "E5: validation loss in 4 stages as in 1 to 1e-4", "21.99 and 22.02 % top-1 error (torchgpipe)"),
-    ]  # fmt: skip
+        _each(results.values("memory", "slope_ratio"), 0.35, held, "N + (L/K)(N/M)"),
+        _each(gain_1, 3.0, deep_1, "318M of 82M parameters", is_least=True),
+        _each(gain_4, 10.0, deep_4, "1.05B of 82M parameters", is_least=True),
+        _equal(
+            results, "E5: validation loss in 4 stages as in 1 to 1e-4", "21.99 and 22.02 % top-1 error (torchgpipe)"
+        ),
+    ]
     return claims
 
 
@@ -119,7 +135,9 @@ def _each(values: dict[int, float], limit: float, claim: str, paper: str, *, is_
     if not values:
         return Claim.not_run(claim, paper)
     worst = min(values.values()) if is_least else max(values.values())
-    return Claim.against(limit, claim, paper, worst, _verdict(values, lambda value: value >= limit if is_least else value <= limit))
+    return Claim.against(
+        limit, claim, paper, worst, _verdict(values, lambda value: value >= limit if is_least else value <= limit)
+    )
 
 
 def _verdict(values: dict[int, float], holds: Callable[[float], bool]) -> Verdict:
@@ -159,13 +177,22 @@ def draw(results: Results, path: Path) -> None:
             for metrics in runs.values():
                 seconds = metrics["seconds"]
                 if len(seconds) == len(config.micro_batches):
-                    idle = [1 - m * 2 * config.sleep_s / taken for m, taken in zip(config.micro_batches, seconds, strict=True)]
+                    idle = [
+                        1 - m * 2 * config.sleep_s / taken
+                        for m, taken in zip(config.micro_batches, seconds, strict=True)
+                    ]
                     left.plot(config.micro_batches, idle, MARKERS[number], color=SERIES[number], markersize=4)
         left.set(xlabel="micro-batches M", ylabel="idle share", title="The bubble: measured and (K - 1) / (M + K - 1)")
         for number, mode in enumerate(("naive", "never", "always")):
             for metrics in results.runs.get("memory", {}).values():
                 curve = metrics["curves"][mode]
-                right.plot(range(1, len(curve) + 1), [size / 2**20 for size in curve], color=SERIES[number], marker="o", label=mode)
+                right.plot(
+                    range(1, len(curve) + 1),
+                    [size / 2**20 for size in curve],
+                    color=SERIES[number],
+                    marker="o",
+                    label=mode,
+                )
                 break
         right.set(xlabel="depth, doubling", ylabel="MB kept", title="Between forward and backward")
         for axes in (left, right):

@@ -4,7 +4,7 @@
 import itertools
 import statistics
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.cluster import GPipe, SavedBytes
+from anabranch.cluster.gpipe.pipe import Checkpoint
 from anabranch.cluster.ranks import run_ranks
 from anabranch.config import Config, configclass
 from anabranch.data import DataConfig
 from anabranch.studies.harness import Metrics, Progress
 
-_MODES = ("always", "except_last", "never")
+_MODES: tuple[Checkpoint, ...] = ("always", "except_last", "never")
 
 
 @configclass
@@ -114,7 +115,9 @@ def model_of(name: str, seed: int, *, norms_in_evaluation: bool = False) -> nn.S
         layers = [nn.Conv2d(3, 8, 3, padding=1), *(_Residual(8) for _ in range(4)), nn.Flatten(), nn.Linear(8 * 36, 4)]
     else:
         layers = [nn.Embedding(31, 16)]
-        layers += [nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True) for _ in range(4)]
+        layers += [
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True) for _ in range(4)
+        ]
         layers += [nn.Linear(16, 31)]
     model = nn.Sequential(*layers).double()
     if norms_in_evaluation:
@@ -151,7 +154,11 @@ def run_exact(config: Exact, seed: int) -> Metrics:
     for stages, micro_batches, mode in itertools.product(config.stages, config.micro_batches, _MODES):
         for schedule in ("gpipe", "1f1b"):
             pipe = GPipe(
-                model_of(config.model, seed, norms_in_evaluation=True), stages, micro_batches, mode, schedule=schedule  # type: ignore[arg-type]
+                model_of(config.model, seed, norms_in_evaluation=True),
+                stages,
+                micro_batches,
+                mode,
+                schedule=schedule,
             )
             pipe.step(x, target, loss_of)
             for name, parameter in pipe.named_parameters():
@@ -159,7 +166,11 @@ def run_exact(config: Exact, seed: int) -> Metrics:
                 scale = wanted[name].abs().max()
                 worst = max(worst, float((parameter.grad - wanted[name]).abs().max() / scale))
             ways += 1
-    return {"gradient": worst, "ways": ways, **({"statistics": _statistics(config, seed)} if config.model == "cnn" else {})}
+    return {
+        "gradient": worst,
+        "ways": ways,
+        **({"statistics": _statistics(config, seed)} if config.model == "cnn" else {}),
+    }
 
 
 def _statistics(config: Exact, seed: int) -> float:
@@ -171,7 +182,7 @@ def _statistics(config: Exact, seed: int) -> float:
     worst = 0.0
     for micro_batches, mode in itertools.product(config.micro_batches, _MODES):
         model = model_of("cnn", seed)
-        GPipe(model, 2, micro_batches, mode, deferred_batch_norm=True).step(x, target, loss_of)  # type: ignore[arg-type]
+        GPipe(model, 2, micro_batches, mode, deferred_batch_norm=True).step(x, target, loss_of)
         found = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
         for name in ("running_mean", "running_var"):
             one, other = getattr(found, name), getattr(expected, name)
@@ -260,7 +271,7 @@ def transformer(width: int, layers: int, seed: int) -> nn.Sequential:
 
 
 def timed_steps(rank: int, world: int, table: dict[str, int], seed: int, rounds: int) -> dict[str, Any]:
-    """Seconds and losses of steps: of a pipeline where there are two ranks, of the model alone otherwise; and of products at the same time."""
+    """Seconds and losses of steps, of a pipeline where there are two ranks and of the model alone otherwise; and seconds of products."""
     model = transformer(table["width"], table["layers"], seed)
     generator = torch.Generator().manual_seed(seed)
     shape = (2, table["sequences"], table["length"], table["width"])
@@ -268,7 +279,9 @@ def timed_steps(rank: int, world: int, table: dict[str, int], seed: int, rounds:
     pipe = None
     if world > 1:
         half = [table["layers"] // world] * world
-        pipe = GPipe(model, balance=half, micro_batches=table["micro_batches"], checkpoint="never", runner="distributed")
+        pipe = GPipe(
+            model, balance=half, micro_batches=table["micro_batches"], checkpoint="never", runner="distributed"
+        )
     learns = model if pipe is None else pipe
     optimizer = torch.optim.SGD(learns.parameters(), 1e-2)
     a = torch.randn(512, 512)
@@ -314,18 +327,16 @@ def run_speed(config: Speed, seed: int) -> Metrics:
 # E4
 
 
-def kept_bytes(config: Memory, depth: int, mode: str, stages: int, seed: int) -> float:
+def kept_bytes(config: Memory, depth: int, mode: Checkpoint | Literal["naive"], stages: int, seed: int) -> float:
     """The most bytes that the fullest stage keeps between forward and backward; ``naive`` is the unsplit model with its whole batch."""
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(config.width, config.width), nn.Tanh()) for _ in range(depth))
-    )
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(config.width, config.width), nn.Tanh()) for _ in range(depth)))
     x, target = torch.randn(2, config.items, config.width).unbind()
     if mode == "naive":
         with SavedBytes(ignored=model.parameters()) as meter:
             F.mse_loss(model(x), target).backward()
         return float(meter.most)
-    pipe = GPipe(model, stages, config.micro_batches, mode)  # type: ignore[arg-type]
+    pipe = GPipe(model, stages, config.micro_batches, mode)
     meters = pipe.measure_saved()
     pipe.step(x, target, F.mse_loss)
     return float(max(meter.most for meter in meters))
@@ -334,9 +345,8 @@ def kept_bytes(config: Memory, depth: int, mode: str, stages: int, seed: int) ->
 def run_memory(config: Memory, seed: int) -> Metrics:
     """``slope_ratio`` of ``always`` over ``naive``, and how much deeper than naive fits a budget on one stage and on four."""
     depths = config.depths
-    curves = {
-        mode: [kept_bytes(config, depth, mode, 1, seed) for depth in depths] for mode in ("naive", "never", "always")
-    }
+    modes: tuple[Checkpoint | Literal["naive"], ...] = ("naive", "never", "always")
+    curves = {mode: [kept_bytes(config, depth, mode, 1, seed) for depth in depths] for mode in modes}
     slopes = {mode: (curve[-1] - curve[0]) / (depths[-1] - depths[0]) for mode, curve in curves.items()}
     budget = kept_bytes(config, config.budget_depth, "naive", 1, seed)
     deepest = {stages: _deepest(config, stages, budget, seed) for stages in (1, 4)}

@@ -97,7 +97,9 @@ class Chunk:
         self.statistics = DeferredStatistics.of(self.modules) if is_deferred else []
         self.meter = meter
         # Modules that draw as they are set; and whether a layer was seen to draw beside those, None until it has run in training.
-        self._droppers = [[module for module in layer.modules() if isinstance(module, _DROPPERS)] for layer in self.layers]
+        self._droppers = [
+            [module for module in layer.modules() if isinstance(module, _DROPPERS)] for layer in self.layers
+        ]
         self._draws: list[bool | None] = [draws for _ in self.layers]
         self._keyed = [module for module in self.modules if isinstance(module, KeyedDropout)]
         self._loss_draws: bool | None = None

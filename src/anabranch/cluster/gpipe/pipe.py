@@ -69,7 +69,7 @@ class GPipe(nn.Module):
         group: ranks of the pipeline, in order of stages; None for all.
         data_group: ranks with the same stage of other pipelines, over which gradients are averaged once a step.
         seed: of random numbers in layers.
-        draws: whether layers draw random numbers; None to find out when each first runs in training. Layers that may only begin to draw later
+        draws: whether layers draw random numbers; None to find out when each first runs in training. Layers that may begin to draw later
             (but for dropouts of torch, whose share is looked at each time) need True.
         timeout_s: for which the local runner waits for a stage.
         meter: counts what stages keep between forward and backward.
