@@ -15,7 +15,19 @@ from anabranch.studies.harness import Claim, Results, read_results
 RECORDED = Path(__file__).parents[2] / "studies" / "results"
 BUILT_IN = sorted(studies.STUDIES)
 # Frozen and not run; their pages say so.
-NOT_RUN = {"carl", "dr_llm", "dynmole", "ftp", "gpipe", "lora_mixer", "mhr", "packet_spraying", "pvchat", "scale", "ttspm"}
+NOT_RUN = {
+    "carl",
+    "dr_llm",
+    "dynmole",
+    "ftp",
+    "gpipe",
+    "lora_mixer",
+    "mhr",
+    "packet_spraying",
+    "pvchat",
+    "scale",
+    "ttspm",
+}
 RAN = sorted(set(BUILT_IN) - NOT_RUN)
 
 
