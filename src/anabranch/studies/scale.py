@@ -25,8 +25,8 @@ by a two-sided paired t-test at 5% after Holm's correction over all claims of th
 by the same test; else, and with fewer than five seeds, it is not resolved. PRIMARY: chosen is within a point of all2, at 67% of its tokens
 or less.
 
-Not run yet. It is planned for 5 seeds, about half an hour of two cores each. The smaller size has a model that has learned next to nothing,
-and only shows that all of it works.
+Not run yet. It is planned for 5 seeds, about eight hours of two cores by the time of a few steps. Whether the model learns both modes in so
+many is not known either. The smaller size has a model that has learned next to nothing, and only shows that all of it works.
 """
 
 import asyncio
@@ -101,7 +101,7 @@ class Size(Config):
     layers: int = Field(default=6, ge=1)
     heads: int = Field(default=6, ge=1)
     steps: int = Field(default=3000, ge=1)
-    rows: int = Field(default=64, ge=1)
+    rows: int = Field(default=16, ge=1)
     rate: float = Field(default=2e-3, gt=0)
     probed: int = Field(default=2000, ge=10)
     most: int = Field(default=160, ge=1)
