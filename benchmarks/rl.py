@@ -122,7 +122,8 @@ def main() -> None:
             size = (id, samples // 4 if options.quick else samples, envs, steps if not options.quick else 8, batch)
             row = compare(name, ours(*size), {"Stable-Baselines3": theirs(*size)}, rounds=options.rounds)
             rows.append({**row, "samples_per_second": round(1e3 * size[1] / row["ours"])})
-    finish("rl", rows, options, ["torch", "gymnasium", "highway-env", "stable-baselines3"])
+    peers = ["stable-baselines3"] if any(row["case"] != "world" for row in rows) else []
+    finish("rl", rows, options, ["torch", "gymnasium", "highway-env", *peers])
 
 
 if __name__ == "__main__":
