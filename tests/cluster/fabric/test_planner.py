@@ -172,7 +172,7 @@ def networks(draw):
     return topology, Flows.of((*pair, size, step) for pair, size, step in rows)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(networks(), st.sampled_from(SCHEMES), st.sampled_from(["host", "leaf"]), st.integers(0, 3))
 def test_every_plan_keeps_every_byte(network, scheme, scope, seed):
     topology, flows = network
@@ -188,7 +188,7 @@ def test_every_plan_keeps_every_byte(network, scheme, scope, seed):
     np.testing.assert_allclose(loads(made), np.array([float(x) for x in exact_loads(made)]), rtol=1e-12)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(networks(), st.integers(0, 3))
 def test_wrap_is_within_a_byte_of_each_share(network, seed):
     topology, flows = network
@@ -220,7 +220,7 @@ def test_windows_by_hand():
     assert len({tuple(plan(flows, topology, "whole", window=2, seed=seed).window_Q) for seed in range(9)}) > 1
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(networks(), st.integers(1, 6), st.sampled_from(["ethereal", "split:2"]))
 def test_windows_hold_no_more_than_they_may(network, window, scheme):
     topology, flows = network
