@@ -120,7 +120,7 @@ class Parallel(Config):
             processes. Above 1, ``train.parallel`` none means ddp.
         pipeline: processes that work through the layers of a language model one after another, as stages (GPipe); it must divide the number
             of processes, and the others are pipelines with batches of their own.
-        micro_batches: into which a pipeline cuts its batch; None for four times its stages.
+        micro_batches: into which a pipeline cuts its batch; None for four times its stages. It says nothing where there is no pipeline.
         data: processes, or groups of them that share one, that have a batch of their own; None for as many as there are. Above 1,
             ``train.parallel`` none means ddp.
     """

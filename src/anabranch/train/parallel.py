@@ -125,10 +125,6 @@ class Workers:
     def _check_stages(self, config: TrainConfig) -> None:
         """What does not go together with stages."""
         if self._num_stages == 1:
-            if self._micro_batches is not None:
-                raise ConfigError(
-                    f"parallel.micro_batches is {self._micro_batches}, and parallel.pipeline is 1; a pipeline cuts its batch so"
-                )
             return
         beside = {"train.compile": config.compile, "train.parallel=fsdp": config.parallel == "fsdp"}
         beside |= {"parallel.experts": self._num_shares > 1, "parallel.context": self._num_cuts > 1}
