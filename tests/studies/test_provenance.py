@@ -71,9 +71,9 @@ def test_every_learning_study_notes_what_its_runs_read_and_where_they_run(name, 
 
 
 def test_which_studies_learn_is_not_forgotten():
-    """A study that comes later and trains on text belongs to the list above; ``pvchat`` reads drawings, and chooses no device."""
+    """A study that comes later and trains on text belongs to the list above. Others read drawings or traces, and choose no device."""
     found = {name for name in studies.STUDIES if any(readers(arm.config) for arm in studies.find(name)().arms)}
-    assert found == {*LEARNING, "pvchat"}
+    assert found == {*LEARNING, "packet_spraying", "pvchat"}
 
 
 def test_the_digest_of_a_run_is_that_of_its_text(tmp_path, monkeypatch):
