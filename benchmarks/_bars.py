@@ -134,6 +134,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
     "ring_attention": frozenset(BARS["ring_attention"]),
+    "rl": frozenset(BARS["rl"]),
     "scale": frozenset(BARS["scale"]),
     "fabric": frozenset(BARS["fabric"]),
     # Whose rows compared processes made ready with a cold start.
