@@ -23,7 +23,7 @@ from anabranch.gateway.media_tokens import (
     file,
     image,
 )
-from anabranch.gateway.prompt_tokens import count_prompt, last_text
+from anabranch.gateway.prompt_tokens import count_prompt, last_text, predicted_tokens
 from anabranch.gateway.providers.generate_content import _part
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.gateway.sound_packets import OtherSoundError
@@ -301,6 +301,18 @@ def test_what_is_no_text_is_no_part_of_the_question():
         {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "mp3"}},
     ]
     assert last_text([{"role": "user", "content": parts}]) == "what is this?"
+
+
+def test_a_clip_is_not_walked_through_for_the_texts_beside_it():
+    """One that cannot be read is refused where it is counted, and nowhere else."""
+    data = base64.b64encode(b"#!AMR\n" + bytes(99)).decode()
+    clip = {"type": "input_audio", "input_audio": {"data": data, "format": "amr"}}
+    content = [clip, {"type": "text", "text": "four"}]
+    assert last_text([{"role": "user", "content": content}]) == "four"
+    assert predicted_tokens({"prediction": {"type": "content", "content": content}}) == 4
+    assert predicted_tokens({"prediction": {"content": "é"}}) == 2
+    for odd in (None, 3, [], {"content": 3}, {"content": [None, [], {"text": 4}]}):
+        assert predicted_tokens({"prediction": odd}) == 0
 
 
 @given(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
-from anabranch.gateway.dispatch.stream import CONTINUE
+from anabranch.gateway.dispatch.stream import CONTINUE, HEARTBEAT
 from anabranch.gateway.dispatch.virtual_time import run_virtual as run
 from anabranch.gateway.dispatch.virtual_time import virtual_clock
 from anabranch.gateway.providers.chunks import as_chunks, assembled, ended, has_content, text_of
@@ -439,6 +439,21 @@ def test_what_came_while_the_reader_was_away_is_a_sign_of_life():
             blocks.append(block)
             await asyncio.sleep(0.01)
         assert (text(b"".join(blocks)), stream.failure) == ("ab", None)
+
+    run(work)
+
+
+def test_pings_of_an_upstream_keep_no_heartbeat_from_the_reader():
+    """Of pings nothing is passed on: a proxy before the reader would cut a stream of which nothing comes."""
+
+    async def work() -> None:
+        rules = DispatchRules(heartbeat_s=0.05, retries=0)
+        pings = [0.03, b": ping\n\n"] * 10
+        dispatcher = dispatcher_of(Wire([said("a"), *pings, said("b"), END, DONE]), rules, timeout_s=0.2)
+        plan = Plan(candidates=("a",), deadline=dispatcher.now() + 5.0)
+        blocks = [block async for block in await dispatcher.stream(plan, request())]
+        assert text(b"".join(blocks)) == "ab"
+        assert blocks.count(HEARTBEAT) == 5
 
     run(work)
 

@@ -209,10 +209,11 @@ def num_made(endpoint: str, body: Mapping[str, Any]) -> int:
 def predicted_tokens(body: Mapping[str, Any]) -> int:
     """Tokens at most of a text of which the sender thinks that it is in the answer (``prediction``): those that are not are billed too."""
     given = body.get("prediction")
-    texts: list[str] = []
-    if isinstance(given, dict):
-        _gather(given.get("content"), texts)
-    return sum(num_bytes(text) for text in texts)
+    content = given.get("content") if isinstance(given, dict) else None
+    # Of parts that are no text nothing is looked at: nobody predicts sound, and clips are walked through once, with their request.
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return sum(num_bytes(text) for text in texts if isinstance(text, str))
 
 
 def _number(body: Mapping[str, Any], name: str) -> int:
@@ -244,10 +245,14 @@ def _gather(content: Any, texts: list[str], found: list[Media] | None = None, wa
         if not isinstance(part, dict):
             texts.append(text_of(part))
             continue
-        counted, said = _media_of(part, walked)
         if found is None:
-            said = [] if counted is not None else [text_of(one) for name, one in part.items() if name != "type" and one]
-        elif counted is None:
+            # Only texts are wanted: a clip is not walked through for that.
+            texts.extend(
+                () if _is_media(part) else (text_of(one) for name, one in part.items() if name != "type" and one)
+            )
+            continue
+        counted, said = _media_of(part, walked)
+        if counted is None:
             # One that says nothing is sent all the same.
             kind = () if len(str(part.get("type"))) > _KIND else ("type",)
             said = _said(part, _PART_NAMES, kind) or [text_of(part)]
@@ -283,6 +288,12 @@ def media_within(part: Mapping[str, Any], walked: Pieces | None) -> list[Media]:
                 found += [] if inner is None else [inner]
             left += value.values()
     return found
+
+
+def _is_media(part: dict[str, Any]) -> bool:
+    """Whether a part is none of text."""
+    kind = part.get("type")
+    return kind in IMAGES or (isinstance(kind, str) and kind in _INNER and isinstance(part.get(kind), dict))
 
 
 def _media_of(part: dict[str, Any], walked: Pieces | None) -> tuple[Media | None, list[str]]:

@@ -71,6 +71,8 @@ class Stream:
         self._opened: Opened | None = None
         self._coming: asyncio.Future[tuple[Opened, Attempt]] | None = None
         self._quiet_since: float | None = None
+        # Since when the reader waits for a block or a heartbeat.
+        self._mute_since: float | None = None
         # Bytes that the upstream had sent when it was last waited for.
         self._heard = 0
         self._events = self._relay()
@@ -206,6 +208,7 @@ class Stream:
             self.drop()
 
     def _noted(self, block: bytes) -> bytes:
+        self._mute_since = None
         if block is not HEARTBEAT:
             self._quiet_since = None
             if self._keeps:
@@ -237,9 +240,13 @@ class Stream:
         if self._quiet_since is None or opened.num_bytes != self._heard:
             # Since we wait: until then it may have been the reader who was slow. Pings and comments are a sign of life too.
             self._quiet_since, self._heard = now, opened.num_bytes
+        if self._mute_since is None:
+            # What an upstream sends of which nothing is passed on is no sign of life to the reader.
+            self._mute_since = now
         left_s = min(self._quiet_since + limit_s - now, self._run.left_s)
         if left_s <= 0:
             raise self._run.timed_out(opened.live, limit_s, "timeout")
+        beat_s = max(self._mute_since + beat_s - now, 0.0)
         try:
             async with asyncio.timeout(min(left_s, beat_s)):
                 return await opened.next()
