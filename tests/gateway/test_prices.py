@@ -252,7 +252,11 @@ def test_pages_are_reserved_within_the_context_of_the_model():
     }
     count = count_prompt({"messages": body["messages"]})
     given = SimpleNamespace(context=20_000, max_tokens=None)
-    runtime = SimpleNamespace(models={"m": given}, config=SimpleNamespace(limits=SimpleNamespace(max_tokens=9)))
+    runtime = SimpleNamespace(
+        models={"m": given},
+        config=SimpleNamespace(limits=SimpleNamespace(max_tokens=9)),
+        dispatcher=SimpleNamespace(groups={"m": SimpleNamespace(lives=())}),
+    )
     bounds = Bounds("chat", body, runtime, count, asked_of(body))
     assert bounds.most("m", None).prompt == 1000 + 2 * 20_000
     given.context = None

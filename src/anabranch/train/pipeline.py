@@ -249,10 +249,11 @@ class PipelinedDecoder(nn.Module):
 
 def _broadcast(tensor: Tensor, group: dist.ProcessGroup, source: int) -> None:
     """Overwrite a tensor of any layout and type by that of ``source``."""
+    # The tensor itself where it is one piece.
     sent = tensor.contiguous()
     # gloo knows no bools.
     dist.broadcast(sent.view(torch.uint8) if sent.dtype == torch.bool else sent, group=group, group_src=source)
-    if sent.data_ptr() != tensor.data_ptr():
+    if not tensor.is_contiguous():
         tensor.copy_(sent)
 
 

@@ -73,7 +73,7 @@ class Stream:
         self._quiet_since: float | None = None
         # Since when the reader waits for a block or a heartbeat.
         self._mute_since: float | None = None
-        # Bytes that the upstream had sent when it was last waited for.
+        # Signs of life of the upstream when it was last waited for: bytes that never make an event are none.
         self._heard = 0
         self._events = self._relay()
         self.failure: Failure | None = None
@@ -237,9 +237,9 @@ class Stream:
     async def _some(self, opened: Opened) -> bytes:
         """What comes next, which may be empty, or a sign of life if that takes long. Raises UpstreamError when it takes too long."""
         now, limit_s, beat_s = self._now(), opened.live.deployment.idle_s, self._run.rules.heartbeat_s
-        if self._quiet_since is None or opened.num_bytes != self._heard:
+        if self._quiet_since is None or opened.num_signs != self._heard:
             # Since we wait: until then it may have been the reader who was slow. Pings and comments are a sign of life too.
-            self._quiet_since, self._heard = now, opened.num_bytes
+            self._quiet_since, self._heard = now, opened.num_signs
         if self._mute_since is None:
             # What an upstream sends of which nothing is passed on is no sign of life to the reader.
             self._mute_since = now

@@ -59,6 +59,7 @@ class Opened:
         has_finished: every choice that was asked for came to its end, whatever the connection does.
         has_given_usage: a chunk with the usage was passed on.
         num_bytes: that have come, pings and comments among them.
+        num_signs: how often something whole came, be it a ping or a comment.
 
     Args:
         stitch: the head of a stream that broke off: chunks take it over, and say no role, so that they go on with that stream.
@@ -85,7 +86,7 @@ class Opened:
             request.body["stream_options"].get("continuous_usage_stats")
         )
         self._has_begun = self._is_settled = False
-        self.num_bytes = 0
+        self.num_bytes = self.num_signs = 0
         self._num_choices, self._whole = num_shown(request.endpoint, request.body), set[int]()
         self.tally = Tally(request.prompt_tokens, self._num_choices, bool(request.body.get("echo")))
         self.made = Made(run, live, attempt, request, self.tally)
@@ -255,7 +256,9 @@ class Opened:
         """What is passed on of some bytes that came. Raises UpstreamError."""
         self.num_bytes += len(data)
         try:
-            return self._passed(self.splitter.feed(data))
+            block = self.splitter.feed(data)
+            self.num_signs += bool(block)
+            return self._passed(block)
         finally:
             self.made.took(len(data), self.told, self.has_finished)
 
