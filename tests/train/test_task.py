@@ -279,6 +279,7 @@ def test_hooks_draw_the_same_in_all_processes_and_steps_do_not(tmp_path):
     trainer = Trainer(line_run(), tmp_path)
     drawn = []
     for rank in (0, 1):
+        trainer._stepper.workers.rank = rank
         trainer._stepper.gradient(trainer.stream, replace(trainer._context, rank=rank))
         drawn.append((trainer.task.called[-1][3], trainer.task.drawn))
     assert drawn[0][0] == drawn[1][0]
