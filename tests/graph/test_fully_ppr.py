@@ -315,6 +315,9 @@ def test_auto_does_not_look_at_threads_and_uses_no_more_than_fit(workers):
     fitting = options.fitting_workers(graph, "exact", 8, is_kept=True)
     assert fitting == 1 if workers == 1 else 1 <= fitting < 8
     assert options.needed(graph, "exact", fitting, 8, is_kept=True) <= limit
+    # Rows that are kept are there twice while they are put together.
+    kept, written = (options.needed(graph, "exact", 1, 8, is_kept=is_kept) for is_kept in (True, False))
+    assert kept - written == pytest.approx(2 * 8 * options.row_bytes(graph, "exact"))
     plenty = FullyPPR(memory_limit=10**12, workers=workers)._options()
     assert plenty.fitting_workers(graph, "exact", 8, is_kept=True) == min(workers, 8)
 

@@ -161,7 +161,10 @@ class Options:
         return row_bytes(graph, self.top_k, most, np.dtype(score_type(method)).itemsize)
 
     def needed(self, graph: Graph, method: str, workers: int, num_sources: int, *, is_kept: bool) -> float:
-        """Bytes of a run on this machine: what it makes once, scratch and rows of each thread, and all rows where they are kept."""
+        """Bytes of a run on this machine: what it makes once, scratch and rows of each thread, and all rows where they are kept.
+
+        Those are there twice in the end: small parts that are given back as they are put together lie in a heap that keeps them.
+        """
         if method == "exact":
             held = exact_bytes(graph, workers)
         elif method == "decompose":
@@ -169,7 +172,7 @@ class Options:
         else:
             held = walk_bytes(graph) + workers * scratch_bytes(graph.num_nodes, self.num_walks)
         each = self.row_bytes(graph, method)
-        return held + (each * num_sources if is_kept else 0) + 2 * (workers + 1) * each
+        return held + (2 * each * num_sources if is_kept else 0) + 2 * (workers + 1) * each
 
     def fitting_workers(self, graph: Graph, method: str, num_sources: int, *, is_kept: bool) -> int:
         """Threads: as many as are asked for and there are sources, fewer where so many do not fit into `room`; at least 1."""
