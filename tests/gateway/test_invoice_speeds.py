@@ -411,7 +411,8 @@ def test_what_a_plain_stream_is_charged_is_near_what_can_have_been_made(data, sp
     honest = [(plain(speed), ())] * LESSONS
     for shape, stalls in data.draw(st.permutations(neighbours + honest)):
         world.taught(shape, stalls)
-    shape = plain(speed * data.draw(SPEEDS), 12.0, at_once=data.draw(st.sampled_from([2, 30])), n=data.draw(NUMBERS))
+    # Words that come by the burst are charged more than that: how fast they came themselves is taken from one burst (the guide says so).
+    shape = plain(speed * data.draw(SPEEDS), 12.0, at_once=2, n=data.draw(NUMBERS))
     after_s = data.draw(st.floats(0.0, 12.0))
     charged, num_bytes = world.left(shape, after_s)
     can = 1.1 * speed * shape.answers * (after_s + MARGIN_S)
