@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from anabranch.cluster.ring import ContextParallel, Layout, RingOptions, ShardedCache, average_gradients
+from anabranch.cluster.ring.layout import Placement
 from anabranch.errors import CapacityError, ConfigError, InputError
 from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import SelfAttention, SwiGLU
@@ -107,6 +108,19 @@ def test_a_full_cache_says_so_before_anything_runs():
         cache.begin(Layout("contiguous", 1, 1, first=3), is_cut=False)
     with pytest.raises(ConfigError, match="call begin before a pass"):
         cache.attend(0, *(torch.zeros(1, 1, 1, 4),) * 3)
+
+
+def test_decoded_positions_are_spread_over_the_ranks():
+    """Each goes to the rank that has fewest, the first of these, so that no rank's memory fills before the others'."""
+    cache = ShardedCache()
+    cache.world, cache.placement = 3, Placement((2, 0, 1), ((), (), ()))
+    held = []
+    for position in range(6):
+        cache.begin(Layout("contiguous", 1, 1, first=position), is_cut=False)
+        cache.commit()
+        held.append(cache.placement.rows)
+    assert held == [(2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 2, 2), (3, 3, 2), (3, 3, 3)]
+    assert [sum(len(run.positions) for run in runs) for runs in cache.placement.runs] == [1, 3, 2]
 
 
 def test_recomputed_activations_give_the_same_gradients():
