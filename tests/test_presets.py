@@ -94,6 +94,14 @@ def test_unknown_preset_and_size():
         presets.demo("huge")
 
 
+def test_a_size_names_the_demo_of_that_size():
+    assert presets.find("small")("tiny") == presets.demo("small") != presets.demo("tiny")
+    assert presets.find("tiny")() == presets.demo("tiny")
+    assert presets.describe("base") == presets.describe("demo")
+    with pytest.raises(ConfigError, match="preset 'demo' with --size base"):
+        presets.find("small")("base")
+
+
 def test_installed_preset_is_found(monkeypatch):
     class Point:
         name = "mine"

@@ -218,9 +218,14 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Preset:
-    """The preset of this name. Raises ConfigError, with the nearest name, if there is none."""
+    """The preset of this name; the name of a size (``tiny``) is the demo of that size.
+
+    Raises ConfigError, with the nearest name, if there is none.
+    """
     if name in PRESETS:
         return PRESETS[name]
+    if name in BUDGETS:
+        return _demo_of(name)
     point = next(iter(entry_points(group="anabranch.presets", name=name)), None)
     if point is not None:
         return point.load()
@@ -267,6 +272,20 @@ def language_model(
             schedule=Cosine.Config(warmup=warmup),
         ),
     )
+
+
+def _demo_of(named: str) -> Preset:
+    """The demo of the size that its name says; another size beside it is refused, or one of the two would be ignored."""
+
+    def sized(size: str = named) -> RunConfig:
+        if size not in (named, "tiny"):
+            raise ConfigError(
+                f"{named!r} is a size, and --size says {size!r}; use the preset 'demo' with --size {size}"
+            )
+        return demo(named)
+
+    sized.__doc__ = demo.__doc__
+    return sized
 
 
 def _budget(size: str) -> Budget:

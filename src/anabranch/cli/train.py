@@ -47,7 +47,8 @@ def train(
     preset: Annotated[
         str | None,
         typer.Argument(
-            metavar="PRESET", help="demo, dense, moe, rexmoe, ...: anabranch info lists them. Default: demo."
+            metavar="PRESET",
+            help="demo, dense, moe, rexmoe, ...: anabranch info lists them; a size (tiny) is the demo of that size. Default: demo.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps (train.steps).")] = None,
