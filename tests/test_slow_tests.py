@@ -1,4 +1,5 @@
 import ast
+from functools import cache
 from pathlib import Path
 
 from hypothesis import given
@@ -12,13 +13,18 @@ ROOT = Path(package).parents[2]
 SECONDS = st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), st.floats(0, 3))
 
 
+@cache
+def _body(file: Path) -> list[ast.stmt]:
+    return ast.parse(file.read_text()).body if file.is_file() else []
+
+
 def test_every_test_of_the_list_is_there():
     """One that was renamed would run in ``make test`` again; who renames it renames it in the list."""
     gone = []
     for function in [*read(), *KEPT]:
         path, *names = function.split("::")
         file = ROOT / path
-        body = ast.parse(file.read_text()).body if file.is_file() else []
+        body = _body(file)
         for name in names:
             body = next((node.body for node in body if getattr(node, "name", None) == name), None) or []
         if not body and names[-1] != "runTest":
