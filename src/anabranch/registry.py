@@ -201,6 +201,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "adapt": "anabranch.adapters.adapt:AdaptTask",
         "pvchat": "anabranch.heads.pvchat.training:ClipTask",
         "ppo": "anabranch.rl:PPO",
+        "grpo": "anabranch.rl:GRPO",
+        "token_ppo": "anabranch.rl:TokenPPO",
     },
     "environment": {
         "gymnasium": "anabranch.rl:Gymnasium",

@@ -5,10 +5,13 @@
 
     result = Trainer(training("cartpole", samples=100_000), "runs/cartpole").fit()
 
-An environment is anything that gymnasium makes, or `LaneWorld`, roads of our own on which thousands of cars drive at once.
+An environment is anything that gymnasium makes, or `LaneWorld`, roads of our own on which thousands of cars drive at once. Policies of
+tokens (`GRPO`, `TokenPPO`) act through the engine of `anabranch serve`, see `anabranch.rl.tokens`.
 """
 
-from anabranch.extras import require
+from typing import TYPE_CHECKING
+
+from anabranch.extras import lazy, require
 
 require("lm", by=__name__)
 
@@ -24,7 +27,11 @@ from anabranch.rl.returns import Ends, advantages
 from anabranch.rl.rollout import Rollout, Rollouts, Samples
 from anabranch.rl.runs import PRESETS, Agent, Preset, load_agent, training
 
+if TYPE_CHECKING:
+    from anabranch.rl.grpo import GRPO, TokenPPO
+
 __all__ = [
+    "GRPO",
     "PPO",
     "PRESETS",
     "Actions",
@@ -48,6 +55,7 @@ __all__ = [
     "Rollout",
     "Rollouts",
     "Samples",
+    "TokenPPO",
     "World",
     "advantages",
     "clipped_losses",
@@ -57,3 +65,6 @@ __all__ = [
     "record",
     "training",
 ]
+
+# They need the engine, which nobody who drives a car has to load.
+__getattr__, __dir__ = lazy(__name__, dict.fromkeys(("GRPO", "TokenPPO"), ".grpo"))

@@ -59,7 +59,7 @@ PIECE = 64
 
 
 class FastDecoder:
-    """The compiled form of ``model``. Its weights are those at the time: what is trained afterwards is not seen.
+    """The compiled form of ``model``. Its weights are those at the time: what is trained afterwards is seen after `reread`.
 
     Linear layers in float32 and bfloat16 are packed into memory of their own; quantised ones share theirs. Offloaded
     experts are read in their slots, when they have come: whoever calls tells the `OffloadEngine` that a step begins.
@@ -125,6 +125,28 @@ class FastDecoder:
         )  # fmt: skip
         check_sizes(self._model)
         self.use_stores(key_ASGW, value_ASGW)
+
+    @torch.no_grad()
+    def reread(self) -> None:
+        """Take in what has become of the model's weights in their places, between two steps. Shapes must be as they were."""
+        for module, own in self._packed.items():
+            for part, weight in zip(own, _weights_of(module), strict=True):
+                _put(part, weight)
+        for weight, part in self._recurrent.items():
+            _put(part, weight)
+        # Whatever is copied is copied again, in the same order; what points at the copies goes on to.
+        copies, routed, recurrent = self._keep, self.routed, self._recurrent
+        self._keep, self.routed, self._recurrent = [], [], {}
+        try:
+            routers: list[Any] = []
+            for number in range(len(self.model.blocks)):
+                list(self._blocks(number, routers))
+            floats(self.model.norm.weight, self._keep, self.model.config.dim)
+            for copy, now in zip(copies, self._keep, strict=True):
+                if copy.data_ptr() != now.data_ptr():
+                    copy.copy_(now)
+        finally:
+            self._keep, self.routed, self._recurrent = copies, routed, recurrent
 
     def use_stores(self, key_ASGW: Tensor, value_ASGW: Tensor) -> None:
         """Read and write these keys and values from now on. Raises ConfigError if they are of another shape."""
