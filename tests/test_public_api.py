@@ -95,8 +95,12 @@ PUBLIC = {
     """,
     "anabranch.rl": """
         Actions ActorCritic Agent Beta Categorical Clipped Distribution Ends Environment Episodes Film Gymnasium Highway
-        Kind LaneWorld Layout Normal PPO PRESETS Preset Rollout Rollouts Samples World advantages clipped_losses
+        GRPO Kind LaneWorld Layout Normal PPO PRESETS Preset Rollout Rollouts Samples TokenPPO World advantages clipped_losses
         episode_seed judge load_agent record training
+    """,
+    "anabranch.rl.tokens": """
+        Drawn Outcome Play PolicyEngine Samples Told TokenPolicy TokenRollouts TokenTask TokenWorld Trajectory divergence_of
+        group_advantages mean_over padded rewards_by_token surrogate token_advantages value_loss whitened
     """,
     "anabranch.heads": """
         HeadActivation HeadGate HeadRouting RateBalance ReMoEController RoutedAttention RoutedHeads SmoothProximity head_losses

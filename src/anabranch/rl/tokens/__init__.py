@@ -10,7 +10,7 @@ from anabranch.rl.tokens.network import TokenPolicy
 from anabranch.rl.tokens.rollout import TokenRollouts
 from anabranch.rl.tokens.task import TokenTask
 from anabranch.rl.tokens.trajectory import Samples, Trajectory, padded
-from anabranch.rl.tokens.world import Outcome, Play, Told, TokenWorld
+from anabranch.rl.tokens.world import Outcome, Play, TokenWorld, Told
 
 __all__ = [
     "Drawn",
@@ -18,11 +18,11 @@ __all__ = [
     "Play",
     "PolicyEngine",
     "Samples",
-    "Told",
     "TokenPolicy",
     "TokenRollouts",
     "TokenTask",
     "TokenWorld",
+    "Told",
     "Trajectory",
     "divergence_of",
     "group_advantages",

@@ -1,8 +1,8 @@
-"""Advantages of token policies: of a group's rewards (GRPO, RLOO), or token by token with a critic (GAE); and rewards with a price of drift.
+"""Advantages of token policies: of a group's rewards (GRPO, RLOO), or token by token with a critic (GAE); rewards and drift.
 
-    GRPO     A = (R - mean of the group) / (deviation of the group + 1e-6)            the same for all tokens of an answer
-    RLOO     A = R - mean of the others of the group
-    GAE      over the tokens that count as steps, in their order: what stands between two of them (a prompt, information) is no step
+GRPO     A = (R - mean of the group) / (deviation of the group + 1e-6)            the same for all tokens of an answer
+RLOO     A = R - mean of the others of the group
+GAE      over the tokens that count as steps, in their order: what stands between two of them (a prompt, information) is no step
 """
 # Shapes: Q questions, G answers to each, B sequences, L tokens of one
 
@@ -42,7 +42,9 @@ def group_advantages(reward_QG: Tensor, *, baseline: Baseline = "mean", scale: S
     if size < 2 and (baseline != "none" or scale == "group"):
         raise ConfigError("a group has 1 answer, which cannot be compared with others; use at least 2")
     if baseline not in ("mean", "others", "none") or scale not in ("group", "batch", "none"):
-        raise ConfigError(f"baseline is {baseline!r} and scale {scale!r}; use mean, others, none, and group, batch, none")
+        raise ConfigError(
+            f"baseline is {baseline!r} and scale {scale!r}; use mean, others, none, and group, batch, none"
+        )
     # Exactly 0 where all are the same: sums of equal numbers round.
     is_even_Q1 = (reward_QG == reward_QG[:, :1]).all(-1, keepdim=True)
     found_QG = reward_QG

@@ -261,5 +261,3 @@ def _keep_routes(kept: dict[int, Route], seen: dict[int, dict[Any, Any]]) -> Non
     """Add where tokens were sent; of a place that came by twice, where it was sent first: that is what the tokens behind it saw."""
     for place, route in seen.items():
         kept.setdefault(place, {layer: experts for layer, experts in route.items() if isinstance(layer, int)})
-
-

@@ -3,8 +3,8 @@
     r_t = exp(log pi(t) - log pi_old(t))
     L   = mean_m max(-A_t r_t, -A_t clip(r_t, 1 - low, 1 + high)) + c_kl mean_m KL(pi || pi_ref) - c_e mean_m H
 
-m holds the tokens that the policy has written: prompts, what the world has told it (Router-R1's information) and padding are outside, and no
-gradient reaches what was said there. What ``mean_m`` is a mean over is `mean_over`'s business.
+m holds the tokens that the policy has written: prompts, what the world has told it (Router-R1's information) and padding are outside, and
+no gradient reaches what was said there. What ``mean_m`` is a mean over is `mean_over`'s business.
 
 Estimators of KL(pi || ref) from one sample, with d = log pi - log ref (Schulman, "Approximating KL divergence", 2020):
 

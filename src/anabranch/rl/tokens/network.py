@@ -100,8 +100,9 @@ class TokenPolicy(nn.Module):
         context = self.policy.context(token_BL)
         if self._layers and real_BL is not None:
             context.item_mask_N = real_BL.reshape(-1)
-        has_routes = route_BLAK is not None and route_BLAK.shape[2] > 0
-        watch = _Watch(self._layers, route_BLAK) if has_routes else None
+        watch = None
+        if route_BLAK is not None and route_BLAK.shape[2] > 0:
+            watch = _Watch(self._layers, route_BLAK)
         if watch is not None and is_replayed:
             context.routing.append(watch)
         with watch.listening() if watch is not None else _nothing():

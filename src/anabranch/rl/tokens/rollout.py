@@ -1,5 +1,5 @@
-"""`TokenRollouts`: the stream of mini-batches that policies of tokens learn from. It plays episodes with the policy as it is, works out what
-each token was worth, and hands episodes out in mini-batches, as often as they are to be gone through; then it plays again.
+"""`TokenRollouts`: the stream of mini-batches that policies of tokens learn from. It plays episodes with the policy as it is, works out
+what each token was worth, and hands episodes out in mini-batches, as often as they are to be gone through; then it plays again.
 
 All that is random in it is a function of the run's seed and the number of the rollout: questions, what is drawn, the order of mini-batches.
 So it goes on after any of its mini-batches, to the bit, from the rollout that a checkpoint keeps.
@@ -171,7 +171,9 @@ class TokenRollouts:
         if self.rollout is None:
             return
         save_file({name: tensor.contiguous() for name, tensor in self.rollout.samples._asdict().items()}, folder / FILE)
-        atomic_write_json(folder / NOTES, {"number": self.rollout.number, "notes": self.rollout.notes, "world": self.rollout.world})
+        atomic_write_json(
+            folder / NOTES, {"number": self.rollout.number, "notes": self.rollout.notes, "world": self.rollout.world}
+        )
 
     def load(self, folder: Path) -> None:
         """Take back what `save` wrote. Raises CheckpointError if it cannot be read or does not fit."""
@@ -238,7 +240,9 @@ class TokenRollouts:
         rewards = self.world.rewards(outcomes)
         for place, reward in enumerate(rewards):
             if not np.isfinite(reward):
-                raise DataError(f"episode {place} of rollout {number} was given the reward {reward}; mend the world, and resume")
+                raise DataError(
+                    f"episode {place} of rollout {number} was given the reward {reward}; mend the world, and resume"
+                )
         samples = padded(played, () if self._engine is None else self._engine.layers)
         samples, notes = self._finish(samples, torch.tensor(rewards, dtype=torch.float32))
         self.rollout = Rollout(number, samples, notes | _notes(played, rewards), self.world.state_dict())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +128,8 @@ class TokenTask(Task):
         self._policy: TokenPolicy | None = None
         self._reference: Decoder | None = None
         self._device = torch.device("cpu")
+        # Episodes of one pass: no more than in training.
+        self._at_once = 1
 
     # What it learns
 
@@ -152,12 +154,14 @@ class TokenTask(Task):
     # From what
 
     def training_data(self, context: TaskContext) -> TokenRollouts:
-        """See `TokenRollouts`. Raises ConfigError for a precision in which what acts and what learns are not the same."""
+        """See `TokenRollouts`. Raises ConfigError for a precision in which what acts and what learns are not the same, and for shards."""
         if context.settings.precision != "float32":
             raise ConfigError(
                 f"train.precision is {context.settings.precision!r}, and what a token was and is held for is compared; use float32"
             )
-        config = self.config
+        if context.settings.parallel == "fsdp":
+            raise ConfigError("train.parallel is 'fsdp', and the engine that acts needs whole weights; use ddp")
+        config, self._at_once = self.config, context.batch_size
         drawn = Drawn(config.temperature, config.top_p, self.world.turn_tokens)
         self.rollouts = TokenRollouts(
             self.world,
@@ -194,19 +198,18 @@ class TokenTask(Task):
     @torch.no_grad()
     def _finish(self, samples: Samples, reward_B: Tensor) -> tuple[Samples, dict[str, float]]:
         """Score a rollout with the model that learns, as it is before it learns from it."""
-        size = max(self.config.group, 1)
-        parts = [self._scored(samples.rows(rows)) for rows in torch.arange(len(reward_B)).split(size)]
-        old_BL, value_BL, reference_BL = (_joined([part[name] for part in parts], samples) for name in range(3))
+        parts = [self._scored(samples.rows(rows)) for rows in torch.arange(len(reward_B)).split(self._at_once)]
+        old_BL, value_BL, reference_BL, raw_BL = (
+            _joined([part.tensors[place] for part in parts], samples) for place in range(4)
+        )
         samples = samples._replace(old_BL=old_BL, value_BL=value_BL, reference_BL=reference_BL)
-        flipped, of = (sum(part[3][place] for part in parts) for place in range(2))
-        raw_BL = _joined([part[4] for part in parts], samples)
         notes = _compared(samples.rollout_BL, raw_BL, samples.own_BL)
+        of = sum(part.num_choices for part in parts)
         if of:
-            notes["flipped_experts"] = flipped / of
+            notes["flipped_experts"] = sum(part.num_flipped for part in parts) / of
         return self.worth(samples, reward_B), notes
 
-    def _scored(self, samples: Samples) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], Tensor]:
-        """(old, value, reference, flipped experts, log probabilities at temperature 1), on the CPU."""
+    def _scored(self, samples: Samples) -> _Before:
         assert self._policy is not None
         found = self._forward(self._policy, samples, commits=False)
         value_BL = torch.zeros_like(found.log_prob_BL) if found.value_BL is None else found.value_BL
@@ -214,9 +217,11 @@ class TokenTask(Task):
         if self._reference is not None:
             reference = TokenPolicy(self._reference.to(self._device))
             reference_BL = self._forward(reference, samples, commits=False).log_prob_BL
-        raw = found if self.config.temperature == 1 else self._forward(self._policy, samples, commits=False, temperature=1.0)
-        told = (found.log_prob_BL, value_BL, reference_BL)
-        return *(each.cpu() for each in told), found.flipped, raw.log_prob_BL.cpu()  # type: ignore[return-value]
+        raw_BL = found.log_prob_BL
+        if self.config.temperature != 1:
+            raw_BL = self._forward(self._policy, samples, commits=False, temperature=1.0).log_prob_BL
+        told = (found.log_prob_BL, value_BL, reference_BL, raw_BL)
+        return _Before(tuple(each.cpu() for each in told), *found.flipped)
 
     def _forward(
         self, model: nn.Module, samples: Samples, *, commits: bool = True, temperature: float | None = None
@@ -270,7 +275,9 @@ class TokenTask(Task):
         # Means over tokens, of which parts of a mini-batch have more or fewer.
         units = dict.fromkeys(["ratio_clipped", "divergence"], "tokens") | dict.fromkeys(more, "steps")
         if config.mean == "tokens":
-            units |= dict.fromkeys([name for name in (*terms, "policy_entropy") if name not in found.auxiliary], "tokens")
+            units |= dict.fromkeys(
+                [name for name in (*terms, "policy_entropy") if name not in found.auxiliary], "tokens"
+            )
         terms |= more
         moved_BL = divergence_of(batch.old_BL, found.log_prob_BL.detach(), "k3")
         metrics = {
@@ -361,6 +368,16 @@ class TokenTask(Task):
             raise CheckpointError(f"{folder} does not fit its run: {error}") from None
         if self.rollouts is not None:
             self.rollouts.load(folder)
+
+
+class _Before(NamedTuple):
+    """What was said of episodes before any is learned from: ``tensors`` are old log probabilities, values, those of the reference, and
+    those at temperature 1, ``[B, L]`` each, on the CPU; then how many choices of experts were made otherwise than in the engine, and of how many.
+    """
+
+    tensors: tuple[Tensor, ...]
+    num_flipped: int
+    num_choices: int
 
 
 def response_of(samples: Samples) -> Tensor:

@@ -104,7 +104,9 @@ def padded(trajectories: Sequence[Trajectory], layers: Sequence[int] = ()) -> Sa
         layers: those whose routes are kept.
     """
     longest, batch = max(len(each.ids) for each in trajectories), len(trajectories)
-    choices = max((len(route) for each in trajectories for of in each.routes.values() for route in of.values()), default=0)
+    choices = max(
+        (len(route) for each in trajectories for of in each.routes.values() for route in of.values()), default=0
+    )
     token_BL = torch.zeros(batch, longest, dtype=torch.int64)
     real_BL, own_BL = (torch.zeros(batch, longest, dtype=torch.bool) for _ in range(2))
     rollout_BL = torch.zeros(batch, longest)

@@ -67,7 +67,7 @@ class Play(Protocol):
         ...
 
     def step(self, turn: Tokens) -> Told:
-        """What the world says to a whole turn. Where a world `waits` it is called from several threads, for one episode in one at a time."""
+        """What the world says to a whole turn. Where a world `waits`, several episodes are asked at once, each in a thread."""
         ...
 
     def outcome(self) -> Outcome:
