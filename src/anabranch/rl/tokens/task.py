@@ -371,8 +371,12 @@ class TokenTask(Task):
 
 
 class _Before(NamedTuple):
-    """What was said of episodes before any is learned from: ``tensors`` are old log probabilities, values, those of the reference, and
-    those at temperature 1, ``[B, L]`` each, on the CPU; then how many choices of experts were made otherwise than in the engine, and of how many.
+    """What was said of episodes before any is learned from.
+
+    Attributes:
+        tensors: old log probabilities, values, those of the reference, and those at temperature 1, ``[B, L]`` each, on the CPU.
+        num_flipped: choices of experts that were made otherwise than in the engine.
+        num_choices: all of them.
     """
 
     tensors: tuple[Tensor, ...]
