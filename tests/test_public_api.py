@@ -77,6 +77,9 @@ PUBLIC = {
         average_gradients context_parallel_attention measure_topology placed_attention plan_attention ring_attention simulated_attention
         simulated_placed_attention token_ring_attention
     """,
+    "anabranch.cluster.elastic": """
+        Compared ElasticPlan Grid Layout Memory Move Policy bounds census compare moves plan recut
+    """,
     "anabranch.cluster.fabric": """
         ALGORITHMS SCHEMES SPREAD Equivalence Flows FluidResult LinkEvent PacketConfig PacketResult PathHealth Piece Plan Routes
         Topology busiest check check_equivalence collective_flows dispatch_matrix exact_loads good_paths loads lower_bound

@@ -79,3 +79,22 @@ def test_attention_that_is_not_cut_is_told_so(here, tmp_path):
     code, _, err = here("cluster", "attention", str(tmp_path / "latent"))
     assert code == 2
     assert "only self-attention is cut over ranks" in err
+
+
+def test_losses_are_planned_and_compared(here):
+    code, out, err = here(
+        "cluster", "elastic", "--replicas", "4", "--layers", "16", "--lose", "1", "--lose", "2:2", "--json"
+    )
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert len(told["lost"]) == 3
+    assert [len(stage["ranks"]) for stage in told["plan"]["stages"]] == [4, 3, 2, 4]
+    assert all(ratio >= 1 for ratio in told["throughput_over"].values())
+    samples = [sum(stage["samples"]) for stage in told["plan"]["stages"]]
+    assert samples == [4 * 16 * 4] * 4
+    code, out, _ = here(
+        "cluster", "elastic", "moe", "--replicas", "2", "--stages", "2", "--memory", "1MB", "--bandwidth", "1GB"
+    )
+    assert code == 0
+    assert "layers stay" in out
+    assert "no cut into 2 stages" in out

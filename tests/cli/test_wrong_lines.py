@@ -87,6 +87,24 @@ cluster attention trained --ranks 2 --bandwidth fast
 cluster attention trained --ranks 2 --latency-us nan
 cluster attention trained --ranks 2 --efficiency nan
 cluster attention trained --ranks 2 --hardware nothing
+cluster elastic --replicas 0
+cluster elastic --replicas 1024 --stages 1024
+cluster elastic --stages 65
+cluster elastic --lose 9
+cluster elastic --lose 0:0
+cluster elastic --lose 0:{HUGE}
+cluster elastic --lose one
+cluster elastic --stages 1 --replicas 1
+cluster elastic --memory 1GB
+cluster elastic --bandwidth 0
+cluster elastic --bandwidth fast
+cluster elastic --layer-ms nan
+cluster elastic --micro-batches {HUGE}
+cluster elastic --max-frequency nan
+cluster elastic trained --layers 3
+cluster elastic trained --stages 64
+cluster elastic trained --hardware nothing
+cluster elastic text
 cluster plan trained --ranks 0
 cluster plan trained --ranks 99999
 cluster plan trained --ranks 64

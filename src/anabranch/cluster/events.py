@@ -65,7 +65,10 @@ def run_tasks(tasks: Sequence[Task], *, in_order: Collection[Hashable] = ()) -> 
         for needed in set(task.after):
             followers[needed].append(number)
         queues.setdefault(task.resource, [])
-    order = {resource: [n for n, task in enumerate(tasks) if task.resource == resource][::-1] for resource in ordered}
+    order: dict[Hashable, list[int]] = {resource: [] for resource in ordered}
+    for number in reversed(range(len(tasks))):
+        if tasks[number].resource in ordered:
+            order[tasks[number].resource].append(number)
     ready: set[int] = set()
     busy: set[Hashable] = set()
     found: list[Interval | None] = [None] * len(tasks)

@@ -3,6 +3,7 @@
 import typer
 
 from anabranch.cli.cluster.attention import attention
+from anabranch.cli.cluster.elastic import elastic
 from anabranch.cli.cluster.fabric import fabric
 from anabranch.cli.cluster.plan import plan
 
@@ -10,7 +11,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Put a model on several machines: stages of a pipeline, sequences cut over ranks, and the network between them.
+    help="""Put a model on several machines: stages, sequences cut over ranks, the network between them, and ranks that get lost.
 
     Nothing here needs a GPU or a second machine.""",
 )
@@ -24,3 +25,4 @@ def _group() -> None:
 app.command("plan")(plan)
 app.command("fabric")(fabric)
 app.command("attention")(attention)
+app.command("elastic")(elastic)
