@@ -13,7 +13,6 @@ from anabranch.gateway.dispatch.billed import FEW
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamRequest, Usage
 from anabranch.routers.money import Price
-from known_speed import know
 
 # 1,000 nano-dollars a token of the prompt, 2,000 of the answer.
 PRICE = Price(input=1_000_000_000, output=2_000_000_000)
@@ -89,7 +88,7 @@ def test_what_the_winner_did_not_tell_is_a_guess():
         # A whole answer is made to its end.
         (failed("timeout"), {"is_whole": True}, 10 * 1000 + 50 * 2000),
         (None, {"is_whole": True}, 10 * 1000 + 50 * 2000),
-        # Nobody knows how fast its streams are.
+        # It may be made to its end.
         (failed("cut"), {"has_begun": True}, 10 * 1000 + 50 * 2000),
     ],
 )
@@ -102,8 +101,7 @@ def test_what_is_lost_is_charged_the_most_that_may_be_billed(failure, fields, co
 
 
 def test_a_stream_that_was_cut_off_here_is_charged_the_time_it_had():
-    case = Case(stream=True, rules=DispatchRules(margin_s=1.0))
-    know(case.live, 2.0, case.now_s)
+    case = Case(stream=True, rules=DispatchRules(margin_s=1.0), output_speed=2.0)
     attempt = case.attempt()
     case.now_s += 3.0
     case.ends.lost(case.live, attempt, failed("first_token"))
@@ -116,7 +114,6 @@ def test_a_stream_that_was_cut_off_here_is_charged_the_time_it_had():
 
 def test_a_whole_answer_is_made_to_its_end_however_short_it_was_waited_for():
     case = Case()
-    know(case.live, 2.0, case.now_s)
     attempt = case.attempt(is_whole=True)
     case.ends.lost(case.live, attempt, failed("timeout"))
     assert attempt.usage.completion == MOST.completion

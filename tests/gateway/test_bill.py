@@ -150,10 +150,10 @@ def test_what_is_estimated_is_as_dear_as_what_was_asked():
 def test_a_stream_that_broke_keeps_what_was_told_of_its_prompt():
     most = Usage(10**6, 50, 0, True)
     told = Usage(1000, 1, 100, cache_write=700, tier="priority", tells_ttl=True)
-    lost = broken_off(most, told, 3, None, 0.0)
+    lost = broken_off(most, told, 3, None)
     assert (lost.prompt, lost.completion, lost.cached, lost.cache_write, lost.tier) == (1000, 50, 100, 700, "priority")
     assert lost.is_estimated
-    assert broken_off(most, None, 3, None, 0.0) == most
+    assert broken_off(most, None, 3, None) == most
 
 
 @given(USAGES, USAGES, st.integers(0, 10**6), st.sampled_from(("", "5m", "1h")))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch import Attempt
 from anabranch.gateway.dispatch.billed import FEW, broken_off, may_be_billed, tokens_of, whole_at_most
+from anabranch.gateway.dispatch.output_speed import OutputSpeed
 from anabranch.gateway.providers.provider import Answer, Failure, HttpCall, Usage
 
 MOST = Usage(100, 50, 0, True)
@@ -55,21 +56,20 @@ def test_tokens_are_counted_rather_more_than_less():
 
 
 def test_what_a_broken_stream_may_come_to():
-    assert broken_off(MOST, None, 5, 10.0, 0.0) == Usage(100, 5 + FEW, 0, True)
-    assert broken_off(MOST, None, 5, 10.0, 1.05) == Usage(100, 5 + FEW + 11, 0, True)
-    assert broken_off(MOST, None, 5, 10.0, 99.0) == Usage(100, 50, 0, True)
-    assert broken_off(MOST, None, 5, None, 0.0) == Usage(100, 50, 0, True)
-    assert broken_off(MOST, Usage(20, 1, 3), 0, 10.0, 1.0) == Usage(20, 1 + FEW + 10, 3, True)
+    assert broken_off(MOST, None, 5, 0) == Usage(100, 5, 0, True)
+    assert broken_off(MOST, None, 5, 11) == Usage(100, 16, 0, True)
+    assert broken_off(MOST, None, 5, 990) == Usage(100, 50, 0, True)
+    assert broken_off(MOST, None, 5, None) == Usage(100, 50, 0, True)
+    assert broken_off(MOST, Usage(20, 1, 3), 0, 10) == Usage(20, 11, 3, True)
     # More than was thought possible was told.
-    assert broken_off(MOST, Usage(20, 60), 0, 10.0, 1.0) == Usage(20, 60, 0, True)
+    assert broken_off(MOST, Usage(20, 60), 0, 10) == Usage(20, 60, 0, True)
     # Some say 0 before they know.
-    assert broken_off(MOST, Usage(0, 0), 0, 10.0, 0.0).prompt == 100
+    assert broken_off(MOST, Usage(0, 0), 0, 0).prompt == 100
 
 
-def test_each_answer_goes_on_for_a_little_and_what_was_predicted_may_be_billed():
-    assert broken_off(MOST, None, 5, 10.0, 0.0, 3).completion == 5 + 3 * FEW
+def test_what_was_predicted_may_be_billed():
     predicted = Usage(100, 50, 0, True, predicted=7)
-    assert broken_off(predicted, None, 5, 10.0, 0.0).completion == 5 + FEW + 7
+    assert broken_off(predicted, None, 5, 8).completion == 5 + 8 + 7
     answer = Answer({"choices": [{"message": {"content": "abc"}}]}, None, Usage(3, 1, 0, True))
     assert whole_at_most(MOST, answer).completion == 3 + 1 + FEW
     assert whole_at_most(predicted, answer).completion == 3 + 1 + FEW + 7
@@ -79,11 +79,12 @@ def test_each_answer_goes_on_for_a_little_and_what_was_predicted_may_be_billed()
 
 @given(
     seen=st.integers(0, 50),
-    rate=st.floats(0, 1e6),
+    declared=st.floats(0.01, 1e6),
     share=st.floats(0, 1),
     silent_s=st.floats(0, 1e4),
     few=st.integers(0, FEW),
 )
-def test_a_provider_no_faster_than_said_is_never_charged_less_than_it_made(seen, rate, share, silent_s, few):
-    made = min(MOST.completion, seen + few + int(rate * share * silent_s))
-    assert made <= broken_off(MOST, None, seen, rate, silent_s).completion <= MOST.completion
+def test_a_provider_no_faster_than_said_is_never_charged_less_than_it_made(seen, declared, share, silent_s, few):
+    made = min(MOST.completion, seen + few + int(declared * share * silent_s))
+    unseen = OutputSpeed("d", declared).at_most(silent_s) + FEW
+    assert made <= broken_off(MOST, None, seen, unseen).completion <= MOST.completion

@@ -52,6 +52,8 @@ FAULTS = (97, 0.6, 2, 0.2, 0.2)
 # Of HABITS.
 TALK = (60, 15, 10, 0.2, 14.8)
 HEDGE_S, TIMEOUT_S, SLOW_S = 0.2, 0.6, 0.9
+# A second, of the provider: it takes half a millisecond for one, at least.
+TOKENS_S = 2000
 
 
 def config(url, tmp_path):
@@ -74,7 +76,7 @@ def config(url, tmp_path):
         models=tuple(ModelConfig(name=name, price=PRICES[name], deployments=deployments[name]) for name in PRICES),
         strategies={"cheapest": StrategyConfig(use="cheapest")}, fallbacks=FALLBACKS, require_key=False,
         deadline_s=3.0, hedge=HedgeConfig(quantile=0.99), breaker=BreakerConfig(open_s=0.05, max_open_s=0.1),
-        retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=1.0), lost=LostConfig(margin_s=0.02),
+        retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=1.0), lost=LostConfig(margin_s=0.02, output_speed=TOKENS_S),
         store=str(tmp_path / "g.db"),
     )  # fmt: skip
 
@@ -238,6 +240,7 @@ CONFIG = """
 require_key = false
 store = "{store}"
 deadline_s = 3
+lost = {{ output_speed = 2000 }}
 hedge = {{ quantile = 0.9, min_s = 0.02 }}
 retries = {{ base_s = 0.002 }}
 strategies = {{ cheapest = {{ kind = "cheapest" }} }}

@@ -56,7 +56,7 @@ def config(url, tmp_path, prices):
         deadline_s=3.0,
         breaker=BreakerConfig(open_s=0.05, max_open_s=0.1),
         retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=1.0),
-        lost=LostConfig(margin_s=0.02),
+        lost=LostConfig(margin_s=0.02, output_speed=2000),
         store=str(tmp_path / "g.db"),
     )
 

@@ -18,14 +18,14 @@ from billing_provider import BillingProvider, OpenAIForm
 
 PRICE = Price.of_dollars("0", "10")
 SMALL, LARGE = 100, BESIDE_BYTES + 1000
-MOST, STALL_S = 100_000, 0.4
+MOST, STALL_S, TOKEN_S = 100_000, 0.4, 0.0002
 
 
 def config(url, tmp_path):
     provider = OpenAI.Config(model="m", base_url=f"{url}/v1", key_env=None)
     return GatewayConfig(
         models=(ModelConfig(name="m", price=PRICE, deployments=(DeploymentConfig(provider=provider),)),),
-        require_key=False, store=str(tmp_path / "g.db"), lost=LostConfig(margin_s=0.05),
+        require_key=False, store=str(tmp_path / "g.db"), lost=LostConfig(margin_s=0.05, output_speed=1 / TOKEN_S),
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ async def read(gateway, number, size, most, leave_after=None):
 
 async def charged(tmp_path, seed, size, readers, warm):
     """Bills and what was charged, by reader: each a list of pauses."""
-    provider = BillingProvider({"m": PRICE}, seed, token_s=0.0002, habits=(0, 0, 0, 0, 1))
+    provider = BillingProvider({"m": PRICE}, seed, token_s=TOKEN_S, habits=(0, 0, 0, 0, 1))
     async with provider.running(), Gateway(config(provider.url, tmp_path)) as gateway:
         for number in range(warm):
             await read(gateway, 1000 + number, SMALL, 500)

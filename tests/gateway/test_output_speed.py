@@ -1,77 +1,60 @@
-"""How fast a deployment is at most, by what streams told: the fastest of a day, for each tier, and nothing below three of them."""
+"""How fast a deployment is declared to be at most: what that makes of a time, and what whole streams say against it."""
+
+import logging
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.dispatch.output_speed import HEADROOM, HOUR_S, HOURS, LESSONS, MOST_TIERS, Lesson, OutputSpeed
+from anabranch.gateway.dispatch.billed import FEW
+from anabranch.gateway.dispatch.output_speed import AGAIN, OutputSpeed
 
 
-def learned(*lessons, tier="", now=0.0):
-    speed = OutputSpeed()
-    for lesson in lessons:
-        speed.learn(tier, lesson, now)
-    return speed
+def test_it_makes_tokens_by_the_time_and_by_the_answer():
+    speed = OutputSpeed("d", 20.0)
+    assert [speed.at_most(*at) for at in ((0.0,), (1.01,), (2.0, 3), (-1.0,))] == [0, 21, 120, 0]
 
 
-def test_it_is_that_of_the_fastest_once_there_are_three():
-    lessons = [Lesson(10.0), Lesson(30.0), Lesson(20.0)]
-    assert learned(*lessons[:2]).of("", 0.0) is None
-    assert learned(*lessons).of("", 0.0) == HEADROOM * 30.0
+@pytest.mark.parametrize(
+    ("tokens", "answers", "is_over"), [(58, 1, False), (59, 1, True), (116, 2, False), (117, 2, True)]
+)
+def test_a_whole_stream_shows_that_it_is_faster_only_where_one_that_was_left_would_have_cost_too_little(
+    tokens, answers, is_over
+):
+    speed = OutputSpeed("d", 20.0)
+    assert speed.at_most(2.5, answers) + FEW * answers in (58, 116)
+    speed.told(tokens, 2.0, answers, 0.5)
+    assert speed.exceeded == (pytest.approx(tokens / answers / 2) if is_over else 0.0)
 
 
-def test_slow_ones_take_nothing_back_and_time_does():
-    speed = learned(*[Lesson(30.0)] * LESSONS)
-    for number in range(10_000):
-        speed.learn("", Lesson(1.0), number / 10)
-    assert speed.of("", HOURS * HOUR_S - 1) == HEADROOM * 30.0
-    speed.learn("", Lesson(1.0), HOURS * HOUR_S)
-    assert speed.of("", HOURS * HOUR_S) is None
-    assert learned(*[Lesson(30.0)] * LESSONS).of("", HOURS * HOUR_S) is None
+def test_the_log_says_so_and_not_again_until_it_is_much_more(caplog):
+    speed = OutputSpeed("slow one", 20.0)
+    with caplog.at_level(logging.WARNING):
+        for tokens in (1000, 900, 1000, int(1000 * AGAIN) - 1):
+            speed.told(tokens, 1.0, 1, 0.0)
+        assert len(caplog.records) == 1
+        assert "deployment slow one told 1000 tokens" in caplog.text
+        assert "declare output_speed = 1000" in caplog.text
+        speed.told(int(1000 * AGAIN), 1.0, 1, 0.0)
+    assert len(caplog.records) == 2
 
 
-def test_those_that_may_be_too_high_count_while_there_are_not_three_others():
-    high, exact = Lesson(500.0, is_exact=False), Lesson(30.0)
-    assert learned(high, high, exact).of("", 0.0) == HEADROOM * 500.0
-    assert learned(*[high] * 9, exact, exact, exact).of("", 0.0) == HEADROOM * 30.0
+def test_what_was_shown_is_kept_until_what_is_declared_covers_it(caplog):
+    old = OutputSpeed("d", 20.0)
+    old.told(1000, 1.0, 1, 0.0)
+    for declared, exceeded in ((20.0, 1000.0), (2000.0, 0.0)):
+        new = OutputSpeed("d", declared)
+        new.adopt(old)
+        assert new.exceeded == exceeded
 
 
-def test_what_it_was_at_least_is_no_lesson_and_raises_others():
-    least = Lesson(None, least=80.0)
-    assert learned(*[least] * 9).of("", 0.0) is None
-    assert learned(least, *[Lesson(30.0)] * LESSONS).of("", 0.0) == HEADROOM * 80.0
+TOLD = st.tuples(st.integers(0, 10**7), st.floats(0, 1e4), st.integers(1, 128), st.floats(0, 10))
 
 
-@pytest.mark.parametrize("usual", ["", "auto", "default", "standard", "standard_only"])
-def test_each_tier_for_itself(usual):
-    speed = learned(*[Lesson(30.0)] * LESSONS, tier=usual)
-    assert speed.of("", 0.0) == speed.of("default", 0.0) == HEADROOM * 30.0
-    assert speed.of("flex", 0.0) is None
-
-
-def test_names_that_senders_make_up_fill_nothing():
-    speed = learned()
-    for number in range(MOST_TIERS * 2):
-        for _ in range(LESSONS):
-            speed.learn(f"tier {number}", Lesson(5.0), 0.0)
-    assert len(speed._hours) == MOST_TIERS
-    assert speed.of(f"tier {MOST_TIERS}", 0.0) is None
-
-
-LESSON = st.builds(Lesson, st.none() | st.floats(0.1, 1e6), st.booleans(), st.floats(0, 1e6))
-
-
-@given(st.lists(st.tuples(st.floats(0, 5 * HOUR_S), LESSON), max_size=60))
-def test_little_is_kept_and_it_is_never_below_what_three_others_told(steps):
-    speed, now, told = OutputSpeed(), 0.0, []
-    for seconds, lesson in steps:
-        now += seconds
-        speed.learn("", lesson, now)
-        told.append((now, lesson))
-        assert len(speed._hours.get("", ())) <= HOURS
-        of_late = [one for at, one in told if int(at // HOUR_S) > int(now // HOUR_S) - HOURS and one.speed is not None]
-        exact = [one.speed for one in of_late if one.is_exact]
-        found = speed.of("", now)
-        assert (found is None) == (len(of_late) < LESSONS)
-        if found is not None:
-            assert found >= HEADROOM * max(exact, default=0.0)
+@given(st.floats(0.01, 1e6), st.lists(TOLD, max_size=20), st.floats(0, 1e4), st.integers(1, 128))
+def test_no_stream_changes_it(declared, streams, seconds, answers):
+    speed = OutputSpeed("d", declared)
+    for stream in streams:
+        speed.told(*stream)
+    assert speed.at_most(seconds, answers) == math.ceil(declared * answers * seconds)

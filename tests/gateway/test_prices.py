@@ -268,7 +268,7 @@ def test_a_stream_that_broke_off_is_charged_the_pages_that_it_may_have_read():
     count = count_prompt({"messages": [{"role": "user", "content": "hi"}]})
     most = asked_of({"tools": [{**SEARCH, "max_uses": 1}]}).most(count, 100)
     # What is told at the beginning is the sender's prompt alone, and no search yet.
-    usage = broken_off(most, Usage(7, 1, searches=0), 5, 0.0, 0.0)
+    usage = broken_off(most, Usage(7, 1, searches=0), 5, 8)
     assert usage.prompt == most.prompt > 30_000
     assert bill(price, usage, most) == most.prompt * 3000 + usage.completion * 15_000 + 10 * NANO // 1000
     # Told at the end it counts as told.

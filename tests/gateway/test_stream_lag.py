@@ -16,7 +16,7 @@ class Clock:
 
 def lag():
     clock = Clock()
-    return clock, Lag(clock)
+    return clock, Lag(clock, clock.now)
 
 
 def test_while_little_is_found_at_once_all_of_it_has_been_read():

@@ -68,7 +68,7 @@ async def serving(tmp_path, handler, price=PRICE, most=100, **fields):
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     deployments = (DeploymentConfig(provider=OpenAI.Config(model="m", base_url=url, key_env=None)),)
     made = GatewayConfig(
-        models=(ModelConfig(name="m", price=price, max_tokens=most, deployments=deployments),), require_key=False,
+        models=(ModelConfig(name="m", price=price, max_tokens=most, thinks=False, deployments=deployments),), require_key=False,
         strategies={"cheapest": StrategyConfig(use="cheapest")}, store=str(tmp_path / "g.db"), **fields,
     )  # fmt: skip
     try:

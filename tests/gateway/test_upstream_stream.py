@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from anabranch.gateway.dispatch.billed import FEW
+from anabranch.gateway.dispatch.output_speed import OutputSpeed
 from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, CAUGHT_UP_S
 from anabranch.gateway.dispatch.upstream_stream import Opened
 from anabranch.gateway.providers.provider import Usage
@@ -43,7 +44,7 @@ class Reply:
         pass
 
 
-def opened(rate, *parts):
+def opened(rate, *parts, asked=None, model="gpt-4o", thinks=None):
     """A stream whose first token came at 1 s, the clock, and what it is charged in the end."""
     clock, charged = SimpleNamespace(now=1.0), []
     ends = SimpleNamespace(lost=lambda live, attempt, failure, usage: charged.append(usage))
@@ -52,12 +53,14 @@ def opened(rate, *parts):
         rules=SimpleNamespace(margin_s=MARGIN_S, bytes_per_token=1.0),
     )  # fmt: skip
     live = SimpleNamespace(
-        speed=SimpleNamespace(of=lambda tier, now: rate),
-        provider=SimpleNamespace(translator=lambda request: None, config=SimpleNamespace(model="m")),
+        speed=OutputSpeed("m", rate),
+        deployment=SimpleNamespace(thinks=thinks),
+        provider=SimpleNamespace(translator=lambda request: None, config=SimpleNamespace(model=model)),
+        bill=lambda usage, most: 0,
         name="m",
     )
     attempt = SimpleNamespace(start_s=0.0, first_token_s=1.0, most=MOST, seen=0, is_late=False)
-    request = SimpleNamespace(wants_usage=False, body={}, prompt_tokens=7, endpoint="chat")
+    request = SimpleNamespace(wants_usage=False, body=asked or {}, prompt_tokens=7, endpoint="chat")
     return Opened(run, live, attempt, request, Reply(clock, *parts)), clock, charged
 
 
@@ -67,54 +70,55 @@ def waited(stream, clock, seconds):
     stream.made.lag.waited(seconds)
 
 
-@pytest.mark.parametrize(
-    ("rate", "known", "found", "wanted"),
-    [
-        # As fast as it was while all of it was read: bytes, where nobody knows how fast others are.
-        (None, 100, 10, 300),
-        # Or as fast as it was read since.
-        (None, 10, 1000, 3031 / 4),
-        # Tokens as they mostly are, beside what is known of others.
-        (10.0, 100, 10, 100),
-        (10.0, 10, 1000, 1010 / 4),
-        (500.0, 10, 10, 500),
-    ],
-)
-def test_what_lies_unread_is_charged_by_the_time_since_all_was_read(rate, known, found, wanted):
-    stream, clock, charged = opened(rate)
+def speed(seconds, rate=10.0):
+    return FEW + math.ceil(rate * seconds)
+
+
+@pytest.mark.parametrize(("known", "found"), [(100, 10), (10, 1000)])
+def test_what_lies_unread_is_charged_by_the_time_since_all_was_read(known, found):
+    stream, clock, charged = opened(10.0)
     waited(stream, clock, 1.0)
     stream.taken(chunks(known))
     clock.now = 3.0
     stream.taken(large(found))
     clock.now = 5.0
     stream.drop()
-    seen = max(3 * (known + found) + 1, 0 if rate is None else math.ceil(wanted))
-    # The first second, of which nothing was seen, and three since all was read.
-    assert charged == [Usage(7, seen + FEW + math.ceil(wanted * (1 + 3 + MARGIN_S)), 0, True)]
+    assert charged == [Usage(7, 3 * (known + found) + 1 + speed(3 + MARGIN_S), 0, True)]
 
 
-def test_what_came_while_the_reader_was_away_may_have_come_at_once():
-    stream, clock, charged = opened(None)
-    waited(stream, clock, 0.1)
-    clock.now += 0.9
+def test_more_than_is_looked_at_is_charged_by_that_time_too():
+    stream, clock, charged = opened(10.0)
+    waited(stream, clock, 1.0)
     stream.taken(chunks(10))
-    clock.now += 2.0
+    clock.now = 5.0
+    stream.reply.read_ready = lambda: large(100)
     stream.drop()
-    assert charged == [Usage(7, 31 + FEW + math.ceil(30 / 0.1 * (1 + 2 + MARGIN_S)), 0, True)]
+    assert charged == [Usage(7, 330 + 1 + speed(3 + MARGIN_S), 0, True)]
+
+
+def test_what_came_by_the_burst_says_nothing_of_how_fast_it_was_made():
+    """F1 of R20b."""
+    stream, clock, charged = opened(10.0)
+    waited(stream, clock, 5.0)
+    stream.taken(chunks(1))
+    clock.now += 0.0625
+    stream.taken(chunks(120))
+    clock.now += 3.0
+    stream.drop()
+    assert charged == [Usage(7, 363 + 1 + speed(3 + MARGIN_S), 0, True)]
 
 
 @pytest.mark.parametrize("beside", [b": keep-alive\n\n", b'data: {"choices": []}\n\n'])
-@pytest.mark.parametrize(("rate", "made"), [(10.0, 10.0), (None, 30.0)])
-def test_pings_and_comments_say_nothing_of_what_is_made_meanwhile(beside, rate, made):
-    stream, clock, charged = opened(rate)
+def test_pings_and_comments_say_nothing_of_what_is_made_meanwhile(beside):
+    stream, clock, charged = opened(10.0)
     waited(stream, clock, 1.0)
     stream.taken(chunks(10))
     for _ in range(11):
         clock.now += 0.5
         stream.taken(beside)
     stream.drop()
-    # The first second, the time since the text grew, and the margin.
-    assert charged == [Usage(7, 31 + FEW + math.ceil(made * (1 + 5.5 + MARGIN_S)), 0, True)]
+    # The time since the text grew, and the margin.
+    assert charged == [Usage(7, 31 + speed(5.5 + MARGIN_S), 0, True)]
 
 
 def thought(text="so, let me see"):
@@ -123,46 +127,73 @@ def thought(text="so, let me see"):
 
 
 def test_thoughts_of_which_a_summary_is_shown_are_charged_by_all_the_time():
-    for rate, made in ((100.0, FEW + 850 + 150), (None, MOST.completion)):
-        stream, clock, charged = opened(rate)
-        for _ in range(17):
-            clock.now += 0.5
-            stream.taken(thought())
-        stream.drop()
-        assert charged == [Usage(7, made, 0, True)]
+    stream, clock, charged = opened(100.0)
+    for _ in range(17):
+        clock.now += 0.5
+        stream.taken(thought())
+    stream.drop()
+    assert charged == [Usage(7, 950 + speed(MARGIN_S, 100.0), 0, True)]
 
 
 @pytest.mark.parametrize(
-    ("asked", "model", "is_most"),
+    ("asked", "model", "thinks", "by_all"),
     [
-        ({}, "m", False),
-        ({}, "openai/gpt-5-mini", True),
-        ({"reasoning_effort": "low"}, "m", True),
-        ({"reasoning_effort": "none", "thinking": {"type": "disabled"}}, "m", False),
-        ({"modalities": ["text", "audio"]}, "m", True),
+        ({}, "gpt-4o", None, False),
+        ({}, "gpt-4o", True, True),
+        ({}, "prod", None, True),
+        ({}, "prod", False, False),
+        ({"n": 2}, "gpt-4o", None, True),
+        ({"reasoning_effort": "low"}, "gpt-4o", False, True),
+        ({"reasoning_effort": "none", "thinking": {"type": "disabled"}}, "gpt-4o", None, False),
     ],
 )
-def test_where_nobody_knows_how_fast_it_is_what_may_think_is_charged_the_most(asked, model, is_most):
-    stream, clock, charged = opened(None)
-    stream.request.body, stream.live.provider.config.model = asked, model
+def test_what_may_think_unseen_is_charged_by_all_the_time(asked, model, thinks, by_all):
+    stream, clock, charged = opened(100.0, asked=asked, model=model, thinks=thinks)
+    waited(stream, clock, 1.0)
+    stream.taken(chunks(10))
+    clock.now += 2.0
+    stream.drop()
+    answers = asked.get("n", 1)
+    # Of the two seconds before its text grew.
+    seen = 200 * answers if by_all else 31
+    assert charged == [Usage(7, seen + answers * speed(2 + MARGIN_S, 100.0), 0, True)]
+
+
+def test_what_tools_of_the_provider_are_asked_is_not_seen_either():
+    stream, clock, charged = opened(100.0)
+    stream.attempt.most = Usage(7, 1_000_000, pages=500)
     waited(stream, clock, 1.0)
     stream.taken(chunks(10))
     stream.drop()
-    assert (charged[0].completion == MOST.completion) == is_most
+    assert charged[0].completion == 200 + speed(MARGIN_S, 100.0)
 
 
-@pytest.mark.parametrize("rate", [None, 10.0])
-def test_sound_and_pictures_are_charged_the_most(rate):
-    stream, clock, charged = opened(rate)
+@pytest.mark.parametrize("asked", [{}, {"modalities": ["text", "audio"]}])
+def test_sound_and_pictures_are_charged_the_most(asked):
+    stream, clock, charged = opened(10.0, asked=asked)
     waited(stream, clock, 1.0)
-    stream.taken(chunks(10) + b'data: {"choices": [{"index": 0, "delta": {"audio": {"data": "AAAA"}}}]}\n\n')
+    sound = b'data: {"choices": [{"index": 0, "delta": {"audio": {"data": "AAAA"}}}]}\n\n'
+    stream.taken(chunks(10) + (b"" if asked else sound))
     stream.drop()
     assert charged == [Usage(7, MOST.completion, 0, True)]
 
 
+END = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\n'
+
+
+@pytest.mark.parametrize(("model", "made"), [("gpt-4o", 31), ("prod", 300)])
+def test_what_had_come_to_its_end_and_did_not_say_is_charged_no_time_behind_that(model, made):
+    stream, clock, charged = opened(100.0, model=model)
+    waited(stream, clock, 2.0)
+    stream.taken(chunks(10) + END)
+    clock.now += 50.0
+    stream.drop()
+    assert charged == [Usage(7, made + FEW, 0, True)]
+
+
 def test_a_reader_who_waits_for_what_comes_has_caught_up():
     half = CAUGHT_UP_S / 2
-    stream, clock, _ = opened(None, (half, large(3)), (half, chunks(1)), (half, chunks(1)))
+    stream, clock, _ = opened(10.0, (half, large(3)), (half, chunks(1)), (half, chunks(1)))
     began = stream.made.lag.known_at
 
     async def main():
@@ -174,4 +205,4 @@ def test_a_reader_who_waits_for_what_comes_has_caught_up():
             clock.now += 5.0
         return found
 
-    assert asyncio.run(main()) == [began, began, began + 10 + 3 * half]
+    assert asyncio.run(main()) == [began, began, 1.0 + 10 + 3 * half]

@@ -1,6 +1,6 @@
 """From what an operator writes to what the parts take: a `GatewayConfig` as groups of deployments and rules."""
 
-from anabranch.gateway.config import GatewayConfig, HedgeConfig, ModelConfig
+from anabranch.gateway.config import GatewayConfig, HedgeConfig, LostConfig, ModelConfig
 from anabranch.gateway.config.prices import deployment_price, model_price
 from anabranch.gateway.dispatch import BreakerRules, Deployment, DispatchRules, Group
 from anabranch.routers.money import Price
@@ -48,7 +48,8 @@ def rules_of(config: GatewayConfig) -> DispatchRules:
 
 def _group(model: ModelConfig, config: GatewayConfig) -> Group:
     deployments = tuple(
-        _deployment(model, at, model.deadline_s or config.deadline_s) for at in range(len(model.deployments))
+        _deployment(model, at, model.deadline_s or config.deadline_s, config.lost)
+        for at in range(len(model.deployments))
     )
     return Group(
         name=model.name,
@@ -61,8 +62,8 @@ def _group(model: ModelConfig, config: GatewayConfig) -> Group:
     )
 
 
-def _deployment(model: ModelConfig, at: int, deadline_s: float) -> Deployment:
-    """What a deployment does not say of time, its model says, and else the deadline of the request."""
+def _deployment(model: ModelConfig, at: int, deadline_s: float, lost: LostConfig) -> Deployment:
+    """What a deployment does not say of its times, its model says, and else the deadline of the request; likewise of its answers."""
     one = model.deployments[at]
     price = deployment_price(model, one)
     timeout_s = one.timeout_s or model.timeout_s
@@ -77,6 +78,8 @@ def _deployment(model: ModelConfig, at: int, deadline_s: float) -> Deployment:
         rpm=one.rpm,
         tpm=one.tpm,
         max_in_flight=one.max_in_flight,
+        output_speed=one.output_speed or model.output_speed or lost.output_speed,
+        thinks=model.thinks if one.thinks is None else one.thinks,
         price=price or Price(),
         is_priced=price is not None,
     )

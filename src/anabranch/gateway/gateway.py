@@ -490,6 +490,7 @@ class Gateway(SyncGateway):
         self.metrics.in_flight.set(self.in_flight)
         self.metrics.tasks.set(len(asyncio.all_tasks()))
         self.metrics.breakers({state["deployment"]: state["breaker"] == "open" for state in states})
+        self.metrics.speeds({state["deployment"]: state["output_speed_exceeded"] for state in states})
         return states
 
     def _bypassed(self, strategy: str, why: str) -> None:

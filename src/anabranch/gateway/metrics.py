@@ -170,6 +170,12 @@ class Metrics:
         self.in_flight = Gauge("anabranch_in_flight", "Requests under way", registry=registry)
         self.tasks = Gauge("anabranch_tasks", "asyncio tasks of the process", registry=registry)
         self.breaker = Gauge("anabranch_breaker_open", "1 where a breaker is open", ["deployment"], registry=registry)
+        self.exceeded = Gauge(
+            "anabranch_output_speed_exceeded",
+            "Tokens a second of one answer, of the fastest whole stream that was faster than output_speed; 0 for none",
+            ["deployment"],
+            registry=registry,
+        )
         self.reloads = Counter("anabranch_reloads", "Reloads of the config", ["result"], registry=registry)
         self.history: deque[Moment] = deque(maxlen=BUCKETS)
         self._open: set[str] = set()
@@ -238,6 +244,11 @@ class Metrics:
                 opened = self.now().opened
                 opened[name] = opened.get(name, 0) + 1
         self._open = {name for name, state in is_open.items() if state}
+
+    def speeds(self, exceeded: Mapping[str, float]) -> None:
+        """Note whose whole streams were faster than is declared."""
+        for name, speed in exceeded.items():
+            self._child(self.exceeded, name).set(speed)
 
     def of(self, strategy: str) -> "StrategyMetrics":
         """Where a strategy puts its own numbers."""

@@ -2,6 +2,10 @@
 
 from anabranch.config import Config, Field, configclass
 
+# Tokens a second of one answer: more than most of today's models make; those on hardware made for it (Cerebras, Groq) make more. And the
+# most that is taken.
+OUTPUT_SPEED, MOST_SPEED = 500.0, 1e6
+
 
 @configclass
 class RetryConfig(Config):
@@ -51,12 +55,15 @@ class LostConfig(Config):
         margin_s: seconds of tokens that a provider may make after a stream was dropped.
         bytes_per_token: what text is charged by whose tokens the provider did not tell. No tokenizer makes a token of less than a byte, so
             that 1 covers every bill; English has four, and numbers or code may have little more than one.
+        output_speed: tokens a second of one answer, at most, of deployments that declare none of their own: what was not seen of a stream
+            that is left is charged by the time in which it can have been made. A bill is covered by what is not below the truth.
     """
 
     read_on_s: float = Field(default=60.0, ge=0)
     read_on: int = Field(default=256, ge=0)
     margin_s: float = Field(default=1.0, ge=0)
     bytes_per_token: float = Field(default=1.0, ge=1, le=16)
+    output_speed: float = Field(default=OUTPUT_SPEED, gt=0, le=MOST_SPEED)
 
 
 @configclass

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from anabranch.config import Config, Field, configclass
+from anabranch.gateway.config.attempts import MOST_SPEED
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.money import Price
 
@@ -26,6 +27,9 @@ class DeploymentConfig(Config):
         rpm: requests a minute it takes; None is no limit.
         tpm: tokens a minute it takes; None is no limit.
         max_in_flight: requests at a time; None is no limit.
+        output_speed: tokens a second of one answer, at most, of its fastest tier, thoughts among them. What was not seen of a stream that
+            is left is charged by it; None takes the model's, and where that is None too, ``lost.output_speed``.
+        thinks: its model may think what it does not show, unasked; false: it never does; None takes the model's.
         price: if it is not the model's.
     """
 
@@ -38,6 +42,8 @@ class DeploymentConfig(Config):
     rpm: int | None = Field(default=None, ge=1)
     tpm: int | None = Field(default=None, ge=1)
     max_in_flight: int | None = Field(default=None, ge=1)
+    output_speed: float | None = Field(default=None, gt=0, le=MOST_SPEED)
+    thinks: bool | None = None
     price: Price | None = None
 
 
@@ -58,6 +64,8 @@ class ModelConfig(Config):
         balance: how requests are spread over its deployments; None takes the gateway's.
         deadline_s: seconds that a request which goes to it first may take in all; None takes the gateway's. Models that think take minutes.
         timeout_s, first_token_timeout_s, idle_timeout_s: of deployments that say none of their own.
+        output_speed, thinks: likewise. Where ``thinks`` is None, what the upstream calls the model tells; one of which that does not say
+            that it shows all that it makes may think unseen.
         deployments: at least one.
     """
 
@@ -74,6 +82,8 @@ class ModelConfig(Config):
     timeout_s: float | None = Field(default=None, gt=0)
     first_token_timeout_s: float | None = Field(default=None, gt=0)
     idle_timeout_s: float | None = Field(default=None, gt=0)
+    output_speed: float | None = Field(default=None, gt=0, le=MOST_SPEED)
+    thinks: bool | None = None
     deployments: tuple[DeploymentConfig, ...] = Field(min_length=1)
 
     def deployment_name(self, at: int) -> str:

@@ -4,9 +4,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from anabranch.gateway.dispatch.billed import broken_off, may_be_billed, whole_at_most
+from anabranch.gateway.dispatch.billed import FEW, broken_off, may_be_billed, whole_at_most
 from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.hidden import asks_media
 from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
@@ -46,6 +47,7 @@ class AttemptEnds:
         self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
         self.report, self.began = report, began
         self.tokens, self._streams = request.prompt_tokens, request.stream
+        self._asks_media = asks_media(request.body)
         # Made at the same time; and for each that is shown.
         self._answers = num_made(request.endpoint, request.body)
         self._unshown = -(-self._answers // num_shown(request.endpoint, request.body))
@@ -192,14 +194,10 @@ class AttemptEnds:
             return Usage(self.tokens, 0, 0, True)
         # We ended it, or the upstream says that it did.
         has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
-        if attempt.is_whole or not has_ended:
-            return broken_off(most, attempt.told, 0, None, 0.0)
-        speed = live.speed.of(most.tier, self.dispatcher.now())
-        rate, silent_s = (
-            None if speed is None else speed * self._answers,
-            (attempt.total_s or 0.0) + self.rules.margin_s,
-        )
-        return broken_off(most, attempt.told, 0, rate, silent_s, self._answers)
+        if attempt.is_whole or not has_ended or self._asks_media:
+            return broken_off(most, attempt.told, 0, None)
+        unseen = live.speed.at_most((attempt.total_s or 0.0) + self.rules.margin_s, self._answers)
+        return broken_off(most, attempt.told, 0, unseen + FEW * self._answers)
 
     def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
         """What a failure says of the deployment: nothing, where it may well be the request's own."""

@@ -22,9 +22,6 @@ GAVE_UP = frozenset({408, 504, 524})
 # Tokens that are made until it is seen that a connection is gone, however fast that is; in a whole answer, marks that are no text.
 FEW = 8
 
-# Of text, for a token: less than the four of English. By it goes how fast a stream is, beside what is known of others.
-USUAL_BYTES = 3
-
 
 def may_be_billed(attempt: Attempt, failure: Failure | None) -> bool:
     """Whether a provider may bill an attempt of which nothing has come; ``failure`` is None if it was cancelled."""
@@ -65,18 +62,14 @@ def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0, uns
     return Usage(most.prompt, completion, 0, True, calls=said.calls)
 
 
-def broken_off(
-    most: Usage, told: Usage | None, seen: int, rate: float | None, silent_s: float, answers: int = 1
-) -> Usage:
+def broken_off(most: Usage, told: Usage | None, seen: int, unseen: int | None) -> Usage:
     """The most that a stream may be billed which ended before it told.
 
     Args:
         most: whatever happens.
         told: by the provider so far; None for nothing.
         seen: completion tokens that came.
-        rate: completion tokens a second, of all answers; None if it is not known.
-        silent_s: seconds in which tokens may have been made that did not come.
-        answers: that were made at the same time.
+        unseen: those at most that may have been made and did not come; None if that is not known.
     """
     # Some say 0 before they know.
     begun = told if told is not None and told.prompt else Usage(most.prompt)
@@ -86,6 +79,6 @@ def broken_off(
     said = 0 if told is None else told.completion
     seen = max(seen, said)
     made = most.completion
-    if rate is not None:
-        made = seen + FEW * answers + math.ceil(rate * silent_s) + most.predicted
+    if unseen is not None:
+        made = seen + unseen + most.predicted
     return replace(begun, completion=max(said, min(made, most.completion)), is_estimated=True)

@@ -51,8 +51,7 @@ class Live:
         first_token_s: smoothed; None before the first.
         token_s: smoothed seconds per completion token of a stream after the first.
         latency_s: smoothed seconds to a whole answer.
-        speed: how fast its streams are at most.
-        tells_usage: its streams say what they come to.
+        speed: how fast it makes tokens at most, as is declared.
         rests_until: the upstream asked to be left alone until then.
         full_until: all processes together have used up its limits until then, for attempts of ``full_tokens`` and more.
         senders: what each of them met here.
@@ -79,8 +78,7 @@ class Live:
         self.first_token_s: float | None = None
         self.token_s: float | None = None
         self.latency_s: float | None = None
-        self.speed = OutputSpeed()
-        self.tells_usage = False
+        self.speed = OutputSpeed(deployment.name, deployment.output_speed)
         self.requests, self.tokens = SlidingSum(MINUTE_S), SlidingSum(MINUTE_S)
         self._on_change, self._heard_at = on_change, 0.0
         # Tiers that were told and have no price, of which the log has spoken.
@@ -281,8 +279,6 @@ class Live:
             "first_token_s",
             "token_s",
             "latency_s",
-            "speed",
-            "tells_usage",
             "rests_until",
             "full_until",
             "full_tokens",
@@ -292,6 +288,7 @@ class Live:
             "tokens",
         ):
             setattr(self, name, getattr(other, name))
+        self.speed.adopt(other.speed)
         # The old one's probes do not report here.
         if self.breaker.phase == "half_open":
             self.breaker = Breaker("open", self.breaker.ticket + 1, self.breaker.since, 0.0, self.breaker.times)
@@ -312,6 +309,8 @@ class Live:
             "latency_s": self.latency_s,
             "load": self.load(now),
             "weight": self.deployment.weight,
+            "output_speed": self.speed.declared,
+            "output_speed_exceeded": self.speed.exceeded,
         }
 
 

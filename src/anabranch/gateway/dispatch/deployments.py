@@ -29,6 +29,8 @@ class Deployment:
         max_in_flight: most requests at once.
         price: if it differs from the group's.
         is_priced: what it costs is known; otherwise its price says nothing.
+        output_speed: tokens a second of one answer, at most.
+        thinks: it may think what it does not show; None if its name and the request are to tell, see `may_think`.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Deployment:
     max_in_flight: int | None = None
     price: Price | None = None
     is_priced: bool = True
+    output_speed: float = 500.0
+    thinks: bool | None = None
 
     @property
     def is_limited(self) -> bool:

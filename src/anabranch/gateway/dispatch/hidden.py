@@ -1,8 +1,8 @@
 """What a stream may come to beside what it shows, told by the request and the model's name: thoughts, sound, pictures.
 
-Thoughts are billed whole, and shown as a summary or not at all, so what came says nothing of how many they were. Where nobody knows yet
-how fast a deployment is, nor does the time. Sound and pictures have tokens of their own, of which neither says anything. What came tells
-it too: see `Tally.has_thought` and `Tally.has_media`.
+Thoughts are billed whole, and shown as a summary or not at all, so what came says nothing of how many they were: only the time does. Sound
+and pictures have tokens of their own, of which neither says anything. What came tells it too: see `Tally.has_thought` and
+`Tally.has_media`.
 """
 
 import re
@@ -12,10 +12,19 @@ from typing import Any
 from anabranch.gateway.providers.openai_models import reasons
 from anabranch.gateway.providers.provider import Json
 
-# Those that think unasked, beside OpenAI's. A name too many does little harm: until the deployment is known, what is left is charged more.
+# Those that think unasked, beside OpenAI's. What is left of them is charged by all its time.
 _UNASKED = re.compile(
-    r"think|reason|gemini-(?:2\.5|[3-9]|\d\d)|gpt-oss|deepseek-(?:r\d|v3\.[1-9]|v[4-9])|(?:^|[-/])r1(?:$|[-:])|qwq|qwen-?3|magistral"
+    r"think|reason|nemotron|gemini-(?:2\.5|[3-9]|\d\d)|gpt-oss|deepseek-(?:r\d|v3\.[1-9]|v[4-9])|(?:^|[-/])r1(?:$|[-:])|qwq|qwen-?3|magistral"
     r"|grok-(?:3-mini|[4-9]|code)|glm-(?:4\.[5-9]|[5-9])|kimi-k[2-9]|minimax-m|claude-(?:[a-z]+-)*(?:[5-9]|\d\d)(?!\d)"
+)
+# Those that think when they are asked to, or never, whatever comes behind; dates and sizes among it. No other name says that of a model:
+# many are chosen by whoever deploys it (Azure, vLLM).
+_PLAIN = re.compile(
+    r"(?:^|[-/.:_])(?:gpt-?3\.?5|gpt-?4o|gpt-?4\.[15](?!\d)|gpt-?4(?:$|[-:](?:turbo|32k|vision|\d))|chatgpt-4o|davinci|babbage"
+    r"|claude-(?:instant|v?[123](?!\d)|(?:[a-z]+-)?4(?!\d))|gemini-(?:1\.|2\.0)|gemma-?[123](?!\d)|llama-?[234](?!\d)|codellama"
+    r"|mistral|mixtral|ministral|codestral|pixtral|devstral|command-(?:r|a|light|nightly)|deepseek-(?:chat|coder|v2|v3(?:$|[-:]))"
+    r"|qwen-?(?:1\.5|2(?:\.5)?)(?:$|[-:])|phi-?[1234](?!\d)|nova-(?:micro|lite|pro)|titan|jamba|grok-(?:beta|2|3)(?!\d)|smollm2?(?!\d)"
+    r"|olmo-?2(?!\d)|granite-3\.[01](?!\d)|tinyllama)"
 )
 # Where servers take what they pass on to a model.
 _WITHIN = ("chat_template_kwargs", "extra_body", "output_config", "generationConfig")
@@ -23,18 +32,23 @@ _WITHIN = ("chat_template_kwargs", "extra_body", "output_config", "generationCon
 _OFF = ("none", "disabled", "off", "false")
 
 
-def may_think(body: Json, model: str, is_told: bool | None = None) -> bool:
-    """Whether a model may think what it does not show.
+def may_think(body: Json, model: str, thinks: bool | None = None, is_openais: bool | None = None) -> bool:
+    """Whether a model may think what it does not show: one of which nobody says that it does not, may.
 
     Args:
-        body: of the request.
+        body: of the request, which may ask for it.
         model: what the upstream calls it.
-        is_told: the config says that it is one of OpenAI's that reason, or that it is none; None if it does not say.
+        thinks: the config says that it does, or does not unasked; None if its name is to tell.
+        is_openais: the config says that it is one of OpenAI's that reason, or that it is none; None if it does not say.
     """
     if any(("think" in name or "reason" in name) and not _is_off(value) for name, value in _fields(body)):
         return True
-    is_openai = reasons(model) if is_told is None else is_told
-    return is_openai or _UNASKED.search(model.lower()) is not None
+    if thinks is not None:
+        return thinks
+    name = model.lower()
+    if is_openais or (is_openais is None and reasons(model)) or _UNASKED.search(name) is not None:
+        return True
+    return _PLAIN.search(name) is None
 
 
 def asks_media(body: Json) -> bool:

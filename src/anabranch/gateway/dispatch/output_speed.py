@@ -1,101 +1,71 @@
-"""`OutputSpeed`: how fast a deployment makes tokens at most, as its whole streams of the last day tell (`Lesson`, see `stream_pace`).
+"""`OutputSpeed`: how fast a deployment makes tokens at most, as its operator declared it.
 
-By it is charged what nobody saw: a stream that was left, of which something was made and not shown. So it must not be too low, and, as each
-sender's streams teach what all are charged, nobody's odd stream may make it very high or very low:
-
-- It is kept for each tier for itself, and is that of one answer; a request for eight is made eight times as fast.
-- It is that of the fastest stream, and forgotten by time alone: however many slow ones somebody has, they take nothing back.
-- Below three lessons it is not known, and what is left is charged the most that it can have been, or by what it showed.
-- Lessons that may be too high (part of what was told was not shown, or nothing was told) count only while there are not three others.
-- The time of a whole request tells how fast it was at least. That is no lesson, but it raises what others told.
+Nobody sees when a token was made: a stream shows texts, and tells how many tokens it was at its end. So how fast a deployment is cannot be
+learned from streams without letting what one tenant's answer looks like set what all others pay. It is declared, for each answer that is
+made, and no stream changes it. One that ended whole can only show that what is declared is too low: it told more tokens than can have been
+made so fast in all its time. That is said in the log and in the metrics, for the operator to mend.
 """
 
-from dataclasses import dataclass
+import logging
+import math
 
-# Lessons below which it is not known.
-LESSONS = 3
+from anabranch.gateway.dispatch.billed import FEW
 
-# For so many hours a lesson counts.
-HOURS = 24
-HOUR_S = 3600.0
+logger = logging.getLogger(__name__)
 
-# Streams are not all of one speed: what is not seen is charged as so much faster than the fastest of which that was measured.
-HEADROOM = 1.25
-
-# Tiers of which it is learned. Senders choose their names.
-MOST_TIERS = 16
-
-# Names of the usual one.
-_USUAL_TIER = frozenset({"", "auto", "default", "standard", "standard_only"})
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What one stream tells.
-
-    Attributes:
-        speed: tokens a second of one answer; None where it does not tell.
-        is_exact: of ``speed``: what was told was shown. Else it may be too high.
-        least: tokens a second that it was at least, over the whole time of the request; 0 if that does not tell.
-    """
-
-    speed: float | None
-    is_exact: bool = True
-    least: float = 0.0
-
-
-@dataclass(slots=True)
-class _Hour:
-    """Lessons of one hour."""
-
-    number: int
-    exact: int = 0
-    others: int = 0
-    fastest: float = 0.0
-    fastest_other: float = 0.0
-    least: float = 0.0
-
-    def add(self, lesson: Lesson) -> None:
-        self.least = max(self.least, lesson.least)
-        if lesson.speed is None:
-            return
-        if lesson.is_exact:
-            self.exact, self.fastest = self.exact + 1, max(self.fastest, lesson.speed)
-        else:
-            self.others, self.fastest_other = self.others + 1, max(self.fastest_other, lesson.speed)
+# The log speaks of a faster stream again once it is faster by so much.
+AGAIN = 1.25
 
 
 class OutputSpeed:
-    """See the module. Times are seconds that never run back."""
+    """Of one deployment.
 
-    def __init__(self) -> None:
-        self._hours: dict[str, list[_Hour]] = {}
+    Attributes:
+        declared: tokens a second of one answer, at most.
 
-    def learn(self, tier: str, lesson: Lesson, now: float) -> None:
-        """Take note of what a whole stream told that had asked for a ``tier``."""
-        tier = _of_tier(tier)
-        if lesson.speed is None and not lesson.least:
+    Args:
+        name: of the deployment.
+        declared: see above.
+    """
+
+    def __init__(self, name: str, declared: float) -> None:
+        self.name, self.declared = name, declared
+        self._fastest = self._logged = 0.0
+
+    def at_most(self, seconds: float, answers: int = 1) -> int:
+        """Tokens that can be made in so many seconds of answers that are made at the same time."""
+        return math.ceil(self.declared * answers * max(0.0, seconds))
+
+    def told(self, tokens: int, seconds: float, answers: int, margin_s: float) -> None:
+        """A stream came to so many tokens, as its provider told, from its request to its end.
+
+        One that was left just then would have been charged ``margin_s`` and a few tokens more: what is within that shows nothing.
+        """
+        if tokens <= self.at_most(seconds + margin_s, answers) + FEW * answers:
             return
-        if tier not in self._hours and len(self._hours) >= MOST_TIERS:
+        speed = tokens / answers / max(seconds, 1e-3)
+        self._fastest = max(self._fastest, speed)
+        if speed < AGAIN * self._logged:
             return
-        hours, number = self._hours.setdefault(tier, []), int(now // HOUR_S)
-        if not hours or hours[-1].number < number:
-            hours.append(_Hour(number))
-            hours[:] = [hour for hour in hours if hour.number > number - HOURS]
-        hours[-1].add(lesson)
+        self._logged = speed
+        logger.warning(
+            "deployment %s told %d tokens for %d answer(s) in %.2f s, %.0f a second of each, and its output_speed is %g: a stream of it "
+            "that is left may be charged less than it is billed. Unless the answer was one that it kept, declare output_speed = %d",
+            self.name,
+            tokens,
+            answers,
+            seconds,
+            speed,
+            self.declared,
+            math.ceil(speed),
+        )
 
-    def of(self, tier: str, now: float) -> float | None:
-        """Tokens a second of one answer at most; None if it is not known."""
-        number = int(now // HOUR_S)
-        hours = [hour for hour in self._hours.get(_of_tier(tier), ()) if hour.number > number - HOURS]
-        num_exact = sum(hour.exact for hour in hours)
-        if num_exact + sum(hour.others for hour in hours) < LESSONS:
-            return None
-        speeds = [max(hour.fastest, hour.least) for hour in hours]
-        if num_exact < LESSONS:
-            speeds += [hour.fastest_other for hour in hours]
-        return HEADROOM * max(speeds)
+    @property
+    def exceeded(self) -> float:
+        """Tokens a second of the fastest whole stream that was faster than is declared; 0 for none."""
+        return self._fastest if self._fastest > self.declared else 0.0
 
-
-def _of_tier(tier: str) -> str:
-    return "" if tier in _USUAL_TIER else tier
+    def adopt(self, other: "OutputSpeed") -> None:
+        """Take over what streams of the same deployment showed."""
+        self._fastest = other._fastest
+        self._logged = other._logged if self.exceeded else 0.0

@@ -25,17 +25,16 @@ class Lag:
         is_behind: much was found at once, and it is not known yet that no more of it is there.
         known_at: the latest moment, by ``now``, at which the answer grew and all that was sent had been read.
         texts, text_bytes: that had come by then, see `Tally`.
-        known_wait_s: for so long it had been waited for by then, in all; the rest is its reader's time, in which much may have come.
 
     Args:
         now: seconds, monotonic.
+        since: when its request was sent, until when nothing can have been.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], since: float) -> None:
         self._now = now
-        self.known_at = now()
+        self.known_at = since
         self.texts = self.text_bytes = 0
-        self.known_wait_s = self._all_waits_s = 0.0
         self.is_behind = False
         self._waited_s = 0.0
         self._told: object = None
@@ -43,7 +42,6 @@ class Lag:
     def waited(self, seconds: float) -> None:
         """Nothing was there, and it took so long until something came, or nobody waited any more."""
         self._waited_s += seconds
-        self._all_waits_s += seconds
 
     def took(self, size: int, texts: int, text_bytes: int, told: object = None) -> None:
         """All that was there has been taken: ``size`` bytes of it; so much text has come by now, and so much is ``told`` of it."""
@@ -53,4 +51,3 @@ class Lag:
             self.is_behind = False
         if not self.is_behind and (texts, text_bytes, told) != (self.texts, self.text_bytes, self._told):
             self.known_at, self.texts, self.text_bytes, self._told = self._now(), texts, text_bytes, told
-            self.known_wait_s = self._all_waits_s

@@ -7,9 +7,9 @@ behind it, or if no text came after it.
 import re
 from dataclasses import replace
 
-from anabranch.gateway.dispatch.billed import USUAL_BYTES, tokens_of
+from anabranch.gateway.dispatch.billed import tokens_of
 from anabranch.gateway.providers.provider import Json, Usage
-from anabranch.gateway.providers.usage import is_untold, thoughts_of
+from anabranch.gateway.providers.usage import is_untold
 
 _FIELD = (
     rb'"(content|reasoning_content|reasoning|thinking|summary|text|arguments|input|refusal|name|transcript)"\s*:\s*"'
@@ -32,8 +32,6 @@ class Tally:
         usage: as the upstream said last; None until it names a prompt.
         texts: pieces of text that came.
         text_bytes: of them, at most.
-        thoughts, thought_bytes: those of them that were thoughts, or a summary of them.
-        thought_tokens: that the upstream said were thoughts.
         has_thought: thoughts came, or a summary of them, or sealed ones: how many tokens they were is not to be seen.
         has_media: sound or a picture came, likewise.
 
@@ -46,7 +44,6 @@ class Tally:
     def __init__(self, prompt_tokens: int, num_choices: int, echoes: bool = False) -> None:
         self.usage: Usage | None = None
         self.texts = self.text_bytes = 0
-        self.thoughts = self.thought_bytes = self.thought_tokens = 0
         self.has_thought = self.has_media = False
         self._prompt_tokens, self._num_choices, self._echoes = prompt_tokens, num_choices, echoes
         # When the usage was said: how many texts were before it, whether the answer was at its end, and nothing else was said with it.
@@ -59,7 +56,6 @@ class Tally:
         said = Usage.of(chunk)
         if said is None:
             return None
-        self.thought_tokens = max(self.thought_tokens, thoughts_of(chunk["usage"]))
         if not said.prompt:
             # Some say 0 before they know.
             self._least = max(self._least, said.completion)
@@ -80,13 +76,9 @@ class Tally:
     def count(self, block: bytes) -> None:
         """Take note of the texts in whole events."""
         for field, text in _TEXT.findall(block):
-            size = _num_bytes(text)
             self.texts += 1
-            self.text_bytes += size
-            if field in _THOUGHTS:
-                self.has_thought = True
-                self.thoughts += 1
-                self.thought_bytes += size
+            self.text_bytes += _num_bytes(text)
+            self.has_thought = self.has_thought or field in _THOUGHTS
         self._note(block)
 
     def count_begun(self, rest: bytes) -> None:
@@ -123,11 +115,6 @@ class Tally:
     def told(self) -> Usage | None:
         """What the upstream has said so far; its prompt is 0 where it did not say that."""
         return self.usage or (Usage(0, self._least) if self._least else None)
-
-    @property
-    def usual(self) -> int:
-        """Completion tokens of texts as they mostly are."""
-        return tokens_of(self.texts, self.text_bytes, USUAL_BYTES)
 
     def at_most(self, bytes_per_token: float) -> int:
         """Completion tokens of what came, at most; each choice has an end, which is no text."""

@@ -112,10 +112,10 @@ class Opened:
             usage, most = self.counted(), self.attempt.most
             self.attempt.seen = usage.completion
             if not self._is_told and most is not None:
-                usage = self.made.untold(most, self.told, True)
-            self.live.tells_usage = self.live.tells_usage or self._is_told
+                usage = self.made.untold(most, self.told)
             self.run.ends.won(self.live, self.attempt, usage, self.made.waited_s)
-            self.made.teach(usage.completion if self._is_told else None)
+            if self._is_told:
+                self.made.told_whole(usage)
 
     def drop(self, failure: Failure | None = None) -> None:
         """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
@@ -129,11 +129,11 @@ class Opened:
         if most is not None and not self._is_told:
             if self.has_finished and not is_behind:
                 # No more is made, but it may not have said yet what it came to.
-                usage = self.made.untold(most, self.told, self.is_done)
+                usage = self.made.untold(most, self.told)
                 if failure is None and not self.is_done and self.live.bill(most, most):
                     self._read_on()
             else:
-                usage = self.made.unread(most, self.told) if is_behind else self.made.left(most, self.told)
+                usage = self.made.left(most, self.told)
         reads_on = self.attempt.is_late
         self.run.ends.lost(self.live, self.attempt, failure, usage)
         if not reads_on:
@@ -194,7 +194,6 @@ class Opened:
                 if self.num_bytes > EVENT_BYTES and not self._has_begun:
                     raise garbage(f"more than {EVENT_BYTES:,} bytes before a first token")
         finally:
-            self.made.begun()
             self.attempt.told, self.attempt.has_begun = self.told, bool(self.head)
         if not self._has_begun:
             raise UpstreamError(
@@ -353,6 +352,8 @@ class Opened:
         self.is_done = self.has_finished = True
         if not answer.usage.is_estimated:
             self.tally.told_whole(answer.usage)
+        # All of it is there.
+        self.made.took(0, self.told, True)
 
 
 def _is_plain(block: bytes) -> bool:
