@@ -30,7 +30,7 @@ ANSWER = {
 class Case:
     """One deployment, and the ends of a request's attempts at it."""
 
-    def __init__(self, *, stream=False, sender="ann", rules=None, **deployment):
+    def __init__(self, *, stream=False, sender="ann", rules=None, asked=None, **deployment):
         self.now_s = 100.0
         provider = Mock.Config(model="m")
         group = Group(name="m", deployments=(Deployment(name="d", provider=provider, **deployment),), price=PRICE)
@@ -38,7 +38,7 @@ class Case:
         [self.live] = self.dispatcher.lives()
         self.late = []
         plan = Plan(candidates=("m",), deadline=1e6, sender=sender, late=lambda *told: self.late.append(told))
-        self.request = UpstreamRequest("chat", {"messages": [], "stream": stream}, prompt_tokens=7)
+        self.request = UpstreamRequest("chat", {"messages": [], "stream": stream, **(asked or {})}, prompt_tokens=7)
         self.report = Report()
         self.ends = AttemptEnds(self.dispatcher, plan, self.request, self.report, self.now_s)
 
@@ -110,6 +110,22 @@ def test_a_stream_that_was_cut_off_here_is_charged_the_time_it_had():
     attempt = case.attempt(has_begun=True)
     case.ends.lost(case.live, attempt, failed("cut"))
     assert attempt.usage.completion == MOST.completion
+
+
+def test_of_sound_the_time_says_nothing():
+    case = Case(stream=True, output_speed=2.0, asked={"modalities": ["audio", "text"]})
+    attempt = case.attempt()
+    case.now_s += 3.0
+    case.ends.lost(case.live, attempt, None)
+    assert attempt.usage.completion == MOST.completion
+
+
+def test_each_answer_that_is_made_is_charged_the_time():
+    case = Case(stream=True, output_speed=2.0, asked={"n": 3})
+    attempt = case.attempt()
+    case.now_s += 1.0
+    case.ends.lost(case.live, attempt, None)
+    assert attempt.usage.completion == 3 * (FEW + 2 * (1 + 1))
 
 
 def test_a_whole_answer_is_made_to_its_end_however_short_it_was_waited_for():

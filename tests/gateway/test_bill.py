@@ -63,6 +63,25 @@ def test_a_cost_that_makes_no_sense_is_not_believed(cost):
     assert of(cost=cost).nano is None
 
 
+@pytest.mark.parametrize(
+    ("told", "completion"),
+    [
+        # Of xAI: 10,120 + 1,499 + 2,809; and of OpenAI.
+        ({"prompt_tokens": 10120, "completion_tokens": 1499, "total_tokens": 14428, "thoughts": 2809}, 4308),
+        ({"prompt_tokens": 20, "completion_tokens": 500, "total_tokens": 520, "thoughts": 200}, 500),
+        ({"prompt_tokens": 21, "completion_tokens": 0, "total_tokens": 81, "thoughts": 60}, 60),
+        # What else is in the sum nobody knows; without one the form is OpenAI's.
+        ({"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 99, "thoughts": 0}, 5),
+        ({"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 99, "thoughts": 7}, 12),
+        ({"prompt_tokens": 20, "completion_tokens": 5, "thoughts": 7}, 5),
+        ({"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 1, "thoughts": 7}, 5),
+    ],
+)
+def test_thoughts_that_are_told_beside_the_completion_are_part_of_it(told, completion):
+    thoughts = {"completion_tokens_details": {"reasoning_tokens": told["thoughts"]}}
+    assert Usage.of({"usage": {**told, **thoughts}}).completion == completion
+
+
 def test_the_tier_that_it_says_counts_and_else_the_one_that_was_asked_for():
     asked = Usage(9, 9, 0, True, tier="priority")
     assert bill(LIST, of(), asked) == 22_000_000

@@ -9,6 +9,7 @@ from anabranch.gateway.config import (
     ModelConfig,
     RetryConfig,
 )
+from anabranch.gateway.dispatch import Deployment
 from anabranch.gateway.dispatch_settings import groups_of, rules_of
 from anabranch.gateway.providers.mock import Mock
 
@@ -45,6 +46,24 @@ def test_rules_are_those_of_the_config():
 def test_a_silent_upstream_leaves_time_for_others():
     [group] = groups_of(config(deadline_s=60.0))
     assert (group.deployments[0].timeout_s, group.deployments[0].first_token_timeout_s) == (60.0, 20.0)
+
+
+def test_how_answers_are_made_is_told_by_the_deployment_its_model_and_else_by_what_holds_for_all():
+    written = (
+        DeploymentConfig(provider=Mock.Config(), output_speed=30.0, thinks=False),
+        DeploymentConfig(provider=Mock.Config()),
+    )
+    for fields, found in (
+        ({}, [(30.0, False), (500.0, None)]),
+        ({"output_speed": 70.0, "thinks": True}, [(30.0, False), (70.0, True)]),
+    ):
+        made = config(*written)
+        model = made.models[0].replace(**fields)
+        [group] = groups_of(made.replace(models=(model,)))
+        assert [(one.output_speed, one.thinks) for one in group.deployments] == found
+    [group] = groups_of(config(lost=LostConfig(output_speed=9.0)))
+    assert group.deployments[0].output_speed == 9.0
+    assert Deployment(name="d", provider=Mock.Config()).output_speed == LostConfig().output_speed
 
 
 def test_times_that_are_written_are_kept():

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 
 import pytest
 
@@ -210,6 +211,25 @@ def test_a_stream_of_which_nothing_came_is_charged_the_time_it_had(tmp_path):
     [row] = run(config(tmp_path, mock(latency_s=5), lost=LostConfig(margin_s=0.2, output_speed=1000)), work)
     assert row.status == "cancelled"
     assert 12 * 1_000 + (8 + 200) * 20_000 <= row.cost_nano <= MOST
+
+
+def test_a_deployment_that_is_faster_than_is_declared_is_told_of_and_stays_so_over_a_reload(tmp_path, caplog):
+    declared = LostConfig(margin_s=0.1, output_speed=20)
+    made = config(tmp_path, mock(tokens=900), mock(at="-2", weight=1e-9), lost=declared)
+
+    async def work(gateway):
+        before = gateway.metrics_text().decode()
+        async for _ in await gateway.achat(ask(stream=True)):
+            pass
+        await gateway.reload(made)
+        kept = gateway.metrics_text().decode()
+        await gateway.reload(made.replace(lost=LostConfig(output_speed=1e6)))
+        return before, kept, gateway.metrics_text().decode()
+
+    found = [re.findall(r'output_speed_exceeded\{deployment="small(?:-2)?"\} (.*)', text) for text in run(made, work)]
+    assert found[0] == found[2] == ["0.0", "0.0"]
+    assert sorted(float(one) > 20 for one in found[1]) == [False, True]
+    assert "declare output_speed = " in caplog.text
 
 
 def test_a_stream_that_was_all_there_when_its_reader_left_is_charged_what_it_said(tmp_path):

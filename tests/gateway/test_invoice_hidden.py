@@ -22,9 +22,10 @@ from paced_time import pace, run_paced
 
 PRICE = Price.of_dollars("0", "10")
 TOKEN_S, LEAVES_S, MOST = 0.01, 0.7, 2000
-# By the number of a request: what comes of it after its first words. Those from USUAL on say all.
+# By the number of a request: what comes of it after its first words. Those from USUAL on say all, those from ODD on more
+# than one can: their first tokens are long words, and the others nothing.
 KINDS = ("ping", "comment", "summary", "seldom", "words", "silent", "nothing")
-USUAL = 1000
+USUAL, ODD = 1000, 2000
 
 
 def data(value, name):
@@ -45,6 +46,8 @@ def shown(call, usual, word, thought, ping):
     """What is sent for some tokens that were made."""
     kind = "usual" if call.number >= USUAL else KINDS[call.number % len(KINDS)]
     call.sent = sent = getattr(call, "sent", 0) + 1
+    if call.number >= ODD:
+        return usual + word * 40 if sent < 8 else b""
     if kind == "usual":
         return usual
     if kind == "nothing":
@@ -113,6 +116,7 @@ async def charged(tmp_path, kind, draw, warm, slow, choices=1, leaves_s=LEAVES_S
     async with provider.running(), Gateway(config(provider.url, tmp_path, kind)) as gateway:
         pace(gateway)
         await asyncio.gather(*(read(gateway, USUAL + number, 50) for number in range(warm)))
+        await asyncio.gather(*(read(gateway, ODD + number, 50) for number in range(warm)))
         stalled = [(0.0, 1.2), (0.0, 0.4, 0.4, 0.4)]
         await asyncio.gather(
             *(read(gateway, USUAL + 100 + number, 30, stalls_s=stalled[number % 2]) for number in range(slow))

@@ -28,6 +28,8 @@ HELLO = [{"role": "user", "content": "hello"}]
         ("gpt-5.1-chat-latest", False),
         ("gpt-4o", False),
         ("gpt-4.1", False),
+        ("gpt-35-turbo", False),
+        ("gpt-41-mini", False),
         ("openai/gpt-oss-120b", False),
         ("claude-opus-4-8", False),
         ("ollama3", False),

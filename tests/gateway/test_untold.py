@@ -59,7 +59,7 @@ def stream(*parts):
 
 
 @asynccontextmanager
-async def serving(tmp_path, handler, price=PRICE, most=100, **fields):
+async def serving(tmp_path, handler, price=PRICE, most=100, thinks=False, **fields):
     app = web.Application()
     app.router.add_post("/v1/{tail:.*}", handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -68,7 +68,7 @@ async def serving(tmp_path, handler, price=PRICE, most=100, **fields):
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     deployments = (DeploymentConfig(provider=OpenAI.Config(model="m", base_url=url, key_env=None)),)
     made = GatewayConfig(
-        models=(ModelConfig(name="m", price=price, max_tokens=most, thinks=False, deployments=deployments),), require_key=False,
+        models=(ModelConfig(name="m", price=price, max_tokens=most, thinks=thinks, deployments=deployments),), require_key=False,
         strategies={"cheapest": StrategyConfig(use="cheapest")}, store=str(tmp_path / "g.db"), **fields,
     )  # fmt: skip
     try:
@@ -126,8 +126,7 @@ def test_a_reader_who_stops_at_the_end_is_read_on_for(tmp_path, early):
 def test_a_usage_that_never_comes_is_waited_for_only_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr("anabranch.gateway.dispatch.upstream_stream.USAGE_S", 0.1)
     row = charged(tmp_path, stream(chunk("four", usage=ZEROS), chunk("", "stop", usage=ZEROS), 5.0), at_end)
-    # The time before the first token may hold thoughts that were not shown.
-    assert 4 <= row.completion_tokens <= 100
+    assert row.completion_tokens == 4 + 1 + 8
     assert (row.prompt_tokens, row.is_estimated) == (5 + 7, True)
 
 
@@ -145,6 +144,20 @@ def test_a_whole_stream_that_told_only_of_its_beginning_is_charged_by_its_text(t
     row = charged(tmp_path, stream(*chunks, chunk("", "stop"), b"data: [DONE]\n\n"), never)
     assert (row.status, row.prompt_tokens) == ("ok", 12)
     assert row.completion_tokens == 60 + 1 + 8
+
+
+async def late(request):
+    """A whole answer, where a stream was asked for."""
+    await asyncio.sleep(0.3)
+    return web.json_response(body("four"))
+
+
+@pytest.mark.parametrize("handler", [late, stream(0.3, chunk("four"), chunk("", "stop"), b"data: [DONE]\n\n")])
+@pytest.mark.parametrize(("thinks", "least"), [(True, 150), (False, 0)])
+def test_a_whole_stream_that_told_nothing_may_have_been_thought_about_all_its_time(tmp_path, handler, thinks, least):
+    row = charged(tmp_path, handler, never, most=9_000, thinks=thinks)
+    assert row.status == "ok"
+    assert row.completion_tokens > least if thinks else row.completion_tokens == 4 + 1 + 8
 
 
 @pytest.mark.parametrize("usage_at", ["before the end", "with the end", "behind it"])

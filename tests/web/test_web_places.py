@@ -55,12 +55,33 @@ def test_a_site_leaves_room_however_many_networks_it_has():
     assert places.enter(Connection(), "2001:db8:1:ff::1") or of_site[3].is_closed
     for one in of_site:
         places.leave(one)
-    assert "2001:db8:1::/48" not in places._of_site or places._of_site["2001:db8:1::/48"] <= 1
+    assert places._num["2001:db8:1::/48"] <= 1
+
+
+def test_a_provider_leaves_room_however_many_sites_it_has():
+    places = Places(16, 0.5)
+    assert sum(places.enter(Connection(), f"2001:db8:{number:x}::1") for number in range(16)) == 14
+    assert places.enter(Connection(), "203.0.113.5")
+    # Another provider's.
+    assert places.enter(Connection(), "2001:db9::1")
+
+
+def test_a_provider_that_has_too_many_makes_place_of_its_own():
+    places, idle, other = Places(16, 0.5), Connection(is_idle=True), Connection(is_idle=True)
+    assert places.enter(other, "203.0.113.5")
+    assert places.enter(idle, "2001:db8:fff::1")
+    for number in range(20):
+        places.enter(Connection(), f"2001:db8:{number:x}::1")
+    assert (idle.is_closed, other.is_closed) == (True, False)
 
 
 def test_hosts_behind_a_translator_are_hosts_of_their_own():
     places = Places(16, 0.5)
     assert sum(places.enter(Connection(), f"64:ff9b::cb00:71{number:02x}") for number in range(16)) == 16
+    places = Places(16, 0.5)
+    assert sum(places.enter(Connection(), f"64:ff9b:1:fffe::cb00:71{number + 1:02x}") for number in range(16)) == 16
+    places = Places(16, 0.5)
+    assert sum(places.enter(Connection(), f"64:ff9b:1:cb00:71:{number + 1:02x}00::") for number in range(16)) == 16
 
 
 @pytest.mark.parametrize(
@@ -68,6 +89,9 @@ def test_hosts_behind_a_translator_are_hosts_of_their_own():
     [
         ("64:ff9b::203.0.113.5", "203.0.113.5"),
         ("64:ff9b:0:0:0:1::1", "64:ff9b::/64"),
+        ("64:ff9b:1::203.0.113.5", "203.0.113.5"),
+        ("64:ff9b:1:cb00:71:500::", "64:ff9b:1:cb00:71:500::"),
+        ("64:ff9b:2::203.0.113.5", "64:ff9b:2::/64"),
         ("2002:cb00:7105:1::1", "203.0.113.5"),
         ("192.0.2.1", "192.0.2.1"),
         ("::ffff:192.0.2.1", "192.0.2.1"),

@@ -1,7 +1,8 @@
 """`Places`: how many connections a server keeps open, in all and from one address.
 
 Of IPv6 an address is one network of 64 bits, which is what a host is given; of IPv4 behind a translator (NAT64, 6to4) it is that of IPv4. A
-site is given 48 bits, so 65,536 such networks: all of one have a part together, which is larger, and leaves others room too.
+site is given 48 bits, so 65,536 such networks, and who gives them out 32 bits or fewer, so as many sites again: all of one site have a part
+together, which is larger, and all of one provider one that is larger still, so that others have room too.
 """
 
 import ipaddress
@@ -19,8 +20,11 @@ NUM_BEYOND = 64
 _OTHER_FILES = 256
 
 
-# By which IPv4 hosts are seen from IPv6 (RFC 6052).
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# By which IPv4 hosts are seen from IPv6 (RFC 6052), and from which each network takes prefixes of its own for that (RFC 8215).
+_NAT64, _OWN_NAT64 = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48")
+
+# Bits of what is one site, and of what is one provider's; and how much of the rest beside the share of an address all of it may have.
+_WIDER = ((48, 1 / 2), (32, 3 / 4))
 
 
 class Closable(Protocol):
@@ -47,17 +51,20 @@ def host_of(address: str) -> str:
     if isinstance(found, ipaddress.IPv4Address):
         return address
     within = found.ipv4_mapped or found.sixtofour
-    if found in _NAT64:
+    if found in _NAT64 or (found in _OWN_NAT64 and int(found) & 0xFF_FFFF):
         within = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
+    elif found in _OWN_NAT64:
+        # A shorter prefix than usual, behind which IPv4 stands further left, and zeros follow.
+        return str(found)
     return str(ipaddress.IPv6Network((int(found) >> 64 << 64, 64)) if within is None else within)
 
 
 @lru_cache(maxsize=4096)
-def site_of(host: str) -> str:
-    """The network of 48 bits that a `host_of` IPv6 belongs to; any other is a site of its own."""
+def networks_of(host: str) -> tuple[str, ...]:
+    """The wider networks that a `host_of` IPv6 belongs to, the narrower first; any other belongs to none."""
     if ":" not in host or not host.endswith("/64"):
-        return host
-    return str(ipaddress.IPv6Network(host).supernet(new_prefix=48))
+        return ()
+    return tuple(str(ipaddress.IPv6Network(host).supernet(new_prefix=bits)) for bits, _ in _WIDER)
 
 
 class Places(Generic[T]):
@@ -66,15 +73,15 @@ class Places(Generic[T]):
     Args:
         limit: connections; None for no limit.
         share: of what others leave, that one address may have; see `most_beside`. A first one is taken where there is a place, unless its
-            site has too many: half as much of the rest beside that share.
+            site or its provider has too many: half of the rest beside that share, and three quarters.
     """
 
     def __init__(self, limit: int | None, share: float = 1.0) -> None:
         self._limit, self._share = limit, share
         # In the order of coming, with whose they are.
         self._open: dict[T, str] = {}
-        self._of_address: Counter[str] = Counter()
-        self._of_site: Counter[str] = Counter()
+        # By address, and by each network that it belongs to.
+        self._num: Counter[str] = Counter()
         self._beyond: dict[T, None] = {}
 
     def __len__(self) -> int:
@@ -83,22 +90,15 @@ class Places(Generic[T]):
     def enter(self, connection: T, address: str) -> bool:
         """Whether there is a place for it. One that is idle makes place: of the same address where that has too many."""
         address = host_of(address)
-        if self._limit is not None and (why_not := self._why_not(address)) is not None:
-            site = site_of(address)
-            is_theirs = {
-                "limit": lambda whose: True,
-                "share": lambda whose: whose == address,
-                "site": lambda whose: site_of(whose) == site,
-            }[why_not]
-            gone = next((other for other, whose in self._open.items() if is_theirs(whose) and other.is_idle), None)
+        if self._limit is not None and (full := self._full(address)) is not None:
+            gone = next((other for other, whose in self._open.items() if other.is_idle and _is_of(whose, full)), None)
             if gone is None:
                 self._keep_beyond(connection)
                 return False
             self.leave(gone)
             gone.force_close()
         self._open[connection] = address
-        self._of_address[address] += 1
-        self._of_site[site_of(address)] += 1
+        self._num.update((address, *networks_of(address)))
         return True
 
     def leave(self, connection: T) -> None:
@@ -106,20 +106,27 @@ class Places(Generic[T]):
         self._beyond.pop(connection, None)
         address = self._open.pop(connection, None)
         if address is not None:
-            for counts, whose in ((self._of_address, address), (self._of_site, site_of(address))):
-                counts[whose] -= 1
-                if not counts[whose]:
-                    del counts[whose]
+            for whose in (address, *networks_of(address)):
+                self._num[whose] -= 1
+                if not self._num[whose]:
+                    del self._num[whose]
 
-    def _why_not(self, address: str) -> str | None:
+    def _full(self, address: str) -> str | None:
+        """Who has too many for one more of an address: itself, or a network of it; "" for all together; None if nobody has."""
         assert self._limit is not None
-        own = self._of_address[address]
-        if own and own + 1 > most_beside(len(self._open) - own, self._limit, self._share):
-            return "share"
-        of_site = self._of_site[site_of(address)]
-        if of_site > own and of_site + 1 > most_beside(len(self._open) - of_site, self._limit, (1 + self._share) / 2):
-            return "site"
-        return "limit" if len(self._open) >= self._limit else None
+        own, size = self._num[address], len(self._open)
+        if own and own + 1 > most_beside(size - own, self._limit, self._share):
+            return address
+        narrower = own
+        for network, (_, more) in zip(networks_of(address), _WIDER, strict=False):
+            num = self._num[network]
+            # Who is alone in it has had their part.
+            if num > narrower and num + 1 > most_beside(
+                size - num, self._limit, self._share + more * (1 - self._share)
+            ):
+                return network
+            narrower = max(narrower, num)
+        return "" if size >= self._limit else None
 
     def _keep_beyond(self, connection: T) -> None:
         self._beyond[connection] = None
@@ -127,6 +134,10 @@ class Places(Generic[T]):
             oldest = next(iter(self._beyond))
             self.leave(oldest)
             oldest.force_close()
+
+
+def _is_of(address: str, whose: str) -> bool:
+    return not whose or whose == address or whose in networks_of(address)
 
 
 def room_for_files(connections: int) -> int:

@@ -1,6 +1,7 @@
 """One model's answer: the money that is set aside for it, who is asked, and what a strategy's judgement may spend."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -62,21 +63,33 @@ def test_a_strategy_s_candidates_that_no_budget_has_room_for_are_passed_over_and
         run(work, {"model": "auto"}, limit - 1)
 
 
-@pytest.mark.parametrize("body", [{}, {"n": 3}, {"max_tokens": 40}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"n": 3},
+        {"max_tokens": 40},
+        {"max_completion_tokens": 40},
+        {"max_tokens": 30, "max_completion_tokens": 40},
+    ],
+)
 def test_a_refusal_says_with_how_many_tokens_there_would_be_room(body):
     """R20: with fewer it passed, and nobody said so."""
 
     async def work(limit, most=None):
-        state, asked = await decided(body if most is None else {**body, "max_tokens": most}, store=FakeStore(limit))
+        told = dict.fromkeys(names, most) if most is not None else {}
+        state, asked = await decided({**body, **told}, store=FakeStore(limit))
         await asked.reserve()
         return state.purse.held_nano
 
+    # In the words of the sender; the larger of two counts.
+    names = [name for name in body if name.startswith("max_")] or ["max_tokens"]
     limit = run(work, 10**15) * 2 // 3
-    with pytest.raises(
-        BudgetError, match=r"; with max_tokens = \d+ or less it may cost no more than is left$"
-    ) as refused:
+    with pytest.raises(BudgetError) as refused:
         run(work, limit)
-    most = int(str(refused.value).partition("max_tokens = ")[2].split()[0])
+    found = re.search(r"; with ([a-z_ ]+) = (\d+) or less it may cost no more than is left$", str(refused.value))
+    assert found[1] == " and ".join(names)
+    most = int(found[2])
     assert run(work, limit, most) <= limit
     with pytest.raises(BudgetError):
         run(work, limit, most + 1)

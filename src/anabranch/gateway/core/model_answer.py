@@ -62,7 +62,7 @@ class ModelAnswer:
         if not most:
             return error
         return BudgetError(
-            f"{error}; with max_tokens = {most} or less it may cost no more than is left",
+            f"{error}; with {_limit_name(state)} = {most} or less it may cost no more than is left",
             subject=error.subject,
             period=error.period,
             limit_nano=error.limit_nano,
@@ -163,3 +163,11 @@ class ModelAnswer:
             return await judge(model, answer)
         finally:
             await state.calls.stop()
+
+
+def _limit_name(state: RequestState) -> str:
+    """What the sender says how long an answer may be with: the larger of two counts, so both."""
+    if state.shown_as == "responses":
+        return "max_output_tokens"
+    sent = [name for name in ("max_tokens", "max_completion_tokens") if state.body.get(name)]
+    return " and ".join(sent) or "max_tokens"

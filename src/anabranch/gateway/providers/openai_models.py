@@ -2,7 +2,7 @@
 
 o1, o3, o4-mini, codex, gpt-5 and later   ``max_completion_tokens`` and ``reasoning_effort``; no sampling, no logprobs, but, from 5.1 on,
                                           with effort ``none``. Those with ``-chat`` in their names are none of these.
-gpt-3.5, gpt-4, gpt-4o, gpt-4.1           sampling; no ``reasoning_effort``
+gpt-3.5, gpt-4, gpt-4o, gpt-4.1           sampling; no ``reasoning_effort``; Azure calls some of them gpt-35 and gpt-41
 all others                                what they are sent
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from anabranch.gateway.providers.provider import Failure, Json, UpstreamError
 
-_REASONING = re.compile(r"(?:.*/)?(?:o\d|codex|gpt-(?:[5-9]|\d\d)(?!\d|(?:\.\d+)?-chat))")
+_REASONING = re.compile(r"(?:.*/)?(?:o\d|codex|gpt-(?:[5-9]|[12]\d)(?!\d|(?:\.\d+)?-chat))")
 # They take sampling where they do not reason.
-_CAN_REST = re.compile(r"(?:.*/)?gpt-(?:5\.\d|[6-9]|\d\d)")
-_CHAT = re.compile(r"(?:.*/)?(?:chatgpt-|gpt-(?:3\.5|4))")
+_CAN_REST = re.compile(r"(?:.*/)?gpt-(?:5\.\d|[6-9]|[12]\d)")
+_CHAT = re.compile(r"(?:.*/)?(?:chatgpt-|gpt-(?:3\.?5|4))")
 # Wishes of which an answer is none the worse.
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 # What is missed where it is not given.

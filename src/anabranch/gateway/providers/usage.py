@@ -103,7 +103,8 @@ class Usage:
     def of(cls, body: Any) -> "Usage | None":
         """From an answer or a chunk in OpenAI's form; None if its ``usage`` is not there or makes no sense.
 
-        Beside OpenAI's fields those of OpenRouter (cache writes, searches, ``cost``), xAI (``cost_in_usd_ticks``) and Perplexity.
+        Beside OpenAI's fields those of OpenRouter (cache writes, searches, ``cost``), xAI (``cost_in_usd_ticks``) and Perplexity. xAI and
+        some servers before Gemini tell thoughts beside the completion, and in the sum of all: they are part of what is billed.
         """
         usage = body.get("usage") if isinstance(body, dict) else None
         if not isinstance(usage, dict):
@@ -113,6 +114,9 @@ class Usage:
             # Some say it in the sum alone.
             completion = max(_count(usage, "total_tokens") - prompt, 0)
         asked, made = _table(usage, "prompt_tokens_details"), _table(usage, "completion_tokens_details")
+        if _is_count(prompt) and _is_count(completion):
+            beside = _count(usage, "total_tokens") - prompt - completion
+            completion += max(0, min(beside, _count(made, "reasoning_tokens")))
         cached = asked.get("cached_tokens") or 0
         if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
             return None
@@ -170,11 +174,6 @@ class Usage:
 def is_untold(completion: int, text_bytes: int) -> bool:
     """Whether a completion of so many tokens cannot be that of a text of so many bytes: it was not counted, or not yet."""
     return completion <= 1 and text_bytes > ONE_TOKEN_BYTES
-
-
-def thoughts_of(usage: Mapping[str, Any]) -> int:
-    """Completion tokens that a ``usage`` in OpenAI's form says were thoughts; 0 if it does not say."""
-    return _count(_table(usage, "completion_tokens_details"), "reasoning_tokens")
 
 
 def searches_of(usage: Mapping[str, Any]) -> int | None:
