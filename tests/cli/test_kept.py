@@ -86,6 +86,9 @@ COMMANDS = {
         {"trace": "t.parquet", "network": "n.csv"},
         {"PICTURE": "o.svg", "OUT": "o.csv"},
     ),
+    "cluster master": (
+        "--listen 127.0.0.1:0 --journal {JOURNAL} --secret-file {secret_file}", {"secret_file": "s.txt"}, {"JOURNAL": "o.txt"}
+    ),
     "cluster plan": ("{model} --ranks 1 --picture {PICTURE}", {"model": "m/config.json"}, {"PICTURE": "o.svg"}),
     "heads report": ("{model} --data {data} --trace {TRACE}", {"model": "m/config.json", "data": "t.parquet"}, {"TRACE": "o.parquet"}),
     "depth prune": ("{model} --data {data} --out {OUT}", {"model": "m/config.json", "data": "q.jsonl"}, {"OUT": "o.safetensors"}),

@@ -105,6 +105,15 @@ cluster elastic trained --layers 3
 cluster elastic trained --stages 64
 cluster elastic trained --hardware nothing
 cluster elastic text
+cluster master --listen nowhere.invalid:1
+cluster master --listen 127.0.0.1:99999
+cluster master --listen ::1
+cluster master --listen 127.0.0.1:0 --journal deep.json
+cluster master --listen 127.0.0.1:0 --journal text
+cluster master --listen 127.0.0.1:0 --secret-file nowhere
+cluster master --listen 127.0.0.1:0 --secret-file no.db
+cluster master --listen 127.0.0.1:0 --dead-after nan
+cluster master --listen 127.0.0.1:0 --most-peers {HUGE}
 cluster plan trained --ranks 0
 cluster plan trained --ranks 99999
 cluster plan trained --ranks 64

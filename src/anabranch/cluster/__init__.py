@@ -9,6 +9,11 @@
 
     out = token_ring_attention(q, k, v, causal=True, layout="zigzag")   # of a sequence that is cut over ranks
 
+    from anabranch.cluster import Communicator
+
+    with Communicator("10.0.0.1:48148") as peers:                       # collectives whose peers come and go
+        peers.all_reduce(gradient, op="avg")
+
 Names are loaded when they are first used: what plans and draws needs numpy alone, what trains needs torch.
 """
 
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     from anabranch.cluster.keyed_random import KeyedDropout, keyed_uniform, random_key
     from anabranch.cluster.messages import MessageLog
     from anabranch.cluster.partitions import Partition, partition
+    from anabranch.cluster.pccl import Communicator, Master, PeerLost, SharedState
     from anabranch.cluster.plans import LayerCost, Plan, plan
     from anabranch.cluster.ring import (
         ContextParallel,
@@ -35,17 +41,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEDULES",
+    "Communicator",
     "ContextParallel",
     "Durations",
     "GPipe",
     "KeyedDropout",
     "LayerCost",
+    "Master",
     "MessageLog",
     "Partition",
+    "PeerLost",
     "Plan",
     "Pop",
     "SavedBytes",
     "Schedule",
+    "SharedState",
     "Slot",
     "Stash",
     "Timeline",
@@ -66,6 +76,7 @@ _HOMES: dict[str, str | None] = {
     "MessageLog": ".messages",
     "SavedBytes": ".saved_bytes",
     **dict.fromkeys(("Durations", "Timeline", "simulate"), ".simulation"),
+    **dict.fromkeys(("Communicator", "Master", "PeerLost", "SharedState"), ".pccl"),
     **dict.fromkeys(("LayerCost", "Plan", "plan"), ".plans"),
     **dict.fromkeys(("Partition", "partition"), ".partitions"),
     **dict.fromkeys(

@@ -5,6 +5,7 @@ import typer
 from anabranch.cli.cluster.attention import attention
 from anabranch.cli.cluster.elastic import elastic
 from anabranch.cli.cluster.fabric import fabric
+from anabranch.cli.cluster.master import master
 from anabranch.cli.cluster.plan import plan
 
 app = typer.Typer(
@@ -26,3 +27,4 @@ app.command("plan")(plan)
 app.command("fabric")(fabric)
 app.command("attention")(attention)
 app.command("elastic")(elastic)
+app.command("master")(master)

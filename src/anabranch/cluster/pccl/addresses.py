@@ -1,0 +1,58 @@
+"""Where peers and the master are: ``host:port`` in text, IPv4 and IPv6, and sockets that listen there."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+from anabranch.bounds import shown
+from anabranch.errors import InputError
+from anabranch.sockets import MOST_PORT, listening
+
+_BACKLOG = 128
+
+
+def parse_address(text: str, port: int) -> tuple[str, int]:
+    """Host and port of ``host:port``, ``host``, ``:port`` or ``[v6]:port``; ``port`` where it says none. Raises InputError for others."""
+    head, colon, tail = text.rpartition(":")
+    if text.startswith("[") and text.endswith("]"):
+        head, colon, tail = text, "", ""
+    elif not colon:
+        head, tail = text, ""
+    elif ":" in head and not head.startswith("["):
+        raise InputError(f"the address {shown(text)} is not clear; write an IPv6 address in brackets: [::1]:{port}")
+    if colon and not (tail.isascii() and tail.isdigit() and len(tail) <= 5 and int(tail) <= MOST_PORT):
+        raise InputError(f"the address {shown(text)} has no port; write host:port, a port is 0 to {MOST_PORT}")
+    host = head[1:-1] if head.startswith("[") and head.endswith("]") else head
+    if len(host) > 255 or any(letter.isspace() for letter in host) or (not host and not colon):
+        raise InputError(f"the address {shown(text)} is none; write host:port")
+    return host, int(tail) if colon else port
+
+
+@contextlib.contextmanager
+def listen_at(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens; an empty host is every address of this machine. Raises InputError where it cannot be had."""
+    with listening(host or "0.0.0.0", port) as sock:
+        sock.listen(_BACKLOG)
+        yield sock
+
+
+def tuned(sock: socket.socket, congestion: str | None = None) -> socket.socket:
+    """The socket of a link: what is written goes at once. Buffers stay the kernel's, which knows their right size better.
+
+    Args:
+        sock: to be set.
+        congestion: control of Linux, such as ``bbr``; None for the machine's own.
+
+    Raises InputError for a congestion control that this machine does not have.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if congestion is not None:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+        except (OSError, AttributeError):
+            raise InputError(
+                f"congestion is {shown(congestion)}, which this machine does not have; leave it out"
+            ) from None
+    return sock

@@ -1,0 +1,436 @@
+"""`Communicator`: a peer. Collectives that outlive the loss of any other peer, and new peers between them.
+
+    peers = Communicator("10.0.0.1:48148")
+    peers.connect()                                   # returns when those who run have let it in
+    while ...:
+        peers.admit()                                 # let in who waits
+        state.revision += 1
+        peers.sync_shared_state(state)                # sends nothing where all agree
+        try:
+            alone = peers.all_reduce(gradient, op="avg").alone
+        except PeerLost:
+            continue                                  # as it was before, on every survivor; try again with those who are left
+
+Calls come in the same order on every peer. A call waits until all have made it; where it is sure that they never will, all get `Mismatch`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.bounds import shown
+from anabranch.cluster.pccl.addresses import parse_address
+from anabranch.cluster.pccl.bandwidth import MOST_STREAMS, RateServer, measure
+from anabranch.cluster.pccl.elections import POPULAR, RECEIVE, STRATEGIES
+from anabranch.cluster.pccl.faults import CollectiveError, TopologyFailed
+from anabranch.cluster.pccl.handshake import run_secret
+from anabranch.cluster.pccl.line import Line
+from anabranch.cluster.pccl.links import MOST_POOL, LinkError, Links, Listener, Place
+from anabranch.cluster.pccl.master import PORT
+from anabranch.cluster.pccl.part import Part, Reduced, Reduction, quantiser_of
+from anabranch.cluster.pccl.quantise import Quantiser
+from anabranch.cluster.pccl.ring import OPS
+from anabranch.cluster.pccl.sharing import Shared, SharedState, Sharing, fetch
+from anabranch.errors import InputError
+
+__all__ = ["DTYPES", "Communicator", "Reduced", "Reduction"]
+
+DTYPES = {
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+}
+_MOST_TAG = 2**31
+_MOST_IN_FLIGHT = 64
+
+
+class Communicator(Part):
+    """See the module.
+
+    Args:
+        master: ``host:port`` of it.
+        group: peers of one group reduce and share among themselves; letting in and measuring is of all groups together.
+        pool: connections with each neighbour, 1 to 64: so many collectives move data at a time.
+        secret: of the run; by default what the environment's ANABRANCH_CLUSTER_SECRET says, and otherwise none.
+        listen: where other peers call: ``host``, ``host:port`` or ``:port``; every address and the first free port from 48149 by default.
+        advertise: host by which others reach this peer; by default the address from which it called the master, which is wrong for a peer
+            that calls a master on its own machine by 127.0.0.1 while others are elsewhere.
+        congestion: control of its connections, such as ``bbr``; the machine's own by default.
+        connect_s: in which links to neighbours must stand.
+        idle_s: after which a neighbour that does nothing in the midst of a collective is given up.
+        wait_s: after which a call gives up waiting for the others, with `PeerLost`; None for never, as long as they show signs of life.
+        master_wait_s: for so long a master may be gone.
+
+    Raises InputError for values that are none.
+    """
+
+    def __init__(
+        self,
+        master: str = f"127.0.0.1:{PORT}",
+        *,
+        group: int = 0,
+        pool: int = 1,
+        secret: str | None = None,
+        listen: str = "",
+        advertise: str = "",
+        congestion: str | None = None,
+        connect_s: float = 10.0,
+        idle_s: float = 30.0,
+        wait_s: float | None = None,
+        master_wait_s: float = 30.0,
+        before: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        for name, value, most in (("group", group, 2**16), ("pool", pool, MOST_POOL)):
+            if type(value) is not int or not (name == "pool") <= value <= most:
+                raise InputError(f"{name} is {shown(value)}; use {int(name == 'pool')} to {most}")
+        for name, seconds in (("connect_s", connect_s), ("idle_s", idle_s), ("wait_s", wait_s or 1.0)):
+            if not 0 < seconds < 1e6:
+                raise InputError(f"{name} is {shown(seconds)}; use a number of seconds above 0")
+        self._hello = {"group": group, "pool": pool, "host": advertise}
+        self._secret = run_secret(secret)
+        super().__init__(idle_s, wait_s, before)
+        self._connect_s, self._congestion = connect_s, congestion
+        self._line = Line(
+            parse_address(master, PORT),
+            self._secret,
+            master_wait_s=master_wait_s,
+            on_reply=self._on_reply,
+            on_abort=self._on_abort,
+            before=lambda name: self._before(name),
+        )
+        host, port = parse_address(listen, 0) if listen else ("", 0)
+        self._links = Links(self._secret, connect_s, congestion)
+        self._sharing, self._rates = Sharing(), RateServer()
+        handlers = {"link": self._links.offer, "state": self._sharing.serve, "rate": self._rates.serve}
+        self._listener = Listener(host, port or None, self._secret, handlers)
+        self._is_new = True
+        self._has_shared = False
+
+    # Who is there
+
+    def connect(self) -> Communicator:
+        """Join the run; returns when those who are in it have let this peer in, at once where nobody is.
+
+        Raises MasterLost where no master answers, Refused where it does not want this peer, Kicked where other peers cannot reach it.
+        """
+        try:
+            self._line.open({**self._hello, "port": self._listener.port})
+            self._listener.run = self._line.run
+            while not self._topology:
+                # Those who run may have failed to reach another newcomer; they try again when they let in again.
+                try:
+                    self._form(self._vote({"what": "join"}))
+                except TopologyFailed:
+                    continue
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __enter__(self) -> Communicator:
+        return self.connect()
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave. The others go on without this peer."""
+        self._line.close()
+        self._end()
+
+    @property
+    def peer(self) -> int:
+        """This peer's number, which no other in the run has or had."""
+        return self._line.peer
+
+    @property
+    def run(self) -> str:
+        """Name of the run, that of the master's first start."""
+        return self._line.run
+
+    @property
+    def world_size(self) -> int:
+        """Peers of all groups."""
+        return int(self._topology.get("world", 0))
+
+    @property
+    def ring_order(self) -> list[int]:
+        """Peers of the own group in the order of its ring."""
+        return [int(row[0]) for row in self._topology.get("ring", [])]
+
+    @property
+    def group_size(self) -> int:
+        """Peers of the own group."""
+        return len(self.ring_order)
+
+    @property
+    def n_groups(self) -> int:
+        """Groups that have peers."""
+        return int(self._topology.get("groups", 0))
+
+    @property
+    def largest_group(self) -> int:
+        """Peers of the largest group."""
+        return int(self._topology.get("largest", 0))
+
+    def are_peers_pending(self) -> bool:
+        """Whether newcomers wait: one answer for all peers."""
+        return bool(self._alone_in_it(lambda: self._vote({"what": "pending"}))["pending"])
+
+    def update_topology(self) -> None:
+        """Let in those who wait. Raises TopologyFailed on all peers where one cannot reach its neighbour."""
+        self._alone_in_it(lambda: self._form(self._vote({"what": "accept"})))
+
+    def admit(self) -> bool:
+        """Let in those who wait, if there are any; whether this peer's ring has changed.
+
+        A newcomer's first call does nothing: those who let it in have just made theirs.
+        """
+        if self._is_new:
+            self._is_new = False
+            return True
+        if not self.are_peers_pending():
+            return False
+        before = self.ring_order
+        self.update_topology()
+        return self.ring_order != before
+
+    def optimize_topology(self, *, seconds: float = 10.0, streams: int = 4) -> None:
+        """Measure the links that were not measured yet, and take the best ring.
+
+        Args:
+            seconds: that a link is flooded.
+            streams: connections of a flood, at most 16.
+
+        Raises TopologyFailed as `update_topology`, InputError for values that are none.
+        """
+        if not 0.01 <= seconds <= 60 or not 1 <= streams <= MOST_STREAMS:
+            raise InputError(
+                f"seconds is {shown(seconds)} and streams {shown(streams)}; use 0.01 to 60 and 1 to {MOST_STREAMS}"
+            )
+        self._alone_in_it(lambda: self._optimize(seconds, streams))
+
+    def _optimize(self, seconds: float, streams: int) -> None:
+        reply = self._vote({"what": "optimize"})
+        rates = {}
+        deadline = time.monotonic() + (seconds + 1.0) * (len(reply["measure"]) + 1) * 4
+        for place in map(Place.of, reply["measure"]):
+            self._before("measure")
+            try:
+                rates[str(place.peer)] = measure(
+                    place,
+                    secret=self._secret,
+                    run=self.run,
+                    me=self.peer,
+                    seconds=seconds,
+                    streams=streams,
+                    deadline=deadline,
+                    congestion=self._congestion,
+                )
+            except LinkError:
+                # What is not measured counts as slow; who is gone is for the master to find.
+                continue
+        self._form(self._vote({"what": "measured", "rates": rates}))
+
+    # Shared state
+
+    def sync_shared_state(self, state: SharedState, strategy: str | None = None) -> Shared:
+        """Make ``state`` the same on all peers of the group, to the bit. Its revision must be one more than at the last call.
+
+        Args:
+            state: fetched tensors are written in place, and its revision becomes that of all.
+            strategy: ``enforce_popular``: what most peers have counts; ``receive_only``: this peer's does not; ``send_only``: it must win.
+                By default a newcomer's first call is ``receive_only`` and all others ``enforce_popular``.
+
+        Raises PeerLost where a source went away (states are then as they were), RevisionError, Mismatch, Kicked.
+        """
+        if strategy is not None and strategy not in STRATEGIES:
+            raise InputError(f"strategy is {shown(strategy)}; use {', '.join(STRATEGIES)}")
+        return self._alone_in_it(lambda: self._sync(state, strategy))
+
+    def _sync(self, state: SharedState, strategy: str | None) -> Shared:
+        chosen = strategy or (POPULAR if self._has_shared else RECEIVE)
+        plan = self._vote(
+            {
+                "what": "sync",
+                "revision": state.revision,
+                "strategy": chosen,
+                "is_default": strategy is None,
+                "keys": state.entries(),
+            }
+        )
+        revision, found, failure = int(plan["revision"]), {}, None
+        self._sharing.offer(state, revision)
+        try:
+            if "fetch" in plan:
+                self._before("fetch")
+                try:
+                    found = fetch(
+                        Place.of(plan["from"]),
+                        plan["fetch"],
+                        state,
+                        revision,
+                        secret=self._secret,
+                        run=self.run,
+                        connect_s=self._connect_s,
+                        idle_s=self._idle_s,
+                    )
+                except LinkError as error:
+                    failure = error
+            self._vote({"what": "synced", "ok": failure is None, "why": str(failure)})
+        finally:
+            self._sharing.offer(None)
+        with torch.no_grad():
+            for name, tensor in found.items():
+                state.tensors[name].copy_(tensor)
+        state.revision, self._has_shared = revision, True
+        received = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+        return Shared(revision, self._sharing.sent_bytes, received, tuple(found))
+
+    # Collectives
+
+    def all_reduce(
+        self,
+        send: Tensor,
+        recv: Tensor | None = None,
+        *,
+        op: str = "sum",
+        quantise: Quantiser | str | None = None,
+        tag: int = 0,
+    ) -> Reduced:
+        """Reduce over the peers of the group; every one gets the same bits.
+
+        Args:
+            send: of any shape, the same number of elements and type on all peers. Without ``recv`` the result takes its place.
+            recv: for the result; of the same type and number of elements.
+            op: ``sum``, ``avg``, ``prod``, ``max`` or ``min``; averages of whole numbers are rounded down.
+            quantise: how floating-point numbers go over the wire: a `Quantiser`, ``min_max`` or ``zero_point`` (8 bits); None as they are.
+            tag: of collectives at the same time each has its own.
+
+        Returns who took part. Raises PeerLost where a peer or link was lost: on every survivor, with all buffers as they were before;
+        Mismatch where peers ask for different things; TagInUse, MasterLost, Kicked, InputError.
+        """
+        one = Reduction(send, recv, op, quantise, tag)
+        _check(one)
+        self._take_tag(tag)
+        try:
+            return self._reduce(one)
+        finally:
+            self._give_tag(tag)
+
+    def all_reduce_async(
+        self,
+        send: Tensor,
+        recv: Tensor | None = None,
+        *,
+        op: str = "sum",
+        quantise: Quantiser | str | None = None,
+        tag: int = 0,
+    ) -> Future[Reduced]:
+        """`all_reduce` in a thread of its own: ``result()`` of what this returns waits for it, and raises what it raises.
+
+        Neither tensor may be touched until then.
+        """
+        one = Reduction(send, recv, op, quantise, tag)
+        _check(one)
+        self._take_tag(tag)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_MOST_IN_FLIGHT, thread_name_prefix="pccl collective")
+
+        def work() -> Reduced:
+            try:
+                return self._reduce(one)
+            finally:
+                self._give_tag(tag)
+
+        return self._threads.submit(work)
+
+    def all_reduce_many(
+        self, reductions: Sequence[Reduction], *, max_in_flight: int = 8, attempts: int = 8
+    ) -> list[Reduced | CollectiveError]:
+        """Several collectives, some at a time; those that fail for a lost peer are tried again, once all have come to an end.
+
+        Args:
+            reductions: the same on all peers; each with a tag of its own.
+            max_in_flight: at most so many at a time.
+            attempts: after so many rounds what failed stays so.
+
+        Returns for each what became of it: an error where it failed to the end, which is also where nobody is left to reduce with.
+        """
+        tags = [one.tag for one in reductions]
+        if len(set(tags)) < len(tags):
+            raise InputError(f"tags are {shown(tags)}; give each collective its own")
+        if not 1 <= max_in_flight <= _MOST_IN_FLIGHT:
+            raise InputError(f"max_in_flight is {shown(max_in_flight)}; use 1 to {_MOST_IN_FLIGHT}")
+        found: dict[int, Reduced | CollectiveError] = {}
+        for attempt in range(attempts):
+            left = [place for place in range(len(reductions)) if not isinstance(found.get(place), Reduced)]
+            if not left or (attempt and self.group_size < 2):
+                break
+            self._round(reductions, left, max_in_flight, found)
+            errors = [error for error in found.values() if isinstance(error, CollectiveError)]
+            if any(not error.retryable for error in errors):
+                break
+        return [found[place] for place in range(len(reductions))]
+
+    def _round(
+        self, reductions: Sequence[Reduction], left: list[int], most: int, found: dict[int, Reduced | CollectiveError]
+    ) -> None:
+        waiting = deque(left)
+        running: dict[Future[Reduced], int] = {}
+        while waiting or running:
+            while waiting and len(running) < most:
+                place = waiting.popleft()
+                one = reductions[place]
+                handle = self.all_reduce_async(one.send, one.recv, op=one.op, quantise=one.quantise, tag=one.tag)
+                running[handle] = place
+            for handle in wait(running, return_when=FIRST_COMPLETED).done:
+                place = running.pop(handle)
+                try:
+                    found[place] = handle.result()
+                except CollectiveError as error:
+                    found[place] = error
+
+    def _reduce(self, one: Reduction) -> Reduced:
+        target = one.send if one.recv is None else one.recv
+        quantiser = quantiser_of(one.quantise)
+        written = "" if quantiser is None else f"{quantiser.kind}{quantiser.bits}"
+        descriptor = {
+            "count": target.numel(),
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "op": one.op,
+            "quantise": written,
+        }
+        reply = self._vote({"what": "initiate", "tag": one.tag, "descriptor": descriptor})
+        op = self._ops[one.tag, int(reply["seq"])]
+        with torch.no_grad():
+            return self._carry_out(op, reply, one, target, quantiser)
+
+
+def _check(one: Reduction) -> None:
+    """Raises InputError for what cannot be reduced."""
+    if type(one.tag) is not int or not 0 <= one.tag < _MOST_TAG:
+        raise InputError(f"tag is {shown(one.tag)}; use 0 to {_MOST_TAG - 1}")
+    if one.op not in OPS:
+        raise InputError(f"op is {shown(one.op)}; use {', '.join(OPS)}")
+    if not isinstance(one.send, Tensor) or one.send.dtype not in DTYPES or one.send.layout != torch.strided:
+        given = one.send.dtype if isinstance(one.send, Tensor) else type(one.send).__name__
+        raise InputError(f"a {given} cannot be reduced; use a dense tensor of {', '.join(sorted(map(str, DTYPES)))}")
+    if one.recv is not None and (one.recv.dtype != one.send.dtype or one.recv.numel() != one.send.numel()):
+        raise InputError(
+            f"recv has {one.recv.numel()} elements of {one.recv.dtype}, and send {one.send.numel()} of {one.send.dtype}; they must agree"
+        )
+    if quantiser_of(one.quantise) is not None and not one.send.dtype.is_floating_point:
+        raise InputError(f"{one.send.dtype} is not quantised; quantise is for floating-point numbers")

@@ -1,0 +1,130 @@
+"""Whose shared state counts: an election by content, and who fetches what from whom.
+
+Pure functions of what peers say they have: equal votes, equal plan.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch.cluster.pccl.wire import WireError, number, word
+
+POPULAR, RECEIVE, SEND = "enforce_popular", "receive_only", "send_only"
+STRATEGIES = (POPULAR, RECEIVE, SEND)
+_MOST_NAMES = 16_384
+_MOST_DIMS = 16
+
+
+@dataclass
+class Election:
+    """What came of it.
+
+    Attributes:
+        revision: of what was elected.
+        fetches: by peer that must fetch, its source and the entries ``[name, dtype, shape, hash]`` that it lacks.
+        kicked: by peer that must leave, why.
+        error: what all are told instead; None where there is a winner.
+    """
+
+    revision: int = 0
+    fetches: dict[int, tuple[int, list[list[Any]]]] = field(default_factory=dict)
+    kicked: dict[int, str] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+
+def check_vote(body: dict[str, Any]) -> None:
+    """Raises WireError for what is no description of a state."""
+    number(body, "revision")
+    if body.get("strategy") not in STRATEGIES:
+        raise WireError(f"a strategy other than {', '.join(STRATEGIES)}")
+    keys = body.get("keys")
+    if not isinstance(keys, list) or len(keys) > _MOST_NAMES:
+        raise WireError(f"a state that is no list of at most {_MOST_NAMES} tensors")
+    for entry in keys:
+        if not isinstance(entry, list) or len(entry) != 4:
+            raise WireError("a tensor that is not [name, dtype, shape, hash]")
+        name, dtype, shape, digest = entry
+        if not all(isinstance(text, str) for text in (name, dtype, digest)) or not isinstance(shape, list):
+            raise WireError("a tensor that is not [name, dtype, shape, hash]")
+        if len(shape) > _MOST_DIMS or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+            raise WireError(f"tensor {word({'name': name}, 'name')!r} has a shape that is none")
+
+
+def elect(votes: Mapping[int, dict[str, Any]], last: int | None) -> Election:
+    """Elect by popularity of the whole content; ties go to what the lowest peer has.
+
+    Args:
+        votes: by peer: ``revision``, ``strategy``, ``keys`` and whether the strategy ``is_default``.
+        last: revision of what was shared before; None where nothing was.
+    """
+    senders = [peer for peer in sorted(votes) if votes[peer]["strategy"] == SEND]
+    offers = senders or [peer for peer in sorted(votes) if votes[peer]["strategy"] == POPULAR]
+    if not offers and last is None:
+        # Nothing was ever shared: what newcomers brought is the beginning.
+        offers = [peer for peer in sorted(votes) if votes[peer].get("is_default")]
+    if not offers:
+        why = "nobody who is left has the shared state" + ("" if last is None else f" of revision {last}")
+        return Election(kicked=dict.fromkeys(votes, why))
+    if wrong := _wrong_revision(votes, last):
+        return Election(error=wrong)
+    contents = {peer: _content(votes[peer]) for peer in votes}
+    if senders and len({contents[peer] for peer in senders}) > 1:
+        return Election(kicked=dict.fromkeys(senders, f"peers {senders} all send, and not the same state"))
+    counted = Counter(contents[peer] for peer in offers)
+    most = max(counted.values())
+    winner = next(peer for peer in offers if counted[contents[peer]] == most)
+    if other := next((peer for peer in sorted(votes) if _form(votes[peer]) != _form(votes[winner])), None):
+        return Election(error=_apart(votes, winner, other))
+    return Election(
+        revision=votes[winner]["revision"],
+        fetches=_fetches(votes, winner, [peer for peer in sorted(votes) if _keys(votes[peer]) == _keys(votes[winner])]),
+    )
+
+
+def _wrong_revision(votes: Mapping[int, dict[str, Any]], last: int | None) -> dict[str, Any] | None:
+    if last is None:
+        return None
+    for peer in sorted(votes):
+        if votes[peer]["strategy"] != RECEIVE and votes[peer]["revision"] != last + 1:
+            return {"error": "revision", "expected": last + 1, "got": votes[peer]["revision"], "peer": peer}
+    return None
+
+
+def _fetches(
+    votes: Mapping[int, dict[str, Any]], winner: int, sources: list[int]
+) -> dict[int, tuple[int, list[list[Any]]]]:
+    """Sources take turns, so that none serves more than its share."""
+    found: dict[int, tuple[int, list[list[Any]]]] = {}
+    for peer in sorted(votes):
+        held = {entry[0]: entry[3] for entry in votes[peer]["keys"]}
+        if lacking := [entry for entry in votes[winner]["keys"] if held[entry[0]] != entry[3]]:
+            found[peer] = (sources[len(found) % len(sources)], lacking)
+    return found
+
+
+def _keys(vote: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(sorted((name, dtype, tuple(shape), digest) for name, dtype, shape, digest in vote["keys"]))
+
+
+def _content(vote: dict[str, Any]) -> tuple[Any, ...]:
+    return (vote["revision"], _keys(vote))
+
+
+def _form(vote: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(name, dtype, shape) for name, dtype, shape, _ in _keys(vote)]
+
+
+def _apart(votes: Mapping[int, dict[str, Any]], winner: int, other: int) -> dict[str, Any]:
+    left, right = ({entry[0]: entry for entry in votes[peer]["keys"]} for peer in (winner, other))
+    name = next(name for name in sorted(left.keys() | right.keys()) if _row(left, name) != _row(right, name))
+    return {
+        "error": "mismatch",
+        "why": f"shared state {name!r:.80}: peer {winner} has {_row(left, name)}, peer {other} {_row(right, name)}",
+    }
+
+
+def _row(entries: dict[str, Any], name: str) -> str:
+    return f"{entries[name][1]} {entries[name][2]}" if name in entries else "none of that name"

@@ -1,0 +1,246 @@
+"""Connections between peers: where a peer listens, and the links that it keeps with its neighbours in the ring.
+
+Every peer listens at one port; what a caller wants (a link, a shared state, a flood that measures) it says when it proves that it is of
+this run. Links belong to an epoch: when the ring changes, or a collective broke off with bytes still on their way, all are made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anabranch.cluster.pccl.addresses import listen_at, tuned
+from anabranch.cluster.pccl.faults import Refused
+from anabranch.cluster.pccl.handshake import HANDSHAKE_S, call, take
+from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, send_all
+from anabranch.errors import InputError
+
+log = logging.getLogger(__name__)
+
+FIRST_PORT, _PORTS_TRIED = 48149, 64
+_MOST_GUESTS = 64
+MOST_POOL = 64
+
+
+class LinkError(Exception):
+    """A link could not be made, or broke.
+
+    Attributes:
+        accused: the peer at its other end; None where that is nobody's fault.
+    """
+
+    def __init__(self, why: str, accused: int | None = None) -> None:
+        super().__init__(why)
+        self.accused = accused
+
+
+class AbortedError(LinkError):
+    """The master has ended the operation."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A peer, as others reach it."""
+
+    peer: int
+    host: str
+    port: int
+    pool: int
+
+    @staticmethod
+    def of(row: list[Any]) -> Place:
+        """Of what the master says."""
+        return Place(int(row[0]), str(row[1]), int(row[2]), min(max(int(row[3]), 1), MOST_POOL))
+
+
+class Listener:
+    """Where other peers call.
+
+    Args:
+        host: to listen at; empty for every address.
+        port: None for the first free one from 48149.
+        secret: of the run.
+        handlers: by purpose: called with the connection and the hello, in a thread of its own; the handler closes the connection.
+
+    Attributes:
+        port: where it listens.
+        run: name of the run; until it is known nobody is let in.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int | None,
+        secret: bytes,
+        handlers: Mapping[str, Callable[[socket.socket, dict[str, Any]], None]],
+    ) -> None:
+        self._secret, self._handlers = secret, handlers
+        self.run = ""
+        self._stack = contextlib.ExitStack()
+        self._socket = self._listening(host, port)
+        self._socket.settimeout(0.25)
+        self.port = int(self._socket.getsockname()[1])
+        self._guests = threading.Semaphore(_MOST_GUESTS)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="pccl listener", daemon=True)
+        self._thread.start()
+
+    def _listening(self, host: str, port: int | None) -> socket.socket:
+        if port is not None:
+            return self._stack.enter_context(listen_at(host, port))
+        for tried in range(FIRST_PORT, FIRST_PORT + _PORTS_TRIED):
+            with contextlib.suppress(InputError):
+                return self._stack.enter_context(listen_at(host, tried))
+        return self._stack.enter_context(listen_at(host, 0))
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._is_closed.set()
+        self._stack.close()
+
+    def _serve(self) -> None:
+        while not self._is_closed.is_set():
+            try:
+                sock, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:
+                if not self._is_closed.is_set():
+                    log.warning("a connection could not be taken: %s", error)
+                    time.sleep(0.05)
+                continue
+            if not self._guests.acquire(blocking=False):
+                sock.close()
+                continue
+            threading.Thread(target=self._welcome, args=(sock,), name="pccl guest", daemon=True).start()
+
+    def _welcome(self, sock: socket.socket) -> None:
+        try:
+            hello = take(sock, link_key(self._secret, self.run))
+            handler = self._handlers.get(hello["purpose"])
+            if handler is None or not self.run:
+                raise WireError(f"the purpose {hello['purpose']!r}")
+            handler(tuned(sock), hello)
+        except (WireError, OSError) as error:
+            log.warning("a caller is sent away: %s", error)
+            sock.close()
+        finally:
+            self._guests.release()
+
+
+def link_key(secret: bytes, run: str) -> bytes:
+    """What peers of a run know and nobody else: without a secret, whoever the master has let in."""
+    return secret + b"|" + run.encode()
+
+
+def call_peer(
+    place: Place, secret: bytes, run: str, hello: dict[str, Any], deadline: float, congestion: str | None = None
+) -> tuple[socket.socket, dict[str, Any]]:
+    """A connection to another peer, and its welcome. Raises LinkError, which accuses it."""
+    try:
+        left = min(deadline - time.monotonic(), HANDSHAKE_S)
+        sock = tuned(socket.create_connection((place.host, place.port), timeout=max(left, 0.001)), congestion)
+    except OSError as error:
+        why = f"peer {place.peer} at {place.host}:{place.port} cannot be reached: {error.strerror or error}"
+        raise LinkError(why, place.peer) from None
+    try:
+        return sock, call(sock, link_key(secret, run), hello, deadline)
+    except (OSError, WireError, Refused) as error:
+        sock.close()
+        raise LinkError(f"peer {place.peer} at {place.host}:{place.port}: {error}", place.peer) from None
+
+
+class Links:
+    """The links of this peer with its neighbours in the ring.
+
+    Args:
+        secret: of the run.
+        connect_s: in which they must stand.
+        congestion: control of their connections.
+
+    Attributes:
+        epoch: of the ring that they are of; -1 where there are none.
+        to_next, from_previous: connections, as many as the smallest pool in the ring.
+    """
+
+    def __init__(self, secret: bytes, connect_s: float, congestion: str | None) -> None:
+        self._secret, self._connect_s, self._congestion = secret, connect_s, congestion
+        self.epoch = -1
+        self.to_next: list[socket.socket] = []
+        self.from_previous: list[socket.socket] = []
+        self._offers: dict[tuple[int, int, int], socket.socket] = {}
+        self._came = threading.Condition()
+        self._is_closed = False
+
+    def offer(self, sock: socket.socket, hello: dict[str, Any]) -> None:
+        """Another peer has called for a link."""
+        key = (number(hello, "epoch"), number(hello, "from"), number(hello, "index", MOST_POOL - 1))
+        send_all(sock, packed(Kind.WELCOME), time.monotonic() + HANDSHAKE_S)
+        with self._came:
+            is_old = key[0] <= self.epoch or self._is_closed or len(self._offers) >= 4 * MOST_POOL
+            old = sock if is_old else self._offers.pop(key, None)
+            if not is_old:
+                self._offers[key] = sock
+            self._came.notify_all()
+        if old is not None:
+            old.close()
+
+    def build(self, epoch: int, ring: list[Place], me: int, run: str, check: Callable[[], None] = lambda: None) -> None:
+        """Make the links of a ring; those of others are closed.
+
+        Args:
+            epoch: of the ring.
+            ring: its peers in order.
+            me: this one.
+            run: name of the run.
+            check: called now and then; raises where the links are no longer wanted.
+
+        Raises LinkError, which accuses the neighbour that cannot be reached.
+        """
+        self.drop()
+        if len(ring) > 1:
+            place = next(number for number, peer in enumerate(ring) if peer.peer == me)
+            following, previous = ring[(place + 1) % len(ring)], ring[place - 1]
+            pool = min(peer.pool for peer in ring)
+            deadline = time.monotonic() + self._connect_s
+            for index in range(pool):
+                check()
+                hello = {"purpose": "link", "run": run, "epoch": epoch, "from": me, "index": index}
+                self.to_next.append(call_peer(following, self._secret, run, hello, deadline, self._congestion)[0])
+            for index in range(pool):
+                self.from_previous.append(self._await((epoch, previous.peer, index), deadline, check))
+        with self._came:
+            self.epoch = epoch
+            stale = [self._offers.pop(key) for key in list(self._offers) if key[0] <= epoch]
+        for sock in stale:
+            sock.close()
+
+    def _await(self, key: tuple[int, int, int], deadline: float, check: Callable[[], None]) -> socket.socket:
+        with self._came:
+            while key not in self._offers:
+                check()
+                if time.monotonic() >= deadline:
+                    raise LinkError(f"peer {key[1]} made no link within {self._connect_s:g} s", key[1])
+                self._came.wait(0.05)
+            return self._offers.pop(key)
+
+    def drop(self) -> None:
+        """Close the links there are."""
+        for sock in (*self.to_next, *self.from_previous):
+            sock.close()
+        self.to_next, self.from_previous = [], []
+
+    def close(self) -> None:
+        """Close all."""
+        self.drop()
+        with self._came:
+            self._is_closed = True
+            offers, self._offers = list(self._offers.values()), {}
+        for sock in offers:
+            sock.close()

@@ -1,0 +1,163 @@
+"""Tensors that are the same on every peer, to the bit: `SharedState`, and how one peer fetches from another what differs.
+
+state = SharedState({"weight": weight, "momentum": momentum})
+while ...:
+    state.revision += 1
+    peers.sync_shared_state(state)          # sends nothing where all agree
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.bounds import shown
+from anabranch.cluster.pccl.hashing import bytes_of, tensor_hash
+from anabranch.cluster.pccl.links import LinkError, Place, call_peer
+from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, receive_exactly, send_all
+from anabranch.errors import InputError
+
+__all__ = ["Shared", "SharedState"]
+
+_PIECE = 1 << 20
+_LONGEST_NAME = 256
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What `Communicator.sync_shared_state` did.
+
+    Attributes:
+        revision: that all have now.
+        sent_bytes, received_bytes: of tensors, by this peer. 0 in a program that computes the same everywhere.
+        fetched: names of tensors that were other ones here.
+    """
+
+    revision: int
+    sent_bytes: int
+    received_bytes: int
+    fetched: tuple[str, ...] = ()
+
+
+class SharedState:
+    """Named tensors with a revision.
+
+    Args:
+        tensors: by name; they are written in place.
+        revision: counts calls of `Communicator.sync_shared_state`: one more before each.
+
+    Raises InputError for names that are too long and values that are no tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], revision: int = 0) -> None:
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+                raise InputError(f"the tensor's name {shown(name)} is none; use a text of 1 to {_LONGEST_NAME} letters")
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"{shown(name)} is a {type(tensor).__name__}; share tensors")
+        self.tensors, self.revision = dict(tensors), revision
+
+    def entries(self) -> list[list[Any]]:
+        """``[name, dtype, shape, hash]`` of each, in order of names."""
+        return [
+            [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), tensor_hash(tensor)]
+            for name, tensor in sorted(self.tensors.items())
+        ]
+
+    def digest(self) -> str:
+        """Of all names, forms and bytes."""
+        text = repr(self.entries()).encode()
+        return tensor_hash(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
+class Sharing:
+    """The side that serves: for as long as peers may ask, a state lies here."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state: SharedState | None = None
+        self._revision, self.sent_bytes = -1, 0
+
+    def offer(self, state: SharedState | None, revision: int = -1) -> None:
+        """Serve ``state`` as what was elected under ``revision``; None for nothing."""
+        with self._lock:
+            self._state, self._revision = state, revision
+            if state is not None:
+                self.sent_bytes = 0
+
+    def serve(self, sock: socket.socket, hello: dict[str, Any]) -> None:
+        """Send a caller what it asks for."""
+        with sock:
+            names = hello.get("names")
+            idle_s = number(hello, "idle_s", 3600)
+            state = self._awaited(number(hello, "revision"), idle_s)
+            if not isinstance(names, list) or not all(
+                isinstance(name, str) and name in state.tensors for name in names
+            ):
+                raise WireError("tensors that are not shared")
+            send_all(sock, packed(Kind.WELCOME), time.monotonic() + idle_s)
+            for name in names:
+                for view in _pieces(_flat(state.tensors[name])):
+                    # Ahead of sending: once it has come, the call it belongs to may be over.
+                    with self._lock:
+                        self.sent_bytes += len(view)
+                    send_all(sock, view, time.monotonic() + idle_s)
+
+    def _awaited(self, revision: int, idle_s: float) -> SharedState:
+        # The caller may have heard of the plan before this peer has.
+        deadline = time.monotonic() + min(idle_s, 5.0)
+        while True:
+            with self._lock:
+                state, held = self._state, self._revision
+            if state is not None and held == revision:
+                return state
+            if time.monotonic() > deadline:
+                raise WireError(f"revision {revision} is not shared here")
+            time.sleep(0.01)
+
+
+def fetch(
+    place: Place,
+    entries: list[list[Any]],
+    state: SharedState,
+    revision: int,
+    *,
+    secret: bytes,
+    run: str,
+    connect_s: float,
+    idle_s: float,
+) -> dict[str, Tensor]:
+    """Tensors of another peer, on the CPU, whose bytes are those that were elected. Raises LinkError, which accuses it."""
+    names = [entry[0] for entry in entries]
+    hello = {"purpose": "state", "run": run, "names": names, "revision": revision, "idle_s": int(idle_s)}
+    sock, _ = call_peer(place, secret, run, hello, time.monotonic() + connect_s + 5.0)
+    found = {}
+    with sock:
+        try:
+            for name, _, _, digest in entries:
+                held = state.tensors[name]
+                came = torch.empty(held.numel(), dtype=held.dtype)
+                for view in _pieces(came):
+                    receive_exactly(sock, view, time.monotonic() + idle_s)
+                if tensor_hash(came) != digest:
+                    raise LinkError(f"peer {place.peer} sent another {name!r} than was elected", place.peer)
+                found[name] = came.reshape(held.shape)
+        except OSError as error:
+            raise LinkError(f"peer {place.peer} stopped sending: {error}", place.peer) from None
+    return found
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous().reshape(-1)
+
+
+def _pieces(flat: Tensor) -> list[memoryview]:
+    data = bytes_of(flat)
+    return [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]

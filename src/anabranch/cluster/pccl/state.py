@@ -1,0 +1,231 @@
+"""What the master decides: a state machine without sockets, clocks or threads.
+
+    state = MasterState()
+    peer = state.join(group=0, host="10.0.0.1", port=48149, pool=1)
+    state.vote(peer, {"what": "join", "req": 1}, now=0.0)
+    state.take()            # what to send: [(peer, {"req": 1, "establish": 1, ...})]
+
+The group moves only when every accepted peer has voted for the same thing; a peer that is lost is a vote less, which can complete one.
+Votes have numbers (``req``) of their peer: what was answered is kept until the peer says that it knows, so a vote that is sent again, to
+this master or to one that was restarted from its journal, gets the same answer, and nothing is decided twice.
+
+Peers of a wrong program, which wait for different things, are told so (`Mismatch`) as soon as it is sure that the wait would not end.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from anabranch.cluster.pccl.decisions import Decisions
+from anabranch.cluster.pccl.elections import check_vote
+from anabranch.cluster.pccl.records import GLOBAL, MAIN, Member, waits_for
+from anabranch.cluster.pccl.wire import WireError, number, word
+
+_MOST_TAGS = 64
+# Slowest link that a matrix tells of, Mbit/s.
+_LEAST_RATE = 1e-3
+
+
+class IllegalVoteError(Exception):
+    """A peer did what no peer of ours does; the master drops it."""
+
+
+class MasterState(Decisions):
+    """The state machine; see the module. Its arguments and attributes are those of `Held`."""
+
+    def take(self) -> list[tuple[int, str, dict[str, Any]]]:
+        """What to send: member, ``reply``, ``abort`` or ``kick``, and the body. In this order; what is taken is gone."""
+        found, self._outbox = self._outbox, []
+        return found
+
+    def dropped(self) -> list[tuple[int, str]]:
+        """Members that were dropped, and why; their connections are to be closed once all is sent."""
+        found, self._dropped = self._dropped, []
+        return found
+
+    def jobs(self) -> list[dict[int, list[int]]]:
+        """Rings to be improved, by group: the caller gives back what it found to `solved`."""
+        found, self._jobs = self._jobs, []
+        return found
+
+    def join(self, *, group: int, host: str, port: int, pool: int) -> int:
+        """A peer has come. Returns its number."""
+        number_of = self._next_id
+        self._next_id += 1
+        self.members[number_of] = Member(number_of, group, host, port, pool, secrets.token_hex(16))
+        self.is_changed = True
+        return number_of
+
+    def resume(self, peer: int, token: str) -> bool:
+        """A peer has come back after its connection, or the master, was gone. False for one that is not known."""
+        member = self.members.get(peer)
+        if member is None or not secrets.compare_digest(member.token.encode(), token.encode()):
+            return False
+        member.is_absent = False
+        self._deadlines.pop(peer, None)
+        # All it waits for, it says again.
+        member.vote, member.initiates = None, {}
+        tags = []
+        for running in self._of_member(peer):
+            running.votes.pop(peer, None)
+            if running.is_aborted:
+                tags.append([running.tag, running.seq])
+                self._deadlines[peer] = self._now + self.dead_s
+        if tags:
+            self._outbox.append((peer, "abort", {"tags": tags}))
+        return True
+
+    def lost(self, peer: int, why: str, now: float) -> None:
+        """A peer's connection is gone, or it has left."""
+        self._now = now
+        if peer in self.members:
+            self._remove(peer, why)
+            self._evaluate()
+
+    def tick(self, now: float) -> None:
+        """Time has passed: drop who has not answered in it."""
+        self._now = now
+        for peer in [peer for peer, when in self._deadlines.items() if when <= now]:
+            member = self.members[peer]
+            late = "did not come back" if member.is_absent else "did not answer an abort or make its links"
+            self._remove(peer, f"{late} in time")
+            self._evaluate()
+
+    def absent(self, grace_s: float, now: float) -> None:
+        """After a restart: members have ``grace_s`` to come back."""
+        self._now = now
+        for peer in list(self.members):
+            self.members[peer].is_absent = True
+            self._deadlines[peer] = now + grace_s
+
+    def vote(self, peer: int, body: dict[str, Any], now: float) -> None:
+        """A peer has voted. One whose vote no peer of ours would give is dropped, with why."""
+        self._now = now
+        member = self.members.get(peer)
+        if member is None:
+            return
+        try:
+            self._vote(member, body)
+        except (IllegalVoteError, WireError) as error:
+            self._remove(peer, f"an illegal vote: {error}")
+        self._evaluate()
+
+    def withdraw(self, peer: int, body: dict[str, Any], now: float) -> None:
+        """A peer waits no more for what it voted. What was decided stays so."""
+        self._now = now
+        member = self.members.get(peer)
+        if member is None:
+            return
+        req = number(body, "req")
+        if member.vote is not None and member.vote["req"] == req and member.vote["what"] in ("join", *GLOBAL, "sync"):
+            member.vote = None
+            self._reply(member, req, {"error": "lost", "why": "the others did not come in time"})
+        for tag, vote in list(member.initiates.items()):
+            if vote["req"] == req:
+                del member.initiates[tag]
+                self._reply(member, req, {"error": "lost", "why": "the others did not come in time"})
+
+    def solved(self, rings: dict[int, list[int]], *, is_late: bool, now: float) -> None:
+        """Rings that were found: for those who wait, or, ``is_late``, to be taken up when peers are next admitted."""
+        self._now = now
+        fitting = {group: ring for group, ring in rings.items() if sorted(ring) == sorted(self.order.get(group, []))}
+        if is_late:
+            self.found |= fitting
+            return
+        self.is_solving = False
+        self._asked_to_measure.clear()
+        waiting = [member for member in self.accepted if waits_for(member, "measured")]
+        self._form({**{group: list(ring) for group, ring in self.order.items()}, **fitting}, [], waiting)
+        self._evaluate()
+
+    def _vote(self, member: Member, body: dict[str, Any]) -> None:
+        req = number(body, "req")
+        low = number(body, "low", default=0)
+        member.answered = {key: value for key, value in member.answered.items() if key >= low}
+        if req in member.answered:
+            self._outbox.append((member.id, "reply", member.answered[req]))
+            return
+        what = word(body, "what", 32)
+        if what == "initiate":
+            self._initiate(member, body)
+        elif what == "complete":
+            self._complete(member, body, req)
+        elif what in MAIN:
+            self._main(member, what, body, req)
+        else:
+            raise IllegalVoteError(f"there is nothing called {what!r}")
+
+    def _main(self, member: Member, what: str, body: dict[str, Any], req: int) -> None:
+        if member.vote is not None:
+            if member.vote["req"] == req:
+                return
+            raise IllegalVoteError(f"{what} while it waits for {member.vote['what']}")
+        if member.initiates or self._of_member(member.id):
+            raise IllegalVoteError(f"{what} in the midst of a collective")
+        forming = self.forming
+        if what == "established":
+            if forming is None or member.id not in forming.participants:
+                raise IllegalVoteError("established, and there is no ring to make")
+        elif what == "measured":
+            if member.id not in self._asked_to_measure:
+                raise IllegalVoteError("measured, and there is nothing to measure")
+            self._take_rates(member, body)
+        elif what == "synced":
+            syncing = self.syncing.get(member.group)
+            if syncing is None or member.id not in syncing.participants:
+                raise IllegalVoteError("synced, and nothing is shared")
+        elif (what == "join") == member.is_accepted:
+            raise IllegalVoteError(f"{what} of a peer that {'takes' if member.is_accepted else 'does not take'} part")
+        if what == "sync":
+            check_vote(body)
+        member.vote = body
+        if what == "established":
+            self._deadlines.pop(member.id, None)
+
+    def _initiate(self, member: Member, body: dict[str, Any]) -> None:
+        tag = number(body, "tag")
+        descriptor = body.get("descriptor")
+        if not isinstance(descriptor, dict) or len(str(descriptor)) > 1024:
+            raise IllegalVoteError("a collective without a description")
+        if not member.is_accepted or member.vote is not None:
+            raise IllegalVoteError("a collective of a peer that takes no part or waits for something else")
+        if (member.group, tag) in self.running and member.id in self.running[member.group, tag].participants:
+            raise IllegalVoteError(f"tag {tag} is under way")
+        held = member.initiates.get(tag)
+        if held is not None and held["req"] != body["req"]:
+            raise IllegalVoteError(f"tag {tag} is waited for")
+        if len(member.initiates) >= _MOST_TAGS:
+            raise IllegalVoteError(f"more than {_MOST_TAGS} tags at a time")
+        member.initiates[tag] = body
+
+    def _complete(self, member: Member, body: dict[str, Any], req: int) -> None:
+        tag, seq = number(body, "tag"), number(body, "seq")
+        running = self.running.get((member.group, tag))
+        if running is None or running.seq != seq or member.id not in running.participants:
+            raise IllegalVoteError(f"complete of tag {tag}, which is not under way")
+        if member.id in running.votes:
+            return
+        running.votes[member.id] = req
+        if body.get("aborted"):
+            # What comes after an abort says nothing about who is at fault.
+            if not running.is_aborted:
+                self._accuse(member, body.get("accused"))
+            # Others may be right in the midst of it, and it would come to nothing.
+            self._abort(member.group)
+        if not any(other.is_aborted and member.id not in other.votes for other in self._of_member(member.id)):
+            self._deadlines.pop(member.id, None)
+
+    def _accuse(self, member: Member, accused: Any) -> None:
+        if isinstance(accused, int) and accused != member.id and accused in self.members:
+            self.members[accused].failures += 1
+
+    def _take_rates(self, member: Member, body: dict[str, Any]) -> None:
+        rates = body.get("rates")
+        if not isinstance(rates, dict) or len(rates) > self.most_peers:
+            raise IllegalVoteError("rates that are none")
+        for name, rate in rates.items():
+            if not name.isdigit() or not isinstance(rate, (int, float)) or not 0 <= rate < 1e9:
+                raise IllegalVoteError("rates that are none")
+            if int(name) in self.members and int(name) != member.id:
+                self.matrix[member.id, int(name)] = max(float(rate), _LEAST_RATE)

@@ -1,0 +1,242 @@
+"""All-reduce over a ring of peers: exact to the bit, counted to the byte."""
+
+import socket
+import struct
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from anabranch.cluster.pccl import Mismatch, Quantiser, Reduced, Reduction, TagInUse
+from anabranch.cluster.pccl.communicator import DTYPES
+from anabranch.cluster.pccl.ring import HEAD, OPS, chunk_ranges
+from anabranch.errors import InputError
+from pccl_peers import a_master, together
+
+SIZES = (0, 1, 3, 7, 1000)
+FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
+
+
+@pytest.fixture(scope="module")
+def master():
+    with a_master() as found:
+        yield found
+
+
+def drawn(rank, size, dtype):
+    generator = torch.Generator().manual_seed(1000 * rank + size)
+    if dtype.is_floating_point:
+        return torch.randn(size, generator=generator).to(dtype)
+    return torch.randint(-5 if dtype.is_signed else 0, 6, (size,), generator=generator).to(dtype)
+
+
+def naive(values, op):
+    """In the order in which a ring reduces chunk c: ranks c, c + 1, ... ; every step in the type's own arithmetic."""
+    world, count = len(values), len(values[0])
+    out = torch.empty_like(values[0])
+    steps = {"sum": torch.add, "avg": torch.add, "prod": torch.mul, "max": torch.maximum, "min": torch.minimum}
+    for chunk, (start, end) in enumerate(chunk_ranges(count, world)):
+        held = values[chunk][start:end]
+        for step in range(1, world):
+            held = steps[op](values[(chunk + step) % world][start:end], held)
+        out[start:end] = held
+    if op == "avg":
+        out = out / world if out.is_floating_point() else torch.div(out, world, rounding_mode="floor")
+    return out.to(values[0].dtype)
+
+
+def bits(tensor):
+    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes()) if tensor.numel() else b""
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_type_and_operation_has_the_bits_of_a_plain_sum_in_ring_order(master, world):
+    # All sizes with two peers; with more, those that differ by them.
+    sizes = SIZES if world == 2 else (3, 7)
+    cases = [(size, dtype, op) for size in sizes for dtype in sorted(DTYPES, key=str) for op in OPS]
+
+    def work(number, peers):
+        rank, found = peers.ring_order.index(peers.peer), []
+        for size, dtype, op in cases:
+            value = drawn(rank, size, dtype)
+            told = peers.all_reduce(value, op=op)
+            assert told == Reduced(world, world == 1)
+            found.append(bits(value))
+        return rank, found
+
+    found = dict(together(master.address, world, work))
+    for place, (size, dtype, op) in enumerate(cases):
+        expected = bits(naive([drawn(rank, size, dtype) for rank in range(world)], op))
+        assert {found[rank][place] for rank in range(world)} == {expected}, (size, dtype, op)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_quantised_sum_is_one_for_all_and_within_its_bound(master, world):
+    cases = [
+        (size, dtype, kind, width)
+        for size in (1, 3, 1000)
+        for dtype in sorted(FLOATS, key=str)
+        for kind in ("min_max", "zero_point")
+        for width in (8, 16)
+    ]
+
+    def work(number, peers):
+        rank, found = peers.ring_order.index(peers.peer), []
+        for size, dtype, kind, width in cases:
+            value = drawn(rank, size, dtype)
+            peers.all_reduce(value, op="avg", quantise=Quantiser(kind, width))
+            found.append(value)
+        return rank, found
+
+    found = dict(together(master.address, world, work))
+    for place, (size, dtype, kind, width) in enumerate(cases):
+        values = [drawn(rank, size, dtype) for rank in range(world)]
+        assert len({bits(found[rank][place]) for rank in range(world)}) == 1
+        exact = sum(value.double() for value in values) / world
+        # Each of the world writings of a partial sum is off by half a step of its range at most (a whole one where the zero is rounded
+        # too); partial sums of k values lie within k times the largest.
+        largest = max(float(value.double().abs().max()) for value in values)
+        steps = sum(range(1, world + 1)) * 2 * largest / (2**width - 1)
+        slack = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-6) * world * largest
+        assert (found[0][place].double() - exact).abs().max() <= steps / world + slack, (size, dtype, kind, width)
+
+
+def test_bytes_are_those_of_the_formula(master):
+    count, world = 4096 + 3, 4
+
+    def work(number, peers):
+        sent = {}
+        for name, quantiser in (("plain", None), ("quantised", Quantiser())):
+            peers.all_reduce(torch.ones(count))
+            sockets = peers._links.to_next
+            before = sum(map(_sent, sockets))
+            peers.all_reduce(torch.ones(count), quantise=quantiser)
+            # What the neighbour has acknowledged comes with the end of the call at the latest.
+            peers.all_reduce(torch.ones(0))
+            sent[name] = sum(map(_sent, sockets)) - before - 2 * HEAD.size
+        return peers.ring_order.index(peers.peer), sent
+
+    ranges = chunk_ranges(count, world)
+    for rank, sent in together(master.address, world, work):
+        sizes = [end - start for start, end in ranges]
+        numbers = sum(sizes) * 2 - sizes[(rank + 1) % world] - sizes[(rank + 2) % world]
+        assert sent == {"plain": 4 * numbers, "quantised": numbers + 16 * 2 * (world - 1)}
+
+
+def _sent(sock):
+    """Bytes that Linux has sent and not repeated: tcpi_bytes_sent - tcpi_bytes_retrans of struct tcp_info."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    if len(info) < 216:
+        pytest.skip("this kernel does not count")
+    sent, again = struct.unpack_from("QQ", info, 200)
+    return sent - again
+
+
+def test_results_go_where_they_are_asked_for(master):
+    def work(number, peers):
+        rank = peers.ring_order.index(peers.peer)
+        send, recv = torch.full((3, 4), 1.0 + rank), torch.zeros(3, 4)
+        peers.all_reduce(send, recv)
+        strided = torch.arange(12.0).reshape(3, 4).t()
+        assert not strided.is_contiguous()
+        peers.all_reduce(strided, op="avg")
+        grown = torch.ones(3, requires_grad=True)
+        peers.all_reduce(grown)
+        return float(send[0, 0]) == 1.0 + rank, recv.tolist(), strided.tolist(), grown.tolist()
+
+    for kept, recv, strided, grown in together(master.address, 2, work):
+        assert kept
+        assert recv == [[3.0] * 4] * 3
+        assert strided == torch.arange(12.0).reshape(3, 4).t().tolist()
+        assert grown == [2.0] * 3
+
+
+def test_many_tags_at_a_time_over_several_connections(master):
+    world, count = 3, 24
+
+    def work(number, peers):
+        rank = peers.ring_order.index(peers.peer)
+        values = [torch.full((1000 + tag,), float(rank + tag)) for tag in range(count)]
+        told = peers.all_reduce_many([Reduction(value, tag=tag) for tag, value in enumerate(values)], max_in_flight=6)
+        assert told == [Reduced(world, False)] * count
+        assert len(peers._links.to_next) == 4
+        return [bits(value) for value in values]
+
+    found = together(master.address, world, work, pool=4)
+    assert all(one == found[0] for one in found)
+    assert np.frombuffer(found[0][5], np.float32)[0] == 0 + 1 + 2 + 3 * 5
+
+
+def test_in_the_midst_of_one_nothing_else_begins(master):
+    gate = threading.Event()
+
+    def work(number, peers):
+        if number == 1:
+            assert gate.wait(20)
+            return peers.all_reduce(torch.ones(3))
+        handle = peers.all_reduce_async(torch.ones(3))
+        for call in (
+            lambda: peers.all_reduce(torch.ones(3)),
+            peers.update_topology,
+            peers.are_peers_pending,
+        ):
+            with pytest.raises(TagInUse, match="under way"):
+                call()
+        gate.set()
+        return handle.result()
+
+    assert together(master.address, 2, work) == [Reduced(2, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        (
+            lambda p: p.all_reduce(torch.ones(3)),
+            lambda p: p.all_reduce(torch.ones(4)),
+            "count=3.*count=4|count=4.*count=3",
+        ),
+        (lambda p: p.all_reduce(torch.ones(3)), lambda p: p.all_reduce(torch.ones(3), op="max"), "op=.*op="),
+        (
+            lambda p: p.all_reduce(torch.ones(3)),
+            lambda p: p.all_reduce(torch.ones(3).int()),
+            "float32.*int32|int32.*float32",
+        ),
+        (lambda p: p.all_reduce(torch.ones(3)), lambda p: p.all_reduce(torch.ones(3), quantise="min_max"), "quantise="),
+        (lambda p: p.all_reduce(torch.ones(3)), lambda p: p.update_topology(), "waits for"),
+        (lambda p: p.are_peers_pending(), lambda p: p.update_topology(), "pending.*accept|accept.*pending"),
+    ],
+)
+def test_peers_that_want_different_things_are_all_told_at_once(master, first, second, named):
+    def work(number, peers):
+        with pytest.raises(Mismatch, match=named):
+            (first if number else second)(peers)
+        # And go on.
+        return peers.all_reduce(torch.ones(2)).world
+
+    assert together(master.address, 2, work) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda p: p.all_reduce(torch.ones(3), op="xor"), "op is 'xor'"),
+        (lambda p: p.all_reduce(torch.ones(3), tag=-1), "tag is -1"),
+        (lambda p: p.all_reduce(torch.ones(3).bool()), "bool cannot be reduced"),
+        (lambda p: p.all_reduce([1.0]), "list cannot be reduced"),
+        (lambda p: p.all_reduce(torch.ones(3), torch.ones(4)), "recv has 4"),
+        (lambda p: p.all_reduce(torch.ones(3).int(), quantise="min_max"), "not quantised"),
+        (lambda p: p.all_reduce(torch.ones(3), quantise="magic"), "'magic'"),
+        (lambda p: Quantiser(bits=7), "bits is 7"),
+        (lambda p: p.all_reduce_many([Reduction(torch.ones(1))] * 2), "its own"),
+        (lambda p: p.optimize_topology(seconds=0), "seconds is 0"),
+        (lambda p: p.sync_shared_state(None, "mine"), "strategy is 'mine'"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anyone_is_asked(master, call, told):
+    def work(number, peers):
+        with pytest.raises(InputError, match=told):
+            call(peers)
+
+    together(master.address, 1, work)

@@ -1,0 +1,166 @@
+"""Shared state: the same bits on every peer, only what differs is sent."""
+
+import pytest
+import torch
+
+from anabranch.cluster.pccl import Kicked, Mismatch, RevisionError, SharedState
+from anabranch.cluster.pccl.elections import elect
+from anabranch.cluster.pccl.hashing import tensor_hash
+from anabranch.errors import InputError
+from pccl_peers import Peer, a_master, together
+
+
+@pytest.fixture(scope="module")
+def master():
+    with a_master() as found:
+        yield found
+
+
+def state_of(number, odd=()):
+    """Tensors a and b; those in ``odd`` are another one for each number."""
+    return SharedState(
+        {name: torch.arange(600.0) + (number + 1 if name in odd else 0) for name in ("a", "b")}, revision=1
+    )
+
+
+def test_the_majority_wins_and_only_what_differs_is_sent(master):
+    def work(number, peers):
+        state = state_of(number, odd=("b",) if number == 2 else ())
+        told = peers.sync_shared_state(state, "enforce_popular")
+        state.revision += 1
+        again = peers.sync_shared_state(state)
+        return state.digest(), told, again
+
+    found = together(master.address, 4, work)
+    assert len({digest for digest, _, _ in found}) == 1
+    assert [told.fetched for _, told, _ in found] == [(), (), ("b",), ()]
+    assert [told.received_bytes for _, told, _ in found] == [0, 0, 2400, 0]
+    assert sum(told.sent_bytes for _, told, _ in found) == 2400
+    assert [(again.sent_bytes, again.received_bytes, again.revision) for _, _, again in found] == [(0, 0, 2)] * 4
+
+
+def test_the_sender_wins_against_the_majority_and_who_receives_counts_for_nothing(master):
+    def work(number, peers):
+        state = state_of(number, odd=("a",) if number == 1 else ())
+        told = peers.sync_shared_state(state, {1: "send_only", 2: "receive_only"}.get(number, "enforce_popular"))
+        return float(state.tensors["a"][0]), told.received_bytes
+
+    assert together(master.address, 3, work) == [(2.0, 2400), (2.0, 0), (2.0, 2400)]
+
+
+def test_newcomers_receive_what_others_have(master):
+    def work(number, peers):
+        state = state_of(number)
+        peers.sync_shared_state(state, "enforce_popular")
+        late = None
+        if number == 0:
+            late = Peer(master.address, lambda _, mine: newcomer(mine), 9)
+        while not peers.are_peers_pending():
+            pass
+        peers.update_topology()
+        state.revision += 1
+        peers.sync_shared_state(state)
+        return late and late.wait().value, state.digest()
+
+    def newcomer(peers):
+        assert peers.admit()
+        mine = SharedState({"a": torch.zeros(600), "b": torch.arange(600.0)})
+        told = peers.sync_shared_state(mine)
+        return mine.digest(), told.fetched, mine.revision
+
+    (late, digest), (_, other) = together(master.address, 2, work)
+    assert late == (digest, ("a",), 2)
+    assert other == digest
+
+
+def test_a_revision_that_is_not_the_next_is_told_to_all(master):
+    def work(number, peers):
+        state = state_of(number)
+        peers.sync_shared_state(state)
+        state.revision += 2 if number else 1
+        with pytest.raises(RevisionError, match="revision 3, and after the last one comes 2") as told:
+            peers.sync_shared_state(state)
+        state.revision = 2
+        return (told.value.expected, told.value.got), peers.sync_shared_state(state).revision
+
+    assert together(master.address, 2, work) == [((2, 3), 2)] * 2
+
+
+def test_states_of_other_forms_are_told_by_name(master):
+    def work(number, peers):
+        state = SharedState({"w": torch.zeros(3 + number)}, revision=1)
+        with pytest.raises(Mismatch, match=r"'w': peer \d+ has float32 \[3\], peer \d+ float32 \[4\]"):
+            peers.sync_shared_state(state)
+
+    together(master.address, 2, work)
+
+
+def test_senders_that_disagree_and_groups_that_only_receive_are_sent_away(master):
+    def senders(number, peers):
+        with pytest.raises(Kicked, match="all send, and not the same"):
+            peers.sync_shared_state(state_of(number, odd=("a",)), "send_only")
+
+    def receivers(number, peers):
+        with pytest.raises(Kicked, match="nobody who is left has the shared state"):
+            peers.sync_shared_state(state_of(number), "receive_only")
+
+    together(master.address, 2, senders)
+    together(master.address, 2, receivers)
+
+
+def test_more_than_half_types_and_empty_tensors(master):
+    def work(number, peers):
+        tensors = {
+            "half": torch.full((5,), number, dtype=torch.bfloat16),
+            "bool": torch.tensor([number == 1, True]),
+            "none": torch.empty(0),
+            "scalar": torch.tensor(float(number)),
+            "strided": torch.arange(6.0).reshape(2, 3).t() + number,
+        }
+        state = SharedState(tensors, revision=1)
+        peers.sync_shared_state(state, "send_only" if number == 1 else "receive_only")
+        return state.digest(), tensors["strided"].tolist()
+
+    found = together(master.address, 2, work)
+    assert found[0] == found[1]
+    assert found[0][1][0] == [1.0, 4.0]
+
+
+def test_hashes_know_bytes_and_nothing_else():
+    value = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
+    other = value.clone()
+    assert tensor_hash(value) == tensor_hash(other.reshape(3, -1)) == tensor_hash(other.view(torch.int32))
+    other[2_999_999] += 1
+    assert tensor_hash(value) != tensor_hash(other)
+    swapped = torch.cat([value[1_048_576:2_097_152], value[:1_048_576], value[2_097_152:]])
+    assert tensor_hash(value) != tensor_hash(swapped)
+    assert tensor_hash(torch.tensor([0.0])) != tensor_hash(torch.tensor([-0.0]))
+
+
+def test_what_is_no_state_is_told():
+    with pytest.raises(InputError, match="share tensors"):
+        SharedState({"a": [1.0]})
+    with pytest.raises(InputError, match="1 to 256 letters"):
+        SharedState({"": torch.zeros(1)})
+
+
+def vote(digest, revision=1, strategy="enforce_popular"):
+    return {"revision": revision, "strategy": strategy, "keys": [["w", "float32", [1], digest]]}
+
+
+def test_elections_by_hand():
+    # The most frequent; equal ones: what the lowest peer has.
+    assert elect({0: vote("x"), 1: vote("y"), 2: vote("y")}, None).fetches.keys() == {0}
+    assert elect({3: vote("x"), 1: vote("y")}, None).fetches == {3: (1, [["w", "float32", [1], "y"]])}
+    # Sources take turns: none serves more than its share.
+    votes = {peer: vote("good") for peer in range(3)} | {
+        peer: vote(f"bad{peer}", 0, "receive_only") for peer in range(3, 8)
+    }
+    served = [source for source, _ in elect(votes, 0).fetches.values()]
+    assert sorted(map(served.count, range(3))) == [1, 2, 2]
+    # One that only receives, and has it already, is a source too.
+    assert elect({0: vote("x"), 1: vote("x", 9, "receive_only"), 2: vote("z", 9, "receive_only")}, 0).fetches[2][0] in (
+        0,
+        1,
+    )
+    assert elect({0: vote("x", 5)}, 3).error == {"error": "revision", "expected": 4, "got": 5, "peer": 0}
