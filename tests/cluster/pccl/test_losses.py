@@ -215,7 +215,7 @@ def test_a_peer_that_hangs_is_dropped_and_told_when_it_wakes(master):
         # As SIGSTOP: it neither beats nor votes.
         with peers._line._lock:
             assert woken.wait(20)
-        with pytest.raises(Kicked, match="not in this run, or no more|nothing was heard of it"):
+        with pytest.raises(Kicked, match=r"not in this run, or no more|nothing was heard of it"):
             peers.all_reduce(torch.ones(3))
         return "told"
 

@@ -151,16 +151,6 @@ class Communicator(Part):
         self._end()
 
     @property
-    def peer(self) -> int:
-        """This peer's number, which no other in the run has or had."""
-        return self._line.peer
-
-    @property
-    def run(self) -> str:
-        """Name of the run, that of the master's first start."""
-        return self._line.run
-
-    @property
     def world_size(self) -> int:
         """Peers of all groups."""
         return int(self._topology.get("world", 0))

@@ -72,8 +72,6 @@ class Part:
     _line: Line
     _links: Links
     _listener: Listener
-    run: str
-    peer: int
 
     def __init__(self, idle_s: float, wait_s: float | None, before: Callable[[str], None]) -> None:
         self._idle_s, self._wait_s, self._before = idle_s, wait_s, before
@@ -88,6 +86,16 @@ class Part:
         self._kept: list[Tensor] = []
         self._threads: ThreadPoolExecutor | None = None
         self._topology: dict[str, Any] = {}
+
+    @property
+    def peer(self) -> int:
+        """This peer's number, which no other in the run has or had."""
+        return self._line.peer
+
+    @property
+    def run(self) -> str:
+        """Name of the run, that of the master's first start."""
+        return self._line.run
 
     def _carry_out(
         self, op: _Op, reply: dict[str, Any], one: Reduction, target: Tensor, quantiser: Quantiser | None
