@@ -39,7 +39,20 @@ from anabranch.graph.hnsw.selecting import (
     select,
     write_links,
 )
-from anabranch.graph.hnsw.suspects import FAR, NOW, WATCHED, behind_gap, is_far_off, is_found, leads_to, mark_left_out
+from anabranch.graph.hnsw.suspects import (
+    FAR,
+    NOW,
+    WATCHED,
+    behind_gap,
+    first_behind,
+    has_gaps,
+    is_far_off,
+    is_found,
+    leads_to,
+    mark_block,
+    mark_left_out,
+    measure_links,
+)
 
 
 @kernel
@@ -71,6 +84,8 @@ def link_new(graph, visited, slot_B, begin, end):
                 is_far = is_far_off(graph, found_d, found_i, count, address(other))
                 is_suspect = is_far or behind_gap(graph, found_d, count) < count
                 set_u8(graph[SUSPECT], base, np.uint8(FAR * is_far + (NOW | WATCHED) * is_suspect))
+                if is_suspect:
+                    mark_block(graph, base, NOW | WATCHED)
             count = select(graph, base, count, graph[CAP], found_d, found_i, chosen, address(other))
             write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
             num_copies += level == 0 and leads_to_equal(graph, base, chosen, count)
@@ -187,12 +202,27 @@ def lead_both_ways(graph, slot_S, number, chosen, taken, own, other):
             add_links(graph, np.int64(0), target, links_of(graph, target, 0), slot_S, number, number + 1, own, other)
 
 
+@helper
+def put_in(graph, target, slot, scratch):
+    """Let ``target`` lead to a slot on level 0, in place of the farthest before the gap where its list is full: what lies near is led to by
+    others near, what lies behind a gap maybe by nothing else."""
+    links, cap = links_of(graph, target, 0), graph[CAP0]
+    if put_last(links, cap, slot):
+        return
+    found_d, found_i = np.empty(cap + PADDING, np.float32), np.empty(cap + PADDING, np.int32)
+    count = measure_links(graph, target, 0, found_d, found_i, scratch)
+    near = first_behind(found_d, count) if has_gaps(graph) else count
+    for place in range(cap):
+        if get_i32(links, place) == found_i[near - 1]:
+            set_i32(links, place, slot)
+
+
 @kernel
 def link_lost(graph, visited, slot_S, begin, end, ef):
     """Let the nearest that a walk for it comes to lead to each of suspects ``begin`` ... ``end`` that it does not come to; how many.
 
     One after the other: what was linked leads on to others. And as it came, or was left, without most of its neighbours, it is linked to
-    those that a walk of ef_construction comes to now.
+    those that a walk of ef_construction comes to now. Where no list of those that the walk came to takes it by SELECT, the nearest does.
     """
     most = max(ef, graph[EF])
     found_d, found_i = np.empty(most + PADDING, np.float32), np.empty(most + PADDING, np.int32)
@@ -212,15 +242,19 @@ def link_lost(graph, visited, slot_S, begin, end, ef):
         )
         if is_found(graph, query, scale, norm, slot, count, ef, found_d, found_i):
             continue
-        for place in range(count):
+        is_led_to, place = False, 0
+        while place < count and not is_led_to:
             target = np.int64(~found_i[place])
             links = links_of(graph, target, 0)
-            if leads_to(links, cap, slot):
-                break
-            add_links(graph, ground, target, links, slot_S, number, number + 1, own, other)
-            if leads_to(links, cap, slot):
-                num_linked += 1
-                break
+            is_led_to = leads_to(links, cap, slot)
+            if not is_led_to:
+                add_links(graph, ground, target, links, slot_S, number, number + 1, own, other)
+                is_led_to = leads_to(links, cap, slot)
+                num_linked += is_led_to
+            place += 1
+        if not is_led_to:
+            put_in(graph, np.int64(~found_i[0]), slot, address(other))
+            num_linked += 1
         count, _, _ = pool_search(
             graph, query, scale, norm, ground, entry, nearest, start, most, visited, found_d, found_i, todo
         )

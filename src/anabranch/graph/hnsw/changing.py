@@ -12,6 +12,7 @@ from anabranch.graph.hnsw.coarse import count_worse
 from anabranch.graph.hnsw.coded import LOOKED_AT, SAMPLE
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
+from anabranch.graph.hnsw.mending import UNREACHED
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage, draw_levels
 from anabranch.graph.hnsw.strays import Strays
@@ -227,7 +228,7 @@ class Changes:
         self._slots.drop(id_N)
         self._storage.mark(slot_S, deleted=True)
 
-    def restore(self, id_N: np.ndarray) -> None:
+    def restore(self, id_N: np.ndarray, workers: Workers) -> None:
         """Undo `delete`. Raises InputError for ids that are not deleted, and then restores none."""
         dead_S = np.flatnonzero(~self._slots.live())
         dead_S = dead_S[np.argsort(self._slots.labels()[dead_S], kind="stable")]
@@ -239,8 +240,12 @@ class Changes:
         if not is_there.all():
             row = int(np.flatnonzero(~is_there)[0])
             raise InputError(f"ids[{row}] is {id_N[row]}, which is not a deleted element of the index")
-        self._storage.mark(dead_S[place_N], deleted=False)
-        self._slots.put(id_N, dead_S[place_N])
+        slot_N = dead_S[place_N]
+        self._storage.mark(slot_N, deleted=False)
+        self._slots.put(id_N, slot_N)
+        # What came meanwhile was not linked to them, and they were not looked for.
+        self._linker.watch.mark(slot_N, NOW)
+        self._linker.look(workers)
 
     def compact(self, workers: Workers, *, repair: bool) -> int:
         """Take deleted elements out of graph and memory; how many."""
@@ -316,7 +321,7 @@ class Changes:
             return 0
         held.own()
         if everything:
-            held.suspect[: held.count] |= NOW
+            self._linker.watch.mark(np.arange(held.count), NOW)
         return self._linker.look(workers) + self._linker.repair()
 
     @property
@@ -342,9 +347,10 @@ class Changes:
         linker.num_copies, linker.num_new, linker.is_cut = 0, 0, False
         # A look at few takes no longer than to let searches in and out.
         with self._lock.open_to_readers() if held.count > LOOKED_BESIDE else nullcontext():
-            is_whole = bool((linker.reached() | (held.level[: held.count] < 0)).all())
+            parent_N = linker.ways()
+            is_whole = bool(((parent_N != UNREACHED) | (held.level[: held.count] < 0)).all())
         if not is_whole:
-            self._linker.repair()
+            linker.repair(parent_N)
 
     def _repair_after(self, workers: Workers) -> None:
         """`repair_if_due` where something came between; where memory does not suffice the next change does it."""

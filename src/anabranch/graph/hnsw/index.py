@@ -325,8 +325,8 @@ class HNSW(Kept, Finding):
         Raises InputError for ids that are not deleted, and then restores none.
         """
         id_N = as_distinct(as_ids(ids, None))
-        with self._lock.write():
-            self._changes.restore(id_N)
+        with self._lock.write(), self._pool(None, {}, "restore") as pool:
+            self._changes.restore(id_N, pool)
 
     def compact(self, *, repair: bool = True, workers: int | None = None, **former: Any) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many.

@@ -95,6 +95,7 @@ class Kept:
             "copies": self._linker.num_copies,
             "new": self._linker.num_new,
             "cut": self._linker.is_cut,
+            "watched": {**self._linker.watch.facts(), "suspect": self._linker.is_suspect},
         }
 
     @classmethod
@@ -110,12 +111,15 @@ class Kept:
             made._linker.num_copies = whole(meta.get("copies", 0), "copies", most=MOST)
             made._linker.num_new = whole(meta.get("new", 0), "new", most=MOST)
             made._linker.is_cut = meta.get("cut") is True
+            if "watched" in meta:
+                made._linker.watch.take_facts(meta["watched"])
+                made._linker.is_suspect = meta["watched"].get("suspect") is True
             if made._storage.coded is not None:
                 made._storage.coded.trained_on = whole(meta["trained_on"], "trained_on")
             if next_id <= (largest := int(arrays["label"].max(initial=-1))):
                 raise ValueError(f"next_id is {next_id}, and there is an element {largest}")
         made._storage.take_arrays(arrays, entry, top, mapped=mapped, source=source)
-        made._changes.drawn, made._changes.next_id, made._linker.linked = drawn, next_id, made._storage.count
+        made._changes.drawn, made._changes.next_id, made._linker.linked = drawn, next_id, made._storage.num_linked
         made._changes.is_read()
         made._slots.forget()
         return made

@@ -71,10 +71,15 @@ from anabranch.graph.hnsw.raw import LINE, get_f32, get_i32, helper, prefetch, w
     NUM_VACANT,
     # Rises whenever slots come, go, or have other ids.
     VERSION,
-    # Address of uint8 [C], 1 for what walks may miss, see `suspects`.
+    # Address of uint8 [C], marks of what walks may miss, see `suspects`.
     SUSPECT,
+    # Address of uint8 [C / 2^BLOCK, rounded up]: all marks that a slot of each block of so many has, or had.
+    BLOCKS,
     FIELDS,
-) = range(32)
+) = range(33)
+
+# A block of slots is looked through for marks where one of it may have some: 2^BLOCK of them.
+BLOCK = 10
 
 # Bytes of a row that are asked for ahead.
 ASKED = 256

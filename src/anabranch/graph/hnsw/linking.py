@@ -9,9 +9,10 @@ from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.build import come_prepared, insert_singly, link_back, link_lost, link_new, prepare_singly
 from anabranch.graph.hnsw.close import LEAST_TRIED, TRIED, find_close
 from anabranch.graph.hnsw.lock import ReadWriteLock
-from anabranch.graph.hnsw.mending import bridge, points_at, reach, repair_links
+from anabranch.graph.hnsw.mending import UNREACHED, bridge, points_at, reach, repair_links
 from anabranch.graph.hnsw.storage import Storage
-from anabranch.graph.hnsw.suspects import FAR, LOOKED, NOW, WATCHED, find_lost, mark_leads, watch_gaps
+from anabranch.graph.hnsw.suspects import FAR, LOOKED, NOW, find_lost, mark_leads
+from anabranch.graph.hnsw.watch import Watch
 from anabranch.graph.interrupts import Interrupts
 from anabranch.graph.workers import Workers
 
@@ -47,6 +48,7 @@ class Linker:
         num_new: how many came since.
         is_cut: whether some were taken out since.
         is_suspect: whether some that came since suspects were looked for are such.
+        watch: what is to be looked for.
         num_done: how many of those that `link` was last given are.
     """
 
@@ -54,10 +56,7 @@ class Linker:
         self._storage, self._lock = held, lock
         self.linked = self.num_done = self.num_copies = self.num_new = 0
         self.is_cut = self.is_suspect = False
-        # Of those that are watched, the first that is to be looked for next.
-        self._turn = 0
-        # Suspects that were looked for since some of these were.
-        self._owed = 0
+        self.watch = Watch(held)
 
     def link(self, slot_S: np.ndarray, workers: Workers, interrupts: Interrupts | None = None) -> int:
         """Insert slots that no list points at, and whose own lists are empty, into the graph, in their order; how many.
@@ -86,7 +85,7 @@ class Linker:
             self.num_done = done = done + len(batch_B)
             self.linked += len(batch_B)
             self.num_new += len(batch_B)
-        self.is_suspect = self.is_suspect or self._owed > 0 or bool((self._storage.suspect[slot_S] & NOW).any())
+        self.is_suspect = self.is_suspect or self.watch.owed > 0 or bool((self._storage.suspect[slot_S] & NOW).any())
         return done
 
     def _link_singly(self, slot_S: np.ndarray, count: int) -> None:
@@ -247,22 +246,24 @@ class Linker:
 
         Where more of them come at once, all but the last look leave those that are watched to that.
         """
-        held, found, self.is_suspect = self._storage, 0, False
+        held, watch, found, self.is_suspect = self._storage, self.watch, 0, False
         for turn in range(ROUNDS):
-            slot_S = np.flatnonzero(held.suspect[: held.count] & NOW)
-            held.suspect[slot_S] &= WATCHED
+            slot_S = watch.take()
             if turn == 0:
-                self._owed += len(slot_S)
-            if turn == 0 and is_last and self._owed:
-                slot_S = np.union1d(slot_S, self._watched(2 * self._owed + WATCHED_MORE * (self._owed > 1), workers))
-                self._owed = 0
+                watch.owed += len(slot_S)
+            if turn == 0 and is_last and watch.owed:
+                if not watch.is_known:
+                    with self._lock.open_to_readers():
+                        watch.learn(workers)
+                slot_S = np.union1d(slot_S, watch.in_turn(2 * watch.owed + WATCHED_MORE * (watch.owed > 1)))
+                watch.owed = 0
             slot_S = slot_S[(held.deleted[slot_S] == 0) & (held.level[slot_S] >= 0)]
             if not len(slot_S) or held.graph[layout.ENTRY] < 0:
                 break
             lost_S = self._lost(slot_S, workers)
             # Where one is lost, those about it may be.
-            about, graph = held.links[lost_S], held.linked_by()
-            held.suspect[about[about >= 0]] |= NOW
+            graph = held.linked_by()
+            watch.mark(held.links[lost_S], NOW)
             for begin in range(0, len(lost_S), EQUALS):
                 with Marks(held) as marks:
                     found += link_lost(graph, marks, lost_S, begin, min(begin + EQUALS, len(lost_S)), LOOKED)
@@ -281,38 +282,40 @@ class Linker:
             workers.run(find, len(slot_S), 8)
         return slot_S[is_lost_S > 0]
 
-    def _watched(self, count: int, workers: Workers) -> np.ndarray:
-        """So many of those that were suspects once, in turn, int64 [S]: what came since may stand in the way of walks for them."""
-        held = self._storage
-        if not held.is_watched:
-            with self._lock.open_to_readers():
-                workers.run(lambda begin, end: watch_gaps(held.linked_by(), begin, end), held.count, 4096)
-            held.is_watched = True
-        slot_S = np.flatnonzero(held.suspect[: held.count] & WATCHED)
-        begin = int(np.searchsorted(slot_S, self._turn))
-        taken_S = np.concatenate([slot_S[begin:], slot_S[:begin]])[:count]
-        self._turn = int(taken_S[-1]) + 1 if len(taken_S) else 0
-        return taken_S
+    def repair(self, parent_N: np.ndarray | None = None) -> int:
+        """Link what level 0 does not lead to, by `repair_links`; how many. Nothing is left that it does not lead to.
 
-    def repair(self) -> int:
-        """Link what level 0 does not lead to, by `repair_links`; how many."""
+        ``parent_N`` is what `ways` gave, since which nothing has changed. Searches are let in after every few.
+        """
+        held = self._storage
         self.num_copies, self.num_new, self.is_cut = 0, 0, False
-        if self._storage.graph[layout.ENTRY] < 0:
+        if held.graph[layout.ENTRY] < 0:
             # Nothing leads anywhere, since memory ended while all were taken out.
             self.linked = 0
             with Workers(1) as workers:
-                return self.link(np.flatnonzero(self._storage.level[: self._storage.count] >= 0), workers)
-        with Marks(self._storage) as marks:
-            linked, _ = repair_links(self._storage.linked_by(), marks, np.zeros(self._storage.count, np.uint8))
-        return int(linked)
+                return self.link(np.flatnonzero(held.level[: held.count] >= 0), workers)
+        if parent_N is None:
+            with self._lock.open_to_readers():
+                parent_N = self.ways()
+        graph, queue_N, linked, slot = held.linked_by(), np.empty(held.count + 1, np.int32), 0, 0
+        while slot < held.count:
+            with Marks(held) as marks:
+                more, slot = repair_links(graph, marks, parent_N, queue_N, slot, EQUALS)
+            linked += more
+            self._lock.make_room()
+        return linked
+
+    def ways(self) -> np.ndarray:
+        """From where each slot is come to first on level 0, int32 [N], `UNREACHED` for those that it does not lead to."""
+        count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
+        parent_N = np.full(count, UNREACHED, np.int32)
+        if entry >= 0:
+            reach(self._storage.graph, entry, parent_N, np.empty(count + 1, np.int32))
+        return parent_N
 
     def reached(self) -> np.ndarray:
         """Which slots level 0 leads to, bool [N]."""
-        count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
-        is_reached_N = np.zeros(count, np.uint8)
-        if entry >= 0:
-            reach(self._storage.graph, entry, is_reached_N, np.empty(count + 1, np.int32))
-        return is_reached_N.astype(bool)
+        return self.ways() != UNREACHED
 
 
 class Marks:

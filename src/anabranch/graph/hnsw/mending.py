@@ -1,8 +1,6 @@
 """Taking elements out of the graph, and linking what cannot be reached."""
 # Shapes: T targets, N slots
 
-from typing import Any
-
 import numpy as np
 
 from anabranch.graph.hnsw.layout import CAP0, COUNT, EF, ENTRY, LEVEL, WIDTH, as_query, cap_of, links_of
@@ -10,6 +8,9 @@ from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, kernel, s
 from anabranch.graph.hnsw.search import INFINITY, PADDING, clear, descend, insert, next_tag, pool_search
 from anabranch.graph.hnsw.selecting import measure, select, write_links
 from anabranch.graph.hnsw.suspects import mark_left_out
+
+# Of a slot that no walk over level 0 comes to.
+UNREACHED = -1
 
 
 @kernel
@@ -69,71 +70,116 @@ def bridge(graph, level, visited, gone_N, slot_T, begin, end):
 
 
 @kernel
-def reach(graph, start, is_reached_N, queue_N):
-    """Mark what can be reached on level 0 from ``start``, itself included; how many were not marked before."""
-    if is_reached_N[start] != 0:
-        return 0
-    is_reached_N[start] = 1
+def reach(graph, start, parent_N, queue_N):
+    """Walk level 0 from ``start``, and write from where each slot was come to first, of those that were not come to before; how many.
+
+    Args:
+        graph: the row that describes the index.
+        start: its own ``parent_N`` says already from where; unless it is `UNREACHED`, then ``start`` itself is written.
+        parent_N: int32 [N], `UNREACHED` for slots that were not come to. Without any other links than these all others still can be reached.
+        queue_N: int32 [N], for its own use.
+    """
+    if parent_N[start] == UNREACHED:
+        parent_N[start] = start
     queue_N[0], size, at = start, 1, 0
     while at < size:
-        links = links_of(graph, np.int64(queue_N[at]), 0)
+        held = np.int64(queue_N[at])
+        links = links_of(graph, held, 0)
         at += 1
         for place in range(graph[CAP0]):
             slot = get_i32(links, place)
             if slot < 0:
                 break
-            if is_reached_N[slot] == 0:
-                is_reached_N[slot] = 1
+            if parent_N[slot] == UNREACHED:
+                parent_N[slot] = held
                 queue_N[size] = slot
                 size += 1
     return size
 
 
 @helper
-def has_room(graph, slot):
-    """Whether a list on level 0 takes one more link."""
-    return get_i32(links_of(graph, slot, 0), graph[CAP0] - 1) < 0
+def room_in(graph, held, parent_N):
+    """Whether a list on level 0 takes one more link: 2 where it has room, 1 where it has a link that may go, which is no way to others."""
+    links, cap = links_of(graph, held, 0), graph[CAP0]
+    if get_i32(links, cap - 1) < 0:
+        return 2
+    for place in range(cap):
+        if parent_N[get_i32(links, place)] != held:
+            return 1
+    return 0
+
+
+@helper
+def give_room(graph, held, parent_N, query, scale, norm):
+    """The place in the list of ``held`` for one more link: behind the last, or that of the farthest that may go. There is one."""
+    links, cap, found, most = links_of(graph, held, 0), graph[CAP0], 0, -INFINITY
+    for place in range(cap):
+        slot = get_i32(links, place)
+        if slot < 0:
+            return place
+        if parent_N[slot] != held:
+            distance = measure(graph, query, scale, norm, slot)
+            if distance > most:
+                found, most = place, distance
+    return found
 
 
 @kernel
-def repair_links(graph, visited, is_reached_N):
-    """Link every element that level 0 does not lead to from the nearest reached list with room; how many were linked, how many remain."""
+def repair_links(graph, visited, parent_N, queue_N, begin, most):
+    """Link elements that level 0 does not lead to, each from the nearest list that a walk for it comes to and that has room. Where none has,
+    from the nearest in place of a link that is no way to others, so that whatever could be reached still can.
+
+    There always is one: of the links in all lists that can be reached, fewer are ways to others than there are lists.
+
+    Args:
+        graph: the row that describes the index.
+        visited: marks of a search.
+        parent_N: as of `reach`, kept up to date.
+        queue_N: as of `reach`.
+        begin: the first slot that is looked at.
+        most: how many are linked at most.
+
+    Returns:
+        How many were linked, and the slot to go on with, N at the end.
+    """
     num_slots, ef = graph[COUNT], graph[EF]
-    queue = np.empty(num_slots + 1, np.int32)
     found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
-    todo, own = np.empty(graph[CAP0] + 1, np.int32), np.empty(graph[WIDTH], np.float32)
-    reach(graph, graph[ENTRY], is_reached_N, queue)
+    todo, own, other = np.empty(graph[CAP0] + 1, np.int32), np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
     # Typed: a literal would be compiled as a case of its own.
-    linked, left, ground = 0, 0, np.int64(0)
-    for slot in range(num_slots):
-        if is_reached_N[slot] != 0 or get_i32(graph[LEVEL], slot) < 0:
+    linked, slot, ground = 0, begin, np.int64(0)
+    while slot < num_slots and linked < most:
+        if parent_N[slot] != UNREACHED or get_i32(graph[LEVEL], slot) < 0:
+            slot += 1
             continue
         query, scale, norm = as_query(graph, slot, address(own))
         entry, nearest, start, _, _ = descend(graph, query, scale, norm, ground)
         count, _, _ = pool_search(
             graph, query, scale, norm, ground, entry, nearest, start, ef, visited, found_d, found_i, todo
         )
-        best: Any = np.int64(-1)
-        place = 0
-        while place < count and best < 0:
+        best, room = np.int64(-1), 0
+        for place in range(count):
             near = np.int64(~found_i[place])
-            if is_reached_N[near] != 0 and has_room(graph, near):
-                best = near
-            place += 1
+            if room < 2 and parent_N[near] != UNREACHED:
+                more = room_in(graph, near, parent_N)
+                if more > room:
+                    best, room = near, more
         if best < 0:
-            closest: Any = INFINITY
-            for held in range(num_slots):
-                if is_reached_N[held] != 0 and has_room(graph, held):
-                    found = measure(graph, query, scale, norm, held)
-                    if found < closest:
-                        closest, best = found, np.int64(held)
-        if best < 0:
-            left += 1
-            continue
-        links, end = links_of(graph, best, 0), 0
-        while get_i32(links, end) >= 0:
-            end += 1
-        set_i32(links, end, slot)
+            best = nearest_with_room(graph, query, scale, norm, parent_N)
+        query, scale, norm = as_query(graph, best, address(other))
+        set_i32(links_of(graph, best, 0), give_room(graph, best, parent_N, query, scale, norm), slot)
+        parent_N[slot] = best
         linked += 1
-        reach(graph, slot, is_reached_N, queue)
-    return linked, left
+        reach(graph, slot, parent_N, queue_N)
+    return linked, slot
+
+
+@helper
+def nearest_with_room(graph, query, scale, norm, parent_N):
+    """The nearest reached slot whose list takes one more link, of all: for where a walk comes to none."""
+    best, closest = np.int64(-1), INFINITY
+    for held in range(graph[COUNT]):
+        if parent_N[held] != UNREACHED and room_in(graph, np.int64(held), parent_N) > 0:
+            found = measure(graph, query, scale, norm, held)
+            if best < 0 or found < closest:
+                closest, best = found, np.int64(held)
+    return best

@@ -49,6 +49,13 @@ def check_links(arrays: dict[str, np.ndarray], entry: int, top: int, source: str
         raise DataError(f"{source} is damaged: its links or levels do not fit together; build the index again")
 
 
+def vacant_in(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Slots of deleted elements that are in no list, int64 [S], rising: files that say what is watched have no id there."""
+    if "suspect" not in arrays:
+        return np.empty(0, np.int64)
+    return np.flatnonzero((arrays["label"] < 0) & (arrays["deleted"] != 0))
+
+
 def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
     count, num_upper = len(arrays["label"]), len(arrays["upper"])
     if not count:
@@ -56,7 +63,10 @@ def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
     level, first = arrays["level"].astype(np.int64), arrays["first"].astype(np.int64)
     is_live = arrays["deleted"] == 0
     live, highest = arrays["label"][is_live], int(level.max())
-    if not (level.min() >= 0 and highest <= MAX_LEVEL and _leads_in(level, is_live, entry, top)):
+    # Nothing leads to a place that is vacant, and no walk begins there.
+    level_N = np.array(arrays["level"])
+    level_N[vacant_in(arrays)] = -1
+    if not (level.min() >= 0 and highest <= MAX_LEVEL and _leads_in(level_N, is_live, entry, top)):
         return False
     if first.min() < 0 or (first + level).max() > num_upper or len(np.unique(live)) != len(live):
         return False
@@ -71,7 +81,6 @@ def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
     lists += [
         np.ascontiguousarray(arrays["upper"][first[level >= number] + number - 1]) for number in range(1, highest + 1)
     ]
-    level_N = np.array(arrays["level"])
     return all(links_are_sound(links.ctypes.data, *links.shape, level_N, number) for number, links in enumerate(lists))
 
 

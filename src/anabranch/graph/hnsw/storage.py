@@ -31,12 +31,15 @@ from anabranch.graph.hnsw.soundness import (
     check_groups,
     check_links,
     check_shapes,
+    vacant_in,
     wanted_groups,
 )
 from anabranch.graph.random import next_bits, stream, to_unit
 
 KIND = "hnsw index"
-VERSION = 1
+VERSION = 2
+# Those of 1 say nothing of what is watched, nor which places are vacant.
+VERSIONS = (1, 2)
 # Rows that are rounded anew at once.
 PIECE = 1 << 13
 METRICS = ("l2", "ip", "cosine", "hamming")
@@ -83,6 +86,7 @@ class Storage:
         self.first, self.level = aligned((0,), np.int32), aligned((0,), np.int32)
         self.label = aligned((0,), np.int64)
         self.deleted, self.suspect = aligned((0,), np.uint8), aligned((0,), np.uint8)
+        self.blocks = blocks_of(self.suspect)
         self.graph[layout.ENTRY] = self.graph[layout.TOP] = -1
         self.graph[layout.NUM_DELETED] = 0
         self._set_vacant(np.empty(0, np.int64))
@@ -93,6 +97,11 @@ class Storage:
     def version(self) -> int:
         """Rises whenever slots come, go, or have other ids."""
         return int(self.graph[layout.VERSION])
+
+    @property
+    def num_linked(self) -> int:
+        """Elements in the graph."""
+        return self.count - len(self.vacant_S)
 
     def _set_vacant(self, slot_S: np.ndarray) -> None:
         # Deleted, and in no list; rising.
@@ -109,7 +118,7 @@ class Storage:
         graph[layout.LINKS], graph[layout.UPPER] = self.links.ctypes.data, self.upper.ctypes.data
         graph[layout.FIRST], graph[layout.LEVEL] = self.first.ctypes.data, self.level.ctypes.data
         graph[layout.DELETED], graph[layout.COUNT] = self.deleted.ctypes.data, self.count
-        graph[layout.SUSPECT] = self.suspect.ctypes.data
+        graph[layout.SUSPECT], graph[layout.BLOCKS] = self.suspect.ctypes.data, self.blocks.ctypes.data
         graph[layout.LABEL], graph[layout.CAPACITY] = self.label.ctypes.data, self.capacity
         centre_D = self.encoding.centre_D
         graph[layout.CENTRE] = 0 if centre_D is None else centre_D.ctypes.data
@@ -265,7 +274,7 @@ class Storage:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, with what they have room for."""
-        names = ("rows", "aux", "full", "links", "upper", "first", "level", "label", "deleted", "suspect")
+        names = ("rows", "aux", "full", "links", "upper", "first", "level", "label", "deleted", "suspect", "blocks")
         return sum(getattr(self, name).nbytes for name in names) + (0 if self.coded is None else self.coded.nbytes)
 
     @property
@@ -311,6 +320,8 @@ class Storage:
             setattr(self, name, array)
         if self.coded is not None and coded is not None:
             self.coded.rows, self.coded.aux = coded
+        if "suspect" in larger:
+            self.blocks = blocks_of(self.suspect, self.count)
         self.capacity = capacity
         self.describe()
 
@@ -374,6 +385,7 @@ class Storage:
         self.count, self.num_upper = len(slot_S), len(lists)
         self.graph[layout.NUM_DELETED] = int(self.deleted[: self.count].sum())
         self._set_vacant(np.empty(0, np.int64))
+        self.blocks = blocks_of(self.suspect, self.count)
         self.describe()
 
     # Marks of searches
@@ -399,7 +411,8 @@ class Storage:
     def arrays(self) -> dict[str, np.ndarray]:
         """What is saved, by name."""
         count = self.count
-        found = {name: getattr(self, name)[:count] for name in ("links", "first", "level", "label", "deleted", "rows")}
+        names = ("links", "first", "level", "label", "deleted", "suspect", "rows")
+        found = {name: getattr(self, name)[:count] for name in names}
         if len(self.vacant_S):
             found["level"] = np.where(found["level"] < 0, ~found["level"], found["level"])
         found["upper"] = self.upper[: self.num_upper]
@@ -418,7 +431,7 @@ class Storage:
         self._check(arrays, entry, top, source)
         self.count = self.capacity = len(arrays["label"])
         self.num_upper = len(arrays["upper"])
-        for name in ("links", "first", "level", "label", "deleted", "rows", "upper", "aux", "full"):
+        for name in ("links", "first", "level", "label", "deleted", "suspect", "rows", "upper", "aux", "full"):
             if name in arrays:
                 # The small ones are read anyway; in the checked build a file has no guard behind each array.
                 stays = mapped and not CHECKED and name in ("links", "rows", "upper", "aux", "full")
@@ -427,9 +440,13 @@ class Storage:
                 )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
-        self.suspect = aligned((self.count,), np.uint8)
-        # Which they were is seen when it is needed.
-        self.suspect[:], self.is_watched = 0, False
+        self._set_vacant(vacant_in(arrays))
+        self.level[self.vacant_S] = ~self.level[self.vacant_S]
+        if "suspect" not in arrays:
+            self.suspect = aligned((self.count,), np.uint8)
+            # Which they were is seen when it is needed.
+            self.suspect[:], self.is_watched = 0, False
+        self.blocks = blocks_of(self.suspect)
         centres = np.array(arrays["centre"]) if "centre" in arrays else None
         if centres is not None and "groups" in arrays:
             centres = np.concatenate([centres[None], arrays["groups"]])
@@ -459,7 +476,7 @@ class Storage:
             wanted["full"] = ((count, self.full_stride // 4), np.float32)
         if self.coded is not None and "codes" in arrays:
             wanted |= self.coded.wanted(count)
-        optional: Wanted = {"centre": ((self.encoding.dim,), np.float32)}
+        optional: Wanted = {"centre": ((self.encoding.dim,), np.float32), "suspect": ((count,), np.uint8)}
         if self.encoding.worth is not None and "centre" in arrays:
             optional |= wanted_groups(arrays, "groups", self.encoding.dim)
         if self.coded is not None and "codes" in arrays:
@@ -468,6 +485,17 @@ class Storage:
         if "groups" in arrays:
             check_groups(arrays["groups"], arrays["aux"], source)
         check_links(arrays, entry, top, source)
+
+
+def blocks_of(suspect_C: np.ndarray, count: int | None = None) -> np.ndarray:
+    """All marks that slots of each block have (`layout.BLOCKS`), of the first ``count``."""
+    blocks = aligned(((len(suspect_C) >> layout.BLOCK) + 1,), np.uint8)
+    blocks[:] = 0
+    held_N = suspect_C[:count]
+    if len(held_N):
+        found = np.bitwise_or.reduceat(held_N, np.arange(0, len(held_N), 1 << layout.BLOCK))
+        blocks[: len(found)] = found
+    return blocks
 
 
 @kernel
@@ -491,5 +519,5 @@ def read(path: str | Path, *, mmap: bool, verify: bool | None = None) -> tuple[d
 
     Raises DataError for a file that is missing, foreign, truncated or damaged.
     """
-    found = read_arrays(path, KIND, versions=(VERSION,), mmap=mmap, verify=verify)
+    found = read_arrays(path, KIND, versions=VERSIONS, mmap=mmap, verify=verify)
     return found.arrays, found.meta

@@ -12,6 +12,9 @@ ended, so that parts of a group become one (`build.link_lost`).
 
 What comes may also stand in the way of walks that found others before, with no link lost. So what was a suspect once stays watched:
 with each look some of these are looked for in turn, and the neighbours of any that are lost (`Linker.look`).
+
+By the nearest alone (`SIMPLE`) a list keeps no link beyond a gap once it is full, so that each change would lose what the one before had
+linked. There nothing is marked, as for inner products: it is only looked whether all can be reached (`mending`), and `repair` looks for all.
 """
 # Shapes: S suspects
 
@@ -19,6 +22,8 @@ import numpy as np
 
 from anabranch.graph.hnsw.layout import (
     AUX,
+    BLOCK,
+    BLOCKS,
     CAP0,
     COSINE,
     IP_F16,
@@ -28,6 +33,7 @@ from anabranch.graph.hnsw.layout import (
     LEVEL,
     LINKS,
     ROWS,
+    SIMPLE,
     STRIDE,
     SUSPECT,
     WIDTH,
@@ -61,11 +67,14 @@ def has_gaps(graph):
 
 
 @helper
-def behind_gap(graph, found_d, count):
-    """The number of the first of ``count`` rising distances that lies behind a gap; ``count`` where there is none, as by inner products:
-    how they compare as numbers says nothing."""
-    if not has_gaps(graph):
-        return count
+def is_marked(graph):
+    """Whether what lies behind gaps is marked."""
+    return graph[SIMPLE] == 0 and has_gaps(graph)
+
+
+@helper
+def first_behind(found_d, count):
+    """The number of the first of ``count`` rising distances that lies behind a gap; ``count`` where there is none."""
     for number in range(1, count):
         times = GAP
         if number == 1:
@@ -80,9 +89,49 @@ def behind_gap(graph, found_d, count):
 
 
 @helper
+def behind_gap(graph, found_d, count):
+    """As `first_behind`; ``count`` where nothing is marked: how inner products compare as numbers says nothing."""
+    return first_behind(found_d, count) if is_marked(graph) else count
+
+
+@helper
+def mark_block(graph, slot, mark):
+    """Let the block of a slot be looked through for a mark. Threads that do it at once all write the same."""
+    block = slot >> BLOCK
+    set_u8(graph[BLOCKS], block, np.uint8(get_u8(graph[BLOCKS], block) | mark))
+
+
+@helper
 def add_mark(graph, slot, mark):
     """Mark a slot with more. Threads that do it at once all write the same."""
     set_u8(graph[SUSPECT], slot, np.uint8(get_u8(graph[SUSPECT], slot) | mark))
+    mark_block(graph, slot, mark)
+
+
+@kernel
+def add_marks(graph, slot_S, mark):
+    """Mark slots with more; -1 is none."""
+    for slot in slot_S:
+        if slot >= 0:
+            add_mark(graph, np.int64(slot), mark)
+
+
+@kernel
+def find_marked(graph, mark, begin, end, slot_S):
+    """Write the first of slots ``begin`` ... ``end`` that have a mark, as many as int64 [S] has room for; how many."""
+    found, slot = 0, begin
+    while slot < end and found < len(slot_S):
+        block = slot >> BLOCK
+        behind = min((block + 1) << BLOCK, end)
+        if get_u8(graph[BLOCKS], block) & mark == 0:
+            slot = behind
+            continue
+        while slot < behind and found < len(slot_S):
+            if get_u8(graph[SUSPECT], slot) & mark != 0:
+                slot_S[found] = slot
+                found += 1
+            slot += 1
+    return found
 
 
 @helper
@@ -151,7 +200,7 @@ def watch_gaps(graph, begin, end):
 @helper
 def is_far_off(graph, found_d, found_i, count, scratch):
     """Whether the nearest of ``count`` candidates is far, by what lies about that one."""
-    if count == 0 or not has_gaps(graph):
+    if count == 0 or not is_marked(graph):
         return False
     near, most = np.int64(found_i[0]), np.float32(0.0)
     query, scale, norm = as_query(graph, near, scratch)

@@ -101,7 +101,7 @@ def _index(
         return _load(path, mmap, workers), 0, None, [], None
     source = folder / SNAPSHOT
     # Also where it is mapped: the next snapshot would give what is damaged here a checksum that is right.
-    read = read_arrays(source, storage.KIND, versions=(storage.VERSION,), mmap=mmap, verify=True)
+    read = read_arrays(source, storage.KIND, versions=storage.VERSIONS, mmap=mmap, verify=True)
     about = read.meta.get("live")
     if (
         not isinstance(about, dict)
@@ -164,7 +164,7 @@ def check_named(path: Path, index: HNSW, names: GrowingNames | None) -> None:
 
 def _load(path: Path, mmap: bool, workers: int | None, *, verify: bool = True) -> HNSW:
     """An index file."""
-    read = read_arrays(path, storage.KIND, versions=(storage.VERSION,), mmap=mmap, verify=verify)
+    read = read_arrays(path, storage.KIND, versions=storage.VERSIONS, mmap=mmap, verify=verify)
     return HNSW._made(read.arrays, read.meta, mapped=mmap, source=str(path), workers=workers)
 
 
