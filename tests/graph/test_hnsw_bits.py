@@ -281,10 +281,10 @@ def test_a_file_holds_it(tmp_path, mmap):
 
 def test_a_file_of_other_rows_is_refused(tmp_path):
     from anabranch.graph.array_file import read_arrays, write_arrays
-    from anabranch.graph.hnsw.storage import KIND
+    from anabranch.graph.hnsw.storage import KIND, VERSIONS
 
     made(50, 64).save(tmp_path / "i.anb")
-    found = read_arrays(tmp_path / "i.anb", KIND)
+    found = read_arrays(tmp_path / "i.anb", KIND, versions=VERSIONS)
     found.meta["options"]["dim"] = 128
     write_arrays(tmp_path / "i.anb", KIND, found.arrays, found.meta)
     with pytest.raises(DataError, match="'rows' is uint8"):

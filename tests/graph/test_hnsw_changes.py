@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anabranch.errors import BackendError, CapacityError, DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.hnsw import HNSW, ShardedHNSW, brute_force
-from anabranch.graph.hnsw.storage import KIND, VERSION
+from anabranch.graph.hnsw.storage import KIND, VERSION, VERSIONS
 from hnsw_checks import check_graph, drawn, graph_bytes, lists, naive, recall
 
 VECTORS, QUERIES = drawn(1200, 12, 1), drawn(50, 12, 2)
@@ -366,7 +366,7 @@ def test_files_whose_parts_do_not_fit(tmp_path, name, place, value, mmap):
     index = built(200)
     assert index._storage.level[199] == 0
     index.save(path)
-    found = read_arrays(path, KIND)
+    found = read_arrays(path, KIND, versions=VERSIONS)
     if name == "level":
         place = int(np.flatnonzero(found.arrays["level"] == 0)[0])
     write_arrays(path, KIND, changed(found.arrays, name, place, value), found.meta, VERSION)
@@ -378,7 +378,7 @@ def test_files_whose_parts_do_not_fit(tmp_path, name, place, value, mmap):
 def test_files_with_a_wrong_header(tmp_path, field, value):
     path = tmp_path / "index"
     built(200).save(path)
-    found = read_arrays(path, KIND)
+    found = read_arrays(path, KIND, versions=VERSIONS)
     write_arrays(path, KIND, found.arrays, {**found.meta, field: value}, VERSION)
     with pytest.raises(DataError, match="is damaged"):
         HNSW.load(path)

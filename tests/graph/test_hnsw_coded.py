@@ -16,7 +16,7 @@ from anabranch.graph.hnsw.checks import MAX_LENGTH
 from anabranch.graph.hnsw.coded import PQ, Int4
 from anabranch.graph.hnsw.measuring import distance
 from anabranch.graph.hnsw.raw import kernel
-from anabranch.graph.hnsw.storage import KIND
+from anabranch.graph.hnsw.storage import KIND, VERSIONS
 from anabranch.graph.live import LiveIndex, open_index
 from hnsw_checks import check_graph, drawn, graph_bytes, naive, recall
 
@@ -408,7 +408,7 @@ def test_a_file_of_few_vectors_has_no_codes(tmp_path):
 
 def test_an_index_without_codes_is_written_as_before(tmp_path):
     made(None).save(tmp_path / "i.anb")
-    options = read_arrays(tmp_path / "i.anb", KIND).meta["options"]
+    options = read_arrays(tmp_path / "i.anb", KIND, versions=VERSIONS).meta["options"]
     assert not {"quantization", "code_bytes"} & {*options}
 
 
@@ -426,7 +426,7 @@ def test_an_index_without_codes_is_written_as_before(tmp_path):
 )
 def test_files_whose_codes_do_not_fit_are_damaged(tmp_path, change, says):
     made("pq", VECTORS[:1100]).save(tmp_path / "i.anb")
-    found = read_arrays(tmp_path / "i.anb", KIND)
+    found = read_arrays(tmp_path / "i.anb", KIND, versions=VERSIONS)
     arrays = {name: np.array(array) for name, array in found.arrays.items()}
     change(arrays, found.meta)
     write_arrays(tmp_path / "i.anb", KIND, arrays, found.meta)
@@ -474,7 +474,7 @@ def test_options_that_do_not_go_together_are_refused(options, says):
 def test_lists_that_two_elements_have_in_common_are_damage(tmp_path):
     """A level that is one too high made compaction end in a traceback."""
     made("pq", VECTORS[:1100]).save(tmp_path / "i.anb")
-    found = read_arrays(tmp_path / "i.anb", KIND)
+    found = read_arrays(tmp_path / "i.anb", KIND, versions=VERSIONS)
     arrays = {name: np.array(array) for name, array in found.arrays.items()}
     # Its list is then the first one of the next that has any.
     ground = np.flatnonzero((arrays["level"] == 0) & (arrays["first"] < len(arrays["upper"])))

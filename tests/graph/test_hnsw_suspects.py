@@ -236,19 +236,6 @@ def test_a_repair_looks_for_every_element():
     assert index.repair() == 0
 
 
-def test_what_a_file_holds_is_watched_by_its_lists(tmp_path):
-    rng = np.random.default_rng(6)
-    index = made()
-    index.add(np.concatenate([around(rng, 500), around(rng, 30, APART)]))
-    index.save(tmp_path / "index.anb")
-    again = HNSW.load(tmp_path / "index.anb", workers=1)
-    assert not again._storage.suspect[:530].any()
-    again.add(around(rng, 30, APART))
-    is_watched_N = again._storage.suspect[:560] & WATCHED > 0
-    assert is_watched_N[500:].mean() > 0.5
-    assert is_watched_N[:500].mean() < 0.2
-
-
 GRAPH = made()._storage.graph
 
 
@@ -289,6 +276,17 @@ def test_inner_products_have_no_gaps():
     distance_C = np.array([1, 100], np.float32)
     assert gap(plain, distance_C) == 2
     assert gap(cosine, distance_C) == 1
+
+
+def test_distances_of_bits_are_not_squared():
+    bits = HNSW(64, "hamming", workers=1)._storage.graph
+    for distances, first in (([1, 7], 2), ([1, 9], 1), ([1, 2, 3, 4, 7], 5), ([1, 2, 3, 4, 9], 4)):
+        assert gap(bits, np.array(distances, np.float32)) == first
+
+
+def test_what_the_nearest_alone_leave_out_is_not_marked():
+    simple = HNSW(DIM, heuristic="simple", workers=1)._storage.graph
+    assert gap(simple, np.array([1, 100], np.float32)) == 2
 
 
 def test_far_off_is_by_what_lies_about_the_nearest():

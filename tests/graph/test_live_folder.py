@@ -14,7 +14,7 @@ from anabranch.graph import beside
 from anabranch.graph.array_file import read_arrays
 from anabranch.graph.beside import FolderLock, segments
 from anabranch.graph.hnsw import HNSW
-from anabranch.graph.hnsw.storage import KIND
+from anabranch.graph.hnsw.storage import KIND, VERSIONS
 from anabranch.graph.live import LiveIndex, live_folder, open_index, replacing
 from anabranch.graph.live import log as log_module
 from anabranch.graph.live.log import Log
@@ -234,7 +234,7 @@ def test_changes_that_may_not_be_read_are_told_not_left_out(path, monkeypatch):
 
 def damaged(file):
     """One bit of a vector, in its place."""
-    row = bytes(read_arrays(file, KIND).arrays["rows"][5])
+    row = bytes(read_arrays(file, KIND, versions=VERSIONS).arrays["rows"][5])
     content = bytearray(file.read_bytes())
     content[content.index(row)] ^= 1
     with open(file, "r+b") as handle:

@@ -184,6 +184,13 @@ def filling_arrays(
         file.write(np.array([zlib.crc32(written)], "<u4").tobytes())
 
 
+def check_how(mmap: Any, verify: Any) -> None:
+    """Raise InputError unless ``mmap`` is a truth value, and ``verify`` one or None: what a file says is not left to a word for either."""
+    for name, value, also in (("mmap", mmap, ""), ("verify", verify, ", or None")):
+        if not (isinstance(value, bool | np.bool_) or (also and value is None)):
+            raise InputError(f"{name} is {value!r:.80}; it must be True or False{also}")
+
+
 def read_arrays(
     path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,), mmap: bool = False, verify: bool | None = None
 ) -> ArrayFile:
@@ -197,8 +204,10 @@ def read_arrays(
         verify: look at the checksums of arrays. Default: unless they are mapped.
 
     Raises:
+        InputError: ``mmap`` or ``verify`` is none of these.
         DataError: there is no such file, or it is foreign, of another kind or version, truncated or altered.
     """
+    check_how(mmap, verify)
     path = Path(path)
     header, start = _header(path)
     _check_kind(path, header, kind, versions)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.files import atomic_write_json, parse_json
-from anabranch.graph.array_file import read_arrays, write_arrays
+from anabranch.graph.array_file import check_how, read_arrays, write_arrays
 from anabranch.graph.beside import new_file
 from anabranch.graph.checks import is_known
 from anabranch.graph.header import described
@@ -153,6 +153,7 @@ class FullyPPRResult:
 
         Raises DataError for a file that is missing, foreign or damaged.
         """
+        check_how(mmap, verify)
         path = Path(path)
         if path.suffix == ".parquet" or path.is_dir():
             return cls._from_parquet(path)

@@ -211,7 +211,7 @@ def put_in(graph, target, slot, scratch):
         return
     found_d, found_i = np.empty(cap + PADDING, np.float32), np.empty(cap + PADDING, np.int32)
     count = measure_links(graph, target, 0, found_d, found_i, scratch)
-    near = first_behind(found_d, count) if has_gaps(graph) else count
+    near = first_behind(graph, found_d, count) if has_gaps(graph) else count
     for place in range(cap):
         if get_i32(links, place) == found_i[near - 1]:
             set_i32(links, place, slot)

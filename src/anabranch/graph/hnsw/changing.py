@@ -12,7 +12,6 @@ from anabranch.graph.hnsw.coarse import count_worse
 from anabranch.graph.hnsw.coded import LOOKED_AT, SAMPLE
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock, Workers
-from anabranch.graph.hnsw.mending import UNREACHED
 from anabranch.graph.hnsw.slots import Slots
 from anabranch.graph.hnsw.storage import Storage, draw_levels
 from anabranch.graph.hnsw.strays import Strays
@@ -241,6 +240,7 @@ class Changes:
             row = int(np.flatnonzero(~is_there)[0])
             raise InputError(f"ids[{row}] is {id_N[row]}, which is not a deleted element of the index")
         slot_N = dead_S[place_N]
+        self._storage.own()
         self._storage.mark(slot_N, deleted=False)
         self._slots.put(id_N, slot_N)
         # What came meanwhile was not linked to them, and they were not looked for.
@@ -347,10 +347,9 @@ class Changes:
         linker.num_copies, linker.num_new, linker.is_cut = 0, 0, False
         # A look at few takes no longer than to let searches in and out.
         with self._lock.open_to_readers() if held.count > LOOKED_BESIDE else nullcontext():
-            parent_N = linker.ways()
-            is_whole = bool(((parent_N != UNREACHED) | (held.level[: held.count] < 0)).all())
+            is_whole = bool((linker.reached() | (held.level[: held.count] < 0)).all())
         if not is_whole:
-            linker.repair(parent_N)
+            linker.repair()
 
     def _repair_after(self, workers: Workers) -> None:
         """`repair_if_due` where something came between; where memory does not suffice the next change does it."""

@@ -9,7 +9,7 @@ from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.build import come_prepared, insert_singly, link_back, link_lost, link_new, prepare_singly
 from anabranch.graph.hnsw.close import LEAST_TRIED, TRIED, find_close
 from anabranch.graph.hnsw.lock import ReadWriteLock
-from anabranch.graph.hnsw.mending import UNREACHED, bridge, points_at, reach, repair_links
+from anabranch.graph.hnsw.mending import UNREACHED, bridge, find_ways, points_at, reach, repair_links
 from anabranch.graph.hnsw.storage import Storage
 from anabranch.graph.hnsw.suspects import FAR, LOOKED, NOW, find_lost, mark_leads
 from anabranch.graph.hnsw.watch import Watch
@@ -282,11 +282,8 @@ class Linker:
             workers.run(find, len(slot_S), 8)
         return slot_S[is_lost_S > 0]
 
-    def repair(self, parent_N: np.ndarray | None = None) -> int:
-        """Link what level 0 does not lead to, by `repair_links`; how many. Nothing is left that it does not lead to.
-
-        ``parent_N`` is what `ways` gave, since which nothing has changed. Searches are let in after every few.
-        """
+    def repair(self) -> int:
+        """Link what level 0 does not lead to, by `repair_links`; how many. Then it leads to all. Searches are let in after every few."""
         held = self._storage
         self.num_copies, self.num_new, self.is_cut = 0, 0, False
         if held.graph[layout.ENTRY] < 0:
@@ -294,10 +291,12 @@ class Linker:
             self.linked = 0
             with Workers(1) as workers:
                 return self.link(np.flatnonzero(held.level[: held.count] >= 0), workers)
-        if parent_N is None:
-            with self._lock.open_to_readers():
-                parent_N = self.ways()
-        graph, queue_N, linked, slot = held.linked_by(), np.empty(held.count + 1, np.int32), 0, 0
+        graph, entry = held.linked_by(), int(held.graph[layout.ENTRY])
+        parent_N, queue_N = np.full(held.count, UNREACHED, np.int32), np.empty(held.count + 1, np.int32)
+        parent_N[entry] = entry
+        with self._lock.open_to_readers():
+            find_ways(graph, entry, parent_N, queue_N)
+        linked, slot = 0, 0
         while slot < held.count:
             with Marks(held) as marks:
                 more, slot = repair_links(graph, marks, parent_N, queue_N, slot, EQUALS)
@@ -305,17 +304,13 @@ class Linker:
             self._lock.make_room()
         return linked
 
-    def ways(self) -> np.ndarray:
-        """From where each slot is come to first on level 0, int32 [N], `UNREACHED` for those that it does not lead to."""
-        count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
-        parent_N = np.full(count, UNREACHED, np.int32)
-        if entry >= 0:
-            reach(self._storage.graph, entry, parent_N, np.empty(count + 1, np.int32))
-        return parent_N
-
     def reached(self) -> np.ndarray:
         """Which slots level 0 leads to, bool [N]."""
-        return self.ways() != UNREACHED
+        count, entry = self._storage.count, int(self._storage.graph[layout.ENTRY])
+        is_reached_N = np.zeros(count, np.uint8)
+        if entry >= 0:
+            reach(self._storage.graph, entry, is_reached_N, np.empty(count + 1, np.int32))
+        return is_reached_N.astype(bool)
 
 
 class Marks:

@@ -14,6 +14,7 @@ from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vec
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
 from anabranch.graph.hnsw.ranges import Within
+from anabranch.graph.hnsw.storage import VERSION, VERSIONS
 from anabranch.graph.workers import FORMER, Workers, asked_workers, num_workers
 
 KIND = "sharded hnsw index"
@@ -154,7 +155,7 @@ class ShardedHNSW:
         arrays = {
             f"{number}/{name}": array for number, state in enumerate(states) for name, array in state["arrays"].items()
         }
-        write_arrays(path, KIND, arrays, {"shards": [state["meta"] for state in states]})
+        write_arrays(path, KIND, arrays, {"shards": [state["meta"] for state in states]}, VERSION)
 
     @classmethod
     def load(
@@ -168,7 +169,7 @@ class ShardedHNSW:
     ) -> Self:
         """Read what `save` wrote, as `HNSW.load`."""
         workers = asked_workers(workers, former, "load")
-        found = read_arrays(path, KIND, mmap=mmap, verify=verify)
+        found = read_arrays(path, KIND, versions=VERSIONS, mmap=mmap, verify=verify)
         shards = []
         with described(path, "an index of shards"):
             metas = list(found.meta["shards"])

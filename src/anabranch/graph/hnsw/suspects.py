@@ -13,10 +13,12 @@ ended, so that parts of a group become one (`build.link_lost`).
 What comes may also stand in the way of walks that found others before, with no link lost. So what was a suspect once stays watched:
 with each look some of these are looked for in turn, and the neighbours of any that are lost (`Linker.look`).
 
-By the nearest alone (`SIMPLE`) a list keeps no link beyond a gap once it is full, so that each change would lose what the one before had
-linked. There nothing is marked, as for inner products: it is only looked whether all can be reached (`mending`), and `repair` looks for all.
+By the nearest alone (`SIMPLE`) a list keeps no link beyond a gap once it is full: each change would lose what the one before had linked.
+There nothing is marked, as for inner products: it is only looked whether all can be reached (`mending`), and `repair` looks for all.
 """
 # Shapes: S suspects
+
+import math
 
 import numpy as np
 
@@ -42,7 +44,7 @@ from anabranch.graph.hnsw.layout import (
     links_of,
 )
 from anabranch.graph.hnsw.measuring import distance
-from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, kernel, set_u8
+from anabranch.graph.hnsw.raw import HAMMING, address, get_i32, get_u8, helper, kernel, set_u8
 from anabranch.graph.hnsw.search import PADDING, clear, descend, insert, is_equal, pool_search
 
 # What a walk that looks for a suspect holds: half of what a search does unless told otherwise.
@@ -51,8 +53,8 @@ LOOKED = 32
 # What marks say: it is to be looked for; it came far from all else; it was to be looked for once.
 NOW, FAR, WATCHED = 1, 2, 4
 
-# A gap: the next of some sorted distances (squared, as "l2" and in effect "cosine" are) is more than so many times as large. After one,
-# two or three it takes more: in a plane the second nearest is 64 times as far, squared, once in 64.
+# A gap: the next of some sorted distances (squared, as "l2" and in effect "cosine" are; `by_kind`) is more than so many times as large.
+# After one, two or three it takes more: in a plane the second nearest is 64 times as far, squared, once in 64.
 GAP, GAP_3, GAP_2, GAP_1 = 4.0, 8.0, 16.0, 64.0
 
 # Links of the nearest that tell how far apart elements lie there.
@@ -73,7 +75,13 @@ def is_marked(graph):
 
 
 @helper
-def first_behind(found_d, count):
+def by_kind(graph, times):
+    """So many times as large, of squared distances, by the distances of an index: those of bits are not squared."""
+    return math.sqrt(times) if graph[KIND] == HAMMING else times
+
+
+@helper
+def first_behind(graph, found_d, count):
     """The number of the first of ``count`` rising distances that lies behind a gap; ``count`` where there is none."""
     for number in range(1, count):
         times = GAP
@@ -83,7 +91,7 @@ def first_behind(found_d, count):
             times = GAP_2
         elif number == 3:
             times = GAP_3
-        if found_d[number] > times * found_d[number - 1] and found_d[number - 1] > 0:
+        if found_d[number] > by_kind(graph, times) * found_d[number - 1] and found_d[number - 1] > 0:
             return number
     return count
 
@@ -91,7 +99,7 @@ def first_behind(found_d, count):
 @helper
 def behind_gap(graph, found_d, count):
     """As `first_behind`; ``count`` where nothing is marked: how inner products compare as numbers says nothing."""
-    return first_behind(found_d, count) if is_marked(graph) else count
+    return first_behind(graph, found_d, count) if is_marked(graph) else count
 
 
 @helper
@@ -210,7 +218,7 @@ def is_far_off(graph, found_d, found_i, count, scratch):
             break
         row = graph[ROWS] + other * graph[STRIDE]
         most = max(most, distance(graph[KIND], query, scale, norm, row, graph[AUX], other, graph[WIDTH]))
-    return most > 0 and found_d[0] > GAP * most
+    return most > 0 and found_d[0] > by_kind(graph, GAP) * most
 
 
 @helper

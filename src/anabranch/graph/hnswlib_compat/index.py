@@ -13,6 +13,7 @@ from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described, whole
 from anabranch.graph.hnsw import HNSW
 from anabranch.graph.hnsw.lock import LOOK_S
+from anabranch.graph.hnsw.storage import VERSION, VERSIONS
 from anabranch.graph.hnswlib_compat.base import FULL, METRIC, Base, flat_labels, labels_of, last_of_each
 from anabranch.graph.interrupts import Interrupts
 from anabranch.graph.workers import Workers
@@ -253,12 +254,13 @@ class Index(Base):
         """Write the index into one file, all or nothing."""
         index = self._made()
         state = index.__getstate__()
-        write_arrays(path_to_index, KIND, state["arrays"], {"hnsw": state["meta"], "max_elements": self._max_elements})
+        meta = {"hnsw": state["meta"], "max_elements": self._max_elements}
+        write_arrays(path_to_index, KIND, state["arrays"], meta, VERSION)
 
     def load_index(self, path_to_index: str | Path, max_elements: int = 0, allow_replace_deleted: bool = False) -> None:
         """Read what `save_index` wrote, in place of what there is. Distances are those of this index's space."""
         try:
-            found = read_arrays(path_to_index, KIND)
+            found = read_arrays(path_to_index, KIND, versions=VERSIONS)
             with described(path_to_index, "an index"):
                 meta, most = found.meta["hnsw"], whole(found.meta["max_elements"], "max_elements")
                 meta["options"]["metric"], dim = METRIC[self._space], whole(meta["options"]["dim"], "dim")

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.array_file import check_how
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.header import described
 from anabranch.graph.powerwalk.asking import Asking
@@ -244,6 +245,7 @@ class PowerWalk(Asking, Changing):
 
         Raises DataError for a file that is missing, foreign, truncated or damaged, or that was made of another graph.
         """
+        check_how(mmap, verify)
         given = as_graph(graph, allow_negative=True)
         graph = given.numbered()
         if Path(path).is_dir():
