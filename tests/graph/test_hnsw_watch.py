@@ -1,4 +1,4 @@
-"""What is to be looked for: found by blocks as by a look at all, and kept in files and pickles, which go on as if nothing had been between."""
+"""What is to be looked for: found by blocks as by a look at all, and kept in files and pickles, which go on as if they had never been."""
 
 import pickle
 
