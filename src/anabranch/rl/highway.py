@@ -24,12 +24,14 @@ class Highway(Gymnasium, kind="highway"):
             reward: CaRL's; its window is in decisions.
             own_reward: learn by HighwayEnv's reward instead; what is measured stays.
             straight_m: metres to be driven where there is no route.
+            quick: ask for all lanes of a map at once; what happens is the same to the bit, in less than half of the time.
         """
 
         id: str = Field(default="roundabout-v1", min_length=1)
         reward: RouteReward = Field(default_factory=lambda: RouteReward(window=10))
         own_reward: bool = False
         straight_m: float = Field(default=400.0, gt=0)
+        quick: bool = True
 
     config: Config
 
@@ -44,8 +46,9 @@ class Highway(Gymnasium, kind="highway"):
     def single(self, **drawing: Any) -> Any:
         """See `Gymnasium`; with the reward put on."""
         from anabranch.rl.highway_reward import RouteCompletion
+        from anabranch.rl.highway_roads import hasten
 
-        config = self.config
-        return RouteCompletion(
-            super().single(**drawing), config.reward, own_reward=config.own_reward, straight_m=config.straight_m
-        )
+        config, env = self.config, super().single(**drawing)
+        if config.quick:
+            hasten(env.unwrapped)
+        return RouteCompletion(env, config.reward, own_reward=config.own_reward, straight_m=config.straight_m)
