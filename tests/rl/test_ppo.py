@@ -199,7 +199,7 @@ def test_a_rollout_is_what_happened():
     stream = rollouts(epochs=1)
     stream.next_batch(8)
     found = stream.rollout
-    world = stream.environment.make(4, seed=3)
+    world = stream.actor.environment.make(4, seed=3)
     observations, _ = world.reset()
     action_TN = found.samples.action_BA.view(8, 4)
     returns, ended = np.zeros(4), []
@@ -425,12 +425,13 @@ def test_an_evaluation_has_its_own_beginnings_and_plays_each_once():
     with torch.no_grad():
         model.policy[-1].bias.copy_(torch.tensor([0.0, 50.0]))
     found = judge(model, task.environment, episodes=70, seed=5)
-    world = task.environment.make(64, seed=evaluation_seed(5))
+    # 35 side by side, so that each plays two.
+    world = task.environment.make(35, seed=evaluation_seed(5))
     world.reset()
     # Always to the right: from place p it takes 5 - p steps, each but the last at -0.1.
     lengths = 5 - world.place
-    assert found.length_E[:64].tolist() == lengths.tolist()
-    assert found.return_E[:64] == pytest.approx(1 - 0.1 * (lengths - 1))
+    assert found.length_E[:35].tolist() == lengths.tolist()
+    assert found.return_E[:35] == pytest.approx(1 - 0.1 * (lengths - 1))
     assert found.terminated_E.all()
     assert found.outcomes["arrived"].tolist() == [1.0] * 70
     again = judge(model, task.environment, episodes=70, seed=5)
@@ -475,7 +476,7 @@ def test_an_observation_that_is_no_number_is_told():
         # To the left, so that no episode ends before.
         stream.model.policy[-1].bias.copy_(torch.tensor([50.0, 0.0]))
     with pytest.raises(DataError, match="environment 1 gave an observation that is no number, 2 steps into an episode"):
-        judge(stream.model, stream.environment, episodes=4)
+        judge(stream.model, stream.actor.environment, episodes=4)
     with pytest.raises(DataError, match="environment 1 gave the observation nan"):
         stream.next_batch(8)
 
@@ -524,11 +525,11 @@ def test_a_rollout_that_was_stopped_is_learned_from_in_smaller_mini_batches(tmp_
 
     def stopped():
         made = rollouts(rollout_steps=16, batch_size=16, normalize_advantage="none")
-        made.stragglers = Stragglers(16, 2, share=0.5, least=0.5, counts=counts)
+        made.actor.stragglers = Stragglers(16, 2, share=0.5, least=0.5, counts=counts)
         return made
 
     stream = stopped()
-    stream.stragglers.finished(0)
+    stream.actor.stragglers.finished(0)
     batches = [stream.next_batch(8) for _ in range(16)]
     samples = stream.rollout.samples
     # 8 of 16 steps of 4 environments: as many mini-batches of both epochs, half as large.
@@ -548,7 +549,7 @@ def test_a_rollout_that_was_stopped_is_learned_from_in_smaller_mini_batches(tmp_
     begin = whole.rollout.samples.observation_BD[32:36]
     assert torch.equal(stream.rollout.samples.observation_BD[:4], begin)
     kept = stopped()
-    kept.stragglers.finished(0)
+    kept.actor.stragglers.finished(0)
     kept.next_batch(8)
     kept.save(tmp_path)
     other = stopped()
@@ -558,19 +559,20 @@ def test_a_rollout_that_was_stopped_is_learned_from_in_smaller_mini_batches(tmp_
 
 
 def test_processes_that_made_unequal_steps_keep_all_of_them():
-    """Parts of 8 and 3 steps, put together as `_finish` does, against each on its own."""
+    """Parts of 8 and 3 steps, put together as those of processes are, against each on its own."""
     stream = rollouts(epochs=1)
-    world = stream._open_world()
-    acted = stream._act(0, world)
+    actor, network = stream.actor, stream.model
+    with torch.no_grad():
+        acted = actor.act(0, network, actor.open())
     short = acted.first(3)
     short.last_nD = acted.observation_TnD[3]
-    whole, few = stream._samples(acted), stream._samples(short)
+    whole, few = actor.samples(network, acted), actor.samples(network, short)
     assert torch.equal(few.observation_BD, whole.observation_BD[:12])
     assert len(few.value_B) == 12
     # What comes later counts by the value of where it stopped: the last step's advantage is one step's.
     reward, value = short.reward_Tn[2], few.value_B.view(3, 4)[2]
     going = ~(short.terminated_Tn[2] | short.truncated_Tn[2])
-    expected = reward + 0.99 * stream._judged(short.last_nD)[1] - value
+    expected = reward + 0.99 * actor.judged(network, short.last_nD)[1] - value
     torch.testing.assert_close(few.advantage_B.view(3, 4)[2][going], expected[going])
 
 

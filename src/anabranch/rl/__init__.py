@@ -15,6 +15,7 @@ from anabranch.extras import lazy, require
 
 require("lm", by=__name__)
 
+from anabranch.rl.acting import Samples
 from anabranch.rl.environment import Environment, Gymnasium, World, episode_seed
 from anabranch.rl.evaluation import Episodes, judge
 from anabranch.rl.film import Film, record
@@ -24,7 +25,7 @@ from anabranch.rl.network import ActorCritic, Layout
 from anabranch.rl.policies import Actions, Beta, Categorical, Distribution, Kind, Normal
 from anabranch.rl.ppo import PPO, Clipped, clipped_losses
 from anabranch.rl.returns import Ends, advantages
-from anabranch.rl.rollout import Rollout, Rollouts, Samples
+from anabranch.rl.rollout import Rollout, Rollouts
 from anabranch.rl.runs import PRESETS, Agent, Preset, load_agent, training
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
 from anabranch.errors import ConfigError
 from anabranch.extras import require
+from anabranch.machine import usable_cores
 from anabranch.rl.network import Layout
 from anabranch.rl.policies import Actions
 
@@ -113,12 +114,13 @@ class Gymnasium(Environment, kind="gymnasium"):
         Attributes:
             id: of gymnasium's registry: ``CartPole-v1``, or ``package:Name-v0``, which imports ``package`` first.
             arguments: of ``gymnasium.make``.
-            workers: processes that environments are spread over; what happens is the same, and slow ones take less time.
+            workers: processes that environments are spread over; what happens is the same, and slow ones take less time. 0 takes one for
+                each processor.
         """
 
         id: str = Field(default="CartPole-v1", min_length=1)
         arguments: dict[str, Any] = Field(default_factory=dict)
-        workers: int = Field(default=1, ge=1, le=1024)
+        workers: int = Field(default=1, ge=0, le=1024)
 
     config: Config
 
@@ -127,11 +129,11 @@ class Gymnasium(Environment, kind="gymnasium"):
         require("gymnasium", by=f"the environment {self.config.id}")
         from anabranch.rl.replayed import ReplayedWorld
 
-        if self.config.workers > 1 and num > 1 and not drawing:
+        workers = min(self.config.workers or usable_cores(), num)
+        if workers > 1 and not drawing:
             from anabranch.rl.parallel import ParallelWorld
 
-            alone = self.config.replace(workers=1)
-            return ParallelWorld(alone, num, workers=self.config.workers, seed=seed, first=first)
+            return ParallelWorld(self.config.replace(workers=1), num, workers=workers, seed=seed, first=first)
         return ReplayedWorld(lambda: self.single(**drawing), num, seed=seed, first=first)
 
     def single(self, **drawing: Any) -> Any:

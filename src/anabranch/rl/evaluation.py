@@ -89,7 +89,7 @@ def judge(
     Args:
         model: acts by the mode of its distributions; in whatever process group it is, each process does all of it.
         environment: where.
-        episodes: E; the first E beginnings of the seed.
+        episodes: E; where they begin follows from the seed and E.
         seed: another one has other beginnings.
         on_step: called after each step with the world and how many episodes have ended.
         world: use this one, of the first beginnings, instead of making one.
@@ -101,7 +101,8 @@ def judge(
         raise ConfigError(f"episodes is {episodes}; use at least 1")
     owned = world is None
     if world is None:
-        world = environment.make(min(episodes, _MOST_BESIDE), seed=evaluation_seed(seed))
+        # As many in each environment, so that few go on for nothing while others still play.
+        world = environment.make(-(-episodes // -(-episodes // _MOST_BESIDE)), seed=evaluation_seed(seed))
     try:
         return _played(model, world, episodes, on_step)
     finally:

@@ -32,12 +32,13 @@ def hasten(env: Any) -> None:
 
     Roads, lanes and observations of other classes than HighwayEnv's own stay as they are.
     """
+    kind: Any = type(env)
     if not hasattr(env, "is_quick"):
-        env.__class__ = _quick(type(env))
+        env.__class__ = _quick(kind)
 
 
 @cache
-def _quick(kind: Any) -> type:
+def _quick(kind: Any) -> Any:
     """A class of environments whose roads are quick before the first car drives there."""
 
     class Quick(kind):
@@ -130,7 +131,7 @@ class _Quick(AbstractLane):
             found = self.table.kept.get(position.tobytes())
             if found is not None:
                 return found[0][self.slot], found[1][self.slot]
-        return super().local_coordinates(position)  # type: ignore[misc]
+        return super().local_coordinates(position)
 
 
 class _QuickStraight(_Quick, StraightLane):

@@ -29,6 +29,8 @@ def hasten_sight(observation: Any) -> None:
 class _QuickKinematics(KinematicObservation):
     """See the module."""
 
+    features_range: Any
+
     def observe(self) -> np.ndarray:
         """``[V, F]``; see HighwayEnv."""
         road, own = self.env.road, self.observer_vehicle

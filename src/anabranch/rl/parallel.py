@@ -89,7 +89,7 @@ class ParallelWorld(VectorEnv):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Of all processes; see `anabranch.rl.environment.World`."""
-        from anabranch.rl.rollout import joined_states
+        from anabranch.rl.acting import joined_states
 
         return joined_states(self._all("state_dict", [()] * len(self._workers)))
 

@@ -191,9 +191,8 @@ class Beta:
 
     def sample(self, noise: Tensor) -> Tensor:
         """See `Distribution`; ``noise`` is ``[B, A, 2, K, 2]``: for both Gamma draws, K tries of a normal and a uniform number."""
-        first_BA = _gamma(self.alpha_BA, noise[..., 0, :, :])
-        second_BA = _gamma(self.beta_BA, noise[..., 1, :, :])
-        return (first_BA / (first_BA + second_BA)).clamp(_EDGE, 1 - _EDGE)
+        drawn_BA2 = _gamma(torch.stack([self.alpha_BA, self.beta_BA], dim=-1), noise)
+        return (drawn_BA2[..., 0] / drawn_BA2.sum(-1)).clamp(_EDGE, 1 - _EDGE)
 
     def divergence(self, other: Distribution) -> Tensor:
         """See `Distribution`."""

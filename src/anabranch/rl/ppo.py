@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from anabranch.bounds import Repeats, Size
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
+from anabranch.rl.acting import Collecting, Samples
 from anabranch.rl.environment import Environment, Gymnasium
 from anabranch.rl.evaluation import judge
 from anabranch.rl.network import ActorCritic
 from anabranch.rl.policies import Distribution
 from anabranch.rl.preemption import Stragglers
-from anabranch.rl.rollout import Collecting, Rollouts, Samples
+from anabranch.rl.rollout import Rollouts
 from anabranch.train import Losses, Task, TaskContext
 
 __all__ = ["PPO", "Clipped", "clipped_losses"]
@@ -38,23 +39,40 @@ __all__ = ["PPO", "Clipped", "clipped_losses"]
 
 @dataclass(frozen=True)
 class Clipped:
-    """The parts of PPO's loss on some samples, each a mean over them.
+    """The parts of PPO's loss on some samples, each a mean over them; and how far the policy has moved, worked out where it is asked for.
 
     Attributes:
         policy: minus the clipped surrogate.
         value: half the squared error of the critic, the larger of the clipped and the plain one.
         entropy: of the policy, in nats.
-        ratio_clipped: share of samples whose ratio lies outside of the clip.
-        approximate_divergence: mean of ratio - 1 - log ratio (Schulman's third estimator), an estimate of KL(old || new).
-        divergence: KL(old || new) itself.
+        log_ratio_B: of the samples, without a gradient.
+        new, old: the policy now, and the one that acted.
+        clip: epsilon.
     """
 
     policy: Tensor
     value: Tensor
     entropy: Tensor
-    ratio_clipped: Tensor
-    approximate_divergence: Tensor
-    divergence: Tensor
+    log_ratio_B: Tensor
+    new: Distribution
+    old: Distribution
+    clip: float
+
+    @property
+    def ratio_clipped(self) -> Tensor:
+        """Share of samples whose ratio lies outside of the clip."""
+        return ((self.log_ratio_B.exp() - 1).abs() > self.clip).to(self.log_ratio_B.dtype).mean()
+
+    @property
+    def approximate_divergence(self) -> Tensor:
+        """Mean of ratio - 1 - log ratio (Schulman's third estimator), an estimate of KL(old || new)."""
+        return (self.log_ratio_B.exp() - 1 - self.log_ratio_B).mean()
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL(old || new) itself."""
+        with torch.no_grad():
+            return self.old.divergence(self.new).mean()
 
 
 def clipped_losses(
@@ -78,17 +96,8 @@ def clipped_losses(
     if value_clip is not None:
         moved_B = samples.value_B + (value_B - samples.value_B).clamp(-value_clip, value_clip)
         error_B = torch.maximum(error_B, (moved_B - samples.return_B) ** 2)
-    with torch.no_grad():
-        is_clipped_B = ((ratio_B - 1).abs() > clip).to(ratio_B.dtype)
-        divergence_B = old.divergence(new)
-    return Clipped(
-        -torch.minimum(plain_B, bounded_B).mean(),
-        0.5 * error_B.mean(),
-        new.entropy().mean(),
-        is_clipped_B.mean(),
-        (ratio_B.detach() - 1 - log_ratio_B.detach()).mean(),
-        divergence_B.mean(),
-    )
+    policy, value = -torch.minimum(plain_B, bounded_B).mean(), 0.5 * error_B.mean()
+    return Clipped(policy, value, new.entropy().mean(), log_ratio_B.detach(), new, old, clip)
 
 
 class PPO(Task, kind="ppo"):
@@ -129,7 +138,7 @@ class PPO(Task, kind="ppo"):
             preempt_share: in several processes: once so many of them have all their steps, the others stop; None lets all make all. What
                 is learned then depends on how quick they are.
             preempt_least: share of its steps that a process makes in any case.
-            eval_episodes: of an evaluation.
+            eval_episodes: of an evaluation; few, as they take time that nothing is learned in. `judge` plays any number afterwards.
         """
 
         environment: Environment.Config = Field(default_factory=Gymnasium.Config)
@@ -152,7 +161,7 @@ class PPO(Task, kind="ppo"):
         observation_scale: tuple[Annotated[float, Field(gt=0)], ...] = ()
         preempt_share: float | None = Field(default=None, gt=0, le=1)
         preempt_least: float = Field(default=0.25, gt=0, le=1)
-        eval_episodes: int = Field(default=100, ge=1)
+        eval_episodes: int = Field(default=20, ge=1)
 
         @property
         def collecting(self) -> Collecting:
@@ -246,14 +255,19 @@ class PPO(Task, kind="ppo"):
             policy=parts.policy,
             value=config.value_weight * parts.value,
             entropy=-config.entropy_weight * parts.entropy,
-            metrics={
-                "policy_entropy": parts.entropy,
-                "ratio_clipped": parts.ratio_clipped,
-                "divergence": parts.divergence,
-                "approximate_divergence": parts.approximate_divergence,
-                **{name: torch.tensor(value, device=value_B.device) for name, value in self._told().items()},
-            },
+            # They cost about as much as the loss itself, and only those of steps that are logged are looked at.
+            metrics=self._metrics(parts) if (context.step + 1) % context.settings.log_every == 0 else {},
         )
+
+    def _metrics(self, parts: Clipped) -> dict[str, Tensor]:
+        told = {name: torch.tensor(value, device=parts.value.device) for name, value in self._told().items()}
+        return {
+            "policy_entropy": parts.entropy,
+            "ratio_clipped": parts.ratio_clipped,
+            "divergence": parts.divergence,
+            "approximate_divergence": parts.approximate_divergence,
+            **told,
+        }
 
     def _told(self) -> Mapping[str, float]:
         """Of the rollout that the mini-batch is from; nan where no episode ended in it."""
