@@ -1,7 +1,6 @@
 """Peers of PCCL for tests: threads with a communicator each, in one process, so that a world starts in milliseconds."""
 
 import threading
-import time
 from contextlib import contextmanager
 
 from anabranch.cluster.pccl import Communicator, Master
@@ -34,9 +33,8 @@ class Peer:
     def _run(self):
         try:
             with self.communicator as peers:
-                while peers.world_size < self.world:
-                    peers.admit()
-                    time.sleep(0.002)
+                if self.world > 1:
+                    peers.wait_for(self.world)
                 self.value = self.work(self.number, peers)
         except Killed:
             self.is_killed = True

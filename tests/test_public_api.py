@@ -68,14 +68,14 @@ PUBLIC = {
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.cluster": """
-        Communicator ContextParallel Durations GPipe KeyedDropout LayerCost Master MessageLog Partition PeerLost Plan Pop SCHEDULES
+        Communicator ContextParallel DiLoCo Durations GPipe KeyedDropout LayerCost Master MessageLog Partition PeerLost Plan Pop SCHEDULES
         SavedBytes Schedule SharedState Slot Stash Timeline context_parallel_attention keyed_uniform partition plan plan_attention
         random_key ring_attention schedule simulate
         token_ring_attention
     """,
     "anabranch.cluster.pccl": """
-        CollectiveError Communicator Kicked Master MasterLost Mismatch PeerLost Quantiser Reduced Reduction Refused RevisionError Shared
-        SharedState TagInUse TopologyFailed best_tour
+        CollectiveError Communicator DiLoCo Kicked Master MasterLost Mismatch PeerLost Quantiser Reduced Reduction Refused
+        RevisionError Round Shared SharedState TagInUse TopologyFailed best_tour
     """,
     "anabranch.cluster.ring": """
         AttentionPlan ContextOutput ContextParallel Layout Placement RingOptions Run SCHEMES SchemeCost ShardedCache Topology Traffic

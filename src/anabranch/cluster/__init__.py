@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from anabranch.cluster.keyed_random import KeyedDropout, keyed_uniform, random_key
     from anabranch.cluster.messages import MessageLog
     from anabranch.cluster.partitions import Partition, partition
-    from anabranch.cluster.pccl import Communicator, Master, PeerLost, SharedState
+    from anabranch.cluster.pccl import Communicator, DiLoCo, Master, PeerLost, SharedState
     from anabranch.cluster.plans import LayerCost, Plan, plan
     from anabranch.cluster.ring import (
         ContextParallel,
@@ -43,6 +43,7 @@ __all__ = [
     "SCHEDULES",
     "Communicator",
     "ContextParallel",
+    "DiLoCo",
     "Durations",
     "GPipe",
     "KeyedDropout",
@@ -76,7 +77,7 @@ _HOMES: dict[str, str | None] = {
     "MessageLog": ".messages",
     "SavedBytes": ".saved_bytes",
     **dict.fromkeys(("Durations", "Timeline", "simulate"), ".simulation"),
-    **dict.fromkeys(("Communicator", "Master", "PeerLost", "SharedState"), ".pccl"),
+    **dict.fromkeys(("Communicator", "DiLoCo", "Master", "PeerLost", "SharedState"), ".pccl"),
     **dict.fromkeys(("LayerCost", "Plan", "plan"), ".plans"),
     **dict.fromkeys(("Partition", "partition"), ".partitions"),
     **dict.fromkeys(

@@ -15,6 +15,7 @@ from anabranch.extras import lazy
 
 if TYPE_CHECKING:
     from anabranch.cluster.pccl.communicator import Communicator, Reduced, Reduction
+    from anabranch.cluster.pccl.diloco import DiLoCo, Round
     from anabranch.cluster.pccl.faults import (
         CollectiveError,
         Kicked,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CollectiveError",
     "Communicator",
+    "DiLoCo",
     "Kicked",
     "Master",
     "MasterLost",
@@ -44,6 +46,7 @@ __all__ = [
     "Reduction",
     "Refused",
     "RevisionError",
+    "Round",
     "Shared",
     "SharedState",
     "TagInUse",
@@ -66,6 +69,7 @@ _HOMES: dict[str, str | None] = {
         ),
         ".faults",
     ),
+    **dict.fromkeys(("DiLoCo", "Round"), ".diloco"),
     "Master": ".master",
     "Quantiser": ".quantise",
     **dict.fromkeys(("Shared", "SharedState"), ".sharing"),

@@ -54,6 +54,8 @@ DTYPES = {
 }
 _MOST_TAG = 2**31
 _MOST_IN_FLIGHT = 64
+# Between two looks whether newcomers wait.
+_LOOK_S = 0.02
 
 
 class Communicator(Part):
@@ -115,7 +117,6 @@ class Communicator(Part):
         self._sharing, self._rates = Sharing(), RateServer()
         handlers = {"link": self._links.offer, "state": self._sharing.serve, "rate": self._rates.serve}
         self._listener = Listener(host, port or None, self._secret, handlers)
-        self._is_new = True
         self._has_shared = False
 
     # Who is there
@@ -186,7 +187,7 @@ class Communicator(Part):
     def admit(self) -> bool:
         """Let in those who wait, if there are any; whether this peer's ring has changed.
 
-        A newcomer's first call does nothing: those who let it in have just made theirs.
+        Where this is a newcomer's first call of all it does nothing: those who let it in are just making theirs.
         """
         if self._is_new:
             self._is_new = False
@@ -196,6 +197,22 @@ class Communicator(Part):
         before = self.ring_order
         self.update_topology()
         return self.ring_order != before
+
+    def wait_for(self, world: int) -> None:
+        """Let in until so many peers are there; all that begin together call it first. One that comes later returns at once.
+
+        Raises InputError for a number that is none.
+        """
+        if type(world) is not int or world < 1:
+            raise InputError(f"world is {shown(world)}; use 1 or more")
+        while self.world_size < world:
+            try:
+                has_changed = self.admit()
+            except TopologyFailed:
+                continue
+            if not has_changed:
+                time.sleep(_LOOK_S)
+        self._is_new = False
 
     def optimize_topology(self, *, seconds: float = 10.0, streams: int = 4) -> None:
         """Measure the links that were not measured yet, and take the best ring.

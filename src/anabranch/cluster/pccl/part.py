@@ -86,6 +86,8 @@ class Part:
         self._kept: list[Tensor] = []
         self._threads: ThreadPoolExecutor | None = None
         self._topology: dict[str, Any] = {}
+        # Until it has done anything with the others.
+        self._is_new = True
 
     @property
     def peer(self) -> int:
@@ -249,7 +251,7 @@ class Part:
             if self._tags or self._is_busy:
                 under_way = f"collectives of tags {sorted(self._tags)} are" if self._tags else "another operation is"
                 raise TagInUse(f"{under_way} under way; wait for them first")
-            self._is_busy = True
+            self._is_busy, self._is_new = True, False
         try:
             return work()
         finally:
@@ -262,6 +264,7 @@ class Part:
                 what = "another operation" if self._is_busy else f"a collective of tag {tag}"
                 raise TagInUse(f"{what} is under way; wait for it first, or take another tag")
             self._tags.add(tag)
+            self._is_new = False
 
     def _give_tag(self, tag: int) -> None:
         with self._turn:

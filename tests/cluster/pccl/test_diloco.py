@@ -1,0 +1,177 @@
+"""DiLoCo: rounds apart and steps together, against a plain loop that knows no network."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from anabranch.cluster.pccl import DiLoCo
+from anabranch.errors import InputError
+from pccl_peers import Killed, Peer, a_master, together
+
+EVERY = 3
+
+
+@pytest.fixture(scope="module")
+def master():
+    with a_master() as found:
+        yield found
+
+
+def made(seed=0, width=4):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 1)).double()
+
+
+def inner_step(model, optimizer, number, step):
+    generator = torch.Generator().manual_seed(1000 * number + step)
+    x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    model(x).square().mean().add(model(x).mean()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def naive(world, rounds, *, asynchronous=False):
+    """Weights after ``rounds``, of workers in one process."""
+    models = [made() for _ in range(world)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+    outer = [value.detach().clone() for value in models[0].parameters()]
+    moments = [torch.zeros_like(value) for value in outer]
+    late = None
+    for number in range(rounds):
+        for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            for step in range(EVERY):
+                inner_step(model, optimizer, worker, number * EVERY + step)
+        deltas = [
+            sum(held - list(model.parameters())[place].detach() for model in models) / world
+            for place, held in enumerate(outer)
+        ]
+        deltas, late = (late, deltas) if asynchronous else (deltas, None)
+        if deltas is not None:
+            outer_step(outer, moments, deltas)
+        for model in models:
+            for value, held in zip(model.parameters(), outer, strict=True):
+                value.data.copy_(held)
+    if late is not None:
+        outer_step(outer, moments, late)
+    return outer
+
+
+def outer_step(outer, moments, deltas):
+    """SGD with Nesterov momentum, by hand."""
+    for value, moment, delta in zip(outer, moments, deltas, strict=True):
+        moment.mul_(0.9).add_(delta)
+        value.sub_(0.7 * (delta + 0.9 * moment))
+
+
+def trained(rounds, *, after=None, **settings):
+    """A peer's work: ``rounds`` rounds, or as many as are left of them."""
+
+    def work(number, peers):
+        model = made(number)
+        if number in (0, 1, 2):
+            model = made()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        outer = DiLoCo(model, peers, every=EVERY, **settings)
+        told = []
+        while True:
+            outer.begin_step()
+            if outer.steps >= rounds * EVERY:
+                break
+            inner_step(model, optimizer, number, outer.steps)
+            if (done := outer.end_step()) is not None:
+                told.append(done)
+            if after is not None:
+                after(number, peers, outer)
+            if outer.steps >= rounds * EVERY:
+                break
+        outer.finish()
+        outer.close()
+        return [value.detach().clone() for value in model.parameters()], told, outer
+
+    return work
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("world", [1, 3])
+def test_rounds_are_those_of_a_plain_loop(master, world, asynchronous):
+    found = together(master.address, world, trained(4, asynchronous=asynchronous))
+    expected = naive(world, 4, asynchronous=asynchronous)
+    for weights, told, outer in found:
+        assert all(torch.equal(one, other) for one, other in zip(weights, found[0][0], strict=True))
+        assert all((one - other).abs().max() < 1e-12 for one, other in zip(weights, expected, strict=True))
+        assert [one.number for one in told] == [1, 2, 3, 4]
+        assert [one.peers for one in told] == ([0, world, world, world] if asynchronous else [world] * 4)
+        # All compute the same, so nothing was ever fetched.
+        assert outer.received_bytes == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_dies_and_one_comes_and_all_end_with_the_same_bits(master, asynchronous):
+    arrived, late = threading.Event(), []
+
+    def after(number, peers, outer):
+        if number == 2 and outer.steps == 2 * EVERY + 1:
+            raise Killed
+        if number == 0 and outer.steps == 3 * EVERY + 1 and not late:
+            late.append(Peer(master.address, trained(8, asynchronous=asynchronous), 7))
+            # It is let in when the others meet next.
+            while not any(not member.is_accepted and member.vote for member in list(master.state.members.values())):
+                pass
+            arrived.set()
+        if number == 1 and outer.steps == 3 * EVERY + 1:
+            assert arrived.wait(20)
+
+    peers = [Peer(master.address, trained(8, after=after, asynchronous=asynchronous), number, 3) for number in range(3)]
+    for peer in (*(one.wait() for one in peers), *(one.wait() for one in late)):
+        assert peer.error is None, peer.error
+    assert peers[2].is_killed
+    weights = [peer.value[0] for peer in (*peers[:2], *late)]
+    assert all(torch.equal(one, other) for other in weights for one, other in zip(weights[0], other, strict=True))
+    # It was given all there was to know, once, and counted its steps from there.
+    newcomer = late[0].value[2]
+    assert newcomer.received_bytes == 2 * 8 * sum(value.numel() for value in weights[0])
+    assert newcomer.steps == peers[0].value[2].steps == 8 * EVERY
+    assert {one.peers for one in peers[0].value[1]} >= {2, 3}
+
+
+def test_quantised_deltas_are_near(master):
+    def work(number, peers):
+        model = made(width=400)
+        outer = DiLoCo(model, peers, every=1, quantise="min_max")
+        outer.begin_step()
+        with torch.no_grad():
+            for value in model.parameters():
+                value.sub_(torch.rand(value.shape, generator=torch.Generator().manual_seed(number), dtype=value.dtype))
+        outer.end_step()
+        return [value.detach().clone() for value in model.parameters()]
+
+    found = together(master.address, 2, work)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    for place, value in enumerate(made(width=400).parameters()):
+        drawn = [
+            torch.rand(value.shape, generator=torch.Generator().manual_seed(number), dtype=value.dtype)
+            for number in range(2)
+        ]
+        exact = value.detach() - 0.7 * 1.9 * sum(drawn) / 2
+        off = (found[0][place] - exact).abs().max()
+        # Small tensors go as they are.
+        assert off < (1e-12 if value.numel() < 1024 else 0.7 * 1.9 * 2 / 255)
+        assert value.numel() < 1024 or off > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"every": 0}, "every is 0"),
+        ({"momentum": 1.0}, "momentum 1.0"),
+        ({"momentum": 0.0}, "nesterov is True"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+    ],
+)
+def test_what_cannot_be_is_told(settings, told):
+    with pytest.raises(InputError, match=told):
+        DiLoCo(made(), None, **settings)
+    with pytest.raises(InputError, match="no floating-point parameters"):
+        DiLoCo(nn.Identity(), None)
