@@ -21,6 +21,7 @@ from anabranch.train.task import Task
 
 __all__ = [
     "CONFIG_FILE",
+    "DiLoCoConfig",
     "Parallel",
     "RunConfig",
     "Start",
@@ -110,6 +111,41 @@ class TrainConfig(Config):
 
 
 @configclass
+class DiLoCoConfig(Config):
+    """Runs on several machines that learn together (`anabranch.cluster.pccl.DiLoCo`), each started by itself, at any time.
+
+    Attributes:
+        master: ``host:port`` of what ``anabranch cluster master`` says; None for a run that learns alone.
+        worker: number of this run; others see the training data in another order.
+        peers: so many runs wait for each other before the first step; one that comes later does not wait.
+        every: inner steps of a round; it must divide ``train.steps``.
+        learning_rate: of the outer SGD.
+        momentum: of the outer SGD, with Nesterov's correction; 0 for none.
+        quantise: how deltas go over the wire: ``min_max`` or ``zero_point`` (8 bits a number); None as they are.
+        asynchronous: send a round's deltas while the next one is trained.
+        pool: connections with each neighbour.
+        group: runs of one group learn together.
+        listen: where other runs reach this one: ``host``, ``host:port`` or ``:port``; empty for every address and a free port.
+        advertise: host by which they reach it; empty for the address from which it calls the master.
+        wait_s: seconds after which it gives up waiting for the others; None for never.
+    """
+
+    master: str | None = Field(default=None, min_length=1)
+    worker: int = Field(default=0, ge=0)
+    peers: Size = Field(default=1, ge=1)
+    every: Size = Field(default=500, ge=1)
+    learning_rate: float = Field(default=0.7, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    quantise: Literal["min_max", "zero_point"] | None = None
+    asynchronous: bool = False
+    pool: Size = Field(default=1, ge=1, le=64)
+    group: int = Field(default=0, ge=0, le=65536)
+    listen: str = ""
+    advertise: str = ""
+    wait_s: float | None = Field(default=None, gt=0)
+
+
+@configclass
 class Parallel(Config):
     """How the parts of a model are shared by the processes of torchrun, beside the batch (``train.parallel``).
 
@@ -123,6 +159,7 @@ class Parallel(Config):
         micro_batches: into which a pipeline cuts its batch; None for four times its stages. It says nothing where there is no pipeline.
         data: processes, or groups of them that share one, that have a batch of their own; None for as many as there are. Above 1,
             ``train.parallel`` none means ddp.
+        diloco: other runs that this one learns with.
     """
 
     experts: Size = Field(default=1, ge=1)
@@ -130,6 +167,7 @@ class Parallel(Config):
     pipeline: Size = Field(default=1, ge=1)
     micro_batches: Size | None = Field(default=None, ge=1)
     data: Size | None = Field(default=None, ge=1)
+    diloco: DiLoCoConfig = Field(default_factory=DiLoCoConfig)
 
 
 class _Run(Config):

@@ -33,6 +33,7 @@ from anabranch.train.interrupt import Interrupts
 from anabranch.train.meter import MEASURES, LoadMeter
 from anabranch.train.metrics import MetricsLog
 from anabranch.train.optimizer import make_optimizer
+from anabranch.train.outer import Outer, own_order
 from anabranch.train.parallel import Workers
 from anabranch.train.result import Event, TrainResult, peak_memory
 from anabranch.train.run import check_free, check_new, find_checkpoint, prepare, run_lock
@@ -89,7 +90,7 @@ class Trainer(Generic[R]):
             )
         part, parts = self.workers.part_of_evaluation
         self._held_out = self.task.validation_data(replace(self._context, rank=part, world_size=parts))
-        self.stream = self.task.training_data(self._context)
+        self.stream = self.task.training_data(own_order(self._context, config.parallel.diloco))
         # Whatever module the task makes.
         self.model: Any = self._model(found)
         wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model))
@@ -103,6 +104,7 @@ class Trainer(Generic[R]):
         self._checkpoints = CheckpointManager(
             self.out, config, self.task, self.model, self.optimizer, self.workers, found
         )
+        self._outer = Outer.of(config, self.model, self.workers)
         self._log: MetricsLog | None = None
         if found is not None:
             self._checkpoints.restore(found, self.stream)
@@ -136,6 +138,8 @@ class Trainer(Generic[R]):
             with self._saved_if_it_fails():
                 self._train(interrupts)
                 done = self._progress.step >= self._settings.steps
+                if done and self._outer is not None:
+                    self._outer.finish()
                 if done and not self._progress.is_evaluated:
                     self._evaluate()
                     # A checkpoint of this step, if there is one, lacks the evaluation.
@@ -154,6 +158,8 @@ class Trainer(Generic[R]):
             self._log.close()
         # DDP would keep the process group alive.
         self._stepper.call = self._stepper.wrapped = self.model
+        if self._outer is not None:
+            self._outer.close()
         self.workers.close()
 
     # Setting up
@@ -243,11 +249,17 @@ class Trainer(Generic[R]):
         logged_step, logged_seconds = progress.step, progress.seconds
         while progress.step < settings.steps and not self.workers.any(interrupts.received is not None):
             start = time.perf_counter()
+            if self._outer is not None and (step := self._outer.before(progress.step)) != progress.step:
+                # A newcomer goes on from where the others are.
+                progress.step = logged_step = step
+                continue
             is_logged = (progress.step + 1) % settings.log_every == 0
             if is_logged:
                 self._meter.reset()
             gradient = self._step()
             progress.step += 1
+            if self._outer is not None:
+                self._outer.after()
             self._count_skipped(gradient)
             if gradient.is_finite:
                 self._checkpoints.prune()

@@ -304,7 +304,7 @@ class Communicator(Part):
                 state.tensors[name].copy_(tensor)
         state.revision, self._has_shared = revision, True
         received = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-        return Shared(revision, self._sharing.sent_bytes, received, tuple(found))
+        return Shared(revision, self._sharing.sent_bytes, received, tuple(found), bool(plan["is_first"]))
 
     # Collectives
 

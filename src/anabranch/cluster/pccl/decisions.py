@@ -178,7 +178,7 @@ class Decisions(Held):
         self.syncing[group] = Syncing(revision, [member.id for member in members], sources)
 
         def plan(member: Member) -> dict[str, Any]:
-            told: dict[str, Any] = {"revision": revision, "serves": list(sources.values()).count(member.id)}
+            told: dict[str, Any] = {"revision": revision, "is_first": group not in self.revision}
             if member.id in fetches:
                 source, entries = fetches[member.id]
                 told |= {"from": self.members[source].place, "fetch": entries}

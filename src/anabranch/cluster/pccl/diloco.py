@@ -8,7 +8,7 @@
         optimizer.zero_grad()
         outer.end_step()               # at its end: average what was learned, take an outer step
 
-    delta = outer weights - local weights;  mean over peers;  SGD with Nesterov momentum on the outer weights;  local weights = outer weights
+    delta = outer weights - local weights, mean over peers;  outer weights by SGD with Nesterov momentum;  local weights = outer weights
 
 Outer weights and momentum are the shared state: equal to the bit on all peers, and what a newcomer gets. A peer that is lost in the
 midst of a round is a delta less in its mean.
@@ -62,12 +62,13 @@ class DiLoCo:
     """See the module.
 
     Args:
-        model: whose parameters learn together; in place, so optimizers keep theirs.
+        model: whose parameters with ``requires_grad`` learn together; in place, so optimizers keep theirs. Buffers stay each peer's own.
         peers: connected.
         every: inner steps of a round.
         learning_rate, momentum, nesterov: of the outer SGD.
         quantise: how deltas go over the wire, as of `Communicator.all_reduce`; each larger tensor has ranges of its own.
         asynchronous: take each outer step a round late.
+        rounds: that were done before, where this goes on with what was trained; a newcomer learns them from the others.
 
     Attributes:
         state: the shared state; its revision counts rounds.
@@ -87,6 +88,7 @@ class DiLoCo:
         nesterov: bool = True,
         quantise: Quantiser | str | None = None,
         asynchronous: bool = False,
+        rounds: int = 0,
     ) -> None:
         if type(every) is not int or every < 1:
             raise InputError(f"every is {shown(every)}; use 1 step or more")
@@ -97,9 +99,11 @@ class DiLoCo:
         if not momentum and nesterov:
             raise InputError("nesterov is True and momentum 0; set it to False, or give a momentum")
         self.peers, self.every, self.quantise, self.asynchronous = peers, every, quantise, asynchronous
-        self._local = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+        self._local = {
+            name: value for name, value in model.named_parameters() if value.is_floating_point() and value.requires_grad
+        }
         if not self._local:
-            raise InputError(f"{type(model).__name__} has no floating-point parameters to learn together")
+            raise InputError(f"{type(model).__name__} has no floating-point parameters that learn")
         self._outer = {name: nn.Parameter(value.detach().clone()) for name, value in self._local.items()}
         self._optimizer = torch.optim.SGD(
             self._outer.values(), lr=learning_rate, momentum=momentum, nesterov=nesterov, foreach=False
@@ -110,9 +114,9 @@ class DiLoCo:
                 # There from the beginning, so that all peers share the same tensors.
                 moments[f"momentum.{name}"] = self._optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
         outer = {f"outer.{name}": value.detach() for name, value in self._outer.items()}
-        self.state = SharedState(outer | moments)
+        self.state = SharedState(outer | moments, revision=rounds)
         self.received_bytes = 0
-        self._done = 0
+        self._done, self._has_met = 0, False
         self._pending: Future[list[Reduced]] | None = None
         self._deltas: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pccl outer") if asynchronous else None
@@ -127,13 +131,12 @@ class DiLoCo:
 
         Raises CollectiveError where the group cannot go on.
         """
-        if self._done:
+        if self._has_met:
             return False
-        if self._pending is None:
-            self._meet()
-            if self.asynchronous and self.state.revision > 1:
-                # The others are about to reduce what they have just trained.
-                self._launch({name: torch.zeros_like(value) for name, value in self._outer.items()})
+        is_first = self._meet()
+        if self.asynchronous and not is_first:
+            # The others are about to reduce what they have just trained.
+            self._launch({name: torch.zeros_like(value) for name, value in self._outer.items()})
         return True
 
     def end_step(self) -> Round | None:
@@ -141,7 +144,7 @@ class DiLoCo:
         self._done += 1
         if self._done < self.every:
             return None
-        self._done = 0
+        self._done, self._has_met = 0, False
         number = self.state.revision
         if not self.asynchronous:
             self._find_deltas()
@@ -177,10 +180,13 @@ class DiLoCo:
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
-    def _meet(self) -> None:
-        """Let in who waits, share the state, and have its weights."""
-        self.received_bytes += self._shared().received_bytes
+    def _meet(self) -> bool:
+        """Let in who waits, share the state, and have its weights. Whether nothing was shared before."""
+        shared = self._shared()
+        self.received_bytes += shared.received_bytes
         self._take()
+        self._has_met = True
+        return shared.is_first
 
     def _shared(self) -> Shared:
         for _ in range(_TRIES):

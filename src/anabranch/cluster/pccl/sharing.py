@@ -38,12 +38,14 @@ class Shared:
         revision: that all have now.
         sent_bytes, received_bytes: of tensors, by this peer. 0 in a program that computes the same everywhere.
         fetched: names of tensors that were other ones here.
+        is_first: nothing was shared in this group before.
     """
 
     revision: int
     sent_bytes: int
     received_bytes: int
     fetched: tuple[str, ...] = ()
+    is_first: bool = False
 
 
 class SharedState:

@@ -1,0 +1,116 @@
+"""Runs that learn together in rounds (``parallel.diloco``), as the trainer sees them: something before a step, and something after it.
+
+anabranch cluster master --listen 0.0.0.0:48148
+anabranch train demo --out runs/a --set parallel.diloco.master=10.0.0.1:48148 --set parallel.diloco.every=50 --set parallel.diloco.worker=0
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Self
+
+from torch import nn
+
+from anabranch.bounds import MOST_SEED
+from anabranch.cluster.keyed_random import random_key
+from anabranch.cluster.pccl import Communicator, DiLoCo
+from anabranch.errors import ConfigError
+from anabranch.train.config import DiLoCoConfig, RunConfig, TaskRunConfig
+from anabranch.train.parallel import Workers
+from anabranch.train.task import TaskContext
+
+log = logging.getLogger(__name__)
+
+
+def own_order(context: TaskContext, config: DiLoCoConfig) -> TaskContext:
+    """The context by which a worker orders its training data: its number is part of the seed, and that of worker 0 is the run's own."""
+    if config.master is None or not config.worker:
+        return context
+    seed = random_key(context.settings.seed, config.worker) % MOST_SEED
+    return replace(context, settings=context.settings.replace(seed=seed))
+
+
+class Outer:
+    """This run among those that it learns with. It joins them before its first step.
+
+    Args:
+        config: of ``parallel.diloco``.
+        model: whose parameters learn together.
+    """
+
+    def __init__(self, config: DiLoCoConfig, model: nn.Module) -> None:
+        self._config, self._model = config, model
+        self._peers: Communicator | None = None
+        self._rounds: DiLoCo | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig | TaskRunConfig, model: nn.Module, workers: Workers) -> Self | None:
+        """That of a run; None where it learns alone. Raises ConfigError for what does not go together."""
+        asked, steps = config.parallel.diloco, config.train.steps
+        if asked.master is None:
+            return None
+        if workers.size > 1:
+            raise ConfigError(
+                f"parallel.diloco.master is {asked.master!r}, and torchrun started {workers.size} processes; runs that learn together in "
+                "rounds are one process each"
+            )
+        if steps % asked.every:
+            raise ConfigError(
+                f"parallel.diloco.every is {asked.every}, which does not divide train.steps={steps}: the last round would have no end"
+            )
+        return cls(asked, model)
+
+    def before(self, step: int) -> int:
+        """Before a step, ``step`` being finished ones. Returns how many the group has finished, which a newcomer goes on from."""
+        if self._rounds is None:
+            self._rounds = self._joined(step)
+        if self._rounds.begin_step():
+            return self._rounds.steps
+        return step
+
+    def after(self) -> None:
+        """After a step."""
+        assert self._rounds is not None
+        told = self._rounds.end_step()
+        if told is not None:
+            log.info("round %d: %d peers, delta %.3g", told.number, told.peers, told.delta_norm)
+
+    def finish(self) -> None:
+        """At the end of the training: take what is still on its way."""
+        if self._rounds is not None:
+            self._rounds.finish()
+
+    def close(self) -> None:
+        """Leave the others, who go on."""
+        if self._peers is not None:
+            # First, so that a reduction that waits for others ends.
+            self._peers.close()
+            self._peers = None
+        if self._rounds is not None:
+            self._rounds.close()
+
+    def _joined(self, step: int) -> DiLoCo:
+        config = self._config
+        assert config.master is not None
+        log.info("waiting for the peers at %s", config.master)
+        self._peers = Communicator(
+            config.master,
+            group=config.group,
+            pool=config.pool,
+            listen=config.listen,
+            advertise=config.advertise,
+            wait_s=config.wait_s,
+        ).connect()
+        self._peers.wait_for(config.peers)
+        return DiLoCo(
+            self._model,
+            self._peers,
+            every=config.every,
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            quantise=config.quantise,
+            asynchronous=config.asynchronous,
+            rounds=step // config.every,
+        )

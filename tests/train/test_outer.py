@@ -1,0 +1,78 @@
+"""Runs that learn together in rounds: ``parallel.diloco`` of the trainer."""
+
+import os
+
+import pytest
+import torch
+
+from anabranch.errors import ConfigError
+from anabranch.lm import load_model
+from anabranch.testing import run_ranks
+from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
+from anabranch.train.config import DiLoCoConfig, Parallel
+from pccl_peers import a_master
+
+
+def with_peers(run, **settings):
+    return run.replace(parallel=Parallel(diloco=DiLoCoConfig(**settings)))
+
+
+def weights(folder):
+    return {name: value.detach().clone() for name, value in load_model(folder)[0].named_parameters()}
+
+
+def trained(rank, world, place):
+    """In a process of its own."""
+    os.environ["ANABRANCH_NO_KERNELS"] = "1"
+    # It is no rank of torchrun.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    return Trainer(read_run_config(f"{place}/{rank}.config"), f"{place}/{rank}").fit().status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_runs_end_with_the_same_weights(make_run, tmp_path, asynchronous):
+    run = make_run(steps=6)
+    with a_master() as master:
+        settings = {"master": master.address, "peers": 2, "every": 2, "asynchronous": asynchronous}
+        for worker in range(2):
+            (tmp_path / f"{worker}.config").mkdir()
+            with_peers(run, worker=worker, **settings).save(tmp_path / f"{worker}.config")
+        assert run_ranks(trained, 2, str(tmp_path), backend=None, timeout_s=120) == ["finished"] * 2
+    first, second = weights(tmp_path / "0"), weights(tmp_path / "1")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name) if line["kind"] == "train"] for name in "01"]
+    # Each has seen text of its own.
+    assert len(losses[0]) == len(losses[1]) == 6
+    assert losses[0] != losses[1]
+
+
+def test_alone_it_learns_resumes_and_goes_on_where_it_was(make_run, tmp_path):
+    with a_master() as master:
+        run = with_peers(make_run(steps=4, checkpoint_every=2), master=master.address, every=2)
+        Trainer(run, tmp_path / "a").fit()
+        longer = run.replace(train=run.train.replace(steps=8))
+        result = Trainer(longer, tmp_path / "a", resume=True).fit()
+    assert result.step == 8
+    assert [int(path.name.split("-")[-1]) for path in checkpoints(tmp_path / "a")][-1] == 8
+    assert [line["step"] for line in read_metrics(tmp_path / "a") if line["kind"] == "train"] == list(range(1, 9))
+    assert read_run_config(tmp_path / "a").parallel.diloco.every == 2
+
+
+def test_an_outer_step_of_one_without_momentum_is_the_plain_run(make_run, tmp_path):
+    """Learning rate 1 and no momentum: outer weights become what was learned."""
+    with a_master() as master:
+        plain = make_run(steps=4)
+        alone = with_peers(plain, master=master.address, every=2, learning_rate=1.0, momentum=0.0)
+        Trainer(plain, tmp_path / "plain").fit()
+        Trainer(alone, tmp_path / "alone").fit()
+    first, second = weights(tmp_path / "plain"), weights(tmp_path / "alone")
+    assert all((value - second[name]).abs().max() < 1e-6 for name, value in first.items())
+
+
+def test_what_does_not_fit_is_told_before_training(make_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"every is 4, which does not divide train\.steps=6"):
+        Trainer(with_peers(make_run(steps=6), master="127.0.0.1:1", every=4), tmp_path / "a")
+    with pytest.raises(ConfigError, match="every"):
+        DiLoCoConfig(every=0)
