@@ -11,7 +11,7 @@ from anabranch.gateway.dispatch import Attempt, Deployment, Dispatcher, Dispatch
 from anabranch.gateway.dispatch.attempt_ends import AttemptEnds
 from anabranch.gateway.dispatch.billed import FEW
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.providers.provider import Failure, HttpCall, UpstreamRequest, Usage
+from anabranch.gateway.providers.provider import Answer, Failure, HttpCall, UpstreamRequest, Usage
 from anabranch.routers.money import Price
 
 # 1,000 nano-dollars a token of the prompt, 2,000 of the answer.
@@ -118,6 +118,16 @@ def test_of_sound_the_time_says_nothing():
     case.now_s += 3.0
     case.ends.lost(case.live, attempt, None)
     assert attempt.usage.completion == MOST.completion
+
+
+@pytest.mark.parametrize(("thinks", "made"), [(True, 2 * 3), (False, 2 + 1)])
+def test_a_whole_answer_that_did_not_tell_may_have_been_thought_about_all_its_time(thinks, made):
+    case = Case(output_speed=2.0, thinks=thinks)
+    attempt = case.attempt()
+    case.now_s += 3.0
+    said = {**ANSWER, "usage": None}
+    assert case.ends.usage_of(case.live, attempt, Answer(said, None, Usage(3, 1, 0, True))).completion == made + FEW
+    assert case.ends.usage_of(case.live, attempt, Answer(said, None, Usage(3, 1))).completion == 1
 
 
 def test_each_answer_that_is_made_is_charged_the_time():

@@ -75,6 +75,9 @@ def test_what_was_predicted_may_be_billed():
     assert whole_at_most(predicted, answer).completion == 3 + 1 + FEW + 7
     # Of best_of answers the best alone is shown.
     assert whole_at_most(MOST, answer, 1.0, 4).completion == 4 * (3 + 1) + FEW
+    assert whole_at_most(MOST, answer, 1.0, 4, 15).completion == 4 * (3 + 1) + FEW
+    assert whole_at_most(MOST, answer, 1.0, 4, 20).completion == 20 + FEW
+    assert whole_at_most(MOST, Answer({}, None, Usage(3, 1, 0, True)), in_time=20).completion == 1
 
 
 @given(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from anabranch.gateway.dispatch.billed import FEW, broken_off, may_be_billed, whole_at_most
 from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.deployment_state import Live
-from anabranch.gateway.dispatch.hidden import asks_media
+from anabranch.gateway.dispatch.hidden import asks_media, may_hide
 from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
@@ -47,7 +47,7 @@ class AttemptEnds:
         self.dispatcher, self.plan, self.rules = dispatcher, plan, dispatcher.rules
         self.report, self.began = report, began
         self.tokens, self._streams = request.prompt_tokens, request.stream
-        self._asks_media = asks_media(request.body)
+        self._body = request.body
         # Made at the same time; and for each that is shown.
         self._answers = num_made(request.endpoint, request.body)
         self._unshown = -(-self._answers // num_shown(request.endpoint, request.body))
@@ -146,7 +146,7 @@ class AttemptEnds:
         failure: Failure | None = None
         try:
             answer = answer_of(live.provider, request, exchange)
-            usage = self.usage_of(attempt, answer)
+            usage = self.usage_of(live, attempt, answer)
         except asyncio.CancelledError:
             logger.debug("an answer of %s that nobody waits for was given up", live.name)
         except Exception as cause:
@@ -160,10 +160,14 @@ class AttemptEnds:
             self.plan.late(attempt, answer)
         self.report.now_known()
 
-    def usage_of(self, attempt: Attempt, answer: Answer) -> Usage:
+    def usage_of(self, live: Live, attempt: Attempt, answer: Answer) -> Usage:
         """What a whole answer is charged for: what it told, else what it may be billed at most."""
-        most = attempt.most
-        return answer.usage if most is None else whole_at_most(most, answer, self.rules.bytes_per_token, self._unshown)
+        most, in_time = attempt.most, 0
+        if most is None:
+            return answer.usage
+        if answer.usage.is_estimated and may_hide(live, self._body, most, self._answers):
+            in_time = live.speed.at_most(self.dispatcher.now() - self.began - attempt.start_s, self._answers)
+        return whole_at_most(most, answer, self.rules.bytes_per_token, self._unshown, in_time)
 
     def charge(self, live: Live, attempt: Attempt, usage: Usage, made: int | None = None) -> None:
         """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
@@ -194,7 +198,7 @@ class AttemptEnds:
             return Usage(self.tokens, 0, 0, True)
         # We ended it, or the upstream says that it did.
         has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
-        if attempt.is_whole or not has_ended or self._asks_media:
+        if attempt.is_whole or not has_ended or asks_media(self._body):
             return broken_off(most, attempt.told, 0, None)
         unseen = live.speed.at_most((attempt.total_s or 0.0) + self.rules.margin_s, self._answers)
         return broken_off(most, attempt.told, 0, unseen + FEW * self._answers)

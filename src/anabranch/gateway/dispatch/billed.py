@@ -4,7 +4,8 @@ nothing     it never went out, or the provider said no: an error with a status, 
 as told     the provider said how many tokens it was
 the most    all else. A whole answer is made to its end, whoever waits for it: the prompt and all that was asked for at most.
             A stream ends soon after its connection: what came, and what can have been made in the time of which nothing came.
-by text     an answer that came, whole, and did not say: a token for each byte of its text
+by text     an answer that came, whole, and did not say: a token for each byte of its text; where it may hold thoughts that are not there,
+            not less than can have been made in its time
 
 How many tokens a text has, only its provider knows. No tokenizer makes a token of less than a byte, so that is what a text is charged,
 unless the config says that texts are never so dense. Where an upstream says something, more than it said is never taken off.
@@ -39,10 +40,12 @@ def tokens_of(texts: int, text_bytes: int, bytes_per_token: float = 1.0) -> int:
     return max(texts, math.ceil(text_bytes / bytes_per_token))
 
 
-def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0, unshown: int = 1) -> Usage:
+def whole_at_most(
+    most: Usage, answer: Answer, bytes_per_token: float = 1.0, unshown: int = 1, in_time: int = 0
+) -> Usage:
     """What an answer that came may be billed: what was told; where nothing was, by its text, and not more than the ``most``.
 
-    So many answers as ``unshown`` were made for each that was shown.
+    So many answers as ``unshown`` were made for each that was shown; ``in_time`` tokens can have been made, if not all of them are there.
     """
     said = answer.usage
     if not said.is_estimated:
@@ -55,7 +58,9 @@ def whole_at_most(most: Usage, answer: Answer, bytes_per_token: float = 1.0, uns
         # It is there, and it is as long as it is.
         return Usage(most.prompt, said.completion, 0, True, audio_output=said.audio_output)
     # Each choice has an end, which is no text.
-    made = (tokens_of(0, num_bytes, bytes_per_token) + choices) * unshown + FEW + most.predicted if choices else 0
+    made = 0
+    if choices:
+        made = max((tokens_of(0, num_bytes, bytes_per_token) + choices) * unshown, in_time) + FEW + most.predicted
     completion = min(max(made, said.completion), most.completion)
     if said.tells_prompt:
         return replace(said, completion=completion)

@@ -252,7 +252,7 @@ class Dispatcher:
             raise run.timed_out(live, limit_s, "timeout")
         answer = answer_of(live.provider, request, exchange)
         attempt.seen = answer.usage.completion
-        run.ends.won(live, attempt, run.ends.usage_of(attempt, answer))
+        run.ends.won(live, attempt, run.ends.usage_of(live, attempt, answer))
         return answer
 
     def reader(self, live: Live, request: UpstreamRequest, sender: str) -> Reader:

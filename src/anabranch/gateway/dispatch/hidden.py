@@ -7,10 +7,13 @@ and pictures have tokens of their own, of which neither says anything. What came
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.providers.openai_models import reasons
-from anabranch.gateway.providers.provider import Json
+from anabranch.gateway.providers.provider import Json, Usage
+
+if TYPE_CHECKING:
+    from anabranch.gateway.dispatch.deployment_state import Live
 
 # Those that think unasked, beside OpenAI's. What is left of them is charged by all its time.
 _UNASKED = re.compile(
@@ -49,6 +52,20 @@ def may_think(body: Json, model: str, thinks: bool | None = None, is_openais: bo
     if is_openais or (is_openais is None and reasons(model)) or _UNASKED.search(name) is not None:
         return True
     return _PLAIN.search(name) is None
+
+
+def may_hide(live: "Live", body: Json, most: Usage, answers: int) -> bool:
+    """Whether what a stream shows says nothing of what was made before it: thoughts, what tools of the provider are asked, other answers.
+
+    Args:
+        live: the deployment.
+        body: of the request.
+        most: that it may be billed.
+        answers: that are made at the same time.
+    """
+    config = live.provider.config
+    model, is_openais = str(getattr(config, "model", None) or ""), getattr(config, "reasons", None)
+    return answers > 1 or most.pages > 0 or may_think(body, model, live.deployment.thinks, is_openais)
 
 
 def asks_media(body: Json) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from anabranch.gateway.dispatch.billed import FEW, broken_off
 from anabranch.gateway.dispatch.deployment_state import Live
-from anabranch.gateway.dispatch.hidden import asks_media, may_think
+from anabranch.gateway.dispatch.hidden import asks_media, may_hide
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.dispatch.stream_lag import Lag
 from anabranch.gateway.dispatch.stream_tally import Tally
@@ -80,14 +80,6 @@ class Made:
         if self._tally.has_media or asks_media(self._request.body):
             return broken_off(most, told, 0, None)
         speed, seen = self._live.speed, self._tally.at_most(self._run.rules.bytes_per_token) * self._unshown
-        if self._may_hide(most):
+        if self._tally.has_thought or may_hide(self._live, self._request.body, most, self._answers):
             seen = max(seen, speed.at_most(self.lag.known_at - self._sent_at, self._answers))
         return broken_off(most, told, seen, speed.at_most(unseen_s, self._answers) + FEW * self._answers)
-
-    def _may_hide(self, most: Usage) -> bool:
-        """What came says nothing of what was made before it: thoughts, what tools of the provider are asked, other answers."""
-        if self._tally.has_thought or self._answers > 1 or most.pages:
-            return True
-        config = self._live.provider.config
-        model, reasons = str(getattr(config, "model", None) or ""), getattr(config, "reasons", None)
-        return may_think(self._request.body, model, self._live.deployment.thinks, reasons)
