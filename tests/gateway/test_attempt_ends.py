@@ -124,7 +124,8 @@ def test_of_sound_the_time_says_nothing():
 def test_a_whole_answer_that_did_not_tell_may_have_been_thought_about_all_its_time(thinks, made):
     case = Case(output_speed=2.0, thinks=thinks)
     attempt = case.attempt()
-    case.now_s += 3.0
+    # It is not the request's first.
+    case.now_s, attempt.start_s = case.now_s + 5.0, 2.0
     said = {**ANSWER, "usage": None}
     assert case.ends.usage_of(case.live, attempt, Answer(said, None, Usage(3, 1, 0, True))).completion == made + FEW
     assert case.ends.usage_of(case.live, attempt, Answer(said, None, Usage(3, 1))).completion == 1

@@ -1,8 +1,11 @@
 """Which models may think what they do not show: those that are said to, those that are asked to, and those of which nobody knows."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from anabranch.gateway.dispatch.hidden import asks_media, may_think
+from anabranch.gateway.dispatch.hidden import asks_media, may_hide, may_think
+from anabranch.gateway.providers.provider import Usage
 
 SHOW = """
 gpt-4o gpt-4o-mini-2024-07-18 gpt-4.1 gpt-4.1-nano gpt-4-turbo gpt-4-0613 gpt-4 gpt-3.5-turbo gpt-35-turbo chatgpt-4o-latest
@@ -55,6 +58,25 @@ def test_what_the_config_says_is_believed():
 )
 def test_who_asks_for_thoughts_may_be_given_them(asked, thinks):
     assert may_think(asked, "gpt-4o", thinks=False) is thinks
+
+
+@pytest.mark.parametrize(
+    ("config", "thinks", "answers", "most", "hides"),
+    [
+        ({"model": "gpt-4o"}, None, 1, Usage(), False),
+        ({"model": "gpt-4o"}, True, 1, Usage(), True),
+        ({"model": "gpt-4o"}, None, 2, Usage(), True),
+        ({"model": "gpt-4o"}, None, 1, Usage(pages=9), True),
+        ({"model": "gpt-4o", "reasons": True}, None, 1, Usage(), True),
+        ({"model": "o3", "reasons": False}, None, 1, Usage(), True),
+        ({"model": None}, None, 1, Usage(), True),
+        ({}, False, 1, Usage(), False),
+    ],
+)
+def test_what_hides_some_of_what_it_makes(config, thinks, answers, most, hides):
+    provider = SimpleNamespace(config=SimpleNamespace(**config))
+    live = SimpleNamespace(provider=provider, deployment=SimpleNamespace(thinks=thinks))
+    assert may_hide(live, {}, most, answers) is hides
 
 
 def test_sound_and_pictures_are_asked_for():

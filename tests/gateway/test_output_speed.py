@@ -31,9 +31,10 @@ def test_a_whole_stream_shows_that_it_is_faster_only_where_one_that_was_left_wou
 def test_the_log_says_so_and_not_again_until_it_is_much_more(caplog):
     speed = OutputSpeed("slow one", 20.0)
     with caplog.at_level(logging.WARNING):
-        for tokens in (1000, 900, 1000, int(1000 * AGAIN) - 1):
+        for tokens in (1000, 1000, int(1000 * AGAIN) - 1, 900):
             speed.told(tokens, 1.0, 1, 0.0)
         assert len(caplog.records) == 1
+        assert speed.exceeded == int(1000 * AGAIN) - 1
         assert "deployment slow one told 1000 tokens" in caplog.text
         assert "declare output_speed = 1000" in caplog.text
         speed.told(int(1000 * AGAIN), 1.0, 1, 0.0)
@@ -47,6 +48,10 @@ def test_what_was_shown_is_kept_until_what_is_declared_covers_it(caplog):
         new = OutputSpeed("d", declared)
         new.adopt(old)
         assert new.exceeded == exceeded
+        # The log has spoken of that, unless it was mended in between.
+        caplog.clear()
+        new.told(int(3 * declared) * 20, 20.0, 1, 0.0)
+        assert len(caplog.records) == (declared == 2000.0)
 
 
 TOLD = st.tuples(st.integers(0, 10**7), st.floats(0, 1e4), st.integers(1, 128), st.floats(0, 10))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, CAUGHT_UP_S, Lag
+from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, CAUGHT_UP_S, MOMENT_S, Lag
 
 
 class Clock:
@@ -45,6 +45,19 @@ def test_once_much_was_found_there_may_be_more_until_the_reader_has_waited():
     one.waited(CAUGHT_UP_S * 0.25)
     one.took(100, 12, 12)
     assert (one.known_at, one.texts, one.text_bytes) == (15.0, 12, 12)
+
+
+def test_what_comes_within_a_moment_of_another_was_held_back_as_long():
+    clock, one = lag()
+    for at, before_at in ((11.0, 10.0), (11.0 + MOMENT_S, 10.0), (13.0, 11.0 + MOMENT_S), (13.09, 11.0 + MOMENT_S)):
+        clock.now = at
+        one.took(10, int(at * 100), 5)
+        assert (one.known_at, one.before_at) == (at, before_at)
+    # Bytes every few milliseconds: little more than a moment is behind the last.
+    for step in range(500):
+        clock.now = 14 + step * 0.005
+        one.took(10, 2000 + step, 5)
+    assert 0.0 < one.known_at - one.before_at <= MOMENT_S + 0.01
 
 
 STEPS = st.lists(

@@ -121,6 +121,25 @@ def test_pings_and_comments_say_nothing_of_what_is_made_meanwhile(beside):
     assert charged == [Usage(7, 31 + speed(5.5 + MARGIN_S), 0, True)]
 
 
+def test_answers_that_are_not_shown_are_as_long_as_the_best_at_least():
+    stream, clock, charged = opened(0.5, asked={"best_of": 4})
+    waited(stream, clock, 1.0)
+    stream.taken(chunks(10))
+    stream.drop()
+    assert charged == [Usage(7, 4 * 31 + 4 * FEW + 1, 0, True)]
+
+
+def test_what_came_at_one_moment_may_have_been_held_back_since_the_one_before():
+    stream, clock, charged = opened(100.0)
+    for seconds in (1.0, 2.0, 0.05, 0.03):
+        waited(stream, clock, seconds)
+        stream.taken(chunks(10))
+    clock.now += 1.0
+    stream.drop()
+    # Two seconds, and what came within a tenth of one behind them.
+    assert charged == [Usage(7, 120 + 1 + 208 + speed(1 + MARGIN_S, 100.0), 0, True)]
+
+
 def thought(text="so, let me see"):
     one = {"choices": [{"index": 0, "delta": {"reasoning_content": text}, "finish_reason": None}]}
     return b"data: " + json.dumps(one).encode() + b"\n\n"
@@ -150,12 +169,14 @@ def test_thoughts_of_which_a_summary_is_shown_are_charged_by_all_the_time():
 def test_what_may_think_unseen_is_charged_by_all_the_time(asked, model, thinks, by_all):
     stream, clock, charged = opened(100.0, asked=asked, model=model, thinks=thinks)
     waited(stream, clock, 1.0)
-    stream.taken(chunks(10))
+    stream.taken(chunks(9))
+    clock.now += 0.125
+    stream.taken(chunks(1))
     clock.now += 2.0
     stream.drop()
     answers = asked.get("n", 1)
-    # Of the two seconds before its text grew.
-    seen = 200 * answers if by_all else 31
+    # Of the two seconds before its text grew; or of the eighth of one for which what came last may have been held back.
+    seen = math.ceil(212.5 * answers) if by_all else 31 + 13
     assert charged == [Usage(7, seen + answers * speed(2 + MARGIN_S, 100.0), 0, True)]
 
 

@@ -6,13 +6,17 @@ was full, and what was taken is all there was. Once much was found, it is not kn
 a while for what comes: so long it takes what lies on the other side to arrive.
 
 And what comes beside the answer (pings, comments of servers that keep the line alive) says that it is still under way, not what was made
-meanwhile: that is known up to where the answer, or what is told of it, last grew.
+meanwhile: that is known up to where the answer, or what is told of it, last grew. Something may have held that back, and let all of it go
+at one moment; behind it lies then what was made since the moment before, and is not to be seen yet.
 """
 
 from collections.abc import Callable
 
 # Found at once, it is much: fewer than a connection is read ahead by before it is read no more.
 AHEAD_BYTES = 64 << 10
+
+# What comes within so many seconds came at one moment.
+MOMENT_S = 0.1
 
 # Waited for what comes since much was found, in all: a round trip and more, and the time that megabytes take on a line.
 CAUGHT_UP_S = 1.0
@@ -24,6 +28,7 @@ class Lag:
     Attributes:
         is_behind: much was found at once, and it is not known yet that no more of it is there.
         known_at: the latest moment, by ``now``, at which the answer grew and all that was sent had been read.
+        before_at: likewise at the moment before.
         texts, text_bytes: that had come by then, see `Tally`.
 
     Args:
@@ -33,7 +38,7 @@ class Lag:
 
     def __init__(self, now: Callable[[], float], since: float) -> None:
         self._now = now
-        self.known_at = since
+        self.known_at = self.before_at = self._moment_at = since
         self.texts = self.text_bytes = 0
         self.is_behind = False
         self._waited_s = 0.0
@@ -50,4 +55,7 @@ class Lag:
         elif self._waited_s >= CAUGHT_UP_S:
             self.is_behind = False
         if not self.is_behind and (texts, text_bytes, told) != (self.texts, self.text_bytes, self._told):
-            self.known_at, self.texts, self.text_bytes, self._told = self._now(), texts, text_bytes, told
+            now = self._now()
+            if now - self._moment_at > MOMENT_S:
+                self.before_at, self._moment_at = self.known_at, now
+            self.known_at, self.texts, self.text_bytes, self._told = now, texts, text_bytes, told
