@@ -68,9 +68,9 @@ PUBLIC = {
     "anabranch.graph.live": "LiveIndex NoRoomError check_unchanged live_folder open_index open_named replacing",
     "anabranch.graph.serve": "Limits Sources Writes create_app run",
     "anabranch.cluster": """
-        Communicator ContextParallel DiLoCo Durations GPipe KeyedDropout LayerCost Master MessageLog Partition PeerLost Plan Pop SCHEDULES
-        SavedBytes Schedule SharedState Slot Stash Timeline context_parallel_attention keyed_uniform partition plan plan_attention
-        random_key ring_attention schedule simulate
+        Communicator ContextParallel Coordinator DiLoCo Durations ElasticTrainer GPipe KeyedDropout LayerCost Master MessageLog Partition
+        PeerLost Plan Pop SCHEDULES SavedBytes Schedule SharedState Slot Stash Timeline context_parallel_attention keyed_uniform
+        partition plan plan_attention random_key ring_attention schedule simulate
         token_ring_attention
     """,
     "anabranch.cluster.pccl": """
@@ -83,7 +83,8 @@ PUBLIC = {
         simulated_placed_attention token_ring_attention
     """,
     "anabranch.cluster.elastic": """
-        Compared ElasticPlan Grid Layout Memory Move Policy bounds census compare moves plan recut
+        Compared Coordinator ElasticPlan ElasticTrainer Grid Layout Memory Move Policy UnrecoverableError bounds census compare moves
+        plan recut
     """,
     "anabranch.cluster.fabric": """
         ALGORITHMS SCHEMES SPREAD Equivalence Flows FluidResult LinkEvent PacketConfig PacketResult PathHealth Piece Plan Routes

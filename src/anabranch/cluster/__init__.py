@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from anabranch.extras import lazy
 
 if TYPE_CHECKING:
+    from anabranch.cluster.elastic import Coordinator, ElasticTrainer
     from anabranch.cluster.gpipe import GPipe, Pop, Stash
     from anabranch.cluster.keyed_random import KeyedDropout, keyed_uniform, random_key
     from anabranch.cluster.messages import MessageLog
@@ -43,8 +44,10 @@ __all__ = [
     "SCHEDULES",
     "Communicator",
     "ContextParallel",
+    "Coordinator",
     "DiLoCo",
     "Durations",
+    "ElasticTrainer",
     "GPipe",
     "KeyedDropout",
     "LayerCost",
@@ -72,6 +75,7 @@ __all__ = [
     "token_ring_attention",
 ]
 _HOMES: dict[str, str | None] = {
+    **dict.fromkeys(("Coordinator", "ElasticTrainer"), ".elastic"),
     **dict.fromkeys(("GPipe", "Pop", "Stash"), ".gpipe"),
     **dict.fromkeys(("KeyedDropout", "keyed_uniform", "random_key"), ".keyed_random"),
     "MessageLog": ".messages",

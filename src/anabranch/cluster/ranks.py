@@ -41,7 +41,14 @@ import torch.distributed as dist
 __all__ = ["RankError", "Ranks", "run_ranks"]
 
 # What the server from which ranks are forked has loaded; a rank then starts in milliseconds.
-_PRELOADED = ["torch.distributed", "anabranch.cluster.ranks", "anabranch.cluster.gpipe"]
+# torch's compiler is what every optimizer loads when it is made: more than a second, in each rank.
+_PRELOADED = [
+    "torch.distributed",
+    "torch._dynamo",
+    "anabranch.cluster.ranks",
+    "anabranch.cluster.gpipe",
+    "anabranch.cluster.elastic.trainer",
+]
 # Seconds in which ranks that lost another may end by themselves, with an error that says more.
 _GRACE_S = 3.0
 # Seconds in which ranks must have begun: loading, and finding each other.
@@ -167,6 +174,10 @@ class Ranks:
         if sign in (signal.SIGKILL, signal.SIGTERM):
             found.is_killed = True
             found.process.join(5)
+
+    def expect_end(self, rank: int) -> None:
+        """A rank will end by itself, wherever it wants to: that is no error, as if `kill` had ended it."""
+        self._ranks[rank].is_killed = True
 
     def join(self, function: Callable[..., Any], *arguments: Any, rank: int | None = None) -> int:
         """Start one more process, with the number of one that was killed or the next one. Returns its rank."""

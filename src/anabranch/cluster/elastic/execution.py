@@ -1,0 +1,277 @@
+"""One step of one rank: its samples of each column forward and backward through its stage's layers, in the order of the plan.
+
+Between stages of different sizes a rank sends slices of its samples to whoever has them next: the overlaps of two cuts. With a fixed order
+of sums each *block* of samples goes through the layers by itself, so that what a block gives is the same wherever it is computed, and
+gradients are the nodes of one tree (`anabranch.cluster.elastic.tree`).
+"""
+# Shapes: B samples of the whole batch, N numbers of a layer
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.cluster.elastic.cuts import recut
+from anabranch.cluster.elastic.layout import Layout
+from anabranch.cluster.elastic.links import LinkPool
+from anabranch.cluster.elastic.planner import cut_samples
+from anabranch.cluster.elastic.state import gradient_of
+from anabranch.cluster.elastic.timing import simulate_ranks
+from anabranch.cluster.elastic.tree import TreeSum
+from anabranch.cluster.keyed_random import KeyedDropout, drawing, random_key
+from anabranch.cluster.schedules import FORWARD
+from anabranch.errors import ConfigError
+
+__all__ = ["Batch", "StageStep", "StepSettings", "Work", "draws_of"]
+
+# The whole batch: inputs and targets, tensors of B samples (or tuples of such).
+Batch = tuple[Any, Any]
+_DROPPERS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What does not change in a run.
+
+    Attributes:
+        global_batch, micro_batches: B, M.
+        block: samples that go through the layers together where ``is_exact``.
+        is_exact: sums in one fixed order, block by block.
+        loss: of an output and targets, a mean over their samples.
+        seed: of what layers draw.
+        draws: by layer, whether it draws by itself.
+    """
+
+    global_batch: int
+    micro_batches: int
+    block: int
+    is_exact: bool
+    loss: Callable[[Any, Any], Tensor]
+    seed: int
+    draws: tuple[bool, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Of the whole batch."""
+        return -(-self.global_batch // self.block)
+
+    def leaves(self, ranks: int) -> int:
+        """Of the tree of sums: blocks, or the ranks of a stage."""
+        return self.blocks if self.is_exact else ranks
+
+
+class Work:
+    """What a rank does in a layout: samples, order, neighbours. The same for every step until the layout changes."""
+
+    def __init__(
+        self, layout: Layout, rank: int, settings: StepSettings, schedule_name: str, costs: Sequence[float]
+    ) -> None:
+        grid = layout.grid
+        self.layout, self.rank = layout, rank
+        self.stage = grid.stage_of(rank)
+        self.place = grid.stages[self.stage].index(rank)
+        self.layers = layout.parts[self.stage]
+        _, self.cuts_P = cut_samples(grid, settings.global_batch, settings.micro_batches, settings.block)
+        self.is_first, self.is_last = self.stage == 0, self.stage == len(grid.stages) - 1
+        # Every rank simulates the same, so orders fit together.
+        free = [0.0] * layout.num_layers
+        timed = simulate_ranks(
+            layout, self.cuts_P, costs, schedule_name, send_L=free, frequency_P=[1.0] * len(grid.stages)
+        )
+        self.order = timed.orders[rank]
+
+    def samples(self, column: int) -> range:
+        """Of this rank."""
+        cut = self.cuts_P[self.stage][column]
+        return range(cut[self.place], cut[self.place + 1])
+
+    def before(self, column: int) -> list[tuple[int, int, int]]:
+        """(rank, first, end) of who has this rank's samples in the stage in front."""
+        return self._overlaps(self.stage - 1, column, is_source=False)
+
+    def behind(self, column: int) -> list[tuple[int, int, int]]:
+        """Likewise in the next stage."""
+        return self._overlaps(self.stage, column, is_source=True)
+
+    def _overlaps(self, stage: int, column: int, *, is_source: bool) -> list[tuple[int, int, int]]:
+        stages = self.layout.grid.stages
+        found = recut(self.cuts_P[stage][column], self.cuts_P[stage + 1][column])
+        if is_source:
+            return [(stages[stage + 1][b], first, end) for a, b, first, end in found if a == self.place]
+        return [(stages[stage][a], first, end) for a, b, first, end in found if b == self.place]
+
+
+@dataclass
+class _Block:
+    """A run of samples that goes through the layers at once: what came in, what came out."""
+
+    first: int
+    end: int
+    entry: list[Tensor]
+    output: list[Tensor]
+
+
+@dataclass
+class StageStep:
+    """One step of one rank.
+
+    Args:
+        work, settings: see there.
+        layers: all of the model; those of the stage run.
+        links: to neighbours.
+        step: committed steps before this one.
+
+    Attributes:
+        sums: by layer of the stage, the tree of gradients as far as they are here; of a loss that is the mean of the whole batch.
+        losses: likewise, of the last stage.
+        seconds: by layer, forward of all its samples here.
+    """
+
+    work: Work
+    settings: StepSettings
+    layers: Sequence[nn.Module]
+    links: LinkPool
+    step: int
+    sums: dict[int, TreeSum[Tensor]] = field(default_factory=dict)
+    losses: TreeSum[float] = field(init=False)
+    seconds: dict[int, float] = field(default_factory=dict)
+    _blocks: dict[int, list[_Block]] = field(default_factory=dict)
+    _loss: float = 0.0
+
+    def run(self, batch: Batch, probe: Callable[[str], None]) -> None:
+        """All slots. Raises what layers raise, and what a wait raises."""
+        settings, work = self.settings, self.work
+        ranks = len(work.layout.grid.stages[work.stage])
+        leaves = settings.leaves(ranks)
+        self.sums = {layer: TreeSum(leaves) for layer in work.layers}
+        self.losses = TreeSum(leaves)
+        for layer in work.layers:
+            # What a step that was taken back has left.
+            gradient_of(self.layers[layer])
+        for kind, column in work.order:
+            probe(kind)
+            if kind == FORWARD:
+                self._forward(column, batch)
+            else:
+                self._backward(column)
+        if not settings.is_exact:
+            for layer in work.layers:
+                self.sums[layer].add(work.place, gradient_of(self.layers[layer]))
+            if work.is_last:
+                self.losses.add(work.place, self._loss)
+
+    def _forward(self, column: int, batch: Batch) -> None:
+        work = self.work
+        mine = work.samples(column)
+        if work.is_first:
+            entry = _cut(batch[0], mine.start, mine.stop)
+        else:
+            parts = [self.links.receive(rank, f"f{self.step}.{column}")[0] for rank, _, _ in work.before(column)]
+            entry = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        blocks = []
+        for first, end in self._runs(mine):
+            inside = [part[first - mine.start : end - mine.start] for part in entry]
+            block = self._through(inside, first, end)
+            if work.is_last:
+                output = block.output[0] if len(block.output) == 1 else tuple(block.output)
+                target = _cut(batch[1], first, end)
+                loss = self.settings.loss(output, target[0] if len(target) == 1 else tuple(target))
+                if loss.ndim or not loss.requires_grad:
+                    raise ConfigError(
+                        f"the loss has shape {list(loss.shape)}; it must be one number that depends on a parameter"
+                    )
+                # A sum over samples, over the whole batch: whatever ranks there are, this is its mean.
+                scaled = loss * ((end - first) / self.settings.global_batch)
+                block.output = [scaled]
+                self._count(first, float(scaled.detach()))
+            blocks.append(block)
+        self._blocks[column] = blocks
+        if not work.is_last:
+            whole = [torch.cat([block.output[n].detach() for block in blocks]) for n in range(len(blocks[0].output))]
+            for rank, first, end in work.behind(column):
+                self.links.send(
+                    rank, f"f{self.step}.{column}", [part[first - mine.start : end - mine.start] for part in whole]
+                )
+
+    def _through(self, inside: list[Tensor], first: int, end: int) -> _Block:
+        entry = [part.detach().requires_grad_(part.is_floating_point() and not self.work.is_first) for part in inside]
+        value: Any = entry[0] if len(entry) == 1 else tuple(entry)
+        for number in self.work.layers:
+            layer = self.layers[number]
+            began = time.perf_counter()
+            for module in layer.modules():
+                if isinstance(module, KeyedDropout):
+                    module.step, module.first_row = self.step, first
+            with ExitStack() as stack:
+                if self.settings.draws[number]:
+                    stack.enter_context(drawing(random_key(self.settings.seed, self.step, number, first)))
+                value = layer(value)
+            self.seconds[number] = self.seconds.get(number, 0.0) + time.perf_counter() - began
+        output = list(value) if isinstance(value, tuple) else [value]
+        for part in output:
+            if not isinstance(part, Tensor) or not part.ndim or len(part) != end - first:
+                shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise ConfigError(
+                    f"layer {number} gives {shape} for {end - first} samples; layers give tensors of samples, or tuples"
+                )
+        return _Block(first, end, entry, output)
+
+    def _backward(self, column: int) -> None:
+        work = self.work
+        mine = work.samples(column)
+        blocks = self._blocks.pop(column)
+        received: list[Tensor] = []
+        if not work.is_last:
+            parts = [self.links.receive(rank, f"b{self.step}.{column}")[0] for rank, _, _ in work.behind(column)]
+            received = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        back: list[list[Tensor]] = []
+        for block in blocks:
+            if work.is_last:
+                block.output[0].backward()
+            else:
+                # Gradients come of floating parts alone, in order.
+                outputs = [part for part in block.output if part.is_floating_point()]
+                gradients = [part[block.first - mine.start : block.end - mine.start] for part in received]
+                pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+                if pairs:
+                    torch.autograd.backward([out for out, _ in pairs], [g for _, g in pairs])
+            if not work.is_first:
+                floats = [part for part in block.entry if part.is_floating_point()]
+                back.append([torch.zeros_like(part) if part.grad is None else part.grad for part in floats])
+            if self.settings.is_exact:
+                for layer in work.layers:
+                    self.sums[layer].add(block.first // self.settings.block, gradient_of(self.layers[layer]))
+        if not work.is_first:
+            whole = [torch.cat(pieces) for pieces in zip(*back, strict=True)]
+            for rank, first, end in work.before(column):
+                self.links.send(
+                    rank, f"b{self.step}.{column}", [part[first - mine.start : end - mine.start] for part in whole]
+                )
+
+    def _count(self, first: int, value: float) -> None:
+        if self.settings.is_exact:
+            self.losses.add(first // self.settings.block, value)
+        else:
+            self._loss += value
+
+    def _runs(self, mine: range) -> list[tuple[int, int]]:
+        """Of a rank's samples, what goes through the layers at once."""
+        if not self.settings.is_exact:
+            return [(mine.start, mine.stop)]
+        return list(pairwise([*range(mine.start, mine.stop, self.settings.block), mine.stop]))
+
+
+def draws_of(layer: nn.Module) -> bool:
+    """Whether a layer has a module of torch's that draws. Layers that draw by themselves say so (``draws=True`` of the trainer)."""
+    return any(isinstance(module, _DROPPERS) for module in layer.modules())
+
+
+def _cut(value: Any, first: int, end: int) -> list[Tensor]:
+    """The samples of a tensor, or of each of a tuple."""
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return [part[first:end] for part in parts]

@@ -1,0 +1,225 @@
+"""A rank's links to the others: one connection for each pair, kept over every change of ranks; an edit opens those that are missing alone.
+
+Frames go into a mailbox by (epoch, sender, tag). Who receives waits there, and is called away (`CalledAwayError`) when the coordinator
+announces another epoch: no wait outlives the ranks it was for.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.cluster.elastic.wire import Channel, Header, Listener, connect
+from anabranch.errors import PeerError
+
+__all__ = ["CalledAwayError", "LinkPool", "Packed", "pack", "unpack"]
+
+# (list of [dtype, shape], bytes)
+Packed = tuple[list[Any], bytes]
+_NAMES = {
+    name: getattr(torch, name)
+    for name in ("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool").split()
+}
+
+
+class CalledAwayError(Exception):
+    """The coordinator has announced something else to do."""
+
+
+def pack(tensors: Collection[Tensor]) -> Packed:
+    """Tensors as a list for a header and bytes."""
+    spec, parts = [], []
+    for tensor in tensors:
+        flat = tensor.detach().to("cpu").contiguous()
+        spec.append([str(flat.dtype).removeprefix("torch."), list(flat.shape)])
+        parts.append(flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return spec, b"".join(parts)
+
+
+def unpack(spec: list[Any], body: bytes) -> list[Tensor]:
+    """The tensors of `pack`. Raises ValueError for bytes that are not as the list says."""
+    found, place = [], 0
+    for name, shape in spec:
+        dtype = _NAMES[name]
+        count = 1
+        for size in shape:
+            count *= int(size)
+        size = count * dtype.itemsize
+        if place + size > len(body):
+            raise ValueError(f"{len(body)} bytes are too few for {spec}")
+        raw = (
+            torch.frombuffer(bytearray(body[place : place + size]), dtype=torch.uint8)
+            if size
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        found.append(raw.view(dtype).view(tuple(shape)) if size else torch.empty(tuple(shape), dtype=dtype))
+        place += size
+    if place != len(body):
+        raise ValueError(f"{len(body)} bytes are too many for {spec}")
+    return found
+
+
+class LinkPool:
+    """The links of one rank.
+
+    Args:
+        host: where others reach it.
+        secret: of all.
+        on_snapshot: called with (sender, header, body) of a snapshot, in the thread that reads.
+        interrupted: whether whoever waits is called away; asked with ``changed`` held.
+        suspect: called with a rank whose link broke.
+        timeout_s: after so long a wait ends with PeerError.
+
+    Attributes:
+        rank: set when the coordinator has told it.
+        changed: notified whenever something came.
+        opened, closed: links, ever.
+        sent_bytes: by peer, of links that were closed.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        secret: bytes,
+        *,
+        on_snapshot: Callable[[int, Header, bytes], None],
+        interrupted: Callable[[], bool],
+        suspect: Callable[[int], None],
+        timeout_s: float,
+    ) -> None:
+        self.rank = -1
+        self.changed = threading.Condition()
+        self.opened = self.closed = 0
+        self.sent_bytes: dict[int, int] = {}
+        self._secret, self._timeout_s = secret, timeout_s
+        self._on_snapshot, self._interrupted, self._suspect = on_snapshot, interrupted, suspect
+        self._channels: dict[int, Channel] = {}
+        self._mail: dict[tuple[int, int, str], tuple[Header, bytes]] = {}
+        self._epoch = 0
+        self._members: set[int] = set()
+        self._is_closed = False
+        self._listener = Listener(host, 0, secret, self._on_frame, self._on_close)
+        self.port = self._listener.port
+
+    @property
+    def count(self) -> int:
+        """Open links."""
+        return len(self._channels)
+
+    def edit(self, epoch: int, members: Mapping[int, tuple[str, int]]) -> tuple[int, int]:
+        """Links to exactly these ranks; mail of older epochs is dropped. Returns how many were (opened, closed).
+
+        The rank with the higher number opens a link, the other one waits for it. Raises CalledAwayError when called away, PeerError after
+        ``timeout_s``.
+        """
+        with self.changed:
+            before, self._epoch, self._members = self._members, epoch, set(members)
+            self._mail = {key: value for key, value in self._mail.items() if key[0] >= epoch}
+            gone = [rank for rank in self._channels if rank not in members]
+            missing = [rank for rank in members if rank not in self._channels and rank != self.rank]
+        for rank in gone:
+            self._channels[rank].close("its rank is gone")
+        for rank in missing:
+            if rank < self.rank:
+                self._open(rank, *members[rank])
+        self._wait_for(lambda: all(rank in self._channels for rank in missing), lambda: f"no link to ranks {missing}")
+        return len(set(members) - before - {self.rank}), len(before - set(members))
+
+    def send(self, target: int, tag: str, tensors: Collection[Tensor], **more: Any) -> int:
+        """Queue tensors for a rank. Returns their bytes. A link that is broken loses them: the coordinator knows of it."""
+        spec, body = pack(tensors)
+        self.send_packed(target, {"kind": "data", "epoch": self._epoch, "tag": tag, "spec": spec, **more}, body)
+        return len(body)
+
+    def send_packed(self, target: int, header: Header, body: bytes) -> None:
+        """Queue a frame as it is."""
+        channel = self._channels.get(target)
+        if channel is not None:
+            channel.send(header, body)
+
+    def receive(self, source: int, tag: str) -> tuple[list[Tensor], Header]:
+        """What ``source`` sent under ``tag`` in this epoch. Raises CalledAwayError when called away, PeerError after ``timeout_s``."""
+        key = (self._epoch, source, tag)
+        self._wait_for(lambda: key in self._mail, lambda: f"rank {source} did not send {tag!r}")
+        with self.changed:
+            header, body = self._mail.pop(key)
+        try:
+            return unpack(header["spec"], body), header
+        except (ValueError, KeyError, TypeError) as error:
+            raise PeerError(f"rank {source} sent {tag!r} in a form that makes no sense: {error}") from None
+
+    def close(self) -> None:
+        """End all links, after what is queued."""
+        self._is_closed = True
+        self._listener.close()
+        for channel in list(self._channels.values()):
+            channel.close(after_sends=True)
+
+    def _wait_for(self, holds: Callable[[], bool], told: Callable[[], str]) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        with self.changed:
+            while not holds():
+                if self._interrupted():
+                    raise CalledAwayError
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise PeerError(f"{told()} in {self._timeout_s:g} s")
+                self.changed.wait(min(left, 1.0))
+
+    def _open(self, rank: int, host: str, port: int) -> None:
+        try:
+            channel = connect(
+                host,
+                port,
+                self._secret,
+                on_frame=self._on_frame,
+                on_close=self._on_close,
+                peer=rank,
+                timeout_s=min(self._timeout_s, 10.0),
+            )
+        except PeerError:
+            self._suspect(rank)
+            return
+        channel.send({"kind": "link", "rank": self.rank})
+        self._add(rank, channel)
+
+    def _add(self, rank: int, channel: Channel) -> None:
+        with self.changed:
+            old = self._channels.get(rank)
+            self._channels[rank] = channel
+            self.opened += 1
+            self.changed.notify_all()
+        if old is not None:
+            old.peer = None
+            old.close("opened anew")
+
+    def _on_frame(self, channel: Channel, header: Header, body: bytes) -> None:
+        kind = header["kind"]
+        if kind == "link" and channel.peer is None:
+            channel.peer = int(header["rank"])
+            self._add(channel.peer, channel)
+            return
+        if channel.peer is None:
+            raise ValueError("data before its sender is known")
+        if kind == "snapshot":
+            self._on_snapshot(channel.peer, header, body)
+        elif kind == "data" and int(header["epoch"]) >= self._epoch:
+            with self.changed:
+                self._mail[int(header["epoch"]), channel.peer, str(header["tag"])] = (header, body)
+                self.changed.notify_all()
+
+    def _on_close(self, channel: Channel, why: str) -> None:
+        with self.changed:
+            rank = channel.peer
+            if rank is None or self._channels.get(rank) is not channel:
+                return
+            del self._channels[rank]
+            self.closed += 1
+            self.sent_bytes[rank] = self.sent_bytes.get(rank, 0) + channel.sent_bytes
+            is_missed = rank in self._members and not self._is_closed
+            self.changed.notify_all()
+        if is_missed:
+            self._suspect(rank)

@@ -1,0 +1,171 @@
+"""From one layout to another: pieces of slices travel to their new owners, lost ones out of neighbours' snapshots; then whole weights.
+
+Nothing of the old layout is changed by this: until all ranks are ready it is what holds.
+"""
+# Shapes: N numbers of a layer
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anabranch.cluster.elastic.layout import Layout, Move, moves
+from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
+from anabranch.cluster.elastic.state import Slice, Snapshot, State
+from anabranch.errors import InputError
+
+__all__ = ["Held", "Moved", "moved_state"]
+
+# By (epoch of the layout, owner): snapshots by version.
+Held = dict[tuple[int, int], dict[int, Snapshot]]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a rank has in the new layout (None where it has no place in it), and what it sent to others for it."""
+
+    state: State | None
+    sent_bytes: int
+
+
+def moved_state(
+    links: LinkPool,
+    rank: int,
+    before: Layout | None,
+    after: Layout,
+    sizes: Sequence[int],
+    state: State | None,
+    version: int,
+    *,
+    held: Held,
+    layout_epoch: int,
+    holders: Mapping[int, Sequence[int]],
+    alive: Collection[int],
+    damaged: Callable[[int, str], None],
+) -> Moved:
+    """Take part in a move as one rank.
+
+    Args:
+        links: to all ranks, in the epoch of the move.
+        before, after: layouts; None before training begins, where ``state`` is that of ``after``.
+        sizes: numbers of each layer.
+        state: what this rank has in ``before`` at ``version``; None where it had no place in it.
+        held: snapshots here, of which those of ``layout_epoch`` count.
+        holders: of each lost rank, who gives its slices.
+        alive: all ranks that are there.
+        damaged: called with a lost rank and why its snapshot here cannot be used; then a wait for what comes of it raises CalledAwayError.
+
+    Raises CalledAwayError when called away, InputError for pieces that do not fit together.
+    """
+    if before is None:
+        return Moved(state, 0)
+    lost = _lost_slices(rank, held, layout_epoch, holders, version, damaged)
+    found = moves(before, after, sizes, alive=alive, holders=holders)
+    own = {} if state is None else state.slices
+    sent = 0
+    for number, move in enumerate(found):
+        if move.source == rank and move.target != rank:
+            told, tensors = _piece(move, own, lost).told()
+            sent += links.send(move.target, f"m{number}", tensors, told=told)
+    pieces: dict[int, list[Slice]] = {}
+    for number, move in enumerate(found):
+        if move.target != rank:
+            continue
+        if move.source == rank:
+            piece = _piece(move, own, lost)
+        else:
+            tensors, header = links.receive(move.source, f"m{number}")
+            piece = Slice.heard(header["told"], tensors)
+        pieces.setdefault(move.layer, []).append(piece)
+    slices = {}
+    for layer, size in enumerate(sizes):
+        for owner, first, end in after.slices(layer, size):
+            if owner == rank:
+                slices[layer] = Slice.joined(
+                    first, end, [*pieces.get(layer, []), *_kept(own.get(layer), first, end, pieces.get(layer, []))]
+                )
+    flat, more = _weights(links, rank, before, after, sizes, state, slices, alive)
+    return Moved(State(flat, slices) if rank in after.grid.ranks else None, sent + more)
+
+
+def _lost_slices(
+    rank: int,
+    held: Held,
+    layout_epoch: int,
+    holders: Mapping[int, Sequence[int]],
+    version: int,
+    damaged: Callable[[int, str], None],
+) -> dict[int, dict[int, Slice]]:
+    """By lost rank, by layer, what this rank answers for: verified again, since it has lain in memory."""
+    found = {}
+    for owner, kept in holders.items():
+        if not kept or kept[0] != rank:
+            continue
+        snapshot = held.get((layout_epoch, owner), {}).get(version)
+        try:
+            if snapshot is None:
+                raise InputError(f"there is none of version {version}")
+            found[owner] = snapshot.slices()
+        except InputError as error:
+            damaged(owner, str(error))
+            raise CalledAwayError from None
+    return found
+
+
+def _piece(move: Move, own: Mapping[int, Slice], lost: Mapping[int, Mapping[int, Slice]]) -> Slice:
+    for slices in (own, *lost.values()):
+        have = slices.get(move.layer)
+        if have is not None and have.first <= move.first and move.end <= have.end:
+            return have.piece(move.first, move.end)
+    raise InputError(
+        f"layer {move.layer} has no numbers {move.first} to {move.end} here, and they are to go to rank {move.target}"
+    )
+
+
+def _kept(own: Slice | None, first: int, end: int, pieces: Sequence[Slice]) -> list[Slice]:
+    """What this rank has of its new slice already, less what came."""
+    if own is None:
+        return []
+    low, high = max(own.first, first), min(own.end, end)
+    if low >= high or any(piece.first < high and low < piece.end for piece in pieces):
+        return []
+    return [own.piece(low, high)]
+
+
+def _weights(
+    links: LinkPool,
+    rank: int,
+    before: Layout,
+    after: Layout,
+    sizes: Sequence[int],
+    state: State | None,
+    slices: Mapping[int, Slice],
+    alive: Collection[int],
+) -> tuple[dict[int, Tensor], int]:
+    """Whole weights of the layers of this rank's stage: those that it had, and of others the slices of their owners."""
+    sent, flat = 0, {}
+    waiting = []
+    for layer, size in enumerate(sizes):
+        stage = after.grid.stages[after.stage_with(layer)]
+        had = before.grid.stages[before.stage_with(layer)]
+        new = [other for other in stage if other not in had]
+        owners = after.slices(layer, size)
+        for owner, _, _ in owners:
+            if owner == rank:
+                for other in new:
+                    if other != rank:
+                        sent += links.send(other, f"p{layer}", [slices[layer].tensors["param"]])
+        if rank in stage:
+            waiting.append((layer, rank in new, owners))
+    for layer, is_new, owners in waiting:
+        if not is_new:
+            assert state is not None
+            flat[layer] = state.flat[layer]
+            continue
+        parts = [
+            slices[layer].tensors["param"] if owner == rank else links.receive(owner, f"p{layer}")[0][0]
+            for owner, _, _ in owners
+        ]
+        flat[layer] = torch.cat(parts) if parts else torch.empty(0)
+    return flat, sent

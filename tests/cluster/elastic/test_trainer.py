@@ -1,0 +1,240 @@
+"""Training that goes on to the bit when ranks are lost and come: real processes, real kills."""
+
+import random
+import re
+import time
+
+import pytest
+
+import elastic_ranks as ranks_of
+from anabranch.cluster.elastic import Coordinator, Layout, census
+from anabranch.cluster.ranks import RankError
+from anabranch.testing import Ranks
+from elastic_ranks import SECRET, alone, train
+
+STEPS = 8
+SIZES = [sum(p.numel() for p in layer.parameters()) for layer in ranks_of.layers_of()]
+
+
+def run(die=None, *, steps=STEPS, mesh=(2, 2), options=None, own=None, while_running=None, coordinator=None):
+    """(what each rank that was not lost returned, the coordinator)."""
+    replicas, stages = mesh
+    given = {"layer_costs": [1.0] * len(SIZES), **(coordinator or {})}
+    with Coordinator(replicas=replicas, stages=stages, secret=SECRET, **given) as host:
+        arguments = (host.address, steps, {"mesh": mesh, **(options or {})}, die)
+        with Ranks(replicas * stages, train, *arguments, 0.0, own, backend=None, timeout_s=60) as ranks:
+            for rank in die or {}:
+                ranks.expect_end(rank)
+            if while_running is not None:
+                while_running(ranks, host)
+            return ranks.wait(), host
+
+
+def losses_of(found):
+    """By step, which all ranks agree on."""
+    told = {}
+    for one in found:
+        for step, loss in one["losses"].items():
+            assert told.setdefault(step, loss) == loss
+    return [told[step] for step in sorted(told)]
+
+
+def check_whole(found, host):
+    """Every number has one owner; every rank has the same weights."""
+    layout = host.layout
+    assert isinstance(layout, Layout)
+    census(layout, SIZES, {one["rank"]: one["owned"] for one in found})
+    assert all(one["weights"] == found[0]["weights"] for one in found)
+    assert all(one["status"]["steps"] == host.version for one in found)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    found, host = run()
+    check_whole(found, host)
+    assert [what for _, what, _ in host.history].count("epoch") == 1
+    return found
+
+
+def same(found, whole):
+    assert losses_of(found) == losses_of(whole)
+    assert found[0]["weights"] == whole[0]["weights"]
+
+
+def test_it_learns_as_torch_does_in_one_process(whole):
+    losses, weights = alone(STEPS)
+    assert losses_of(whole) == pytest.approx(losses, rel=1e-5)
+    for name, value in weights.items():
+        assert ranks_of.torch.tensor(whole[0]["weights"][name]) == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (3, 2)])
+def test_any_grid_gives_the_same_bits(whole, mesh):
+    found, host = run(mesh=mesh, options={"micro_batches": 2})
+    check_whole(found, host)
+    same(found, whole)
+
+
+def test_a_kill_and_a_join_change_no_bit(whole):
+    def join(ranks, host):
+        assert host.wait_for(lambda host: any(what == "lost" for _, what, _ in host.history))
+        # Kept from the end until the new one is in.
+        ranks.join(train, host.address, STEPS, None, None, 0.0)
+
+    found, host = run({1: ("forward", 9)}, while_running=join, own={rank: {"pace_step": 2} for rank in range(4)})
+    check_whole(found, host)
+    same(found, whole)
+    late = next(one for one in found if one["rank"] == 4)
+    assert 0 < late["began"] < STEPS
+    assert host.layout.grid.stages == ((0, 4), (2, 3))
+    # Links that were there stay: the loss opens none, the join one for each rank.
+    assert [one["status"]["recovery"]["links_opened"] for one in found] == [1, 1, 1, 3]
+    assert all(one["status"]["recovery"]["links_kept"] == 2 for one in found if one["rank"] != 4)
+    assert all(one["status"]["recovery"]["total_s"] > 0 for one in found)
+
+
+@pytest.mark.parametrize(
+    "die",
+    [
+        # While a step runs, after its decision, while its snapshot is on its way, and during the recovery from another's loss.
+        {0: ("reduce", 3)},
+        {3: ("voted", 3)},
+        {2: ("snapshot", 4)},
+        {1: ("forward", 5), 2: ("moves", 2)},
+    ],
+    ids=lambda die: "-".join(f"{rank}{state}" for rank, (state, _) in die.items()),
+)
+def test_a_loss_in_any_state_changes_no_bit(whole, die):
+    found, host = run(die)
+    check_whole(found, host)
+    same(found, whole)
+    assert len(found) == 4 - len(die)
+
+
+def test_other_dropout_is_keyed_too_and_double_is_as_equal():
+    options = {"dropout": "torch", "dtype": ranks_of.torch.float64}
+    whole, _ = run(options=options, steps=4)
+    found, host = run({2: ("forward", 4)}, options=options, steps=4)
+    check_whole(found, host)
+    same(found, whole)
+
+
+def test_without_a_fixed_order_it_is_equal_but_for_rounding(whole):
+    found, host = run({0: ("forward", 8)}, options={"exact": False})
+    check_whole(found, host)
+    assert losses_of(found) == pytest.approx(losses_of(whole), rel=1e-5)
+
+
+def test_a_stage_that_is_lost_comes_back_from_the_second_copy(whole):
+    die = {0: ("forward", 8), 1: ("forward", 8)}
+    found, host = run(die, options={"snapshot_copies": 2})
+    check_whole(found, host)
+    same(found, whole)
+
+
+def test_a_rank_and_its_neighbour_are_too_much(whole):
+    said = r"UnrecoverableError.*rank [01] is lost, and its neighbour is lost too; the last checkpoint: there is none"
+    with pytest.raises(RankError, match=said):
+        run({0: ("forward", 8), 1: ("forward", 8)})
+
+
+def test_a_damaged_snapshot_is_not_used(whole):
+    # What rank 0 keeps of rank 1 is damaged in memory; the second copy, in the other stage, is sound.
+    own = {0: {"damage": 1}}
+    found, host = run({1: ("forward", 9)}, options={"snapshot_copies": 2}, own=own)
+    check_whole(found, host)
+    same(found, whole)
+    assert [details["owner"] for _, what, details in host.history if what == "bad snapshot"] == [1]
+    with pytest.raises(RankError, match=r"rank 1 is lost, and the snapshot of it is damaged"):
+        run({1: ("forward", 9)}, own=own)
+
+
+def test_a_layer_that_raises_ends_all_with_its_cause():
+    with pytest.raises(RankError, match=r"rank 2 failed: ZeroDivisionError|ZeroDivisionError") as caught:
+        run(own={2: {"raises": 3}})
+    assert "rank 2" in str(caught.value)
+
+
+def test_who_has_another_model_is_refused(whole):
+    with pytest.raises(
+        RankError,
+        match=r"its global_batch is 12, and those here have 10|its global_batch is 10, and those here have 12",
+    ):
+        run(own={3: {"global_batch": 12}})
+    with pytest.raises(RankError, match="begins with other weights"):
+        run(own={3: {"model_seed": 1}})
+
+
+def schedule_of(seed):
+    """Who dies where: a function of the seed."""
+    chance = random.Random(seed)
+    states = [
+        "forward",
+        "backward",
+        "reduce",
+        "update",
+        "vote",
+        "voted",
+        "commit",
+        "snapshot",
+        "epoch",
+        "links",
+        "moves",
+        "ready",
+        "go",
+    ]
+    first, second = chance.sample(range(4), 2)
+    # Two losses, of ranks that do not keep each other's snapshots.
+    if first // 2 == second // 2:
+        second = (second + 2) % 4
+    die = {first: (chance.choice(states[:8]), chance.randint(2, 6))}
+    if chance.random() < 0.6:
+        state = chance.choice(states)
+        die[second] = (state, chance.randint(2, 6) if state in states[:8] else 2)
+    return die
+
+
+def check_seed(seed, whole):
+    die = schedule_of(seed)
+    began = time.monotonic()
+    found, host = run(die)
+    same(found, whole)
+    lost = {details["rank"] for _, what, details in host.history if what == "lost"}
+    # One that was to end in a recovery that did not come lived on.
+    assert lost <= set(die)
+    if len(found) == len(host.layout.grid.ranks):
+        check_whole(found, host)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_seeded_losses_change_no_bit(whole, seed):
+    check_seed(seed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 200))
+def test_many_seeded_losses_change_no_bit(whole, seed):
+    check_seed(seed, whole)
+
+
+@pytest.mark.slow
+def test_a_rank_that_says_nothing_is_cast_out(whole):
+    def stop(ranks, host):
+        assert host.wait_for(lambda host: host.version >= 2)
+        ranks.kill(3, ranks_of.signal.SIGSTOP)
+        ranks.expect_end(3)
+
+    found, host = run(
+        while_running=stop, coordinator={"patience_s": 1.5}, own={rank: {"pace_s": 0.05} for rank in range(4)}
+    )
+    check_whole(found, host)
+    same(found, whole)
+    assert any("silent" in str(details) for _, what, details in host.history if what == "lost")
+
+
+def test_what_is_told_of_a_state(whole):
+    status = whole[0]["status"]
+    assert status["stages"] == [[0, 1], [2, 3]]
+    assert status["links"] == 3
+    assert re.fullmatch("[0-9a-f]{32}", whole[0]["digest"])

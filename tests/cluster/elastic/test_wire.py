@@ -1,0 +1,218 @@
+"""Connections: who does not know the secret is refused, what makes no sense ends one connection and no more."""
+
+import os
+import socket
+import struct
+import threading
+import time
+
+import pytest
+import torch
+
+from anabranch.cluster.elastic import Coordinator
+from anabranch.cluster.elastic.links import CalledAwayError, LinkPool, pack, unpack
+from anabranch.cluster.elastic.wire import MOST_HEADER, Listener, connect
+from anabranch.errors import InputError, PeerError
+
+
+class Ends:
+    """Two ends of a channel, and what they were told."""
+
+    def __init__(self, secret=b"s"):
+        self.frames, self.closed, self.there = [], [], threading.Event()
+        self.listener = Listener("127.0.0.1", 0, secret, self.on_frame, lambda channel, why: self.closed.append(why))
+
+    def on_frame(self, channel, header, body):
+        if header.get("raise"):
+            raise KeyError("nothing of the kind")
+        self.frames.append((header, bytes(body)))
+        self.there.set()
+
+    def connect(self, secret=b"s"):
+        return connect("127.0.0.1", self.listener.port, secret, on_frame=self.on_frame, on_close=lambda *told: None)
+
+
+@pytest.fixture
+def ends():
+    made = Ends()
+    yield made
+    made.listener.close()
+
+
+def until(holds, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_frames_come_whole_and_in_order(ends):
+    channel = ends.connect()
+    bodies = [os.urandom(size) for size in (0, 1, 1_000_000)]
+    for number, body in enumerate(bodies):
+        channel.send({"n": number}, body)
+    until(lambda: len(ends.frames) == 3)
+    assert ends.frames == [({"n": n}, body) for n, body in enumerate(bodies)]
+    assert channel.sent_bytes > 1_000_000
+    channel.close()
+    until(lambda: ends.closed)
+
+
+def test_who_does_not_know_the_secret_is_refused(ends):
+    with pytest.raises(PeerError, match="another secret"):
+        ends.connect(b"other")
+    until(lambda: ends.listener.refused == 1)
+    assert not ends.frames
+    with pytest.raises(PeerError, match="nothing answers at"):
+        connect("127.0.0.1", 1, b"s", on_frame=print, on_close=print)
+
+
+def test_a_listener_that_does_not_know_the_secret_is_refused():
+    # One that says yes to everything.
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def yes():
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"n" * 16)
+            connection.recv(1000)
+            connection.sendall(b"y" * 32)
+
+    threading.Thread(target=yes, daemon=True).start()
+    with pytest.raises(PeerError, match="does not know the secret"):
+        connect("127.0.0.1", server.getsockname()[1], b"s", on_frame=print, on_close=print)
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        struct.pack("<IQ", MOST_HEADER + 1, 0),
+        struct.pack("<IQ", 2, 2**60),
+        struct.pack("<IQ", 2, 0) + b"[]",
+        struct.pack("<IQ", 2, 0) + b"\xff\xff",
+        struct.pack("<IQ", 14, 0) + b'{"raise":true}',
+    ],
+)
+def test_a_frame_that_makes_no_sense_ends_its_connection_alone(ends, frame):
+    channel, sound = ends.connect(), ends.connect()
+    channel._connection.sendall(frame)
+    until(lambda: ends.closed)
+    sound.send({"still": 1})
+    until(lambda: ends.frames)
+
+
+def test_strangers_do_not_hold_up_a_coordinator():
+    with Coordinator(replicas=1, stages=1, secret="s") as host:
+        place = ("127.0.0.1", int(host.address.rpartition(":")[2]))
+        silent = socket.create_connection(place)
+        loud = socket.create_connection(place)
+        loud.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(100))
+        until(lambda: host._listener.refused == 1)
+        channel = connect(*place, b"s", on_frame=lambda *told: None, on_close=lambda *told: None)
+        # Known, and no member: whatever it says but hello ends it.
+        channel.send({"kind": "vote", "epoch": 1})
+        until(lambda: channel.is_closed)
+        channel = connect(*place, b"s", on_frame=lambda *told: None, on_close=lambda *told: None)
+        channel.send({"kind": "hello"})
+        until(lambda: channel.is_closed)
+        assert host.ranks == ()
+        silent.close()
+        loud.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"replicas": 0, "stages": 1}, "replicas is 0"),
+        ({"replicas": 1, "stages": 1, "patience_s": 1.0}, "patience_s is 1.0"),
+    ],
+)
+def test_a_coordinator_that_cannot_be_is_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        Coordinator(**options)
+
+
+def test_tensors_come_back_to_the_bit():
+    tensors = [
+        torch.randn(3, 4).to(torch.bfloat16), torch.tensor(2.5, dtype=torch.float64), torch.empty(0, 5), torch.tensor([True, False]),
+        torch.arange(12).view(3, 4).t(),
+    ]  # fmt: skip
+    spec, body = pack(tensors)
+    found = unpack(spec, body)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, tensors, strict=True))
+    for wrong in (body[:-1], body + b"x"):
+        with pytest.raises(ValueError, match="bytes are too"):
+            unpack(spec, wrong)
+
+
+def pool(**changes):
+    given = {
+        "on_snapshot": lambda *told: None, "interrupted": lambda: False, "suspect": lambda rank: None, "timeout_s": 0.3, **changes,
+    }  # fmt: skip
+    return LinkPool("127.0.0.1", b"s", **given)
+
+
+def test_links_are_edited_in_place():
+    suspects = []
+    pools = [pool(suspect=suspects.append) for _ in range(3)]
+    for rank, one in enumerate(pools):
+        one.rank = rank
+    at = {rank: ("127.0.0.1", one.port) for rank, one in enumerate(pools)}
+
+    def edit(epoch, members):
+        found = {}
+        threads = [
+            threading.Thread(
+                target=lambda rank=rank: found.update({rank: pools[rank].edit(epoch, {r: at[r] for r in members})})
+            )
+            for rank in members
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    assert edit(1, [0, 1]) == {0: (1, 0), 1: (1, 0)}
+    # The link that is there stays, two are new.
+    assert edit(2, [0, 1, 2]) == {0: (1, 0), 1: (1, 0), 2: (2, 0)}
+    pools[0].send(1, "x", [torch.ones(2)])
+    assert pools[1].receive(0, "x")[0][0].tolist() == [1, 1]
+    assert edit(3, [0, 2]) == {0: (0, 1), 2: (0, 1)}
+    until(lambda: pools[1].count == 0)
+    # What was sent in an older epoch is not found in a newer one.
+    pools[0].send(2, "late", [torch.ones(1)])
+    time.sleep(0.05)
+    edit(4, [0, 2])
+    with pytest.raises(PeerError, match=r"rank 0 did not send 'late' in 0\.3 s"):
+        pools[2].receive(0, "late")
+    for one in pools:
+        one.close()
+
+
+def test_a_wait_is_called_away():
+    calls = [False]
+    one = pool(interrupted=lambda: calls[0], timeout_s=5.0)
+    one.rank = 0
+
+    def call():
+        time.sleep(0.05)
+        with one.changed:
+            calls[0] = True
+            one.changed.notify_all()
+
+    threading.Thread(target=call).start()
+    with pytest.raises(CalledAwayError):
+        one.receive(1, "x")
+    one.close()
+
+
+def test_a_rank_that_is_not_there_is_suspected():
+    suspects = []
+    one = pool(suspect=suspects.append)
+    one.rank = 1
+    with pytest.raises(PeerError, match=r"no link to ranks \[0\]"):
+        one.edit(1, {0: ("127.0.0.1", 1), 1: ("127.0.0.1", one.port)})
+    assert suspects == [0]
+    one.close()

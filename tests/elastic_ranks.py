@@ -1,0 +1,150 @@
+"""What ranks of elastic training do in tests: a small model with dropout, batches by step, and ends where a test wants them."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from anabranch.cluster import KeyedDropout
+from anabranch.cluster.elastic import ElasticTrainer
+
+SECRET = "elastic"
+WIDTH, CLASSES, LAYERS = 6, 3, 6
+
+
+def layers_of(seed=0, *, dtype=torch.float32, dropout="keyed"):
+    torch.manual_seed(seed)
+    made = []
+    for number in range(LAYERS - 1):
+        drop = KeyedDropout(0.3, layer=number) if dropout == "keyed" else nn.Dropout(0.3)
+        # Of unequal sizes, one of them smaller than a stage has ranks.
+        made.append(nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=number % 2 == 0), nn.Tanh(), drop))
+    made.append(nn.Linear(WIDTH, CLASSES))
+    made[2] = nn.Sequential(made[2], Scale())
+    return [layer.to(dtype) for layer in made]
+
+
+def raise_at(count):
+    """A hook that divides by zero when it is called for the ``count``-th time."""
+    left = [count]
+
+    def hook(*told):
+        left[0] -= 1
+        1 / (left[0] > 0)
+
+    return hook
+
+
+def damage(trainer, owner):
+    """Turn a bit of all that this rank keeps of another."""
+    with trainer._links.changed:
+        for (_, of), versions in trainer._held.items():
+            if of == owner:
+                for version, snapshot in versions.items():
+                    wrong = bytearray(snapshot.body)
+                    wrong[len(wrong) // 2] ^= 16
+                    versions[version] = replace(snapshot, body=bytes(wrong))
+
+
+class Scale(nn.Module):
+    """One number."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.by
+
+
+def batch_of(step, size, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(size, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(CLASSES, (size,), generator=generator)
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def halved(step):
+    return 0.5 ** (step // 4)
+
+
+OPTIONS = {"mesh": (2, 2), "global_batch": 10, "micro_batches": 3, "seed": 5, "learning_rate": halved}
+
+
+def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=None):
+    """Train to ``steps`` steps. ``die``: {rank: (state, which time)}; the process ends there as if its machine did."""
+    given = {**OPTIONS, **(options or {}), **(own or {}).get(rank, {})}
+    dtype = given.pop("dtype", torch.float32)
+    layers = layers_of(given.pop("model_seed", 0), dtype=dtype, dropout=given.pop("dropout", "keyed"))
+    place, left = (die or {}).get(rank, ("", 0))
+    damaged, raising = given.pop("damage", None), given.pop("raises", None)
+    pace_s, pace_step = given.pop("pace_s", pace_s), given.pop("pace_step", None)
+    if raising is not None:
+        layers[raising].register_forward_hook(raise_at(3))
+
+    built = []
+
+    def probe(state):
+        nonlocal left
+        if state == "moves" and damaged is not None and built:
+            damage(built[0], damaged)
+        if state == place:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with ElasticTrainer(
+        layers,
+        optimizer_factory=adam,
+        loss=nn.functional.cross_entropy,
+        coordinator=address,
+        secret=SECRET,
+        wish=rank,
+        probe=probe,
+        **given,
+    ) as trainer:
+        built.append(trainer)
+        losses = {}
+        began = trainer.steps
+        while trainer.steps < steps:
+            step = trainer.steps
+            losses[step] = trainer.step(batch_of(step, given["global_batch"], dtype))
+            time.sleep(pace_s)
+            if pace_step is not None and step >= pace_step:
+                # Until the one that comes is in; not for ever, so that a test that waits for it fails and does not hang.
+                time.sleep(0.0 if 4 in trainer.status()["stages"][0] else 0.05)
+        owned, digest, status = trainer.owned(), trainer.digest(), trainer.status()
+        weights = {name: value.tolist() for name, value in trainer.state_dict().items()}
+        return {
+            "losses": losses, "began": began, "owned": owned, "digest": digest, "status": status, "weights": weights, "rank": trainer.rank,
+            "sent": dict(trainer._links.sent_bytes),
+        }  # fmt: skip
+
+
+def alone(steps, options=None, *, by_block=True):
+    """The same training in one process, as torch does it: losses and weights."""
+    given = {**OPTIONS, **(options or {})}
+    dtype = given.get("dtype", torch.float32)
+    layers = layers_of(dtype=dtype)
+    model = nn.Sequential(*layers)
+    optimizer = adam(model.parameters())
+    losses = []
+    for step in range(steps):
+        for module in model.modules():
+            if isinstance(module, KeyedDropout):
+                module.step, module.first_row = step, 0
+        x, target = batch_of(step, given["global_batch"], dtype)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * halved(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: value.detach() for name, value in model.state_dict().items()}
