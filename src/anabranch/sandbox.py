@@ -27,8 +27,8 @@ from anabranch.errors import AnabranchError
 __all__ = ["Refused", "Sandbox", "SandboxBusyError", "SandboxError", "Work"]
 
 WAIT_S = 20.0  # at most for a process that is free, and then at most for its answer, where the machine is busy or has no timers
-# What is done in less is quick. What is longer than so many bytes may not be.
-_QUICK_S, _SHORT = 0.2, 100_000
+# What is longer than so many bytes may not be quick.
+_SHORT = 100_000
 MOST_SOURCES = 1000  # whose times are remembered
 _START_S = 120.0  # at most for a new process, which does not count as waiting
 _WORKERS = min(4, max(2, os.cpu_count() or 2))
@@ -59,6 +59,7 @@ class Work:
         crash: what it means of a request that its process ends by a signal, by the signal's number.
         greeting: a request that is answered at once.
         require: raises where a package is missing that the program needs.
+        quick_s: what is done in so many seconds is quick, see `Sandbox`.
     """
 
     program: Path
@@ -68,6 +69,7 @@ class Work:
     greeting: Mapping[str, Any]
     crash: Mapping[int, str] = field(default_factory=dict)
     require: Callable[[], None] = lambda: None
+    quick_s: float = 0.2
 
 
 @dataclass(eq=False)
@@ -190,7 +192,7 @@ class Sandbox:
             turn.worker.set_result(worker)
 
     def _is_quick(self, turn: _Turn, unknown_s: float = math.inf) -> bool:
-        return not turn.is_large and self._seconds.get(turn.source, unknown_s) <= _QUICK_S
+        return not turn.is_large and self._seconds.get(turn.source, unknown_s) <= self.work.quick_s
 
 
 class Worker:

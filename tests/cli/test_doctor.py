@@ -52,9 +52,20 @@ def test_on_a_base_install(environment, work):
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert {"version", "python", "isa", "compiler", "kernels", "threads", "memory", "cgroup", "extras", "gpu"} <= set(
-        found
-    )
+    assert {
+        "version",
+        "python",
+        "isa",
+        "compiler",
+        "kernels",
+        "threads",
+        "memory",
+        "cgroup",
+        "extras",
+        "gpu",
+        "sandbox",
+    } <= set(found)
+    assert bool(found["sandbox"]["command"]) != bool(found["sandbox"]["reason"])
     assert found["isa"]["machine"] == platform.machine()
     assert found["kernels"]["reason"] == "ANABRANCH_NO_KERNELS is set"
     assert found["threads"]["usable"] <= found["threads"]["processors"] == os.cpu_count()
@@ -74,7 +85,9 @@ def test_text(here):
     code, out, err = here("doctor")
     assert (code, err) == (0, "")
     labels = [line.partition(" ")[0] for line in out.partition("\n\n")[0].splitlines()]
-    expected = "anabranch processor instructions compiler kernels threads memory torch packages GPU cache".split()
+    expected = (
+        "anabranch processor instructions compiler kernels threads memory torch packages GPU sandbox cache".split()
+    )
     assert [label for label in labels if label] == expected
     assert "kernels       none: ANABRANCH_NO_KERNELS is set" in out or "not used: ANABRANCH_NO_KERNELS" in out
 

@@ -1,13 +1,17 @@
 """`auto/best-of` behind a real server, asked by the official client: drawn batch by batch, chosen, paid, explained, bounded, learned."""
 
 import json
+import sys
 
 import pytest
 
+from anabranch.cli.main import main
 from anabranch.gateway.providers.chunks import assembled
+from anabranch.jail import jail
 from anabranch.web.sse import read_data
 from gateway_process import call, served
 from gateway_scripted import scripted, sse, whole
+from jailed import LACK, needs_jail
 
 openai = pytest.importorskip("openai")
 
@@ -15,7 +19,7 @@ OPERATOR = "operator-key-1"
 STRATEGIES = {
     "best-of": "batch = 2\nmax_n = 8",
     "rethink": "rounds = true\nmax_n = 3",
-    "code": 'verifier = "examples"\nbatch = 2\nmax_n = 6\ndecides = "posterior"',
+    **({} if LACK else {"code": 'verifier = "examples"\nbatch = 2\nmax_n = 6\ndecides = "posterior"'}),
     "judged": 'select = "judge"\njudge = "judge"\nmax_n = 2\nbatch = 2',
     "likely": 'select = "logprob"\nmax_n = 3\nbatch = 3',
 }
@@ -156,6 +160,7 @@ def test_rounds_think_the_last_answer_over(place, key):
     assert last[1]["content"] == "no, 5"
 
 
+@needs_jail
 def test_code_that_passes_the_examples_is_given_and_teaches(place, key):
     url, small = place
     small.scripts["inc"] = [WRONG, WRONG, WRONG, RIGHT]
@@ -167,6 +172,62 @@ def test_code_that_passes_the_examples_is_given_and_teaches(place, key):
         assert chat(url, key, EXAMPLES, model="auto/code")[3][0]["samples"] == 2
     told = admin(url, "POST", "explain", {"model": "auto/code", "messages": [{"role": "user", "content": EXAMPLES}]})
     assert told["details"]["questions"] == 4, told
+
+
+# What a sender asked the gateway's machine to tell about itself: each example is one bit of it, if it holds.
+READS = """
+>>> import glob, os
+>>> def own(p):
+...     try: return open(p).read()
+...     except OSError: return ''
+>>> 'TEST_ADMIN_KEY=operator-k' in ''.join(own(p) for p in glob.glob('/proc/[0-9]*/environ'))
+{said}
+"""
+REACHES = """
+>>> import socket
+>>> def reaches():
+...     try: return bool(socket.create_connection(('127.0.0.1', {port}), 1))
+...     except OSError: return False
+>>> reaches()
+{said}
+"""
+
+
+@needs_jail
+@pytest.mark.parametrize("tries", [READS, REACHES])
+def test_examples_of_a_sender_reach_nothing_of_the_gateway(place, key, tries):
+    url, small = place
+    small.scripts["Write x"] = ["```python\nx = 1\n```"]
+
+    def samples(said):
+        text = "Write x." + tries.format(said=said, port=url.rpartition(":")[2])
+        status, _, headers, [step] = chat(url, key, text, model="auto/code")
+        assert (status, step["verified"] > 0) == (200, step["reason"] == "verified")
+        return int(headers["x-route-calls"])
+
+    # That it is False is verified at once; that it is True is not, however often it is asked.
+    assert samples("False") == 2
+    assert samples("True") > 2
+
+
+def test_a_config_that_would_run_code_without_walls_is_refused(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "gateway.toml"
+    config.write_text(
+        'require_key = false\n[[models]]\nname = "small"\ndeployments = [{ provider = { kind = "mock", model = "m" } }]\n'
+        '[strategies.code]\nkind = "best_of"\nverifier = "examples"\n'
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    jail.cache_clear()
+    try:
+        assert main(["gateway", "serve", "--config", str(config), "--check"]) == 2
+    finally:
+        jail.cache_clear()
+    said = capsys.readouterr().err
+    assert "strategies.code: verifier is 'examples', and code of others is run " in said
+    if sys.platform.startswith("linux"):
+        assert "install bubblewrap (apt install bubblewrap, dnf install bubblewrap)" in said
+    # Of the line where it stands.
+    assert "gateway.toml:7" in said
 
 
 def test_a_judge_chooses_and_one_that_tells_stories_leaves_the_vote(place, key):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from anabranch.errors import BackendError, ConfigError, InputError, LimitError
+from anabranch.jail import jail
 from anabranch.routers import Answered, Done, Outcome, ProgramRequest, Query, Step, strategies
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.made_outcomes import made_outcomes
 from anabranch.routers.money import Price
 from anabranch.routers.strategies.best_of_drawing import answer_key, score_of
+from jailed import needs_jail
 
 POOL = Pool((Model(name="small", price=Price.of_dollars(1, 2)), Model(name="large", price=Price.of_dollars(10, 20))))
 
@@ -188,6 +190,17 @@ def test_a_judge_that_hangs_leaves_the_vote():
     assert time.monotonic() - began < 10
 
 
+def test_code_is_not_run_where_it_cannot_be_run_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    jail.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"^verifier is 'examples', and code of others is run "):
+            strategies.make("best_of", verifier="examples")
+    finally:
+        jail.cache_clear()
+
+
+@needs_jail
 def test_code_that_hangs_is_not_verified_and_not_waited_for():
     question = Query(text="Write one.\n\n>>> one()\n1\n")
     began = time.monotonic()

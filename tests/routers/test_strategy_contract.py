@@ -10,6 +10,7 @@ from anabranch.registry import kinds, resolve
 from anabranch.routers import strategies
 from anabranch.routers.contract.ask import Answered
 from anabranch.testing import check_strategy
+from jailed import needs_jail
 
 ELSEWHERE = {"coe", "graph", "ic_cache"}  # systems with contract tests of their own
 SMALL = {
@@ -79,7 +80,7 @@ def test_strategy(kind):
         ("scale", {"system1": "small", "system2": "large", "budget_tokens": 100}),
         ("best_of", {"rounds": True}),
         ("best_of", {"select": "judge", "decides": "prior"}),
-        ("best_of", {"select": "logprob", "verifier": "examples"}),
+        pytest.param("best_of", {"select": "logprob", "verifier": "examples"}, marks=needs_jail),
     ],
 )
 def test_options(kind, fields):

@@ -1,21 +1,33 @@
-"""Verifiers: final numbers as GSM8K has them, and code in a process that it can neither hang, exhaust, fool by mistake, nor read."""
+"""Verifiers: final numbers as GSM8K has them, and code that can neither hang, exhaust, read, outlive nor reach what runs it.
+
+What a candidate tries here it tries behind real walls (bubblewrap), where this machine has them.
+"""
 
 import gzip
 import json
 import os
+import signal
+import socket
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from anabranch import sandbox
 from anabranch.errors import InputError
-from anabranch.sandbox import close_all
+from anabranch.sandbox import SandboxError, close_all
 from anabranch.test_time import CodeVerifier, gsm8k_answer, is_gsm8k_right
+from anabranch.test_time import verify as module
 from anabranch.test_time.verify import MOST_CODE, code_of
+from jailed import LACK, needs_jail
 from real_data import needs_data, real_data
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="code is run in a child that is forked")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="code is run on POSIX alone")
 
-verifier = CodeVerifier(seconds=2.0)
+# What is tested of limits, and not of walls, is tested where there are none too.
+own = CodeVerifier(seconds=2.0, sandbox="none")
+verifier = own if LACK else CodeVerifier(seconds=2.0)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +89,7 @@ def test_examples_of_a_question():
     assert not verifier.check_examples("a >>> b", "x = 1").passed
 
 
+@pytest.mark.parametrize("walls", ["none", pytest.param("bwrap", marks=needs_jail)])
 @pytest.mark.parametrize(
     ("code", "why"),
     [
@@ -92,51 +105,294 @@ def test_examples_of_a_question():
         ("\x00", "SyntaxError"),
     ],
 )
-def test_code_that_ends_otherwise_passes_nothing(code, why):
-    verdict = CodeVerifier(seconds=0.5).run(code, "assert True")
+def test_code_that_ends_otherwise_passes_nothing(code, why, walls):
+    verdict = CodeVerifier(seconds=0.5, sandbox=walls).run(code, "assert True")
     assert not verdict.passed
     assert verdict.why == why or code == "\x00"
 
 
-def test_what_runs_has_nothing_of_ours(monkeypatch, tmp_path):
+def test_what_runs_has_nothing_of_ours(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     # Processes that were started before have an older environment.
     close_all()
-    assert verifier.run("import os", "assert 'OPENAI_API_KEY' not in os.environ").passed
-    assert verifier.run("import os", "assert os.listdir('.') == []\nopen('mine', 'w').write('x')").passed
-    assert not os.path.exists("mine")
-    # It may write a file of its own, but no large one.
-    verdict = verifier.run("f = open('mine', 'wb')", "f.write(bytes(1 << 24)); f.flush()")
-    assert not verdict.passed
+    for one in {own, verifier}:
+        code = "import os\nseen = os.environ.get('OPENAI_API_KEY'), os.listdir('.')\nopen('mine', 'w').write('x')"
+        assert one.run(code, "assert seen == (None, [])").passed
+        assert not os.path.exists("mine")
+        # It may write a file of its own, but no large one.
+        assert not one.run("f = open('mine', 'wb')", "f.write(bytes(1 << 24)); f.flush()").passed
 
 
 def test_one_that_failed_leaves_the_next_alone():
     for _ in range(2):
-        assert not CodeVerifier(seconds=0.2).run("while True: pass", "").passed
+        assert not CodeVerifier(seconds=0.2, sandbox=verifier.sandbox).run("while True: pass", "").passed
         assert verifier.run("x = 1", "assert x == 1").passed
 
 
 def test_too_much_is_not_run():
     assert verifier.run("x" * (MOST_CODE + 1), "").why == "too long"
+    assert verifier.check_examples(">>> 1\n1\n" * 300, "").why == "too many examples"
     with pytest.raises(InputError, match="seconds is 100"):
         CodeVerifier(seconds=100.0)
+    with pytest.raises(InputError, match="sandbox is 'docker'; it must be bwrap, or none for code that you trust"):
+        CodeVerifier(sandbox="docker")
+
+
+def test_what_cannot_be_run_is_neither_right_nor_wrong(monkeypatch):
+    monkeypatch.setattr(module, "jail", lambda: ("/bin/false",))
+    with pytest.raises(SandboxError, match=r"code cannot be run: the process that runs it did not start \(code 1\)"):
+        CodeVerifier().run("x = 1", "")
+    monkeypatch.setattr(module, "jail", lambda: ("/no/such/file",))
+    with pytest.raises(SandboxError, match="a process for it cannot be started"):
+        CodeVerifier().check_humaneval(PROMPT, "", TEST, "area")
+    monkeypatch.setattr(sandbox, "WAIT_S", 0.3)
+    with pytest.raises(SandboxError, match=r"had no answer after 0\.3 s"):
+        CodeVerifier(sandbox="none").run("import time; time.sleep(4)", "")
+
+
+# What examples say, and who may know it
+
+
+@pytest.mark.parametrize(
+    ("examples", "passed"),
+    [
+        (">>> f(2)\n4\n", True),
+        (">>> f(2)\n5\n", False),
+        (">>> x = f(2)\n>>> x, x\n(4, 4)\n", True),
+        (">>> f(2)\n4\n>>> f(3)\n7\n", False),
+        (">>> print(f(2))\n4\n", True),
+        (">>> [f(2),  f(3)]\n[4,\n 6]\n", True),
+        (">>> list(map(f, range(99))) # doctest: +ELLIPSIS\n[0, 2, ..., 196]\n", True),
+        (">>> list(map(f, range(99)))\n[0, 2, ..., 196]\n", False),
+        (">>> f(2) # doctest: +SKIP\n5\n", False),
+        (">>> f(2)\n4\n>>> f(2) # doctest: +SKIP\n5\n", True),
+        (">>> f(None)\nTraceback (most recent call last):\n    ...\nValueError: no number\n", True),
+        (">>> f(None)\nTraceback (most recent call last):\n    ...\nValueError: other\n", False),
+        (
+            ">>> f(None) # doctest: +IGNORE_EXCEPTION_DETAIL\nTraceback (most recent call last):\nValueError: other\n",
+            True,
+        ),
+        (">>> f(2)\nTraceback (most recent call last):\nValueError: no number\n", False),
+        (">>> f(None)\nnothing\n", False),
+        (">>> f(\n", False),
+        (">>>f(2)\n4\n", False),
+    ],
+)
+def test_examples_mean_what_doctest_says(examples, passed):
+    answer = "def f(x):\n    if x is None:\n        raise ValueError('no number')\n    return 2 * x"
+    assert own.check_examples(f"Write f.\n\n{examples}", answer).passed is passed
+
+
+SEARCH = """
+import gc, sys
+def f(x):
+    frame, seen = sys._getframe(), []
+    while frame:
+        seen += [frame.f_locals, frame.f_globals]
+        frame = frame.f_back
+    return "want-" + str(7) in repr(seen + gc.get_objects())
+"""
+
+
+def test_what_is_expected_is_not_where_the_code_is():
+    question = "Write f.\n>>> f(1)\nFalse\n>>> f(2)\n'want-7'\n"
+    # The first example alone holds: what the second expects is found nowhere.
+    assert verifier.check_examples(question, SEARCH).passed is False
+    assert verifier.check_examples(question[: question.index(">>> f(2)")], SEARCH).passed is True
+
+
+WRITE = "import os, sys\nf = sys._getframe(1)\nout = f.f_locals.get('out')\n"
+
+
+@needs_jail
+@pytest.mark.parametrize(
+    "code",
+    [
+        # The attacks of a reader on what ran code before: the word in its caller's frame, and another compiler.
+        WRITE + "os.write(out, f.f_locals.get('word', '').encode()); os._exit(0)",
+        "import builtins\nfirst = compile\nbuiltins.compile = lambda *a: first('0', 't', 'exec')",
+        "import builtins, json\nbuiltins.exec = builtins.compile = json.loads = lambda *a: None",
+        WRITE + "os.write(out, b'{\"passed\": true}\\n'); os._exit(0)",
+        WRITE + 'os.write(out, b\'{"ready": true}\\n{"passed": true}\\n\'); os._exit(0)',
+        WRITE + "os.write(out, b'{\"ready\": true}\\n'); os.close(out); import time; time.sleep(9)",
+        WRITE + "os.write(out, b'x' * 999 + b'\\n'); os._exit(0)",
+        WRITE + "os.write(out, b'[' * 99999 + b'\\n'); os._exit(0)",
+        WRITE + "while 1: os.write(out, bytes(1 << 16))",
+        "import builtins\nbuiltins.AssertionError = builtins.abs = lambda *a: 0",
+    ],
+)
+def test_code_that_says_it_passed_has_not(code):
+    assert not CodeVerifier(seconds=1.0).run(code, "assert abs(1) == 2").passed
+
+
+CHECK = """
+def check(candidate):
+    assert candidate(2) == 4
+    assert candidate([1, {'a': (2.5, None)}]) == {1: {3}, 'x': float('inf')}
+"""
+SAYS = "    return 4 if x == 2 else {1: {3}, 'x': float('inf')}\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (SAYS, ""),
+        ("    import collections\n    return 4 if x == 2 else collections.OrderedDict({1: {3}, 'x': 1e999})\n", ""),
+        ("    return 5\n", "AssertionError"),
+        # What is equal to everything is no literal.
+        ("    class Equal:\n        def __eq__(self, other): return True\n    return Equal()\n", "TypeError"),
+        ("    class Four(int):\n        def __eq__(self, other): return True\n    return Four(5)\n", "AssertionError"),
+        ("    return float('nan')\n", "TypeError"),
+        ("    return [[]] * 400_000\n", "EOFError"),
+        ("    import os; os._exit(0)\n", "EOFError"),
+        ("    raise SystemExit\n", "SystemExit"),
+        ("    class passed(Exception): pass\n    raise passed\n", "passed"),
+        ("    class É(Exception): pass\n    raise type('no name', (Exception,), {})\n", "Exception"),
+        ("    while True: pass\n", "TimeoutError"),
+        # What it prints is heard by nobody.
+        ("    print('passed'); import sys; sys.stdout.flush(); return 5\n", "AssertionError"),
+    ],
+)
+def test_a_candidate_is_apart_from_its_tests(answer, why):
+    one = CodeVerifier(seconds=1.0 if "while" in answer else 4.0, sandbox=verifier.sandbox)
+    verdict = one.check_humaneval("def f(x):\n", answer, CHECK, "f")
+    assert (verdict.passed, verdict.why) == (not why, why)
+
+
+def test_tests_may_want_an_error_and_helpers_of_the_prompt():
+    prompt = "def half(x):\n    return x / 2\n\ndef f(x):\n"
+    tests = """
+def check(candidate):
+    try:
+        candidate(0)
+    except ZeroDivisionError:
+        return half(2)
+    assert False
+"""
+    assert verifier.check_humaneval(prompt, "    return 1 // x\n", tests, "f").passed
+    assert not verifier.check_humaneval(prompt, "    return 1\n", tests, "f").passed
+    # Numbers that Python does not write in decimals.
+    tests = (
+        "def check(candidate):\n    assert candidate(10 ** 5000) == -(10 ** 5001)\n    assert candidate(x=1) == -10\n"
+    )
+    assert verifier.check_humaneval("def f(x):\n", "    return -10 * x\n", tests, "f").passed
+
+
+# Walls
+
+
+@needs_jail
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import glob\nassert glob.glob('/proc/*') == [] and glob.glob('/etc/*') == [] and glob.glob('/work/*') == []",
+        "import os\nassert not os.path.exists('/root/.ssh') and not os.path.exists('/home')",
+        "import os, sys\nsys.setrecursionlimit(9)\nassert 'PATH' not in os.environ",
+        "for path in ('/x', '/dev/x', '/usr/lib/x'):\n    try: open(path, 'w')\n    except OSError: pass\n    else: 1 / 0",
+        "import os, signal\nassert os.getppid() <= 1",
+    ],
+)
+def test_nothing_of_the_machine_is_there(code):
+    assert verifier.run(code, "").passed
+
+
+@needs_jail
+def test_there_is_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.0)
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert verifier.run(code, "").why in ("ConnectionRefusedError", "OSError")
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+@needs_jail
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nwhile True: os.fork()",
+        "import os\nos.fork() or os.setsid() or os.fork()",
+        "import subprocess\nsubprocess.Popen(['/bin/sh'])",
+        "import os\nos.posix_spawn('/bin/sh', ['sh'], {})",
+        "import ctypes\nassert ctypes.CDLL(None).syscall(56, 17, 0, 0, 0, 0) >= 0",
+        "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) >= 0",
+    ],
+)
+def test_it_starts_no_process(code):
+    assert verifier.run(code, "").why in ("PermissionError", "AssertionError", "OSError")
+    assert inside() == []
+
+
+def inside():
+    """Processes that run inside, started by this one's workers."""
+    workers = [one.process.pid for one in sandbox.Sandbox.of(module._WORK).workers if one.process is not None]
+    return [child for worker in workers for child in children(worker)]
+
+
+def children(pid):
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []
+
+
+@needs_jail
+def test_nothing_outlives_its_run_or_the_process_that_watches():
+    threads = "import threading, time\nfor _ in range(8): threading.Thread(target=time.sleep, args=(60,)).start()"
+    assert CodeVerifier(seconds=0.5).run(threads, "while True: pass").why == "TimeoutError"
+    assert inside() == []
+    # The watcher is killed in the middle of a run.
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(CodeVerifier(seconds=2.0).run, "import time; time.sleep(60)", "")
+        killed_in_the_middle()
+        # It is begun again.
+        assert waiting.result(20).why == "TimeoutError"
+
+
+def killed_in_the_middle():
+    wait_for(inside)
+    [outer] = inside()
+    wait_for(lambda: children(outer))
+    [inner] = children(outer)
+    [watcher] = [one for one in sandbox.Sandbox.of(module._WORK).workers if one.process and children(one.process.pid)]
+    os.kill(watcher.process.pid, signal.SIGKILL)
+    wait_for(lambda: not os.path.exists(f"/proc/{inner}"))
+
+
+def wait_for(is_so):
+    until = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 # Real data
 
 
 @needs_data("qa/humaneval.jsonl.gz")
+def test_solutions_of_humaneval_pass_and_empty_ones_do_not():
+    rows = read("qa/humaneval.jsonl.gz")[::16]
+    for answer, passed in (("canonical_solution", len(rows)), ("empty", 0)):
+        assert num_passed(rows, answer) == passed
+
+
+@pytest.mark.slow
+@needs_data("qa/humaneval.jsonl.gz")
 def test_every_solution_of_humaneval_passes_and_no_empty_one_does():
     rows = read("qa/humaneval.jsonl.gz")
     assert len(rows) == 164
     for answer, passed in (("canonical_solution", 164), ("empty", 0)):
-        verdicts = [
-            CodeVerifier().check_humaneval(
-                row["prompt"], row.get(answer, "    pass\n"), row["test"], row["entry_point"]
-            )
-            for row in rows
-        ]
-        assert sum(verdict.passed for verdict in verdicts) == passed
+        assert num_passed(rows, answer) == passed
+
+
+def num_passed(rows, answer):
+    one = CodeVerifier(sandbox=verifier.sandbox)
+    answers = [row.get(answer, "    pass\n") for row in rows]
+    return sum(
+        one.check_humaneval(row["prompt"], said, row["test"], row["entry_point"]).passed
+        for row, said in zip(rows, answers, strict=True)
+    )
 
 
 @pytest.mark.slow
@@ -147,7 +403,7 @@ def test_solutions_of_humaneval_pass_the_examples_of_their_questions_but_for_tho
     failed = [
         row["task_id"].partition("/")[2]
         for row, answer in zip(rows, answers, strict=True)
-        if not CodeVerifier().check_examples(row["prompt"], answer).passed
+        if not verifier.check_examples(row["prompt"], answer).passed
     ]
     # Their own examples do not give what they say, or say it in other words than Python.
     assert failed == ["47", "65", "108", "113", "116", "128", "145", "156", "162"]

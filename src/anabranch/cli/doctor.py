@@ -76,6 +76,7 @@ def examine() -> dict[str, Any]:
         "packages": _packages(),
         "extras": _extras(),
         "gpu": _gpu(),
+        "sandbox": _sandbox(),
     }
 
 
@@ -165,6 +166,17 @@ def _gpu() -> dict[str, Any]:
     return {"usable": usable, "devices": devices or (torch or {}).get("devices", []), "torch": torch, "reason": reason}
 
 
+def _sandbox() -> dict[str, Any]:
+    """Whether code of models can be run here, behind walls."""
+    from anabranch.jail import jail
+    from anabranch.sandbox import SandboxError
+
+    try:
+        return {"command": jail()[0], "reason": ""}
+    except SandboxError as error:
+        return {"command": None, "reason": str(error)}
+
+
 def _smi() -> list[dict[str, Any]]:
     if shutil.which(_SMI[0]) is None:
         return []
@@ -228,6 +240,7 @@ def _print(found: dict[str, Any]) -> None:
             ("torch", _say_torch(found["gpu"]["torch"])),
             ("packages", _say_packages(found["packages"])),
             ("GPU", _say_gpu(found["gpu"])),
+            ("sandbox", found["sandbox"]["command"] or f"none: {found['sandbox']['reason']}"),
             ("cache", found["cache"]),
         ]
     )

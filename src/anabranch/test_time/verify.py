@@ -1,17 +1,27 @@
-"""Verifiers: is this answer right? Final numbers of word problems by exact match, code by running its tests in a process of its own.
+"""Verifiers: is this answer right? Final numbers of word problems by exact match, code by running it.
 
-Code of a model is nobody's code. It runs in a process with limits of time, memory, files and processes, an empty folder, no environment
-and, where the system lets a user have one of his own, no network; tests count as passed only if the process says so with a word that
-the code was not told. That stops what goes wrong by mistake. It is no wall against code that means harm: whoever runs models that
-strangers can steer runs the whole of it in a container or a virtual machine.
+Code of a model is nobody's code, and examples of a question are its sender's: both run inside bubblewrap alone (`anabranch.jail`), in
+processes that see no file of the machine but a read-only Python, no environment, no network, no other process, may start none, and end
+with their run. Without bubblewrap nothing is run, unless ``sandbox = "none"`` says that the code is one's own: then limits of time,
+memory, files and processes stop what goes wrong by mistake, and nothing else.
+
+What is expected is not where the code is. Examples are held against what they printed outside; the tests of a `check_humaneval` run in
+another process, and only values that Python writes as literals go between the two. A candidate can still do what it could on paper: give
+the answers that stand in the question. `CodeVerifier.run` has code and tests in one process, since any statement may be a test: there a
+candidate that means to can have itself passed, and only what it does by mistake cannot.
 """
 
+import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from anabranch.bounds import finite
-from anabranch.sandbox import Refused, Sandbox, Work
+from anabranch.bounds import finite, shown
+from anabranch.errors import InputError
+from anabranch.jail import jail
+from anabranch.sandbox import Refused, Sandbox, SandboxError, Work
 from anabranch.sandbox_worker import Limits
 
 __all__ = ["CodeVerifier", "Verdict", "code_of", "gsm8k_answer", "is_gsm8k_right"]
@@ -19,11 +29,12 @@ __all__ = ["CodeVerifier", "Verdict", "code_of", "gsm8k_answer", "is_gsm8k_right
 # Characters of an answer, and of its tests, that are looked at.
 MOST_CODE = 200_000
 
+# Of a question that holds examples.
+MOST_QUESTION = 50_000
+
 _LAST = re.compile(r"####\s*+([^\n]*+)")
 _NUMBER = re.compile(r"-?\$?-?\d[\d,]*(?:\.\d+)?")
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-
-_CLOSING = re.compile(r"(?:\"{3}|'{3}|`{3}\w*)[ \t]*$", re.MULTILINE)
 
 
 def gsm8k_answer(text: str) -> str | None:
@@ -76,71 +87,89 @@ class CodeVerifier:
     Attributes:
         seconds: that one run may take, of computing and of waiting alike; at most 15.
         source: whose code it is: where no process is free, sources take turns.
+        sandbox: ``bwrap``, or ``none`` for code that you trust as your own: see the module.
+
+    Raises SandboxError, with what to install, where this machine has no such sandbox.
     """
 
     seconds: float = 5.0
     source: str = ""
+    sandbox: Literal["bwrap", "none"] = "bwrap"
 
     def __post_init__(self) -> None:
         finite("seconds", self.seconds, 0.01, 15.0)
+        if self.sandbox not in ("bwrap", "none"):
+            raise InputError(f"sandbox is {shown(self.sandbox)}; it must be bwrap, or none for code that you trust")
+        if self.sandbox == "bwrap":
+            jail()
+        elif os.name != "posix":
+            raise SandboxError("code is run on Linux and other systems of POSIX alone")
 
     def run(self, code: str, tests: str) -> Verdict:
         """Run ``code`` and then ``tests`` (statements that raise where something is wrong). It blocks.
 
         Raises SandboxError where there is no process for it, which says nothing of the code.
         """
-        if len(code) + len(tests) > MOST_CODE:
-            return Verdict(False, "too long")
-        request = {"code": code, "tests": tests, "seconds": self.seconds}
-        try:
-            said = Sandbox.of(_WORK).ask(self.source, request)
-        except Refused:
-            # Of the process that watches, which the code may have brought down.
-            return Verdict(False, "refused")
-        return Verdict(said == "passed", "" if said == "passed" else str(said)[1:80])
+        return _verdict(self._asked(mode="run", code=code, tests=tests))
 
     def check_humaneval(self, prompt: str, answer: str, test: str, entry_point: str) -> Verdict:
         """A problem of HumanEval (Chen et al. 2021, arXiv 2107.03374): the answer may be the rest of the function or all of it.
+
+        What the function is given and what it returns must be literals (numbers, text, bytes, lists, tuples, sets, dicts, None).
 
         Args:
             prompt: with signature and docstring.
             answer: of the model; fenced code in it is taken alone.
             test: that defines ``check(candidate)``.
             entry_point: name of the function.
+
+        Raises SandboxError as `run` does.
         """
         code = code_of(answer)
         is_whole = re.search(rf"^def\s+{re.escape(entry_point)}\b", code, re.MULTILINE) is not None
+        stub = f"{prompt}\n    pass\n"
         # Imports and helpers of the prompt are there for a whole function too.
-        return self.run(
-            f"{prompt}\n    pass\n\n{code}" if is_whole else prompt + code, f"{test}\ncheck({entry_point})\n"
-        )
+        code = f"{stub}\n{code}" if is_whole else prompt + code
+        tests = f"{test}\ncheck({entry_point})\n"
+        return _verdict(self._asked(mode="check", code=code, prompt=stub, tests=tests, name=entry_point))
 
     def check_examples(self, prompt: str, answer: str) -> Verdict | None:
-        """The examples (``>>> f(2)`` and what it gives) that stand in a question; None where it has none."""
+        """The examples (``>>> f(2)`` and what it gives) that stand in a question, as `doctest` reads them; None where it has none.
+
+        Raises SandboxError as `run` does.
+        """
         if ">>>" not in prompt:
             return None
-        # A closing mark of a docstring or a fence is no part of what the last example gives.
-        text = _CLOSING.sub("", prompt[:MOST_CODE])
-        return self.run(code_of(answer), _EXAMPLES.format(text=repr(text)))
+        return _verdict(self._asked(mode="examples", code=code_of(answer), question=prompt[:MOST_QUESTION]))
+
+    def _asked(self, *, mode: str, code: str, **more: Any) -> dict[str, Any]:
+        if len(code) + sum(len(one) for one in more.values()) > MOST_CODE:
+            return {"error": "too long"}
+        front = jail() if self.sandbox == "bwrap" else ()
+        request = {"mode": mode, "code": code, "jail": front, "seconds": self.seconds, **more}
+        try:
+            said: dict[str, Any] = json.loads(Sandbox.of(_WORK).ask(self.source, request))
+        except Refused as error:
+            # Of the process that watches, in which none of the code runs.
+            raise SandboxError(f"the process that {_WORK.does} ended: {error}") from None
+        if "unknown" in said:
+            raise SandboxError(f"code cannot be run: {said['unknown']}")
+        return said
 
 
-# Run where the code has been: doctest's own parser, so that an example means there what it means in Python.
-_EXAMPLES = """
-import doctest
-class Loud(doctest.DocTestRunner):
-    def report_start(self, *told): pass
-    def report_success(self, *told): pass
-    def report_failure(self, *told): pass
-    def report_unexpected_exception(self, *told): pass
-found = doctest.DocTestParser().get_doctest({text}, dict(globals()), "question", None, None)
-assert found.examples
-assert Loud(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE).run(found, out=lambda text: None).failed == 0
-"""
+def _verdict(said: dict[str, Any]) -> Verdict:
+    if said.get("passed") is True:
+        return Verdict(True)
+    why = said.get("error")
+    return Verdict(False, why[:80] if isinstance(why, str) and why else "ended early")
+
 
 _WORK = Work(
     program=Path(__file__).with_name("verify_worker.py"),
     does="runs code of models",
     do="run code of models",
     limits=Limits(seconds=20.0, memory=2 << 30),
-    greeting={"code": "", "tests": "", "seconds": 5.0},
+    greeting={"mode": ""},
+    # Walls and a Python of its own are part of each run.
+    quick_s=0.6,
 )

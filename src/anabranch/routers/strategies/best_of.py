@@ -13,10 +13,11 @@ Where a model gives no answer, the next of the pool is asked in its place.
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from anabranch.config import Field, configclass
 from anabranch.errors import AnabranchError, ConfigError, InputError
+from anabranch.jail import jail
 from anabranch.routers.contract.knobs import knob_of
 from anabranch.routers.contract.program import Ask, Done, Event, Program, ProgramRequest, Step
 from anabranch.routers.contract.query import Decision, Model, Pool, Query
@@ -24,6 +25,7 @@ from anabranch.routers.contract.strategy import ordered
 from anabranch.routers.money import dollars
 from anabranch.routers.strategies.best_of_drawing import Drawing, answer_key, examples_checker, judged
 from anabranch.routers.strategies.sampled_counts import Counting, Ran
+from anabranch.sandbox import SandboxError
 from anabranch.test_time import (
     BetaTTSPM,
     BudgetController,
@@ -55,8 +57,9 @@ class BestOf(Counting, Program, kind="best_of"):
         Attributes:
             model: that answers; None for the first of the pool. The others are asked where it gives no answer.
             select: ``majority``, ``logprob`` (a vote weighed by the likelihood of tokens), ``judge``.
-            verifier: ``none``; ``examples`` runs code of answers against the examples (``>>>``) of the question, in a process of its own on
-                the machine of the gateway (read what `anabranch.test_time.verify` says of that before); a question without any has none.
+            verifier: ``none``; ``examples`` runs code of answers against the examples (``>>>``) of the question, the sender's code both of
+                them as far as anybody knows, inside bubblewrap on the machine of the gateway (`anabranch.test_time.verify`); where that
+                cannot be, it is refused. A question without any has no verifier.
             judge: model that scores answers from 0 to 10; None for the one that answers.
             rounds: answers one after another, each of which reads the last one, in place of side by side.
             critic: what is said to an answer before the next round.
@@ -100,6 +103,14 @@ class BestOf(Counting, Program, kind="best_of"):
                 )
 
     sender_knobs = ("n",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.verifier == "examples":
+            try:
+                jail()
+            except SandboxError as error:
+                raise ConfigError(f"verifier is 'examples', and {error}") from None
 
     def route(self, query: Query, pool: Pool) -> Decision:
         """The model that answers first, then the others of the pool; with how many samples pay. Raises InputError for a model not there."""
