@@ -1,0 +1,249 @@
+"""PCCL as a backend of torch.distributed, for what is written against that: DDP, FSDP, DeviceMesh.
+
+    import anabranch.cluster.pccl.process_group        # registers it
+    dist.init_process_group("pccl")                    # under torchrun; cpu tensors, and cuda ones by way of the host
+    model = DistributedDataParallel(model)
+
+A process group of torch has a fixed size, so a peer that is lost ends it: every survivor's next wait raises `PeerLost` at once, whatever
+`timeout` says, with tensors as they were, and torchrun starts the workers anew. What outlives losses is `Communicator` itself.
+
+The master is the one that ANABRANCH_CLUSTER_MASTER names; without it rank 0 has one in a thread. Broadcasts and gathers are sums of bytes
+of which all but one are zero: exact, and twice the bytes of what a ring of their own would send.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anabranch.cluster.pccl.communicator import Communicator
+from anabranch.cluster.pccl.master import Master
+from anabranch.cluster.pccl.part import Reduced
+from anabranch.errors import InputError
+
+__all__ = ["NAME", "PCCLGroup"]
+
+NAME = "pccl"
+_OPS = {
+    dist.ReduceOp.SUM: "sum",
+    dist.ReduceOp.AVG: "avg",
+    dist.ReduceOp.PRODUCT: "prod",
+    dist.ReduceOp.MAX: "max",
+    dist.ReduceOp.MIN: "min",
+}
+_MOST_TAG = 1 << 20
+_WAIT_S = 300.0
+
+
+class _Work(dist._Work):
+    """What torch waits for: some collectives, and then what is to be done with their result."""
+
+    def __init__(self, handles: list[Future[Reduced]], result: Any, done: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self._future: torch.futures.Future[Any] = torch.futures.Future()
+        self._left, self._lock = len(handles), threading.Lock()
+        self._result, self._done = result, done
+        for handle in handles:
+            handle.add_done_callback(self._count)
+        if not handles:
+            self._finish()
+
+    def _count(self, handle: Future[Reduced]) -> None:
+        error = handle.exception()
+        with self._lock:
+            self._left -= 1
+            is_last = not self._left
+            if error is not None and not self._future.done():
+                self._future.set_exception(error)  # type: ignore[arg-type]
+        if is_last and not self._future.done():
+            self._finish()
+
+    def _finish(self) -> None:
+        self._done()
+        self._future.set_result(self._result)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Until it is done; raises what went wrong. Peers that are lost are found without ``timeout``."""
+        self._future.wait()
+        return True
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        """Of the result."""
+        return self._future
+
+
+class PCCLGroup(dist.ProcessGroup):
+    """A process group over a `Communicator`.
+
+    Args:
+        rank, size: of torch.
+        peers: connected, with ``size`` peers.
+        master: that ends with the group; None for one elsewhere.
+    """
+
+    def __init__(self, rank: int, size: int, peers: Communicator, master: Master | None = None) -> None:
+        super().__init__(rank, size)
+        self._peers, self._master, self._number_of_ranks = peers, master, size
+        self._rank, self._next = rank, 0
+
+    def getBackendName(self) -> str:  # torch's name
+        """``pccl``."""
+        return NAME
+
+    def shutdown(self) -> None:
+        """Leave."""
+        self._peers.close()
+        if self._master is not None:
+            self._master.stop()
+
+    abort = shutdown
+
+    def _begin(self, tensor: Tensor, op: str) -> Future[Reduced]:
+        # The same on all ranks, since they call in the same order.
+        tag, self._next = self._next, (self._next + 1) % _MOST_TAG
+        return self._peers.all_reduce_async(tensor, op=op, tag=tag)
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist._Work:
+        """In place."""
+        op = _op_of(opts)
+        return _Work([self._begin(tensor, op) for tensor in tensors], tensors)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> dist._Work:
+        """In place."""
+        return self.allreduce(tensors, opts)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> dist._Work:
+        """In place, from ``opts.rootRank``."""
+        held = [
+            _bytes(tensor) if self._rank == opts.rootRank else _bytes(torch.zeros_like(tensor)) for tensor in tensors
+        ]
+
+        def put() -> None:
+            for tensor, data in zip(tensors, held, strict=True):
+                tensor.detach().copy_(_like(data, tensor))
+
+        return _Work([self._begin(data, "sum") for data in held], tensors, put)
+
+    def allgather(
+        self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor], opts: Any = None
+    ) -> dist._Work:
+        """``output_tensors[i][rank]`` become the ``input_tensors[i]`` of each rank."""
+        held = [self._slots(tensor) for tensor in input_tensors]
+
+        def put() -> None:
+            for outputs, slots in zip(output_tensors, held, strict=True):
+                for output, data in zip(outputs, slots, strict=True):
+                    output.detach().copy_(_like(data, output))
+
+        return _Work([self._begin(slots.reshape(-1), "sum") for slots in held], output_tensors, put)
+
+    def _allgather_base(self, output: Tensor, given: Tensor, opts: Any = None) -> dist._Work:
+        slots = self._slots(given)
+
+        def put() -> None:
+            output.detach().copy_(_like(slots.reshape(-1), output))
+
+        return _Work([self._begin(slots.reshape(-1), "sum")], output, put)
+
+    # Newer versions of torch call it so.
+    all_gather_single = _allgather_base
+
+    def allgather_into_tensor_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist._Work:
+        """As ``_allgather_base`` for each."""
+        held = [self._slots(tensor) for tensor in inputs]
+
+        def put() -> None:
+            for output, slots in zip(outputs, held, strict=True):
+                output.detach().copy_(_like(slots.reshape(-1), output))
+
+        return _Work([self._begin(slots.reshape(-1), "sum") for slots in held], outputs, put)
+
+    def reduce_scatter(
+        self, output_tensors: list[Tensor], input_tensors: list[list[Tensor]], opts: Any = None
+    ) -> dist._Work:
+        """``output_tensors[i]`` become this rank's part of the reduced ``input_tensors[i]``."""
+        whole = [torch.stack([part.detach() for part in parts]) for parts in input_tensors]
+
+        def put() -> None:
+            for output, reduced in zip(output_tensors, whole, strict=True):
+                output.detach().copy_(reduced[self._rank])
+
+        return _Work([self._begin(tensor, _op_of(opts)) for tensor in whole], output_tensors, put)
+
+    def _reduce_scatter_base(self, output: Tensor, given: Tensor, opts: Any = None) -> dist._Work:
+        whole = given.detach().clone()
+
+        def put() -> None:
+            output.detach().copy_(whole.reshape(self._number_of_ranks, -1)[self._rank].reshape(output.shape))
+
+        return _Work([self._begin(whole, _op_of(opts))], output, put)
+
+    reduce_scatter_single = _reduce_scatter_base
+
+    def reduce_scatter_tensor_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist._Work:
+        """As ``_reduce_scatter_base`` for each."""
+        whole = [tensor.detach().clone() for tensor in inputs]
+
+        def put() -> None:
+            for output, reduced in zip(outputs, whole, strict=True):
+                output.detach().copy_(reduced.reshape(self._number_of_ranks, -1)[self._rank].reshape(output.shape))
+
+        return _Work([self._begin(tensor, _op_of(opts)) for tensor in whole], outputs, put)
+
+    def barrier(self, opts: Any = None) -> dist._Work:
+        """Until all are here."""
+        return _Work([self._begin(torch.zeros(1), "sum")], None)
+
+    def _slots(self, tensor: Tensor) -> Tensor:
+        """uint8 ``[ranks, bytes]``: zero but for this rank's row."""
+        data = _bytes(tensor)
+        slots = torch.zeros(self._number_of_ranks, data.numel(), dtype=torch.uint8)
+        slots[self._rank] = data
+        return slots
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous().reshape(-1).clone().view(torch.uint8)
+
+
+def _like(data: Tensor, tensor: Tensor) -> Tensor:
+    return data.view(tensor.dtype).reshape(tensor.shape)
+
+
+def _op_of(opts: Any) -> str:
+    asked = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+    for known, name in _OPS.items():
+        if asked == known:
+            return name
+    raise InputError(f"{getattr(asked, 'op', asked)} is no operation of PCCL; use {', '.join(sorted(set(_OPS.values())))}")
+
+
+def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """What ``init_process_group("pccl")`` calls."""
+    address, master = os.environ.get("ANABRANCH_CLUSTER_MASTER", ""), None
+    if not address:
+        if rank == 0:
+            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            master = Master("0.0.0.0:0").start()
+            store.set("pccl", f"{host}:{master.address.rpartition(':')[2]}")
+        address = store.get("pccl").decode()
+    wait_s = min(timeout.total_seconds(), _WAIT_S)
+    peers = Communicator(address, master_wait_s=wait_s).connect()
+    peers.wait_for(size)
+    return PCCLGroup(rank, size, peers, master)
+
+
+if NAME not in dist.Backend.backend_list:
+    dist.Backend.register_backend(NAME, _made, devices=["cpu", "cuda"])
