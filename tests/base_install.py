@@ -59,6 +59,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "heads train x --out y": "lm",
     "heads report x": "lm",
     "cluster attention x": "lm",
+    "cluster churn": "lm",
     "cluster elastic x": "lm",
     "cluster plan x": "lm",
     "cluster plan x --picture y.svg": "lm,plots",

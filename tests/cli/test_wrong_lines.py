@@ -105,6 +105,15 @@ cluster elastic trained --layers 3
 cluster elastic trained --stages 64
 cluster elastic trained --hardware nothing
 cluster elastic text
+cluster churn --seconds nan
+cluster churn --seconds 0
+cluster churn --peers 2
+cluster churn --peers {HUGE}
+cluster churn --every 0
+cluster churn --hangs 2
+cluster churn --master-every nan
+cluster churn --numbers 0
+cluster churn --seed {HUGE}
 cluster master --listen nowhere.invalid:1
 cluster master --listen 127.0.0.1:99999
 cluster master --listen ::1

@@ -227,7 +227,9 @@ def _op_of(opts: Any) -> str:
     for known, name in _OPS.items():
         if asked == known:
             return name
-    raise InputError(f"{getattr(asked, 'op', asked)} is no operation of PCCL; use {', '.join(sorted(set(_OPS.values())))}")
+    raise InputError(
+        f"{getattr(asked, 'op', asked)} is no operation of PCCL; use {', '.join(sorted(set(_OPS.values())))}"
+    )
 
 
 def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
