@@ -25,8 +25,11 @@ from anabranch.rl.policies import Actions
 
 __all__ = ["CRITIC", "OUTCOME", "POLICY", "Environment", "Gymnasium", "World", "episode_seed", "flat", "layout_of"]
 
-# Of an observation that is a dict: what the policy sees, and what only the critic does.
-POLICY, CRITIC = "policy", "critic"
+# Of an observation that is a dict: numbers and a picture that the policy sees, one of them at least, and what only the critic does.
+POLICY, PICTURE, CRITIC = "policy", "picture", "critic"
+_PARTS = (POLICY, PICTURE, CRITIC)
+# What the numbers of a picture of whole numbers go up to.
+_BRIGHTEST = 255.0
 # In what a step tells beside its reward: numbers about an episode by name, ``[N]`` each, good where it has ended.
 OUTCOME = "outcome"
 
@@ -165,27 +168,44 @@ def episode_seed(seed: int, environment: int, episode: int) -> int:
 def layout_of(observation_space: Any, action_space: Any) -> Layout:
     """What an agent needs to be for these spaces of gymnasium, of one environment.
 
-    Observations are boxes, flattened, or a dict of two: ``policy`` and ``critic``. Raises ConfigError for any others.
+    Observations are boxes, flattened, or a dict of them: ``policy``, ``critic``, ``picture``. A picture is a box of three axes, channels
+    first or last, whichever are fewer; one that stands alone is one if its numbers are uint8. Raises ConfigError for any others.
     """
     import gymnasium
 
     spaces = gymnasium.spaces
-    private = 0
     if isinstance(observation_space, spaces.Dict):
-        if set(observation_space.spaces) != {POLICY, CRITIC}:
+        parts = dict(observation_space.spaces)
+        if not parts or not set(parts) <= set(_PARTS) or set(parts) == {CRITIC}:
             raise ConfigError(
-                f"observations are a dict of {', '.join(observation_space.spaces)}; use boxes called {POLICY!r} and {CRITIC!r}, or one box"
+                f"observations are a dict of {', '.join(parts)}; use boxes called {POLICY!r} and {CRITIC!r}, or {PICTURE!r}, or one box"
             )
-        private = _size(observation_space[CRITIC])
-        observation_space = observation_space[POLICY]
-    observed = _size(observation_space)
+    else:
+        parts = {PICTURE if _is_picture(observation_space) else POLICY: observation_space}
+    sizes = {name: _size(space) for name, space in parts.items()}
+    picture, brightest = None, 1.0
+    if PICTURE in parts:
+        shape, dtype = parts[PICTURE].shape, parts[PICTURE].dtype
+        if len(shape) != 3:
+            raise ConfigError(f"a picture is {list(shape)}; it must have three axes: channels, height and width")
+        picture = (shape[2], shape[0], shape[1]) if _is_channels_last(shape) else shape
+        brightest = _BRIGHTEST if np.issubdtype(dtype, np.integer) else 1.0
+    observed, private = sizes.get(POLICY, 0) + sizes.get(PICTURE, 0), sizes.get(CRITIC, 0)
+    actions = _actions_of(action_space)
+    return Layout(observed, private, actions, picture, brightest)
+
+
+def _actions_of(action_space: Any) -> Actions:
+    import gymnasium
+
+    spaces = gymnasium.spaces
     if isinstance(action_space, spaces.Discrete):
         if int(action_space.start) != 0:
             raise ConfigError(f"actions begin at {action_space.start}; they must begin at 0")
-        return Layout(observed, private, Actions(int(action_space.n)))
+        return Actions(int(action_space.n))
     if isinstance(action_space, spaces.Box) and len(action_space.shape) == 1:
         low, high = (tuple(float(bound) for bound in side) for side in (action_space.low, action_space.high))
-        return Layout(observed, private, Actions(0, low, high))
+        return Actions(0, low, high)
     raise ConfigError(f"actions are {action_space}; use a discrete space, or a box with one axis")
 
 
@@ -197,12 +217,29 @@ def _size(space: Any) -> int:
     return int(np.prod(space.shape))
 
 
+def _is_picture(space: Any) -> bool:
+    return len(space.shape or ()) == 3 and space.dtype == np.uint8
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Of a picture: whether its last axis is the shortest."""
+    return shape[2] < min(shape[:2])
+
+
 def flat(observations: Any) -> np.ndarray:
-    """Observations of N environments as float32 ``[N, D]``: the policy's numbers, and behind them what only the critic sees."""
+    """Observations of N environments as float32 ``[N, D]``: numbers of the policy, its picture (channels first), numbers of the critic."""
     if isinstance(observations, Mapping):
-        return np.concatenate([flat(observations[POLICY]), flat(observations[CRITIC])], axis=1)
-    array = np.asarray(observations, dtype=np.float32)
-    return array.reshape(len(array), -1)
+        parts = [(name, np.asarray(observations[name])) for name in _PARTS if name in observations]
+        flats = [_pictured(array) if name == PICTURE else array for name, array in parts]
+        return np.concatenate([array.reshape(len(array), -1) for array in flats], axis=1, dtype=np.float32)
+    array = np.asarray(observations)
+    array = _pictured(array) if array.ndim == 4 and array.dtype == np.uint8 else array
+    return array.reshape(len(array), -1).astype(np.float32, copy=False)
+
+
+def _pictured(picture_NXXX: np.ndarray) -> np.ndarray:
+    """With channels first."""
+    return np.moveaxis(picture_NXXX, -1, 1) if _is_channels_last(picture_NXXX.shape[1:]) else picture_NXXX
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,7 +3,8 @@
 The critic may see more than the policy (an *asymmetric critic*): what an environment keeps from whoever acts, such as how much of the
 route is left, helps to judge a state in training and is not needed afterwards.
 """
-# Shapes: B rows, D numbers of an observation (the policy's first, the critic's own behind them), P parameters of an action's distribution
+# Shapes: B rows, D numbers of an observation (the policy's first, its picture last among them, the critic's own behind all), P parameters
+# of an action's distribution
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import ConfigError
+from anabranch.rl.pictures import Pictures
 from anabranch.rl.policies import Actions, Kind, kind_of
 
 __all__ = ["ActorCritic", "Layout"]
@@ -23,6 +25,8 @@ __all__ = ["ActorCritic", "Layout"]
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 # Weights of one network.
 _MOST_NUMBERS = 500_000_000
+# Of a picture, where there is no layer to say.
+_FEATURES = 64
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,30 @@ class Layout:
         num_observed: numbers of an observation that the policy sees.
         num_private: those behind them, which only the critic sees.
         actions: what may be done.
+        picture: channels, height and width of a picture, which the last of the numbers that the policy sees are; None for none.
+        brightest: what the numbers of a picture are divided by, such as 255.
     """
 
     num_observed: int
     num_private: int
     actions: Actions
+    picture: tuple[int, int, int] | None = None
+    brightest: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_observed < 1 or self.num_private < 0:
             raise ConfigError(f"an observation has {self.num_observed} numbers; a policy needs at least one")
+        if self.num_pictured > self.num_observed:
+            raise ConfigError(f"a picture has {self.num_pictured} numbers, and {self.num_observed} are observed")
+
+    @property
+    def num_pictured(self) -> int:
+        """Numbers of the picture."""
+        return math.prod(self.picture) if self.picture else 0
 
 
 class ActorCritic(nn.Module):
-    """Two networks of dense layers.
+    """Two networks of dense layers; before each, where there is a picture, a convolutional one of its own (`Pictures`).
 
     Weights are orthogonal, with gain sqrt(2) in between, 0.01 before the action and 1 before the value; biases are 0. So at first every
     action is about as likely as the others. A normal policy's deviation is learned and does not depend on the observation; it begins at 1.
@@ -55,7 +70,7 @@ class ActorCritic(nn.Module):
         hidden: widths of the layers of each network.
         activation: ``tanh`` or ``relu``.
         policy: ``categorical``, ``normal``, ``beta``, or ``auto``, see `kind_of`.
-        scale: observations are divided by it, number by number; empty for as they are.
+        scale: observations are divided by it, number by number but for a picture; empty for as they are.
 
     Raises ConfigError if the policy's kind does not fit the actions, or ``scale`` the observations.
     """
@@ -72,17 +87,24 @@ class ActorCritic(nn.Module):
         scale: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
-        width = layout.num_observed + layout.num_private
+        width = layout.num_observed + layout.num_private - layout.num_pictured
         if scale and (len(scale) != width or not all(value > 0 for value in scale)):
             raise ConfigError(f"observation_scale has {len(scale)} numbers; use {width} above 0, or none")
-        _check_size(width, hidden)
+        # Features of a picture are as many as the first layer is wide.
+        features = (hidden[0] if hidden else _FEATURES) if layout.picture else 0
+        _check_size(width + features, hidden)
         self.layout = layout
         self.kind: Kind = kind_of(policy, layout.actions)
-        self.register_buffer("scale_D", torch.tensor(scale or [1.0] * width), persistent=False)
+        plain = layout.num_observed - layout.num_pictured
+        told = list(scale) or [1.0] * width
+        whole = [*told[:plain], *[layout.brightest] * layout.num_pictured, *told[plain:]]
+        self.register_buffer("scale_D", torch.tensor(whole), persistent=False)
         # The mean alone of a normal policy comes from the observation.
         given = layout.actions.num_numbers if self.kind.name == "normal" else self.kind.num_parameters
-        self.policy = _dense(layout.num_observed, hidden, given, activation, last_gain=0.01)
-        self.critic = _dense(width, hidden, 1, activation, last_gain=1.0)
+        self.policy = _dense(plain + features, hidden, given, activation, last_gain=0.01)
+        self.critic = _dense(width + features, hidden, 1, activation, last_gain=1.0)
+        if layout.picture:
+            self.policy_pictures, self.critic_pictures = (Pictures(layout.picture, features) for _ in range(2))
         if self.kind.name == "normal":
             self.log_deviation_A = nn.Parameter(torch.zeros(given))
 
@@ -95,14 +117,23 @@ class ActorCritic(nn.Module):
         return self._acts(observation_BD), self._judges(observation_BD)
 
     def _acts(self, observation_BD: Tensor) -> Tensor:
-        seen = self.layout.num_observed
-        given = self.policy((observation_BD / self.scale_D)[:, :seen])
+        scaled_BD = (observation_BD / self.scale_D)[:, : self.layout.num_observed]
+        given = self.policy(self._looked(scaled_BD, self.policy_pictures) if self.layout.picture else scaled_BD)
         if self.kind.name != "normal":
             return given
         return torch.cat([given, self.log_deviation_A.expand_as(given)], dim=-1)
 
     def _judges(self, observation_BD: Tensor) -> Tensor:
-        return self.critic(observation_BD / self.scale_D).squeeze(-1)
+        scaled_BD = observation_BD / self.scale_D
+        seen_BX = self._looked(scaled_BD, self.critic_pictures) if self.layout.picture else scaled_BD
+        return self.critic(seen_BX).squeeze(-1)
+
+    def _looked(self, scaled_BD: Tensor, pictures: nn.Module) -> Tensor:
+        """With features in the place of the picture."""
+        assert self.layout.picture is not None
+        end, begin = self.layout.num_observed, self.layout.num_observed - self.layout.num_pictured
+        features_BF = pictures(scaled_BD[:, begin:end].unflatten(1, self.layout.picture))
+        return torch.cat([scaled_BD[:, :begin], features_BF, scaled_BD[:, end:]], dim=1)
 
 
 def _check_size(width: int, hidden: tuple[int, ...]) -> None:
