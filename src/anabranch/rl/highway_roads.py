@@ -67,7 +67,7 @@ class _Neighbours(Road):
         """Who drives in front on a lane, and who behind; see HighwayEnv."""
         lane_index = lane_index or vehicle.lane_index
         lane = self.network.get_lane(lane_index) if lane_index else None
-        if self.neighbour_vehicles_connected_lanes or not isinstance(lane, _Quick):
+        if getattr(self, "neighbour_vehicles_connected_lanes", False) or not isinstance(lane, _Quick):
             return super().neighbour_vehicles(vehicle, lane_index)
         locate = lane.local_coordinates
         place = locate(vehicle.position)[0]
