@@ -79,6 +79,13 @@ BARS: dict[str, tuple[Bar, ...]] = {
         Bar(1.3, ".* E=64 .* training"),
     ),
     "parscale": (Bar(0.5, "decode 1 sequence, P = 4 against P = 1"),),
+    "pccl": (
+        Bar(2.0, "all-reduce, 2 processes, 64 MiB", "pypccl"),
+        Bar(1.3, "all-reduce, .*, (16|64|256) MiB", "pypccl"),
+        Bar(0.5, "all-reduce, .*, (16|64|256) MiB", "gloo"),
+        Bar(0.6, "ceiling, .*, (16|64|256) MiB"),
+        Bar(1.0, "recovery, .*", "pypccl"),
+    ),
     "ppr": (Bar(1.0, ".*: the first source, .*, L1 error .*"), Bar(10, ".*: the hundredth source, .*")),
     "prefill": (Bar(0.7, ".* bfloat16"),),
     "reuse": (
@@ -133,6 +140,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "served_depth": frozenset(BARS["served_depth"]),
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
+    "pccl": frozenset(BARS["pccl"]),
     "ring_attention": frozenset(BARS["ring_attention"]),
     "rl": frozenset(BARS["rl"]),
     "scale": frozenset(BARS["scale"]),

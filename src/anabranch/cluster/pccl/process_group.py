@@ -62,7 +62,7 @@ class _Work(dist._Work):
             self._left -= 1
             is_last = not self._left
             if error is not None and not self._future.done():
-                self._future.set_exception(error)  # type: ignore[arg-type]
+                self._future.set_exception(error)
         if is_last and not self._future.done():
             self._finish()
 
@@ -90,7 +90,7 @@ class PCCLGroup(dist.ProcessGroup):
     """
 
     def __init__(self, rank: int, size: int, peers: Communicator, master: Master | None = None) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # its stubs know a group with a store only
         self._peers, self._master, self._number_of_ranks = peers, master, size
         self._rank, self._next = rank, 0
 
@@ -111,7 +111,7 @@ class PCCLGroup(dist.ProcessGroup):
         tag, self._next = self._next, (self._next + 1) % _MOST_TAG
         return self._peers.all_reduce_async(tensor, op=op, tag=tag)
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist._Work:
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist._Work:  # type: ignore[override]  # the form that torch calls
         """In place."""
         op = _op_of(opts)
         return _Work([self._begin(tensor, op) for tensor in tensors], tensors)
@@ -120,7 +120,7 @@ class PCCLGroup(dist.ProcessGroup):
         """In place."""
         return self.allreduce(tensors, opts)
 
-    def broadcast(self, tensors: list[Tensor], opts: Any) -> dist._Work:
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> dist._Work:  # type: ignore[override]  # the form that torch calls
         """In place, from ``opts.rootRank``."""
         held = [
             _bytes(tensor) if self._rank == opts.rootRank else _bytes(torch.zeros_like(tensor)) for tensor in tensors
@@ -132,7 +132,7 @@ class PCCLGroup(dist.ProcessGroup):
 
         return _Work([self._begin(data, "sum") for data in held], tensors, put)
 
-    def allgather(
+    def allgather(  # type: ignore[override]  # the form that torch calls
         self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor], opts: Any = None
     ) -> dist._Work:
         """``output_tensors[i][rank]`` become the ``input_tensors[i]`` of each rank."""
@@ -154,7 +154,7 @@ class PCCLGroup(dist.ProcessGroup):
         return _Work([self._begin(slots.reshape(-1), "sum")], output, put)
 
     # Newer versions of torch call it so.
-    all_gather_single = _allgather_base
+    all_gather_single = _allgather_base  # type: ignore[assignment]
 
     def allgather_into_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
@@ -168,7 +168,7 @@ class PCCLGroup(dist.ProcessGroup):
 
         return _Work([self._begin(slots.reshape(-1), "sum") for slots in held], outputs, put)
 
-    def reduce_scatter(
+    def reduce_scatter(  # type: ignore[override]  # the form that torch calls
         self, output_tensors: list[Tensor], input_tensors: list[list[Tensor]], opts: Any = None
     ) -> dist._Work:
         """``output_tensors[i]`` become this rank's part of the reduced ``input_tensors[i]``."""
@@ -188,7 +188,7 @@ class PCCLGroup(dist.ProcessGroup):
 
         return _Work([self._begin(whole, _op_of(opts))], output, put)
 
-    reduce_scatter_single = _reduce_scatter_base
+    reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
 
     def reduce_scatter_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
