@@ -22,10 +22,11 @@ def finds_itself(index):
     return (index.search(index.vectors(id_N), 1)[0][:, 0] == id_N).mean()
 
 
-def with_links(lists, M, seed=0):
+def with_links(lists, M, vector_ND=None, **options):
     """An index on level 0 alone whose lists are these."""
-    vector_ND = np.random.default_rng(seed).standard_normal((len(lists), DIM)).astype(np.float32)
-    index = HNSW(DIM, M=M, ef_construction=max(M, 4), flat=True, workers=1)
+    if vector_ND is None:
+        vector_ND = np.random.default_rng(0).standard_normal((len(lists), DIM)).astype(np.float32)
+    index = HNSW(DIM, M=M, ef_construction=max(M, 4), flat=True, workers=1, **options)
     index.add(vector_ND)
     held = index._storage
     held.links[: len(lists)] = -1
@@ -65,6 +66,33 @@ def test_room_is_taken_before_a_link():
     index = with_links([[1, 2, 3, 4], [0, 2, 3, 4], [0, 1], [0, 1, 2, 4], [0, 1, 2, 3], []], M=2)
     assert index._linker.repair() == 1
     assert index._storage.links[2].tolist() == [0, 1, 5, -1]
+
+
+@pytest.mark.parametrize(
+    ("places", "lists", "nearest_leads_to"),
+    [
+        # Nothing lies behind a gap: the farthest goes.
+        (
+            [0, 1, 2, 3, 4, 1000],
+            [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3], [0]],
+            {1, 2, 3, 5},
+        ),
+        # The farthest before the gap goes, so that what lies behind it is led to as before.
+        (
+            [0, 1, 2, 3, 4, 1000, -900],
+            [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4], [1, 2, 3, 6], [0], [4]],
+            {2, 3, 5, 6},
+        ),
+    ],
+)
+def test_what_no_list_takes_by_the_nearest_alone_is_put_in(places, lists, nearest_leads_to):
+    vector_ND = np.zeros((len(places), DIM), np.float32)
+    vector_ND[:, 0] = places
+    index = with_links(lists, 2, vector_ND, heuristic="simple")
+    held, slot_S = index._storage, np.array([5])
+    with linking.Marks(held) as marks:
+        assert linking.link_lost(held.graph, marks, slot_S, 0, 1, 32) == 1
+    assert set(held.links[4].tolist()) == nearest_leads_to
 
 
 @st.composite

@@ -74,6 +74,21 @@ EMPTY = made()
 EMPTY.add(np.random.default_rng(0).standard_normal((5000, DIM)).astype(np.float32)[:, :DIM], workers=2)
 
 
+def test_marks_come_along_when_slots_are_numbered_anew():
+    index = made(compact_at=None)
+    index.add(around(np.random.default_rng(0), 3000))
+    index._storage.suspect[:3000] = 0
+    index._storage.blocks[:] = 0
+    index._linker.watch.mark(np.array([2500, 2999]), WATCHED)
+    index.remove(np.arange(1200))
+    index.compact(repair=False)
+    assert set(np.flatnonzero(index._storage.suspect[:1800] & WATCHED).tolist()) >= {1300, 1799}
+    assert blocks_hold_all(index)
+    # More room is made.
+    index.add(around(np.random.default_rng(1), 4000))
+    assert blocks_hold_all(index)
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["add", "one", "move", "update", "remove", "out and in", "compact", "repair", "restore"]),
