@@ -75,18 +75,28 @@ EMPTY.add(np.random.default_rng(0).standard_normal((5000, DIM)).astype(np.float3
 
 
 def test_marks_come_along_when_slots_are_numbered_anew():
-    index = made(compact_at=None)
+    index = made()
     index.add(around(np.random.default_rng(0), 3000))
     index._storage.suspect[:3000] = 0
     index._storage.blocks[:] = 0
     index._linker.watch.mark(np.array([2500, 2999]), WATCHED)
-    index.remove(np.arange(1200))
-    index.compact(repair=False)
-    assert set(np.flatnonzero(index._storage.suspect[:1800] & WATCHED).tolist()) >= {1300, 1799}
+    # More than a fifth, which is taken out; arrays stay as large as they are.
+    index.remove(np.arange(700))
+    assert index._storage.count == 2300 < index._storage.capacity
+    assert set(np.flatnonzero(index._storage.suspect[:2300] & WATCHED).tolist()) >= {1800, 2299}
     assert blocks_hold_all(index)
     # More room is made.
     index.add(around(np.random.default_rng(1), 4000))
     assert blocks_hold_all(index)
+
+
+@pytest.mark.parametrize("how", ["file", "mapped", "pickle"])
+def test_what_is_due_is_due_when_it_is_read(tmp_path, how):
+    index = made()
+    index.add(around(np.random.default_rng(0), 300))
+    index._linker.is_suspect, index._linker.watch.owed, index._linker.watch._turn = True, 5, 77
+    read = again(index, how, tmp_path)
+    assert (read._linker.is_suspect, read._linker.watch.owed, read._linker.watch._turn) == (True, 5, 77)
 
 
 STEPS = st.lists(
