@@ -90,31 +90,30 @@ class Decisions(Held):
         }
 
     def _is_mixed(self) -> bool:
-        """Whether peers of a group wait for different things, none of which will come."""
-        for ring in self.order.values():
-            members = [self.members[peer] for peer in ring]
-            begun = {
-                member.id: str(member.vote["what"])
-                for member in members
-                if member.vote is not None and member.vote["what"] in (*GLOBAL, "sync")
-            }
-            began = {
-                member.id: f"a collective of tag {min(member.initiates)}" for member in members if member.initiates
-            }
-            if not begun or len({*begun.values(), *began.values()}) < 2:
-                continue
-            waiting = sorted((begun | began).items())
-            first, second = waiting[0], next(one for one in waiting if one[1] != waiting[0][1])
-            told = {
-                "error": "mismatch",
-                "why": f"peer {first[0]} waits for {first[1]}, peer {second[0]} for {second[1]}",
-            }
-            self._answer([member for member in members if member.id in begun], told)
-            for member in members:
-                for tag in list(member.initiates):
-                    self._reply(member, member.initiates.pop(tag)["req"], told)
+        """Whether peers wait for different things, none of which will come: within a group, or what all groups decide together."""
+        everyone = [member for member in self.accepted if member.vote is not None and member.vote["what"] in GLOBAL]
+        if self._told_apart(everyone):
             return True
-        return False
+        return any(self._told_apart([self.members[peer] for peer in ring]) for ring in self.order.values())
+
+    def _told_apart(self, members: list[Member]) -> bool:
+        """Tell members who wait that others of them wait for something else; False where they do not."""
+        begun = {
+            member.id: str(member.vote["what"])
+            for member in members
+            if member.vote is not None and member.vote["what"] in (*GLOBAL, "sync")
+        }
+        began = {member.id: f"a collective of tag {min(member.initiates)}" for member in members if member.initiates}
+        if not begun or len({*begun.values(), *began.values()}) < 2:
+            return False
+        waiting = sorted((begun | began).items())
+        first, second = waiting[0], next(one for one in waiting if one[1] != waiting[0][1])
+        told = {"error": "mismatch", "why": f"peer {first[0]} waits for {first[1]}, peer {second[0]} for {second[1]}"}
+        self._answer([member for member in members if member.id in begun], told)
+        for member in members:
+            for tag in list(member.initiates):
+                self._reply(member, member.initiates.pop(tag)["req"], told)
+        return True
 
     def _all_agree(self) -> bool:
         """What all groups decide together."""

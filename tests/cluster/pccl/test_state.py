@@ -1,0 +1,260 @@
+"""The master's decisions alone, without sockets or threads: peers are programs that vote, and a seed says who is heard, lost or restarted.
+
+Every order of messages is one that a network could give. What must hold in all of them: nobody waits for ever, survivors of a collective
+hear the same of it, all finish, and no honest peer is ever sent away.
+"""
+
+import json
+import random
+from collections import deque
+
+import pytest
+
+from anabranch.cluster.pccl.journal import from_dict, to_dict
+from anabranch.cluster.pccl.state import MasterState
+
+STEPS = 3
+
+
+class Network:
+    """Peers, a master, and messages between them in the order of their connections."""
+
+    def __init__(self, seed, peers, *, losses=0.03, restarts=0.0, failures=0.1, groups=1):
+        self.random, self.groups = random.Random(seed), groups
+        self.losses, self.restarts, self.failures = losses, restarts, failures
+        self.state, self.now = MasterState(), 0.0
+        self.to_master, self.to_peer = {}, {}
+        self.programs, self.open, self.next_req = {}, {}, {}
+        self.tokens, self.aborts, self.verdicts, self.finished, self.kicked = {}, {}, {}, set(), {}
+        self.started, self.reasons = 0, {}
+        self.most = peers
+        self.start()
+
+    def start(self):
+        peer = self.state.join(group=self.random.randrange(self.groups), host="h", port=1, pool=1)
+        self.started += 1
+        self.tokens[peer] = self.state.members[peer].token
+        self.to_master[peer], self.to_peer[peer], self.aborts[peer] = deque(), deque(), set()
+        self.next_req[peer] = 1
+        self.programs[peer] = program(self, peer)
+        self.advance(peer, None)
+
+    def advance(self, peer, reply):
+        try:
+            vote = self.programs[peer].send(reply)
+        except StopIteration:
+            self.finished.add(peer)
+            self.open.pop(peer, None)
+            del self.programs[peer]
+            self.to_peer.pop(peer)
+            self.to_master[peer].append("leave")
+            return
+        self.open[peer] = {**vote, "req": self.next_req[peer], "low": self.next_req[peer]}
+        self.next_req[peer] += 1
+        self.to_master[peer].append(self.open[peer])
+
+    def collect(self):
+        for peer, kind, body in self.state.take():
+            if peer in self.to_peer:
+                # As it goes over a wire.
+                self.to_peer[peer].append((kind, json.loads(json.dumps(body))))
+        self.reasons |= dict(self.state.dropped())
+        for rings in self.state.jobs():
+            self.state.solved({group: ring[::-1] for group, ring in rings.items()}, is_late=False, now=self.now)
+            self.collect()
+
+    def deliver(self):
+        """One message, somewhere. False where there is none."""
+        choices = [("up", peer) for peer, queue in self.to_master.items() if queue]
+        choices += [("down", peer) for peer, queue in self.to_peer.items() if queue]
+        if not choices:
+            return False
+        way, peer = self.random.choice(choices)
+        if way == "up":
+            message = self.to_master[peer].popleft()
+            if message == "leave":
+                self.state.lost(peer, "it left", self.now)
+            else:
+                self.state.vote(peer, json.loads(json.dumps(message)), self.now)
+        else:
+            kind, body = self.to_peer[peer].popleft()
+            if kind == "kick":
+                self.send_away(peer, body["why"])
+            elif kind == "abort":
+                self.aborts[peer] |= {tuple(one) for one in body.get("tags", [])}
+            elif self.open.get(peer, {}).get("req") == body["req"]:
+                self.advance(peer, body)
+        self.collect()
+        return True
+
+    def kill(self, peer):
+        self.programs.pop(peer).close()
+        self.open.pop(peer, None)
+        self.to_peer.pop(peer)
+        # What it had sent may still arrive; then its connection ends.
+        self.to_master[peer].append("leave")
+
+    def send_away(self, peer, why):
+        self.kicked[peer] = why
+        self.kill(peer)
+
+    def restart(self):
+        """The master dies with all that was on its way, and another reads its journal."""
+        table = json.loads(json.dumps(to_dict(self.state)))
+        self.state = MasterState()
+        from_dict(table, self.state)
+        self.state.absent(5.0, self.now)
+        for queue in (*self.to_master.values(), *self.to_peer.values()):
+            queue.clear()
+        for peer in list(self.programs):
+            if not self.state.resume(peer, self.tokens[peer]):
+                # It was sent away, and the word of it was on its way when the master died.
+                self.send_away(peer, self.reasons.get(peer, "not known after a restart"))
+            elif peer in self.open:
+                self.to_master[peer].append(self.open[peer])
+        self.collect()
+
+    def run(self):
+        for _ in range(20_000):
+            chance = self.random.random()
+            if chance < self.losses and len(self.programs) > 1:
+                self.kill(self.random.choice(sorted(self.programs)))
+            elif chance < self.losses + self.restarts:
+                self.restart()
+            elif self.started < self.most and self.random.random() < 0.05:
+                self.start()
+                self.collect()
+            elif not self.deliver():
+                if self.started < self.most:
+                    self.start()
+                    continue
+                if not self.programs:
+                    return
+                # Only time helps: it drops who is missing after a restart.
+                assert self.state._deadlines, f"{self.open} wait for ever"
+                self.now += 1.0
+                self.state.tick(self.now)
+                self.collect()
+        raise AssertionError("it does not end")
+
+
+def established(network, peer, reply):
+    if not reply.get("establish"):
+        return {"what": "established", "ok": True}
+    places = [row[0] for row in reply["ring"]]
+    gone = [other for other in places if other not in network.programs]
+    # A link may fail though nobody is gone.
+    ok = not gone and network.random.random() >= network.failures / 4
+    return {"what": "established", "ok": ok, **({} if ok or not gone else {"accused": gone[0]}), "why": "no link"}
+
+
+def program(network, peer):
+    """What `Communicator` does, as votes and their answers."""
+    reply = {"error": "topology"}
+    while "error" in reply:
+        reply = yield {"what": "join"}
+        if reply.get("establish"):
+            reply = yield established(network, peer, reply)
+    is_new, has_shared, revision = True, False, 0
+    while revision < STEPS:
+        if not is_new:
+            reply = yield {"what": "pending"}
+            if reply["pending"]:
+                reply = yield {"what": "accept"}
+                if reply.get("establish"):
+                    reply = yield established(network, peer, reply)
+        is_new = False
+        state = {
+            "revision": revision + 1,
+            "strategy": "enforce_popular" if has_shared else "receive_only",
+            "is_default": True,
+        }
+        reply = yield {"what": "sync", **state, "keys": [["w", "float32", [1], f"{revision if has_shared else -1}"]]}
+        assert "error" not in reply, reply
+        revision_there = reply["revision"]
+        reply = yield {"what": "synced", "ok": "from" not in reply or reply["from"][0] in network.programs}
+        if "error" in reply:
+            assert reply["error"] == "lost"
+            continue
+        revision, has_shared = revision_there, True
+        # Groups are at different revisions, and this all of them do together.
+        if revision == 2 and network.groups == 1:
+            reply = yield {"what": "optimize"}
+            reply = yield {"what": "measured", "rates": {str(row[0]): 100.0 for row in reply["measure"]}}
+            if reply.get("establish"):
+                reply = yield established(network, peer, reply)
+        is_aborted = True
+        while is_aborted:
+            reply = yield {"what": "initiate", "tag": 7, "descriptor": {"count": revision}}
+            assert "error" not in reply, reply
+            seq, ring = reply["seq"], [row[0] for row in reply["ring"]]
+            gone = [other for other in ring if other not in network.programs]
+            failed = bool(gone) or (7, seq) in network.aborts[peer] or network.random.random() < network.failures / 4
+            vote = {"what": "complete", "tag": 7, "seq": seq, "aborted": failed}
+            reply = yield vote
+            is_aborted = reply["aborted"]
+            group = network.state.members[peer].group if peer in network.state.members else None
+            if group is not None:
+                assert network.verdicts.setdefault((group, seq), is_aborted) == is_aborted, (
+                    "survivors hear different things"
+                )
+            assert is_aborted or not failed
+
+
+def check(seed, **settings):
+    network = Network(seed, **settings)
+    network.collect()
+    network.run()
+    honest = {
+        peer: why
+        for peer, why in network.kicked.items()
+        # Newcomers that all who had the state have left alone are rightly sent away, and those whom their neighbours did not reach twice.
+        if "nobody who is left" not in why and "could not reach" not in why
+    }
+    assert not honest, (seed, honest)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_nobody_waits_for_ever_and_all_hear_the_same(seed):
+    check(seed, peers=5, groups=1 + seed % 2)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_nor_where_the_master_is_restarted_again_and_again(seed):
+    check(seed, peers=4, losses=0.01, restarts=0.03, groups=1 + seed % 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(0, 1000, 100))
+def test_two_thousand_schedules(seed):
+    for one in range(seed, seed + 100):
+        check(one + 1000, peers=6, groups=1 + one % 3)
+        check(one + 1000, peers=5, losses=0.02, restarts=0.03, groups=1 + one % 3)
+
+
+def test_groups_that_decide_different_things_together_are_told():
+    state = MasterState()
+    first, second = (state.join(group=group, host="h", port=1, pool=1) for group in (0, 1))
+    for req, (peer, vote) in enumerate(
+        [
+            (first, {"what": "join"}),
+            (first, {"what": "established", "ok": True}),
+            (second, {"what": "join"}),
+            (first, {"what": "accept"}),
+            (first, {"what": "established", "ok": True}),
+            (second, {"what": "established", "ok": True}),
+        ]
+    ):
+        state.vote(peer, {**vote, "req": req}, 0.0)
+    assert state.order == {0: [first], 1: [second]}
+    state.take()
+    state.vote(first, {"what": "optimize", "req": 21}, 0.0)
+    assert state.take() == []
+    state.vote(second, {"what": "pending", "req": 22}, 0.0)
+    told = {peer: body for peer, _, body in state.take()}
+    assert {body["error"] for body in told.values()} == {"mismatch"}
+    assert told.keys() == {first, second}
+    # And they go on.
+    for req, peer in enumerate((first, second)):
+        state.vote(peer, {"what": "pending", "req": 30 + req}, 0.0)
+    assert [body["pending"] for _, _, body in state.take()] == [False, False]
