@@ -1,5 +1,6 @@
 """How a sandbox hands out its processes, and to whom; what they do is in tests/data/test_templates.py."""
 
+import asyncio
 import functools
 import os
 import signal
@@ -10,7 +11,8 @@ import pytest
 
 from anabranch import sandbox
 from anabranch.data import templates
-from anabranch.sandbox import Sandbox, SandboxBusyError
+from anabranch.sandbox import Refused, Sandbox, SandboxBusyError, Work
+from anabranch.sandbox_worker import Limits
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="the limits of POSIX")
 
@@ -135,3 +137,78 @@ def test_an_interrupt_at_the_terminal_is_not_for_its_processes():
         process.wait()
         for pipe in pipes:
             pipe.close()
+
+
+SLEEPS = """
+import json, time
+from anabranch.sandbox_worker import Limits, serve
+
+def answer(request):
+    seconds = json.loads(request)
+    time.sleep(seconds)
+    return {"answer": str(seconds)} if seconds < 1 else {"error": "too long"}
+
+serve(answer, Limits(seconds=5.0, memory=1 << 30))
+"""
+
+
+@pytest.fixture
+def sleeping(tmp_path):
+    """Processes that sleep as long as they are asked to."""
+    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    limits = Limits(seconds=5.0, memory=1 << 30)
+    pool = Sandbox(Work(program=tmp_path / "sleeps.py", does="sleeps", do="sleep", limits=limits, greeting=0))
+    yield pool
+    pool.close()
+
+
+def test_turns_come_before_threads(sleeping):
+    """However many one source asks for at once, another's one is not behind them."""
+    order = []
+
+    async def ask(source, seconds):
+        assert await sleeping.ask_in_turn(source, seconds) == str(seconds)
+        order.append(source)
+
+    async def scene():
+        many = [asyncio.create_task(ask("many", 0.02)) for _ in range(60)]
+        await asyncio.sleep(0.05)
+        await ask("one", 0.01)
+        place = len(order)
+        await asyncio.gather(*many)
+        return place
+
+    # Those that were at work as it came, and one each for its turn and theirs.
+    before = asyncio.run(scene())
+    assert before < 60 - 2 * len(sleeping.workers)
+    assert order.index("one") == before - 1
+    assert sorted(map(id, sleeping._free)) == sorted(map(id, sleeping.workers))
+
+
+def test_who_stops_waiting_holds_nothing(sleeping, monkeypatch):
+    async def scene():
+        asked = [asyncio.create_task(sleeping.ask_in_turn("a", 0.05)) for _ in range(20)]
+        await asyncio.sleep(0.02)
+        # Some wait for their turn, and some for their answer.
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        assert sleeping._waiting == []
+        assert await sleeping.ask_in_turn("b", 0.0) == "0.0"
+        with pytest.raises(Refused, match="they are no JSON"):
+            await sleeping.ask_in_turn("b", object())
+        with pytest.raises(Refused, match="too long"):
+            await sleeping.ask_in_turn("b", 1)
+        taken = [sleeping._free.pop() for _ in range(len(sleeping._free))]
+        monkeypatch.setattr(sandbox, "WAIT_S", 0.02)
+        with pytest.raises(SandboxBusyError, match="busy"):
+            await sleeping.ask_in_turn("b", 0)
+        for one in taken:
+            sleeping._give(one)
+
+    asyncio.run(scene())
+    assert sleeping._waiting == []
+    until = time.monotonic() + 20
+    while len(sleeping._free) < len(sleeping.workers):
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -4,6 +4,7 @@ What strangers send (a chat template, a grammar) is worked out by a program that
 `anabranch.sandbox_worker.serve`, which keeps limits of time and memory.
 """
 
+import asyncio
 import atexit
 import contextlib
 import itertools
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -103,6 +104,8 @@ class Sandbox:
         self._served: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
         self._slow: set[Worker] = set()
+        # That wait for the answers to `ask_in_turn`: one for each worker.
+        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="sandbox")
 
     @staticmethod
     def of(work: Work) -> "Sandbox":
@@ -120,16 +123,25 @@ class Sandbox:
 
         Raises Refused; SandboxError if there is no worker for it.
         """
+        written = _written(request)
+        return self._work(self._take(source, len(written), time.monotonic() + WAIT_S), source, written)
+
+    async def ask_in_turn(self, source: str, request: Mapping[str, Any]) -> Any:
+        """As `ask`, for an event loop: whoever waits for his turn holds no thread that another's turn would need."""
+        written, loop, is_given = _written(request), asyncio.get_running_loop(), asyncio.Event()
+        turn = self._enter(source, len(written))
+        turn.worker.add_done_callback(lambda _: loop.call_soon_threadsafe(is_given.set))
         try:
-            written = json.dumps(request).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise Refused(f"they are no JSON: {error}") from None
-        worker = self._take(source, len(written), time.monotonic() + WAIT_S)
-        try:
-            return worker.ask(written, WAIT_S)
-        finally:
-            self._note(source, worker.seconds)
-            self._give(worker)
+            await asyncio.wait_for(is_given.wait(), WAIT_S)
+        except BaseException as error:
+            self._leave(turn)
+            if isinstance(error, TimeoutError):
+                raise self._busy() from None
+            raise
+        # Whoever stops waiting here leaves a thread behind that gives the worker back.
+        return await asyncio.shield(
+            loop.run_in_executor(self._threads, self._work, turn.worker.result(), source, written)
+        )
 
     def close(self) -> None:
         """End the workers. Idempotent."""
@@ -137,25 +149,43 @@ class Sandbox:
             worker.close()
 
     def _take(self, source: str, size: int, deadline: float) -> "Worker":
+        turn = self._enter(source, size)
+        try:
+            return turn.worker.result(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            self._leave(turn)
+            if isinstance(error, TimeoutError):
+                raise self._busy() from None
+            raise
+
+    def _enter(self, source: str, size: int) -> _Turn:
+        """Wait for a turn: its ``worker`` is set when it has come."""
         with self._lock:
             turn = _Turn(source, size > _SHORT, next(self._numbers))
             self._waiting.append(turn)
             self._assign()
+        return turn
+
+    def _leave(self, turn: _Turn) -> None:
+        """Wait no more; a worker that came as the wait ended goes back."""
+        with self._lock:
+            is_waiting = turn in self._waiting
+            if is_waiting:
+                self._waiting.remove(turn)
+        if not is_waiting:
+            self._give(turn.worker.result())
+
+    def _busy(self) -> SandboxBusyError:
+        return SandboxBusyError(
+            f"busy: none of the {len(self.workers)} processes that {self.work.do} was free in {WAIT_S:g} s"
+        )
+
+    def _work(self, worker: "Worker", source: str, written: bytes) -> Any:
         try:
-            return turn.worker.result(max(0.0, deadline - time.monotonic()))
-        except BaseException as error:
-            with self._lock:
-                is_waiting = turn in self._waiting
-                if is_waiting:
-                    self._waiting.remove(turn)
-            if not is_waiting:
-                self._give(turn.worker.result())
-            if isinstance(error, TimeoutError):
-                message = (
-                    f"busy: none of the {len(self.workers)} processes that {self.work.do} was free in {WAIT_S:g} s"
-                )
-                raise SandboxBusyError(message) from None
-            raise
+            return worker.ask(written, WAIT_S)
+        finally:
+            self._note(source, worker.seconds)
+            self._give(worker)
 
     def _note(self, source: str, seconds: float) -> None:
         """How long the last request of a source took."""
@@ -193,6 +223,14 @@ class Sandbox:
 
     def _is_quick(self, turn: _Turn, unknown_s: float = math.inf) -> bool:
         return not turn.is_large and self._seconds.get(turn.source, unknown_s) <= self.work.quick_s
+
+
+def _written(request: Mapping[str, Any]) -> bytes:
+    """Raises Refused."""
+    try:
+        return json.dumps(request).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"they are no JSON: {error}") from None
 
 
 class Worker:

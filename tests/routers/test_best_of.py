@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ from anabranch.routers import Answered, Done, Outcome, ProgramRequest, Query, St
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.made_outcomes import made_outcomes
 from anabranch.routers.money import Price
-from anabranch.routers.strategies.best_of_drawing import answer_key, score_of
+from anabranch.routers.strategies import best_of, best_of_drawing
+from anabranch.routers.strategies.best_of_drawing import answer_key, examples_checker, score_of
+from anabranch.sandbox import SandboxError
+from anabranch.test_time import CodeVerifier, Sample
+from anabranch.test_time.verify import Verdict
 from jailed import needs_jail
 
 POOL = Pool((Model(name="small", price=Price.of_dollars(1, 2)), Model(name="large", price=Price.of_dollars(10, 20))))
@@ -210,6 +215,78 @@ def test_code_that_hangs_is_not_verified_and_not_waited_for():
     assert step["verified"] == 0
     assert done is not None
     assert time.monotonic() - began < 4
+
+
+def unknowing(monkeypatch, *verdicts):
+    """The verifier says these, one after another and then the last again; None where it has no process."""
+    said = list(verdicts)
+
+    async def check(self, question, answer):
+        verdict = said.pop(0) if len(said) > 1 else said[0]
+        if verdict is None:
+            raise SandboxError("busy")
+        return verdict
+
+    monkeypatch.setattr(best_of, "jail", lambda: ("bwrap",))
+    monkeypatch.setattr(CodeVerifier, "__post_init__", lambda self: None)
+    monkeypatch.setattr(CodeVerifier, "check_examples_in_turn", check)
+
+
+CODED = {"verifier": "examples", "decides": "posterior"}
+CODE = Query(text="Write f.\n\n>>> f(1)\n1\n", request_id="r1", task="code")
+
+
+def test_what_nobody_could_verify_is_not_wrong(monkeypatch):
+    unknowing(monkeypatch, None)
+    step, done, program = run(Scripted("def f(x): return x"), query=CODE, **CODED)
+    # It goes by the vote, as without a verifier, and not on to the end.
+    assert (step["reason"], step["samples"], step["verified"], step["unknown"]) == ("agreement", 4, 0, 4)
+    program.observe(outcome("r1"))
+    assert program.priors.questions("small") == 0
+    program.observe(outcome("r1", quality=1.0))
+    arrays, _ = program.state()
+    assert arrays["count_G2N"][0].sum(axis=1).tolist() == [1, 1]
+
+
+def test_what_is_unknown_is_better_than_what_is_wrong_and_teaches_nothing(monkeypatch):
+    no = Verdict(False, "AssertionError")
+    unknowing(monkeypatch, no, None, no, no)
+    step, done, program = run(Scripted("a", "b", "a", "a"), query=CODE, max_n=4, **CODED)
+    assert (done.message["content"], step["verified"], step["unknown"]) == ("b", 0, 1)
+    program.observe(outcome("r1"))
+    assert program.priors.questions("small") == 0
+    unknowing(monkeypatch, no)
+    _, _, program = run(Scripted("a", "b"), query=CODE, max_n=4, **CODED)
+    program.observe(outcome("r1"))
+    assert program.state()[0]["count_G2N"][0].sum(axis=1).tolist() == [0, 4]
+
+
+def test_a_run_that_had_less_than_its_time_says_nothing(monkeypatch):
+    late = Verdict(False, "TimeoutError")
+    unknowing(monkeypatch, late)
+    step, _, _ = run(Scripted("a", "b", "c"), query=CODE, max_n=2, left_s=2.0, **CODED)
+    assert (step["verified"], step["unknown"]) == (0, 2)
+    step, _, _ = run(Scripted("a", "b", "c"), query=CODE, max_n=2, **CODED)
+    assert (step["verified"], step["unknown"]) == (0, 0)
+
+
+@needs_jail
+def test_code_of_one_sender_that_hangs_leaves_room_for_that_of_another(monkeypatch):
+    monkeypatch.setattr(best_of_drawing, "MOST_S", 0.4)
+    until_s = time.monotonic() + 3.0
+
+    async def scene():
+        hangs = examples_checker(replace(CODE, tenant="evil"), until_s)
+        right = examples_checker(replace(CODE, tenant="good"), until_s)
+        many = asyncio.create_task(hangs([Sample(text="while True: pass")] * 100))
+        await asyncio.sleep(0.2)
+        found = await right([Sample(text="def f(x): return x")])
+        return found, many.done(), await many
+
+    found, was_over, many = asyncio.run(scene())
+    assert (found, was_over) == ([True], False)
+    # Some had their time, and of the others nobody knows.
+    assert set(many) == {False, None}
 
 
 def test_what_an_answer_comes_to():

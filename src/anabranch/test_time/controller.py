@@ -139,7 +139,7 @@ class Allowance:
         self,
         count: int,
         *,
-        verified: Sequence[bool] | None = None,
+        verified: Sequence[bool | None] | None = None,
         answers: Sequence[str] = (),
         cost: float | None = None,
         seconds: float = 0.0,
@@ -148,7 +148,7 @@ class Allowance:
 
         Args:
             count: samples that came.
-            verified: of each, whether it was found right; None where nobody can tell.
+            verified: of each, whether it was found right, None of one where nobody can tell; None where nobody can tell of any.
             answers: what they come to, equal where they say the same; for the vote.
             cost: that they took; None for the usual price.
             seconds: that they took.
@@ -160,12 +160,13 @@ class Allowance:
         self._longest_s = max(self._longest_s, seconds)
         for answer in answers:
             self._votes[answer] = self._votes.get(answer, 0) + 1
-        if verified is not None:
+        known = [one for one in verified or () if one is not None]
+        if verified is not None and (known or not verified):
             self._is_checked = True
-            if any(verified):
+            if any(known):
                 self.reason = "verified"
                 return
-            self._failures += len(verified)
+            self._failures += len(known)
         is_late = self.rules.decides == "prior"
         if answers and not is_late and self.drawn >= self.rules.least:
             if is_decided(list(self._votes.values()), self.rules.confidence):

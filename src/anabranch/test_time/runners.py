@@ -38,7 +38,7 @@ History = tuple[tuple[str, str], ...]
 Draw = Callable[[Sequence[History]], Awaitable[Sequence[Sample | None]]]
 Critic = Callable[[Sample], str]
 Select = Callable[[Sequence[Sample]], Chosen | None]
-Verify = Callable[[Sequence[Sample]], Awaitable[Sequence[bool]]]
+Verify = Callable[[Sequence[Sample]], Awaitable[Sequence[bool | None]]]
 
 
 @dataclass(kw_only=True)
@@ -47,14 +47,14 @@ class Sampled:
 
     Attributes:
         samples: all that came, in the order they were drawn in; of chains round by round.
-        verified: of each, where there is a verifier.
+        verified: of each, where there is a verifier; None of one that it could not tell of.
         chosen: the one to give, and how sure of it; None where nothing came.
         reason: why no more were drawn; None where their number was given, and reached.
         failures: answers that did not come.
     """
 
     samples: list[Sample] = field(default_factory=list)
-    verified: list[bool] | None = None
+    verified: list[bool | None] | None = None
     chosen: Chosen | None = None
     reason: Reason | None = None
     failures: int = 0
@@ -86,7 +86,8 @@ async def parallel(
         n: how many, or the rules that say.
         select: which is given, unless one was verified.
         same: what an answer comes to, for the vote that ends it.
-        verify: tells right ones; the first of them is given.
+        verify: tells right ones, the first of which is given, and says None where it cannot tell. Where it tells of none, it is as if
+            there were no verifier.
         clock: seconds.
 
     Raises InputError for fewer than one, and whatever ``draw`` and ``verify`` raise.
@@ -107,7 +108,8 @@ async def parallel(
         if not came:
             # Asked again at once, what failed as a whole would fail again.
             break
-        answers = [same(one.text) for one in came] if verify is None else []
+        is_known = right is not None and any(one is not None for one in right)
+        answers = [] if is_known else [same(one.text) for one in came]
         # What did not come has used up its place, so that a pool which fails ends.
         _tell(allowance, wanted, came, right, answers, clock() - began)
     found.reason = allowance.reason if isinstance(allowance, Allowance) else None
@@ -205,7 +207,7 @@ def _tell(
     allowance: Allowance,
     count: int,
     came: Sequence[Sample],
-    right: Sequence[bool] | None,
+    right: Sequence[bool | None] | None,
     answers: Sequence[str],
     seconds: float,
 ) -> None:
@@ -231,11 +233,11 @@ def _allowance(n: int | BudgetController) -> Allowance | int:
     return n.begin() if isinstance(n, BudgetController) else whole("n", n, 1)
 
 
-async def _take(found: Sampled, came: Sequence[Sample], verify: Verify | None) -> list[bool] | None:
+async def _take(found: Sampled, came: Sequence[Sample], verify: Verify | None) -> list[bool | None] | None:
     found.samples += came
     if verify is None or found.verified is None:
         return None
-    right = [bool(one) for one in await verify(came)] if came else []
+    right = [None if one is None else bool(one) for one in await verify(came)] if came else []
     if len(right) != len(came):
         raise InputError(f"verify said {len(right)} things of {len(came)} answers")
     found.verified += right
@@ -245,5 +247,8 @@ async def _take(found: Sampled, came: Sequence[Sample], verify: Verify | None) -
 def _choose(found: Sampled, select: Select) -> None:
     if found.verified is not None and any(found.verified):
         found.chosen = Chosen(found.verified.index(True), 1.0)
-    else:
-        found.chosen = select(found.samples)
+        return
+    # What was found wrong is given where there is nothing else.
+    places = [at for at, right in enumerate(found.verified or ()) if right is None] or range(len(found.samples))
+    chosen = select([found.samples[at] for at in places])
+    found.chosen = None if chosen is None else Chosen(places[chosen.place], chosen.sure)

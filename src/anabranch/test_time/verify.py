@@ -110,7 +110,7 @@ class CodeVerifier:
 
         Raises SandboxError where there is no process for it, which says nothing of the code.
         """
-        return _verdict(self._asked(mode="run", code=code, tests=tests))
+        return self._verdict(self._request(mode="run", code=code, tests=tests))
 
     def check_humaneval(self, prompt: str, answer: str, test: str, entry_point: str) -> Verdict:
         """A problem of HumanEval (Chen et al. 2021, arXiv 2107.03374): the answer may be the rest of the function or all of it.
@@ -131,33 +131,59 @@ class CodeVerifier:
         # Imports and helpers of the prompt are there for a whole function too.
         code = f"{stub}\n{code}" if is_whole else prompt + code
         tests = f"{test}\ncheck({entry_point})\n"
-        return _verdict(self._asked(mode="check", code=code, prompt=stub, tests=tests, name=entry_point))
+        return self._verdict(self._request(mode="check", code=code, prompt=stub, tests=tests, name=entry_point))
 
     def check_examples(self, prompt: str, answer: str) -> Verdict | None:
         """The examples (``>>> f(2)`` and what it gives) that stand in a question, as `doctest` reads them; None where it has none.
 
         Raises SandboxError as `run` does.
         """
+        request = self._examples(prompt, answer)
+        return self._verdict(request) if request else None
+
+    async def check_examples_in_turn(self, prompt: str, answer: str) -> Verdict | None:
+        """As `check_examples`, for an event loop: sources take turns before they wait, however many answers each has."""
+        request = self._examples(prompt, answer)
+        if request is None or _is_too_long(request):
+            return None if request is None else _TOO_LONG
+        try:
+            return _read(await Sandbox.of(_WORK).ask_in_turn(self.source, request))
+        except Refused as error:
+            raise _ended(error) from None
+
+    def _examples(self, prompt: str, answer: str) -> dict[str, Any] | None:
         if ">>>" not in prompt:
             return None
-        return _verdict(self._asked(mode="examples", code=code_of(answer), question=prompt[:MOST_QUESTION]))
+        return self._request(mode="examples", code=code_of(answer), question=prompt[:MOST_QUESTION])
 
-    def _asked(self, *, mode: str, code: str, **more: Any) -> dict[str, Any]:
-        if len(code) + sum(len(one) for one in more.values()) > MOST_CODE:
-            return {"error": "too long"}
-        front = jail() if self.sandbox == "bwrap" else ()
-        request = {"mode": mode, "code": code, "jail": front, "seconds": self.seconds, **more}
+    def _request(self, **job: str) -> dict[str, Any]:
+        return {**job, "jail": jail() if self.sandbox == "bwrap" else (), "seconds": self.seconds}
+
+    def _verdict(self, request: dict[str, Any]) -> Verdict:
+        if _is_too_long(request):
+            return _TOO_LONG
         try:
-            said: dict[str, Any] = json.loads(Sandbox.of(_WORK).ask(self.source, request))
+            return _read(Sandbox.of(_WORK).ask(self.source, request))
         except Refused as error:
-            # Of the process that watches, in which none of the code runs.
-            raise SandboxError(f"the process that {_WORK.does} ended: {error}") from None
-        if "unknown" in said:
-            raise SandboxError(f"code cannot be run: {said['unknown']}")
-        return said
+            raise _ended(error) from None
 
 
-def _verdict(said: dict[str, Any]) -> Verdict:
+_TOO_LONG = Verdict(False, "too long")
+
+
+def _is_too_long(request: dict[str, Any]) -> bool:
+    return sum(len(one) for one in request.values() if isinstance(one, str)) > MOST_CODE
+
+
+def _ended(error: Refused) -> SandboxError:
+    """Of the process that watches, in which none of the code runs."""
+    return SandboxError(f"the process that {_WORK.does} ended: {error}")
+
+
+def _read(answer: str) -> Verdict:
+    said = json.loads(answer)
+    if "unknown" in said:
+        raise SandboxError(f"code cannot be run: {said['unknown']}")
     if said.get("passed") is True:
         return Verdict(True)
     why = said.get("error")

@@ -237,7 +237,8 @@ class BestOf(Counting, Program, kind="best_of"):
             "reason": found.reason or drawing.reason,
             "chosen": None if chosen is None else chosen.place,
             "sure": None if sure is None else round(sure, 4),
-            "verified": None if found.verified is None else sum(found.verified),
+            "verified": None if found.verified is None else found.verified.count(True),
+            "unknown": None if found.verified is None else found.verified.count(None),
             "cost_usd": found.cost,
             "error": None if drawing.error is None else type(drawing.error).__name__,
         }
@@ -245,9 +246,11 @@ class BestOf(Counting, Program, kind="best_of"):
 
     def _remember(self, request: ProgramRequest, name: str, found: Sampled, chosen: Chosen) -> None:
         keys = [answer_key(one.text) for one in found.samples]
-        is_checked = found.verified is not None
-        first = chosen.place if is_checked else keys.index(keys[chosen.place])
-        solved = any(found.verified) if found.verified is not None else None
+        solved = None if found.verified is None else any(found.verified)
+        if not solved and None in (found.verified or ()):
+            # Of some nobody knows: a later score may say it.
+            solved = None
+        first = keys.index(keys[chosen.place]) if solved is None else chosen.place
         self.ran(request.query.request_id, Ran(name, request.query.task, len(found.samples), first + 1, solved))
 
 
