@@ -21,6 +21,8 @@ STRATEGIES = {
     "rethink": "rounds = true\nmax_n = 3",
     **({} if LACK else {"code": 'verifier = "examples"\nbatch = 2\nmax_n = 6\ndecides = "posterior"'}),
     "judged": 'select = "judge"\njudge = "judge"\nmax_n = 2\nbatch = 2',
+    "capped": "batch = 6\nmax_n = 8\ndecides = 'posterior'\nmax_usd = 0.0003",
+    "mean": "max_usd = 0.00001",
     "likely": 'select = "logprob"\nmax_n = 3\nbatch = 3',
 }
 
@@ -275,6 +277,22 @@ def test_it_stays_within_the_purse_of_its_key(place):
     assert (status, text) == (200, "The answer is 4.")
     assert step["samples"] >= 1
     assert step["failed"] >= 1
+
+
+def test_a_cap_on_money_is_kept_and_one_without_room_says_so(place, key):
+    url, small = place
+    small.scripts["count up"] = [f"it is {number}" for number in range(9)]
+    status, _, headers, [step] = chat(url, key, "count up", model="auto/capped")
+    calls = admin(url, "GET", f"ledger?parent_id={headers['x-request-id']}")["rows"]
+    # Four at the most that they may cost are begun at once, and cost 14 millionths each.
+    assert (status, step["samples"], step["failed"], len(calls)) == (200, 8, 0, 8)
+    assert sum(row["cost_nano"] for row in calls) == 8 * 14_000 <= 300_000
+    assert step["cost_usd"] == pytest.approx(8 * 14e-6)
+    before = len(small.asked)
+    body = {"model": "auto/mean", "messages": [{"role": "user", "content": "count up"}], "max_tokens": 50}
+    status, found, _ = call(url, "POST", "/v1/chat/completions", body, key=key)
+    assert (status, len(small.asked)) == (429, before), found
+    assert "a request may cost $0.00001 in all (best_of.max_usd)" in found["error"]["message"]
 
 
 def test_hostile_answers_are_bounded(place, key):

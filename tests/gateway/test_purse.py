@@ -42,6 +42,24 @@ class Till:
         return Purse(self.reserve, self.grow, limit_nano)
 
 
+def test_a_bound_is_a_limit_from_where_it_is_set():
+    async def main():
+        purse = Till().purse(limit_nano=100)
+        purse.end(await purse.hold(30), 20)
+        held = await purse.hold(10)
+        purse.bound(40, "best_of.max_usd")
+        purse.bound(500, "other")
+        with pytest.raises(
+            BudgetError,
+            match=r"may cost \$0\.00000007 in all \(best_of\.max_usd\); this one has \$0\.00000004 of it left",
+        ):
+            await purse.hold(41)
+        await purse.hold(40)
+        assert (purse.held_nano, held.nano) == (50, 10)
+
+    asyncio.run(main())
+
+
 def test_a_purse_by_hand():
     async def main():
         till = Till(limit=100)

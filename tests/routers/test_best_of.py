@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anabranch.errors import BackendError, ConfigError, InputError, LimitError
 from anabranch.jail import jail
 from anabranch.routers import Answered, Done, Outcome, ProgramRequest, Query, Step, strategies
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.made_outcomes import made_outcomes
-from anabranch.routers.money import Price
+from anabranch.routers.money import Price, dollars
 from anabranch.routers.strategies import best_of, best_of_drawing
 from anabranch.routers.strategies.best_of_drawing import answer_key, examples_checker, score_of
 from anabranch.sandbox import SandboxError
@@ -92,10 +94,70 @@ def test_a_request_that_may_ask_no_more_gives_what_it_has():
 
 
 def test_money_of_its_own_ends_it():
-    # Samples are thought to cost 0.0015; two that cost 0.0012 leave room for none.
+    # A sample may cost some 0.0022; two that cost 0.0012 leave room for one, and three for none.
     dear = [Answered.saying(str(at), model="small", cost=0.0012) for at in range(9)]
-    step, _, _ = run(Scripted(*dear), batch=2, decides="posterior", max_usd=0.0035)
-    assert (step["reason"], step["samples"]) == ("budget", 2)
+    step, _, _ = run(Scripted(*dear), batch=2, decides="posterior", max_usd=0.0047, max_tokens=1000)
+    assert (step["reason"], step["samples"]) == ("budget", 3)
+    assert step["cost_usd"] == pytest.approx(0.0036)
+
+
+def test_what_a_sample_is_held_to_gain_is_no_money():
+    """A cap is held against what calls may cost, and not against the gain from which they are worth drawing."""
+    free = Pool((Model(name="own"),))
+    cheap = Pool((Model(name="own", price=Price.of_dollars(0.1, 0.4)),))
+    for pool, cap in ((free, 0.0001), (cheap, 0.0009)):
+        found = [
+            run(Scripted(*answers_of(1e-6)), pool=pool, decides="posterior", least_gain=0.02, **more)[0]
+            for more in ({}, {"max_usd": cap})
+        ]
+        assert [step["samples"] for step in found] == [6, 6]
+        assert [step["reason"] for step in found] == ["saturated", "saturated"]
+
+
+def answers_of(cost):
+    return [Answered.saying(str(at), model="own", completion_tokens=3, cost=cost) for at in range(30)]
+
+
+def test_a_cap_without_room_for_one_sample_says_so():
+    ask = Scripted("4")
+    with pytest.raises(
+        LimitError, match=r"best_of\.max_usd is \$0\.001, of which \$0\.001 is left, and what comes next may cost"
+    ):
+        run(ask, max_usd=0.001)
+    assert ask.asked == []
+    # A nearer end of answers makes room.
+    assert run(ask, max_usd=0.001, max_tokens=200)[0]["samples"] >= 1
+
+
+@given(
+    cap=st.floats(1e-4, 0.02), batch=st.integers(1, 6), max_tokens=st.integers(1, 3000), seed=st.integers(0, 2**31),
+    select=st.sampled_from(["majority", "judge"]), rounds=st.booleans(),
+)  # fmt: skip
+def test_no_cap_on_money_is_ever_passed(cap, batch, max_tokens, seed, select, rounds):
+    """Whatever a provider bills for an answer within its end, of samples, rounds and judging."""
+    draw = np.random.default_rng(seed)
+
+    class Billed(Scripted):
+        total = 0.0
+
+        async def __call__(self, arm, messages, **how):
+            name = arm if isinstance(arm, str) else arm.model
+            await asyncio.sleep(0)
+            prompt, completion = draw.integers(0, 20), draw.integers(0, how["max_tokens"] + 1)
+            # A failure may be billed in full.
+            cost = dollars(POOL.models[POOL.names.index(name)].price.cost(int(prompt), int(completion)))
+            self.total += cost
+            if draw.random() < 0.2:
+                raise BackendError("down")
+            return Answered.saying(str(draw.integers(3)), model=name, completion_tokens=int(completion), cost=cost)
+
+    ask = Billed("4")
+    fields = {"rounds": rounds} if rounds else {"select": select}
+    try:
+        run(ask, max_usd=cap, batch=batch, max_tokens=max_tokens, value_usd=10.0, decides="posterior", **fields)
+    except (BackendError, LimitError):
+        pass
+    assert ask.total <= cap + 1e-12
 
 
 def test_nobody_answers():
@@ -238,7 +300,7 @@ CODE = Query(text="Write f.\n\n>>> f(1)\n1\n", request_id="r1", task="code")
 
 def test_what_nobody_could_verify_is_not_wrong(monkeypatch):
     unknowing(monkeypatch, None)
-    step, done, program = run(Scripted("def f(x): return x"), query=CODE, **CODED)
+    step, _, program = run(Scripted("def f(x): return x"), query=CODE, **CODED)
     # It goes by the vote, as without a verifier, and not on to the end.
     assert (step["reason"], step["samples"], step["verified"], step["unknown"]) == ("agreement", 4, 0, 4)
     program.observe(outcome("r1"))
@@ -273,7 +335,7 @@ def test_a_run_that_had_less_than_its_time_says_nothing(monkeypatch):
 @needs_jail
 def test_code_of_one_sender_that_hangs_leaves_room_for_that_of_another(monkeypatch):
     monkeypatch.setattr(best_of_drawing, "MOST_S", 0.4)
-    until_s = time.monotonic() + 3.0
+    until_s = time.monotonic() + 1.5
 
     async def scene():
         hangs = examples_checker(replace(CODE, tenant="evil"), until_s)

@@ -1,5 +1,7 @@
 """The controller: each reason to stop, caps that nothing passes, and what a batch is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -88,6 +90,25 @@ def test_samples_that_do_not_pay_are_drawn_only_where_they_must_be():
     assert drawn(controller(cost=0.9, least=3, max_cost=1.0), failing)[0] == [1]
 
 
+def test_what_costs_nothing_is_drawn_while_it_gains():
+    # gain(n) = 1 / ((n + 1) (n + 2)), at least a fiftieth up to n = 5.
+    rules = controller(curve=BetaTTSPM(1, 1, 1), cost=0, least_gain=0.02, decides="prior", batch=99)
+    assert drawn(rules, failing)[0] == [6]
+    # A price above that is what counts.
+    assert drawn(replace(rules, cost=0.06), failing)[0] == [3]
+    # No money is none of a cap.
+    assert drawn(replace(rules, max_cost=0.0), failing)[0] == [6]
+
+
+def test_the_most_that_samples_may_cost_is_kept_free():
+    rules = controller(decides="posterior", cost=0.001, reserve=0.1, max_cost=0.35, batch=9, max_n=9)
+    cheap = lambda count: {"answers": ["a", "b", "c", "d"][:count], "cost": 0.01 * count}  # noqa: E731
+    # Three at 0.1; 0.03 of it is spent, which leaves three again, and so on.
+    assert drawn(rules, cheap)[0] == [3, 3, 2, 1]
+    assert drawn(replace(rules, max_cost=0.3), cheap)[0][0] == 3
+    assert drawn(replace(rules, max_cost=0.09), cheap)[0] == []
+
+
 def test_it_can_be_ended_from_outside():
     allowance = controller().begin()
     allowance.stop("deadline")
@@ -107,6 +128,10 @@ def test_no_cap_is_ever_passed(f_max, a, b, cost, batch, most, money, decides, s
     batches, allowance = drawn(rules, lambda count: {"verified": (rng.random(count) < 0.05).tolist()})
     assert sum(batches) == allowance.drawn <= most
     assert allowance.spent <= money + 1e-9
+    # Samples that cost less than the most they may, or that much.
+    rules = replace(rules, reserve=3 * cost)
+    _, allowance = drawn(rules, lambda count: {**failing(count), "cost": float((rng.random(count) * 3 * cost).sum())})
+    assert allowance.spent <= money + 1e-9
     assert all(count <= batch for count in batches)
     assert allowance.reason in ("saturated", "budget", "verified")
     assert allowance.next() == 0
@@ -123,6 +148,8 @@ def test_the_papers_curve_is_one_too():
     [
         ({"value": 0}, "value is 0"),
         ({"cost": 0}, "cost is 0; it must be above 0"),
+        ({"cost": 0, "least_gain": 2}, "least_gain is 2"),
+        ({"reserve": -1.0}, "reserve is -1"),
         ({"cost": float("nan")}, "cost"),
         ({"decides": "never"}, "decides is 'never'; it must be prior, posterior or both"),
         ({"batch": 0}, "batch is 0"),

@@ -29,12 +29,15 @@ class BudgetController:
         curve: what is known beforehand of the model on such questions.
         value: worth of a right answer.
         cost: price of a sample, in the same money; where samples turn out to cost more, that is what further ones are held against.
+            0 only with ``least_gain``.
+        least_gain: chance of solving the question from which one more sample is worth drawing, whatever it costs.
         decides: ``prior``: the curve's budget before the first call, and no more looks. ``posterior``: after each batch, by what became
             of it. ``both``: after each batch, and never more than the prior's budget.
         batch: samples at a time.
         least: samples in any case, if no cap forbids them.
         max_n: samples at most.
         max_cost: money at most.
+        reserve: the most that one sample may cost: no sample is drawn with which ``max_cost`` could be passed. None for its price.
         deadline_s: seconds at most; a batch is not begun where the longest so far would pass it.
         confidence: of a vote, see `is_decided`.
 
@@ -49,13 +52,19 @@ class BudgetController:
     least: int = 1
     max_n: int = 64
     max_cost: float = float("inf")
+    reserve: float | None = None
+    least_gain: float = 0.0
     deadline_s: float = float("inf")
     confidence: float = SURE
 
     def __post_init__(self) -> None:
-        for name in ("value", "cost"):
-            if finite(name, getattr(self, name), 0.0, 1e300) == 0:
-                raise InputError(f"{name} is 0; it must be above 0 (what costs nothing never stops to pay: set max_n)")
+        for name, is_needed in (("value", True), ("cost", not finite("least_gain", self.least_gain, 0.0, 1.0))):
+            if finite(name, getattr(self, name), 0.0, 1e300) == 0 and is_needed:
+                raise InputError(
+                    f"{name} is 0; it must be above 0 (what costs nothing never stops to pay: set least_gain)"
+                )
+        if self.reserve is not None:
+            finite("reserve", self.reserve, 0.0, 1e300)
         if self.decides not in ("prior", "posterior", "both"):
             raise InputError(f"decides is {shown(self.decides)}; it must be prior, posterior or both")
         for name in ("batch", "least", "max_n"):
@@ -126,9 +135,7 @@ class Allowance:
         wanted = self._wanted()
         if wanted <= 0:
             return self._end("saturated")
-        affordable = rules.max_n - self.drawn
-        if np.isfinite(rules.max_cost):
-            affordable = min(affordable, int((rules.max_cost - self.spent) / self._price + 1e-9))
+        affordable = min(rules.max_n - self.drawn, self._payable_for())
         if affordable <= 0:
             return self._end("budget")
         if self.elapsed_s + self._longest_s >= rules.deadline_s:
@@ -181,6 +188,15 @@ class Allowance:
         """Of a sample: as it was thought to be, or as they turned out to be where that is more."""
         return max(self.rules.cost, self.spent / self.drawn if self.drawn else 0.0)
 
+    def _payable_for(self) -> int:
+        """Samples that there is money for, each at the most that it may cost."""
+        rules = self.rules
+        price, room = self._price if rules.reserve is None else rules.reserve, rules.max_cost - self.spent
+        if not np.isfinite(room) or price == 0:
+            return rules.max_n if room >= 0 else 0
+        # Of money that is counted in fractions a part in 10^12 is none.
+        return max(0, min(rules.max_n, int(room / price + 1e-12)))
+
     def _wanted(self) -> int:
         """Samples that pay, of the next batch."""
         rules = self.rules
@@ -208,7 +224,8 @@ class Allowance:
             gain = self.rules.curve.gains(drawn, most)
         else:
             gain = self.rules.curve.gains(failures, most, failed=True)
-        is_worth = gain * self.rules.value > self._price
+        rules = self.rules
+        is_worth = gain * rules.value > max(self._price, rules.least_gain * rules.value)
         return most if is_worth.all() else int(is_worth.argmin())
 
     def _end(self, reason: Reason) -> int:

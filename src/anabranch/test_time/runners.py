@@ -77,6 +77,7 @@ async def parallel(
     *,
     same: Same = str.strip,
     verify: Verify | None = None,
+    spent: Callable[[], float] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sampled:
     """Answers that know nothing of one another.
@@ -88,6 +89,7 @@ async def parallel(
         same: what an answer comes to, for the vote that ends it.
         verify: tells right ones, the first of which is given, and says None where it cannot tell. Where it tells of none, it is as if
             there were no verifier.
+        spent: money that all draws have cost so far, those that failed among them; None for what samples say.
         clock: seconds.
 
     Raises InputError for fewer than one, and whatever ``draw`` and ``verify`` raise.
@@ -111,7 +113,7 @@ async def parallel(
         is_known = right is not None and any(one is not None for one in right)
         answers = [] if is_known else [same(one.text) for one in came]
         # What did not come has used up its place, so that a pool which fails ends.
-        _tell(allowance, wanted, came, right, answers, clock() - began)
+        _tell(allowance, wanted, came, right, answers, clock() - began, spent)
     found.reason = allowance.reason if isinstance(allowance, Allowance) else None
     _choose(found, select)
     return found
@@ -124,6 +126,7 @@ async def sequential(
     select: Select | None = None,
     *,
     verify: Verify | None = None,
+    spent: Callable[[], float] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sampled:
     """One answer, thought over again in further rounds; the last one is given, unless ``select`` says another or one was verified.
@@ -132,11 +135,11 @@ async def sequential(
         draw: asks; it is given all rounds so far.
         n: rounds, or the rules that say; of those a round is one sample, whatever their batch is.
         critic: what is said to an answer before the next round.
-        select, verify, clock: see `parallel`.
+        select, verify, spent, clock: see `parallel`.
     """
     allowance = _allowance(n)
     if isinstance(allowance, Allowance):
-        return await _chains(draw, 1, allowance.rules.max_n, critic, select or _last, verify, allowance, clock)
+        return await _chains(draw, 1, allowance.rules.max_n, critic, select or _last, verify, allowance, clock, spent)
     return await _chains(draw, 1, allowance, critic, select or _last, verify)
 
 
@@ -165,6 +168,7 @@ async def _chains(
     verify: Verify | None,
     allowance: Allowance | None = None,
     clock: Callable[[], float] = time.monotonic,
+    spent: Callable[[], float] | None = None,
 ) -> Sampled:
     """`mixed`, and what ends it before its depth is reached."""
     found = Sampled(verified=None if verify is None else [])
@@ -181,7 +185,7 @@ async def _chains(
         first = len(found.samples)
         right = await _take(found, [one for _, one in came], verify)
         if allowance is not None:
-            _tell(allowance, len(open_chains), [one for _, one in came], right, [], clock() - began)
+            _tell(allowance, len(open_chains), [one for _, one in came], right, [], clock() - began, spent)
         for place, (at, one) in enumerate(came):
             last[at] = first + place
             histories[at] = (*histories[at], (one.text, critic(one)))
@@ -210,9 +214,12 @@ def _tell(
     right: Sequence[bool | None] | None,
     answers: Sequence[str],
     seconds: float,
+    spent: Callable[[], float] | None,
 ) -> None:
     costs = [one.cost for one in came if one.cost is not None]
     cost = sum(costs) if len(costs) == len(came) else None
+    if spent is not None:
+        cost = max(0.0, spent() - allowance.spent)
     allowance.told(count, verified=right, answers=[one for one in answers if one], cost=cost, seconds=seconds)
 
 

@@ -26,7 +26,7 @@ from anabranch.gateway.prompt_tokens import room_of
 from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage, garbage
 from anabranch.routers.contract.ask import Answered, Arm, Messages, Purpose, Said, Spent
-from anabranch.routers.money import dollars
+from anabranch.routers.money import dollars, nano_dollars
 from anabranch.web.large_json import LARGE
 from anabranch.web.sse import read_data
 
@@ -151,6 +151,18 @@ class ModelCalls:
         usage = sum((call.report.usage for call in self.made), Usage())
         cost = dollars(sum(call.report.cost for call in self.made))
         return Spent(prompt_tokens=usage.prompt, completion_tokens=usage.completion, cost=cost)
+
+    async def most(self, arm: Arm | str, messages: Messages, **how: Any) -> float:
+        """Dollars that one attempt at such a call may cost. Raises InputError for settings and messages that cannot be asked."""
+        body = body_of(Arm(arm) if isinstance(arm, str) else arm, messages, **how)
+        if body["model"] not in self._runtime.models:
+            raise InputError(f"a strategy asks for model {body['model']!r}, which is not in the config")
+        _, most = bounded(self._runtime, body, await self._bodies.look(body))
+        return dollars(worst_nano(self._runtime, body["model"], most))
+
+    def bound(self, usd: float, name: str) -> None:
+        """From now on the request may cost so many dollars at most, by all attempts at all calls; ``name`` is the setting that says so."""
+        self._purse.bound(nano_dollars(usd), name)
 
     @property
     def busy_s(self) -> float:

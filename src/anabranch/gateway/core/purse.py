@@ -54,6 +54,7 @@ class Purse:
         has_budget: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._reserve, self._grow, self._limit_nano, self._has_budget = reserve, grow, limit_nano, has_budget
+        self._limit_name = "limits.request_usd"
         self.reservation: Reservation | None = None
         self.held_nano = self.spent_nano = 0
         self._lock = asyncio.Lock()
@@ -69,6 +70,12 @@ class Purse:
     async def is_limited(self) -> bool:
         """Whether a budget, or a limit of its own, applies to the request. Raises CapacityError if the store cannot be read."""
         return self._limit_nano is not None or (self._has_budget is not None and await self._has_budget())
+
+    def bound(self, nano: int, name: str) -> None:
+        """From now on the request may cost no more than so much; ``name`` is the setting that says so. A limit that is nearer stays."""
+        limit = self.spent_nano + self.held_nano + nano
+        if self._limit_nano is None or limit < self._limit_nano:
+            self._limit_nano, self._limit_name = limit, name
 
     async def hold(self, nano: int) -> Hold:
         """Hold so many nano-dollars.
@@ -142,7 +149,7 @@ class Purse:
         left = max(0, limit - self.spent_nano - self.held_nano)
         if more > left:
             raise BudgetError(
-                f"a request may cost {in_full(limit)} in all (limits.request_usd); this one has {in_full(left)} of it left, and what "
+                f"a request may cost {in_full(limit)} in all ({self._limit_name}); this one has {in_full(left)} of it left, and what "
                 f"comes next may cost {in_full(more)}",
                 subject="request",
                 period="request",

@@ -108,6 +108,9 @@ class Spent:
 class Ask(Protocol):
     """See the module.
 
+    One that knows what a call may cost at most says so as ``async most(arm, messages, ...)``, in dollars; one that can keep the rest of a
+    request within an amount does so after ``bound(usd, name)``, whose name is that of the setting.
+
     Args of both methods:
         arm: a model's name, or one with settings.
         messages: a conversation in OpenAI's form, or the text of one user's message. Messages that were sent stay as they are: another

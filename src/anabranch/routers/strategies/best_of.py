@@ -10,6 +10,7 @@ of the likeliest tokens, or the one that a judge scores best; or, with ``rounds`
 Where a model gives no answer, the next of the pool is asked in its place.
 """
 
+import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from anabranch.routers.contract.query import Decision, Model, Pool, Query
 from anabranch.routers.contract.strategy import ordered
 from anabranch.routers.money import dollars
 from anabranch.routers.strategies.best_of_drawing import Drawing, answer_key, examples_checker, judged
+from anabranch.routers.strategies.capped_ask import CappedAsk
 from anabranch.routers.strategies.sampled_counts import Counting, Ran
 from anabranch.sandbox import SandboxError
 from anabranch.test_time import (
@@ -68,7 +70,8 @@ class BestOf(Counting, Program, kind="best_of"):
             least_gain: chance of solving the question from which one more sample is worth drawing, whatever it costs.
             batch: samples at a time.
             max_n: samples at most; a sender may ask for fewer (``auto/best-of?n=4``).
-            max_usd: dollars of all samples at most; None leaves that to the limits of the gateway.
+            max_usd: dollars of all samples and all judging of a request at most: a call that could pass it is not made. None leaves that to
+                the limits of the gateway.
             deadline_s: seconds after which no further batch is begun; what was drawn by then is chosen from.
             confidence: of a vote that ends it.
             temperature: of all samples but the first, which is drawn as the sender asks.
@@ -148,6 +151,7 @@ class BestOf(Counting, Program, kind="best_of"):
         last_s = began_s + request.left_s * (1 - KEPT_SHARE)
         until_s = began_s + min(self.config.deadline_s, request.left_s * (1 - KEPT_SHARE - judging))
         error: AnabranchError | None = None
+        ask = CappedAsk(ask, self.config.max_usd, "best_of.max_usd", request.pool)
         for name in request.names:
             drawing = Drawing(request, name, ask, until_s, self.config)
             curve = self._curve_of(request, name)
@@ -165,18 +169,20 @@ class BestOf(Counting, Program, kind="best_of"):
 
     # -- how much
 
-    def _rules(self, curve: BetaTTSPM, cost: float, most: int) -> BudgetController:
+    def _rules(
+        self, curve: BetaTTSPM, cost: float, most: int, room: float = math.inf, reserve: float | None = None
+    ) -> BudgetController:
         config = self.config
-        # What costs nothing is worth drawing while it may help at all.
-        price = max(cost, config.least_gain * config.value_usd)
         return BudgetController(
             curve=curve,
             value=config.value_usd,
-            cost=price,
+            cost=cost,
+            least_gain=config.least_gain,
             decides=config.decides,
             batch=1 if config.rounds else config.batch,
             max_n=most,
-            max_cost=float("inf") if config.max_usd is None else config.max_usd,
+            max_cost=room,
+            reserve=reserve,
             deadline_s=config.deadline_s,
             confidence=config.confidence,
         )
@@ -207,12 +213,16 @@ class BestOf(Counting, Program, kind="best_of"):
 
     async def _sampled(self, request: ProgramRequest, drawing: Drawing, curve: BetaTTSPM) -> Sampled:
         model = next(one for one in request.pool.models if one.name == drawing.model)
-        rules = self._rules(curve, self._cost(model, request.query), self._most(request.query))
+        reserve, before, ask = await drawing.most(), drawing.ask.spent, drawing.ask
+        rules = self._rules(curve, self._cost(model, request.query), self._most(request.query), ask.room, reserve)
+        if reserve > ask.room:
+            drawing.error = ask.full(reserve)
         is_run = self.config.verifier == "examples"
         verify = examples_checker(request.query, drawing.until_s) if is_run else None
+        how: dict[str, Any] = {"verify": verify, "spent": lambda: ask.spent - before}
         if self.config.rounds:
-            return await sequential(drawing, rules, lambda sample: self.config.critic, verify=verify)
-        return await parallel(drawing, rules, self._select, same=answer_key, verify=verify)
+            return await sequential(drawing, rules, lambda sample: self.config.critic, **how)
+        return await parallel(drawing, rules, self._select, same=answer_key, **how)
 
     def _select(self, samples: Sequence[Sample]) -> Chosen | None:
         if self.config.select == "logprob" and all(one.logprob is not None for one in samples):
@@ -220,7 +230,7 @@ class BestOf(Counting, Program, kind="best_of"):
         return majority(samples, answer_key)
 
     async def _chosen(
-        self, request: ProgramRequest, name: str, found: Sampled, ask: Ask, until_s: float
+        self, request: ProgramRequest, name: str, found: Sampled, ask: CappedAsk, until_s: float
     ) -> Chosen | None:
         if self.config.select != "judge" or found.reason == "verified" or len(found.samples) < 2:
             return found.chosen
@@ -239,7 +249,7 @@ class BestOf(Counting, Program, kind="best_of"):
             "sure": None if sure is None else round(sure, 4),
             "verified": None if found.verified is None else found.verified.count(True),
             "unknown": None if found.verified is None else found.verified.count(None),
-            "cost_usd": found.cost,
+            "cost_usd": drawing.cost,
             "error": None if drawing.error is None else type(drawing.error).__name__,
         }
         return Step("sampled", facts)

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from anabranch.errors import AnabranchError
-from anabranch.routers.contract.program import Answered, Ask, ProgramRequest
+from anabranch.routers.contract.program import Answered, ProgramRequest
 from anabranch.routers.contract.query import Query
+from anabranch.routers.strategies.capped_ask import CappedAsk
 from anabranch.routers.strategies.consistency import final_answer
 from anabranch.routers.strategies.logprob import measured
 from anabranch.sandbox import SandboxError
@@ -44,6 +45,7 @@ class Drawing:
 
     Attributes:
         model: that is asked.
+        ask: of the request.
         until_s: by `time.monotonic`; what has not come by then is given up.
         error: of the last call that failed.
         is_late: some did not come in time.
@@ -52,14 +54,14 @@ class Drawing:
     Args:
         request: what for.
         model: see the attribute.
-        ask: of the request.
-        until_s: see the attribute.
+        ask, until_s: see the attributes.
         config: of `best_of`.
     """
 
-    def __init__(self, request: ProgramRequest, model: str, ask: Ask, until_s: float, config: Any) -> None:
-        self._request, self.model, self._ask, self.until_s, self._config = request, model, ask, until_s, config
+    def __init__(self, request: ProgramRequest, model: str, ask: CappedAsk, until_s: float, config: Any) -> None:
+        self._request, self.model, self.ask, self.until_s, self._config = request, model, ask, until_s, config
         self._drawn = 0
+        self._before = ask.spent
         self.error: AnabranchError | None = None
         self.is_late = self.is_full = False
 
@@ -70,9 +72,22 @@ class Drawing:
             return "deadline"
         return "budget" if self.is_full or (self.error is not None and self.error.is_for_room) else None
 
+    @property
+    def cost(self) -> float:
+        """Dollars of all of its calls, those that failed among them."""
+        return self.ask.spent - self._before
+
+    async def most(self) -> float:
+        """Dollars that one sample may cost at most; of rounds, the first."""
+        try:
+            return await self.ask.most(self._request.arm(self.model), self._messages(()), **self._how(1, ()))
+        except AnabranchError:
+            # What cannot be asked is told by the call.
+            return 0.0
+
     async def __call__(self, histories: Sequence[History]) -> list[Sample | None]:
         """A sample for each history; None for what failed or did not come in time. No more than the request may still ask."""
-        room = int(min(len(histories), self._ask.left))
+        room = int(min(len(histories), self.ask.left))
         if self.until_s <= time.monotonic():
             self.is_late = True
             return [None] * len(histories)
@@ -83,6 +98,16 @@ class Drawing:
 
     async def _one(self, history: History) -> Sample | None:
         number, self._drawn = self._drawn, self._drawn + 1
+        how = self._how(number, history)
+        try:
+            answered = await self.ask(self._request.arm(self.model), self._messages(history), purpose="draft", **how)
+        except AnabranchError as error:
+            self.error = error
+            return None
+        return _sample(answered, self._config.select == "logprob")
+
+    def _how(self, number: int, history: History) -> dict[str, Any]:
+        """What the call of a sample says itself."""
         settings, config = self._request.settings, self._config
         how: dict[str, Any] = {}
         if number and not history:
@@ -94,12 +119,7 @@ class Drawing:
             how["max_tokens"] = config.max_tokens
         if config.select == "logprob" and not settings.get("logprobs"):
             how["logprobs"] = 0
-        try:
-            answered = await self._ask(self._request.arm(self.model), self._messages(history), purpose="draft", **how)
-        except AnabranchError as error:
-            self.error = error
-            return None
-        return _sample(answered, config.select == "logprob")
+        return how
 
     def _messages(self, history: History) -> Any:
         """The conversation, and the rounds so far behind it."""
@@ -138,7 +158,7 @@ def _sample(answered: Answered, wants_logprob: bool) -> Sample:
     mean = measured(answered.logprobs(), "logprob") if wants_logprob else math.nan
     tokens = max(1, answered.completion_tokens)
     logprob = None if math.isnan(mean) else mean * tokens
-    return Sample(text=text, logprob=logprob, tokens=tokens, cost=answered.cost or None, body=answered)
+    return Sample(text=text, logprob=logprob, tokens=tokens, cost=answered.cost, body=answered)
 
 
 def _calls_key(calls: Sequence[Any]) -> str:
@@ -183,7 +203,7 @@ def examples_checker(query: Query, until_s: float) -> Verify | None:
 
 
 async def judged(
-    request: ProgramRequest, samples: Sequence[Sample], judge: str, ask: Ask, until_s: float
+    request: ProgramRequest, samples: Sequence[Sample], judge: str, ask: CappedAsk, until_s: float
 ) -> list[float]:
     """What a model says each answer is worth, 0 to 1; NaN where it says no number, or nothing in time. Equal answers are asked for once."""
     question = request.query.text[:MOST_JUDGED]
