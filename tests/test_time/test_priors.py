@@ -67,10 +67,58 @@ def test_names_of_senders_do_not_grow_it_for_ever():
     priors = Priors()
     for number in range(2 * MOST_PAIRS):
         priors.add("m", f"task {number} {'x' * 1000}", 1, True)
-    assert len(priors) == MOST_PAIRS
-    assert (OTHERS, "") in list(priors)
+    # What has no room counts for its model.
+    assert len(priors) == MOST_PAIRS + 1
+    assert priors.questions("m", "") == priors.questions("m") == priors.questions("m", "new") == 2 * MOST_PAIRS
     assert max(len(task) for _, task in priors) <= 80
-    assert priors.questions("m") + priors.questions(OTHERS) == 2 * MOST_PAIRS
+    # Another model is known as well as before.
+    for _ in range(9):
+        priors.add("n", "math", 1, True)
+    assert (priors.questions("n", "math"), priors.questions("n")) == (9, 9)
+    arrays, facts = priors.state()
+    (again := Priors()).load_state(arrays, facts)
+    assert again.questions("n", "math") == 9
+    # Models have an end too.
+    for number in range(2 * MOST_PAIRS):
+        priors.add(f"model {number}", None, 1, True)
+    assert len(priors) == 2 * MOST_PAIRS
+    assert priors.questions(OTHERS) == MOST_PAIRS + 3
+
+
+def test_tasks_that_are_not_told_apart_count_for_their_model():
+    priors = counted(("m", "a", 2, True), ("m", "b", 3, True), ("m", None, 1, False), ("n", "c", 1, True))
+    fitted = repr(priors.curve("m", "b")), repr(priors.curve("m"))
+    folded = priors.folded({"b"})
+    assert sorted(folded) == [("m", ""), ("m", "b"), ("n", "")]
+    assert [folded.questions("m", task) for task in ("b", None, "a")] == [1, 3, 3]
+    assert folded.questions("n", "c") == 1
+    # What was fitted is the same still.
+    assert (repr(folded.known("m", "b")), repr(folded.known("m"))) == fitted
+    assert folded.known("n") is folded.prior
+
+
+def test_a_fit_is_made_where_a_tenth_more_is_known_and_never_to_look(monkeypatch):
+    priors = counted(*[("m", "math", 1, True)] * 10)
+    fits = []
+    first = Priors._fit
+    monkeypatch.setattr(Priors, "_fit", lambda self, *pair: fits.append(pair) or first(self, *pair))
+    assert priors.known("m", "math") is priors.prior
+    assert (fits, priors.is_due("m", "math"), priors.is_due("m", "new"), priors.is_due("n")) == ([], True, True, False)
+    of_all = priors.curve("m", "new")
+    # All names that nobody has seen have the model's own fit.
+    assert [priors.curve("m", f"new {number}") for number in range(9)] == [of_all] * 9
+    assert fits == [("m", "")]
+    assert priors.known("m", "math") is of_all
+    own = priors.curve("m", "math")
+    assert (priors.known("m", "math"), fits) == (own, [("m", ""), ("m", "math")])
+    priors.add("m", "math", 1, False)
+    # Eleven are a tenth more than ten, and not above it; twelve are.
+    assert (priors.is_due("m", "math"), priors.curve("m", "math")) == (False, own)
+    priors.add("m", "math", 1, False)
+    assert priors.is_due("m", "math")
+    assert priors.known("m", "math") is own
+    assert priors.curve("m", "math") is not own
+    assert len(fits) == 4
 
 
 questions = st.lists(

@@ -125,13 +125,13 @@ class BestOf(Counting, Program, kind="best_of"):
             score_P[pool.names.index(name)] = 1.0
         candidates = ordered(pool, score_P)
         first = next(model for model in pool.models if model.name == candidates[0].model)
-        curve = self.priors.curve(first.name, query.task)
+        curve, num_questions = self.known(first.name, query.task)
         cost = self._cost(first, query)
         rules = self._rules(curve, cost, self._most(query))
         n = rules.begin().budget
         details = {
             "curve": {"f_max": float(curve.f_max), "a": float(curve.a), "b": float(curve.b)},
-            "questions": self.priors.questions(first.name, query.task),
+            "questions": num_questions,
             "budget": n,
             "sample_usd": cost,
         }
@@ -261,7 +261,10 @@ class BestOf(Counting, Program, kind="best_of"):
             # Of some nobody knows: a later score may say it.
             solved = None
         first = keys.index(keys[chosen.place]) if solved is None else chosen.place
-        self.ran(request.query.request_id, Ran(name, request.query.task, len(found.samples), first + 1, solved))
+        self.ran(
+            request.query.request_id,
+            Ran(name, request.query.task, len(found.samples), first + 1, solved, request.query.tenant),
+        )
 
 
 def _given(request: ProgramRequest, sample: Sample) -> Done:

@@ -2,12 +2,19 @@
 
 A question counts once: when it was verified, as soon as its request is told of; else when somebody scores its answer, which then says
 whether the commonest answer was right, and so at which sample it came first.
+
+Names of tasks are the sender's, so only those that the config lists, or that recorded outcomes had, are told apart; all else counts for
+the model alone, as far as a key may teach it (a gateway's ``feedback.share``). Curves are fitted in a thread beside: who decides goes by
+what was fitted last.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +26,7 @@ from anabranch.routers.contract.query import Outcome
 from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
 from anabranch.routers.strategies.unit_scale import Span
 from anabranch.test_time import BetaTTSPM, Priors
+from anabranch.test_time.priors import ANY, LONGEST
 
 # Requests that may still be told of.
 WAITING = 4096
@@ -33,6 +41,7 @@ class Ran:
         tried: samples that came.
         first: place of the first sample that says what was given, from 1; 0 where nothing was given.
         solved: as a verifier said; None where there was none.
+        tenant: whose request it was.
         is_counted: once.
     """
 
@@ -41,7 +50,46 @@ class Ran:
     tried: int
     first: int
     solved: bool | None
+    tenant: str = ""
     is_counted: bool = False
+
+
+class Waiting:
+    """Requests that may still be told of. When it is full, those go of whoever has most: nobody's push out those of others."""
+
+    def __init__(self) -> None:
+        self._by: dict[str, OrderedDict[str, Ran]] = {}
+        self._tenant: dict[str, str] = {}
+
+    def put(self, id: str, ran: Ran) -> None:
+        """Remember one."""
+        self.take(id)
+        self._by.setdefault(ran.tenant, OrderedDict())[id] = ran
+        self._tenant[id] = ran.tenant
+        while len(self._tenant) > WAITING:
+            own = self._by[ran.tenant]
+            fullest = own if len(own) * len(self._by) >= WAITING else max(self._by.values(), key=len)
+            self.take(next(iter(fullest)))
+
+    def get(self, id: str) -> Ran | None:
+        """One of them; None if it is not there."""
+        tenant = self._tenant.get(id)
+        return None if tenant is None else self._by[tenant][id]
+
+    def take(self, id: str) -> None:
+        """Remember one no more."""
+        tenant = self._tenant.pop(id, None)
+        if tenant is not None:
+            own = self._by[tenant]
+            del own[id]
+            if not own:
+                del self._by[tenant]
+
+
+@cache
+def _fitting(pid: int) -> ThreadPoolExecutor:
+    """The thread that fits, one for a process, whatever its number of strategies."""
+    return ThreadPoolExecutor(1, thread_name_prefix="best-of-fits")
 
 
 class Counting(Strategy):
@@ -54,6 +102,7 @@ class Counting(Strategy):
         Attributes:
             f_max, a, b: curve of a model on a task nobody has seen, as `BetaTTSPM` has it.
             weight: questions that it counts for.
+            tasks: names of tasks (header ``x-task``) that are told apart, beside those of recorded outcomes it was fitted to.
             right: score, on the scale from the least to the largest, from which an answer counts as right.
         """
 
@@ -61,6 +110,7 @@ class Counting(Strategy):
         a: float = Field(default=1.0, gt=0, le=1e6)
         b: float = Field(default=1.0, gt=0, le=1e6)
         weight: float = Field(default=20.0, gt=0, le=1e6)
+        tasks: tuple[str, ...] = ()
         right: float = Field(default=0.5, gt=0, le=1)
 
     adds_up = True
@@ -72,7 +122,12 @@ class Counting(Strategy):
         self._all: Priors | None = None
         # What was fitted before others were heard of.
         self._fits = self._none()
-        self._ran: OrderedDict[str, Ran] = OrderedDict()
+        self._tasks = {task[:LONGEST] for task in config.tasks}
+        # Tasks of recorded outcomes.
+        self._recorded: set[str] = set()
+        # Pairs that are being fitted, or will be.
+        self._due: set[tuple[str, str]] = set()
+        self._ran = Waiting()
         # Requests run on an event loop, and are told of in a thread.
         self._lock = threading.Lock()
 
@@ -89,14 +144,37 @@ class Counting(Strategy):
             self._fits = self._all
         return self._all
 
+    def known(self, model: str, task: str | None) -> tuple[BetaTTSPM, int]:
+        """What is known of a model on a task so far, and of how many questions. Takes no time; what is due is fitted beside."""
+        priors, task = self.priors, self._told(task)
+        for pair in {(model, ANY), (model, task)}:
+            if pair not in self._due and priors.is_due(*pair):
+                self._due.add(pair)
+                _fitting(os.getpid()).submit(self._fit, priors, pair)
+        return priors.known(model, task), priors.questions(model, task)
+
+    def settle(self) -> None:
+        """Fit here and now whatever is due."""
+        for pair in [*self.priors, *((model, ANY) for model, _ in self.priors)]:
+            self.priors.curve(*pair)
+
+    def _fit(self, priors: Priors, pair: tuple[str, str]) -> None:
+        try:
+            priors.curve(*pair)
+        finally:
+            self._due.discard(pair)
+
+    def _told(self, task: str | None) -> str:
+        """A task by its name, if it is told apart."""
+        name = (task or ANY)[:LONGEST]
+        return name if name in self._tasks or name in self._recorded else ANY
+
     def ran(self, request_id: str, ran: Ran) -> None:
         """Remember what became of a request, until it is told of."""
         if not request_id:
             return
         with self._lock:
-            self._ran[request_id] = ran
-            while len(self._ran) > WAITING:
-                self._ran.popitem(last=False)
+            self._ran.put(request_id, ran)
 
     def observe(self, outcome: Outcome) -> None:
         """Count a question, if by now it is known whether it was solved."""
@@ -118,11 +196,10 @@ class Counting(Strategy):
 
     def _count(self, counts: Priors, ran: Ran, solved: bool) -> None:
         tried = max(1, ran.first) if solved else ran.tried
-        counts.add(ran.model, ran.task, tried, solved)
+        task = self._told(ran.task)
+        counts.add(ran.model, task, tried, solved)
         if self._all is not None:
-            self._all.add(ran.model, ran.task, tried, solved)
-            # Fitted here, where nobody waits.
-            self._all.curve(ran.model, ran.task)
+            self._all.add(ran.model, task, tried, solved)
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Count recorded outcomes, each as one sample of its model. Raises DataError where no score is known."""
@@ -130,6 +207,7 @@ class Counting(Strategy):
             raise DataError(f"{self.name} learns from scores, and the data have none")
         self._base, self._all, self._fits = self._none(), None, self._none()
         right_NM = Span.of(data.score_NM).shrink(data.score_NM) >= self.config.right
+        self._recorded = {(task or ANY)[:LONGEST] for task in data.task}
         tasks, task_N = np.unique([task or "" for task in data.task], return_inverse=True)
         for column, model in enumerate(data.models):
             is_known_N = np.isfinite(data.score_NM[:, column])
@@ -137,18 +215,25 @@ class Counting(Strategy):
                 right_n = right_NM[is_known_N & (task_N == number), column]
                 self._base.add(model, str(task), 1, True, times=int(right_n.sum()))
                 self._base.add(model, str(task), 1, False, times=int((~right_n).sum()))
+        self.settle()
         return self
 
     # Kept, told and heard
 
     def state(self) -> tuple[Arrays, Facts]:
         """All counts."""
-        return self.priors.state()
+        arrays, facts = self.priors.state()
+        return arrays, {**facts, "tasks": sorted(self._recorded)}
 
     def load_state(self, arrays: Arrays, facts: Facts) -> None:
         """Take back what `state` gave."""
+        recorded = facts.get("tasks", ())
+        if not isinstance(recorded, Sequence) or not all(isinstance(task, str) for task in recorded):
+            raise DataError(f"tasks of test-time samples are damaged: {str(recorded)[:80]}")
         read = self._none()
         read.load_state(arrays, facts)
+        self._recorded = set(recorded)
+        read = read.folded(self._tasks | self._recorded)
         self._base, self._own, self._others, self._all = read, self._none(), self._none(), None
         self._fits = read
 
@@ -173,7 +258,7 @@ class Counting(Strategy):
         self._own, self._all = self._own.less(self._read(arrays, facts)), None
 
     def _read(self, arrays: Arrays, facts: Facts) -> Priors:
-        return _read(self._none(), arrays, facts)
+        return _read(self._none(), arrays, facts).folded(self._tasks | self._recorded)
 
 
 def _read(into: Priors, arrays: Arrays, facts: Facts) -> Priors:
