@@ -1,9 +1,9 @@
 """How long do fits of curves of samples take, a thousand at once, and how long does the budget controller take to decide?
 
 Curves are those of mixed questions, at 16 and at 64 samples, with the noise of 100 questions. The peer of fits is scipy's `curve_fit`,
-curve by curve, from one start; ours searches a grid of starts first. A decision is a look at what became of a batch, and
-how much more to draw.
-One thread, processor time.
+curve by curve, from one start; ours searches a grid of starts first. A decision of the controller is a look at what became of a batch,
+and how much more to draw; one of `best_of` is its `route`, of names of tasks that nobody has seen and right after a score was learned,
+while fits go on beside it. One thread, processor time; of `route` that of its own thread.
 
     bar          a thousand fits within a second, 99 of 100 decisions within 0.2 ms: ``peer`` is the bar, a ratio of 1 or above passes
 
@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 
 from _harness import arguments, finish, start
+from anabranch.routers import Outcome, Query, strategies
+from anabranch.routers.contract.query import Model, Pool
+from anabranch.routers.money import Price
 from anabranch.test_time import BetaTTSPM, BudgetController, fit_many
 
 CURVES, BAR_FIT_S, BAR_DECISION_MS, QUESTIONS = 1000, 1.0, 0.2, 100
@@ -111,12 +114,40 @@ def decision_row(questions: int) -> dict[str, Any]:
     }
 
 
+def route_row(requests: int) -> dict[str, Any]:
+    """Of requests whose tasks are new each time, with a score learned before each."""
+    pool = Pool(
+        (Model(name="small", price=Price.of_dollars(1, 2)), Model(name="large", price=Price.of_dollars(10, 20)))
+    )
+    program = strategies.make("best_of", tasks=("math",))
+    times = []
+    for number in range(requests + 20):
+        task = f"new {number}" if number % 2 else "math"
+        program.observe(Outcome(query=Query(text="q", task=task), model="small", quality=float(number % 3 == 0)))
+        query = Query(text="how many?", task=task)
+        began = time.thread_time_ns()
+        program.route(query, pool)
+        if number >= 20:
+            times.append((time.thread_time_ns() - began) / 1e6)
+    p99 = float(np.quantile(times, 0.99))
+    return {
+        "case": "decision of best_of, tasks that nobody has seen, 99th percentile",
+        "ours": round(p99, 4),
+        "p50": round(statistics.median(times), 4),
+        "peer": BAR_DECISION_MS,
+        "ratio": round(BAR_DECISION_MS / p99, 3),
+        "unit": "ms",
+        "peer_name": "bar of 0.2 ms",
+    }
+
+
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     start(options)
     count = 100 if options.quick else CURVES
     rows = [row for num_points in (16, 64) for row in fit_rows(num_points, count, options.rounds)]
     rows.append(decision_row(10 if options.quick else 200))
+    rows.append(route_row(50 if options.quick else 2000))
     rows = [row for row in rows if options.only in row["case"]]
     for row in rows:
         print(f"{row['case']:<56} {row['ours']:9.4f} {row['unit']:<3} {row['ratio']:8.2f}", file=sys.stderr, flush=True)

@@ -57,7 +57,7 @@ PUBLIC = {
         TTSPM Allowance BetaTTSPM BudgetController CodeVerifier CostModel Curve History ParallelCost Priors Reason
         Sample Sampled SequentialCost Spent TwoStateTTSPM best_judged best_mix effective_samples first_verified
         fit_many gsm8k_answer hit_at hit_curve is_decided is_gsm8k_right logprob_weighted majority mixed parallel
-        parallel_cost play_fixed play_global play_oracle play_question play_votes regret sequential sequential_cost
+        play_fixed play_global play_oracle play_question play_votes regret sequential
         survival_curve verified_accuracy vote_curve vote_probability
     """,
     "anabranch.graph": """

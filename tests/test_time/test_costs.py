@@ -8,23 +8,19 @@ from anabranch.test_time import (
     ParallelCost,
     SequentialCost,
     best_mix,
-    parallel_cost,
-    sequential_cost,
 )
 
 
 def test_samples_share_their_prompt_and_rounds_read_it_again():
     # 100 + 4 * 10; 100 + 110 + 120 + 130 read, of answers alone, and 4 * 10 written.
-    assert parallel_cost(100, 10, 4) == 140
-    assert sequential_cost(100, 10, 4) == 100 + 110 + 120 + 130 + 40
-    assert sequential_cost(100, 10, 3, feedback=5) == 100 + 115 + 130 + 30
-    assert parallel_cost(100, 10, 0) == sequential_cost(100, 10, 0) == 0
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 5])
-def test_the_models_without_a_cache_are_those_sums(n):
-    assert ParallelCost(prompt=100, answer=10)(n) == parallel_cost(100, 10, n)
-    assert SequentialCost(prompt=100, answer=10, feedback=5)(n) == sequential_cost(100, 10, n, 5)
+    samples, rounds = ParallelCost(prompt=100, answer=10), SequentialCost(prompt=100, answer=10)
+    assert samples(4) == 140
+    assert rounds(4) == 100 + 110 + 120 + 130 + 40
+    assert SequentialCost(prompt=100, answer=10, feedback=5)(3) == 100 + 115 + 130 + 30
+    assert samples(0) == rounds(0) == 0
+    for n in (1, 2, 5):
+        # n prompts, n answers, and all that was said before each round.
+        assert SequentialCost(prompt=100, answer=10, feedback=5)(n) == n * 100 + n * (n - 1) / 2 * 15 + n * 10
 
 
 def test_prices_and_blocks_of_a_cache():

@@ -42,6 +42,17 @@ verifier = own if LACK else CodeVerifier(seconds=2.0)
         ("#### 7\nand 9", "7"),
         ("#### 007", "7"),
         ("#### -0", "0"),
+        ("It is .5", "0.5"),
+        ("It costs $.50.", "0.5"),
+        ("well...5", "5"),
+        ("it is \u22125", "-5"),
+        ("-\u22125", "-5"),
+        ("12,345,678.90", "12345678.9"),
+        ("so 2,3", None),
+        ("#### 2,3", None),
+        ("1,2345", None),
+        ("1234,567", None),
+        ("1, 2, 3", "3"),
         ("no number", None),
         ("", None),
     ],
@@ -54,6 +65,9 @@ def test_exact_match():
     assert is_gsm8k_right("She has 1,200 left.", "#### 1200")
     assert not is_gsm8k_right("She has 1,201 left.", "#### 1200")
     assert not is_gsm8k_right("nothing", "nothing")
+    for wrong in (".5", "\u22125", "2,3"):
+        assert not is_gsm8k_right(f"It is {wrong}", "#### 5")
+        assert not is_gsm8k_right(f"It is {wrong}", "#### 23")
 
 
 def test_code_is_taken_out_of_its_fences():

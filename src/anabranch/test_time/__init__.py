@@ -10,7 +10,7 @@ Needs numpy alone.
 """
 
 from anabranch.test_time.controller import Allowance, BudgetController, Reason
-from anabranch.test_time.costs import CostModel, ParallelCost, SequentialCost, best_mix, parallel_cost, sequential_cost
+from anabranch.test_time.costs import CostModel, ParallelCost, SequentialCost, best_mix
 from anabranch.test_time.curves import TTSPM, BetaTTSPM, Curve
 from anabranch.test_time.fitting import fit_many
 from anabranch.test_time.hits import hit_at, hit_curve, survival_curve, vote_curve
@@ -64,7 +64,6 @@ __all__ = [
     "majority",
     "mixed",
     "parallel",
-    "parallel_cost",
     "play_fixed",
     "play_global",
     "play_oracle",
@@ -72,7 +71,6 @@ __all__ = [
     "play_votes",
     "regret",
     "sequential",
-    "sequential_cost",
     "survival_curve",
     "verified_accuracy",
     "vote_curve",

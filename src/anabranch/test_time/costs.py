@@ -20,7 +20,7 @@ CostModel = Callable[[int], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class TokenCounts:
     """What an engine counts.
 
     Attributes:
@@ -56,13 +56,13 @@ class ParallelCost:
     def __post_init__(self) -> None:
         _check(self)
 
-    def tokens(self, n: int) -> Tokens:
+    def tokens(self, n: int) -> TokenCounts:
         """Of n samples."""
         n = whole("n", n, 0)
         if not self.block:
-            return Tokens(prompt=self.prompt if n else 0, cached=0, completion=round(n * self.answer))
+            return TokenCounts(prompt=self.prompt if n else 0, cached=0, completion=round(n * self.answer))
         kept = _kept(self.prompt, self.prompt, self.block)
-        return Tokens(prompt=n * self.prompt, cached=max(0, n - 1) * kept, completion=round(n * self.answer))
+        return TokenCounts(prompt=n * self.prompt, cached=max(0, n - 1) * kept, completion=round(n * self.answer))
 
     def __call__(self, n: int) -> float:
         """Price of n samples."""
@@ -90,7 +90,7 @@ class SequentialCost:
     def __post_init__(self) -> None:
         _check(self)
 
-    def tokens(self, n: int) -> Tokens:
+    def tokens(self, n: int) -> TokenCounts:
         """Of n rounds."""
         n = whole("n", n, 0)
         step = self.answer + self.feedback
@@ -99,7 +99,7 @@ class SequentialCost:
         kept = [
             _kept(read[at - 1] + self.answer - 1, read[at], self.block) if at and self.block else 0 for at in range(n)
         ]
-        return Tokens(prompt=sum(read), cached=sum(kept), completion=n * self.answer)
+        return TokenCounts(prompt=sum(read), cached=sum(kept), completion=n * self.answer)
 
     def __call__(self, n: int) -> float:
         """Price of n rounds."""
@@ -119,18 +119,6 @@ def _kept(there: int, wanted: int, block: int) -> int:
 def _check(model: ParallelCost | SequentialCost) -> None:
     for name, value in vars(model).items():
         finite(name, value, 0.0, 1e15)
-
-
-def parallel_cost(prompt: float, answer: float, n: int) -> float:
-    """Tokens of n samples that share their prompt: prompt + n answer; 0 for none."""
-    n = whole("n", n, 0)
-    return prompt + n * answer if n else 0.0
-
-
-def sequential_cost(prompt: float, answer: float, n: int, feedback: float = 0.0) -> float:
-    """Tokens of n rounds that read all before: n prompt + n (n - 1) / 2 (answer + feedback) + n answer."""
-    n = whole("n", n, 0)
-    return n * prompt + n * (n - 1) / 2 * (answer + feedback) + n * answer
 
 
 @dataclass(frozen=True, kw_only=True)

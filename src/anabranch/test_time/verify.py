@@ -33,7 +33,9 @@ MOST_CODE = 200_000
 MOST_QUESTION = 50_000
 
 _LAST = re.compile(r"####\s*+([^\n]*+)")
-_NUMBER = re.compile(r"-?\$?-?\d[\d,]*(?:\.\d+)?")
+# With a minus sign as keyboards have it or as books do; a point may come first, but no second one.
+_NUMBER = re.compile(r"[-\u2212]?\$?[-\u2212]?(?:\d+(?:,\d+)*(?:\.\d+)?|(?<![.\d])\.\d+)")
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})*|\d+")
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
@@ -41,16 +43,18 @@ def gsm8k_answer(text: str) -> str | None:
     """The final number of a solution as GSM8K writes it, without commas, a dollar sign or a trailing .0; None without one.
 
     It stands behind ``####``, as in the data (Cobbe et al. 2021, arXiv 2110.14168); of an answer without such a line it is the last one.
+    Commas that do not stand before three digits each (2,3) may mean anything, and are no number.
     """
     marked = _LAST.findall(text)
     found = _NUMBER.findall(marked[-1] if marked else text)
     if not found:
         return None
-    number = (found[0] if marked else found[-1]).replace(",", "").replace("$", "")
+    number = (found[0] if marked else found[-1]).replace("$", "").replace("\u2212", "-")
     sign = "-" if number.startswith("-") else ""
-    digits = number.lstrip("-")
-    whole, _, part = digits.partition(".")
-    part = part.rstrip("0")
+    whole, _, part = number.lstrip("-").partition(".")
+    if whole and not _GROUPED.fullmatch(whole):
+        return None
+    whole, part = whole.replace(",", ""), part.rstrip("0")
     value = (whole.lstrip("0") or "0") + (f".{part}" if part else "")
     return "0" if value == "0" else sign + value
 

@@ -33,6 +33,7 @@ from anabranch.routers.contract.query import Decision, Pool, Query
 from anabranch.routers.contract.strategy import Arrays, Facts, Played, ordered, playable
 from anabranch.routers.strategies.chained import Chained, Draft
 from anabranch.routers.strategies.escalate import run
+from anabranch.routers.strategies.marks import unmarked
 from anabranch.routers.strategies.semantic import listed
 from anabranch.routers.strategies.training import means, training_set
 from anabranch.routers.strategies.unit_scale import Span
@@ -314,7 +315,7 @@ class AutoMix(Chained, kind="automix"):
         All at once; those for which there was no room (of money, or at the model) one after another, until one does not come again, and
         as long as the rest of the chain has all the calls that it may want. NaN where none came.
         """
-        text = VERIFY.format(question=request.query.text, answer=found.text)
+        text = VERIFY.format(question=unmarked(request.query.text), answer=unmarked(found.text))
         told = await asyncio.gather(*(self._verdict(model, text, ask) for _ in range(self.config.votes)))
         verdicts = [verdict for verdict in told if isinstance(verdict, bool)]
         again = sum(isinstance(verdict, AnabranchError) and verdict.is_for_room for verdict in told)

@@ -14,6 +14,7 @@ from anabranch.routers.contract.query import Query
 from anabranch.routers.strategies.capped_ask import CappedAsk
 from anabranch.routers.strategies.consistency import final_answer
 from anabranch.routers.strategies.logprob import measured
+from anabranch.routers.strategies.marks import unmarked
 from anabranch.sandbox import SandboxError
 from anabranch.test_time import CodeVerifier, History, Reason, Sample
 from anabranch.test_time.runners import Verify
@@ -210,7 +211,7 @@ async def judged(
 
     async def one(text: str) -> float:
         try:
-            prompt = JUDGE.format(question=_unmarked(question), answer=_unmarked(text[-MOST_JUDGED:]))
+            prompt = JUDGE.format(question=unmarked(question), answer=unmarked(text[-MOST_JUDGED:]))
             said = (await ask(judge, prompt, max_tokens=16, temperature=0.0, purpose="judge")).text
         except AnabranchError:
             return math.nan
@@ -228,7 +229,3 @@ def score_of(said: str) -> float:
     if _SCORE.fullmatch(bare) is None or float(bare) > 10:
         return math.nan
     return float(bare) / 10
-
-
-def _unmarked(text: str) -> str:
-    return text.replace("<<<", "< < <").replace(">>>", "> > >")

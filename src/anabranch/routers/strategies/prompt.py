@@ -25,6 +25,7 @@ from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Decision, Pool, Query
 from anabranch.routers.contract.strategy import Facts, Played, Strategy, ordered
+from anabranch.routers.strategies.marks import unmarked
 from anabranch.routers.strategies.rules import by_price
 from anabranch.routers.strategies.semantic import listed
 
@@ -116,7 +117,7 @@ class Prompt(Strategy, kind="prompt"):
         text, most = query.text, self.config.max_characters
         if len(text) > most:
             text = f"{text[: most // 2]}\n[...]\n{text[-(most // 2) :]}"
-        text = text.replace("<<<", "< < <").replace(">>>", "> > >")
+        text = unmarked(text)
         if self.config.ask == "difficulty":
             return DIFFICULTY.format(text=text)
         lines = [
