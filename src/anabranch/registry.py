@@ -203,6 +203,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "ppo": "anabranch.rl:PPO",
         "grpo": "anabranch.rl:GRPO",
         "token_ppo": "anabranch.rl:TokenPPO",
+        "imitation": "anabranch.rl.tokens.imitation:Imitation",
+    },
+    "token_world": {
+        "two_hop": "anabranch.rl.router_r1:TwoHopWorld",
     },
     "environment": {
         "gymnasium": "anabranch.rl:Gymnasium",

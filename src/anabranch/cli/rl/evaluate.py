@@ -11,6 +11,7 @@ from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
+from anabranch.cli.rl.kinds import is_router_run
 from anabranch.cli.rl.train import _returned
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -49,6 +50,10 @@ def evaluate(
     if picture is not None and picture.suffix not in _FORMS:
         raise ConfigError(f"--picture is {str(picture)!r}; its name must end in {' or '.join(_FORMS)}")
     check_apart([csv, picture], [run])
+    if is_router_run(run):
+        from anabranch.cli.rl.router import evaluate_router
+
+        return evaluate_router(run, episodes, seed, csv, picture, as_json=as_json)
     agent = load_agent(run)
     begins = agent.config.train.seed if seed is None else seed
     with Progress(episodes, "episode", quiet=quiet) as progress:

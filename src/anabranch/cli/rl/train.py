@@ -14,6 +14,7 @@ from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
+from anabranch.cli.rl.kinds import learns_router
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError
 from anabranch.extras import require
@@ -26,12 +27,16 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.")],
     environment: Annotated[
         str | None,
-        typer.Argument(metavar="WHAT", help="What is learned: cartpole, pendulum, laneworld or highway."),
+        typer.Argument(
+            metavar="WHAT", help="What is learned: cartpole, pendulum, laneworld, highway, router-r1 or router-r1-grpo."
+        ),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Steps of environments to learn from, at most. Default: as it is usually learned."
+            metavar="N",
+            min=1,
+            help="Steps of environments (of a router: episodes) to learn from, at most. Default: as it is usually learned.",
         ),
     ] = None,
     seed: Annotated[
@@ -49,6 +54,9 @@ def train(
     Any field of the run can be set: --set task.gamma=0.95, --set train.learning_rate=1e-4. What is told at the end is the mean return of
     20 episodes (100 of pendulum) in which nothing is tried out, none of which was learned from; rl eval plays more.
 
+    router-r1 is a language model that learns which models to ask, in a world of facts that models know; router-r1-grpo learns it without a
+    critic. Its checkpoints can be served.
+
     Example: anabranch rl train cartpole --samples 100000 --out runs/cartpole
     """
     require("lm", by="anabranch rl train")
@@ -57,6 +65,10 @@ def train(
     from anabranch.train.run import check_free, check_new
 
     settings = read_assignments(assignments)
+    if learns_router(out, environment, resume=resume):
+        from anabranch.cli.rl.router import train_router
+
+        return train_router(out, environment, samples, seed, settings, resume=resume, quiet=quiet, as_json=as_json)
     if resume:
         config = _resumed(out, environment, samples, seed, settings)
     else:

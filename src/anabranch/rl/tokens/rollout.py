@@ -245,7 +245,10 @@ class TokenRollouts:
                 )
         samples = padded(played, () if self._engine is None else self._engine.layers)
         samples, notes = self._finish(samples, torch.tensor(rewards, dtype=torch.float32))
-        self.rollout = Rollout(number, samples, notes | _notes(played, rewards), self.world.state_dict())
+        measured = {f"episode_{name}": float(value) for name, value in self.world.measured(outcomes).items()}
+        self.rollout = Rollout(
+            number, samples, {**notes, **_notes(played, rewards), **measured}, self.world.state_dict()
+        )
 
     def _question(self, place: int) -> int:
         """The n-th question that is asked: each once before any is asked again, in an order drawn anew each time."""
@@ -256,8 +259,6 @@ class TokenRollouts:
 
 def _notes(played: list[Trajectory], rewards: list[float]) -> dict[str, float]:
     """Numbers about a rollout."""
-    measures = [each.outcome.measures for each in played if each.outcome is not None]
-    told = {f"episode_{name}": float(np.mean([each[name] for each in measures])) for name in measures[0]}
     return {
         "reward": float(np.mean(rewards)),
         "reward_deviation": float(np.std(rewards)),
@@ -265,7 +266,6 @@ def _notes(played: list[Trajectory], rewards: list[float]) -> dict[str, float]:
         "own_tokens": float(np.mean([sum(each.own) for each in played])),
         "turns": float(np.mean([each.turns for each in played])),
         "cut": float(np.mean([each.is_cut for each in played])),
-        **told,
     }
 
 

@@ -30,7 +30,7 @@ from anabranch.rl.tokens.engine import Drawn, PolicyEngine
 from anabranch.rl.tokens.losses import divergence_of, mean_over, surrogate
 from anabranch.rl.tokens.network import Scored, TokenPolicy, router_layers_of
 from anabranch.rl.tokens.rollout import Playing, TokenRollouts, _seed
-from anabranch.rl.tokens.trajectory import Samples
+from anabranch.rl.tokens.trajectory import Samples, Trajectory
 from anabranch.rl.tokens.world import TokenWorld
 from anabranch.train import Losses, Task, TaskContext
 
@@ -318,22 +318,40 @@ class TokenTask(Task):
         assert isinstance(model, TokenPolicy)
         if self.rollouts is None:
             self.training_data(context)
-        assert self.rollouts is not None
+        return self.measures(*self.tried(model, data, seed=context.settings.seed))
+
+    def tried(
+        self, model: TokenPolicy, episodes: int, *, seed: int, temperature: float | None = None
+    ) -> tuple[list[Trajectory], list[float]]:
+        """Episodes of questions that nothing was learned from, and what each was worth; nothing of later rewards hangs on them.
+
+        Args:
+            model: who plays.
+            episodes: the first so many questions of the test.
+            seed: of the world's, and of what is drawn.
+            temperature: None as the config says.
+        """
+        assert self.rollouts is not None, "training_data comes first"
         self._policy = model
-        seeds = [_seed(context.settings.seed, _EVALUATION, number) for number in range(data)]
-        drawn = Drawn(self.config.eval_temperature, 1.0, self.world.turn_tokens)
+        seeds = [_seed(seed, _EVALUATION, number) for number in range(episodes)]
+        heat = self.config.eval_temperature if temperature is None else temperature
         kept = copy.deepcopy(self.world.state_dict())
-        played = self.rollouts.play(list(range(data)), seeds, drawn, split="test")
-        outcomes = [each.outcome for each in played if each.outcome is not None]
-        rewards = self.world.rewards(outcomes)
+        drawn = Drawn(heat, 1.0, self.world.turn_tokens)
+        played = self.rollouts.play(list(range(episodes)), seeds, drawn, split="test")
+        rewards = self.world.rewards([each.outcome for each in played if each.outcome is not None])
         self.world.load_state_dict(kept)
-        names = outcomes[0].measures
+        return played, rewards
+
+    def measures(self, played: list[Trajectory], rewards: list[float]) -> dict[str, Any]:
+        """Numbers about episodes, `headline` first."""
+        spread = float(np.std(rewards, ddof=1)) if len(rewards) > 1 else float("nan")
         return {
             "mean_reward": float(np.mean(rewards)),
-            **{name: float(np.mean([each.measures[name] for each in outcomes])) for name in names},
+            "reward_interval": 1.96 * spread / len(rewards) ** 0.5,
+            **self.world.measured([each.outcome for each in played if each.outcome is not None]),
             "turns": float(np.mean([each.turns for each in played])),
             "own_tokens": float(np.mean([sum(each.own) for each in played])),
-            "episodes": data,
+            "episodes": len(played),
         }
 
     # What is kept

@@ -11,7 +11,7 @@ Tokens go in and come out: what was drawn is what is learned from, and nothing i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -19,7 +19,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.data.tokenizer import Tokenizer
 
-__all__ = ["Outcome", "Play", "Split", "TokenWorld", "Told"]
+__all__ = ["Outcome", "Play", "Split", "TokenWorld", "Told", "means"]
 
 Split = Literal["train", "test"]
 Tokens = tuple[int, ...]
@@ -115,6 +115,10 @@ class TokenWorld(Part, family="token_world"):
         """What the episodes of a rollout are worth, in their order. Default: each its own."""
         return [outcome.reward for outcome in outcomes]
 
+    def measured(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """Numbers about episodes, JSON-ready. Default: the mean of each of their measures."""
+        return means([outcome.measures for outcome in outcomes])
+
     def traces(self, count: int, *, seed: int) -> list[tuple[Tokens, tuple[tuple[Tokens, bool], ...]]]:
         """Episodes to imitate before any is played: prompts, and what was written after them, with whether the policy had written it.
 
@@ -128,3 +132,8 @@ class TokenWorld(Part, family="token_world"):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
+
+
+def means(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each name that all have."""
+    return {name: sum(each[name] for each in measures) / len(measures) for name in measures[0]} if measures else {}

@@ -62,6 +62,8 @@ class RouterR1(Program, kind="router_r1"):
             call_s: most seconds of one call.
             budget_usd, budget_s: of the rounds of one request; None for its purse, and its time.
             warns: the prompt for base models.
+            instruction: what the router is told before the question, with ``{models}`` where their descriptions stand: that which it was
+                taught with. "" for the paper's.
             shows_trace: the answer is the whole trajectory, thoughts and all.
         """
 
@@ -79,10 +81,13 @@ class RouterR1(Program, kind="router_r1"):
         budget_usd: float | None = Field(default=None, gt=0)
         budget_s: float | None = Field(default=None, gt=0)
         warns: bool = False
+        instruction: str = ""
         shows_trace: bool = False
 
         def __post_init__(self) -> None:
             ours = sorted({"model", "messages", "n", "best_of", "stream", "stream_options"} & self.settings.keys())
+            if self.instruction and "{models}" not in self.instruction:
+                raise ConfigError("instruction has no {models}, where they are to stand")
             if ours:
                 raise ConfigError(f"settings has {', '.join(ours)}, which the program says itself")
 
@@ -185,7 +190,10 @@ class _Rounds:
             aliases={alias: name for alias, name in config.aliases.items() if name in names},
         )  # fmt: skip
         self.episode = episode = Episode(problem.text, rules, names)
-        messages = problem.asked(router_prompt(problem.text, names, self._about(names), warns=config.warns))
+        told = router_prompt(
+            problem.text, names, self._about(names), warns=config.warns, instruction=config.instruction or None
+        )
+        messages = problem.asked(told)
         while not episode.is_done:
             self.why = self._used_up()
             if self.why:

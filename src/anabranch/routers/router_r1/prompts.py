@@ -27,8 +27,27 @@ that may help. If you cannot help, say so. Use at most {tokens} tokens.
 {query}"""
 
 
-def router_prompt(question: str, models: Sequence[str], about: Mapping[str, str], *, warns: bool = False) -> str:
-    """What the router is asked. Raises InputError for an empty question, no models, and a description of a model that there is not."""
+def router_prompt(
+    question: str,
+    models: Sequence[str],
+    about: Mapping[str, str],
+    *,
+    warns: bool = False,
+    instruction: str | None = None,
+) -> str:
+    """What the router is asked.
+
+    Args:
+        question: that is to be answered.
+        models: that may be asked.
+        about: descriptions of some of them, or all.
+        warns: say more, for base models.
+        instruction: another one than `INSTRUCTION`, with ``{models}`` where they are to stand: that a router was taught with.
+
+    Raises InputError for an empty question, no models, a description of a model that there is not, and an instruction without models.
+    """
+    if instruction is not None and "{models}" not in instruction:
+        raise InputError("the instruction has no {models}, where they are to stand")
     if not question.strip():
         raise InputError("the question is empty")
     if not models:
@@ -37,7 +56,8 @@ def router_prompt(question: str, models: Sequence[str], about: Mapping[str, str]
     if unknown:
         raise InputError(f"{unknown[0]!r} is described, and not among the models: {', '.join(models)}")
     lines = "\n".join(f"- {name}: {about.get(name) or 'nothing is known of it'}" for name in models)
-    return INSTRUCTION.format(models=lines) + (WARNING if warns else "") + QUESTION.format(question=question.strip())
+    told = (INSTRUCTION if instruction is None else instruction).replace("{models}", lines)
+    return told + (WARNING if warns else "") + QUESTION.format(question=question.strip())
 
 
 def agent_prompt(query: str, tokens: int) -> str:

@@ -1,0 +1,27 @@
+"""Router-R1 learns: the two-hop world in tokens, ready trainings, and routers back from their runs."""
+
+from anabranch.rl.router_r1.runs import (
+    Router,
+    Training,
+    judge_router,
+    load_router,
+    router_training,
+    warm_model,
+    warm_up,
+)
+from anabranch.rl.router_r1.words import word_tokenizer
+from anabranch.rl.router_r1.world import RoutedPlay, TwoHopPlay, TwoHopWorld
+
+__all__ = [
+    "RoutedPlay",
+    "Router",
+    "Training",
+    "TwoHopPlay",
+    "TwoHopWorld",
+    "judge_router",
+    "load_router",
+    "router_training",
+    "warm_model",
+    "warm_up",
+    "word_tokenizer",
+]

@@ -1,0 +1,151 @@
+"""The two-hop world: facts, who knows them how well, what they cost, and those who need not be trained."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch.errors import InputError
+from anabranch.routers.router_r1.two_hop import BASELINES, FILLER, Shape, TwoHop, query_of
+
+SMALL = Shape(entities=60, relations=4, experts=4)
+WORLD = TwoHop(SMALL, seed=3)
+
+
+def test_questions_are_answered_by_following_facts():
+    for split in ("train", "test"):
+        for number in range(WORLD.num_questions(split)):
+            question = WORLD.question(number, split)
+            assert question.hops == 1 + number % 2
+            answer = question.entity
+            for relation in reversed(question.relations):
+                answer = int(WORLD.fact_RE[relation, answer])
+            assert question.answer == answer
+    one, two = WORLD.question(0), WORLD.question(1)
+    assert one.text == f"r{one.relations[0]} of e{one.entity} ?"
+    assert two.text == f"r{two.relations[0]} of r{two.relations[1]} of e{two.entity} ?"
+
+
+def test_no_question_of_a_test_begins_where_one_to_learn_from_does():
+    found = {
+        split: {WORLD.question(number, split).entity for number in range(WORLD.num_questions(split))}
+        for split in ("train", "test")
+    }
+    assert not found["train"] & found["test"]
+    assert len(found["test"]) == 12
+    assert len(found["train"]) == 48
+    with pytest.raises(InputError, match="question 96 is not there"):
+        WORLD.question(96, "test")
+
+
+def test_models_know_as_much_as_is_said():
+    world = TwoHop(Shape(entities=2000, relations=3, experts=3), seed=0)
+    assert world.good == [(0,), (1, 2), (2,), ()]
+    right = np.array(
+        [
+            [np.mean([world.says(model, relation, e) == world.fact_RE[relation, e] for e in range(2000)]) for relation in range(3)]
+            for model in range(4)
+        ]
+    )  # fmt: skip
+    expected = np.array([[0.95, 0.15, 0.15], [0.15, 0.95, 0.95], [0.15, 0.15, 0.95], [0.75] * 3])
+    # Three deviations of 2,000 draws.
+    assert np.abs(right - expected).max() < 3 * 0.5 / np.sqrt(2000)
+
+
+def test_a_world_is_its_seed():
+    again, other = TwoHop(SMALL, seed=3), TwoHop(SMALL, seed=4)
+    assert (again.fact_RE == WORLD.fact_RE).all()
+    assert again.prices == WORLD.prices
+    said = [world.answer(1, "r2 of r0 of e7") for world in (WORLD, again)]
+    assert said[0] == said[1] is not None
+    assert (other.fact_RE != WORLD.fact_RE).any()
+
+
+def test_replies_are_short_of_cheap_models_and_long_of_dear_ones():
+    by_price = sorted(range(WORLD.num_models), key=lambda model: WORLD.prices[model])
+    lengths = [WORLD.lengths[model] for model in by_price]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-1]) == (3, 30)
+    assert (WORLD.prices[by_price[0]], WORLD.prices[by_price[-1]]) == (0.2, 1.8)
+    for model in by_price:
+        reply = WORLD.reply(model, "r1 of e5")
+        words = reply.text.split()
+        assert len(words) == reply.completion_tokens == WORLD.lengths[model]
+        assert words[0] == f"e{WORLD.says(model, 1, 5)}"
+        assert set(words[1:]) <= set(FILLER)
+        assert reply.prompt_tokens == 3
+    names = {"a": by_price[0], "b": by_price[-1]}
+    pool = WORLD.pool(names)
+    assert pool.reply("b", "r1 of e5").text == WORLD.reply(by_price[-1], "r1 of e5").text
+    assert {name: price.completion for name, price in pool.prices.items()} == {"a": 0.2, "b": 1.8}
+
+
+@settings(max_examples=25)
+@given(
+    st.text(max_size=30) | st.sampled_from(["r0 of e999999", "r99 of e1", "r0 of r1 of r2 of e1", "r0of e1", "e1", ""])
+)
+def test_no_question_is_too_odd_to_be_answered(text):
+    for model in range(WORLD.num_models):
+        answer = WORLD.answer(model, text)
+        assert answer is None or 0 <= answer < 60
+        assert WORLD.reply(model, text).text.startswith("unknown" if answer is None else f"e{answer}")
+
+
+def test_a_model_goes_from_fact_to_fact_as_it_knows_them():
+    for model in range(WORLD.num_models):
+        between = WORLD.says(model, 1, 9)
+        assert WORLD.answer(model, "r3 of r1 of e9 ?") == WORLD.says(model, 3, between)
+
+
+def test_baselines_by_definition():
+    for number in range(60):
+        question = WORLD.question(number)
+        query = query_of(question.relations, question.entity)
+        oracle = WORLD.baseline("single_oracle", question)
+        right = [model for model in range(WORLD.num_models) if WORLD.answer(model, query) == question.answer]
+        assert (oracle.answer == question.answer) == bool(right)
+        assert not right or oracle.models[0] == min(right, key=lambda model: WORLD.prices[model] * WORLD.lengths[model])
+        general = WORLD.baseline("generalist", question)
+        assert general.models == (4,)
+        assert general.cost == pytest.approx(1.8 * 30)
+        for name in ("random", "informed"):
+            found = WORLD.baseline(name, question, seed=number)
+            assert len(found.models) == question.hops
+            entity = question.entity
+            for model, relation in zip(found.models, reversed(question.relations), strict=True):
+                entity = WORLD.says(model, relation, entity)
+                assert name == "random" or relation in WORLD.good[model]
+            assert found.answer == entity
+    with pytest.raises(InputError, match="no baseline is called 'best'"):
+        WORLD.baseline("best", WORLD.question(0))
+
+
+def test_who_asks_experts_beats_who_asks_one_model():
+    """What there is to be learned: +10 points on two hops over an oracle that may pick one model in hindsight."""
+    world = TwoHop(Shape(), seed=0)
+    asked = [world.question(number, "test") for number in range(1, world.num_questions("test"), 2)]
+    right = {
+        name: np.mean(
+            [world.baseline(name, each, seed=place).answer == each.answer for place, each in enumerate(asked)]
+        )
+        for name in BASELINES
+    }
+    assert right["informed"] > right["single_oracle"] + 0.1
+    assert right["single_oracle"] > right["generalist"] > right["random"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"entities": 4}, "entities is 4"),
+        ({"relations": 0}, "relations is 0"),
+        ({"experts": 2.0}, "experts is 2.0"),
+        ({"known": 1.5}, "known is 1.5"),
+        ({"cheapest": 2.0}, "prices go from 2.0"),
+        ({"longest": 1}, "answers have 3 to 1"),
+        ({"held_out": 0.0}, "held_out is 0.0"),
+    ],
+)
+def test_worlds_that_cannot_be(fields, why):
+    with pytest.raises(InputError, match=why):
+        Shape(**fields)
