@@ -42,8 +42,8 @@ PUBLIC = {
     """,
     "anabranch.routers.embed": "Embedder embed_cached",
     "anabranch.routers.router_r1": """
-        CostWindow Episode FunctionPool MultiRoundRouteEnv Price RecordedPool Reply RouterR1 Rules Tokens exact_match faults raw_cost
-        token_f1 total_reward
+        CostWindow Episode FunctionPool MultiRoundRouteEnv Price RecordedPool Reply RouterR1 Rules Tokens TwoHop exact_match faults
+        raw_cost token_f1 total_reward
     """,
     "anabranch.routers.scale": """
         Assessor Budget Budgeted ClientAsk Constant Decomposer Disagreement Entropy Given Identity Oracle Probe Problem PromptScore
@@ -106,6 +106,9 @@ PUBLIC = {
         Actions ActorCritic Agent Beta Categorical Clipped Distribution Ends Environment Episodes Film Gymnasium Highway
         GRPO Kind LaneWorld Layout Normal PPO PRESETS Preset Rollout Rollouts Samples TokenPPO World advantages clipped_losses
         episode_seed judge load_agent record training
+    """,
+    "anabranch.rl.router_r1": """
+        RoutedPlay Router Training TwoHopPlay TwoHopWorld judge_router load_router router_training warm_model warm_up word_tokenizer
     """,
     "anabranch.rl.tokens": """
         Drawn Outcome Play PolicyEngine Samples Told TokenPolicy TokenRollouts TokenTask TokenWorld Trajectory divergence_of

@@ -266,6 +266,19 @@ rl train laneworld --out z --set task.environment.world.traffic=nan
 rl train laneworld --out z --set task.environment.world.longest_m=60
 rl train cartpole --out z --set task.reward_scale=0
 rl train cartpole --out z --set train.learning_rate=inf
+rl train router-r1 --out z --samples 0
+rl train router-r1 --out z --set task.world.alpha=nan
+rl train router-r1 --out z --set task.world.entities=1e30
+rl train router-r1 --out z --set task.world.experts=2147483647
+rl train router-r1 --out z --set task.model.dim=2147483647
+rl train router-r1 --out z --set task.questions=2147483647
+rl train router-r1 --out z --set task.slots=2147483647
+rl train router-r1 --out z --set task.max_positions=0
+rl train router-r1 --out z --set warm.traces=2147483647
+rl train router-r1 --out z --set task.temperature=0
+rl train router-r1 --out z --set warm.traces=0
+rl train router-r1 --out z --set warm.learning_rate=inf
+rl train router-r1-grpo --out z --set task.group=1
 rl train --out text --resume
 rl train --out trained --resume
 rl eval trained

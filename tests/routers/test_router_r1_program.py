@@ -93,6 +93,18 @@ def named(steps, name):
     return [step.facts for step in steps if step.name == name]
 
 
+def test_a_router_is_told_what_it_was_taught_with():
+    models = Models(*TURNS)
+    run(models, fields={"instruction": "Ask: {models}", "about": {"small": "books"}})
+    told = models.asked[0][1][-1]["content"]
+    assert told.startswith("Ask: - large: slow; law")
+    assert "- small: books\n" in told
+    assert "You may ask other models" not in told
+    assert told.rstrip().endswith("?")
+    with pytest.raises(ConfigError, match="no {models}"):
+        make("router_r1", instruction="Ask whom you want")
+
+
 def test_rounds_by_hand():
     models = Models(*TURNS)
     said, steps, done = run(models)

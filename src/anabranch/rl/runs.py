@@ -141,10 +141,16 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 }
 
 
+# What learns in tokens, and has its trainings in `anabranch.rl.router_r1`.
+ROUTERS = ("router-r1", "router-r1-grpo")
+
+
 def preset(name: str) -> Preset:
     """The preset of this name. Raises ConfigError, with the nearest name, for another."""
+    if name in ROUTERS:
+        raise ConfigError(f"{name!r} learns in tokens; train it with anabranch.rl.router_r1.router_training")
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+        near = difflib.get_close_matches(name, (*PRESETS, *ROUTERS), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(PRESETS)}"
         raise ConfigError(f"nothing called {name!r} is there to be learned; {hint}")
     return PRESETS[name]()

@@ -169,7 +169,7 @@ def _conclude(trainer: Trainer[TaskRunConfig], result: TrainResult, out: Path, *
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch rl train --out {shell_word(out)} --resume")
         return
-    wrote(f"{result.checkpoint} and {out / STRATEGY}", f"anabranch serve {shell_word(out)} --name router")
+    wrote(f"{result.checkpoint} and {out / STRATEGY}", f"anabranch serve {shell_word(out)} --served-name router")
 
 
 def _tell(measures: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ def evaluate_router(
         return
     _tell(measures)
     made = ", ".join(str(path) for path in (csv_file, picture) if path is not None)
-    then = f"anabranch serve {shell_word(run)} --name router"
+    then = f"anabranch serve {shell_word(run)} --served-name router"
     if made:
         wrote(made, then)
     else:

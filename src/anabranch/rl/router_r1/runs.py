@@ -114,9 +114,10 @@ def router_training(
     settings = dict(settings or {})
     of_warm = {path.removeprefix("warm."): value for path, value in settings.items() if path.startswith("warm.")}
     of_run = {path: value for path, value in settings.items() if not path.startswith("warm.")}
-    world = override(
+    begun: Any = override(
         TaskRunConfig(task=_task(PRESETS[name], TwoHopWorld.Config(), 2)), _only(of_run, "task.world.")
-    ).task.world
+    )
+    world = begun.task.world
     model = small_decoder(world.build().vocab_size)
     task: Any = override(TaskRunConfig(task=_task(PRESETS[name], world, model.vocab_size)), _only(of_run, "task.")).task
     per_rollout = task.questions * task.group
@@ -142,7 +143,9 @@ def router_training(
     }
     free = {field: value for field, value in follows.items() if f"train.{field}" not in of_run}
     run = TaskRunConfig(task=task, train=train.replace(**free))
-    return Training(_warm(task, of_warm, seed), run)
+    # What cannot be is told before the warm start, not after it.
+    task.build().training_data(TaskContext(run.train, max(train.batch_size // train.accumulation, 1)))
+    return Training(_warm(run, of_warm), run)
 
 
 def _only(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -160,13 +163,22 @@ def _task(kind: str, world: Any, vocab_size: int) -> TokenTask.Config:
 _WARM = {"traces": 8192, "steps": 600, "batch_size": 64, "learning_rate": 1e-3}
 
 
-def _warm(task: Any, settings: Mapping[str, Any], seed: int) -> TaskRunConfig:
+def _warm(run: TaskRunConfig, settings: Mapping[str, Any]) -> TaskRunConfig:
+    task: Any = run.task
     unknown = sorted(settings.keys() - _WARM.keys())
     if unknown:
         raise ConfigError(f"--set warm.{unknown[0]}: of the warm start {', '.join(_WARM)} can be set")
     given = _WARM | dict(settings)
     config = Imitation.Config(world=task.world, model=task.model, traces=given.pop("traces"))
-    train = TrainConfig(schedule=Cosine.Config(), weight_decay=0.01, eval_every=None, checkpoint_every=None, seed=seed)
+    train = TrainConfig(
+        schedule=Cosine.Config(),
+        weight_decay=0.01,
+        eval_every=None,
+        checkpoint_every=None,
+        seed=run.train.seed,
+        device=run.train.device,
+        parallel=run.train.parallel,
+    )
     return TaskRunConfig(task=config, train=train.replace(**given))
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from anabranch.bounds import Size
 from anabranch.config import Field, configclass
-from anabranch.errors import ConfigError
+from anabranch.errors import CapacityError, ConfigError
+from anabranch.machine import room_bytes
 from anabranch.rl.tokens.trajectory import Samples, Trajectory, padded
 from anabranch.rl.tokens.world import TokenWorld
 from anabranch.train import DecoderTask, Losses, TaskContext
@@ -25,6 +26,8 @@ __all__ = ["Imitation"]
 
 # Beside the run's seed: traces to learn from, and others.
 _LEARNED, _HELD_OUT = 0, 1
+# Of a token of a trace, as tensors and while it is written.
+_BYTES_PER_TOKEN = 150
 
 
 class Imitation(DecoderTask, kind="imitation"):
@@ -66,6 +69,11 @@ class Imitation(DecoderTask, kind="imitation"):
             )
 
     def _samples(self, count: int, seed: int) -> Samples:
+        needed, room = _BYTES_PER_TOKEN * count * self.config.model.max_positions, room_bytes()
+        if needed > room:
+            raise CapacityError(
+                f"{count:,} traces take up to {needed / 1e9:.1f} GB, and there are {room / 1e9:.1f}; use fewer"
+            )
         made = []
         for prompt, parts in self.world.traces(count, seed=seed):
             each = Trajectory(prompt)

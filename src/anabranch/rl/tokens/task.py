@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from anabranch.bounds import Repeats, Size
 from anabranch.config import Field, configclass
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import CapacityError, CheckpointError, ConfigError
 from anabranch.lm.checkpoint import load_weights, write_model
 from anabranch.lm.decoder import Decoder
+from anabranch.machine import room_bytes
 from anabranch.rl.tokens.engine import Drawn, PolicyEngine
 from anabranch.rl.tokens.losses import divergence_of, mean_over, surrogate
 from anabranch.rl.tokens.network import Scored, TokenPolicy, router_layers_of
@@ -38,6 +39,8 @@ __all__ = ["TokenTask"]
 
 CRITIC, REFERENCE = "critic.safetensors", "reference.safetensors"
 _POLICY = "policy."
+# Of a token of an episode, as tensors and while it is written.
+_BYTES_PER_TOKEN = 200
 # Beside the run's seed, where an evaluation is drawn.
 _EVALUATION = 5
 
@@ -161,6 +164,7 @@ class TokenTask(Task):
             )
         if context.settings.parallel == "fsdp":
             raise ConfigError("train.parallel is 'fsdp', and the engine that acts needs whole weights; use ddp")
+        self._check_room()
         config, self._at_once = self.config, context.batch_size
         drawn = Drawn(config.temperature, config.top_p, self.world.turn_tokens)
         self.rollouts = TokenRollouts(
@@ -174,6 +178,25 @@ class TokenTask(Task):
             world_size=context.world_size,
         )
         return self.rollouts
+
+    def _check_room(self) -> None:
+        """Raise CapacityError where episodes of a rollout, or keys and values of those under way, take more memory than there is."""
+        config, room = self.config, room_bytes()
+        model = config.model
+        longest = min(config.max_positions or model.max_positions, model.max_positions)
+        rollout = _BYTES_PER_TOKEN * longest * config.questions * config.group
+        heads, keys, values = model.attention.kv_heads, *model.attention.kept(model.dim)
+        kept = 4 * model.num_layers * heads * (keys + values) * longest * (2 * config.slots + 1)
+        if rollout > room:
+            raise CapacityError(
+                f"a rollout of {config.questions:,} questions x {config.group:,} episodes of up to {longest:,} tokens takes "
+                f"{rollout / 1e9:.1f} GB, and there are {room / 1e9:.1f}; make questions or group smaller"
+            )
+        if kept > room:
+            raise CapacityError(
+                f"{config.slots:,} episodes of up to {longest:,} tokens side by side take {kept / 1e9:.1f} GB of keys and values, and "
+                f"there are {room / 1e9:.1f}; make slots or max_positions smaller"
+            )
 
     def validation_data(self, context: TaskContext) -> int:
         """How many episodes an evaluation has."""

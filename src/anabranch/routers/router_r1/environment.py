@@ -49,13 +49,11 @@ class Reply:
 
 
 class RoutePool(Protocol):
-    """Models that may be asked.
+    """Models that may be asked."""
 
-    Attributes:
-        prices: of each, by name; all that may be asked are here.
-    """
-
-    prices: Mapping[str, Price]
+    @property
+    def prices(self) -> Mapping[str, Price]:
+        """Of each, by name; all that may be asked are here."""
 
     def reply(self, model: str, query: str) -> Reply:
         """What a model says. Raises an AnabranchError where it says nothing; it may be called from several threads."""

@@ -187,7 +187,7 @@ class TwoHop:
         place, is_two = divmod(number, 2)
         row, relation = divmod(place, self.shape.relations)
         entity = int(self._of_split[split][row])
-        relations = (relation,)
+        relations: tuple[int, ...] = (relation,)
         if is_two:
             draw = np.random.default_rng([self.seed, 0x2410, entity, relation])
             relations = (int(draw.integers(self.shape.relations)), relation)
