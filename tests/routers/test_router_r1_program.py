@@ -101,7 +101,7 @@ def test_a_router_is_told_what_it_was_taught_with():
     assert "- small: books\n" in told
     assert "You may ask other models" not in told
     assert told.rstrip().endswith("?")
-    with pytest.raises(ConfigError, match="no {models}"):
+    with pytest.raises(ConfigError, match=r"no \{models\}"):
         make("router_r1", instruction="Ask whom you want")
 
 
