@@ -117,11 +117,12 @@ def test_what_does_not_go_together_is_told(tmp_path, config, parallel, train, me
 
 
 def test_models_that_cannot_be_cut_are_told(config):
-    from anabranch.train.pipeline import _check, _layers
+    from anabranch.train.pipeline import _check
+    from anabranch.train.pipeline_layers import layers_of
 
     model = config.model.build(seed=0)
     with pytest.raises(ConfigError, match=r"parallel\.pipeline is 99, and"):
-        _layers(model, 99)
+        layers_of(model, 99)
     whole = config.model.feed_forward.replace(
         router=config.model.feed_forward.router.replace(balance=(SwitchLoss.Config(scope="global_batch"),))
     )

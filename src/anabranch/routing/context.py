@@ -27,7 +27,11 @@ class LoadSink(Protocol):
 
 
 class LossOverLayers(Protocol):
-    """What makes one loss of parts that several layers emitted (a balance over a pool that layers share)."""
+    """What makes one loss of parts that several layers emitted (a balance over a pool that layers share).
+
+    Layers that are in several processes (`anabranch.train.pipeline`) find it again if it is a module of the model, or compares by value and
+    can be pickled, as a frozen dataclass does.
+    """
 
     def close(self, parts: list[tuple[Tensor, ...]]) -> tuple[str, Tensor]:
         """(name, loss) from the parts, in the order of the layers."""

@@ -17,6 +17,7 @@ micro-batches of a step and over all processes before it updates.
 # Shapes: N items, E destinations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -312,11 +313,11 @@ def _mean_of_open(value_NE: Tensor, open_NE: Tensor | None) -> Tensor:
     return total_N1 / open_NE.sum(-1, keepdim=True).clamp_min(1)
 
 
+@dataclass(frozen=True)
 class _OverLayers:
-    """Adds up the losses of all layers; it keeps nothing."""
+    """Adds up the losses of all layers; it keeps nothing. Equal ones are the same in any process."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     def close(self, parts: list[tuple[Tensor, ...]]) -> tuple[str, Tensor]:
         """(name, loss)."""

@@ -8,6 +8,7 @@ p are an item's scores as shares, U its open destinations. DynMoLE (arXiv 2504.0
 """
 # Shapes: N items, E destinations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -129,11 +130,12 @@ class SoftLoss(Balancer, kind="soft"):
             context.emit_part(_over_layers(self.config.alpha, self.num_destinations), (weight_E, share_E, num_open))
 
 
+@dataclass(frozen=True)
 class _OverLayers:
-    """Makes one loss of the parts of all layers; it keeps nothing."""
+    """Makes one loss of the parts of all layers with as many destinations; it keeps nothing. Equal ones are the same in any process."""
 
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
+    alpha: float
+    num_destinations: int
 
     def close(self, parts: list[tuple[Tensor, ...]]) -> tuple[str, Tensor]:
         """(name, loss)."""
@@ -144,7 +146,7 @@ class _OverLayers:
 @cache
 def _over_layers(alpha: float, num_destinations: int) -> _OverLayers:
     """The same for all layers that make one loss: a context joins parts by whose they are."""
-    return _OverLayers(alpha)
+    return _OverLayers(alpha, num_destinations)
 
 
 def _open_of_each(open_NE: Tensor | None) -> Tensor | None:

@@ -6,13 +6,13 @@ A process works through the layers of its stage alone: it keeps their activation
 weights of all layers too, which are made those of their stages before the model is evaluated or saved; so checkpoints are those of one
 process, and a run goes on in another layout.
 
-Blocks that have a module together (the pool of a ReXMoE group) are one layer here, so no stage begins among them. What blocks emit into
-the context goes with what they hand on: losses as sums with their gradients, loads to their balancers once.
+Blocks that have a module together (the pool of a ReXMoE group) are one layer here, so no stage begins among them; see
+`anabranch.train.pipeline_layers`.
 """
 # Shapes: B sequences, L positions, D width, V vocabulary
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anabranch.cluster import partition
 from anabranch.cluster.gpipe import GPipe, StageError
-from anabranch.cluster.gpipe.chunk import is_recomputing
 from anabranch.errors import (
     AnabranchError,
     BackendError,
@@ -33,15 +31,12 @@ from anabranch.errors import (
     NotFiniteError,
 )
 from anabranch.lm.decoder import Decoder, DecoderOutput
-from anabranch.lm.layers import layer_costs, referred_to, uncut_groups
-from anabranch.nn.context import ForwardContext, set_unregistered
+from anabranch.nn.context import set_unregistered
 from anabranch.routing import SwitchLoss
+from anabranch.train.pipeline_layers import METRIC, layers_of, stages_of
 
 __all__ = ["PipelinedDecoder"]
 
-# What goes from layer to layer: x_BLD, the tokens, what designs carry, and what was emitted, each name with its sum and its count.
-_Handed = tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor], dict[str, int]]
-_METRIC = "metric "
 # Errors of layers, by the names under which they are told to other stages.
 _TOLD: dict[str, type[AnabranchError]] = {
     kind.__name__: kind for kind in (BackendError, CapacityError, ConfigError, DataError, InputError, NotFiniteError)
@@ -81,7 +76,7 @@ class PipelinedDecoder(nn.Module):
         self.is_last = True
         self._group, self._data_group, self._stage = group, data_group, dist.get_rank(group)
         _check(model, stages)
-        layers, balance = _layers(model, stages)
+        layers, balance = layers_of(model, stages)
         pipe = GPipe(
             nn.Sequential(*layers),
             micro_batches=4 * stages if micro_batches is None else micro_batches,
@@ -97,9 +92,11 @@ class PipelinedDecoder(nn.Module):
         set_unregistered(self, "model", model)
         set_unregistered(self, "pipe", pipe)
         self._terms: list[tuple[float, dict[str, Tensor]]] = []
+        # Of the batch of the step: its sequences, and how many tokens of them are to be predicted.
+        self._sequences, self._targets = 0, 0
         self._seed: int | None = None
         # By name, the stages that have a parameter or buffer; those that no layer names are in all.
-        self._stages = _stages_of(model, layers, pipe.partition.parts)
+        self._stages = stages_of(model, layers, pipe.partition.parts)
         self._others = [
             parameter
             for name, parameter in model.named_parameters()
@@ -128,6 +125,7 @@ class PipelinedDecoder(nn.Module):
         for parameter in parameters:
             parameter.grad = None
         self._terms = []
+        self._sequences, self._targets = len(target_BL), int((target_BL != -100).sum())
         try:
             value = self._step(token_BL, target_BL)
             found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
@@ -154,9 +152,12 @@ class PipelinedDecoder(nn.Module):
         total = F.cross_entropy(
             logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100, reduction="sum"
         )
-        cross_entropy = total / (target_BL != -100).sum().clamp_min(1)
+        # A micro-batch counts by its sequences; that times this is the sum over its targets over those of the whole batch. Where all
+        # sequences have as many, it is the mean over the micro-batch.
+        share = self._targets * len(target_BL) / self._sequences
+        cross_entropy = total / total.new_tensor(share or 1.0)
         means = {name: value / counts[name] for name, value in sums.items()}
-        auxiliary = [value for name, value in means.items() if not name.startswith(_METRIC)]
+        auxiliary = [value for name, value in means.items() if not name.startswith(METRIC)]
         detached = {name: value.detach() for name, value in means.items()}
         self._terms.append((float(len(target_BL)), {"cross_entropy": cross_entropy.detach(), **detached}))
         return sum(auxiliary, start=cross_entropy)
@@ -172,8 +173,8 @@ class PipelinedDecoder(nn.Module):
         dist.broadcast_object_list(told, group=self._group, group_src=last)
         device = next(self.model.parameters()).device
         found = {name: torch.tensor(value, device=device) for name, value in told[0].items()}
-        metrics = {name.removeprefix(_METRIC): value for name, value in found.items() if name.startswith(_METRIC)}
-        return {name: value for name, value in found.items() if not name.startswith(_METRIC)}, metrics
+        metrics = {name.removeprefix(METRIC): value for name, value in found.items() if name.startswith(METRIC)}
+        return {name: value for name, value in found.items() if not name.startswith(METRIC)}, metrics
 
     def _set_seed(self) -> None:
         """What layers draw is a function of torch's seed, which the trainer sets in each step, and of which pass since then this is."""
@@ -273,22 +274,6 @@ class _Step(torch.autograd.Function):
         return None, None, None, None
 
 
-def _stages_of(model: Decoder, layers: Sequence[nn.Module], parts: Sequence[range]) -> dict[str, tuple[int, ...]]:
-    """By the name of a parameter or buffer, the stages whose layers have it; all, where no layer does."""
-    found: dict[int, list[int]] = {}
-    for stage, part in enumerate(parts):
-        for number in part:
-            layer = layers[number]
-            assert isinstance(layer, _Of)
-            for module in layer.parts():
-                for tensor in (*module.parameters(), *module.buffers()):
-                    if stage not in found.setdefault(id(tensor), []):
-                        found[id(tensor)].append(stage)
-    everywhere = list(range(len(parts)))
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name: tuple(found.get(id(tensor), everywhere)) for name, tensor in named}
-
-
 def _check(model: nn.Module, stages: int) -> None:
     said = f"parallel.pipeline is {stages}"
     if not isinstance(model, Decoder):
@@ -301,103 +286,3 @@ def _check(model: nn.Module, stages: int) -> None:
                 f"{said}, and a balance loss is over the global batch, which stages do not see together; "
                 "use the scope micro_batch or sequence"
             )
-
-
-def _layers(model: Decoder, stages: int) -> tuple[list[nn.Module], list[int]]:
-    """The layers that a stage may begin with, and how many of them each stage has."""
-    config = model.config
-    groups = [range(group.start - 1, group.stop - 1) for group in uncut_groups(config)]
-    inside = {number for group in groups for number in group}
-    parts = sorted(
-        [*groups, *(range(number, number + 1) for number in range(config.num_layers) if number not in inside)],
-        key=lambda part: part.start,
-    )
-    costs = layer_costs(config, tokens=1, sequence_length=config.max_positions, dtype=torch.float32)
-    flops = [0.0, *(sum(costs[1 + number].flops for number in part) for part in parts), costs[-1].flops]
-    layers: list[nn.Module] = [_Embed(model), *(_Blocks(model, part) for part in parts), _Head(model)]
-    try:
-        return layers, list(partition(flops, stages).balance)
-    except InputError as error:
-        raise ConfigError(f"parallel.pipeline is {stages}, and {error}") from None
-
-
-class _Of(nn.Module):
-    """A layer of a model that is registered elsewhere."""
-
-    model: Decoder
-
-    def __init__(self, model: Decoder) -> None:
-        super().__init__()
-        set_unregistered(self, "model", model)
-
-    def parts(self) -> list[nn.Module]:
-        """Modules of the model that it runs."""
-        raise NotImplementedError  # abstract
-
-
-class _Embed(_Of):
-    """Tokens to what the first block gets."""
-
-    def forward(self, token_BL: Tensor) -> _Handed:
-        return self.model.embed(token_BL), token_BL, {}, {}, {}
-
-    def parts(self) -> list[nn.Module]:
-        """See `_Of`."""
-        return [self.model.embedding]
-
-
-class _Blocks(_Of):
-    """Blocks that stay together."""
-
-    def __init__(self, model: Decoder, part: range) -> None:
-        super().__init__(model)
-        self.part = part
-
-    def forward(self, handed: _Handed) -> _Handed:
-        x_BLD, token_BL, carry, sums, counts = handed
-        context = self.model.context(token_BL)
-        context.carry.update(carry)
-        for number in self.part:
-            x_BLD = self.model.blocks[number](x_BLD, context)
-        sums, counts = dict(sums), dict(counts)
-        for name, values in _emitted(context).items():
-            sums[name] = sum(values, start=sums.get(name, torch.zeros((), device=x_BLD.device)))
-            counts[name] = counts.get(name, 0) + len(values)
-        if not is_recomputing():
-            context.commit()
-        # How often routers were visited is counted for those who override them, which nobody does here.
-        carried = {name: value for name, value in context.carry.items() if not name.startswith("visits.")}
-        for name, value in carried.items():
-            if not isinstance(value, Tensor):
-                raise ConfigError(
-                    f"block {self.part.stop - 1} hands on {name!r}, a {type(value).__name__}, and only tensors go from stage to stage"
-                )
-        return x_BLD, token_BL, carried, sums, counts
-
-    def parts(self) -> list[nn.Module]:
-        """See `_Of`; with what is shared among these blocks."""
-        blocks = [self.model.blocks[number] for number in self.part]
-        shared = {id(module): module for module in self.model.shared.modules()}
-        referred = {name for block in blocks for name in referred_to(block, set(shared))}
-        return [*blocks, *(shared[name] for name in sorted(referred))]
-
-
-class _Head(_Of):
-    """The last norm and the scores over the vocabulary."""
-
-    def forward(self, handed: _Handed) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
-        x_BLD, token_BL, _, sums, counts = handed
-        return self.model.logits(self.model.norm(x_BLD), self.model.context(token_BL)), sums, counts
-
-    def parts(self) -> list[nn.Module]:
-        """See `_Of`; the head may be the embedding."""
-        return [self.model.norm, self.model.embedding if self.model.head is None else self.model.head]
-
-
-def _emitted(context: ForwardContext) -> dict[str, list[Tensor]]:
-    """Losses of layers, those that are made of several layers' parts, and metrics."""
-    found = {name: list(values) for name, values in context.losses.items()}
-    for owner in {id(owner): owner for owner, _ in context.parts}.values():
-        name, loss = owner.close([part for other, part in context.parts if other is owner])
-        found.setdefault(name, []).append(loss)
-    return found | {_METRIC + name: [value.float() for value in values] for name, values in context.metrics.items()}
