@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from anabranch.cluster.gradients import is_power_of_two
 from anabranch.config import Config, Field, Seed, Size, configclass, differences, from_dict, to_dict
 from anabranch.data.config import DataConfig
 from anabranch.errors import CheckpointError, ConfigError, DataError
@@ -160,6 +161,9 @@ class Parallel(Config):
         data: processes, or groups of them that share one, that have a batch of their own; None for as many as there are. Above 1,
             ``train.parallel`` none means ddp.
         diloco: other runs that this one learns with.
+        exact: into how many micro-batches a step is cut, over all processes: 1, 2, 4, ... Losses and weights of a language model are then
+            to the bit the same in any layout by ``pipeline`` and ``data``, also in one process. None: as nearly as sums in another order
+            are, which takes less time.
     """
 
     experts: Size = Field(default=1, ge=1)
@@ -168,6 +172,11 @@ class Parallel(Config):
     micro_batches: Size | None = Field(default=None, ge=1)
     data: Size | None = Field(default=None, ge=1)
     diloco: DiLoCoConfig = Field(default_factory=DiLoCoConfig)
+    exact: Size | None = Field(default=None, ge=1)
+
+    def __post_init__(self) -> None:
+        if self.exact is not None and not is_power_of_two(self.exact):
+            raise ConfigError(f"exact is {self.exact}, and sums that are exact are of 1, 2, 4, 8, ... micro-batches")
 
 
 class _Run(Config):

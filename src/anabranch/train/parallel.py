@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
 torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.experts=2
 torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.context=2
+torchrun --nproc-per-node 4 -m anabranch train ... --set parallel.pipeline=2 --set parallel.exact=8
 """
 
 import inspect
@@ -55,6 +56,7 @@ class Workers:
         self._num_cuts = 1 if shared is None else shared.context
         self._num_stages = 1 if shared is None else shared.pipeline
         self._micro_batches = None if shared is None else shared.micro_batches
+        self._exact = None if shared is None else shared.exact
         self._recomputes = config.recompute
         # The model in stages, once it is wrapped so.
         self._staged: PipelinedDecoder | None = None
@@ -64,6 +66,7 @@ class Workers:
         self._cut_model: ContextParallel | None = None
         self._check_cuts(config)
         self._check_stages(config)
+        self._check_exact(config)
         if self._num_stages > 1:
             self.parallel = "pipeline"
         if self._num_shares > 1 and config.compile:
@@ -110,6 +113,11 @@ class Workers:
                 f"parallel.data is {self._num_data}, and {self.size} processes{of} have {self.num_batches} batches; "
                 f"start {self._num_data * together}, or set it to {self.num_batches}"
             )
+        if self._exact is not None and self._exact % self.num_batches:
+            raise ConfigError(
+                f"parallel.exact is {self._exact}, and there are {self.num_batches} pipelines, which must have equally many of so many "
+                f"micro-batches; start 1, 2, 4, ... up to {self._exact} of them"
+            )
 
     def _check_cuts(self, config: TrainConfig) -> None:
         """What does not go together with sequences that are cut."""
@@ -133,6 +141,33 @@ class Workers:
                 f"parallel.pipeline is {self._num_stages}, and {refused[0]} is set; stages go with replicas of pipelines alone"
             )
 
+    def _check_exact(self, config: TrainConfig) -> None:
+        """What has sums of its own order, and so does not go together with exactness."""
+        if self._exact is None:
+            return
+        beside = {"train.compile": config.compile, "train.parallel=fsdp": config.parallel == "fsdp"}
+        beside |= {"parallel.experts": self._num_shares > 1, "parallel.context": self._num_cuts > 1}
+        beside |= {"parallel.micro_batches": self._micro_batches is not None, "train.accumulation": config.accumulation > 1}
+        if refused := [name for name, is_set in beside.items() if is_set]:
+            raise ConfigError(
+                f"parallel.exact is {self._exact}, and {refused[0]} is set; it says how many micro-batches a step has, and goes with stages "
+                "(parallel.pipeline) and replicas of them (parallel.data) alone"
+            )
+        if config.batch_size % self._exact:
+            raise ConfigError(
+                f"parallel.exact is {self._exact}, which does not divide train.batch_size={config.batch_size}; use 1, 2, 4, ... that does"
+            )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a step is to the bit that of any other layout."""
+        return self._exact is not None
+
+    @property
+    def draws_as(self) -> int:
+        """By which number torch's generators are seeded here, beside seed and step: the rank, or where all is keyed by the batch, 0."""
+        return 0 if self.is_exact else self.rank
+
     @property
     def is_first(self) -> bool:
         """Whether this process writes files."""
@@ -147,7 +182,7 @@ class Workers:
         if self.parallel == "fsdp":
             shard(model, parts, self.device)
         model = self._cut(model)
-        if self.parallel == "pipeline":
+        if self.parallel == "pipeline" or self.is_exact:
             return self._in_stages(model)
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
@@ -197,15 +232,20 @@ class Workers:
 
     def _in_stages(self, model: Any) -> PipelinedDecoder:
         """The model as it is called with the batch of its pipeline."""
-        mesh = dist.device_mesh.init_device_mesh(
-            self.device.type, (self.num_batches, self._num_stages), mesh_dim_names=("batches", "pipeline")
-        )
+        stages = pipelines = None
+        if self.size > 1:
+            mesh = dist.device_mesh.init_device_mesh(
+                self.device.type, (self.num_batches, self._num_stages), mesh_dim_names=("batches", "pipeline")
+            )
+            stages = mesh["pipeline"].get_group() if self._num_stages > 1 else None
+            pipelines = mesh["batches"].get_group() if self.num_batches > 1 else None
         self._staged = PipelinedDecoder(
             model,
-            mesh["pipeline"].get_group(),
-            mesh["batches"].get_group(),
+            stages,
+            pipelines,
             micro_batches=self._micro_batches,
             recomputes=self._recomputes,
+            exact=self._exact,
         )
         return self._staged
 
@@ -241,7 +281,7 @@ class Workers:
         """``norm_of`` the gradients of all parameters that learn in the model, those here being ``parameters``."""
         if self._staged is None:
             return norm_of(parameters)
-        return self._staged.norm(norm_of(self._staged.counted(parameters)))
+        return self._staged.norm(norm_of)
 
     def gathered(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Named tensors of all stages. All processes call it together."""

@@ -12,7 +12,7 @@ Blocks that have a module together (the pool of a ReXMoE group) are one layer he
 # Shapes: B sequences, L positions, D width, V vocabulary
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.cluster.gpipe import GPipe, StageError
+from anabranch.cluster.gradients import average_gradients
 from anabranch.errors import (
     AnabranchError,
     BackendError,
@@ -33,6 +34,7 @@ from anabranch.errors import (
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.nn.context import set_unregistered
 from anabranch.routing import SwitchLoss
+from anabranch.train.exact import TOTAL, ExactSums, Terms, have_part, norm_in_order, weighted_means
 from anabranch.train.pipeline_layers import METRIC, layers_of, stages_of
 
 __all__ = ["PipelinedDecoder"]
@@ -48,10 +50,12 @@ class PipelinedDecoder(nn.Module):
 
     Args:
         model: in every process, with equal weights.
-        group: its processes, in order of stages.
-        data_group: processes with the same stage of other pipelines, each with a batch of its own, and this one.
+        group: its processes, in order of stages; None for one stage in this process.
+        data_group: processes with the same stage of other pipelines, each with a batch of its own, and this one; None for this one alone.
         micro_batches: M; None for four times the stages, or as many as there are sequences.
         recomputes: do the forward of a stage again in its backward, for all micro-batches but the last.
+        exact: micro-batches of all pipelines together, a power of two; then ``micro_batches`` says nothing, and losses and gradients are a
+            function of this number alone, to the bit, and not of stages and pipelines. None for sums in the order that is fastest.
 
     Attributes:
         is_last: whether gradients are summed over processes after the next backward.
@@ -65,33 +69,41 @@ class PipelinedDecoder(nn.Module):
     def __init__(
         self,
         model: Decoder,
-        group: dist.ProcessGroup,
-        data_group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
+        data_group: dist.ProcessGroup | None,
         *,
         micro_batches: int | None,
         recomputes: bool,
+        exact: int | None = None,
     ) -> None:
         super().__init__()
-        stages = dist.get_world_size(group)
         self.is_last = True
-        self._group, self._data_group, self._stage = group, data_group, dist.get_rank(group)
-        _check(model, stages)
+        self._group, self._data_group = group, data_group
+        self._num_stages, self._stage = _place_in(group)
+        self._num_pipelines, self._pipeline = _place_in(data_group)
+        stages = self._num_stages
+        self._said = f"parallel.exact is {exact}" if stages == 1 else f"parallel.pipeline is {stages}"
+        _check(model, self._said)
         layers, balance = layers_of(model, stages)
+        if exact is not None:
+            micro_batches = exact // self._num_pipelines
+        device = next(model.parameters()).device
         pipe = GPipe(
             nn.Sequential(*layers),
             micro_batches=4 * stages if micro_batches is None else micro_batches,
             checkpoint="except_last" if recomputes else "never",
-            runner="distributed",
+            runner="local" if group is None else "distributed",
             balance=balance,
-            devices=[next(model.parameters()).device],
+            devices=[device],
             group=group,
-            # What is drawn must come again in a recomputation, also where a design begins to draw in a later step.
-            draws=True if recomputes else None,
+            # What is drawn must come again in a recomputation, and on other ranks, also where a design begins to draw in a later step.
+            draws=True if recomputes or exact is not None else None,
+            is_exact=exact is not None,
         )
         # Both are the model's, which whoever trains it has already.
         set_unregistered(self, "model", model)
         set_unregistered(self, "pipe", pipe)
-        self._terms: list[tuple[float, dict[str, Tensor]]] = []
+        self._told: list[Terms] = []
         # Of the batch of the step: its sequences, and how many tokens of them are to be predicted.
         self._sequences, self._targets = 0, 0
         self._seed: int | None = None
@@ -104,10 +116,17 @@ class PipelinedDecoder(nn.Module):
         ]
         for parameter in self._others:
             parameter.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError(
-                f"parallel.pipeline is {stages}, and stage {self._stage} has no parameter that learns; use fewer stages"
-            )
+        self._learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self._learning:
+            raise ConfigError(f"{self._said}, and stage {self._stage} has no parameter that learns; use fewer stages")
+        # What several stages have: its gradients are summed over them.
+        learn = {id(parameter) for parameter in (*self._learning, *self._others)}
+        self._together = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if len(self._stages[name]) > 1 and id(parameter) in learn
+        ]
+        self._sums = None if exact is None else ExactSums(self._learning, self._together, pipe.micro_batches, group)
 
     def forward(self, token_BL: Tensor, target_BL: Tensor | None = None, **options: Any) -> DecoderOutput:
         """The training loss, of the same batch in all processes of the group; its backward adds gradients to those that are there.
@@ -115,31 +134,56 @@ class PipelinedDecoder(nn.Module):
         Raises ConfigError for any other call of a decoder: stages give the loss of a batch, and no logits.
         """
         if target_BL is None or options:
-            stages = dist.get_world_size(self._group)
             raise ConfigError(
-                f"parallel.pipeline is {stages}, and the task asks the model for more than the loss of tokens and targets; set it to 1"
+                f"{self._said}, and the task asks the model for more than the loss of tokens and targets; leave it out"
             )
         self._set_seed()
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        before = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
+        before = [parameter.grad for parameter in self._learning]
+        for parameter in self._learning:
             parameter.grad = None
-        self._terms = []
-        self._sequences, self._targets = len(target_BL), int((target_BL != -100).sum())
+        self._told = []
+        self._count(target_BL)
+        if self._sums is not None:
+            # A step that failed may have left some.
+            self._sums.begin()
         try:
             value = self._step(token_BL, target_BL)
-            found = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+            if self._sums is not None:
+                self._sums.finish()
+            found = [(parameter, parameter.grad) for parameter in self._learning if parameter.grad is not None]
         finally:
-            for parameter, gradient in zip(parameters, before, strict=True):
+            for parameter, gradient in zip(self._learning, before, strict=True):
                 parameter.grad = gradient
-        terms, metrics = self._told(len(token_BL))
+        terms = self._means()
+        if self._sums is not None:
+            value = terms[TOTAL]
+        del terms[TOTAL]
         loss = _Step.apply(torch.zeros((), requires_grad=True), value.float(), self, found)
         cross_entropy = terms.pop("cross_entropy")
-        return DecoderOutput(loss=loss, cross_entropy=cross_entropy, auxiliary=terms, metrics=metrics)
+        metrics = {name.removeprefix(METRIC): value for name, value in terms.items() if name.startswith(METRIC)}
+        auxiliary = {name: value for name, value in terms.items() if not name.startswith(METRIC)}
+        return DecoderOutput(loss=loss, cross_entropy=cross_entropy, auxiliary=auxiliary, metrics=metrics)
+
+    def _count(self, target_BL: Tensor) -> None:
+        """Sequences and targets: of this pipeline's batch, whose mean is its loss; or, to be exact, of all of them."""
+        counts = torch.tensor([len(target_BL), int((target_BL != -100).sum())], device=target_BL.device)
+        if self._sums is not None and self._num_pipelines > 1:
+            dist.all_reduce(counts, group=self._data_group)
+        self._sequences, self._targets = counts.tolist()
 
     def _step(self, token_BL: Tensor, target_BL: Tensor) -> Tensor:
+        row_B = torch.arange(len(token_BL))
+        sums = self._sums
         try:
-            return self.pipe.step(token_BL, target_BL, self._loss)
+            return self.pipe.step(
+                token_BL,
+                (target_BL, row_B),
+                self._loss,
+                first_row=self._pipeline * len(token_BL),
+                # What ranks draw apart from one another is keyed by their seeds.
+                first_micro_batch=0 if sums is None else self._pipeline * self.pipe.micro_batches,
+                after_backward=None if sums is None else lambda micro_batch, layers: sums.take(micro_batch),
+            )
         except StageError as error:
             # What went wrong in a layer is told as without stages, on every process.
             kind = _TOLD.get(error.why.partition(":")[0])
@@ -147,8 +191,9 @@ class PipelinedDecoder(nn.Module):
                 raise
             raise kind(f"{error.why.partition(': ')[2]} (in stage {error.stage})") from error
 
-    def _loss(self, output: tuple[Tensor, dict[str, Tensor], dict[str, int]], target_BL: Tensor) -> Tensor:
+    def _loss(self, output: tuple[Tensor, dict[str, Tensor], dict[str, int]], target: tuple[Tensor, Tensor]) -> Tensor:
         logits_BLV, sums, counts = output
+        target_BL, row_B = target
         total = F.cross_entropy(
             logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=-100, reduction="sum"
         )
@@ -158,23 +203,23 @@ class PipelinedDecoder(nn.Module):
         cross_entropy = total / total.new_tensor(share or 1.0)
         means = {name: value / counts[name] for name, value in sums.items()}
         auxiliary = [value for name, value in means.items() if not name.startswith(METRIC)]
-        detached = {name: value.detach() for name, value in means.items()}
-        self._terms.append((float(len(target_BL)), {"cross_entropy": cross_entropy.detach(), **detached}))
-        return sum(auxiliary, start=cross_entropy)
+        loss: Tensor = sum(auxiliary, start=cross_entropy)
+        told = {TOTAL: loss, "cross_entropy": cross_entropy, **means}
+        self._told.append(Terms(int(row_B[0]), len(row_B), {name: float(value.detach()) for name, value in told.items()}))
+        return loss
 
-    def _told(self, items: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(terms of the loss, metrics) of the whole batch, which the last stage knows and tells."""
-        means: dict[str, float] = {}
-        for size, terms in self._terms:
-            for name, value in terms.items():
-                means[name] = means.get(name, 0.0) + float(value) * size / items
-        told: list[Any] = [means]
-        last = dist.get_world_size(self._group) - 1
-        dist.broadcast_object_list(told, group=self._group, group_src=last)
+    def _means(self) -> dict[str, Tensor]:
+        """Terms of the loss and metrics of the whole batch, which the last stage knows and tells."""
+        told: list[Any] = [self._told]
+        if self._group is not None:
+            dist.broadcast_object_list(told, group=self._group, group_src=self._num_stages - 1)
+        if self._sums is not None and self._data_group is not None:
+            everywhere: list[Any] = [None] * self._num_pipelines
+            dist.all_gather_object(everywhere, told[0], group=self._data_group)
+            told = everywhere
         device = next(self.model.parameters()).device
-        found = {name: torch.tensor(value, device=device) for name, value in told[0].items()}
-        metrics = {name.removeprefix(METRIC): value for name, value in found.items() if name.startswith(METRIC)}
-        return {name: value for name, value in found.items() if not name.startswith(METRIC)}, metrics
+        means = weighted_means([terms for each in told for terms in each])
+        return {name: torch.tensor(value, device=device) for name, value in means.items()}
 
     def _set_seed(self) -> None:
         """What layers draw is a function of torch's seed, which the trainer sets in each step, and of which pass since then this is."""
@@ -192,52 +237,43 @@ class PipelinedDecoder(nn.Module):
 
     def _sum(self) -> None:
         """Gradients of what several stages have are summed over the stages, and all averaged over pipelines."""
-        learn = {id(parameter) for parameter in self._others}
-        for name, parameter in self.model.named_parameters():
-            if len(self._stages[name]) > 1 and (parameter.requires_grad or id(parameter) in learn):
-                summed = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-                dist.all_reduce(summed, group=self._group)
-                parameter.grad = summed if parameter.requires_grad else None
-        if (pipelines := dist.get_world_size(self._data_group)) == 1:
-            return
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # What has no part in the step anywhere has no gradient, which is another thing than one of 0.
-        device = parameters[0].device
-        has_part = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=device)
-        dist.all_reduce(has_part, group=self._data_group)
-        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter, has in zip(parameters, has_part.tolist(), strict=True):
-            if has:
-                by_type.setdefault(parameter.dtype, []).append(parameter)
-        for alike in by_type.values():
-            flat = torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).reshape(-1) for one in alike])
-            dist.all_reduce(flat, group=self._data_group)
-            flat /= pipelines
-            for one, piece in zip(alike, flat.split([one.numel() for one in alike]), strict=True):
-                one.grad = piece.view_as(one)
+        # To be exact they have been summed for each micro-batch.
+        together = self._together if self._sums is None else []
+        has_part = have_part([[parameter.grad] for parameter in together], self._group)
+        for parameter in (one for one, has in zip(together, has_part, strict=True) if has):
+            summed = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            dist.all_reduce(summed, group=self._group)
+            parameter.grad = summed if parameter.requires_grad else None
+        if self._data_group is not None:
+            average_gradients(self._learning, self._data_group, in_pairs=self._sums is not None)
 
     @torch.no_grad()
     def make_whole(self) -> None:
         """Parameters and buffers of all layers as their stages have them. All processes of the group call it together."""
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             stages = self._stages[name]
-            if len(stages) < dist.get_world_size(self._group):
+            if len(stages) < self._num_stages:
+                assert self._group is not None
                 _broadcast(tensor.data, self._group, stages[0])
 
-    def counted(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Those whose gradient this process adds to the norm of all: what several stages have, the first of them does."""
+    def norm(self, norm_of: Callable[[Sequence[nn.Parameter]], float]) -> float:
+        """The norm of the gradients of all stages; ``norm_of`` gives that of some parameters here."""
         first = {id(one) for name, one in self.model.named_parameters() if self._stages[name][0] == self._stage}
-        return [parameter for parameter in parameters if id(parameter) in first]
-
-    def norm(self, own: float) -> float:
-        """The norm of the gradients of all stages, each of which has one of its own."""
+        if self._sums is not None:
+            # Of each parameter by itself, and then of these in the order of the model, wherever they are.
+            counted = [one if id(one) in first and one.requires_grad else None for one in self.model.parameters()]
+            return norm_in_order([None if one is None else one.grad for one in counted], self._group)
+        # What several stages have, the first of them counts.
+        own = norm_of([parameter for parameter in self._learning if id(parameter) in first])
         square = torch.tensor(own * own, dtype=torch.float64, device=next(self.model.parameters()).device)
         dist.all_reduce(square, group=self._group)
         return math.sqrt(float(square))
 
     def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Named tensors of all stages together, on the CPU where they are another's."""
-        parts: list[Any] = [None] * dist.get_world_size(self._group)
+        if self._group is None:
+            return tensors
+        parts: list[Any] = [None] * self._num_stages
         own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         dist.all_gather_object(parts, own, group=self._group)
         return {name: tensor for part in reversed(parts) for name, tensor in part.items()} | tensors
@@ -246,6 +282,11 @@ class PipelinedDecoder(nn.Module):
         """What other stages taught may learn here again."""
         for parameter in self._others:
             parameter.requires_grad_(True)
+
+
+def _place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(how many processes, which of them this is)."""
+    return (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
 
 
 def _broadcast(tensor: Tensor, group: dist.ProcessGroup, source: int) -> None:
@@ -274,12 +315,11 @@ class _Step(torch.autograd.Function):
         return None, None, None, None
 
 
-def _check(model: nn.Module, stages: int) -> None:
-    said = f"parallel.pipeline is {stages}"
+def _check(model: nn.Module, said: str) -> None:
     if not isinstance(model, Decoder):
         raise ConfigError(f"{said}, and the model is a {type(model).__name__}; only a Decoder is cut into stages")
     if model.streams is not None:
-        raise ConfigError(f"{said}, and the model runs parallel streams, which are not cut into stages; set it to 1")
+        raise ConfigError(f"{said}, and the model runs parallel streams, which are not cut into stages; leave it out")
     for module in model.modules():
         if isinstance(module, SwitchLoss) and module.config.scope == "global_batch":
             raise ConfigError(

@@ -94,7 +94,7 @@ class Stepper:
         if self.hooks.before:
             self._seed(context.step, _ALL)
             self.hooks.run_before(context.step)
-        self._seed(context.step, self.workers.rank)
+        self._seed(context.step, self.workers.draws_as)
         total: dict[str, Tensor] = {}
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.errors import AnabranchError, ConfigError, DataError, NotFiniteError
@@ -75,7 +76,9 @@ class Trainer(Generic[R]):
         self.out = Path(out)
         self._settings = config.train
         self._on_event = on_event
-        check_free(self.out)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            # Where there is a group already the first process may be in the folder before the others have looked.
+            check_free(self.out)
         if not resume:
             check_new(self.out)
         self._resumes = resume
@@ -342,7 +345,9 @@ class Trainer(Generic[R]):
     def _over_processes(self, values: dict[str, Tensor]) -> dict[str, float]:
         if not values:
             return {}
-        means = self.workers.mean(torch.stack([value.float() for value in values.values()])).tolist()
+        stacked = torch.stack([value.float() for value in values.values()])
+        # Where they are exact each process has those of all already, and a sum of equal numbers may be rounded.
+        means = (stacked if self.workers.is_exact else self.workers.mean(stacked)).tolist()
         return dict(zip(values, means, strict=True))
 
     def _evaluate(self) -> None:

@@ -44,11 +44,17 @@ class StepKey:
     Attributes:
         seed, step: of the pipeline.
         first_rows: of each micro-batch, the number that its first row has in the whole batch.
+        first_micro_batch: the number that micro-batch 0 has in the whole batch.
     """
 
     seed: int
     step: int
     first_rows: tuple[int, ...] = ()
+    first_micro_batch: int = 0
+
+    def of(self, layer: int, micro_batch: int) -> int:
+        """The key of all that a layer draws in a micro-batch."""
+        return random_key(self.seed, self.step, layer, self.first_micro_batch + micro_batch)
 
 
 @dataclass
@@ -75,6 +81,7 @@ class Chunk:
         is_deferred: whether batch norms track a whole batch, see `DeferredStatistics`.
         meter: counts what is kept between forward and backward; None for no count.
         draws: whether layers draw random numbers; None to find out.
+        is_exact: whether a forward that will be done again is run as if it were not.
     """
 
     def __init__(
@@ -88,7 +95,9 @@ class Chunk:
         is_deferred: bool = False,
         meter: SavedBytes | None = None,
         draws: bool | None = None,
+        is_exact: bool = False,
     ) -> None:
+        self.is_exact = is_exact
         self.layers, self.part, self.number = list(layers), part, number
         self.is_first, self.is_last = number == 0, number == num_chunks - 1
         self.imports = [route for route in routes if route.target == number != route.source]
@@ -133,7 +142,8 @@ class Chunk:
         if not keeps_graph:
             if self.meter is not None:
                 kept.held = self.meter.hold(*tensors_of(entry), *imports.values())
-            with torch.no_grad(), self._counting():
+            # Layers may take other kernels where no gradient is wanted, with other bits.
+            with _graph_dropped() if self.is_exact else torch.no_grad(), self._counting():
                 versions = [tensor._version for tensor in tensors_of(entry)]
                 output, exports = self._run(entry, imports, key, micro_batch)
             self._check_unchanged(entry, versions)
@@ -169,7 +179,7 @@ class Chunk:
                 loss = loss_fn(kept.output, target)
             else:
                 devices = {tensor.device for tensor in tensors_of(kept.output)}
-                with drawing(random_key(key.seed, key.step, self.part.stop, micro_batch), [*devices]) as mode:
+                with drawing(key.of(self.part.stop, micro_batch), [*devices]) as mode:
                     loss = loss_fn(kept.output, target)
                 self._loss_draws = mode.has_drawn
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -248,7 +258,7 @@ class Chunk:
         if key is None or not layer.training or not (drops or self._draws[place] is not False):
             return layer(x)
         devices = {tensor.device for tensor in tensors_of(x)}
-        with drawing(random_key(key.seed, key.step, self.part[place], micro_batch), [*devices]) as mode:
+        with drawing(key.of(self.part[place], micro_batch), [*devices]) as mode:
             x = layer(x)
         if not drops and self._draws[place] is None:
             self._draws[place] = mode.has_drawn
@@ -271,6 +281,17 @@ class Chunk:
 
     def _watching(self) -> Any:
         return nullcontext() if self.meter is None else self.meter.watch()
+
+
+@contextmanager
+def _graph_dropped() -> Iterator[None]:
+    """As if gradients were wanted, but nothing is kept for them."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _not_kept):
+        yield
+
+
+def _not_kept(packed: Any) -> Tensor:
+    raise AssertionError("this graph is never differentiated: the forward is done again")
 
 
 _here = threading.local()

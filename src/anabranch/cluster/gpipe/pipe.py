@@ -25,6 +25,7 @@ from anabranch.cluster.gpipe.micro_batches import join, num_items, sizes_of, spl
 from anabranch.cluster.gpipe.skips import routes_of
 from anabranch.cluster.gpipe.stage import Batch, Stage
 from anabranch.cluster.gpipe.ties import Ties, own_copies, ties_of
+from anabranch.cluster.gradients import average_gradients
 from anabranch.cluster.messages import MessageLog
 from anabranch.cluster.partitions import Objective, Partition, check_balance, partition
 from anabranch.cluster.saved_bytes import SavedBytes
@@ -71,6 +72,8 @@ class GPipe(nn.Module):
         seed: of random numbers in layers.
         draws: whether layers draw random numbers; None to find out when each first runs in training. Layers that may begin to draw later
             (but for dropouts of torch, whose share is looked at each time) need True.
+        is_exact: whether a micro-batch whose forward is done again is run by the kernels of one that keeps its graph, so that ``checkpoint``
+            changes no bit where layers have others for inference. It takes a little longer.
         timeout_s: for which the local runner waits for a stage.
         meter: counts what stages keep between forward and backward.
         log: told of messages between stages; under ``distributed`` of those that this rank sends.
@@ -105,6 +108,7 @@ class GPipe(nn.Module):
         data_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         draws: bool | None = None,
+        is_exact: bool = False,
         timeout_s: float = 1800.0,
         meter: SavedBytes | None = None,
         log: MessageLog | None = None,
@@ -156,6 +160,7 @@ class GPipe(nn.Module):
                         Chunk(
                             [model[number].to(device) if device is not None else model[number] for number in part],
                             part, routes, number_of, chunks, is_deferred=deferred_batch_norm, meter=meter, draws=draws,
+                            is_exact=is_exact,
                         )
                         for number_of, part in enumerate(self.partition.parts)
                         if number_of % self._num_stages == stage
@@ -246,6 +251,8 @@ class GPipe(nn.Module):
         *,
         weights: Callable[[Any], float] | None = None,
         first_row: int = 0,
+        first_micro_batch: int = 0,
+        after_backward: Callable[[int, Sequence[nn.Module]], None] | None = None,
     ) -> Tensor:
         """One batch forward and backward; gradients are added to those that are there.
 
@@ -256,6 +263,9 @@ class GPipe(nn.Module):
             loss_fn: of an output and a target, the mean over the items of a micro-batch.
             weights: of a micro-batch's target, how much its mean counts, where that is not by items (tokens that are no padding).
             first_row: the number of the first item here in a batch that several pipelines share, by which `KeyedDropout` draws.
+            first_micro_batch: likewise of the first micro-batch, by which all else draws.
+            after_backward: called as (micro-batch here, layers) when the gradients of these layers have those of a micro-batch added, on
+                the thread of their stage; it may take them away.
 
         Returns:
             The loss, the weighted mean over micro-batches: float, detached, the same on every rank.
@@ -265,7 +275,9 @@ class GPipe(nn.Module):
         sizes = self._sizes(x)
         table = self._table(len(sizes))
         batch = Batch(
-            key=StepKey(self.seed, self.steps, tuple(first_row + start for start in _starts(sizes))),
+            key=StepKey(
+                self.seed, self.steps, tuple(first_row + start for start in _starts(sizes)), first_micro_batch
+            ),
             recomputes=[
                 self.training and is_recomputed(self.checkpoint, number, len(sizes)) for number in range(len(sizes))
             ],
@@ -273,6 +285,7 @@ class GPipe(nn.Module):
             targets=[],
             weights=[size / sum(sizes) for size in sizes],
             loss_fn=loss_fn,
+            after_backward=after_backward,
         )
         if self._owns(self.partition.num_layers - 1):
             try:
@@ -323,7 +336,8 @@ class GPipe(nn.Module):
         loss = agree(failure, _sum(batch), self._group, self._device)
         if batch.loss_fn is not None:
             self._sum_ties(spread)
-            self._average()
+            if self._data_group is not None:
+                average_gradients(list(self.parameters()), self._data_group)
         return loss
 
     def _sizes(self, x: Any) -> list[int]:
@@ -384,25 +398,6 @@ class GPipe(nn.Module):
                 dist.send(grad, group=self._group, group_dst=stages[0])
                 dist.recv(grad, group=self._group, group_src=stages[0])
             parameter.grad = grad
-
-    def _average(self) -> None:
-        """Gradients averaged over the pipelines of ``data_group``: once a step, in one message for each type."""
-        if self._data_group is None or (size := dist.get_world_size(self._data_group)) == 1:
-            return
-        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                by_type.setdefault(parameter.grad.dtype, []).append(parameter)
-        for parameters in by_type.values():
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat, group=self._data_group)
-            flat /= size
-            pieces = flat.split([gradient.numel() for gradient in gradients])
-            for gradient, piece in zip(gradients, pieces, strict=True):
-                gradient.copy_(piece.view_as(gradient))
 
     # State
 

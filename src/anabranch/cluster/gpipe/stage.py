@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.cluster.gpipe.chunk import Chunk, StepKey
 from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
@@ -95,6 +95,7 @@ class Batch:
         losses: of each micro-batch, filled in by the last chunk.
         outputs: of each micro-batch, in inference.
         problem: why the last stage cannot do its part.
+        after_backward: told of each backward, with the layers that it was of.
     """
 
     key: StepKey
@@ -106,6 +107,7 @@ class Batch:
     losses: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
     problem: Exception | None = None
+    after_backward: Callable[[int, Sequence[nn.Module]], None] | None = None
 
 
 class Stage:
@@ -221,6 +223,8 @@ class Stage:
             gradients, skips = chunk.backward_loss(micro_batch, loss, skips)
         else:
             gradients, skips = chunk.backward(micro_batch, gradients, skips)
+        if batch.after_backward is not None:
+            batch.after_backward(micro_batch, chunk.layers)
         return {
             address: [skips[address.name]] if address.kind == "skip gradient" else gradients
             for address in _outgoing_backward(micro_batch, chunk)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from anabranch.cluster.gradients import average_gradients as mean_over_ranks
 from anabranch.cluster.ring.attention import RingOptions, placed_attention
 from anabranch.cluster.ring.layout import KINDS, Layout
 from anabranch.cluster.ring.scored import options_of, with_sinks
@@ -361,18 +362,12 @@ def _place_of_last(layout: Layout) -> tuple[int, int]:
 
 
 def average_gradients(model: nn.Module, group: Group = None) -> None:
-    """Replace the gradients of all parameters by their mean over ranks; a parameter that has none on some ranks counts as 0 there.
+    """Replace the gradients of all parameters by their mean over ranks; a parameter that has none on some ranks counts as 0 there,
+    and one that has none on any keeps none.
 
     ``group`` None means that of a `ContextParallel`, or all processes.
     """
     found = process_group(group if group is not None else getattr(model, "group", None))
     if found is None:
         return
-    size = dist.get_world_size(found)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, group=found)
-        parameter.grad /= size
+    mean_over_ranks(list(model.parameters()), found)
