@@ -130,9 +130,7 @@ def test_every_layout_learns_the_same_bits(alone, config, world, layout):
 )
 def test_what_does_not_go_with_exactness_is_told(tmp_path, config, parallel, settings, message):
     with pytest.raises(ConfigError, match=message):
-        Trainer(
-            config.replace(parallel=Parallel(**parallel), train=config.train.replace(**settings)), tmp_path / "run"
-        )
+        Trainer(config.replace(parallel=Parallel(**parallel), train=config.train.replace(**settings)), tmp_path / "run")
 
 
 def test_a_run_keeps_its_number_of_micro_batches(alone, config):

@@ -85,8 +85,7 @@ def compared():
     """Of each case what both stages found, by its name and how many micro-batches it has."""
     ranks = [literal_eval(line) for line in run_ranks(COMPARE.format(cases=CASES))]
     return {
-        (args[0], options["pieces"]): [found[number] for found in ranks]
-        for number, (args, options) in enumerate(CASES)
+        (args[0], options["pieces"]): [found[number] for found in ranks] for number, (args, options) in enumerate(CASES)
     }
 
 

@@ -116,7 +116,9 @@ class ExactSums:
         """Put the sums over the micro-batches into the parameters."""
         for parameter, gradient in zip(self._own, self._sums.total(), strict=True):
             parameter.grad = gradient
-        has_part = have_part([[row[number] for row in self._of_stages.values()] for number in range(len(self._together))], self._group)
+        has_part = have_part(
+            [[row[number] for row in self._of_stages.values()] for number in range(len(self._together))], self._group
+        )
         for number, parameter in enumerate(self._together):
             if not has_part[number]:
                 continue

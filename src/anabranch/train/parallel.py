@@ -147,11 +147,14 @@ class Workers:
             return
         beside = {"train.compile": config.compile, "train.parallel=fsdp": config.parallel == "fsdp"}
         beside |= {"parallel.experts": self._num_shares > 1, "parallel.context": self._num_cuts > 1}
-        beside |= {"parallel.micro_batches": self._micro_batches is not None, "train.accumulation": config.accumulation > 1}
+        beside |= {
+            "parallel.micro_batches": self._micro_batches is not None,
+            "train.accumulation": config.accumulation > 1,
+        }
         if refused := [name for name, is_set in beside.items() if is_set]:
             raise ConfigError(
-                f"parallel.exact is {self._exact}, and {refused[0]} is set; it says how many micro-batches a step has, and goes with stages "
-                "(parallel.pipeline) and replicas of them (parallel.data) alone"
+                f"parallel.exact is {self._exact}, and {refused[0]} is set; it says how many micro-batches a step has, and goes with "
+                "stages (parallel.pipeline) and replicas of them (parallel.data) alone"
             )
         if config.batch_size % self._exact:
             raise ConfigError(

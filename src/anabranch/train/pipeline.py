@@ -205,7 +205,9 @@ class PipelinedDecoder(nn.Module):
         auxiliary = [value for name, value in means.items() if not name.startswith(METRIC)]
         loss: Tensor = sum(auxiliary, start=cross_entropy)
         told = {TOTAL: loss, "cross_entropy": cross_entropy, **means}
-        self._told.append(Terms(int(row_B[0]), len(row_B), {name: float(value.detach()) for name, value in told.items()}))
+        self._told.append(
+            Terms(int(row_B[0]), len(row_B), {name: float(value.detach()) for name, value in told.items()})
+        )
         return loss
 
     def _means(self) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class GPipe(nn.Module):
         seed: of random numbers in layers.
         draws: whether layers draw random numbers; None to find out when each first runs in training. Layers that may begin to draw later
             (but for dropouts of torch, whose share is looked at each time) need True.
-        is_exact: whether a micro-batch whose forward is done again is run by the kernels of one that keeps its graph, so that ``checkpoint``
+        is_exact: whether a micro-batch whose forward is done again is run by the kernels of one that keeps its graph, so ``checkpoint``
             changes no bit where layers have others for inference. It takes a little longer.
         timeout_s: for which the local runner waits for a stage.
         meter: counts what stages keep between forward and backward.
@@ -275,9 +275,7 @@ class GPipe(nn.Module):
         sizes = self._sizes(x)
         table = self._table(len(sizes))
         batch = Batch(
-            key=StepKey(
-                self.seed, self.steps, tuple(first_row + start for start in _starts(sizes)), first_micro_batch
-            ),
+            key=StepKey(self.seed, self.steps, tuple(first_row + start for start in _starts(sizes)), first_micro_batch),
             recomputes=[
                 self.training and is_recomputed(self.checkpoint, number, len(sizes)) for number in range(len(sizes))
             ],
