@@ -1,5 +1,6 @@
 """What ranks of elastic training do in tests: a small model with dropout, batches by step, and ends where a test wants them."""
 
+import errno
 import os
 import signal
 import time
@@ -10,6 +11,8 @@ from torch import nn
 
 from anabranch.cluster import KeyedDropout
 from anabranch.cluster.elastic import ElasticTrainer
+from anabranch.cluster.elastic import trainer as trainer_module
+from anabranch.errors import CheckpointError
 
 SECRET = "elastic"
 WIDTH, CLASSES, LAYERS = 6, 3, 6
@@ -36,6 +39,11 @@ def raise_at(count):
         1 / (left[0] > 0)
 
     return hook
+
+
+def no_room(*told):
+    """As a disk that is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def damage(trainer, owner):
@@ -83,17 +91,25 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     dtype = given.pop("dtype", torch.float32)
     layers = layers_of(given.pop("model_seed", 0), dtype=dtype, dropout=given.pop("dropout", "keyed"))
     place, left = (die or {}).get(rank, ("", 0))
+    saves, unsaved = given.pop("saves", None), []
+    damages_stream = given.pop("damage_stream", False)
     damaged, raising = given.pop("damage", None), given.pop("raises", None)
     pace_s, pace_step = given.pop("pace_s", pace_s), given.pop("pace_step", None)
     if raising is not None:
         layers[raising].register_forward_hook(raise_at(3))
 
+    full_from = given.pop("full_from", None)
     built = []
 
     def probe(state):
         nonlocal left
+        if state == "save" and full_from is not None and built[0].steps > full_from:
+            trainer_module.write_slices = no_room
         if state == "moves" and damaged is not None and built:
             damage(built[0], damaged)
+        if state == "epoch" and damages_stream and built and built[0]._stream is not None:
+            for piece in built[0]._stream._shadows.values():
+                piece.tensors["param"][0] += 1
         if state == place:
             left -= 1
             if left == 0:
@@ -116,6 +132,11 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
             step = trainer.steps
             losses[step] = trainer.step(batch_of(step, given["global_batch"], dtype))
             time.sleep(pace_s)
+            if saves is not None and trainer.steps in saves[1]:
+                try:
+                    trainer.save(saves[0])
+                except CheckpointError as error:
+                    unsaved.append(str(error))
             if pace_step is not None and step >= pace_step:
                 # Until the one that comes is in; not for ever, so that a test that waits for it fails and does not hang.
                 time.sleep(0.0 if 4 in trainer.status()["stages"][0] else 0.05)
@@ -123,6 +144,7 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
         weights = {name: value.tolist() for name, value in trainer.state_dict().items()}
         return {
             "losses": losses, "began": began, "owned": owned, "digest": digest, "status": status, "weights": weights, "rank": trainer.rank,
+            "unsaved": unsaved,
             "sent": dict(trainer._links.sent_bytes),
         }  # fmt: skip
 

@@ -7,12 +7,12 @@ import time
 import pytest
 
 import elastic_ranks as ranks_of
-from anabranch.cluster.elastic import Coordinator, Layout, census
+from anabranch.cluster.elastic import Coordinator, Layout, census, saving
 from anabranch.cluster.ranks import RankError
 from anabranch.testing import Ranks
 from elastic_ranks import SECRET, alone, train
 
-STEPS = 8
+STEPS = 12
 SIZES = [sum(p.numel() for p in layer.parameters()) for layer in ranks_of.layers_of()]
 
 
@@ -68,6 +68,7 @@ def test_it_learns_as_torch_does_in_one_process(whole):
         assert ranks_of.torch.tensor(whole[0]["weights"][name]) == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1), (3, 2)])
 def test_any_grid_gives_the_same_bits(whole, mesh):
     found, host = run(mesh=mesh, options={"micro_batches": 2})
@@ -88,8 +89,7 @@ def test_a_kill_and_a_join_change_no_bit(whole):
     assert 0 < late["began"] < STEPS
     assert host.layout.grid.stages == ((0, 4), (2, 3))
     # Links that were there stay: the loss opens none, the join one for each rank.
-    assert [one["status"]["recovery"]["links_opened"] for one in found] == [1, 1, 1, 3]
-    assert all(one["status"]["recovery"]["links_kept"] == 2 for one in found if one["rank"] != 4)
+    assert [one["status"]["links_ever"] for one in found] == [4, 4, 4, 3]
     assert all(one["status"]["recovery"]["total_s"] > 0 for one in found)
 
 
@@ -97,8 +97,8 @@ def test_a_kill_and_a_join_change_no_bit(whole):
     "die",
     [
         # While a step runs, after its decision, while its snapshot is on its way, and during the recovery from another's loss.
-        {0: ("reduce", 3)},
-        {3: ("voted", 3)},
+        pytest.param({0: ("reduce", 3)}, marks=pytest.mark.slow),
+        pytest.param({3: ("voted", 3)}, marks=pytest.mark.slow),
         {2: ("snapshot", 4)},
         {1: ("forward", 5), 2: ("moves", 2)},
     ],
@@ -111,6 +111,53 @@ def test_a_loss_in_any_state_changes_no_bit(whole, die):
     assert len(found) == 4 - len(die)
 
 
+def streams_of(host):
+    return [details for _, what, details in host.history if what == "stream"]
+
+
+def test_layers_move_while_training_goes_on(whole):
+    # Eight numbers of a piece a step, so that it takes several.
+    found, host = run({1: ("forward", 5)}, coordinator={"chunk_bytes": 32})
+    check_whole(found, host)
+    same(found, whole)
+    (stream,) = streams_of(host)
+    assert stream["end"] - stream["version"] > 1
+    assert host.layout.bounds != (3,)
+    told = [one["status"]["recovery"] for one in found]
+    assert sum(one["streamed"] for one in told) > 0
+    assert sum(one["refused"] for one in told) == 0
+    # What came in the stream is not sent again: whole weights of layers alone are.
+    assert sum(one["moved_bytes"] for one in told) < sum(one["streamed_bytes"] for one in told)
+
+
+@pytest.mark.slow
+def test_what_was_damaged_on_its_way_is_sent_again(whole):
+    found, host = run({1: ("forward", 5)}, own={rank: {"damage_stream": True} for rank in (0, 2, 3)})
+    check_whole(found, host)
+    same(found, whole)
+    assert streams_of(host)
+    assert sum(one["status"]["recovery"]["refused"] for one in found) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["stream", "observe"])
+def test_a_loss_while_pieces_travel_changes_no_bit(whole, state):
+    def join(ranks, host):
+        assert host.wait_for(lambda host: host.version > 1)
+        number = ranks.join(train, host.address, STEPS, None, {4: ("observe", 2)} if state == "observe" else None, 0.0)
+        if state == "observe":
+            ranks.expect_end(number)
+
+    own = {rank: {"pace_s": 0.05} for rank in range(4)}
+    found, host = run(
+        {1: ("stream", 2)} if state == "stream" else None, own=own, while_running=join, coordinator={"chunk_bytes": 32}
+    )
+    same([one for one in found if one["losses"]], whole)
+    assert len(streams_of(host)) >= 1
+    assert len({details["rank"] for _, what, details in host.history if what == "lost"}) == 1
+
+
+@pytest.mark.slow
 def test_other_dropout_is_keyed_too_and_double_is_as_equal():
     options = {"dropout": "torch", "dtype": ranks_of.torch.float64}
     whole, _ = run(options=options, steps=4)
@@ -119,12 +166,14 @@ def test_other_dropout_is_keyed_too_and_double_is_as_equal():
     same(found, whole)
 
 
+@pytest.mark.slow
 def test_without_a_fixed_order_it_is_equal_but_for_rounding(whole):
     found, host = run({0: ("forward", 8)}, options={"exact": False})
     check_whole(found, host)
     assert losses_of(found) == pytest.approx(losses_of(whole), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_lost_comes_back_from_the_second_copy(whole):
     die = {0: ("forward", 8), 1: ("forward", 8)}
     found, host = run(die, options={"snapshot_copies": 2})
@@ -132,6 +181,7 @@ def test_a_stage_that_is_lost_comes_back_from_the_second_copy(whole):
     same(found, whole)
 
 
+@pytest.mark.slow
 def test_a_rank_and_its_neighbour_are_too_much(whole):
     said = r"UnrecoverableError.*rank [01] is lost, and its neighbour is lost too; the last checkpoint: there is none"
     with pytest.raises(RankError, match=said):
@@ -155,6 +205,7 @@ def test_a_layer_that_raises_ends_all_with_its_cause():
     assert "rank 2" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_who_has_another_model_is_refused(whole):
     with pytest.raises(
         RankError,
@@ -163,6 +214,30 @@ def test_who_has_another_model_is_refused(whole):
         run(own={3: {"global_batch": 12}})
     with pytest.raises(RankError, match="begins with other weights"):
         run(own={3: {"model_seed": 1}})
+
+
+def test_a_run_goes_on_in_another_layout_from_what_it_saved(whole, tmp_path):
+    folder = tmp_path / "kept"
+    run(steps=5, options={"saves": (str(folder), [2, 4])})
+    assert saving.newest(folder).name == "step-0000000004"
+    found, host = run(mesh=(1, 3), options={"resume": str(folder)})
+    check_whole(found, host)
+    assert losses_of(found) == losses_of(whole)[4:]
+    assert found[0]["weights"] == whole[0]["weights"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_costs_the_checkpoint_alone(whole, tmp_path):
+    folder = tmp_path / "kept"
+    own = {2: {"full_from": 2}}
+    found, _ = run(options={"saves": (str(folder), [2, 4])}, own=own)
+    same(found, whole)
+    assert all("rank 2: CapacityError" in text or "rank 2: OSError" in text for one in found for text in one["unsaved"])
+    assert [len(one["unsaved"]) for one in found] == [1] * 4
+    assert saving.newest(folder).name == "step-0000000002"
+    # After a loss that cannot be mended it is named.
+    with pytest.raises(RankError, match=r"the last checkpoint: .*kept \(step 2\)"):
+        run({0: ("forward", 14), 1: ("forward", 14)}, options={"saves": (str(folder), [2])})
 
 
 def schedule_of(seed):
@@ -207,13 +282,13 @@ def check_seed(seed, whole):
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_seeded_losses_change_no_bit(whole, seed):
     check_seed(seed, whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 200))
+@pytest.mark.parametrize("seed", range(1, 200))
 def test_many_seeded_losses_change_no_bit(whole, seed):
     check_seed(seed, whole)
 

@@ -15,12 +15,13 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anabranch.cluster.elastic.layout import Grid, Layout
-from anabranch.cluster.elastic.planner import Policy, plan
+from anabranch.cluster.elastic.planner import ElasticPlan, Policy, plan
 from anabranch.cluster.elastic.stages import Memory
+from anabranch.cluster.elastic.streaming import steps_of
 from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.cluster.elastic.wire import Channel, Header, Listener
 from anabranch.errors import InputError
@@ -69,6 +70,8 @@ class Coordinator:
         policy: of the planner.
         memory: what layers take and ranks have, for the planner.
         layer_costs: seconds of each layer; None for those that ranks measure.
+        chunk_bytes: of each piece that moves while training goes on, in one step. None: whoever comes, and layers that move, stop training
+            until all is there.
         log: called with a line for whatever happens.
 
     Attributes:
@@ -87,6 +90,7 @@ class Coordinator:
         policy: Policy | None = None,
         memory: Memory | None = None,
         layer_costs: Sequence[float] | None = None,
+        chunk_bytes: int | None = 4 * 2**20,
         log: Callable[[str], None] | None = None,
     ) -> None:
         for name, number in (("replicas", replicas), ("stages", stages)):
@@ -94,7 +98,13 @@ class Coordinator:
                 raise InputError(f"{name} is {number}; use at least 1")
         if not patience_s > 2 * _BEAT_S:
             raise InputError(f"patience_s is {patience_s}; ranks are heard every {_BEAT_S} s, use more than twice that")
+        if chunk_bytes is not None and chunk_bytes < 4:
+            raise InputError(f"chunk_bytes is {chunk_bytes}; a number has 4, use more")
         self.replicas, self.stages = replicas, stages
+        self._chunk = None if chunk_bytes is None else chunk_bytes // 4
+        # The layout that pieces travel to while the other holds, and the version at which they are all there.
+        self._stream: tuple[Layout, int] | None = None
+        self._replans = False
         self.history: list[tuple[float, str, dict[str, Any]]] = []
         self._policy, self._memory, self._given_costs = policy or Policy(), memory, layer_costs
         self._patience_s, self._log = patience_s, log
@@ -275,22 +285,34 @@ class Coordinator:
         member.vote = header
         for layer, seconds in header.get("costs", {}).items():
             self._costs[int(layer)] = float(seconds)
-        ranks = self._layout.grid.ranks
+        # Those who take what travels vote too: when a stream ends they have it all.
+        watching = () if self._stream is None else self._stream[0].grid.ranks
+        ranks = dict.fromkeys((*self._layout.grid.ranks, *watching))
         if not all((m := self._members.get(rank)) is not None and m.vote is not None for rank in ranks):
             return
-        votes = [self._members[rank].vote or {} for rank in ranks]
-        loss: TreeSum[float] = TreeSum(int(votes[-1]["blocks"]))
-        for vote in votes:
-            for level, place, value in vote["loss"]:
-                loss.add_node((level, place), float.fromhex(value))
-        self._version += 1
+        loss: TreeSum[float] = TreeSum(int((self._members[self._layout.grid.ranks[0]].vote or {})["blocks"]))
         for rank in ranks:
+            for level, place, value in (self._members[rank].vote or {})["loss"]:
+                loss.add_node((level, place), float.fromhex(value))
             self._members[rank].vote = None
+        self._version += 1
+        told: Header = {"kind": "commit", "epoch": self._epoch, "step": self._version - 1, "loss": loss.root().hex()}
+        if self._stream is not None:
+            self._tell(told)
+            if self._version == self._stream[1]:
+                self._begin_epoch(self._stream[0])
+            return
         joins = [rank for rank in self._joiners if rank in self._members]
-        self._tell({"kind": "commit", "epoch": self._epoch, "step": self._version - 1, "loss": loss.root().hex()})
-        if joins:
-            self._joiners = []
-            self._begin_epoch(joins)
+        target = None
+        if joins or self._replans:
+            self._joiners, self._replans = [], False
+            target = self._grown(joins)
+            if target is not None and self._chunk is not None:
+                # In the same message: all begin with the same step.
+                told["live"] = self._begin_stream(target, self._chunk)
+        self._tell(told)
+        if target is not None and self._chunk is None:
+            self._begin_epoch(target)
 
     def _held(self, member: _Member, header: Header) -> None:
         if header["layout"] == self._layout_epoch:
@@ -339,6 +361,7 @@ class Coordinator:
             return
         failed = next(((rank, one["why"]) for rank, one in zip(ranks, of, strict=True) if one and one.get("why")), None)
         told: Header = {"kind": "saved", "version": header["version"], "folder": header["folder"]}
+        self._note("saved", version=header["version"], why=None if failed is None else failed[1])
         if failed is None:
             self._checkpoint = f"{header['folder']} (step {header['version']})"
             told["files"] = {str(rank): one["file"] for rank, one in zip(ranks, of, strict=True) if one}
@@ -369,53 +392,70 @@ class Coordinator:
             member.channel.peer = None
             member.channel.close("lost")
         self._joiners = [rank for rank in self._joiners if rank not in ranks]
-        matters = {rank for layout in (self._layout, self._target) if layout is not None for rank in layout.grid.ranks}
+        layouts = (self._layout, self._target, None if self._stream is None else self._stream[0])
+        matters = {rank for layout in layouts if layout is not None for rank in layout.grid.ranks}
         if self._layout is not None and not (self._stopped or self._is_ending) and matters & set(ranks):
             self._begin_epoch()
 
-    def _begin_epoch(self, joins: Sequence[int] = ()) -> None:
-        """Announce the layout of the ranks that are there; those that were to join in an epoch that failed still do."""
+    def _grown(self, joins: Sequence[int]) -> Layout | None:
+        """The layout with ranks that come in, and with layers moved where the plan says it is worth it; None where that is the same."""
+        assert self._layout is not None
+        grid = self._layout.grid
+        for rank in joins:
+            grid = grid.with_rank(rank)
+        made = self._planned(grid, self._layout.bounds, moves_layers=True)
+        return None if made.layout == self._layout else made.layout
+
+    def _begin_stream(self, target: Layout, chunk: int) -> Header:
+        """Pieces begin to travel to a layout; what ranks are told of it."""
+        assert self._layout is not None
+        end = self._version + steps_of(self._layout, target, (self._signature or {})["sizes"], chunk)
+        self._stream = (target, end)
+        self._note("stream", version=self._version, end=end, bounds=list(target.bounds))
+        return {
+            "kind": "live",
+            "epoch": self._epoch,
+            "version": self._version,
+            "chunk": chunk,
+            "before": layout_to(self._layout),
+            "after": layout_to(target),
+            "members": self._addresses(),
+        }
+
+    def _begin_epoch(self, target: Layout | None = None) -> None:
+        """Announce a layout: the target, or that of the ranks that are there with the layers where they are."""
         self._epoch += 1
-        if self._target is not None and self._layout is not None:
-            old = set(self._layout.grid.ranks)
-            joins = [
-                *joins,
-                *(r for r in self._target.grid.ranks if r not in old and r in self._members and r not in joins),
-            ]
+        waiting = [
+            layout for layout in (self._target, None if self._stream is None else self._stream[0]) if layout is not None
+        ]
         before = self._layout
+        if before is not None and target is None:
+            # Who was to come in what failed comes after the next commit.
+            old = set(before.grid.ranks)
+            late = {
+                rank for layout in waiting for rank in layout.grid.ranks if rank not in old and rank in self._members
+            }
+            self._joiners += sorted(late - set(self._joiners))
+        self._stream = None
         if before is None:
             grid = Grid.full(replicas=self.replicas, stages=self.stages)
         else:
             dead = [rank for rank in before.grid.ranks if rank not in self._members]
             why = self._place_of_dead(before, dead)
+            if why is None and len(dead) == len(before.grid.ranks):
+                why = "no rank is left"
             if why is not None:
                 self._stop(why, is_lost=True)
                 return
-            grid = before.grid.without(dead)
-            for rank in joins:
-                grid = grid.with_rank(rank)
-            if not grid.ranks:
-                self._stop("no rank is left", is_lost=True)
-                return
-        signature = self._signature or {}
-        sizes, costs = signature["sizes"], self._layer_costs(signature["sizes"])
-        made = plan(
-            grid.healed(),
-            costs,
-            global_batch=int(signature["global_batch"]),
-            micro_batches=int(signature["micro_batches"]),
-            block=int(signature["block"]),
-            memory=self._memory,
-            size_L=sizes,
-            # Who answers for whom is in the announcement; here only bounds count.
-            previous=None
-            if before is None
-            else Layout(grid.healed(), before.bounds, len(sizes))
-            if len(before.bounds) == len(grid.healed().stages) - 1
-            else None,
-            policy=self._policy,
+            grid = before.grid.without(dead).healed()
+            self._replans = bool(dead)
+        layout = (
+            self._planned(grid, None if before is None else before.bounds, moves_layers=False).layout
+            if target is None
+            else target
         )
-        self._target, self._schedule_name = made.layout, made.schedule_name
+        made = self._planned(layout.grid, layout.bounds, moves_layers=False)
+        self._target = layout
         base = self._version if before is None else self._base_version(before)
         for member in self._members.values():
             member.is_ready, member.vote, member.held_next = False, None, {}
@@ -424,8 +464,8 @@ class Coordinator:
             "epoch",
             epoch=self._epoch,
             version=base,
-            stages=[list(stage) for stage in made.layout.grid.stages],
-            bounds=list(made.bounds),
+            stages=[list(stage) for stage in layout.grid.stages],
+            bounds=list(layout.bounds),
             warnings=list(made.warnings),
         )
         self._tell(
@@ -434,15 +474,36 @@ class Coordinator:
                 "epoch": self._epoch,
                 "version": base,
                 "before": None if before is None else layout_to(before),
-                "after": layout_to(made.layout),
+                "after": layout_to(layout),
                 "schedule": made.schedule_name,
-                "costs": list(costs),
+                "costs": self._layer_costs(),
                 "holders": {} if before is None else self._holders(before),
-                "members": {str(m.rank): [m.host, m.port] for m in self._members.values()},
+                "members": self._addresses(),
                 "step_s": made.step_s,
                 "warnings": list(made.warnings),
             }
         )
+
+    def _planned(self, grid: Grid, bounds: tuple[int, ...] | None, *, moves_layers: bool) -> ElasticPlan:
+        """The plan for some ranks, from where layers begin now."""
+        signature = self._signature or {}
+        sizes = signature["sizes"]
+        has_as_many = bounds is not None and len(bounds) == len(grid.stages) - 1
+        return plan(
+            grid,
+            self._layer_costs(),
+            global_batch=int(signature["global_batch"]),
+            micro_batches=int(signature["micro_batches"]),
+            block=int(signature["block"]),
+            memory=self._memory,
+            size_L=sizes,
+            # Who answers for whom is in the announcement; here only bounds count.
+            previous=Layout(grid, bounds, len(sizes)) if has_as_many and bounds is not None else None,
+            policy=self._policy if moves_layers else replace(self._policy, moves_layers=False),
+        )
+
+    def _addresses(self) -> dict[str, list[Any]]:
+        return {str(member.rank): [member.host, member.port] for member in self._members.values()}
 
     def _holders(self, before: Layout) -> dict[str, list[int]]:
         """Of each lost rank, who is there with a sound snapshot."""
@@ -475,7 +536,8 @@ class Coordinator:
                 return f"rank {owner} is lost, and {where}; the last checkpoint: {way}"
         return None
 
-    def _layer_costs(self, sizes: Sequence[int]) -> list[float]:
+    def _layer_costs(self) -> list[float]:
+        sizes = (self._signature or {})["sizes"]
         if self._given_costs is not None:
             return list(self._given_costs)
         if len(self._costs) == len(sizes):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from anabranch.cluster.elastic.layout import Layout, Move, moves
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
-from anabranch.cluster.elastic.state import Slice, Snapshot, State
+from anabranch.cluster.elastic.state import Slice, Snapshot, State, digest_of
+from anabranch.cluster.elastic.streaming import Stream
 from anabranch.errors import InputError
 
 __all__ = ["Held", "Moved", "moved_state"]
@@ -23,10 +24,18 @@ Held = dict[tuple[int, int], dict[int, Snapshot]]
 
 @dataclass(frozen=True)
 class Moved:
-    """What a rank has in the new layout (None where it has no place in it), and what it sent to others for it."""
+    """What became of a move, for one rank.
+
+    Attributes:
+        state: what it has in the new layout; None where it has no place in it.
+        sent_bytes: to others, for it.
+        streamed, refused: moves that had come before by a stream, and those of them whose checksum was another.
+    """
 
     state: State | None
     sent_bytes: int
+    streamed: int = 0
+    refused: int = 0
 
 
 def moved_state(
@@ -43,6 +52,7 @@ def moved_state(
     holders: Mapping[int, Sequence[int]],
     alive: Collection[int],
     damaged: Callable[[int, str], None],
+    stream: Stream | None = None,
 ) -> Moved:
     """Take part in a move as one rank.
 
@@ -54,6 +64,7 @@ def moved_state(
         held: snapshots here, of which those of ``layout_epoch`` count.
         holders: of each lost rank, who gives its slices.
         alive: all ranks that are there.
+        stream: what travelled before, while training went on.
         damaged: called with a lost rank and why its snapshot here cannot be used; then a wait for what comes of it raises CalledAwayError.
 
     Raises CalledAwayError when called away, InputError for pieces that do not fit together.
@@ -61,16 +72,38 @@ def moved_state(
     if before is None:
         return Moved(state, 0)
     lost = _lost_slices(rank, held, layout_epoch, holders, version, damaged)
-    found = moves(before, after, sizes, alive=alive, holders=holders)
+    found = list(enumerate(moves(before, after, sizes, alive=alive, holders=holders)))
     own = {} if state is None else state.slices
-    sent = 0
-    for number, move in enumerate(found):
-        if move.source == rank and move.target != rank:
-            told, tensors = _piece(move, own, lost).told()
-            sent += links.send(move.target, f"m{number}", tensors, told=told)
+    # What came by a stream is not sent again: its checksum is, and only what differs from it.
+    streamed = {number for number, move in found if stream is not None and stream.has(move, version)}
     pieces: dict[int, list[Slice]] = {}
-    for number, move in enumerate(found):
-        if move.target != rank:
+    sent = 0
+    refused = set()
+    for number, move in found:
+        if move.source == rank and move.target != rank:
+            piece = _piece(move, own, lost)
+            if number in streamed:
+                links.send(move.target, f"d{number}", [], digest=digest_of({move.layer: piece}, version))
+            else:
+                sent += _send(links, move, number, piece)
+    for number, move in found:
+        if number in streamed and move.target == rank:
+            assert stream is not None
+            came = stream.piece(move, version)
+            _, header = links.receive(move.source, f"d{number}")
+            is_sound = came is not None and digest_of({move.layer: came}, version) == header["digest"]
+            links.send(move.source, f"v{number}", [], is_sound=is_sound)
+            if is_sound and came is not None:
+                pieces.setdefault(move.layer, []).append(came)
+            else:
+                refused.add(number)
+    for number, move in found:
+        if number in streamed and move.source == rank:
+            _, header = links.receive(move.target, f"v{number}")
+            if not header["is_sound"]:
+                sent += _send(links, move, number, _piece(move, own, lost))
+    for number, move in found:
+        if move.target != rank or (number in streamed and number not in refused):
             continue
         if move.source == rank:
             piece = _piece(move, own, lost)
@@ -82,11 +115,15 @@ def moved_state(
     for layer, size in enumerate(sizes):
         for owner, first, end in after.slices(layer, size):
             if owner == rank:
-                slices[layer] = Slice.joined(
-                    first, end, [*pieces.get(layer, []), *_kept(own.get(layer), first, end, pieces.get(layer, []))]
-                )
-    flat, more = _weights(links, rank, before, after, sizes, state, slices, alive)
-    return Moved(State(flat, slices) if rank in after.grid.ranks else None, sent + more)
+                came_in = pieces.get(layer, [])
+                slices[layer] = Slice.joined(first, end, [*came_in, *_kept(own.get(layer), first, end, came_in)])
+    flat, more = _weights(links, rank, before, after, sizes, state, slices)
+    return Moved(State(flat, slices) if rank in after.grid.ranks else None, sent + more, len(streamed), len(refused))
+
+
+def _send(links: LinkPool, move: Move, number: int, piece: Slice) -> int:
+    told, tensors = piece.told()
+    return links.send(move.target, f"m{number}", tensors, told=told)
 
 
 def _lost_slices(
@@ -141,7 +178,6 @@ def _weights(
     sizes: Sequence[int],
     state: State | None,
     slices: Mapping[int, Slice],
-    alive: Collection[int],
 ) -> tuple[dict[int, Tensor], int]:
     """Whole weights of the layers of this rank's stage: those that it had, and of others the slices of their owners."""
     sent, flat = 0, {}

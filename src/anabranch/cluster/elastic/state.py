@@ -23,6 +23,7 @@ __all__ = [
     "State",
     "Updater",
     "check_layers",
+    "digest_of",
     "flat_of",
     "install",
     "snapshot_of",
@@ -102,7 +103,7 @@ class State:
 
     def digest(self) -> str:
         """Of the slices, to the bit."""
-        return _digest(self.slices, 0)
+        return digest_of(self.slices, 0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Snapshot:
                 place += size
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"a snapshot of version {self.version} makes no sense: {error}") from None
-        if place != len(self.body) or _digest(found, self.version) != self.digest:
+        if place != len(self.body) or digest_of(found, self.version) != self.digest:
             raise InputError(f"a snapshot of version {self.version} has another checksum than its owner gave")
         return found
 
@@ -144,7 +145,7 @@ def snapshot_of(slices: Mapping[int, Slice], version: int) -> Snapshot:
         spec, body = pack(tensors)
         layers.append((layer, told, spec))
         bodies.append(body)
-    return Snapshot(version, tuple(layers), b"".join(bodies), _digest(slices, version))
+    return Snapshot(version, tuple(layers), b"".join(bodies), digest_of(slices, version))
 
 
 def _size(spec: Sequence[Any]) -> int:
@@ -155,7 +156,8 @@ def _size(spec: Sequence[Any]) -> int:
     return int(count)
 
 
-def _digest(slices: Mapping[int, Slice], version: int) -> str:
+def digest_of(slices: Mapping[int, Slice], version: int) -> str:
+    """A checksum of slices, to the bit, of where they are cut, and of the version."""
     found = hashlib.blake2b(struct.pack("<q", version), digest_size=16)
     for layer in sorted(slices):
         told, tensors = slices[layer].told()

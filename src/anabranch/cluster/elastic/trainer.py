@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from anabranch.cluster.elastic.execution import Batch, StageStep, StepSettings, 
 from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
 from anabranch.cluster.elastic.moving import Held, moved_state
+from anabranch.cluster.elastic.saving import read_slices, write_manifest, write_slices
 from anabranch.cluster.elastic.state import (
+    PARAM,
     OptimizerFactory,
     Slice,
     Snapshot,
@@ -37,9 +40,10 @@ from anabranch.cluster.elastic.state import (
     learning,
     snapshot_of,
 )
+from anabranch.cluster.elastic.streaming import Stream
 from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.cluster.elastic.wire import Channel, Header, connect
-from anabranch.errors import AnabranchError, ConfigError, InputError, PeerError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError, InputError, PeerError
 
 __all__ = ["ElasticTrainer", "UnrecoverableError"]
 
@@ -70,6 +74,7 @@ class ElasticTrainer:
         block: samples of a block.
         learning_rate: factor of the optimizer's, by committed steps.
         draws: True where layers draw by other means than torch's dropout modules; None finds those.
+        resume: a folder of checkpoints, see `save`; the newest is where training goes on, in any mesh.
         host: where other ranks reach this one.
         wish: the rank that it would like to be at the beginning.
         timeout_s: after so long a wait for a rank ends with PeerError.
@@ -80,7 +85,8 @@ class ElasticTrainer:
         rank: its name among ranks; those who come later have new ones.
         steps: committed ones.
 
-    Raises ConfigError for what cannot be trained so, PeerError where the coordinator is not there or refuses.
+    Raises ConfigError for what cannot be trained so, CheckpointError for a checkpoint that is none or damaged, PeerError where the
+    coordinator is not there or refuses.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class ElasticTrainer:
         block: int = 1,
         learning_rate: Callable[[int], float] | None = None,
         draws: bool | None = None,
+        resume: str | Path | None = None,
         host: str = "127.0.0.1",
         wish: int | None = None,
         timeout_s: float = 60.0,
@@ -123,6 +130,12 @@ class ElasticTrainer:
         self._settings = StepSettings(global_batch, micro, block if exact else 1, exact, loss, seed, draw)
         self._updater = Updater(optimizer_factory, learning_rate)
         self._sizes = [sum(parameter.numel() for parameter in learning(layer)) for layer in self._layers]
+        self._version = 0
+        self._loaded: dict[int, Slice] = {}
+        if resume is not None:
+            self._version, self._loaded = read_slices(resume, self._sizes)
+            for layer, own in self._loaded.items():
+                install(self._layers[layer], own.tensors[PARAM])
         self._copies, self._timeout_s = snapshot_copies, timeout_s
         self._on_epoch_change, self._probe = on_epoch_change, probe or (lambda state: None)
         # What the coordinator said and nobody has acted on.
@@ -130,7 +143,11 @@ class ElasticTrainer:
         self._stop: Header | None = None
         self._welcome: Header | None = None
         self._work: Work | None = None
-        self._epoch, self._layout_epoch, self._version = 0, 0, 0
+        self._epoch, self._layout_epoch = 0, 0
+        self._saved: Header | None = None
+        self._stream: Stream | None = None
+        # Links opened and closed since the last layout.
+        self._edited = (0, 0)
         self._states: dict[int, State] = {}
         self._batches: dict[int, Batch] = {}
         # By (epoch of the layout, owner): versions.
@@ -164,7 +181,7 @@ class ElasticTrainer:
             port=self._links.port,
             wish=wish,
             copies=self._copies,
-            version=0,
+            version=self._version,
             weights=_weights_of(self._layers),
             signature={
                 "sizes": self._sizes,
@@ -238,6 +255,41 @@ class ElasticTrainer:
                 continue
             return {name: value.detach().clone() for name, value in nn.Sequential(*self._layers).state_dict().items()}
 
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint of the last committed step: each rank its own slices. All ranks call it together, after the same step.
+
+        Raises CheckpointError on all of them where one could not write, or ranks were lost meanwhile and a step was taken back; training
+        can go on, and an older checkpoint is as it was.
+        """
+        version = self._version
+        while True:
+            try:
+                if self._is_called():
+                    raise CalledAwayError
+                self._save(folder, version)
+                return
+            except CalledAwayError:
+                self._follow()
+                if self._version != version:
+                    raise CheckpointError(
+                        f"step {version} was taken back while it was saved; save after the next one"
+                    ) from None
+
+    def _save(self, folder: str | Path, version: int) -> None:
+        self._saved, why, name = None, None, ""
+        self._probe("save")
+        try:
+            name = write_slices(folder, self.rank, self._states[version].slices, version)
+        except (OSError, AnabranchError) as error:
+            why = f"{type(error).__name__}: {error}"
+        self._tell("saved", version=version, folder=str(folder), file=name, why=why)
+        self._wait_until(lambda: self._saved is not None, "the other ranks do not save")
+        assert self._saved is not None
+        if self._saved.get("why"):
+            raise CheckpointError(f"step {version} is not saved in {folder}: {self._saved['why']}")
+        if self.rank == self._layout().grid.ranks[0]:
+            write_manifest(folder, version, list(self._saved["files"].values()), self._sizes)
+
     def status(self) -> dict[str, Any]:
         """JSON-ready: rank, layout, steps; and of the last change of ranks how long each part took here.
 
@@ -253,6 +305,7 @@ class ElasticTrainer:
             "layers": None if work is None else [work.layers.start, work.layers.stop - 1],
             "stages": None if work is None else [list(stage) for stage in work.layout.grid.stages],
             "links": self._links.count,
+            "links_ever": self._links.opened,
             "recovery": dict(self._recovery),
         }
 
@@ -284,17 +337,26 @@ class ElasticTrainer:
     def _one_step(self) -> None:
         work, version = self._work, self._version
         assert work is not None
+        self._take_live_news()
         if version not in self._batches:
             raise PeerError(f"step {version} was taken back, and this rank does not have its batch any more")
+        before = self._states[version]
+        stream = self._stream
+        if stream is not None:
+            self._probe("stream")
+            stream.send_chunks(self._links, before.slices, version)
         run = StageStep(work, self._settings, self._layers, self._links, version)
         run.run(self._batches[version], self._probe)
         self._probe("reduce")
         gradients = self._reduced(run)
         self._probe("update")
-        before = self._states[version]
+        if stream is not None:
+            stream.send_gradients(self._links, before.slices, gradients, version)
         slices = self._updater.next_slices(before.slices, gradients, version)
         flat = self._gathered(slices)
         shadow = State(flat, slices)
+        if stream is not None:
+            stream.take(self._links, version)
         self._wait_for_snapshots()
         self._probe("vote")
         samples = sum(len(work.samples(column)) for column in range(self._settings.micro_batches))
@@ -454,8 +516,11 @@ class ElasticTrainer:
             with self._links.changed:
                 while self._news:
                     found = self._news.popleft()
-                    if found["kind"] == "epoch":
+                    if found["kind"] == "epoch" or (found["kind"] == "live" and self._work is None):
                         news = found
+            if news is not None and news["kind"] == "live":
+                self._observe(news)
+                continue
             if news is None:
                 # Called away by a link that broke: the coordinator will say.
                 self._wait_until(
@@ -468,16 +533,53 @@ class ElasticTrainer:
                 continue
             return
 
+    def _take_live_news(self) -> None:
+        """Begin a stream that the coordinator announced at the last commit."""
+        with self._links.changed:
+            news = next((one for one in self._news if one["kind"] == "live"), None)
+            if news is not None:
+                self._news.remove(news)
+        if news is not None:
+            self._stream = self._stream_of(news)
+
+    def _stream_of(self, news: Header) -> Stream:
+        self._epoch = int(news["epoch"])
+        self._edit({int(rank): (str(host), int(port)) for rank, (host, port) in news["members"].items()})
+        before, after = layout_from(news["before"]), layout_from(news["after"])
+        return Stream(before, after, self._sizes, int(news["chunk"]), int(news["version"]), self.rank, self._updater)
+
+    def _edit(self, members: dict[int, tuple[str, int]]) -> None:
+        opened, closed = self._links.edit(self._epoch, members)
+        self._edited = (self._edited[0] + opened, self._edited[1] + closed)
+
+    def _observe(self, news: Header) -> None:
+        """As one who comes: take what is sent, step by step, until all is there; then the coordinator announces the layout."""
+        try:
+            stream = self._stream_of(news)
+            for version in range(stream.start, stream.end):
+                self._probe("observe")
+                stream.take(self._links, version)
+                self._tell("vote", epoch=self._epoch, step=version, loss=[])
+                self._wait_until(lambda: bool(self._news), None, is_called=True)
+                self._news.popleft()
+            self._stream = stream
+        except CalledAwayError:
+            self._stream = None
+
     def _change(self, news: Header) -> None:
         start = time.monotonic()
         assert self._noticed_s is not None
         self._probe("epoch")
         self._epoch, base = int(news["epoch"]), int(news["version"])
+        stream, self._stream = self._stream, None
         before = None if news["before"] is None else layout_from(news["before"])
         after = layout_from(news["after"])
         members = {int(rank): (str(host), int(port)) for rank, (host, port) in news["members"].items()}
         self._probe("links")
-        opened, closed = self._links.edit(self._epoch, members)
+        self._edit(members)
+        if self.rank not in after.grid.ranks:
+            # It waits to come in, and is told when.
+            raise CalledAwayError
         edited = time.monotonic()
         self._probe("moves")
         if before is not None and self.rank in before.grid.ranks:
@@ -492,11 +594,11 @@ class ElasticTrainer:
             self._links, self.rank, before, after, self._sizes, state, base,
             held=self._held, layout_epoch=self._layout_epoch_of(before), holders={int(r): tuple(h) for r, h in news["holders"].items()},
             alive=set(members), damaged=lambda owner, why: self._tell("bad", epoch=self._epoch, owner=owner, why=why),
+            stream=stream,
         )  # fmt: skip
-        if self.rank in after.grid.ranks:
-            assert moved.state is not None
-            self._send_snapshots(self._epoch, after, moved.state, base)
-            self._wait_for_new_snapshots(after, base)
+        assert moved.state is not None
+        self._send_snapshots(self._epoch, after, moved.state, base)
+        self._wait_for_new_snapshots(after, base)
         reshaped = time.monotonic()
         self._probe("ready")
         self._tell("ready", epoch=self._epoch)
@@ -506,7 +608,6 @@ class ElasticTrainer:
         self._news.popleft()
         self._probe("go")
         self._layout_epoch, self._version = self._epoch, base
-        assert moved.state is not None
         self._states = {base: moved.state}
         self._held = {key: value for key, value in self._held.items() if key[0] == self._epoch}
         for layer, flat in moved.state.flat.items():
@@ -515,9 +616,12 @@ class ElasticTrainer:
         now = time.monotonic()
         self._recovery = {
             "epoch": self._epoch, "agree_s": start - self._noticed_s, "edit_s": edited - start, "reshard_s": reshaped - edited,
-            "ready_s": now - reshaped, "links_opened": opened, "links_closed": closed, "links_kept": self._links.count - opened,
-            "moved_bytes": moved.sent_bytes, "_going": now,
+            "ready_s": now - reshaped, "links_opened": self._edited[0], "links_closed": self._edited[1],
+            "links_kept": self._links.count - self._edited[0],
+            "moved_bytes": moved.sent_bytes, "streamed": moved.streamed, "refused": moved.refused,
+            "streamed_bytes": 0 if stream is None else stream.sent_bytes, "_going": now,
         }  # fmt: skip
+        self._edited = (0, 0)
         if before is None:
             self._noticed_s = None
         if self._on_epoch_change is not None:
@@ -541,7 +645,8 @@ class ElasticTrainer:
         for layer in layers:
             for owner, first, end in after.slices(layer, self._sizes[layer]):
                 if owner == self.rank:
-                    slices[layer] = Slice(first, end, {"param": flat[layer][first:end].clone()})
+                    own = Slice(first, end, {PARAM: flat[layer][first:end]})
+                    slices[layer] = self._loaded[layer].piece(first, end) if self._loaded else own
         return State(flat, slices)
 
     def _wait_for_new_snapshots(self, after: Layout, version: int) -> None:
@@ -586,7 +691,13 @@ class ElasticTrainer:
                 # Whatever was said of an older epoch is over, but for a commit, which all who are left must follow.
                 self._news = deque(news for news in self._news if news["kind"] == "commit")
                 self._news.append(header)
-            elif kind == "commit" or (kind == "go" and int(header["epoch"]) >= self._epoch):
+            elif kind == "saved":
+                self._saved = header
+            elif kind == "commit":
+                self._news.append(header)
+                if "live" in header:
+                    self._news.append(header["live"])
+            elif kind == "go" and int(header["epoch"]) >= self._epoch:
                 self._news.append(header)
             self._links.changed.notify_all()
 

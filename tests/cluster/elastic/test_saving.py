@@ -1,0 +1,81 @@
+"""Checkpoints of slices on disk."""
+
+import json
+
+import pytest
+import torch
+
+from anabranch.cluster.elastic.saving import newest, read_slices, write_manifest, write_slices
+from anabranch.cluster.elastic.state import Slice
+from anabranch.errors import CheckpointError
+
+SIZES = [6, 0, 4]
+
+
+def piece(first, end, at=0.0):
+    numbers = torch.arange(float(first), float(end)) + at
+    return Slice(first, end, {"param": numbers, "exp_avg": 2 * numbers}, {"step": torch.tensor(3.0)})
+
+
+def kept(folder, version=7, at=0.0):
+    files = [
+        write_slices(folder, 0, {0: piece(0, 4, at), 2: piece(0, 1, at)}, version),
+        write_slices(folder, 5, {0: piece(4, 6, at), 2: piece(1, 4, at)}, version),
+    ]
+    return write_manifest(folder, version, files, SIZES)
+
+
+def test_what_was_saved_comes_back_whole(tmp_path):
+    kept(tmp_path)
+    version, whole = read_slices(tmp_path, SIZES)
+    assert version == 7
+    assert whole[0].tensors["param"].tolist() == list(range(6))
+    assert whole[2].tensors["exp_avg"].tolist() == [0, 2, 4, 6]
+    assert whole[2].scalars["step"] == 3
+    assert sorted(whole) == [0, 2]
+
+
+def test_the_newest_that_is_whole_counts(tmp_path):
+    assert newest(tmp_path) is None
+    kept(tmp_path, 7)
+    kept(tmp_path, 12, at=1.0)
+    # Killed before the manifest.
+    write_slices(tmp_path, 0, {0: piece(0, 4)}, 20)
+    (tmp_path / "step-x").mkdir()
+    assert newest(tmp_path).name == "step-0000000012"
+    assert read_slices(tmp_path, SIZES)[1][0].tensors["param"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_damaged_is_refused(tmp_path):
+    manifest = kept(tmp_path)
+    place = manifest.parent / "rank-5.slices"
+    sound, told = place.read_bytes(), manifest.read_text()
+
+    def refused(said):
+        with pytest.raises(CheckpointError, match=said):
+            read_slices(tmp_path, SIZES)
+        place.write_bytes(sound)
+        manifest.write_text(told)
+
+    place.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    refused("another checksum")
+    place.write_bytes(sound[:-3])
+    refused("damaged")
+    place.write_bytes(b"nothing")
+    refused("damaged")
+    place.unlink()
+    refused("No such file")
+    manifest.write_text("{")
+    refused("damaged")
+    manifest.write_text("[]")
+    refused("damaged")
+    manifest.write_text(json.dumps({**json.loads(told), "files": ["rank-0.slices"]}))
+    refused("those from 4 on are missing")
+    manifest.write_text(json.dumps({**json.loads(told), "files": ["../../etc/passwd"]}))
+    refused("no file beside it")
+    manifest.write_text(json.dumps({**json.loads(told), "schema": 99}))
+    refused("schema 99")
+    with pytest.raises(CheckpointError, match="of layers with"):
+        read_slices(tmp_path, [6, 0, 5])
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        read_slices(tmp_path / "none", SIZES)
