@@ -50,7 +50,7 @@ def test_extras_bring_what_users_expect():
     heavy = {"numba", "scipy", "networkx", "tokenizers", "pyarrow", "starlette", "uvicorn"}
     assert not heavy & set(found["gateway"].modules)
     # Spark needs Java; adapters are for who has their framework, peft for who wants its long tail of methods.
-    users = set(found) - {"all", "bench", "dev", "docs", "spark", "langchain", "llama-index", "peft"}
+    users = set(found) - {"all", "bench", "dev", "docs", "spark", "langchain", "llama-index", "peft", "sumo"}
     assert set(found["all"].modules) == {name for extra in users for name in found[extra].modules}
 
 

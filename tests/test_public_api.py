@@ -104,7 +104,7 @@ PUBLIC = {
     """,
     "anabranch.rl": """
         Actions ActorCritic Agent Beta Categorical Clipped Distribution Ends Environment Episodes Film Gymnasium Highway
-        GRPO Kind LaneWorld Layout Normal PPO PRESETS Preset Rollout Rollouts Samples TokenPPO World advantages clipped_losses
+        GRPO Kind LaneWorld Layout Normal PPO PRESETS Preset Rollout Rollouts Samples Sumo TokenPPO World advantages clipped_losses
         episode_seed judge load_agent record training
     """,
     "anabranch.rl.router_r1": """

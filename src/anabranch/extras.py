@@ -27,6 +27,7 @@ _BASE = ""  # stands for what every command needs, where extras stand by their n
 INTERNAL = ("all", "bench", "dev", "docs")
 # What is imported, where it is not called as the package is (its name with _ for -).
 _MODULES = {
+    "eclipse-sumo": "sumo",
     "faiss-cpu": "faiss",
     "google-auth": "google.auth",
     "import-linter": "importlinter",

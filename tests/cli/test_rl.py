@@ -95,6 +95,8 @@ def test_a_run_goes_on_for_more_samples(capfd, tmp_path):
         (["eval", "{run}", "--csv", "{run}/config.json"], "is read"),
         (["eval", "{run}", "--picture", "a.jpg"], "its name must end in .svg or .png"),
         (["eval", "{run}", "--csv", "a.svg", "--picture", "a.svg"], "is to be written twice"),
+        (["eval", "{run}", "--referee", "carla"], "--referee is 'carla'; use sumo"),
+        (["eval", "{run}", "--referee", "sumo"], "judges drivers of laneworld, and this one learned in gymnasium"),
         (["replay", "{run}", "--out", "a.png"], "ends in .gif"),
     ],
 )

@@ -261,7 +261,8 @@ rl train cartpole --out z --set task.rollout_steps=2147483647 --samples 99999999
 rl train cartpole --out z --set task.hidden=[2147483647,2147483647]
 rl train cartpole --out z --set task.epochs=2147483647
 rl train cartpole --out z --set task.environment.kind=nowhere
-rl train cartpole --out z --set task.environment.workers=0
+rl train cartpole --out z --set task.environment.workers=-1
+rl eval z --referee carla
 rl train laneworld --out z --set task.environment.world.traffic=nan
 rl train laneworld --out z --set task.environment.world.longest_m=60
 rl train cartpole --out z --set task.reward_scale=0

@@ -9,7 +9,7 @@ gymnasium = pytest.importorskip("gymnasium")
 from anabranch.errors import CheckpointError, ConfigError  # noqa: E402
 from anabranch.rl import PPO, LaneWorld, judge  # noqa: E402
 from anabranch.rl.laneworld import Settings  # noqa: E402
-from anabranch.rl.laneworld.roads import GIVE_WAY, LIGHT, STOP_SIGN, light_state  # noqa: E402
+from anabranch.rl.laneworld.lane_graph import GIVE_WAY, LIGHT, STOP_SIGN, light_state  # noqa: E402
 from anabranch.rl.laneworld.state import CAR, START_M  # noqa: E402
 from anabranch.rl.rewards import FACTORS, RouteReward  # noqa: E402
 from anabranch.testing import check_task  # noqa: E402

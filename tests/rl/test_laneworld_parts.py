@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from anabranch.errors import ConfigError
 from anabranch.rl.laneworld.bicycle import HALF_BASE, STEER, drive
 from anabranch.rl.laneworld.geometry import arc, boxes_overlap, connect, resampled, straight
+from anabranch.rl.laneworld.lane_graph import CYCLE_S, GIVE_WAY, LIGHT, STOP_SIGN, light_state
 from anabranch.rl.laneworld.library import NOWHERE, library_of
-from anabranch.rl.laneworld.roads import CYCLE_S, GIVE_WAY, LIGHT, STOP_SIGN, RoadMap, light_state
+from anabranch.rl.laneworld.roads import RoadMap
 from anabranch.rl.laneworld.traffic import gaps_ahead, idm, stop_ahead
 
 # Boxes

@@ -24,6 +24,7 @@ from anabranch.rl.laneworld import LaneWorld
 from anabranch.rl.network import ActorCritic, Layout
 from anabranch.rl.policies import Actions, Beta, Categorical, Distribution, Kind, Normal
 from anabranch.rl.ppo import PPO, Clipped, clipped_losses
+from anabranch.rl.referee import Sumo
 from anabranch.rl.returns import Ends, advantages
 from anabranch.rl.rollout import Rollout, Rollouts
 from anabranch.rl.runs import PRESETS, Agent, Preset, load_agent, training
@@ -56,6 +57,7 @@ __all__ = [
     "Rollout",
     "Rollouts",
     "Samples",
+    "Sumo",
     "TokenPPO",
     "World",
     "advantages",

@@ -83,6 +83,7 @@ def judge(
     seed: int = 0,
     on_step: Callable[[World, int], None] | None = None,
     world: World | None = None,
+    beside: int | None = None,
 ) -> Episodes:
     """Let a policy act for so many episodes.
 
@@ -93,6 +94,7 @@ def judge(
         seed: another one has other beginnings.
         on_step: called after each step with the world and how many episodes have ended.
         world: use this one, of the first beginnings, instead of making one.
+        beside: environments side by side, at most. Default: 64.
 
     Raises ConfigError for less than one episode, DataError if the environment gives a reward or an observation that is not finite, or an
     episode that does not end within 100,000 steps.
@@ -102,7 +104,8 @@ def judge(
     owned = world is None
     if world is None:
         # As many in each environment, so that few go on for nothing while others still play.
-        world = environment.make(-(-episodes // -(-episodes // _MOST_BESIDE)), seed=evaluation_seed(seed))
+        rounds = -(-episodes // (beside or _MOST_BESIDE))
+        world = environment.make(-(-episodes // rounds), seed=evaluation_seed(seed))
     try:
         return _played(model, world, episodes, on_step)
     finally:

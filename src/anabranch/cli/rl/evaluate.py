@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,10 +17,31 @@ from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import check_apart
 
+if TYPE_CHECKING:
+    from anabranch.rl import Agent, Environment
+
 # What the name of a picture may end in.
 _FORMS = (".svg", ".png")
 # Told first, or not as they are.
 _KNOWN = ("mean_return", "return_deviation", "return_interval", "episodes", "mean_length", "terminated")
+
+
+# Worlds of a referee side by side: each is a process.
+_BESIDE = 4
+
+
+def _referee(name: str, agent: Agent) -> Environment:
+    """Where another judges. Raises ConfigError for another name, and for drivers of another world than laneworld."""
+    from anabranch.rl import LaneWorld, Sumo
+
+    if name != "sumo":
+        raise ConfigError(f"--referee is {name!r}; use sumo")
+    environment = agent.task.environment
+    if not isinstance(environment, LaneWorld):
+        kind = type(environment).__name__.lower()
+        raise ConfigError(f"--referee sumo judges drivers of laneworld, and this one learned in {kind}")
+    require("sumo", by="anabranch rl eval --referee sumo")
+    return Sumo.Config(world=environment.config.world).build()
 
 
 def evaluate(
@@ -30,6 +51,13 @@ def evaluate(
         int | None,
         typer.Option(
             metavar="S", min=0, max=MOST_SEED, help="Of their beginnings. Default: the run's, as after training."
+        ),
+    ] = None,
+    referee: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Who judges a driver of laneworld instead: sumo, on its own roads. Default: where it learned.",
         ),
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write a line for each episode.")] = None,
@@ -55,14 +83,16 @@ def evaluate(
 
         return evaluate_router(run, episodes, seed, csv, picture, as_json=as_json)
     agent = load_agent(run)
+    environment = agent.task.environment if referee is None else _referee(referee, agent)
     begins = agent.config.train.seed if seed is None else seed
     with Progress(episodes, "episode", quiet=quiet) as progress:
         found = judge(
             agent.model,
-            agent.task.environment,
+            environment,
             episodes=episodes,
             seed=begins,
             on_step=lambda world, ended: progress.update(ended),
+            beside=_BESIDE if referee is not None else None,
         )
     measures = found.measures()
     if csv is not None:
@@ -72,7 +102,8 @@ def evaluate(
 
         draw_curve(read_metrics(run), measures, picture, run.name)
     if as_json:
-        print_json({"folder": str(run), "step": agent.step, "seed": begins, **measures})
+        told = {} if referee is None else {"referee": referee}
+        print_json({"folder": str(run), "step": agent.step, "seed": begins, **told, **measures})
         return
     fact("return", _returned(measures))
     fact(

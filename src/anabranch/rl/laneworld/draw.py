@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.extras import require
-from anabranch.rl.laneworld.roads import CYCLE_S, LANE_WIDTH, LIGHT, light_state
+from anabranch.rl.laneworld.lane_graph import CYCLE_S, LANE_WIDTH, LIGHT, light_state
 from anabranch.rl.laneworld.state import AWAY, CAR
 
 __all__ = ["picture"]

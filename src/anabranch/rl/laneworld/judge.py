@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from anabranch.rl.laneworld.geometry import boxes_overlap
+from anabranch.rl.laneworld.lane_graph import LANE_WIDTH, LIGHT, STOP_SIGN, light_state
 from anabranch.rl.laneworld.library import NOWHERE, Library
-from anabranch.rl.laneworld.roads import LANE_WIDTH, LIGHT, STOP_SIGN, light_state
 from anabranch.rl.laneworld.settings import Settings
 from anabranch.rl.laneworld.state import CAR, START_M, Scene, State
 from anabranch.rl.rewards import (

@@ -8,7 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from anabranch.rl.laneworld.roads import Path, RoadMap
+from anabranch.rl.laneworld.lane_graph import Path
+from anabranch.rl.laneworld.roads import RoadMap
 
 __all__ = ["Library", "library_of"]
 

@@ -5,132 +5,54 @@
     road      -> a lane each way, 3.5 m wide, at 30, 40 or 50 km/h, on the right        now and then with a second lane that merges
     junction  -> a line for every way through it: straight, arc, straight; around the ring of a roundabout
 
-A map is a graph of `Segment`s. A route is a shortest path in it, laid out as a `Path`: one point a metre, with all that a driver must know
-there. Stems of T-junctions have stop signs; who enters a roundabout, or merges, gives way.
+A map is a graph of `Segment`s, see `LaneGraph`. Stems of T-junctions have stop signs; who enters a roundabout, or merges, gives way.
 """
-# Shapes: P points of a path, J stops of a path
+# Shapes: P points of a line
 
 from __future__ import annotations
 
-import heapq
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from anabranch.errors import ConfigError
-from anabranch.rl.laneworld.geometry import arc, connect, resampled, straight
+from anabranch.rl.laneworld.geometry import arc, connect, straight
+from anabranch.rl.laneworld.lane_graph import (
+    CYCLE_S,
+    GIVE_WAY,
+    IN_JUNCTION,
+    JUNCTION_SPEED,
+    LANE_WIDTH,
+    LIGHT,
+    ON_ROAD,
+    STOP_SIGN,
+    TURN_SPEED,
+    LaneGraph,
+    Segment,
+)
 
-__all__ = ["GIVE_WAY", "LIGHT", "STOP_SIGN", "Path", "RoadMap", "Segment", "light_state"]
+__all__ = ["RoadMap"]
 
-LANE_WIDTH = 3.5
-# What there is at the end of a segment: nothing, a light, a stop sign, a road that goes first.
-LIGHT, STOP_SIGN, GIVE_WAY = 1, 2, 3
-# Seconds of green, yellow and red. Roads that cross have theirs half a cycle later.
-GREEN_S, YELLOW_S, RED_S = 8.0, 2.0, 10.0
-CYCLE_S = GREEN_S + YELLOW_S + RED_S
 _SPEEDS = (30 / 3.6, 40 / 3.6, 50 / 3.6)
-_JUNCTION_SPEED, _TURN_SPEED = 30 / 3.6, 6.0
 _SIDE, _SPACING, _MOVED = 4, 105.0, 10.0
 _LEFT_OUT = 6
-# Beginnings from which no route of the wanted length leads, before it is given up.
-_TRIES = 200
 _RADIUS = {"bend": 18.0, "T": 14.0, "lights": 14.0, "roundabout": 23.0}
 _RING, _ENTRY = 11.0, 0.4
-# What can be driven on beside the middle of a lane, left and right: the other lane and half of one's own; within junctions.
-_ON_ROAD, _IN_JUNCTION, _IN_RING = (1.5 * LANE_WIDTH, 0.5 * LANE_WIDTH), (6.0, 6.0), (3.0, 3.0)
+# What can be driven on beside the middle of the lane around the ring, left and right.
+_IN_RING = (3.0, 3.0)
 
 
-def light_state(time_s: np.ndarray, offset_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(0 green, 1 yellow, 2 red; seconds until it changes) of lights whose cycle began ``offset_s`` before time 0."""
-    within = np.mod(time_s + offset_s, CYCLE_S)
-    state = (within >= GREEN_S).astype(np.int64) + (within >= GREEN_S + YELLOW_S)
-    ends = np.array([GREEN_S, GREEN_S + YELLOW_S, CYCLE_S])
-    return state, ends[state] - within
-
-
-@dataclass
-class Segment:
-    """A lane of a road, or a way through a junction.
-
-    Attributes:
-        point_P2: its middle, at small distances.
-        limit: metres a second.
-        pace: at which traffic drives there, at most.
-        edges: how far one can drive to the left and to the right of the middle.
-        is_junction: whether it lies within one.
-        stop: what there is at its end: 0, `LIGHT`, `STOP_SIGN` or `GIVE_WAY`.
-        offset_s: of the light.
-        conflict: the place that must be free, of a road that gives way.
-        next: segments that follow.
-    """
-
-    point_P2: np.ndarray
-    limit: float
-    pace: float
-    edges: tuple[float, float] = _ON_ROAD
-    is_junction: bool = False
-    stop: int = 0
-    offset_s: float = 0.0
-    conflict: tuple[float, float] = (0.0, 0.0)
-    next: list[int] = field(default_factory=list)
-
-    @property
-    def length(self) -> float:
-        """In metres."""
-        return float(np.hypot(*np.diff(self.point_P2, axis=0).T).sum())
-
-
-@dataclass(frozen=True)
-class Path:
-    """A route, a point a metre.
-
-    Attributes:
-        point_P2: the middle of the lane.
-        heading_P: there, without jumps of a whole turn.
-        limit_P, pace_P: see `Segment`.
-        left_P, right_P: how far one can drive to either side.
-        junction_P: whether it is within a junction.
-        stop_s_J, stop_kind_J, stop_offset_J, stop_conflict_J2: where there is something at the end of a segment, and what, see `Segment`.
-    """
-
-    point_P2: np.ndarray
-    heading_P: np.ndarray
-    limit_P: np.ndarray
-    pace_P: np.ndarray
-    left_P: np.ndarray
-    right_P: np.ndarray
-    junction_P: np.ndarray
-    stop_s_J: np.ndarray
-    stop_kind_J: np.ndarray
-    stop_offset_J: np.ndarray
-    stop_conflict_J2: np.ndarray
-
-    @property
-    def length(self) -> int:
-        """In metres; there is a point at 0 and one at the end."""
-        return len(self.point_P2) - 1
-
-
-class RoadMap:
+class RoadMap(LaneGraph):
     """A map that the grammar gives for a generator.
 
     Attributes:
-        segments: all of them; `Segment.next` counts in this list.
-        roads: those where a route may begin and end: first parts of lanes.
         kinds: of each node: ``bend``, ``T``, ``lights`` or ``roundabout``.
-        lengths: of the segments, in metres.
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.segments: list[Segment] = []
-        self.roads: list[int] = []
+        super().__init__()
         self.kinds: list[str] = []
         self._place: list[tuple[float, float]] = []
         self._build(rng)
-        self.lengths = [segment.length for segment in self.segments]
-
-    # The grammar
 
     def _build(self, rng: np.random.Generator) -> None:
         moved = rng.uniform(-_MOVED, _MOVED, (_SIDE * _SIDE, 2))
@@ -166,15 +88,15 @@ class RoadMap:
 
         middle, joint = LANE_WIDTH / 2, 0.75
         if not merges:
-            whole = self._add(Segment(straight(lane(0, middle), lane(1, middle)), limit, limit))
+            whole = self.add(Segment(straight(lane(0, middle), lane(1, middle)), limit, limit))
             self.roads.append(whole)
             return [whole], whole
-        first = self._add(Segment(straight(lane(0, middle), lane(joint, middle)), limit, limit))
-        last = self._add(Segment(straight(lane(joint, middle), lane(1, middle)), limit, limit))
+        first = self.add(Segment(straight(lane(0, middle), lane(joint, middle)), limit, limit))
+        last = self.add(Segment(straight(lane(joint, middle), lane(1, middle)), limit, limit))
         outer = straight(lane(0, middle + LANE_WIDTH), lane(0.35, middle + LANE_WIDTH))
-        second = self._add(Segment(outer, limit, limit, stop=GIVE_WAY, conflict=lane(joint, middle)))
+        second = self.add(Segment(outer, limit, limit, stop=GIVE_WAY, conflict=lane(joint, middle)))
         over = connect((*lane(0.35, middle + LANE_WIDTH), heading), (*lane(joint, middle), heading))
-        crossing = self._add(Segment(over, limit, limit, edges=(2 * LANE_WIDTH, LANE_WIDTH)))
+        crossing = self.add(Segment(over, limit, limit, edges=(2 * LANE_WIDTH, LANE_WIDTH)))
         self.segments[first].next.append(last)
         self.segments[second].next.append(crossing)
         self.segments[crossing].next.append(last)
@@ -231,91 +153,19 @@ class RoadMap:
                     _cubic_to_ring((*_on_ring(centre, leave), leave + math.pi / 2), end)[1:],
                 ]
             )
-            made = Segment(points, _JUNCTION_SPEED, _TURN_SPEED, edges=_IN_RING, is_junction=True)
+            made = Segment(points, JUNCTION_SPEED, TURN_SPEED, edges=_IN_RING, is_junction=True)
         else:
             turn = abs(math.remainder(end[2] - begin[2], 2 * math.pi))
-            pace = _TURN_SPEED if turn > 0.6 else _JUNCTION_SPEED
-            edges = _ON_ROAD if kind == "bend" else _IN_JUNCTION
-            made = Segment(connect(begin, end), _JUNCTION_SPEED, pace, edges=edges, is_junction=kind != "bend")
-        number = self._add(made)
+            pace = TURN_SPEED if turn > 0.6 else JUNCTION_SPEED
+            edges = ON_ROAD if kind == "bend" else IN_JUNCTION
+            made = Segment(connect(begin, end), JUNCTION_SPEED, pace, edges=edges, is_junction=kind != "bend")
+        number = self.add(made)
         self.segments[arriving].next.append(number)
         made.next.append(leaving)
 
     def _angle(self, node: int, other: int) -> float:
         (x1, y1), (x2, y2) = self._place[node], self._place[other]
         return math.atan2(y2 - y1, x2 - x1)
-
-    def _add(self, segment: Segment) -> int:
-        self.segments.append(segment)
-        return len(self.segments) - 1
-
-    # Routes
-
-    def distances(self, begin: int) -> tuple[np.ndarray, np.ndarray]:
-        """(metres from the beginning of a segment to the end of each, the segment before it on the way): Dijkstra's algorithm."""
-        lengths = self.lengths
-        far = np.full(len(self.segments), np.inf)
-        before = np.full(len(self.segments), -1)
-        far[begin] = lengths[begin]
-        queue = [(far[begin], begin)]
-        while queue:
-            distance, here = heapq.heappop(queue)
-            if distance > far[here]:
-                continue
-            for there in self.segments[here].next:
-                if distance + lengths[there] < far[there]:
-                    far[there], before[there] = distance + lengths[there], here
-                    heapq.heappush(queue, (far[there], there))
-        return far, before
-
-    def routes(self, rng: np.random.Generator, number: int, shortest: float, longest: float) -> list[Path]:
-        """So many shortest paths between two roads, each from ``shortest`` to ``longest`` metres long.
-
-        Raises ConfigError if there are hardly any of that length.
-        """
-        found: list[Path] = []
-        for _ in range(_TRIES + number):
-            if len(found) == number:
-                return found
-            far, before = self.distances(int(rng.choice(self.roads)))
-            fitting = [road for road in self.roads if shortest <= far[road] <= longest]
-            # Several from one place: the search is what takes time.
-            for road in rng.permutation(fitting)[: min(3, number - len(found))] if fitting else ():
-                way = [int(road)]
-                while before[way[-1]] >= 0:
-                    way.append(int(before[way[-1]]))
-                found.append(self.path(way[::-1]))
-        raise ConfigError(
-            f"routes are to be {shortest:g} to {longest:g} m long, which hardly any shortest path is; take others, such as 200 to 1000"
-        )
-
-    def path(self, way: list[int]) -> Path:
-        """Segments that follow each other as a `Path`."""
-        parts = [self.segments[number] for number in way]
-        points = np.concatenate([parts[0].point_P2, *(part.point_P2[1:] for part in parts[1:])])
-        ends = np.cumsum([self.lengths[number] for number in way])
-        point_P2, _ = resampled(points)
-        heading_P = _headings(point_P2)
-        # The segment that each point is on.
-        on_P = np.minimum(np.searchsorted(ends, np.arange(len(point_P2)), side="right"), len(parts) - 1)
-        stops = [(end, part) for end, part in zip(ends[:-1], parts[:-1], strict=True) if part.stop]
-
-        def each(values: list[float]) -> np.ndarray:
-            return np.array(values, np.float32)[on_P]
-
-        return Path(
-            point_P2.astype(np.float32),
-            heading_P.astype(np.float32),
-            each([part.limit for part in parts]),
-            each([part.pace for part in parts]),
-            each([part.edges[0] for part in parts]),
-            each([part.edges[1] for part in parts]),
-            np.array([part.is_junction for part in parts])[on_P],
-            np.array([end for end, _ in stops], np.float32),
-            np.array([part.stop for _, part in stops], np.int64),
-            np.array([part.offset_s for _, part in stops], np.float32),
-            np.array([part.conflict for _, part in stops], np.float32).reshape(-1, 2),
-        )
 
 
 def _neighbours(rng: np.random.Generator) -> list[set[int]]:
@@ -380,9 +230,3 @@ def _pose(point_P2: np.ndarray, place: int) -> tuple[float, float, float]:
     (x1, y1), (x2, y2) = (point_P2[0], point_P2[1]) if place == 0 else (point_P2[-2], point_P2[-1])
     x, y = point_P2[place]
     return float(x), float(y), math.atan2(y2 - y1, x2 - x1)
-
-
-def _headings(point_P2: np.ndarray) -> np.ndarray:
-    """At each point that of the line through its neighbours, without jumps."""
-    ahead = np.concatenate([point_P2[1:], point_P2[-1:]]) - np.concatenate([point_P2[:1], point_P2[:-1]])
-    return np.unwrap(np.arctan2(ahead[:, 1], ahead[:, 0]))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from anabranch.rl.laneworld.lane_graph import GIVE_WAY, LIGHT, STOP_SIGN, light_state
 from anabranch.rl.laneworld.library import NOWHERE, Library
-from anabranch.rl.laneworld.roads import GIVE_WAY, LIGHT, STOP_SIGN, light_state
 
 __all__ = ["gaps_ahead", "idm", "stop_ahead"]
 

@@ -85,7 +85,7 @@ class LaneWorldVector(VectorEnv):
         self.state.step_W += 1
         self._localise()
         others_WO7 = self.others()
-        faults = find_faults(self.library, self.scene, self.state, self.settings, others_WO7, self.clock_W, DT)
+        faults = self._faults(others_WO7)
         found = judged(
             self.library, self.scene, self.state, self.settings, faults, others_WO7, change_W, self.clock_W, DT
         )
@@ -273,6 +273,10 @@ class LaneWorldVector(VectorEnv):
         return np.concatenate(
             [np.stack(told, axis=1), state.comfort_WC[rows] / window], axis=1, dtype=np.float32, casting="unsafe"
         )
+
+    def _faults(self, others_WO7: np.ndarray) -> Faults:
+        """What went wrong in this step."""
+        return find_faults(self.library, self.scene, self.state, self.settings, others_WO7, self.clock_W, DT)
 
     def _outcome(self, faults: Faults) -> dict[str, np.ndarray]:
         """Numbers about the episodes as they are now, good for those that end."""
