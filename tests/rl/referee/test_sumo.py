@@ -17,7 +17,9 @@ SMALL = Settings(routes=4, traffic=12, shortest_m=150.0, longest_m=350.0)
 
 def test_without_sumo_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sumo", None)
-    with pytest.raises(MissingExtraError, match=r"the referee SUMO needs sumo( and traci)?; pip install .anabranch\[sumo\]"):
+    with pytest.raises(
+        MissingExtraError, match=r"the referee SUMO needs sumo( and traci)?; pip install .anabranch\[sumo\]"
+    ):
         Sumo.Config().build().make(1, seed=0)
 
 
