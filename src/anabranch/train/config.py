@@ -127,7 +127,7 @@ class DiLoCoConfig(Config):
         pool: connections with each neighbour.
         group: runs of one group learn together.
         listen: where other runs reach this one: ``host``, ``host:port`` or ``:port``; empty for every address and a free port.
-        advertise: host by which they reach it; empty for the address from which it calls the master.
+        advertise: ``host`` or ``host:port`` by which they reach it; empty for the address from which it calls the master.
         wait_s: seconds after which it gives up waiting for the others; None for never.
     """
 

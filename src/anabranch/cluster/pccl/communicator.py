@@ -67,8 +67,9 @@ class Communicator(Part):
         pool: connections with each neighbour, 1 to 64: so many collectives move data at a time.
         secret: of the run; by default what the environment's ANABRANCH_CLUSTER_SECRET says, and otherwise none.
         listen: where other peers call: ``host``, ``host:port`` or ``:port``; every address and the first free port from 48149 by default.
-        advertise: host by which others reach this peer; by default the address from which it called the master, which is wrong for a peer
-            that calls a master on its own machine by 127.0.0.1 while others are elsewhere.
+        advertise: ``host`` or ``host:port`` by which others reach this peer, such as that of a forwarded port; by default the address from
+            which it called the master, which is wrong for a peer that calls a master on its own machine by 127.0.0.1 while others are
+            elsewhere.
         congestion: control of its connections, such as ``bbr``; the machine's own by default.
         connect_s: in which links to neighbours must stand.
         idle_s: after which a neighbour that does nothing in the midst of a collective is given up.
@@ -100,7 +101,9 @@ class Communicator(Part):
         for name, seconds in (("connect_s", connect_s), ("idle_s", idle_s), ("wait_s", wait_s or 1.0)):
             if not 0 < seconds < 1e6:
                 raise InputError(f"{name} is {shown(seconds)}; use a number of seconds above 0")
-        self._hello = {"group": group, "pool": pool, "host": advertise}
+        # Port 0 stands for the one where it listens.
+        self._advertised = parse_address(advertise, 0) if advertise else ("", 0)
+        self._hello = {"group": group, "pool": pool, "host": self._advertised[0]}
         self._secret = run_secret(secret)
         super().__init__(idle_s, wait_s, before)
         self._connect_s, self._congestion = connect_s, congestion
@@ -127,7 +130,7 @@ class Communicator(Part):
         Raises MasterLost where no master answers, Refused where it does not want this peer, Kicked where other peers cannot reach it.
         """
         try:
-            self._line.open({**self._hello, "port": self._listener.port})
+            self._line.open({**self._hello, "port": self._advertised[1] or self._listener.port})
             self._listener.run = self._line.run
             while not self._topology:
                 # Those who run may have failed to reach another newcomer; they try again when they let in again.
