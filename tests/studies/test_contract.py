@@ -24,6 +24,7 @@ NOT_RUN = {
     "lora_mixer",
     "mhr",
     "packet_spraying",
+    "pccl",
     "pvchat",
     "scale",
     "ttspm",

@@ -40,6 +40,7 @@ STUDIES = {
     "nanoflow": "anabranch.studies.nanoflow:make",
     "packet_spraying": "anabranch.studies.packet_spraying:make",
     "parscale": "anabranch.studies.parscale:make",
+    "pccl": "anabranch.studies.pccl:make",
     "powerwalk": "anabranch.studies.powerwalk:make",
     "pvchat": "anabranch.studies.pvchat:make",
     "rexmoe": "anabranch.studies.rexmoe:make",

@@ -67,6 +67,9 @@ class Part:
         line: to the master.
         idle_s, wait_s: as of `Communicator`.
         before: called with the name of what comes next; of tests, which let a peer die there.
+
+    Attributes:
+        sent_bytes: over links to neighbours, by collectives that came to their end here.
     """
 
     _line: Line
@@ -86,6 +89,7 @@ class Part:
         self._kept: list[Tensor] = []
         self._threads: ThreadPoolExecutor | None = None
         self._topology: dict[str, Any] = {}
+        self.sent_bytes = 0
         # Until it has done anything with the others.
         self._is_new = True
 
@@ -148,7 +152,7 @@ class Part:
                 self._topology = {key: reply[key] for key in ("epoch", "ring", "world", "groups", "largest")}
         return bool(reply["aborted"])
 
-    def _over_links(self, op: _Op, ring: list[Place], work: Callable[[Wires, int], None]) -> None:
+    def _over_links(self, op: _Op, ring: list[Place], work: Callable[[Wires, int], int]) -> None:
         """Wait for this collective's turn on its links, and do it."""
 
         def check() -> None:
@@ -165,7 +169,7 @@ class Part:
         rank = next(number for number, place in enumerate(ring) if place.peer == self.peer)
         self._before("ring")
         check()
-        work(
+        sent = work(
             Wires(
                 self._links.to_next[index],
                 self._links.from_previous[index],
@@ -178,6 +182,8 @@ class Part:
             ),
             rank,
         )
+        with self._turn:
+            self.sent_bytes += sent
 
     def _ensure(self, op: _Op, ring: list[Place], check: Callable[[], None]) -> None:
         """Links of the epoch of ``op``, once nothing of an older one is under way."""

@@ -1,4 +1,4 @@
-"""All-reduce, all-gather and reduce-scatter over a ring, on two connections: one to the next peer, one from the previous.
+"""All-reduce over a ring, on two connections: one to the next peer, one from the previous.
 
 World n, rank r, chunks 0 to n - 1 of which the first are an element longer where n does not divide.
 
@@ -76,28 +76,22 @@ def chunk_ranges(count: int, world: int) -> list[tuple[int, int]]:
     return list(pairwise(starts))
 
 
-def ring_all_reduce(value_X: Tensor, op: str, rank: int, world: int, wires: Wires, quantiser: Quantiser | None) -> None:
-    """In place, of a contiguous tensor on the CPU. Raises LinkError; then its contents are of no use."""
+def ring_all_reduce(value_X: Tensor, op: str, rank: int, world: int, wires: Wires, quantiser: Quantiser | None) -> int:
+    """In place, of a contiguous tensor on the CPU. Returns bytes sent. Raises LinkError; then its contents are of no use."""
     plan = _Plan(value_X, rank, world, quantiser)
     if quantiser is None:
         plan.reduce(_REDUCE[op])
-        plan.gather(first_is_sent=False)
+        plan.gather()
     else:
         plan.reduce_quantised(quantiser, _REDUCE[op])
         plan.gather_quantised(quantiser)
-    _exchange(plan, wires)
+    sent = _exchange(plan, wires)
     if op == "avg":
         if value_X.dtype.is_floating_point:
             value_X.div_(world)
         else:
             torch.div(value_X, world, rounding_mode="floor", out=value_X)
-
-
-def ring_all_gather(value_X: Tensor, rank: int, world: int, wires: Wires) -> None:
-    """In place: chunk r + 1 of `chunk_ranges` is this rank's, and the others come from theirs."""
-    plan = _Plan(value_X, rank, world, None)
-    plan.gather(first_is_sent=True)
-    _exchange(plan, wires)
+    return sent
 
 
 @dataclass
@@ -144,10 +138,8 @@ class _Plan:
 
                 self.due.append(_Incoming(staged[: (end - start) * self.size], add))
 
-    def gather(self, *, first_is_sent: bool) -> None:
-        """The second phase; ``first_is_sent`` where no first one puts this rank's chunk on its way."""
-        if first_is_sent:
-            self.out.extend(self._view(*piece) for piece in self._pieces(self.rank + 1))
+    def gather(self) -> None:
+        """The second phase; the first has put this rank's chunk on its way."""
         for step in range(self.world - 1):
             is_last = step == self.world - 2
             for start, end in self._pieces(self.rank - step):
@@ -196,8 +188,8 @@ def _nothing() -> None:
     pass
 
 
-def _exchange(plan: _Plan, wires: Wires) -> None:
-    """Move all pieces. One thread for both directions, which waits for neither while the other can go on."""
+def _exchange(plan: _Plan, wires: Wires) -> int:
+    """Move all pieces; how many bytes were sent. One thread for both directions, which waits for neither while the other can go on."""
     total = plan.value_X.numel()
     head = bytearray(HEAD.size)
     plan.out.appendleft(memoryview(HEAD.pack(_MAGIC, plan.world, wires.tag, wires.seq, total)))
@@ -207,10 +199,11 @@ def _exchange(plan: _Plan, wires: Wires) -> None:
     poll = select.poll()
     incoming = plan.due.popleft()
     view: memoryview | None = incoming.view
-    moved = time.monotonic()
+    moved, sent = time.monotonic(), 0
     while view is not None or plan.out:
         wires.check()
-        is_moving = _send_some(plan.out, wires)
+        gone = _send_some(plan.out, wires)
+        sent, is_moving = sent + gone, bool(gone)
         if view is not None:
             count = _receive_some(view, wires)
             is_moving |= bool(count)
@@ -227,6 +220,7 @@ def _exchange(plan: _Plan, wires: Wires) -> None:
         if time.monotonic() - moved > wires.idle_s:
             late = wires.previous_peer if view is not None else wires.next_peer
             raise LinkError(f"peer {late} did nothing for {wires.idle_s:g} s", late)
+    return sent
 
 
 _END = _Incoming(memoryview(b""), _nothing)
@@ -238,20 +232,20 @@ def _check_head(head: bytearray, plan: _Plan, wires: Wires, total: int) -> None:
         raise LinkError(f"peer {wires.previous_peer} sends something else", wires.previous_peer)
 
 
-def _send_some(out: deque[memoryview], wires: Wires) -> bool:
+def _send_some(out: deque[memoryview], wires: Wires) -> int:
     if not out:
-        return False
+        return 0
     try:
         count = wires.to_next.send(out[0])
     except (BlockingIOError, InterruptedError):
-        return False
+        return 0
     except OSError as error:
         raise LinkError(f"the link to peer {wires.next_peer} broke: {error}", wires.next_peer) from None
     if count == len(out[0]):
         out.popleft()
     else:
         out[0] = out[0][count:]
-    return True
+    return count
 
 
 def _receive_some(view: memoryview, wires: Wires) -> int:
