@@ -1,5 +1,9 @@
 """Models, data and ranks for tests of pipelines; other processes import this."""
 
+import os
+import time
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -251,3 +255,9 @@ def meet(rank, world, which):
     number = store.add("came", 1)
     store.wait(["second"]) if number == 1 else store.set("second", "here")
     return number
+
+
+def tell_and_wait(rank, world, folder):
+    """Leaves its process id as a file, and waits."""
+    (Path(folder) / f"pid-{os.getpid()}").touch()
+    time.sleep(600)

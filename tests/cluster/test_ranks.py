@@ -1,10 +1,18 @@
 """The harness of ranks: values, errors with rank and cause, a bound on hangs, kill and join, bytes between pairs."""
 
+import multiprocessing
+import os
 import pipes
+import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from anabranch.cluster.ranks import _watch
 from anabranch.testing import RankError, Ranks, run_ranks
 
 
@@ -54,3 +62,58 @@ def test_bytes_are_counted_for_each_directed_pair():
         # Beside the numbers there are messages of gloo's own and the barrier's.
         assert 4 * numbers <= sent[rank, (rank + 1) % 3] < 4 * numbers + 20_000
         assert sent[rank, (rank - 1) % 3] < 20_000
+
+
+@pytest.mark.parametrize("has_told", [False, True])
+def test_a_rank_ends_by_itself_when_the_other_end_is_closed_too_soon(tmp_path, monkeypatch, has_told):
+    ended, told, folder = [], threading.Event(), tmp_path / "ranks"
+    monkeypatch.setattr(os, "_exit", ended.append)
+    folder.mkdir()
+    ours, theirs = multiprocessing.Pipe()
+    watch = threading.Thread(target=_watch, args=(theirs, told, folder))
+    watch.start()
+    if has_told:
+        told.set()
+    assert not ended
+    ours.close()
+    watch.join(30)
+    assert (ended, folder.exists()) == (([], True) if has_told else ([1], False))
+
+
+PARENT = """
+import sys, tempfile, pipes
+from anabranch.testing import run_ranks
+tempfile.tempdir = sys.argv[1]
+if __name__ == "__main__":
+    run_ranks(pipes.tell_and_wait, 2, sys.argv[1], backend=None)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_when_whoever_started_them_is_gone(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    path = os.pathsep.join([str(Path(pipes.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
+    _until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    ranks = [int(file.name.removeprefix("pid-")) for file in tmp_path.glob("pid-*")]
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    _until(lambda: not any(_is_there(rank) for rank in ranks))
+    _until(lambda: not list(tmp_path.glob("anabranch-ranks-*")))
+
+
+def _until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _is_there(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    # A zombie has ended; nobody has asked how.
+    return state != "Z"

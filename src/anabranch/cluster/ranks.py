@@ -19,11 +19,13 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -381,6 +383,9 @@ def _run(
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     torch.set_num_threads(settings["threads"])
+    has_told = threading.Event()
+    watch = threading.Thread(target=_watch, args=(connection, has_told, Path(output).parent), daemon=True)
+    watch.start()
     try:
         if settings["backend"] is not None:
             store = dist.TCPStore("127.0.0.1", int(environment["MASTER_PORT"]), is_master=False)
@@ -395,13 +400,25 @@ def _run(
         told = pickle.dumps(result)
     sys.stdout.flush()
     # Bytes by plain pickle: what multiprocessing makes of tensors would need this process to be there when they are read.
-    connection.send_bytes(told)
+    has_told.set()
+    with suppress(OSError):
+        connection.send_bytes(told)
     if result.why is None:
-        with suppress(EOFError, OSError):
-            # Until the other end is closed. One that failed goes at once, so that others find its connections closed.
-            connection.recv_bytes()
+        # Until the other end is closed. One that failed goes at once, so that others find its connections closed.
+        watch.join()
     # A group that a failed rank took part in may wait for the others when it is destroyed; nothing here is worth that.
     os._exit(0 if result.why is None else 1)
+
+
+def _watch(connection: Connection, has_told: threading.Event, folder: Path) -> None:
+    """Until the other end is closed. If that is before this rank has told its result, who started it is gone, and so goes this process."""
+    with suppress(EOFError, OSError):
+        # Nothing is ever sent there.
+        connection.recv_bytes()
+    if not has_told.is_set():
+        # Nobody else is left who would.
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
 
 
 def _sent_by_connection() -> tuple[tuple[int, int, int], ...]:

@@ -1,4 +1,4 @@
-"""Batch norms under micro-batches: running statistics once per batch, and none in a recomputation.
+"""Batch norms under micro-batches: running statistics once per batch.
 
 A micro-batch is normalised by its own mean and variance, as in the paper. What a batch norm *tracks* is, if that is deferred, what one pass
 over the whole batch would have tracked: sums, sums of squares and counts of all micro-batches give mean = S / c and var = Q / c - mean^2,
@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["DeferredStatistics", "untracked"]
 
 
 @contextmanager
-def untracked(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """No norm of ``modules`` moves its running values in the block; in training none of them uses these."""
-    tracking = [
-        module for module in modules if isinstance(module, _NormBase) and module.training and module.track_running_stats
-    ]
+def untracked(modules: Iterable[_BatchNorm]) -> Iterator[None]:
+    """No batch norm of ``modules`` moves its running values in the block; in training none of them uses these."""
+    tracking = [module for module in modules if module.training and module.track_running_stats]
     for module in tracking:
         module.track_running_stats = False
     try:

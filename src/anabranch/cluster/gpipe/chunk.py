@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from anabranch.cluster.gpipe.batch_norm import DeferredStatistics, untracked
+from anabranch.cluster.gpipe.buffers import BufferCopy, MovingBuffers
 from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
-from anabranch.cluster.gpipe.skips import Area, Route
+from anabranch.cluster.gpipe.skips import Area, Route, works_in_place
 from anabranch.cluster.keyed_random import KeyedDropout, drawing, random_key
 from anabranch.cluster.saved_bytes import Held, SavedBytes
 from anabranch.errors import InputError
@@ -68,6 +69,8 @@ class _Kept:
     # Whether there is a graph; else the forward is done again.
     has_graph: bool = False
     held: Held | None = None
+    # As they were before the forward, where that is done again.
+    buffers: list[BufferCopy] = field(default_factory=list)
 
 
 class Chunk:
@@ -104,6 +107,7 @@ class Chunk:
         self.exports = [route for route in routes if route.source == number != route.target]
         self.modules = [module for layer in self.layers for module in layer.modules()]
         self.statistics = DeferredStatistics.of(self.modules) if is_deferred else []
+        self._buffers = MovingBuffers(self.modules)
         self.meter = meter
         # Modules that draw as they are set; and whether a layer was seen to draw beside those, None until it has run in training.
         self._droppers = [
@@ -145,7 +149,9 @@ class Chunk:
             # Layers may take other kernels where no gradient is wanted, with other bits.
             with _graph_dropped() if self.is_exact else torch.no_grad(), self._counting():
                 versions = [tensor._version for tensor in tensors_of(entry)]
+                buffers = self._buffers.before()
                 output, exports = self._run(entry, imports, key, micro_batch)
+                kept.buffers = self._buffers.moved(buffers)
             self._check_unchanged(entry, versions)
             # What would need a gradient cannot be told without a graph: all that can have one.
             return _as_sent(output, None), _as_sent(exports, None)
@@ -162,8 +168,10 @@ class Chunk:
         if kept.held is not None:
             # From here on autograd counts them.
             kept.held.release()
-        with torch.enable_grad(), untracked(self.modules), self._watching(), _recomputing():
+        deferred = untracked(statistics.module for statistics in self.statistics)
+        with torch.enable_grad(), deferred, self._buffers.as_before(kept.buffers), self._watching(), _recomputing():
             kept.output, kept.exports = self._run(kept.entry, kept.imports, key, micro_batch)
+        kept.buffers = []
         kept.has_graph = True
 
     def loss(
@@ -244,7 +252,7 @@ class Chunk:
         if key is not None:
             for module in self._keyed:
                 module.step, module.first_row = key.step, key.first_rows[micro_batch]
-        if key is not None and any(getattr(module, "inplace", False) for module in self.layers[0].modules()):
+        if key is not None and works_in_place(self.layers[0]):
             # It would overwrite what a recomputation needs, and may not change a leaf.
             x = map_tensors(x, lambda tensor: tensor.clone())
         with area.here():

@@ -1,6 +1,7 @@
 """The local runner: all stages in this process, a thread each. Messages are references."""
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,10 +57,27 @@ class Mailboxes:
             self._arrived.notify_all()
 
 
+# Seconds for stages to end in, once one of them has failed and told the others.
+_GRACE_S = 1.0
+
+
 def run_local(
-    stages: Sequence[Stage], schedule: Schedule, batch: Batch, *, log: MessageLog | None, timeout_s: float
+    stages: Sequence[Stage],
+    schedule: Schedule,
+    batch: Batch,
+    *,
+    log: MessageLog | None,
+    timeout_s: float,
+    running: list[threading.Thread],
 ) -> Failure | None:
-    """One step of all stages. Returns the first failure, by micro-batch and stage, if there was one."""
+    """One step of all stages. Returns the first failure, by micro-batch and stage, if there was one.
+
+    ``running`` are threads of steps before that did not end in time; those of this step are added.
+
+    Raises TimeoutError where a stage has not ended ``timeout_s`` after the first one, or is still in a step before: a thread cannot be ended
+    from outside.
+    """
+    _wait_for(running, timeout_s)
     channel = Mailboxes(len(stages), log=log, timeout_s=timeout_s)
     failures: dict[int, Failure] = {}
     errors: list[BaseException] = []
@@ -83,14 +101,29 @@ def run_local(
     try:
         # The first stage's work is this thread's.
         work(stages[0])
-        for thread in threads:
-            thread.join()
+        running.extend(threads)
+        if errors:
+            channel.close()
+        _wait_for(running, min(timeout_s, _GRACE_S) if errors else timeout_s, errors)
     except BaseException:
         channel.close()
         raise
     if errors:
         raise errors[0]
     return min(failures.values(), key=lambda failure: (failure.micro_batch, failure.stage), default=None)
+
+
+def _wait_for(threads: list[threading.Thread], timeout_s: float, errors: Sequence[BaseException] = ()) -> None:
+    """Until ``threads`` have ended, which are then taken from the list. Raises TimeoutError with those that have not."""
+    until = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(until - time.monotonic(), 0))
+    threads[:] = [thread for thread in threads if thread.is_alive()]
+    if threads:
+        late = ", ".join(thread.name for thread in threads)
+        raise TimeoutError(
+            f"{late} did not end within {timeout_s:g} s, and is at work in a layer still; no step is made until it has ended"
+        ) from (errors[0] if errors else None)
 
 
 class _ThreadSettings:

@@ -8,6 +8,7 @@ are a function of (seed, step, layer, micro-batch) instead of a saved state, so 
 """
 # Shapes: N items of a batch, M micro-batches, K stages, L layers
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,7 +23,7 @@ from anabranch.cluster.gpipe.costs import By, layer_costs
 from anabranch.cluster.gpipe.distributed import Messages, agree
 from anabranch.cluster.gpipe.local import run_local
 from anabranch.cluster.gpipe.micro_batches import join, num_items, sizes_of, split
-from anabranch.cluster.gpipe.skips import routes_of
+from anabranch.cluster.gpipe.skips import copy_before_changes, routes_of
 from anabranch.cluster.gpipe.stage import Batch, Stage
 from anabranch.cluster.gpipe.ties import Ties, own_copies, ties_of
 from anabranch.cluster.gradients import average_gradients
@@ -145,6 +146,7 @@ class GPipe(nn.Module):
         self._ties = ties_of(model, tied)
         self._names = [name for name, _ in model.named_children()]
         routes = routes_of(list(model), self.partition.parts)
+        copy_before_changes(list(model))
         placed: list[torch.device | None] = [None] * self._num_stages
         if devices is not None:
             placed = [torch.device(device) for device in devices]
@@ -168,6 +170,7 @@ class GPipe(nn.Module):
                     device,
                 )
             )  # fmt: skip
+        self._running: list[threading.Thread] = []
         self._channel = None
         if runner == "distributed":
             where = placed[0] or torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
@@ -324,7 +327,9 @@ class GPipe(nn.Module):
         spread = [tie for tie in self._ties if len({self._stage_of[layer] for layer in tie.layers}) > 1]
         if self._channel is None:
             with own_copies(self, spread, self._stage_of) if batch.loss_fn is not None else nullcontext():
-                failure = run_local(self._own_stages, table, batch, log=self.log, timeout_s=self.timeout_s)
+                failure = run_local(
+                    self._own_stages, table, batch, log=self.log, timeout_s=self.timeout_s, running=self._running
+                )
             if failure is not None:
                 raise failure.error()
             return _sum(batch)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import InputError
 
-__all__ = ["Area", "Pop", "Route", "Stash", "routes_of"]
+__all__ = ["Area", "Pop", "Route", "Stash", "copy_before_changes", "routes_of", "works_in_place"]
 
 _here = threading.local()
 
@@ -26,6 +26,8 @@ class Area:
 
     def __init__(self, imports: dict[str, Tensor] | None = None) -> None:
         self.waiting: dict[str, Tensor] = dict(imports or {})
+        # Of what was stashed here, how often it had been changed by then.
+        self.versions: dict[str, int] = {}
 
     @contextmanager
     def here(self) -> Iterator[None]:
@@ -48,18 +50,27 @@ def _area() -> Area:
 class Stash(nn.Module):
     """Hands on what it gets, and keeps it under a name for a later `Pop`.
 
+    What is kept is what was there: a `Pop` refuses what a later layer has changed in place, unless a copy was kept.
+
     Args:
         name: one that no other `Stash` of the model has.
         take: what to keep of the input; all of it by default.
+
+    Attributes:
+        copies: keep a copy. A `GPipe` sets it where the next layer works in place.
     """
 
     def __init__(self, name: str, take: Callable[[Any], Tensor] | None = None) -> None:
         super().__init__()
         self.name, self.take = name, take
+        self.copies = False
 
     def forward(self, x: Any) -> Any:
         """``x``, unchanged."""
-        _area().waiting[self.name] = x if self.take is None else self.take(x)
+        kept = x if self.take is None else self.take(x)
+        area = _area()
+        area.waiting[self.name] = kept = kept.clone() if self.copies else kept
+        area.versions[self.name] = kept._version
         return x
 
     def extra_repr(self) -> str:
@@ -80,11 +91,16 @@ class Pop(nn.Module):
         self.name, self.combine = name, combine
 
     def forward(self, x: Any) -> Any:
-        """What ``combine`` makes of ``x`` and the skip. Raises InputError if nothing was kept."""
-        waiting = _area().waiting
-        if self.name not in waiting:
+        """What ``combine`` makes of ``x`` and the skip. Raises InputError if nothing was kept, or what was kept has changed."""
+        area = _area()
+        if self.name not in area.waiting:
             raise InputError(f"nothing is stashed under {self.name!r}")
-        return self.combine(x, waiting.pop(self.name))
+        kept = area.waiting.pop(self.name)
+        if kept._version != area.versions.pop(self.name, kept._version):
+            raise InputError(
+                f"what was stashed under {self.name!r} was changed in place by a later layer; let that make a new tensor (inplace=False)"
+            )
+        return self.combine(x, kept)
 
     def extra_repr(self) -> str:
         """For ``repr``."""
@@ -98,6 +114,19 @@ class Route:
     name: str
     source: int
     target: int
+
+
+def copy_before_changes(layers: Sequence[nn.Module]) -> None:
+    """Let stashes keep copies where the layer behind them, or one behind others that only hand on, may work in place."""
+    for number, layer in enumerate(layers):
+        if isinstance(layer, Stash):
+            following = next((later for later in layers[number + 1 :] if not isinstance(later, Stash)), None)
+            layer.copies = following is not None and works_in_place(following)
+
+
+def works_in_place(layer: nn.Module) -> bool:
+    """Whether a layer has a part that changes what it is given."""
+    return any(getattr(module, "inplace", False) for module in layer.modules())
 
 
 def routes_of(layers: Sequence[nn.Module], parts: Sequence[range]) -> list[Route]:

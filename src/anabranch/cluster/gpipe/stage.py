@@ -125,6 +125,8 @@ class Stage:
 
     def run(self, schedule: Schedule, batch: Batch, channel: Channel) -> Failure | None:
         """The stage's column. Returns the failure that it met or heard of, if there was one."""
+        # A step that was given up left what it had.
+        self._clear()
         failure: Failure | None = None
         slots = schedule.of_stage(self.number)
         last = {slot.visit: slot for slot in slots if slot.kind == BACKWARD}
@@ -134,13 +136,17 @@ class Stage:
             elif slot.kind == BACKWARD:
                 self.chunks[slot.visit].exchange_gradients(False)
             failure = self._slot(slot, self.chunks[slot.visit], batch, channel, failure)
-        self._graphs.clear()
-        for chunk in self.chunks:
-            if failure is None and batch.loss_fn is not None:
+        if failure is None and batch.loss_fn is not None:
+            for chunk in self.chunks:
                 for statistics in chunk.statistics:
                     statistics.commit()
-            chunk.clear()
+        self._clear()
         return failure
+
+    def _clear(self) -> None:
+        self._graphs.clear()
+        for chunk in self.chunks:
+            chunk.clear()
 
     def _slot(
         self, slot: Slot, chunk: Chunk, batch: Batch, channel: Channel, failure: Failure | None

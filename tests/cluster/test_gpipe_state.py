@@ -1,0 +1,136 @@
+"""What a step leaves behind: buffers under recomputation, skips and layers that work in place, stages that hang."""
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anabranch.cluster import GPipe, Pop, Stash
+from anabranch.errors import InputError
+
+
+def learned(model, *, steps=2, **options):
+    """Losses, gradients and buffers of some steps."""
+    torch.manual_seed(1)
+    x, target = torch.randn(8, 6), torch.randn(8, 2)
+    pipe = GPipe(copy.deepcopy(model), **options)
+    losses = [float(pipe.step(x, target, F.mse_loss)) for _ in range(steps)]
+    return losses, {name: one.grad for name, one in pipe.named_parameters()}, dict(pipe.named_buffers())
+
+
+class Counting(nn.Module):
+    """Adds what it has counted so far: a forward that is done again must begin from the same count."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        return x + self.count
+
+
+def with_instance_norm():
+    return [nn.Unflatten(1, (3, 2)), nn.InstanceNorm1d(3, track_running_stats=True), nn.Flatten()]
+
+
+NORMS = {
+    "instance norm": with_instance_norm,
+    "batch norm": lambda: [nn.BatchNorm1d(6)],
+    "spectral norm": lambda: [nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))],
+    "spectral norm by hooks": lambda: [nn.utils.spectral_norm(nn.Linear(6, 6))],
+    "a buffer that is replaced": lambda: [Counting()],
+    "one that does not move": lambda: [nn.BatchNorm1d(6).eval()],
+}
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "except_last"])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_recomputation_finds_buffers_as_they_were_and_leaves_them_as_they_are(name, checkpoint):
+    model = nn.Sequential(nn.Linear(6, 6), *NORMS[name](), nn.Tanh(), nn.Linear(6, 2))
+    kept = learned(model, stages=2, micro_batches=2, checkpoint="never")
+    again = learned(model, stages=2, micro_batches=2, checkpoint=checkpoint)
+    assert again[0] == kept[0]
+    for found, expected in zip(again[1:], kept[1:], strict=True):
+        assert found.keys() == expected.keys()
+        assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+
+
+def test_buffers_are_looked_at_anew_when_other_modules_are_in_training():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    x, target = torch.randn(8, 6), torch.randn(8, 2)
+    pipes = [GPipe(copy.deepcopy(model), stages=1, micro_batches=2, checkpoint=how) for how in ("never", "always")]
+    for pipe in pipes:
+        pipe.get_submodule("1").eval()
+        pipe.step(x, target, F.mse_loss)
+        pipe.get_submodule("1").train()
+        pipe.step(x, target, F.mse_loss)
+    for kept, again in zip(pipes[0].buffers(), pipes[1].buffers(), strict=True):
+        assert torch.equal(kept, again)
+
+
+def skipping(inplace):
+    return nn.Sequential(
+        nn.Linear(6, 6), Stash("s"), nn.ReLU(inplace=inplace), nn.Linear(6, 6), Pop("s", torch.add), nn.Linear(6, 2)
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["always", "never"])
+@pytest.mark.parametrize("balance", [[6], [3, 3], [2, 4], [1, 1, 4]], ids=str)
+def test_what_is_stashed_is_kept_though_the_next_layer_works_in_place(balance, checkpoint):
+    torch.manual_seed(0)
+    model = skipping(inplace=False)
+    expected = learned(model, balance=[6], checkpoint="never")
+    model[2] = nn.ReLU(inplace=True)
+    found = learned(model, balance=balance, checkpoint=checkpoint)
+    assert found[0] == expected[0]
+    for name, gradient in found[1].items():
+        assert torch.equal(gradient, expected[1][name]), name
+
+
+def test_a_skip_that_was_changed_since_is_refused_where_nobody_kept_a_copy():
+    with pytest.raises(InputError, match="stashed under 's' was changed in place by a later layer"):
+        skipping(inplace=True)(torch.randn(2, 6))
+    skipping(inplace=False)(torch.randn(2, 6))
+
+
+class Held(nn.Module):
+    """Waits in its first pass until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.go, self.passes = threading.Event(), 0
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("not copied here")
+
+    def forward(self, x):
+        self.passes += 1
+        if self.passes == 1:
+            self.go.wait(60)
+        return x
+
+
+def test_a_stage_that_hangs_is_told_and_the_pipe_goes_on_when_it_has_ended():
+    held = Held()
+    pipe = GPipe(nn.Sequential(nn.Linear(2, 2), held, nn.Linear(2, 2)), balance=[1, 1, 1], timeout_s=0.3)
+    x = torch.randn(4, 2)
+    start = time.monotonic()
+    for _ in range(2):
+        # In the second nothing is begun.
+        with pytest.raises(TimeoutError, match="stage 1 did not end within"):
+            pipe.step(x, x, F.mse_loss)
+    assert held.passes == 1
+    assert time.monotonic() - start < 30
+    held.go.set()
+    pipe.timeout_s = 30.0
+    pipe.zero_grad()
+    expected = copy.deepcopy([pipe.get_submodule("0"), pipe.get_submodule("2")])
+    loss = pipe.step(x, x, F.mse_loss)
+    F.mse_loss(expected[1](expected[0](x)), x).backward()
+    assert loss > 0
+    torch.testing.assert_close(pipe.get_submodule("0").weight.grad, expected[0].weight.grad)
