@@ -74,8 +74,8 @@ def run_local(
 
     ``running`` are threads of steps before that did not end in time; those of this step are added.
 
-    Raises TimeoutError where a stage has not ended ``timeout_s`` after the first one, or is still in a step before: a thread cannot be ended
-    from outside.
+    Raises TimeoutError where a stage has not ended ``timeout_s`` after the first one, or is still in a step before: a thread cannot be
+    ended from outside.
     """
     _wait_for(running, timeout_s)
     channel = Mailboxes(len(stages), log=log, timeout_s=timeout_s)
