@@ -6,6 +6,9 @@ import math
 import threading
 import time
 from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +21,9 @@ from anabranch.routers import Answered, Done, Outcome, ProgramRequest, Query, St
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.made_outcomes import made_outcomes
 from anabranch.routers.money import Price, dollars
-from anabranch.routers.strategies import best_of, best_of_drawing
+from anabranch.routers.strategies import best_of, best_of_drawing, sampled_counts
 from anabranch.routers.strategies.best_of_drawing import answer_key, examples_checker, score_of
-from anabranch.routers.strategies.sampled_counts import WAITING, Ran, Waiting
+from anabranch.routers.strategies.sampled_counts import WAITING, Beside, Ran, Waiting
 from anabranch.sandbox import SandboxError
 from anabranch.test_time import CodeVerifier, Priors, Sample
 from anabranch.test_time.verify import Verdict
@@ -427,6 +430,23 @@ def test_a_question_counts_once_and_when_it_is_known():
     assert arrays["count_G2N"][0, 1, :3].tolist() == [1, 1, 0]
 
 
+def test_an_answer_that_was_said_before_was_there_at_its_first():
+    """What is given may be a later sample that says the same: the question was solved by the first of them."""
+
+    class Judging(Scripted):
+        async def __call__(self, arm, messages, **how):
+            if arm == "large":
+                return Answered.saying("9" if "In the end" in messages else "3")
+            return await super().__call__(arm, messages, **how)
+
+    ask = Judging("5", "The answer is 4.", "In the end the answer is 4.")
+    step, done, program = run(ask, select="judge", judge="large", batch=3, max_n=3)
+    assert (done.message["content"], step["chosen"]) == ("In the end the answer is 4.", 2)
+    program.observe(outcome("r1", quality=1.0))
+    arrays, _ = program.state()
+    assert arrays["count_G2N"][0, :, :4].tolist() == [[0, 1, 0, 0], [1, 1, 0, 0]]
+
+
 def test_a_wrong_answer_counts_as_many_failures_as_were_drawn():
     _, _, program = run(Scripted("5", "4", "4", "4"), batch=4, max_n=4)
     program.observe(outcome("r1", quality=0.2))
@@ -502,6 +522,28 @@ def test_who_decides_waits_for_no_fit(monkeypatch):
     assert program.route(Query(text="q", task="math"), POOL).details["curve"] != before
     # One for the model and one for the pair, each once for all that was asked meanwhile.
     assert len(fits) <= 6
+
+
+def test_what_is_done_beside_takes_a_tenth_and_goes_on_after_a_failure(caplog, monkeypatch):
+    slept = []
+    beside = Beside.__new__(Beside)
+    beside._works = SimpleQueue()
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise SystemExit
+
+    def fails():
+        raise ValueError("no fit")
+
+    for each in (partial(time.sleep, 0.05), fails, partial(time.sleep, 0.0)):
+        beside.put(each)
+    monkeypatch.setattr(sampled_counts, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    with pytest.raises(SystemExit):
+        beside._run()
+    assert slept[0] >= 0.44
+    assert "a curve could not be fitted: ValueError" in caplog.text
 
 
 def test_requests_of_one_sender_do_not_push_out_those_of_others():

@@ -210,3 +210,17 @@ def test_the_mixture_holds_where_one_p_does_not():
     curve = made.value(np.arange(1, 9))
     errors = [abs(model().fit(curve).value(64) - made.value(64)) for model in (TTSPM, BetaTTSPM)]
     assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.99], [0.05, 0.6], [0.9, 0.91, 0.999]])
+def test_a_point_counts_as_much_as_it_is_certain(shares):
+    """The squares of each point stand against its variance, f (1 - f), half a question of each outcome added: by trying every p."""
+    y_N, n = np.array(shares), np.arange(1, len(shares) + 1)
+    p_G = np.linspace(1e-4, 1 - 1e-4, 200_000)
+    square_GN = (1 - (1 - p_G[:, None]) ** n - y_N) ** 2
+    near_N = (100 * y_N + 0.5) / 101
+    best = p_G[(square_GN / (near_N * (1 - near_N))).sum(1).argmin()]
+    found = fit_many(y_N[None], num_questions=100, f_max=1.0)["p"][0]
+    assert found == pytest.approx(best, abs=2e-5)
+    # Weights that are all alike say something else.
+    assert abs(p_G[square_GN.sum(1).argmin()] - best) > 1e-3

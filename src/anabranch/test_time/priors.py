@@ -137,7 +137,7 @@ class Priors:
         key = self._key(*key)
         for counts, name in ((self._counts, key), (self._sums, key[0])):
             # Not in place: a fit may read them in another thread.
-            counts[name] = counts[name] + count_2N if name in counts else count_2N.copy()  # type: ignore[index, operator]
+            counts[name] = counts[name] + count_2N if name in counts else count_2N.copy()  # type: ignore[index]
 
     # Kept and told
 

@@ -151,12 +151,12 @@ class BestOf(Counting, Program, kind="best_of"):
         last_s = began_s + request.left_s * (1 - KEPT_SHARE)
         until_s = began_s + min(self.config.deadline_s, request.left_s * (1 - KEPT_SHARE - judging))
         error: AnabranchError | None = None
-        ask = CappedAsk(ask, self.config.max_usd, "best_of.max_usd", request.pool)
+        capped = CappedAsk(ask, self.config.max_usd, "best_of.max_usd", request.pool)
         for name in request.names:
-            drawing = Drawing(request, name, ask, until_s, self.config)
+            drawing = Drawing(request, name, capped, until_s, self.config)
             curve = self._curve_of(request, name)
             found = await self._sampled(request, drawing, curve)
-            chosen = await self._chosen(request, name, found, ask, last_s)
+            chosen = await self._chosen(request, name, found, capped, last_s)
             yield self._step(name, found, chosen, drawing)
             if chosen is not None:
                 self._remember(request, name, found, chosen)

@@ -8,13 +8,15 @@ the model alone, as far as a key may teach it (a gateway's ``feedback.share``). 
 what was fitted last.
 """
 
+import logging
 import os
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from queue import SimpleQueue
 from typing import Any, Self
 
 import numpy as np
@@ -27,6 +29,8 @@ from anabranch.routers.contract.strategy import Arrays, Facts, Strategy
 from anabranch.routers.strategies.unit_scale import Span
 from anabranch.test_time import BetaTTSPM, Priors
 from anabranch.test_time.priors import ANY, LONGEST
+
+logger = logging.getLogger(__name__)
 
 # Requests that may still be told of.
 WAITING = 4096
@@ -86,10 +90,32 @@ class Waiting:
                 del self._by[tenant]
 
 
+class Beside:
+    """A thread for work that nobody waits for, which takes a tenth of a processor at most; what is left as the process ends is not done."""
+
+    def __init__(self) -> None:
+        self._works: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=self._run, name="best-of-fits", daemon=True).start()
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Have it done after what was put before."""
+        self._works.put(work)
+
+    def _run(self) -> None:
+        while True:
+            work, began = self._works.get(), time.monotonic()
+            try:
+                work()
+            except Exception as error:
+                logger.warning("a curve could not be fitted: %s", type(error).__name__)
+            del work
+            time.sleep(9 * (time.monotonic() - began))
+
+
 @cache
-def _fitting(pid: int) -> ThreadPoolExecutor:
-    """The thread that fits, one for a process, whatever its number of strategies."""
-    return ThreadPoolExecutor(1, thread_name_prefix="best-of-fits")
+def _beside(pid: int) -> Beside:
+    """One for a process, whatever its number of strategies."""
+    return Beside()
 
 
 class Counting(Strategy):
@@ -147,16 +173,20 @@ class Counting(Strategy):
     def known(self, model: str, task: str | None) -> tuple[BetaTTSPM, int]:
         """What is known of a model on a task so far, and of how many questions. Takes no time; what is due is fitted beside."""
         priors, task = self.priors, self._told(task)
-        for pair in {(model, ANY), (model, task)}:
-            if pair not in self._due and priors.is_due(*pair):
-                self._due.add(pair)
-                _fitting(os.getpid()).submit(self._fit, priors, pair)
+        # For what others told of; what is learned here has it fitted at once.
+        self._fit_beside(priors, model, task)
         return priors.known(model, task), priors.questions(model, task)
 
     def settle(self) -> None:
         """Fit here and now whatever is due."""
         for pair in [*self.priors, *((model, ANY) for model, _ in self.priors)]:
             self.priors.curve(*pair)
+
+    def _fit_beside(self, priors: Priors, model: str, task: str) -> None:
+        for pair in {(model, ANY), (model, task)}:
+            if pair not in self._due and priors.is_due(*pair):
+                self._due.add(pair)
+                _beside(os.getpid()).put(partial(self._fit, priors, pair))
 
     def _fit(self, priors: Priors, pair: tuple[str, str]) -> None:
         try:
@@ -200,6 +230,7 @@ class Counting(Strategy):
         counts.add(ran.model, task, tried, solved)
         if self._all is not None:
             self._all.add(ran.model, task, tried, solved)
+            self._fit_beside(self._all, ran.model, task)
 
     def fit(self, data: Recorded, *, seed: int = 0) -> Self:
         """Count recorded outcomes, each as one sample of its model. Raises DataError where no score is known."""
