@@ -276,7 +276,7 @@ def check_seed(seed, whole):
     same(found, whole)
     lost = {details["rank"] for _, what, details in host.history if what == "lost"}
     # One that was to end in a recovery that did not come lived on.
-    assert lost <= set(die)
+    assert lost <= set(die), host.history
     if len(found) == len(host.layout.grid.ranks):
         check_whole(found, host)
     assert time.monotonic() - began < 60

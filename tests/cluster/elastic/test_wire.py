@@ -19,10 +19,12 @@ class Ends:
     """Two ends of a channel, and what they were told."""
 
     def __init__(self, secret=b"s"):
-        self.frames, self.closed, self.there = [], [], threading.Event()
+        self.frames, self.closed, self.channels, self.there = [], [], [], threading.Event()
         self.listener = Listener("127.0.0.1", 0, secret, self.on_frame, lambda channel, why: self.closed.append(why))
 
     def on_frame(self, channel, header, body):
+        if channel not in self.channels:
+            self.channels.append(channel)
         if header.get("raise"):
             raise KeyError("nothing of the kind")
         self.frames.append((header, bytes(body)))
@@ -56,6 +58,26 @@ def test_frames_come_whole_and_in_order(ends):
     assert channel.sent_bytes > 1_000_000
     channel.close()
     until(lambda: ends.closed)
+
+
+def test_what_was_sent_last_comes_though_something_lies_unread(ends):
+    """Closing with bytes unread resets a connection, and what was on its way is lost with it."""
+    for round_number in range(20):
+        reading = threading.Event()
+
+        def wait(channel, header, body, reading=reading):
+            reading.wait(5)
+
+        channel = connect("127.0.0.1", ends.listener.port, b"s", on_frame=wait, on_close=lambda *told: None)
+        channel.send({"who": round_number})
+        until(lambda n=round_number: any(header == {"who": n} for header, _ in ends.frames))
+        ends.channels[-1].send({"unread": 1})
+        ends.channels[-1].send({"unread": 2}, bytes(100_000))
+        channel.send({"last": round_number}, bytes(500_000))
+        channel.close(after_sends=True)
+        until(lambda n=round_number: any(header == {"last": n} for header, _ in ends.frames))
+        ends.channels[-1].close(after_sends=True)
+        reading.set()
 
 
 def test_who_does_not_know_the_secret_is_refused(ends):

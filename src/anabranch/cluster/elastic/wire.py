@@ -72,7 +72,7 @@ class Channel:
         self._queue.put((_SIZES.pack(len(told), len(body)) + told, body))
 
     def close(self, why: str = "closed here", *, after_sends: bool = False) -> None:
-        """End it; `on_close` is called once. ``after_sends``: what is queued goes first."""
+        """End it; `on_close` is called once. ``after_sends``: what is queued goes first, and the other end is waited for, elsewhere."""
         if after_sends:
             self._queue.put(None)
             return
@@ -94,7 +94,10 @@ class Channel:
                 if len(body):
                     self._connection.sendall(body)
                 self.sent_bytes += len(head) + len(body)
-            self.close()
+            if not self._is_closed:
+                # No more from here. To close while something lies unread would take back what was sent last: the other end closes too
+                # when it has read that, and then the thread that reads ends it.
+                self._connection.shutdown(socket.SHUT_WR)
         except (OSError, ValueError) as error:
             self.close(f"{type(error).__name__}: {error}")
 
