@@ -125,9 +125,14 @@ def test_an_end_of_sumo_is_told():
     made = Sumo.Config(world=SMALL, warm_up_s=0.0, side=3).build().make(1, seed=1)
     try:
         made.reset()
-        made._simulations[0]._told.close()
-        with pytest.raises(DataError, match="SUMO says"):
+        made._simulations[0]._process.kill()
+        made._simulations[0]._process.wait()
+        with pytest.raises(DataError, match="SUMO has ended: Connection closed"):
             made.step(np.zeros((1, 2)))
+        made._simulations[0].close()
+        made._simulations[0]._lights.write_text("<additional><tlLogic/></additional>")
+        with pytest.raises(DataError, match="SUMO has ended: Error: "):
+            made.reset()
     finally:
         made.close()
 

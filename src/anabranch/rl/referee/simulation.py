@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ _EGO = "ego"
 _NEAR_M = 80.0
 # Seconds for which a car waits for room where it is to come in, and for which trips are made.
 _WAITS_S, _TRIPS_S = 120.0, 1500.0
-_RETRIES = 60
+# Of its beginning and end: how often and how many seconds apart one tries to reach it, and seconds until it is ended.
+_RETRIES, _RETRY_S, _ENDS_S = 600, 0.1, 5.0
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,17 @@ class Simulation:
         lights: their programs, a file.
         edges: names of all roads.
         dt: seconds of a step.
-        name: of the connection.
+        name: of its files.
 
     Raises DataError if SUMO cannot be run or ends.
     """
 
     def __init__(self, folder: Path, *, roads: Path, lights: Path, edges: Sequence[str], dt: float, name: str) -> None:
-        self._trips = folder / f"{name}.rou.xml"
-        self._roads, self._lights, self._edges, self._dt, self._name = roads, lights, list(edges), dt, name
+        self._trips, self._log = folder / f"{name}.rou.xml", folder / f"{name}.log"
+        self._roads, self._lights, self._edges, self._dt = roads, lights, list(edges), dt
+        self._is_here = False
         self._told: Any = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def time_s(self) -> float:
@@ -88,7 +93,7 @@ class Simulation:
         Raises DataError if there is none.
         """
         self._write_trips(seed, trips_per_second)
-        with _told_as_one_line():
+        with self._in_words():
             self._load(seed)
             told = self._told
             while told.simulation.getTime() < warm_up_s:
@@ -116,7 +121,7 @@ class Simulation:
         if not self._is_here:
             return Verdict(arrived=True)
         told = self._told
-        with _told_as_one_line():
+        with self._in_words():
             on, link = told.vehicle.getRoadID(_EGO), told.vehicle.getNextTLS(_EGO)[:1]
             half = CAR[0] / 2
             front = x + half * math.cos(heading), y + half * math.sin(heading)
@@ -154,8 +159,15 @@ class Simulation:
         if self._told is not None:
             # It may have ended by itself.
             with contextlib.suppress(Exception):
-                self._told.close()
+                self._told.close(wait=False)
             self._told = None
+        if self._process is not None:
+            try:
+                self._process.wait(_ENDS_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
 
     def _load(self, seed: int) -> None:
         import traci
@@ -176,8 +188,30 @@ class Simulation:
         if self._told is not None:
             self._told.load(options)
             return
-        traci.start([program("sumo"), *options], label=self._name, numRetries=_RETRIES, stdout=subprocess.DEVNULL)
-        self._told = traci.getConnection(self._name)
+        port = _free_port()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [program("sumo"), *options, "--remote-port", str(port)], stdout=subprocess.DEVNULL, stderr=log
+            )
+        # It says on standard output, where answers go, that it waits.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._told = traci.connect(port, numRetries=_RETRIES, proc=self._process, waitBetweenRetries=_RETRY_S)
+
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """What the connection raises as DataError, with what SUMO wrote before it ended."""
+        import traci
+
+        try:
+            yield
+        except (traci.exceptions.TraCIException, traci.exceptions.FatalTraCIError, OSError) as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if self._process is not None:
+                    self._process.wait(_ENDS_S if isinstance(error, traci.exceptions.FatalTraCIError) else 0)
+            has_ended = self._process is not None and self._process.poll() is not None
+            wrote = self._log.read_text(errors="replace") if has_ended and self._log.exists() else ""
+            said = " ".join((wrote or str(error)).split()) or type(error).__name__
+            raise DataError(f"SUMO {'has ended' if has_ended else 'says'}: {said}") from None
 
     def _write_trips(self, seed: int, per_second: float) -> None:
         rng = np.random.default_rng(seed)
@@ -188,20 +222,15 @@ class Simulation:
         atomic_write_text(self._trips, "\n".join([*lines, "</routes>"]))
 
 
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def _near() -> tuple[int, float, list[int]]:
     """What is asked about the others in every step."""
     import traci.constants as kinds
 
     asked = [kinds.VAR_POSITION, kinds.VAR_ANGLE, kinds.VAR_SPEED, kinds.VAR_LENGTH, kinds.VAR_WIDTH]
     return kinds.CMD_GET_VEHICLE_VARIABLE, _NEAR_M, asked
-
-
-@contextlib.contextmanager
-def _told_as_one_line() -> Any:
-    """What SUMO's connection raises as DataError."""
-    import traci
-
-    try:
-        yield
-    except (traci.exceptions.TraCIException, traci.exceptions.FatalTraCIError, OSError) as error:
-        raise DataError(f"SUMO says: {' '.join(str(error).split()) or type(error).__name__}") from None

@@ -69,7 +69,7 @@ class SumoWorld(LaneWorldVector):
                         lights=folder / "lights.add.xml",
                         edges=names,
                         dt=DT,
-                        name=f"world{id(self)}-{row}",
+                        name=f"world{row}",
                     )
                 )
         except BaseException:
