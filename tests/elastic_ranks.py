@@ -98,6 +98,7 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     if raising is not None:
         layers[raising].register_forward_hook(raise_at(3))
 
+    cuts = given.pop("cuts", None)
     full_from = given.pop("full_from", None)
     built = []
 
@@ -132,6 +133,8 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
             step = trainer.steps
             losses[step] = trainer.step(batch_of(step, given["global_batch"], dtype))
             time.sleep(pace_s)
+            if cuts is not None and trainer.steps == 4:
+                trainer._links._channels[cuts].close("cut by a test")
             if saves is not None and trainer.steps in saves[1]:
                 try:
                     trainer.save(saves[0])

@@ -308,6 +308,14 @@ def test_a_rank_that_says_nothing_is_cast_out(whole):
     assert any("silent" in str(details) for _, what, details in host.history if what == "lost")
 
 
+def test_a_link_that_breaks_between_two_who_live_is_opened_again(whole):
+    found, host = run(own={3: {"cuts": 2}})
+    check_whole(found, host)
+    same(found, whole)
+    assert not [details for _, what, details in host.history if what == "lost"]
+    assert [what for _, what, _ in host.history].count("epoch") == 2
+
+
 def test_what_is_told_of_a_state(whole):
     status = whole[0]["status"]
     assert status["stages"] == [[0, 1], [2, 3]]

@@ -29,6 +29,8 @@ from anabranch.errors import InputError
 __all__ = ["Coordinator", "layout_from", "layout_to"]
 
 _BEAT_S = 0.5
+# How often two ranks that lose their link may open it again.
+_MOST_TRIES = 3
 
 
 @dataclass
@@ -126,6 +128,8 @@ class Coordinator:
         self._costs: dict[int, float] = {}
         self._joiners: list[int] = []
         self._suspects: dict[tuple[int, int], int] = {}
+        # Since when two ranks cannot reach each other, as one of them says.
+        self._doubts: dict[tuple[int, int], float] = {}
         self._stopped: str | None = None
         self._is_ending = False
         self._checkpoint: str | None = None
@@ -213,6 +217,17 @@ class Coordinator:
                 silent = [m.rank for m in self._members.values() if now - m.heard > self._patience_s]
                 if silent:
                     self._lose(silent, f"silent for {self._patience_s:g} s")
+                self._try_anew(now)
+
+    def _try_anew(self, now: float) -> None:
+        """Where two ranks that are both there have lost their link: another epoch, in which it is opened again."""
+        pairs = [pair for pair, since in self._doubts.items() if now - since >= _BEAT_S]
+        if not pairs:
+            return
+        self._doubts = {pair: since for pair, since in self._doubts.items() if pair not in pairs}
+        is_on = self._layout is not None and not (self._stopped or self._is_ending)
+        if is_on and any(all(rank in self._members for rank in pair) for pair in pairs):
+            self._begin_epoch()
 
     def _hello(self, channel: Channel, header: Header) -> None:
         why = self._refusal(header)
@@ -271,7 +286,6 @@ class Coordinator:
         if all(m.is_ready for m in self._members.values() if m.rank in wanted):
             self._layout, self._target = self._target, None
             self._bad_snapshots.clear()
-            self._suspects.clear()
             self._layout_epoch = self._epoch
             for other in self._members.values():
                 other.vote, other.held, other.held_next = None, other.held_next, {}
@@ -327,10 +341,11 @@ class Coordinator:
         pair = (min(member.rank, accused), max(member.rank, accused))
         self._suspects[pair] = self._suspects.get(pair, 0) + 1
         self._note("suspect", by=member.rank, accused=accused)
-        # Its own connection will end in a moment if its process has; two that cannot reach each other try once more, and
-        # then the accused goes.
-        if self._suspects[pair] > 2:
+        if self._suspects[pair] > _MOST_TRIES:
             self._lose([accused], f"rank {member.rank} does not reach it")
+        else:
+            # Its own connection will end in a moment if its process has. If not, all try anew.
+            self._doubts[pair] = time.monotonic()
 
     def _bad(self, member: _Member, header: Header) -> None:
         owner = int(header["owner"])
@@ -425,6 +440,7 @@ class Coordinator:
     def _begin_epoch(self, target: Layout | None = None) -> None:
         """Announce a layout: the target, or that of the ranks that are there with the layers where they are."""
         self._epoch += 1
+        self._doubts.clear()
         waiting = [
             layout for layout in (self._target, None if self._stream is None else self._stream[0]) if layout is not None
         ]
