@@ -42,15 +42,8 @@ def collectives(rank, world):
     learned = trained(rank, world)
     dist.destroy_process_group()
     bits = told.view(torch.int32).tolist()
-    return (
-        value.tolist(),
-        mean.tolist(),
-        bits,
-        [part.tolist() for part in parts],
-        whole.tolist(),
-        mine.tolist(),
-        objects,
-    )
+    gathered = [part.tolist() for part in parts]
+    return value.tolist(), mean.tolist(), bits, gathered, whole.tolist(), mine.tolist(), objects, learned
 
 
 def trained(rank, world):
