@@ -76,7 +76,7 @@ def one_dies(rank, world):
 
 def test_collectives_are_those_of_torch_and_ddp_learns_on_them():
     nan, minus_zero, seven = torch.tensor([float("nan"), -0.0, 7.0]).view(torch.int32).tolist()
-    found = run_ranks(collectives, 2, backend=None)
+    found = run_ranks(collectives, 2, backend=None, timeout_s=240)
     for rank, (value, mean, bits, parts, whole, mine, objects, (off, weights)) in enumerate(found):
         assert value == [3.0] * 3
         assert mean == [0.5] * 2
