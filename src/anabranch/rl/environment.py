@@ -23,7 +23,18 @@ from anabranch.machine import usable_cores
 from anabranch.rl.network import Layout
 from anabranch.rl.policies import Actions
 
-__all__ = ["CRITIC", "OUTCOME", "POLICY", "Environment", "Gymnasium", "World", "episode_seed", "flat", "layout_of"]
+__all__ = [
+    "CRITIC",
+    "OUTCOME",
+    "PICTURE",
+    "POLICY",
+    "Environment",
+    "Gymnasium",
+    "World",
+    "episode_seed",
+    "flat",
+    "layout_of",
+]
 
 # Of an observation that is a dict: numbers and a picture that the policy sees, one of them at least, and what only the critic does.
 POLICY, PICTURE, CRITIC = "policy", "picture", "critic"

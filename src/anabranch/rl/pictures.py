@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,10 @@ class Pictures(nn.Module):
             channels, height, width = given, (height + 1) // 2, (width + 1) // 2
         self.stages = nn.Sequential(*stages)
         self.last = nn.Linear(channels * height * width, features)
-        for layer in (*(stage for stage in stages if isinstance(stage, nn.Conv2d)), self.last):
+        layers: list[Any] = [stage for stage in stages if isinstance(stage, nn.Conv2d)]
+        for layer in (*layers, self.last):
             nn.init.orthogonal_(layer.weight, _GAIN)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)
 
     def forward(self, picture_BCHW: Tensor) -> Tensor:
         """Features, ``[B, F]``."""

@@ -16,7 +16,7 @@ import numpy as np
 from anabranch.rl.laneworld.lane_graph import GIVE_WAY, LIGHT, STOP_SIGN, light_state
 from anabranch.rl.laneworld.library import NOWHERE, Library
 
-__all__ = ["NUM_OBSERVED", "NUM_PRIVATE", "look"]
+__all__ = ["BESIDE_PICTURE", "NUM_OBSERVED", "NUM_PRIVATE", "look"]
 
 NUM_NEAR, NEAR_M = 10, 50.0
 ROUTE_M = np.arange(1, 16, dtype=np.float32) * 3.0
@@ -24,6 +24,9 @@ LOOKS_M = np.array([0.0, 8.0, 16.0, 28.0, 42.0], np.float32)
 _OF_OTHER = 10
 NUM_OBSERVED = 4 + 2 * len(ROUTE_M) + NUM_NEAR * _OF_OTHER + 7 + 3 + 3 * len(LOOKS_M) + 2
 NUM_PRIVATE = 10
+# What a picture does not show: speed, last action, limit, the place in the lane, seconds of standing.
+_LANE = NUM_OBSERVED - 2 - 3 * len(LOOKS_M) - 3
+BESIDE_PICTURE = np.array([0, 1, 2, 3, _LANE, _LANE + 1, _LANE + 2, NUM_OBSERVED - 1])
 # Metres, metres a second: what numbers are divided by.
 _FAR, _FAST, _STOP_M = 30.0, 14.0, 50.0
 

@@ -25,6 +25,7 @@ class Settings(Config):
         shaped: use the shaped reward of Roach in its place, to compare.
         blocked_s: seconds of standing after which an episode ends.
         timeout_s: after which it ends in any case.
+        raster: see a picture from above (`anabranch.rl.laneworld.raster`) and 8 numbers, instead of 161 numbers.
     """
 
     maps: Size = Field(default=8, ge=1, le=100)
@@ -38,6 +39,7 @@ class Settings(Config):
     shaped: bool = False
     blocked_s: float = Field(default=60.0, gt=0)
     timeout_s: float = Field(default=1200.0, gt=0)
+    raster: bool = False
 
     def __post_init__(self) -> None:
         if self.longest_m < self.shortest_m + 50:

@@ -16,11 +16,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from anabranch.errors import CheckpointError
-from anabranch.rl.environment import CRITIC, OUTCOME, POLICY
+from anabranch.rl.environment import CRITIC, OUTCOME, PICTURE, POLICY
 from anabranch.rl.laneworld.bicycle import drive
 from anabranch.rl.laneworld.judge import Faults, Judged, find_faults, judged
 from anabranch.rl.laneworld.library import NOWHERE, Library
-from anabranch.rl.laneworld.observe import NUM_OBSERVED, NUM_PRIVATE, look
+from anabranch.rl.laneworld.observe import BESIDE_PICTURE, NUM_OBSERVED, NUM_PRIVATE, look
+from anabranch.rl.laneworld.raster import CHANNELS, SIDE, Raster
 from anabranch.rl.laneworld.settings import Settings
 from anabranch.rl.laneworld.state import AWAY, CAR, WALKER, Scene, State, begin, walkers_at
 from anabranch.rl.laneworld.traffic import gaps_ahead, idm, stop_ahead
@@ -57,9 +58,13 @@ class LaneWorldVector(VectorEnv):
         self.library, self.settings, self.num_envs = library, settings, num
         self._seed, self._first = seed, first
         box = gymnasium.spaces.Box
+        self._raster = Raster(library) if settings.raster else None
+        numbers = NUM_OBSERVED if self._raster is None else len(BESIDE_PICTURE)
         seen: dict[str, gymnasium.Space[Any]] = {
-            name: box(-np.inf, np.inf, (size,)) for name, size in ((POLICY, NUM_OBSERVED), (CRITIC, NUM_PRIVATE))
+            name: box(-np.inf, np.inf, (size,)) for name, size in ((POLICY, numbers), (CRITIC, NUM_PRIVATE))
         }
+        if self._raster is not None:
+            seen[PICTURE] = box(0.0, 1.0, (CHANNELS, SIDE, SIDE))
         self.single_observation_space = gymnasium.spaces.Dict(seen)
         self.single_action_space = box(-1.0, 1.0, (2,))
         self.observation_space = batch_space(self.single_observation_space, num)
@@ -262,7 +267,18 @@ class LaneWorldVector(VectorEnv):
             state.standing_W[rows] * DT,
             others_WO7,
         )
-        return {POLICY: policy_WD, CRITIC: self._private(rows)}
+        if self._raster is None:
+            return {POLICY: policy_WD, CRITIC: self._private(rows)}
+        picture_WCHV = self._raster.picture(
+            scene.map_W[rows],
+            scene.route_W[rows],
+            self.clock_W[rows],
+            state.pose_W4[rows],
+            state.s_W[rows],
+            state.front_m_W[rows],
+            others_WO7,
+        )
+        return {POLICY: policy_WD[:, BESIDE_PICTURE], CRITIC: self._private(rows), PICTURE: picture_WCHV}
 
     def _private(self, rows: np.ndarray | slice) -> np.ndarray:
         """What only the critic sees: share of the route that is left, time, and what still counts against the driver."""

@@ -11,12 +11,15 @@ models, switches the lights, and says who ran into whom. The car of the policy m
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from anabranch.config import Field, configclass
 from anabranch.extras import require
 from anabranch.rl.environment import Environment, World
-from anabranch.rl.laneworld.observe import NUM_OBSERVED, NUM_PRIVATE
+from anabranch.rl.laneworld.observe import BESIDE_PICTURE, NUM_OBSERVED, NUM_PRIVATE
+from anabranch.rl.laneworld.raster import CHANNELS, SIDE
 from anabranch.rl.laneworld.settings import Settings
 from anabranch.rl.network import Layout
 from anabranch.rl.policies import Actions
@@ -59,7 +62,11 @@ class Sumo(Environment, kind="sumo"):
     @property
     def layout(self) -> Layout:
         """See `Environment`: LaneWorld's, whether SUMO is here or not."""
-        return Layout(NUM_OBSERVED, NUM_PRIVATE, Actions(0, (-1.0, -1.0), (1.0, 1.0)))
+        actions = Actions(0, (-1.0, -1.0), (1.0, 1.0))
+        if not self.config.world.raster:
+            return Layout(NUM_OBSERVED, NUM_PRIVATE, actions)
+        picture = (CHANNELS, SIDE, SIDE)
+        return Layout(len(BESIDE_PICTURE) + math.prod(picture), NUM_PRIVATE, actions, picture)
 
     def frame(self, world: World) -> np.ndarray:
         """See `Environment`; drawn as LaneWorld is."""
