@@ -2,8 +2,8 @@
 
 A packet is one event a hop: a link is a queue that is never reordered, so its packets leave when those before them have (``free_at``),
 and how much waits in it is what it still has to send. Hosts pull: whenever a host's cable is free, the next piece in turn that has
-something to send and room in its window puts one packet on it. Acknowledgements come back after the latency of the path; their bytes are
-not counted.
+something to send and room in its window puts one packet on it; or, first come first served, a piece puts all that its window has room for
+in its host's queue at once. Acknowledgements come back after the latency of the path; or they have bytes, and wait in the queues back.
 """
 # Shapes: as in `anabranch.cluster.fabric.packet_state`
 
@@ -15,6 +15,8 @@ from anabranch.cluster.fabric.kernels import go_on, kernel, pop, push
 from anabranch.cluster.fabric.packet_state import (
     ACK,
     ARRIVE,
+    AT_ONCE,
+    BURST,
     CACHED,
     DROPS,
     EVENTS,
@@ -116,7 +118,7 @@ def choose_row(state: Any, c: Any, place: int) -> int:
 
 @kernel
 def put(state: Any, c: Any, place: int, now: int) -> int:
-    """Send the next packet of a piece; how long that keeps the host's cable."""
+    """Send the next packet of a piece, behind what its host's cable has to send; when that is free again."""
     piece = state.pieces[place]
     number = next_number(state, c, place)
     if flying(c, piece) == 0:
@@ -129,13 +131,19 @@ def put(state: Any, c: Any, place: int, now: int) -> int:
     packet.piece, packet.number = place, number
     packet.row, packet.hop = choose_row(state, c, place), 0
     packet.length = c.header + (piece.last_bytes if number == piece.num_packets - 1 else c.payload)
-    packet.marked, packet.says = 0, PLAIN
-    link = state.links[piece.host_up]
-    takes = sending_ps(link, packet.length)
-    link.sent += packet.length
+    packet.marked, packet.says, packet.back = 0, PLAIN, 0
+    return enqueue(state, c, state.links[piece.host_up], slot, now)
+
+
+@kernel
+def enqueue(state: Any, c: Any, link: Any, slot: int, now: int) -> int:
+    """A packet goes to the end of a link's queue; when it has left it."""
+    length = state.packets[slot].length
+    link.free_at = max(now, link.free_at) + sending_ps(link, length)
+    link.sent += length
     state.clock[HOPS] += 1
-    at(state, now + takes + c.latency_ps, ARRIVE, slot)
-    return takes
+    at(state, link.free_at + c.latency_ps, ARRIVE, slot)
+    return link.free_at
 
 
 @kernel
@@ -163,11 +171,11 @@ def serve(state: Any, c: Any, number: int, now: int) -> None:
             host.rear = -1
         piece.waits = 0
         if can_send(state, c, place):
-            takes = put(state, c, place, now)
+            is_free = put(state, c, place, now)
             if can_send(state, c, place):
                 wait_turn(state, place)
             host.busy = 1
-            at(state, now + takes, NIC, number)
+            at(state, is_free, NIC, number)
             return
     host.busy = 0
 
@@ -176,10 +184,27 @@ def serve(state: Any, c: Any, number: int, now: int) -> None:
 def wake(state: Any, c: Any, place: int, now: int) -> None:
     """A piece may have something to send again."""
     piece = state.pieces[place]
-    if piece.waits == 0 and can_send(state, c, place):
+    if piece.waits != 0 or not can_send(state, c, place):
+        return
+    if c.takes_turns:
         wait_turn(state, place)
         if state.hosts[piece.src].busy == 0:
             serve(state, c, piece.src, now)
+    else:
+        fill(state, c, place, now)
+
+
+@kernel
+def fill(state: Any, c: Any, place: int, now: int) -> None:
+    """A piece puts what it may into its host's queue. Where that is very much, there must be room for events in between."""
+    piece = state.pieces[place]
+    piece.waits = 0
+    for _ in range(AT_ONCE):
+        if not can_send(state, c, place):
+            return
+        put(state, c, place, now)
+    piece.waits = 1
+    at(state, now, BURST, place)
 
 
 @kernel
@@ -208,12 +233,26 @@ def waiting_bytes(link: Any, now: int) -> float:
 
 
 @kernel
+def path_of(c: Any, packet: Any) -> int:
+    """Where the row of links begins that a packet goes over, or comes back over."""
+    return c.depth * (packet.row if packet.back == 0 else packet.back - 1)
+
+
+@kernel
+def next_link(state: Any, c: Any, packet: Any) -> int:
+    """The link that a packet at a switch goes on over. The way back is by the same cables: opposite links differ by one bit."""
+    path, piece = path_of(c, packet), state.pieces[packet.piece]
+    count = state.rows[path]
+    if packet.back == 0:
+        return piece.host_down if packet.hop == count else state.rows[path + 1 + packet.hop]
+    return (piece.host_up if packet.hop == count else state.rows[path + count - packet.hop]) ^ 1
+
+
+@kernel
 def forward(state: Any, c: Any, slot: int, now: int) -> None:
     """A packet is at a switch: into the queue of its next link, marked if that is long, lost if the link or the buffer does not take it."""
     packet = state.packets[slot]
-    path = c.depth * packet.row
-    is_last = packet.hop == state.rows[path]
-    link = state.links[state.pieces[packet.piece].host_down if is_last else state.rows[path + 1 + packet.hop]]
+    link = state.links[next_link(state, c, packet)]
     if link.up == 0:
         state.clock[LOST] += 1
         free(state, slot)
@@ -225,22 +264,21 @@ def forward(state: Any, c: Any, slot: int, now: int) -> None:
         state.clock[DROPS] += 1
         free(state, slot)
         return
-    if waiting_bytes(link, now) > c.ecn_bytes:
+    if packet.back == 0 and waiting_bytes(link, now) > c.ecn_bytes:
         packet.marked = 1
         state.clock[MARKS] += 1
-    link.free_at = max(now, link.free_at) + sending_ps(link, packet.length)
-    link.sent += packet.length
     packet.hop += 1
-    state.clock[HOPS] += 1
-    at(state, link.free_at + c.latency_ps, ARRIVE, slot)
+    enqueue(state, c, link, slot, now)
 
 
 @kernel
 def arrive(state: Any, c: Any, slot: int, now: int) -> None:
     """A packet is at the end of a link."""
     packet = state.packets[slot]
-    if packet.hop <= state.rows[c.depth * packet.row]:
+    if packet.hop <= state.rows[path_of(c, packet)]:
         forward(state, c, slot, now)
+    elif packet.back > 0:
+        acknowledge(state, c, slot, now)
     else:
         receive(state, c, slot, now)
 
@@ -284,7 +322,13 @@ def receive(state: Any, c: Any, slot: int, now: int) -> None:
         state.clock[LEFT] -= 1
         state.chain.pending[piece.dst, piece.step] -= 1
         enter(state, piece.dst, now)
-    at(state, now + c.latency_ps * (state.rows[c.depth * packet.row] + 2), ACK, slot)
+    if c.ack_bytes == 0:
+        at(state, now + c.latency_ps * (state.rows[c.depth * packet.row] + 2), ACK, slot)
+        return
+    # Back over one path for all pieces of a host, as a route to its address is.
+    packet.back = 1 + piece.first_row + piece.src % piece.num_rows
+    packet.hop, packet.length = 0, c.ack_bytes
+    enqueue(state, c, state.links[piece.host_down ^ 1], slot, now)
 
 
 # Acknowledgements, congestion, time-outs
@@ -424,7 +468,7 @@ def run(state: Any, c: Any, most_events: int, margin: int) -> int:
     for _ in range(most_events):
         if state.clock[LEFT] == 0 or state.clock[EVENTS] == 0:
             return DONE
-        if state.clock[EVENTS] + margin > len(state.heap[0]) or state.clock[FREE] < 2:
+        if state.clock[EVENTS] + margin > len(state.heap[0]) or state.clock[FREE] < AT_ONCE:
             return FULL
         now, item = state.heap[0][0], state.heap[2][0]
         state.clock[EVENTS] = pop(state.heap, state.clock[EVENTS])
@@ -440,6 +484,8 @@ def run(state: Any, c: Any, most_events: int, margin: int) -> int:
             time_out(state, c, place, now)
         elif kind == START:
             start(state, c, place, now)
+        elif kind == BURST:
+            fill(state, c, place, now)
         elif kind == LINK_DOWN:
             state.links[place].up = 0
         elif kind == LINK_UP:

@@ -18,12 +18,14 @@ from anabranch.cluster.fabric.topology import Topology
 
 PS_PER_S, PS_PER_NS = 1_000_000_000_000, 1_000
 CACHED = 8
+# Packets that a piece puts into a first-come card before others are looked at.
+AT_ONCE = 128
 
 # Places in ``State.clock``.
 NOW, ORDER, EVENTS, FREE, LEFT, HOPS, DROPS, LOST, MARKS, TIMEOUTS, RESENT, OUT_OF_ORDER, MOVED, HEARD = range(14)
 CLOCKS = 14
 # Kinds of events.
-ARRIVE, NIC, ACK, TIMER, START, LINK_DOWN, LINK_UP = range(7)
+ARRIVE, NIC, ACK, TIMER, START, LINK_DOWN, LINK_UP, BURST = range(8)
 # What a packet that comes back says.
 PLAIN, NACK = 0, 1
 # Modes of sending.
@@ -44,6 +46,8 @@ class Constants(NamedTuple):
     hold_ps: int
     window: float
     gain: float
+    takes_turns: bool = True
+    ack_bytes: int = 0
     depth: int = 0
     leaves: int = 0
     ways: int = 0
@@ -70,7 +74,7 @@ LINK = np.dtype(
     [("rate", np.float64), *((name, np.int64) for name in ("up", "free_at", "sent", "first_port", "end_port"))]
 )
 HOST = np.dtype([(name, np.int64) for name in ("head", "rear", "busy")])
-PACKET = np.dtype([(name, np.int64) for name in ("piece", "number", "row", "hop", "length", "marked", "says")])
+PACKET = np.dtype([(name, np.int64) for name in ("piece", "number", "row", "hop", "length", "marked", "says", "back")])
 
 
 class State(NamedTuple):

@@ -46,6 +46,10 @@ class PacketConfig(Config):
         hold_us: for which a pinned flow's path is left alone then (authors' code: 100 ms).
         window: packets that a piece may have in flight at first. None: as many as fill its path, and one.
         gain: of DCTCP's mean share of marks.
+        card: of hosts: "turns", a piece sends one packet and the next piece follows, as cards with a queue for each connection do (RoCE,
+            FqCoDel); "fifo", a piece puts all that its window has room for in the card's one queue, as TCP does by default.
+        ack_bytes: of an acknowledgement, which then waits in the queues of the links back like any packet, behind what its host sends too;
+            0 for acknowledgements that take the latency of the path and no bandwidth.
     """
 
     receiver: Receiver = "any-order"
@@ -57,6 +61,8 @@ class PacketConfig(Config):
     hold_us: float = Field(default=100_000.0, ge=0, le=1e9)
     window: float | None = Field(default=None, ge=1, le=1e6)
     gain: float = Field(default=1 / 16, gt=0, le=1)
+    card: Literal["turns", "fifo"] = "turns"
+    ack_bytes: int = Field(default=0, ge=0, le=10_000)
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def simulate_packets(
     for event in events:
         for link in made.topology.cable(event.cable):
             at(state, round(event.at_us * 1_000_000), ps.LINK_UP if event.works else ps.LINK_DOWN, link)
-    margin = 16 + 2 * int(np.diff(state.chain.begin).max())
+    margin = ps.AT_ONCE + 16 + 2 * int(np.diff(state.chain.begin).max())
     state = _with_room(state, margin * made.flows.num_ranks)
     begin(state, made.flows.num_ranks)
     # A cable that is repaired late is waited for.
@@ -204,6 +210,8 @@ def constants_of(made: Plan, config: PacketConfig) -> ps.Constants:
         hold_ps=round(config.hold_us * 1_000_000),
         window=float(full_window(made, config) if config.window is None else config.window),
         gain=config.gain,
+        takes_turns=config.card == "turns",
+        ack_bytes=config.ack_bytes,
     )
 
 
