@@ -434,6 +434,11 @@ def test_an_evaluation_has_its_own_beginnings_and_plays_each_once():
     assert found.return_E[:35] == pytest.approx(1 - 0.1 * (lengths - 1))
     assert found.terminated_E.all()
     assert found.outcomes["arrived"].tolist() == [1.0] * 70
+    # No more side by side than is said: 18 in three rounds of 6.
+    few = judge(model, task.environment, episodes=18, seed=5, beside=7)
+    world = task.environment.make(6, seed=evaluation_seed(5))
+    world.reset()
+    assert few.length_E[:6].tolist() == (5 - world.place).tolist()
     again = judge(model, task.environment, episodes=70, seed=5)
     assert again.return_E.tolist() == found.return_E.tolist()
     measures = found.measures()
