@@ -17,6 +17,8 @@ from anabranch.errors import PeerError
 
 __all__ = ["CalledAwayError", "LinkPool", "Packed", "pack", "unpack"]
 
+# For so long who leaves waits until others have taken what it sent.
+_PARTING_S = 5.0
 # (list of [dtype, shape], bytes)
 Packed = tuple[list[Any], bytes]
 _NAMES = {
@@ -152,11 +154,15 @@ class LinkPool:
             raise PeerError(f"rank {source} sent {tag!r} in a form that makes no sense: {error}") from None
 
     def close(self) -> None:
-        """End all links, after what is queued."""
+        """End all links, after what is queued has gone; those to ranks that do not take it are left after some seconds."""
         self._is_closed = True
         self._listener.close()
-        for channel in list(self._channels.values()):
+        channels = list(self._channels.values())
+        for channel in channels:
             channel.close(after_sends=True)
+        deadline = time.monotonic() + _PARTING_S
+        for channel in channels:
+            channel.wait_closed(max(deadline - time.monotonic(), 0))
 
     def _wait_for(self, holds: Callable[[], bool], told: Callable[[], str]) -> None:
         deadline = time.monotonic() + self._timeout_s

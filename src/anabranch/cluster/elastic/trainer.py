@@ -48,6 +48,8 @@ from anabranch.errors import AnabranchError, CheckpointError, ConfigError, Input
 __all__ = ["ElasticTrainer", "UnrecoverableError"]
 
 _BEAT_S = 0.5
+# For so long who leaves waits until the coordinator has heard it.
+_PARTING_S = 5.0
 
 
 class UnrecoverableError(AnabranchError):
@@ -322,9 +324,11 @@ class ElasticTrainer:
         if self._is_closed:
             return
         self._is_closed = True
+        # Told first, so that nobody suspects a rank whose links end.
         self._tell("leave")
-        self._control.close(after_sends=True)
         self._links.close()
+        self._control.close(after_sends=True)
+        self._control.wait_closed(_PARTING_S)
 
     def __enter__(self) -> "ElasticTrainer":
         return self

@@ -50,6 +50,7 @@ class Channel:
         self._queue: queue.SimpleQueue[tuple[bytes, Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._is_closed = False
+        self._has_ended = threading.Event()
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -85,6 +86,11 @@ class Channel:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
         self._on_close(self, why)
+        self._has_ended.set()
+
+    def wait_closed(self, timeout_s: float) -> bool:
+        """Until it has ended, so that a process that ends next takes back nothing of what was queued; whether it did in time."""
+        return self._has_ended.wait(timeout_s)
 
     def _write(self) -> None:
         try:
