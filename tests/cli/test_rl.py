@@ -106,3 +106,46 @@ def test_wrong_lines_are_one_line(capfd, trained, tmp_path, monkeypatch, words, 
     assert code == 2
     assert message in err
     assert err.strip().count("\n") == 0
+
+
+@pytest.mark.slow
+def test_sumo_judges_a_driver(capfd, tmp_path):
+    pytest.importorskip("sumo")
+    pytest.importorskip("traci")
+    where = tmp_path / "run"
+    small = ["--set", "task.eval_episodes=1", "--set", "task.environment.world.timeout_s=5"]
+    assert run(capfd, "rl", "train", "laneworld", "--samples", 512, "--out", where, "--quiet", *small)[0] == 0
+    code, out, _ = run(
+        capfd,
+        "rl",
+        "eval",
+        where,
+        "--referee",
+        "sumo",
+        "--episodes",
+        2,
+        "--csv",
+        tmp_path / "e.csv",
+        "--json",
+        "--quiet",
+    )
+    told = json.loads(out)
+    assert code == 0
+    assert (told["referee"], told["episodes"]) == ("sumo", 2)
+    assert {"vehicle", "own_vehicle", "red_light", "sumo_arrived"} <= told.keys()
+    assert len((tmp_path / "e.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_highwayenv_is_learned_in_as_many_processes_as_there_are_processors(capfd, tmp_path):
+    pytest.importorskip("highway_env")
+    given = ["--samples", 64, "--set", "task.eval_episodes=2", "--set", "task.epochs=1", "--json", "--quiet"]
+    found = []
+    for name, workers in (("all", 0), ("one", 1)):
+        more = ["--out", tmp_path / name, "--set", f"task.environment.workers={workers}"]
+        code, out, _ = run(capfd, "rl", "train", "highway", *given, *more)
+        assert code == 0
+        found.append(json.loads(out))
+    # What happens is the same, whoever steps.
+    assert found[0]["mean_return"] == found[1]["mean_return"]
+    assert {"arrived", "collided", "own_return"} <= found[0].keys()

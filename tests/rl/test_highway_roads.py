@@ -99,7 +99,8 @@ def test_places_are_those_of_each_lane_and_the_nearest_is_the_first():
     _hasten_road(road)
     quick = road.network
     rng = np.random.default_rng(1)
-    for _ in range(200):
+    # More places than are kept.
+    for _ in range(600):
         position, heading = rng.uniform(-30, 110, 2), rng.uniform(-9, 9)
         assert quick.get_closest_lane_index(position, heading) == plain.get_closest_lane_index(position, heading)
         for one, other in zip(quick.lanes_list(), plain.lanes_list(), strict=True):
@@ -155,6 +156,11 @@ def test_it_is_quick_unless_it_is_said_otherwise():
         env.reset(seed=0)
         assert (type(env.unwrapped.road) is Road) == (not quick)
         assert "Roundabout" in type(env.unwrapped).__name__
+
+    kind = type(env.unwrapped)
+    for _ in range(2):
+        hasten(env.unwrapped)
+    assert type(env.unwrapped).__mro__[1] is kind
 
     class Mine(Road):
         pass
