@@ -26,6 +26,7 @@ NOT_RUN = {
     "packet_spraying",
     "pccl",
     "pvchat",
+    "router_r1",
     "scale",
     "ttspm",
 }

@@ -45,6 +45,7 @@ STUDIES = {
     "pvchat": "anabranch.studies.pvchat:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
     "routing_survey": "anabranch.studies.routing_survey:make",
+    "router_r1": "anabranch.studies.router_r1:make",
     "rmoe": "anabranch.studies.rmoe:make",
     "scale": "anabranch.studies.scale:make",
     "ttspm": "anabranch.studies.ttspm:make",

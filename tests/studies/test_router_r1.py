@@ -1,0 +1,85 @@
+"""The study of Router-R1: what its arms are, its rule, and that it runs."""
+
+import math
+
+import pytest
+
+from anabranch.studies.harness import Results
+from anabranch.studies.router_r1 import ARMS, ArmConfig, Size, judge, make, training_of
+
+
+def test_arms_differ_in_what_they_say_alone():
+    runs = {name: training_of(ArmConfig(arm=name, size=make().arms[0].config.size), 3).run for name in ARMS}
+    worlds = {name: run.task.world for name, run in runs.items()}
+    assert [worlds[f"alpha-{alpha}"].alpha for alpha in ("0", "0.6", "0.8", "0.95")] == [0.0, 0.6, 0.8, 0.95]
+    assert [name for name, world in worlds.items() if not world.format_reward] == ["no-format"]
+    assert [name for name, world in worlds.items() if world.hidden is not None] == ["hidden"]
+    assert [name for name, run in runs.items() if run.task.learns_information] == ["no-mask"]
+    base = runs["alpha-0"]
+    for name, run in runs.items():
+        assert run.train == base.train, name
+        assert run.task.model == base.task.model, name
+        assert worlds[name].seed == 3
+        changed = {field for field in vars(run.task) if getattr(run.task, field) != getattr(base.task, field)}
+        assert changed <= {"world", "learns_information"}, name
+
+
+def test_the_full_size_is_what_was_planned():
+    study = make(full=True)
+    assert study.seeds == (0, 1, 2, 3, 4)
+    assert [arm.name for arm in study.arms] == list(ARMS)
+    size = study.arms[0].config.size
+    # 300 rollouts of 256.
+    assert size.samples == 300 * size.questions == 76_800
+    assert (size.entities, size.relations, size.experts) == (400, 6, 6)
+    assert make(samples=24).settings["samples"] == 24
+    with pytest.raises(ValueError, match="samples is 0"):
+        Size(samples=0)
+
+
+def runs(**values):
+    """Five seeds that differ by little."""
+    return {seed: {name: value + 0.001 * seed**2 for name, value in values.items()} for seed in range(5)}
+
+
+def test_the_rule():
+    ours = runs(exact_match=0.8, exact_match_two_hop=0.85, calls_two_hop=1.9, raw_cost=40.0, invalid_turns=0.01)
+    for seed in ours:
+        ours[seed] |= {
+            "single_oracle_two_hop": 0.7,
+            "random_exact_match": 0.3,
+            "calls_one_hop": 1.0,
+            "half_raw_cost": 20.0,
+        }
+    cheap = {
+        alpha: runs(raw_cost=cost, exact_match=0.79) for alpha, cost in (("0.6", 30.0), ("0.8", 20.0), ("0.95", 9.0))
+    }
+    hidden = {seed: {"sent_to_hidden": 0.8 + 0.001 * seed, "thrice_by_chance": 3 / 7} for seed in range(5)}
+    found = judge(
+        Results(
+            {
+                "alpha-0": ours,
+                **{f"alpha-{alpha}": each for alpha, each in cheap.items()},
+                "hidden": hidden,
+                "no-format": runs(invalid_turns=0.2),
+                "no-mask": runs(exact_match=0.9),
+            }
+        )
+    )
+    assert [claim.verdict for claim in found] == ["holds"] * 10 + ["does not hold"]
+    assert found[0].claim.startswith("PRIMARY")
+    few = {seed: metrics for seed, metrics in ours.items() if seed < 4}
+    assert judge(Results({"alpha-0": few}))[0].verdict == "not resolved"
+    near = {seed: metrics | {"single_oracle_two_hop": 0.8} for seed, metrics in ours.items()}
+    assert judge(Results({"alpha-0": near}))[0].verdict == "does not hold"
+
+
+@pytest.mark.parametrize("name", ["hidden", "warm"])
+def test_an_arm_runs(name):
+    study = make()
+    arm = next(arm for arm in study.arms if arm.name == name)
+    found = study.run(arm.config, 0, lambda text: None)
+    assert {column.metric for column in study.columns} <= found.keys()
+    assert found["informed_two_hop"] >= found["random_two_hop"]
+    assert all(math.isfinite(value) for key, value in found.items() if key != "policy_entropy")
+    assert ("before_exact_match" in found) == (name == "hidden")
