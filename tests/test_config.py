@@ -356,6 +356,11 @@ def test_none_is_the_choice_of_that_name_where_nothing_is_no_choice(said):
     assert override(Told(), dict([parse_assignment(f'name="{said}"')])).name == said
 
 
+@pytest.mark.parametrize(("said", "value"), [("True", True), ("False", False), ("true", True), (" False ", False)])
+def test_truth_is_read_as_python_writes_it_too(said, value):
+    assert parse_assignment(f"train.recompute={said}") == ("train.recompute", value)
+
+
 def test_override_of_a_part_config_itself():
     assert override(Tea.Config(leaves=4, strength=2.0), {"kind": "coffee"}) == Coffee.Config(strength=2.0)
 

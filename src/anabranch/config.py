@@ -316,14 +316,17 @@ def _fits(hint: Any, value: Any) -> bool:
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Split ``path=value``; the value is read as TOML, and as a plain string where it is not TOML.
 
-    ``none`` and ``null`` are None, which `override` takes for the choice ``none`` of a field that has it and cannot be None.
-    Raises ConfigError if there is no ``=`` or no path.
+    ``True`` and ``False`` are read as TOML's ``true`` and ``false``. ``none`` and ``null`` are None, which `override` takes for the choice
+    ``none`` of a field that has it and cannot be None. Raises ConfigError if there is no ``=`` or no path.
     """
     path, separator, raw = text.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"cannot read {text!r}; write path=value, e.g. model.feed_forward.top_k=4")
     if raw.strip() in ("none", "null", "None"):
         return path.strip(), None
+    if raw.strip() in ("True", "False"):
+        # As Python writes them.
+        return path.strip(), raw.strip() == "True"
     try:
         value = parse_toml(f"value = {raw}")["value"]
     except ValueError:

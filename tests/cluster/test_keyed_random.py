@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anabranch.cluster import KeyedDropout, keyed_uniform, random_key
+from anabranch.cluster import GPipe, KeyedDropout, keyed_uniform, random_key
 from anabranch.cluster.keyed_random import drawing, philox
 from anabranch.errors import InputError
 
@@ -127,3 +127,58 @@ def test_what_draws_nothing_is_known_to():
 def test_wrong_keys_are_told(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_dropout_without_a_number_is_told():
+    with pytest.raises(InputError, match="a KeyedDropout has no number: give layer="):
+        KeyedDropout(0.5)(torch.ones(2, 2))
+    assert KeyedDropout(0.5).eval()(torch.ones(2, 2)).sum() == 4
+
+
+class _Masks(nn.Module):
+    """A layer with two dropouts of defaults, that keeps which numbers they dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.dropped = KeyedDropout(0.5), KeyedDropout(0.5), []
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        for drop in (self.first, self.second):
+            kept = drop(torch.ones_like(x))
+            self.dropped.append(kept == 0)
+            x = x + kept
+        return x * self.scale
+
+
+def _masks(stages=1, seed=0, steps=1, micro_batches=1):
+    model = nn.Sequential(*(_Masks() for _ in range(4)))
+    pipe = GPipe(model, stages=stages, micro_batches=micro_batches, seed=seed, checkpoint="never")
+    for _ in range(steps):
+        pipe.step(torch.zeros(8, 32), torch.zeros(8, 32), nn.functional.mse_loss)
+    return [torch.cat(layer.dropped[place::2]) for layer in model for place in (0, 1)]
+
+
+def test_a_pipeline_tells_dropouts_of_defaults_apart():
+    masks = _masks()
+    assert [(a, b) for a in range(8) for b in range(a) if torch.equal(masks[a], masks[b])] == []
+    # Whatever stages and micro-batches there are, a row drops the same.
+    for options in ({"stages": 4}, {"micro_batches": 3}, {"stages": 2, "micro_batches": 8}):
+        assert all(map(torch.equal, masks, _masks(**options)))
+
+
+def test_the_seed_of_a_pipeline_and_its_step_reach_dropouts():
+    first, other, both = _masks(), _masks(seed=1), _masks(steps=2)
+    for mask, another, two in zip(first, other, both, strict=True):
+        assert not torch.equal(mask, another)
+        assert torch.equal(two[:8], mask)
+        assert not torch.equal(two[8:], mask)
+
+
+def test_a_dropout_that_stands_in_two_layers_drops_apart_in_each():
+    drop = KeyedDropout(0.5)
+    seen = []
+    drop.register_forward_hook(lambda module, given, made: seen.append(made == 0))
+    model = nn.Sequential(nn.Linear(8, 64), drop, nn.Linear(64, 64), drop, nn.Linear(64, 8))
+    GPipe(model, stages=1, checkpoint="never").step(torch.randn(4, 8), torch.randn(4, 8), nn.functional.mse_loss)
+    assert not torch.equal(*seen)

@@ -27,6 +27,7 @@ from anabranch.errors import InputError
 __all__ = ["Draws", "KeyedDropout", "drawing", "keyed_uniform", "philox", "random_key"]
 
 _MASK = 0xFFFFFFFF
+_LARGEST_SEED = 2**63 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
@@ -107,28 +108,48 @@ def keyed_uniform(
 class KeyedDropout(nn.Module):
     """Dropout whose mask is a function of (seed, step, layer, row): equal for any number of ranks, stages and micro-batches.
 
-    ``step`` and ``first_row`` (the number of the batch's first row here) are set by whoever runs the model, before each pass.
+    Whoever runs the model sets ``step``, ``run_seed``, ``place`` and ``first_row`` before each pass; a `GPipe` does.
 
     Args:
         p: share of numbers that become 0; the others grow by 1 / (1 - p).
-        seed, layer: of the key.
+        seed: of the key; that of the run is added to it.
+        layer: of the key; two of one number drop the same. None for ``place``, by which a `GPipe` tells all apart.
+
+    Attributes:
+        step, run_seed: of the run.
+        place: where it is in the model, as a number that no other has; None where nobody has said.
+        first_row: the number of the batch's first row here.
     """
 
-    def __init__(self, p: float = 0.1, *, seed: int = 0, layer: int = 0) -> None:
+    def __init__(self, p: float = 0.1, *, seed: int = 0, layer: int | None = None) -> None:
         super().__init__()
         if not 0 <= p <= 1:
             raise InputError(f"p is {p}; use 0 to 1")
         self.p, self.seed, self.layer = p, seed, layer
         self.step, self.first_row = 0, 0
+        self.run_seed = 0
+        self.place: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [N, ...]`` with some numbers 0; unchanged in evaluation mode."""
+        """``x [N, ...]`` with some numbers 0; unchanged in evaluation mode. Raises InputError where nothing says which layer it is."""
         if not self.training or self.p == 0:
             return x
         if self.p == 1:
             return x * 0
+        layer = self.place if self.layer is None else self.layer
+        if layer is None:
+            raise InputError(
+                "a KeyedDropout has no number: give layer=, another one to each, or run the model in a GPipe, which numbers them"
+            )
         rows = torch.arange(self.first_row, self.first_row + len(x), device=x.device)
-        drawn = keyed_uniform(x.shape, seed=self.seed, step=self.step, layer=self.layer, rows=rows, device=x.device)
+        drawn = keyed_uniform(
+            x.shape,
+            seed=(self.seed + self.run_seed) & _LARGEST_SEED,
+            step=self.step,
+            layer=layer,
+            rows=rows,
+            device=x.device,
+        )
         return x * ((drawn >= self.p).to(x.dtype) / (1 - self.p))
 
     def extra_repr(self) -> str:

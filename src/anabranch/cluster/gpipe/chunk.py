@@ -38,6 +38,10 @@ _DROPPERS = (
 )
 
 
+# Places of `KeyedDropout`: where they begin, and how many a layer has.
+_FIRST_PLACE, _MOST_OF_LAYER = 1 << 40, 1 << 20
+
+
 @dataclass(frozen=True)
 class StepKey:
     """What random numbers are a function of, beside layer and micro-batch.
@@ -114,7 +118,10 @@ class Chunk:
             [module for module in layer.modules() if isinstance(module, _DROPPERS)] for layer in self.layers
         ]
         self._draws: list[bool | None] = [draws for _ in self.layers]
-        self._keyed = [module for module in self.modules if isinstance(module, KeyedDropout)]
+        # Of each layer, those that draw by rows; one that stands in several layers has a place in each.
+        self._keyed = [
+            [module for module in layer.modules() if isinstance(module, KeyedDropout)] for layer in self.layers
+        ]
         self._loss_draws: bool | None = None
         self._kept: dict[int, _Kept] = {}
 
@@ -249,9 +256,6 @@ class Chunk:
         self, x: Any, imports: dict[str, Tensor], key: StepKey | None, micro_batch: int
     ) -> tuple[Any, dict[str, Tensor]]:
         area = Area(imports)
-        if key is not None:
-            for module in self._keyed:
-                module.step, module.first_row = key.step, key.first_rows[micro_batch]
         if key is not None and works_in_place(self.layers[0]):
             # It would overwrite what a recomputation needs, and may not change a leaf.
             x = map_tensors(x, lambda tensor: tensor.clone())
@@ -262,6 +266,11 @@ class Chunk:
 
     def _call(self, place: int, layer: nn.Module, x: Any, key: StepKey | None, micro_batch: int) -> Any:
         """One layer; where it draws, with numbers that are a function of (seed, step, layer, micro-batch)."""
+        if key is not None:
+            for number, module in enumerate(self._keyed[place]):
+                module.step, module.first_row, module.run_seed = key.step, key.first_rows[micro_batch], key.seed
+                # Beyond all numbers that are given by hand.
+                module.place = _FIRST_PLACE + self.part[place] * _MOST_OF_LAYER + number
         drops = any(map(_drops, self._droppers[place]))
         if key is None or not layer.training or not (drops or self._draws[place] is not False):
             return layer(x)
