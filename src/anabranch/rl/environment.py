@@ -11,7 +11,7 @@ ended episode anew in the same step, and that can say where they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -78,7 +78,13 @@ class World(Protocol):
 
 
 class Environment(Part, family="environment"):
-    """Interface: makes worlds of one kind. What its config says is saved with the run."""
+    """Interface: makes worlds of one kind. What its config says is saved with the run.
+
+    Attributes:
+        is_for_training: whether one may learn there; others judge only.
+    """
+
+    is_for_training: ClassVar[bool] = True
 
     @configclass
     class Config(BaseConfig):

@@ -209,7 +209,13 @@ class PPO(Task, kind="ppo"):
     # From what
 
     def training_data(self, context: TaskContext) -> Rollouts:
-        """See `Rollouts`. Raises ConfigError for a precision in which what acts and what learns are not the same."""
+        """See `Rollouts`.
+
+        Raises ConfigError for a precision in which what acts and what learns are not the same, and an environment that judges only.
+        """
+        if not self.environment.is_for_training:
+            name = type(self.environment).__name__
+            raise ConfigError(f"task.environment is {name}, which judges and is not learned in; train in laneworld")
         if context.settings.precision != "float32":
             raise ConfigError(
                 f"train.precision is {context.settings.precision!r}, and PPO compares how likely an action was and is; "

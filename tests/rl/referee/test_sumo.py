@@ -5,10 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from anabranch.errors import CheckpointError, DataError, MissingExtraError
-from anabranch.rl import LaneWorld, Sumo, judge
+from anabranch.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from anabranch.rl import LaneWorld, Sumo, judge, training
 from anabranch.rl.laneworld import Settings
 from anabranch.rl.laneworld.lane_graph import LIGHT, light_state
+from anabranch.train import Trainer
 
 pytest.importorskip("gymnasium")
 
@@ -26,6 +27,14 @@ def test_without_sumo_it_says_what_to_install(monkeypatch):
 def test_a_policy_sees_as_much_as_in_laneworld():
     """Also without SUMO: what an agent is does not hang on who judges it."""
     assert Sumo.Config(world=SMALL).build().layout == LaneWorld.Config(world=SMALL).build().layout
+
+
+def test_nobody_learns_there(tmp_path):
+    """Said at once, also without SUMO."""
+    made = training("laneworld", samples=64)
+    made = made.replace(task=made.task.replace(environment=Sumo.Config(world=SMALL)))
+    with pytest.raises(ConfigError, match=r"task\.environment is Sumo, which judges and is not learned in"):
+        Trainer(made, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +149,6 @@ def test_an_end_of_sumo_is_told():
 @pytest.mark.slow
 def test_a_policy_is_judged(world):
     """An untrained one, as ``anabranch rl eval --referee sumo`` does it."""
-    from anabranch.rl import training
-
     task = training("laneworld", samples=64).task.build()
     referee = Sumo.Config(world=SMALL, warm_up_s=5.0, side=3).build()
     found = judge(task.network(), referee, episodes=3, beside=2)

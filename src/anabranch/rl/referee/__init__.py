@@ -48,6 +48,8 @@ class Sumo(Environment, kind="sumo"):
         warm_up_s: float = Field(default=30.0, ge=0, le=600)
 
     config: Config
+    # The place of SUMO's cars is not kept, so a run could not go on.
+    is_for_training = False
 
     def make(self, num: int, *, seed: int, first: int = 0) -> World:
         """See `Environment`: each of ``num`` is a process of SUMO, so let there be few.
