@@ -2,7 +2,7 @@
 
     run = training("cartpole", samples=100_000)                   # a `TaskRunConfig` with a tuned config
     result = Trainer(run, "runs/cartpole").fit()
-    print(result.headline)                                        # mean return of 100 episodes
+    print(result.headline)                                        # mean return of 20 episodes
 
     ratio = pi(a | s) / pi_old(a | s)
     L = -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + c_v mean max((V - R)^2, (V_clipped - R)^2) / 2 - c_e mean H
