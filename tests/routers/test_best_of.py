@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from anabranch.errors import BackendError, ConfigError, DataError, InputError, LimitError
 from anabranch.jail import jail
 from anabranch.routers import Answered, Done, Outcome, ProgramRequest, Query, Step, strategies
+from anabranch.routers.contract.ask import Spent
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.made_outcomes import made_outcomes
 from anabranch.routers.money import Price, dollars
@@ -116,6 +117,8 @@ def test_what_a_sample_is_held_to_gain_is_no_money():
             for more in ({}, {"max_usd": cap})
         ]
         assert [step["samples"] for step in found] == [6, 6]
+        # None was begun for which there was no room.
+        assert [step["failed"] for step in found] == [0, 0]
         assert [step["reason"] for step in found] == ["saturated", "saturated"]
 
 
@@ -132,6 +135,30 @@ def test_a_cap_without_room_for_one_sample_says_so():
     assert ask.asked == []
     # A nearer end of answers makes room.
     assert run(ask, max_usd=0.001, max_tokens=200)[0]["samples"] >= 1
+
+
+def test_what_failed_is_money_too():
+    """Calls that failed and cost something leave less, and nothing is begun in vain."""
+
+    class Failing(Scripted):
+        failed = 0
+
+        @property
+        def spent(self):
+            return Spent(cost=0.003 * self.failed)
+
+        async def __call__(self, arm, messages, **how):
+            if arm.model == "small" and len(self.asked) % 2:
+                self.failed += 1
+                self.asked.append((arm.model, messages, how))
+                raise BackendError("down")
+            return await super().__call__(arm, messages, **how)
+
+    ask = Failing(*answers_of(0.0))
+    # A sample may cost some 0.0022 at most, and each second one fails for 0.003: two of those leave less than that.
+    step, _, _ = run(ask, batch=2, decides="posterior", max_usd=0.0075, max_tokens=1000, value_usd=10.0)
+    assert (step["reason"], step["failed"], ask.failed, len(ask.asked)) == ("budget", 2, 2, 4)
+    assert step["cost_usd"] == pytest.approx(0.006)
 
 
 @given(

@@ -109,7 +109,7 @@ def test_examples_of_a_question():
     [
         ("while True: pass", "TimeoutError"),
         ("import time; time.sleep(60)", "TimeoutError"),
-        ("x = 'a' * (1 << 31)", "MemoryError"),
+        ("x = 'a' * (1100 << 20)", "MemoryError"),
         ("import os; os._exit(0)", "ended early"),
         ("import sys; sys.exit(0)", "SystemExit"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
@@ -232,11 +232,31 @@ WRITE = "import os, sys\nf = sys._getframe(1)\nout = f.f_locals.get('out')\n"
         WRITE + "os.write(out, b'x' * 999 + b'\\n'); os._exit(0)",
         WRITE + "os.write(out, b'[' * 99999 + b'\\n'); os._exit(0)",
         WRITE + "while 1: os.write(out, bytes(1 << 16))",
-        "import builtins\nbuiltins.AssertionError = builtins.abs = lambda *a: 0",
+        "import builtins\nbuiltins.abs = lambda x: 2",
+        "__builtins__['abs'] = lambda x: 2",
     ],
 )
 def test_code_that_says_it_passed_has_not(code):
     assert not CodeVerifier(seconds=1.0).run(code, "assert abs(1) == 2").passed
+
+
+@needs_jail
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[]",
+        '[["4\\\\n", null]]',
+        '[["4\\\\n", null], ["", null]]',
+        '"44"',
+        '{"a": 1, "b": 2}',
+        "[[4, 4], [7, 7]]",
+        "[0, 0]",
+    ],
+)
+def test_outputs_that_code_writes_itself_are_held_against_what_is_wanted(said):
+    """All of them, whatever they are; the right ones it could as well have returned."""
+    code = WRITE + f"os.write(out, b'{{\"outputs\": {said}}}\\n'); os._exit(0)"
+    assert not verifier.check_examples("Write f.\n>>> f(2)\n4\n>>> f(3)\n7\n", code).passed
 
 
 CHECK = """
@@ -365,13 +385,21 @@ def test_nothing_outlives_its_run_or_the_process_that_watches():
 
 
 def killed_in_the_middle():
-    wait_for(inside)
-    [outer] = inside()
-    wait_for(lambda: children(outer))
-    [inner] = children(outer)
+    # The walls' own process, the first one behind them, and the Python that runs the code: there for as long as it sleeps.
+    wait_for(lambda: [last for outer in inside() for first in children(outer) for last in children(first)])
+    [last] = [last for outer in inside() for first in children(outer) for last in children(first)]
     [watcher] = [one for one in sandbox.Sandbox.of(module._WORK).workers if one.process and children(one.process.pid)]
     os.kill(watcher.process.pid, signal.SIGKILL)
-    wait_for(lambda: not os.path.exists(f"/proc/{inner}"))
+    wait_for(lambda: has_ended(last))
+
+
+def has_ended(pid):
+    """Also where nobody has asked yet how."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return "State:\tZ" in file.read()
+    except OSError:
+        return True
 
 
 def wait_for(is_so):
