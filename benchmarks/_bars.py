@@ -95,6 +95,7 @@ BARS: dict[str, tuple[Bar, ...]] = {
     ),
     "ring_attention": (Bar(1.54, "link-bound, .*"), Bar(0.91, "crossover, .*"), Bar(3.33, "pass-Q, .*")),
     "rl": (Bar(50, "world"), Bar(1.5, "ppo")),
+    "rl_tokens": (Bar(1.0, "grpo, .*", "TRL.*"),),
     "routed_heads": (Bar(0.91, "all on, .*"), Bar(1.18, "(half|head) off, .*")),
     "routing_decisions": (Bar(1.0, peer="bar of .*"),),
     "scale": (Bar(1.0, peer="bar of .*"),),
@@ -143,6 +144,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "pccl": frozenset(BARS["pccl"]),
     "ring_attention": frozenset(BARS["ring_attention"]),
     "rl": frozenset(BARS["rl"]),
+    "rl_tokens": frozenset(BARS["rl_tokens"]),
     "scale": frozenset(BARS["scale"]),
     "fabric": frozenset(BARS["fabric"]),
     # Whose rows compared processes made ready with a cold start.

@@ -603,3 +603,24 @@ def test_quantised_weights_are_let_go_of_once_they_lie_in_the_packed_memory(name
     gc.collect()
     assert steps.fast is not None
     assert not [one for one in before if one() is not None]
+
+
+# -- weights that are trained in their places
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_have_changed_are_read_again(name, dtype):
+    model = build(name).to(dtype)
+    given, steps = prompts(9, 1, 20), Sequences(model, dtype)
+    before, _ = steps.run(list(enumerate(given)))
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for part in (*model.parameters(), *model.buffers()):
+            if part.is_floating_point():
+                part.add_(0.1 * torch.randn(part.shape, generator=generator).to(dtype))
+    steps.fast.reread()
+    after, _ = steps.run([(f"again {id}", tokens) for id, tokens in enumerate(given)])
+    wanted, _ = Sequences(model, dtype).run(list(enumerate(given)))
+    assert torch.equal(after, wanted)
+    assert not torch.equal(after, before)
