@@ -1,9 +1,9 @@
 """How long does a step of GRPO take, acting and learning, beside TRL's?
 
-grpo, C tokens      one rollout of 128 episodes (16 prompts of 64 tokens, 8 answers to each, C new tokens) and one optimizer step on all of
-                    them: a Llama of 3 layers of 192 over 512 words, float32, no reference policy, the same loss (a mean over tokens, no KL).
-                    Ours plays through the engine of `anabranch serve` in process; TRL's GRPOTrainer with transformers' generate, and with
-                    transformers' continuous batching, whichever is quicker. bar: at most TRL's time
+grpo, C tokens      one rollout of 128 episodes (16 prompts of 64 tokens, 8 answers to each, C new tokens) and one optimizer step on all
+                    of them: a Llama of 3 layers of 192 over 512 words, float32, no reference policy, the same loss (a mean over tokens,
+                    no KL). Ours plays through the engine of `anabranch serve` in process; TRL's GRPOTrainer with transformers' generate,
+                    and with transformers' continuous batching, whichever is quicker. bar: at most TRL's time
 
 Answers are as long as they may be on both sides, since nothing ends one: equally many tokens are drawn, scored and learned from. What is
 rewarded is the share of even tokens. Neither making trainers nor loading is in the time.
