@@ -70,9 +70,13 @@ def test_a_cost_that_makes_no_sense_is_not_believed(cost):
         ({"prompt_tokens": 10120, "completion_tokens": 1499, "total_tokens": 14428, "thoughts": 2809}, 4308),
         ({"prompt_tokens": 20, "completion_tokens": 500, "total_tokens": 520, "thoughts": 200}, 500),
         ({"prompt_tokens": 21, "completion_tokens": 0, "total_tokens": 81, "thoughts": 60}, 60),
-        # What else is in the sum nobody knows; without one the form is OpenAI's.
-        ({"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 99, "thoughts": 0}, 5),
-        ({"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 99, "thoughts": 7}, 12),
+        # Of a converter before Gemini: in the sum alone.
+        ({"prompt_tokens": 20, "completion_tokens": 198, "total_tokens": 623, "thoughts": 405}, 603),
+        ({"prompt_tokens": 20, "completion_tokens": 198, "total_tokens": 623, "thoughts": 0}, 603),
+        ({"prompt_tokens": 20, "completion_tokens": 198, "total_tokens": 623, "thoughts": 7}, 603),
+        ({"prompt_tokens": 20, "completion_tokens": 0, "total_tokens": 623, "thoughts": 0}, 603),
+        ({"prompt_tokens": 20, "completion_tokens": 1, "total_tokens": 623, "thoughts": 0}, 603),
+        # Without one the form is OpenAI's.
         ({"prompt_tokens": 20, "completion_tokens": 5, "thoughts": 7}, 5),
         ({"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 1, "thoughts": 7}, 5),
     ],

@@ -247,9 +247,13 @@ def plain(speed=100.0, seconds=3.0, **fields):
 
 
 def unseen(shape, after_s):
-    """Seconds since something of its answer came, at the moment before the last: what came then may have been held back."""
+    """Seconds since something of its answer came, at the moment before the last: what came then may have been held back.
+
+    And as many as it took until the first text: each may come as late.
+    """
     came = [when for when, data in shape.events() if when <= after_s and b'content": "' in data]
-    return after_s - max((when for when in came if when < came[-1] - MOMENT_S - 1e-6), default=0.0)
+    before = max((when for when in came if when < came[-1] - MOMENT_S - 1e-6), default=0.0)
+    return after_s - before + (came[0] if came else 0.0)
 
 
 THINKS = Shape((("wait", 0.2), ("think", 9.0)))
@@ -367,7 +371,7 @@ def test_whole_streams_that_are_faster_than_is_declared_are_told_of():
         assert world.live.state(world.now_s)["output_speed_exceeded"] == 0.0
     world.asked = {"prediction": {"content": "w" * 9999}}
     world.whole(plain(900.0))
-    assert world.live.speed.exceeded == 0.0
+    assert world.live.speed.exceeded(world.now_s) == 0.0
     world.asked = {}
     world.whole(plain(200.0, seconds=9.7))
     assert world.live.state(world.now_s)["output_speed_exceeded"] == pytest.approx(194, abs=1)

@@ -77,7 +77,7 @@ def test_it_is_known_no_later_than_what_was_read_without_a_wait_behind_it(steps)
         one.waited(seconds)
         before = one.known_at
         texts, told, is_new = texts + (grown == "text"), told + (grown == "told"), is_new or grown != ""
-        one.took(size, texts, texts, told or None)
+        one.took(size, texts, texts, (told, False))
         waited = 0.0 if size > AHEAD_BYTES else waited + seconds
         if size > AHEAD_BYTES:
             behind_since = before if behind_since is None else behind_since
@@ -90,9 +90,9 @@ def test_it_is_known_no_later_than_what_was_read_without_a_wait_behind_it(steps)
 
 def test_what_comes_beside_the_answer_tells_nothing_of_what_was_made():
     clock, one = lag()
-    one.took(10, 1, 1, (0, False))
     for at, texts, told, known_at in (
-        (11.0, 1, (0, False), 10.0),
+        (10.5, 0, (0, False), 10.0),
+        (11.0, 0, (0, False), 10.0),
         (12.0, 2, (0, False), 12.0),
         (13.0, 2, (9, False), 13.0),
         (14.0, 2, (9, False), 13.0),
@@ -101,3 +101,25 @@ def test_what_comes_beside_the_answer_tells_nothing_of_what_was_made():
         clock.now = at
         one.took(10, texts, texts, told)
         assert (one.known_at, one.texts) == (known_at, texts)
+    assert (one.first_at, one.ended_at) == (12.0, 15.0)
+
+
+def test_what_came_last_may_be_as_late_as_the_first_text_and_held_back_beside_that():
+    clock, one = lag()
+    clock.now = 11.0
+    # So many tokens are told, and none is there.
+    one.took(10, 0, 0, (1, False))
+    assert one.held_s == 2.0
+    for at, held_s in ((14.0, 3.0 + 4.0), (14.5, 0.5 + 4.0), (16.5, 2.0 + 4.0)):
+        clock.now = at
+        one.took(10, int(at * 10), 5, (1, False))
+        assert one.held_s == held_s
+
+
+def test_the_end_is_read_when_it_is_there_though_more_may_lie_behind_it():
+    clock, one = lag()
+    clock.now = 20.0
+    one.took(AHEAD_BYTES + 1, 7, 7, (0, True))
+    clock.now = 30.0
+    one.took(1, 7, 7, (9, True))
+    assert (one.known_at, one.first_at, one.ended_at) == (10.0, 20.0, 20.0)

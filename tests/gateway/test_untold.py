@@ -7,11 +7,19 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LostConfig, ModelConfig, StrategyConfig
+from anabranch.gateway.config import (
+    DeploymentConfig,
+    GatewayConfig,
+    LostConfig,
+    ModelConfig,
+    RetryConfig,
+    StrategyConfig,
+)
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerRow, batch, open_store
 from anabranch.routers.money import MOST_NANO, Price
+from anabranch.web.api_error import ApiError
 
 # 1,000 and 2,000 nano-dollars a token.
 PRICE = Price.of_dollars(1, 2)
@@ -59,14 +67,15 @@ def stream(*parts):
 
 
 @asynccontextmanager
-async def serving(tmp_path, handler, price=PRICE, most=100, thinks=False, **fields):
+async def serving(tmp_path, handler, price=PRICE, most=100, thinks=False, stops=None, first_s=None, **fields):
     app = web.Application()
     app.router.add_post("/v1/{tail:.*}", handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    deployments = (DeploymentConfig(provider=OpenAI.Config(model="m", base_url=url, key_env=None)),)
+    provider = OpenAI.Config(model="m", base_url=url, key_env=None)
+    deployments = (DeploymentConfig(provider=provider, stops_when_closed=stops, first_token_timeout_s=first_s),)
     made = GatewayConfig(
         models=(ModelConfig(name="m", price=price, max_tokens=most, thinks=thinks, deployments=deployments),), require_key=False,
         strategies={"cheapest": StrategyConfig(use="cheapest")}, store=str(tmp_path / "g.db"), **fields,
@@ -274,3 +283,62 @@ def test_what_was_spent_stays_a_number_that_a_database_holds(tmp_path, monkeypat
     [budget], rows = asyncio.run(main())
     assert (budget.spent_nano, budget.reserved_nano) == (MOST_NANO + 5, 0)
     assert [row.cost_nano for row in rows] == [MOST_NANO] * 2
+
+
+# Providers that make a stream to its end, whoever closes the connection
+
+
+def seen(one):
+    return bool(one["choices"]) and bool(one["choices"][0]["delta"]["content"])
+
+
+GOES_ON = (chunk("word "), 0.2, *[chunk("word ")] * 9, chunk("", "stop"))
+
+
+@pytest.mark.parametrize(
+    ("stops", "read_on", "tokens"),
+    [(False, 9, 50), (True, 9, None), (False, 0, 4_000)],
+    ids=["read on", "closed", "no room"],
+)
+def test_a_stream_that_is_left_is_read_on_where_its_provider_does_not_stop(tmp_path, stops, read_on, tokens):
+    """3,000 were billed, 1,091 charged (S2 of R20c)."""
+    handler = stream(*GOES_ON, {"choices": [], "usage": FULL}, b"data: [DONE]\n\n")
+    row = charged(
+        tmp_path, handler, seen, most=4_000, stops=stops, lost=LostConfig(read_on=read_on, margin_s=0.1)
+    )  # fmt: skip
+    assert row.status == "cancelled"
+    if tokens is None:
+        assert row.is_estimated
+        assert row.completion_tokens < 4_000
+    else:
+        assert (row.completion_tokens, row.is_estimated) == (tokens, read_on == 0)
+
+
+def test_one_that_does_not_tell_even_then_is_charged_its_text(tmp_path):
+    row = charged(tmp_path, stream(*GOES_ON, b"data: [DONE]\n\n"), seen, most=4_000, stops=False)
+    assert (row.completion_tokens, row.is_estimated) == (50 + 1 + 8, True)
+
+
+def test_and_one_that_breaks_then_the_most(tmp_path):
+    row = charged(tmp_path, stream(*GOES_ON[:-1]), seen, most=4_000, stops=False)
+    assert (row.completion_tokens, row.is_estimated) == (4_000, True)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_one_that_brought_no_token_in_time_is_read_on_too(tmp_path, stops):
+    handler = stream(
+        {"choices": [{"index": 0, "delta": {"role": "assistant"}}]}, 0.5, *GOES_ON, {"choices": [], "usage": FULL}
+    )
+
+    async def main():
+        async with serving(
+            tmp_path, handler, most=4_000, stops=stops, first_s=0.2, retries=RetryConfig(attempts=1)
+        ) as gateway:
+            with pytest.raises(ApiError):
+                await gateway.achat(ask(stream=True))
+            await asyncio.wait_for(gateway.settled(), 10)
+            [row] = await gateway.store.ledger()
+            return row
+
+    row = asyncio.run(main())
+    assert (row.completion_tokens == 50) is not stops

@@ -44,7 +44,7 @@ class Reply:
         pass
 
 
-def opened(rate, *parts, asked=None, model="gpt-4o", thinks=None):
+def opened(rate, *parts, asked=None, model="gpt-4o", thinks=None, stops=True):
     """A stream whose first token came at 1 s, the clock, and what it is charged in the end."""
     clock, charged = SimpleNamespace(now=1.0), []
     ends = SimpleNamespace(lost=lambda live, attempt, failure, usage: charged.append(usage))
@@ -58,6 +58,7 @@ def opened(rate, *parts, asked=None, model="gpt-4o", thinks=None):
         provider=SimpleNamespace(translator=lambda request: None, config=SimpleNamespace(model=model)),
         bill=lambda usage, most: 0,
         name="m",
+        stops_when_closed=stops,
     )
     attempt = SimpleNamespace(start_s=0.0, first_token_s=1.0, most=MOST, seen=0, is_late=False)
     request = SimpleNamespace(wants_usage=False, body=asked or {}, prompt_tokens=7, endpoint="chat")
@@ -136,8 +137,8 @@ def test_what_came_at_one_moment_may_have_been_held_back_since_the_one_before():
         stream.taken(chunks(10))
     clock.now += 1.0
     stream.drop()
-    # Two seconds, and what came within a tenth of one behind them.
-    assert charged == [Usage(7, 120 + 1 + 208 + speed(1 + MARGIN_S, 100.0), 0, True)]
+    # Two seconds, and what came within a tenth of one behind them; and two until the first text: that is all the time.
+    assert charged == [Usage(7, 408 + speed(1 + MARGIN_S, 100.0), 0, True)]
 
 
 def thought(text="so, let me see"):
@@ -169,14 +170,15 @@ def test_thoughts_of_which_a_summary_is_shown_are_charged_by_all_the_time():
 def test_what_may_think_unseen_is_charged_by_all_the_time(asked, model, thinks, by_all):
     stream, clock, charged = opened(100.0, asked=asked, model=model, thinks=thinks)
     waited(stream, clock, 1.0)
-    stream.taken(chunks(9))
-    clock.now += 0.125
-    stream.taken(chunks(1))
+    for seconds in (0.0, 4.0, 0.125):
+        clock.now += seconds
+        stream.taken(chunks(5))
     clock.now += 2.0
     stream.drop()
     answers = asked.get("n", 1)
-    # Of the two seconds before its text grew; or of the eighth of one for which what came last may have been held back.
-    seen = math.ceil(212.5 * answers) if by_all else 31 + 13
+    # Of all seconds before its text grew; or of the eighth of one for which what came last may have been held back, and the two that its
+    # first text took.
+    seen = math.ceil(612.5 * answers) if by_all else 46 + 213
     assert charged == [Usage(7, seen + answers * speed(2 + MARGIN_S, 100.0), 0, True)]
 
 
@@ -227,3 +229,57 @@ def test_a_reader_who_waits_for_what_comes_has_caught_up():
         return found
 
     assert asyncio.run(main()) == [began, began, 1.0 + 10 + 3 * half]
+
+
+def made_for(tool):
+    """A delta of an argument for a tool, in a message's own form."""
+    return {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": tool}}
+
+
+def test_what_an_event_and_its_chunk_say_is_counted_once():
+    """Both were, so that a stream cost twice what it showed (F4 of R20c); what the event says alone was not."""
+    stream, _, _ = opened(10.0)
+    chunk = json.loads(chunks(1)[6:])
+    text = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "abc"}}
+    events = [[{**chunk, "anthropic": text}]] * 4 + [[{"choices": [], "anthropic": made_for("select\u5b57")}]] * 2
+    stream.translator = SimpleNamespace(feed=lambda data: events.pop(0), is_done=False, told=None)
+    stream.taken(b"data: {}\n\n" * 4)
+    assert (stream.tally.texts, stream.tally.text_bytes) == (4, 12)
+    stream.taken(b"data: {}\n\n" * 2)
+    assert (stream.tally.texts, stream.tally.text_bytes) == (6, 12 + 2 * 9)
+
+
+@pytest.mark.parametrize("empty", [b'""', b'  ""', b"null"])
+def test_an_empty_reason_is_no_end(empty):
+    """SGLang and Ollama said one with each chunk: what was left was charged as whole, and what broke off was taken for it (S1 of R20c)."""
+    stream, clock, charged = opened(10.0)
+    for _ in range(3):
+        clock.now += 1.0
+        stream.taken(chunks(1).replace(b'"finish_reason": null', b'"finish_reason":' + empty))
+    assert not stream.has_finished
+    clock.now += 2.0
+    stream.drop()
+    assert charged[0].completion >= 10 + speed(2 + MARGIN_S)
+    stream.taken(END)
+    assert stream.has_finished
+
+
+def test_one_that_is_made_to_its_end_whoever_leaves_is_charged_the_most():
+    """S2 of R20c: providers that do not stop where the connection is closed."""
+    for stops in (True, False):
+        stream, clock, charged = opened(10.0, stops=stops)
+        waited(stream, clock, 1.0)
+        stream.taken(chunks(10))
+        stream.drop()
+        assert (charged[0].completion == MOST.completion) is not stops
+
+
+def test_a_whole_stream_that_did_not_tell_is_charged_until_its_end_was_read():
+    """What came last by more than is found at once was charged until what was before it (S3 of R20c)."""
+    stream, clock, _ = opened(100.0, model="prod")
+    waited(stream, clock, 1.0)
+    stream.taken(chunks(1))
+    waited(stream, clock, 9.0)
+    stream.taken(large(300) + END)
+    clock.now += 50.0
+    assert stream.made.untold(MOST, None).completion == 1100 + FEW

@@ -80,6 +80,7 @@ def _deployment(model: ModelConfig, at: int, deadline_s: float, lost: LostConfig
         max_in_flight=one.max_in_flight,
         output_speed=one.output_speed or model.output_speed or lost.output_speed,
         thinks=model.thinks if one.thinks is None else one.thinks,
+        stops_when_closed=one.stops_when_closed,
         price=price or Price(),
         is_priced=price is not None,
     )

@@ -172,7 +172,7 @@ class Metrics:
         self.breaker = Gauge("anabranch_breaker_open", "1 where a breaker is open", ["deployment"], registry=registry)
         self.exceeded = Gauge(
             "anabranch_output_speed_exceeded",
-            "Tokens a second of one answer, of the fastest whole stream that was faster than output_speed; 0 for none",
+            "Tokens a second of one answer, of the fastest whole stream of the last hour that was faster than output_speed; 0 for none",
             ["deployment"],
             registry=registry,
         )
@@ -244,11 +244,13 @@ class Metrics:
                 opened = self.now().opened
                 opened[name] = opened.get(name, 0) + 1
         self._open = {name for name, state in is_open.items() if state}
+        self._forget(self.breaker, is_open)
 
     def speeds(self, exceeded: Mapping[str, float]) -> None:
         """Note whose whole streams were faster than is declared."""
         for name, speed in exceeded.items():
             self._child(self.exceeded, name).set(speed)
+        self._forget(self.exceeded, exceeded)
 
     def of(self, strategy: str) -> "StrategyMetrics":
         """Where a strategy puts its own numbers."""
@@ -264,6 +266,12 @@ class Metrics:
     def text(self) -> bytes:
         """For Prometheus."""
         return generate_latest(self.registry)
+
+    def _forget(self, metric: Any, deployments: Mapping[str, Any]) -> None:
+        """Say nothing more of deployments that are no more."""
+        for key in [one for one in self._children if one[0] is metric and one[1] not in deployments]:
+            del self._children[key]
+            metric.remove(*key[1:])
 
     def _child(self, metric: Any, *labels: str) -> Any:
         """A metric with its labels set. prometheus_client's own look-up takes a lock and some microseconds."""

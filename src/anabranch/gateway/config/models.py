@@ -30,6 +30,8 @@ class DeploymentConfig(Config):
         output_speed: tokens a second of one answer, at most, of its fastest tier, thoughts among them. What was not seen of a stream that
             is left is charged by it; None takes the model's, and where that is None too, ``lost.output_speed``.
         thinks: its model may think what it does not show, unasked; false: it never does; None takes the model's.
+        stops_when_closed: its provider stops making a stream, and billing it, once the connection is closed; where it does not, a stream
+            that is left is read on to its end, or charged its worst case. None takes what is known of the kind and the address.
         price: if it is not the model's.
     """
 
@@ -44,6 +46,7 @@ class DeploymentConfig(Config):
     max_in_flight: int | None = Field(default=None, ge=1)
     output_speed: float | None = Field(default=None, gt=0, le=MOST_SPEED)
     thinks: bool | None = None
+    stops_when_closed: bool | None = None
     price: Price | None = None
 
 

@@ -198,7 +198,7 @@ class AttemptEnds:
             return Usage(self.tokens, 0, 0, True)
         # We ended it, or the upstream says that it did.
         has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
-        if attempt.is_whole or not has_ended or asks_media(self._body):
+        if attempt.is_whole or not has_ended or not stops(live, failure) or asks_media(self._body):
             return broken_off(most, attempt.told, 0, None)
         unseen = live.speed.at_most((attempt.total_s or 0.0) + self.rules.margin_s, self._answers)
         return broken_off(most, attempt.told, 0, unseen + FEW * self._answers)
@@ -222,6 +222,11 @@ class AttemptEnds:
         limit_s = min(own.first_token_timeout_s, own.timeout_s) if self._streams else own.timeout_s
         began_s = attempt.total_s if attempt.total_s is not None and attempt.first_token_s is None else 0.0
         return began_s >= 0.5 * limit_s
+
+
+def stops(live: Live, failure: Failure | None) -> bool:
+    """Whether a stream that ended so, or was cancelled where there is no ``failure``, is made no further: its upstream ended it."""
+    return live.stops_when_closed or (failure is not None and failure.status is not None)
 
 
 async def _result(made: "asyncio.Future[Usage]") -> Usage:

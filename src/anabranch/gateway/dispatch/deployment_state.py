@@ -102,6 +102,12 @@ class Live:
         return bill(self.price, usage, asked, writes=writes)
 
     @property
+    def stops_when_closed(self) -> bool:
+        """It stops making a stream, and billing it, once the connection is closed."""
+        said = self.deployment.stops_when_closed
+        return self.provider.stops_when_closed if said is None else said
+
+    @property
     def is_shaky(self) -> bool:
         """It failed lately more often than now and then."""
         return self.failing > SHAKY
@@ -310,7 +316,7 @@ class Live:
             "load": self.load(now),
             "weight": self.deployment.weight,
             "output_speed": self.speed.declared,
-            "output_speed_exceeded": self.speed.exceeded,
+            "output_speed_exceeded": self.speed.exceeded(now),
         }
 
 

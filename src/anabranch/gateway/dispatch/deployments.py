@@ -31,6 +31,7 @@ class Deployment:
         is_priced: what it costs is known; otherwise its price says nothing.
         output_speed: tokens a second of one answer, at most.
         thinks: it may think what it does not show; None if its name and the request are to tell, see `may_think`.
+        stops_when_closed: it stops making a stream once the connection is closed; None if its provider is to tell.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Deployment:
     is_priced: bool = True
     output_speed: float = 500.0
     thinks: bool | None = None
+    stops_when_closed: bool | None = None
 
     @property
     def is_limited(self) -> bool:

@@ -31,6 +31,8 @@ _PLAIN = re.compile(
 )
 # Where servers take what they pass on to a model.
 _WITHIN = ("chat_template_kwargs", "extra_body", "output_config", "generationConfig")
+# Types of tools that whoever asks runs: what a model says to them comes as it is made. All others run at the provider, or nobody knows.
+_SENDERS_OWN = ("function", "custom")
 # Said by who wants none.
 _OFF = ("none", "disabled", "off", "false")
 
@@ -65,7 +67,16 @@ def may_hide(live: "Live", body: Json, most: Usage, answers: int) -> bool:
     """
     config = live.provider.config
     model, is_openais = str(getattr(config, "model", None) or ""), getattr(config, "reasons", None)
-    return answers > 1 or most.pages > 0 or may_think(body, model, live.deployment.thinks, is_openais)
+    if answers > 1 or most.pages > 0 or has_tools_of_provider(body):
+        return True
+    return may_think(body, model, live.deployment.thinks, is_openais)
+
+
+def has_tools_of_provider(body: Json) -> bool:
+    """Whether a request offers tools that may run at the provider: what the model says to them, and is told, may not be shown."""
+    tools = body.get("tools")
+    given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
+    return bool(body.get("mcp_servers")) or any(str(one.get("type") or "function") not in _SENDERS_OWN for one in given)
 
 
 def asks_media(body: Json) -> bool:

@@ -156,6 +156,7 @@ class Stream:
         limit_s = min(live.deployment.first_token_timeout_s, live.deployment.timeout_s)
         call = await self._run.built(live, request, attempt)
         reply: Reply | None = None
+        opened: Opened | None = None
         try:
             async with asyncio.timeout(max(min(limit_s, self._run.left_s), 0.0)):
                 call.is_sent = True
@@ -171,8 +172,11 @@ class Stream:
                 else:
                     await opened.until_content()
         except TimeoutError:
-            _close(reply)
+            _leave(opened, reply)
             raise self._run.timed_out(live, limit_s, "first_token") from None
+        except asyncio.CancelledError:
+            _leave(opened, reply)
+            raise
         except BaseException:
             _close(reply)
             raise
@@ -347,6 +351,13 @@ def _whole(chunks: Iterable[Json], request: UpstreamRequest, usage: Usage) -> An
     answer = Answer(body, None, usage)
     answer.is_cut = not is_whole
     return answer
+
+
+def _leave(opened: Opened | None, reply: Reply | None) -> None:
+    """Nobody waits for its first token any more: close it, unless it is billed to its end all the same, and is read on for that."""
+    is_made_on = opened is not None and not opened.live.stops_when_closed and not opened.attempt.is_whole
+    if opened is None or not is_made_on or not opened.read_on():
+        _close(reply)
 
 
 def _close(reply: Reply | None) -> None:

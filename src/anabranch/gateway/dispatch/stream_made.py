@@ -4,8 +4,8 @@ What came is charged by its text; what did not come, by the time in which it can
 deployment (`OutputSpeed`), of every answer that is made at the same time. No other stream has a part in it, and how fast a stream itself
 showed what came has none either: it may come by the burst.
 
-    a model that shows what it makes    what came, and what can have been made since its answer last grew, until it is noticed; and since it
-                                        grew at the moment before, as what came may have been held back, and more behind it
+    a model that shows what it makes    what came, and what can have been made since its answer last grew, until it is noticed; and for as
+                                        long as what came may have been held back, with more behind it (`Lag.held_s`)
     one that may think unseen           not less than what can have been made since the request was sent, until it is noticed: before the
                                         first text and between two of them it may have thought, of which a summary may be shown
     sound and pictures                  the most: neither a text nor a time says how many tokens they are
@@ -65,26 +65,30 @@ class Made:
         if self._tally.has_media or self._request.body.get("prediction"):
             # What was predicted and not taken is told, and was not made.
             return
-        seconds, margin_s = self._run.dispatcher.now() - self._sent_at, self._run.rules.margin_s
-        self._live.speed.told(told.completion, seconds, self._answers, margin_s)
+        now, margin_s = self._run.dispatcher.now(), self._run.rules.margin_s
+        self._live.speed.told(told.completion, now - self._sent_at, self._answers, margin_s, now)
 
     def left(self, most: Usage, told: Usage | None) -> Usage:
         """The most that may be billed of it, if it is left now."""
         lag = self.lag
         silent_s = self._run.dispatcher.now() - lag.known_at + self._run.rules.margin_s
-        return self._at_most(most, told, lag.known_at - lag.before_at, silent_s)
+        return self._at_most(most, told, lag.known_at, lag.held_s, silent_s)
 
     def untold(self, most: Usage, told: Usage | None) -> Usage:
         """Likewise of an answer that is whole, and did not say what it comes to."""
-        return self._at_most(most, told, 0.0, 0.0)
+        ended_at = self._run.dispatcher.now() if self.lag.ended_at is None else self.lag.ended_at
+        return self._at_most(most, told, ended_at, 0.0, 0.0)
 
-    def _at_most(self, most: Usage, told: Usage | None, held_s: float, silent_s: float) -> Usage:
-        """What came last may have been held back for ``held_s`` seconds; ``silent_s`` seconds were not seen since."""
+    def _at_most(self, most: Usage, told: Usage | None, until: float, held_s: float, silent_s: float) -> Usage:
+        """What can have been made ``until`` its answer last grew, and since.
+
+        What came last may have been held back for ``held_s`` seconds; ``silent_s`` seconds were not seen since.
+        """
         if self._tally.has_media or asks_media(self._request.body):
             return broken_off(most, told, 0, None)
         speed, seen = self._live.speed, self._tally.at_most(self._run.rules.bytes_per_token) * self._unshown
-        # All that can have been made until its answer last grew, whatever was shown of it.
-        made = speed.at_most(self.lag.known_at - self._sent_at, self._answers)
+        # All that can have been made until then, whatever was shown of it.
+        made = speed.at_most(until - self._sent_at, self._answers)
         if not (self._tally.has_thought or may_hide(self._live, self._request.body, most, self._answers)):
             made = min(made, seen + speed.at_most(held_s, self._answers))
         return broken_off(most, told, max(seen, made), speed.at_most(silent_s, self._answers) + FEW * self._answers)

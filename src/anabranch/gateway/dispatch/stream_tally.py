@@ -2,6 +2,9 @@
 
 Some upstreams speak of usage with every chunk: zeros, or what it was so far. It is what the answer comes to if it was said with its end or
 behind it, or if no text came after it.
+
+An event in a form of its own (a message's, a response's) comes with a chunk that says the same, or some of it: arguments for a tool that
+runs at the provider are in the event alone. The larger of both counts.
 """
 
 import re
@@ -11,13 +14,13 @@ from anabranch.gateway.dispatch.billed import tokens_of
 from anabranch.gateway.providers.provider import Json, Usage
 from anabranch.gateway.providers.usage import is_untold
 
-_FIELD = (
-    rb'"(content|reasoning_content|reasoning|thinking|summary|text|arguments|input|refusal|name|transcript)"\s*:\s*"'
-)
+_FIELD = rb'"(content|reasoning_content|reasoning|thinking|summary|text|arguments|partial_json|input|refusal|name|transcript)"\s*:\s*"'
 _TEXT = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)"')
 # Of an event that has not come to its end.
 _BEGUN = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)')
 _THOUGHTS = frozenset({b"reasoning_content", b"reasoning", b"thinking", b"summary"})
+# Of a delta of a message; that of a response is the text itself.
+_ADDED = ("text", "thinking", "partial_json")
 # Looked for before all else is: what they name is seldom there. In a text a backslash is before their last quote.
 _RARE = (b'"reasoning_details"', b'"thinking_blocks"', b'"audio"', b'"images"', b'"video"', b'"image_url"')
 # Thoughts that may be sealed, and what is no text; said with nothing in it by some with every chunk.
@@ -30,8 +33,6 @@ class Tally:
 
     Attributes:
         usage: as the upstream said last; None until it names a prompt.
-        texts: pieces of text that came.
-        text_bytes: of them, at most.
         has_thought: thoughts came, or a summary of them, or sealed ones: how many tokens they were is not to be seen.
         has_media: sound or a picture came, likewise.
 
@@ -43,13 +44,23 @@ class Tally:
 
     def __init__(self, prompt_tokens: int, num_choices: int, echoes: bool = False) -> None:
         self.usage: Usage | None = None
-        self.texts = self.text_bytes = 0
+        self._texts = self._text_bytes = self._native_texts = self._native_bytes = 0
         self.has_thought = self.has_media = False
         self._prompt_tokens, self._num_choices, self._echoes = prompt_tokens, num_choices, echoes
         # When the usage was said: how many texts were before it, whether the answer was at its end, and nothing else was said with it.
         self._texts_told, self._at_end, self._is_alone = -1, False, False
         # Completion tokens of a usage without a prompt.
         self._least = 0
+
+    @property
+    def texts(self) -> int:
+        """Pieces of text that came."""
+        return max(self._texts, self._native_texts)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of them, at most."""
+        return max(self._text_bytes, self._native_bytes)
 
     def hear(self, chunk: Json, has_finished: bool) -> Usage | None:
         """Take note of the usage that a chunk speaks of, and return it; its own texts are counted after that."""
@@ -76,18 +87,33 @@ class Tally:
     def count(self, block: bytes) -> None:
         """Take note of the texts in whole events."""
         for field, text in _TEXT.findall(block):
-            self.texts += 1
-            self.text_bytes += _num_bytes(text)
+            self._texts += 1
+            self._text_bytes += _num_bytes(text)
             self.has_thought = self.has_thought or field in _THOUGHTS
         self._note(block)
 
     def count_begun(self, rest: bytes) -> None:
         """Take note of what has come of an event that will not come to its end."""
         for field, text in _BEGUN.findall(rest):
-            self.texts += 1
-            self.text_bytes += len(text)
+            self._texts += 1
+            self._text_bytes += len(text)
             self.has_thought = self.has_thought or field in _THOUGHTS
         self._note(rest)
+
+    def count_native(self, value: Json) -> None:
+        """Take note of what an event in a form of its own adds: what has come whole by then, and is said again, does not."""
+        delta = value.get("delta")
+        added = (
+            [delta]
+            if isinstance(delta, str)
+            else [delta.get(name) for name in _ADDED]
+            if isinstance(delta, dict)
+            else []
+        )
+        for text in added:
+            if isinstance(text, str) and text:
+                self._native_texts += 1
+                self._native_bytes += len(text.encode("utf-8", "surrogatepass"))
 
     def _note(self, data: bytes) -> None:
         if any(name in data for name in _RARE):

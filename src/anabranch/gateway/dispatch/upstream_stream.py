@@ -6,9 +6,12 @@ and what they say is counted, for upstreams that send no usage. All else (an err
 
 import asyncio
 import logging
+import math
 import re
 from typing import TYPE_CHECKING
 
+from anabranch.gateway.dispatch.attempt_ends import OURS, stops
+from anabranch.gateway.dispatch.billed import broken_off
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES
@@ -17,6 +20,7 @@ from anabranch.gateway.dispatch.stream_tally import Tally
 from anabranch.gateway.prompt_tokens import num_shown
 from anabranch.gateway.providers.chunks import as_chunks, ended, has_content
 from anabranch.gateway.providers.content_lists import flattened
+from anabranch.gateway.providers.native_events import NATIVE
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
     Answer,
@@ -41,7 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Of content in parts, which is put into OpenAI's form.
 _LIST = re.compile(rb'"content"\s*:\s*\[')
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+# Some servers say an empty one with every chunk (SGLang, Ollama).
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"[^"]')
 
 # How long the usage is waited for that comes behind the end of an answer whose reader has gone: nothing more is made meanwhile.
 USAGE_S = 5.0
@@ -123,25 +128,31 @@ class Opened:
             self.reply.close()
             return
         self._is_settled = True
-        most, is_behind = self.attempt.most, self._look_ahead()
+        most, is_behind, reads_on = self.attempt.most, self._look_ahead(), False
         usage = self.counted()
         self.attempt.seen = usage.completion
         if most is not None and not self._is_told:
             if self.has_finished and not is_behind:
                 # No more is made, but it may not have said yet what it came to.
                 usage = self.made.untold(most, self.told)
-                if failure is None and not self.is_done and self.live.bill(most, most):
-                    self._read_on()
-            else:
+                reads_on = failure is None and not self.is_done and self.read_on(USAGE_S)
+            elif stops(self.live, failure):
                 usage = self.made.left(most, self.told)
-        reads_on = self.attempt.is_late
+            else:
+                usage = broken_off(most, self.told, 0, None)
+                reads_on = (failure is None or failure.kind in OURS) and self.read_on()
         self.run.ends.lost(self.live, self.attempt, failure, usage)
         if not reads_on:
             self.reply.close()
 
-    def _read_on(self) -> None:
-        """Read to the end for the usage, while nobody waits for it; call it before the attempt is `lost`."""
-        attempt = self.attempt
+    def read_on(self, seconds: float = math.inf) -> bool:
+        """Read to the end for the usage, while nobody waits for it, for so long at most; call it before the attempt is `lost`.
+
+        Returns whether it is: not so where there is no room for it, or nothing that it could cost.
+        """
+        attempt, most = self.attempt, self.attempt.most
+        if most is None or not self.live.bill(most, most):
+            return False
 
         async def read() -> None:
             while not self.is_done and not self._is_told:
@@ -154,19 +165,23 @@ class Opened:
             if error is not None:
                 logger.debug("%s ended without its usage: %s", self.live.name, type(error).__name__)
             attempt.is_late = False
-            if self._is_told:
-                usage = self.counted()
-                attempt.is_guess = False
+            usage = self.counted() if self._is_told else None
+            if usage is None and self.has_finished and self.is_done:
+                # It is whole, and never said.
+                usage = self.made.untold(most, self.told)
+            if usage is not None:
+                attempt.is_guess = usage.is_estimated
                 self.run.ends.charge(self.live, attempt, usage, max(0, usage.completion - attempt.seen))
                 attempt.seen = usage.completion
             self.run.dispatcher.linger(self.reply)
             self.run.report.now_known()
 
         attempt.is_late = self.run.dispatcher.late.take(
-            reading, len(self.first) + AHEAD_BYTES, known, USAGE_S, self.run.plan.sender
+            reading, len(self.first) + AHEAD_BYTES, known, seconds, self.run.plan.sender
         )
         if not attempt.is_late:
             reading.cancel()
+        return attempt.is_late
 
     @property
     def told(self) -> Usage | None:
@@ -298,7 +313,7 @@ class Opened:
                 for chunk in self.translator.feed(data):
                     if self._is_passed(chunk):
                         kept.append(event(chunk))
-                        self._count(kept[-1])
+                        self._count_translated(chunk, kept[-1])
                 self.is_done = self.translator.is_done
                 continue
             chunk = read_chunk(data)
@@ -341,6 +356,13 @@ class Opened:
         self.tally.count(block)
         if self._num_choices == 1 and not self.has_finished and _FINISHED.search(block):
             self.has_finished = True
+
+    def _count_translated(self, chunk: Json, block: bytes) -> None:
+        """What its event in a form of its own says, its chunk says too, or some of it: neither is counted beside the other."""
+        native = [chunk[name] for name in NATIVE if isinstance(chunk.get(name), dict)]
+        self._count(event({name: value for name, value in chunk.items() if name not in NATIVE}) if native else block)
+        for one in native:
+            self.tally.count_native(one)
 
     def from_answer(self, answer: Answer) -> None:
         """The upstream gave a whole answer where a stream was asked for: make one of it. Raises UpstreamError if it says nothing."""

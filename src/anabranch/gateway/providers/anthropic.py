@@ -66,6 +66,8 @@ _MISSHAPEN = (KeyError, TypeError, AttributeError, ValueError)
 class Anthropic(Provider, kind="anthropic"):
     """Talks to ``/v1/messages``."""
 
+    stops_when_closed = True
+
     @configclass
     class Config(Provider.Config):
         """Where it is.

@@ -64,6 +64,7 @@ LOADING = Failure(kind="busy", message="the model is being loaded", status=503, 
 class Local(Provider, kind="local"):
     """Runs a model by our engine."""
 
+    stops_when_closed = True
     is_billed = False
     makes_on = False
     is_inside = True

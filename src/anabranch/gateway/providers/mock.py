@@ -22,6 +22,7 @@ from anabranch.gateway.providers.scenes import Behaviour, Scene, check_step
 class Mock(Provider, kind="mock"):
     """An upstream that answers from a script."""
 
+    stops_when_closed = True
     is_billed = False
 
     @configclass

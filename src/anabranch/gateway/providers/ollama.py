@@ -74,6 +74,7 @@ FINISH = {"stop": "stop", "length": "length", "load": "stop", "unload": "stop"}
 class Ollama(Provider, kind="ollama"):
     """Talks to an Ollama server."""
 
+    stops_when_closed = True
     is_billed = False
 
     @configclass

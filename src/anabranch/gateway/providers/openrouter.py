@@ -23,6 +23,9 @@ from anabranch.web.reasoning_details import details_of
 class OpenRouter(OpenAI, kind="openrouter"):
     """Talks to OpenRouter."""
 
+    # Only some of the providers behind it do.
+    stops_when_closed = False
+
     @configclass
     class Config(OpenAI.Config):
         """What is asked of it, where the request does not say it itself.

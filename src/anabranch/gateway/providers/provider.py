@@ -94,6 +94,9 @@ class Provider(Part, family="provider"):
     # It makes an answer to its end, and may bill that, whoever has gone meanwhile.
     makes_on: ClassVar[bool] = True
 
+    # It stops making a stream, and billing it, once the connection is closed. Of one of which nobody says so, that is not known.
+    stops_when_closed: bool = False
+
     # It answers within this process, which holds what that takes.
     is_inside: ClassVar[bool] = False
 

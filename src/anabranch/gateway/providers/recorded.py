@@ -75,7 +75,7 @@ class Record(Provider, kind="record"):
         self.inner: Provider = config.provider.build()
         self.endpoints = self.inner.endpoints  # type: ignore[misc]
         self.makes_on, self.is_inside = self.inner.makes_on, self.inner.is_inside  # type: ignore[misc]
-        self.predicts = self.inner.predicts
+        self.predicts, self.stops_when_closed = self.inner.predicts, self.inner.stops_when_closed
         self._file = _Log(Path(config.path))
 
     def build(self, request: UpstreamRequest) -> HttpCall:

@@ -104,19 +104,17 @@ class Usage:
         """From an answer or a chunk in OpenAI's form; None if its ``usage`` is not there or makes no sense.
 
         Beside OpenAI's fields those of OpenRouter (cache writes, searches, ``cost``), xAI (``cost_in_usd_ticks``) and Perplexity. xAI and
-        some servers before Gemini tell thoughts beside the completion, and in the sum of all: they are part of what is billed.
+        servers before Gemini tell thoughts beside the completion, and some in the sum of all tokens alone: whatever is in the sum and not
+        in the prompt is billed as the answer is.
         """
         usage = body.get("usage") if isinstance(body, dict) else None
         if not isinstance(usage, dict):
             return None
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
-        if not completion and _is_count(prompt):
-            # Some say it in the sum alone.
-            completion = max(_count(usage, "total_tokens") - prompt, 0)
-        asked, made = _table(usage, "prompt_tokens_details"), _table(usage, "completion_tokens_details")
         if _is_count(prompt) and _is_count(completion):
-            beside = _count(usage, "total_tokens") - prompt - completion
-            completion += max(0, min(beside, _count(made, "reasoning_tokens")))
+            # Some say all of it, or the thoughts beside it, in the sum alone.
+            completion = max(_count(usage, "total_tokens") - prompt, completion)
+        asked, made = _table(usage, "prompt_tokens_details"), _table(usage, "completion_tokens_details")
         cached = asked.get("cached_tokens") or 0
         if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
             return None
