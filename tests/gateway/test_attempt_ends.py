@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch import Attempt, Deployment, Dispatcher, DispatchRules, Group, Plan, Report
-from anabranch.gateway.dispatch.attempt_ends import AttemptEnds
+from anabranch.gateway.dispatch.attempt_ends import AttemptEnds, stops
 from anabranch.gateway.dispatch.billed import FEW
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import Answer, Failure, HttpCall, UpstreamRequest, Usage
@@ -129,6 +129,48 @@ def test_a_whole_answer_that_did_not_tell_may_have_been_thought_about_all_its_ti
     said = {**ANSWER, "usage": None}
     assert case.ends.usage_of(case.live, attempt, Answer(said, None, Usage(3, 1, 0, True))).completion == made + FEW
     assert case.ends.usage_of(case.live, attempt, Answer(said, None, Usage(3, 1))).completion == 1
+
+
+def test_of_several_that_were_made_and_did_not_tell_each_is_charged_all_its_time():
+    case = Case(output_speed=2.0, asked={"n": 3})
+    attempt = case.attempt()
+    case.now_s += 5.0
+    said = {**ANSWER, "usage": None}
+    told = case.ends.usage_of(case.live, attempt, Answer(said, None, Usage(3, 1, 0, True)))
+    assert told.completion == 3 * 2 * 5 + FEW
+
+
+@pytest.mark.parametrize(
+    ("failure", "stops", "by_time"),
+    [
+        (failed("first_token"), None, True),
+        (failed("first_token"), False, False),
+        (None, None, True),
+        (None, True, True),
+        (None, False, False),
+    ],
+)
+def test_a_stream_that_was_left_is_charged_the_most_where_its_provider_does_not_stop(failure, stops, by_time):
+    case = Case(stream=True, output_speed=2.0, stops_when_closed=stops)
+    attempt = case.attempt()
+    case.now_s += 3.0
+    case.ends.lost(case.live, attempt, failure)
+    assert attempt.usage.completion == (FEW + 2 * (3 + 1) if by_time else MOST.completion)
+
+
+@pytest.mark.parametrize(
+    ("says", "failure", "ends"),
+    [
+        (True, None, True),
+        (True, failed("cut"), True),
+        (False, None, False),
+        (False, failed("cut"), False),
+        # Its upstream said that it is over.
+        (False, failed("server", 500), True),
+    ],
+)
+def test_which_streams_are_made_no_further(says, failure, ends):
+    assert stops(Case(stops_when_closed=says).live, failure) is ends
 
 
 def test_each_answer_that_is_made_is_charged_the_time():

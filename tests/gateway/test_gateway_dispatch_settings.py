@@ -1,5 +1,7 @@
 """What an operator writes reaches the part that acts on it."""
 
+import pytest
+
 from anabranch.gateway.config import (
     BreakerConfig,
     DeploymentConfig,
@@ -64,6 +66,12 @@ def test_how_answers_are_made_is_told_by_the_deployment_its_model_and_else_by_wh
     [group] = groups_of(config(lost=LostConfig(output_speed=9.0)))
     assert group.deployments[0].output_speed == 9.0
     assert Deployment(name="d", provider=Mock.Config()).output_speed == LostConfig().output_speed
+
+
+@pytest.mark.parametrize("stops", [None, True, False])
+def test_whether_its_provider_stops_is_told_by_the_deployment(stops):
+    [group] = groups_of(config(DeploymentConfig(provider=Mock.Config(), stops_when_closed=stops)))
+    assert group.deployments[0].stops_when_closed is stops
 
 
 def test_times_that_are_written_are_kept():

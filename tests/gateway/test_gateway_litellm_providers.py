@@ -303,3 +303,23 @@ def test_settings_that_have_none_are_said(moved, section, name, value, why):
 def test_with_a_master_key_requests_need_keys(moved):
     done = moved(THREE[0], general_settings={"master_key": "os.environ/MASTER"})
     assert (done.config.require_key, done.config.admin.key) == (True, "env:MASTER")
+
+
+@pytest.mark.parametrize(
+    ("entry", "speed"),
+    [
+        ({"model": "groq/llama-3.1-8b-instant"}, 2000.0),
+        ({"model": "cerebras/gpt-oss-120b"}, 6000.0),
+        ({"model": "openai/x", "api_base": "https://api.groq.com/openai/v1"}, 2000.0),
+        # Somebody's own.
+        ({"model": "groq/x", "api_base": "http://gpu:8000/v1"}, None),
+        ({"model": "openai/gpt-4o"}, None),
+        ({"model": "anthropic/claude-sonnet-4-20250514"}, None),
+    ],
+)
+def test_what_is_faster_than_is_usual_is_declared_so(moved, entry, speed):
+    """Nothing was, and streams of it that were left cost less than their bill (F5 of R20c)."""
+    done = moved(entry)
+    assert not done.left
+    [model] = done.config.models
+    assert model.deployments[0].output_speed == speed

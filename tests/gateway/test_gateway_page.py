@@ -203,6 +203,20 @@ def test_requests_are_counted_by_model_and_in_time():
     assert 'anabranch_breaker_open{deployment="d"} 1.0' in text
 
 
+def test_of_deployments_that_are_no_more_nothing_is_said():
+    """A reload that renamed one left its breaker and its speed as they were (R20c)."""
+    metrics = Metrics(lambda: 100.0)
+    for names in (("old", "kept"), ("kept", "new"), ("kept", "new")):
+        metrics.breakers(dict.fromkeys(names, True))
+        metrics.speeds(dict.fromkeys(names, 700.0))
+    text = metrics.text().decode()
+    for name in ("anabranch_breaker_open", "anabranch_output_speed_exceeded"):
+        assert [line.partition("{")[2] for line in text.splitlines() if line.startswith(f"{name}{{")] == [
+            'deployment="kept"} ' + ("1.0" if "breaker" in name else "700.0"),
+            'deployment="new"} ' + ("1.0" if "breaker" in name else "700.0"),
+        ]
+
+
 def test_calls_of_strategies_are_counted_apart_from_requests():
     metrics = Metrics(lambda: 100.0)
     fields = {"requested": "m", "strategy": "s", "purpose": "judge", "parent_id": "r"}

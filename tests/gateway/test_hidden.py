@@ -52,6 +52,9 @@ def test_what_the_config_says_is_believed():
         ({"reasoning": {"effort": "high"}}, True),
         ({"chat_template_kwargs": {"enable_thinking": True}}, True),
         ({"generationConfig": {"thinkingConfig": {"thinkingBudget": 9}}}, True),
+        ({"extra_body": {"reasoning_effort": "low"}}, True),
+        ({"output_config": {"thinking": "on"}}, True),
+        ({"extra_body": {"temperature": 1}, "output_config": {"effort": "low"}}, False),
         ({"thinking": {"type": "disabled"}, "reasoning_effort": "none", "enable_thinking": False}, False),
         ({"temperature": 1}, False),
     ],
@@ -77,6 +80,31 @@ def test_what_hides_some_of_what_it_makes(config, thinks, answers, most, hides):
     provider = SimpleNamespace(config=SimpleNamespace(**config))
     live = SimpleNamespace(provider=provider, deployment=SimpleNamespace(thinks=thinks))
     assert may_hide(live, {}, most, answers) is hides
+
+
+@pytest.mark.parametrize(
+    ("asked", "hides"),
+    [
+        ({"tools": [{"type": "mcp_toolset", "mcp_server_name": "db"}]}, True),
+        ({"tools": [{"type": "function"}, {"type": "code_execution_20250825"}]}, True),
+        ({"tools": [{"type": "mcp", "server_label": "db"}]}, True),
+        ({"tools": [{"type": 7}]}, True),
+        ({"mcp_servers": [{"type": "url"}]}, True),
+        ({"web_search_options": {}}, True),
+        ({"echo": True}, True),
+        (
+            {"tools": [{"type": "function"}, {"type": "custom"}, {"name": "f", "input_schema": {}}, {"type": None}, 7]},
+            False,
+        ),
+        ({"tools": None, "mcp_servers": [], "web_search_options": None, "echo": False}, False),
+        ({"tools": "x"}, False),
+    ],
+)
+def test_whose_tools_run_elsewhere_hides_what_they_are_told(asked, hides):
+    """S5 of R20c: only searches did."""
+    provider = SimpleNamespace(config=SimpleNamespace(model="gpt-4o"))
+    live = SimpleNamespace(provider=provider, deployment=SimpleNamespace(thinks=None))
+    assert may_hide(live, asked, Usage(), 1) is hides
 
 
 def test_sound_and_pictures_are_asked_for():

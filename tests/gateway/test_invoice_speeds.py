@@ -1,15 +1,16 @@
 """The ledger against the invoice of streams that are left: no server, and a clock by hand.
 
 A provider makes so many tokens a second of every answer, thoughts that nobody sees among them, of texts that are dense or not, with
-pauses, by the burst, through proxies that hold events back. Somebody leaves. As long as it makes no more than its `output_speed` declares,
-what they are charged is never below what was made, and not above what was shown and what can have been made unseen; and whatever streams
-others had, it is the same.
+pauses, by the burst, through proxies that hold events back and filters that show each a constant time after it was made, with comments
+and empty chunks beside it, and much that is found at once. Somebody leaves. As long as it makes no more than its `output_speed`
+declares, what they are charged is never below what was made, and not above what was shown and what can have been made unseen; and
+whatever streams others had, it is the same.
 """
 
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from anabranch.gateway.dispatch import Attempt, Deployment, Dispatcher, DispatchRules, Group, Plan, Report
 from anabranch.gateway.dispatch.attempt_ends import AttemptEnds
 from anabranch.gateway.dispatch.billed import FEW
-from anabranch.gateway.dispatch.stream_lag import MOMENT_S
+from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES, MOMENT_S
 from anabranch.gateway.dispatch.upstream_stream import Opened
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import HttpCall, UpstreamRequest, Usage
@@ -27,6 +28,10 @@ from anabranch.routers.money import Price
 
 MARGIN_S, MOST = 0.5, 10**6
 WORD, CHINESE, DIGIT, TABLE = "word ", "\u5b57", "7", "-----|" * 4
+# Beside an answer: comments, and chunks that say nothing of it; and what makes an event longer than is found at once.
+ROLE = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]}
+PING = b": still there\n\ndata: " + json.dumps(ROLE).encode() + b"\n\n"
+PAD = b": " + b"p" * (AHEAD_BYTES + 1) + b"\n\n"
 # One whose name says that it shows what it makes, and one that nobody knows.
 PLAIN, UNKNOWN = "gpt-4o", "prod"
 
@@ -42,6 +47,9 @@ class Shape:
     write    tokens are made and come
     whole    tokens are made, and come when it ends, in one event
     give     as many come at once, of a cache: they are billed
+
+    Each event comes ``lag_s`` after it would; a comment and an empty chunk every ``pings_s``; of ``pads`` events one is longer than is
+    found at once; ``reason`` is the finish_reason of what is no end; without ``tells`` no usage comes.
     """
 
     parts: tuple[tuple, ...]
@@ -54,6 +62,11 @@ class Shape:
     prompts: int = 1
     tier: str = ""
     told: int | None = None
+    lag_s: float = 0.0
+    pings_s: float = 0.0
+    pads: int = 0
+    reason: str | None = None
+    tells: bool = True
 
     @property
     def answers(self):
@@ -65,7 +78,7 @@ class Shape:
 
     @property
     def seconds(self):
-        return sum(seconds for what, seconds, *_ in self.parts if what != "give")
+        return sum(seconds for what, seconds, *_ in self.parts if what != "give") + self.lag_s
 
     def body(self):
         asked = {"stream": True, "n": self.n}
@@ -103,6 +116,10 @@ class Shape:
             at += seconds * (what != "give")
         end = b"".join(event({"index": index, "delta": {}, "finish_reason": "stop"}) for index in range(self.shown))
         found.append((at, end + self.usage(at)))
+        return self.beside([(when + self.lag_s, data) for when, data in self.flushed(found, at)])
+
+    def flushed(self, found, at):
+        """As a proxy lets them go."""
         if not self.flush_s:
             return found
         held = [(min(at, math.ceil(when / self.flush_s) * self.flush_s), data) for when, data in found]
@@ -110,18 +127,32 @@ class Shape:
         split = [(when + 0.005 * (index % self.reads), data) for index, (when, data) in enumerate(held[:-1])]
         return [*sorted(split, key=lambda one: one[0]), (held[-1][0] + 0.02, held[-1][1])]
 
+    def beside(self, found):
+        """With comments, empty chunks and padding."""
+        if self.pads:
+            found = [
+                (when, PAD + data if index % self.pads == self.pads - 1 else data)
+                for index, (when, data) in enumerate(found)
+            ]
+        if not self.pings_s:
+            return found
+        num = math.floor(found[-1][0] / self.pings_s)
+        return sorted([*((at * self.pings_s, PING) for at in range(1, num + 1)), *found], key=lambda one: one[0])
+
     def delta(self, name, text):
-        return deltas(name, text, self.shown)
+        return deltas(name, text, self.shown, self.reason)
 
     def usage(self, end):
+        if not self.tells:
+            return b"data: [DONE]\n\n"
         made = self.made(end) * self.answers if self.told is None else self.told
         told = {"prompt_tokens": 5, "completion_tokens": made, "total_tokens": made + 5}
         return b"data: " + json.dumps({"id": "c", "choices": [], "usage": told}).encode() + b"\n\ndata: [DONE]\n\n"
 
 
 @functools.cache
-def deltas(name, text, choices):
-    return b"".join(event({"index": index, "delta": {name: text}, "finish_reason": None}) for index in range(choices))
+def deltas(name, text, choices, reason):
+    return b"".join(event({"index": index, "delta": {name: text}, "finish_reason": reason}) for index in range(choices))
 
 
 def event(choice):
@@ -302,7 +333,6 @@ NEIGHBOURS = {
     "wrong": [plain(told=10**6), plain(told=1), plain(told=0)],
     "several": [plain(n=8), plain(n=2, best_of=6), plain(prompts=5)],
     "thoughts": [Shape((("think", 20.0), ("write", 3.0))), Shape((("sum up", 20.0), ("write", 3.0)))],
-    "odd tiers": [plain(tier=f"tier {number}") for number in range(20)],
 }
 LEFT = [
     (plain(seconds=30.0), 1.0),
@@ -389,6 +419,51 @@ def test_one_that_may_have_thought_is_charged_its_time_where_it_tells_nothing():
     assert World(PLAIN).whole(shape) == 501 + FEW
 
 
+@pytest.mark.parametrize("text", [WORD, DIGIT])
+@pytest.mark.parametrize("lag_s", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("flush_s", [0.0, 2.0])
+def test_what_is_shown_a_constant_time_after_it_was_made_is_charged(text, lag_s, flush_s):
+    """S4 of R20c: 530 were charged of 1,067, and of digits a quarter."""
+    shape = Shape((("write", 30.0, text),), lag_s=lag_s, flush_s=flush_s)
+    for after_s in (lag_s + flush_s + 0.3, lag_s + flush_s + 7.9):
+        charged, num_bytes = World().left(shape, after_s)
+        assert shape.made(after_s + MARGIN_S) <= charged <= num_bytes + World().unseen(1, unseen(shape, after_s))
+
+
+def test_nor_does_a_parameter_behind_what_was_shown_so_cost_less_than_it_is_billed():
+    """What lets the first go at once, and holds the next; all of it comes later by a constant time."""
+    shape, world = Shape((("wait", 0.01), ("write", 0.02), ("whole", 30.0)), at_once=1, lag_s=2.0), World()
+    events = shape.events()
+    [first, second] = [when for when, _ in events[:2]]
+    object.__setattr__(shape, "events", lambda: [events[0], (second + 2.0, events[1][1]), *events[2:]])
+    assert second - first < MOMENT_S
+    after_s = second + 2.01
+    assert world.left(shape, after_s)[0] >= shape.made(after_s + MARGIN_S)
+
+
+@pytest.mark.parametrize("pings_s", [0.0, 2.8])
+def test_no_comment_says_that_what_is_held_back_is_made_since(pings_s):
+    """F1 of R20c: a word that came at 3 s, with a comment before it at 2.8 s, cost 106 of 320."""
+    shape, world = Shape((("write", 0.01), ("whole", 9.0)), flush_s=3.0, pings_s=pings_s), World()
+    charged, _ = world.left(shape, 3.2)
+    assert charged >= shape.made(3.2 + MARGIN_S)
+
+
+@pytest.mark.parametrize("pads", [0, 1])
+@pytest.mark.parametrize("model", ["o3", UNKNOWN])
+def test_a_whole_stream_that_does_not_tell_is_charged_to_its_end_however_much_comes_at_once(model, pads):
+    """S3 of R20c: 810 of 2,020."""
+    shape = Shape((("write", 0.01), ("think", 10.0), ("write", 0.01)), pads=pads, tells=False)
+    assert World(model).whole(shape) >= shape.made(shape.seconds)
+
+
+@pytest.mark.parametrize("reason", [None, ""])
+def test_an_empty_reason_is_no_end(reason):
+    """S1 of R20c: 29 of 1,849."""
+    shape = Shape((("write", 0.5, DIGIT), ("think", 9.0)), reason=reason)
+    assert World().left(shape, 4.0)[0] >= shape.made(4.0)
+
+
 # Anything
 
 TEXTS = st.sampled_from([WORD, CHINESE, DIGIT, TABLE])
@@ -420,6 +495,11 @@ def shapes(draw, declared, middles=ANY, numbers=NUMBERS):
         best_of=1 if n == 1 and numbers is not NUMBERS else draw(st.sampled_from([1, n, 8])),
         prompts=draw(st.sampled_from([1, 1, 2])) if numbers is NUMBERS else 1,
         tier=draw(st.sampled_from(["", "flex", "priority"])),
+        lag_s=draw(st.sampled_from([0.0, 0.0, 0.4, 5.0])),
+        pings_s=draw(st.sampled_from([0.0, 0.0, 0.15, 1.0])),
+        pads=draw(st.sampled_from([0, 0, 0, 20])),
+        reason=draw(st.sampled_from([None, None, ""])),
+        tells=draw(st.sampled_from([True, True, False])),
     )
 
 
@@ -428,11 +508,26 @@ def gives(shape):
     return any(what == "give" for what, *_ in shape.parts)
 
 
+# Models that may think unseen, and those of which a part of what they make goes to tools of the provider.
+HIDING = [
+    (UNKNOWN, {}),
+    ("o3", {}),
+    (PLAIN, {"tools": [{"type": "function"}, {"type": "mcp"}]}),
+    (PLAIN, {"mcp_servers": [{"type": "url"}]}),
+]
+
+
+def hidden(model, asked, declared):
+    world = World(model, declared)
+    world.asked = asked
+    return world
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.data(), DECLARED, st.sampled_from([UNKNOWN, "o3"]))
-def test_what_is_left_is_never_below_its_bill(data, declared, model):
+@given(st.data(), DECLARED, st.sampled_from(HIDING))
+def test_what_is_left_is_never_below_its_bill(data, declared, hiding):
     shape = data.draw(shapes(declared).filter(lambda one: not gives(one)))
-    world, after_s = World(model, declared), data.draw(st.floats(0.0, 1.0)) * shape.seconds
+    world, after_s = hidden(*hiding, declared), data.draw(st.floats(0.0, 1.0)) * shape.seconds
     charged, num_bytes = world.left(shape, after_s, data.draw(STALLS))
     assert charged >= shape.made(after_s + MARGIN_S) * shape.answers
     assert charged <= num_bytes * -(-shape.answers // shape.shown) + world.unseen(shape.answers, after_s)
@@ -446,10 +541,19 @@ def test_nor_is_that_of_a_model_that_shows_what_it_makes(data, declared):
     charged, _ = world.left(shape, after_s, data.draw(STALLS))
     if not gives(shape):
         assert charged >= shape.made(after_s + MARGIN_S)
-    elif not shape.flush_s:
+    elif not shape.flush_s and not shape.lag_s:
         assert charged >= shape.made(after_s)
     charged, num_bytes = world.left(shape, after_s)
-    assert charged <= num_bytes + world.unseen(1, unseen(shape, after_s))
+    if not shape.pads:
+        assert charged <= num_bytes + world.unseen(1, unseen(shape, after_s))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), DECLARED, st.sampled_from(HIDING))
+def test_nor_is_what_is_whole_and_does_not_tell(data, declared, hiding):
+    shape = replace(data.draw(shapes(declared).filter(lambda one: not gives(one))), tells=False)
+    charged = hidden(*hiding, declared).whole(shape, data.draw(STALLS))
+    assert charged >= shape.made(shape.seconds) * shape.answers
 
 
 @settings(max_examples=60, deadline=None)

@@ -152,3 +152,63 @@ def test_no_text_is_made_of_nothing(completion, num_bytes, echoes, told):
     assert (usage.prompt, usage.completion, usage.is_estimated) == (
         5, completion if told else num_bytes // 4, not told,
     )  # fmt: skip
+
+
+def text_of(added):
+    return {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": added}}
+
+
+def argument_of(added):
+    return {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": added}}
+
+
+@given(st.lists(st.tuples(st.booleans(), st.text(min_size=1, max_size=9)), max_size=9))
+def test_what_is_said_in_two_forms_counts_once_and_what_is_said_in_one_counts_too(pieces):
+    """S5 and F4 of R20c: arguments for tools that run at the provider come in a message's own form alone."""
+    tally = Tally(1, 1)
+    for is_text, piece in pieces:
+        if is_text:
+            tally.count(event("content", piece))
+        tally.count_native(text_of(piece) if is_text else argument_of(piece))
+    real = sum(len(piece.encode("utf-8", "surrogatepass")) for _, piece in pieces)
+    escaped = sum(len(json.dumps(piece)) * 3 for _, piece in pieces)
+    assert tally.texts == len(pieces)
+    assert real <= tally.text_bytes <= max(real, escaped)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "response.output_text.delta", "delta": "abc"},
+        {"type": "response.mcp_call_arguments.delta", "delta": "abc"},
+        text_of("abc"),
+        argument_of("abc"),
+        {"delta": {"thinking": "abc", "text": None, "partial_json": 7}},
+    ],
+)
+def test_what_an_event_of_another_form_adds(value):
+    tally = Tally(1, 1)
+    tally.count_native(value)
+    assert (tally.texts, tally.text_bytes) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "response.output_text.done", "text": "abc"},
+        {"type": "response.completed", "response": {"output": [{"content": [{"text": "abc"}]}]}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+        {"delta": ["abc"]},
+        {},
+    ],
+)
+def test_what_is_said_again_adds_nothing(value):
+    tally = Tally(1, 1)
+    tally.count_native(value)
+    assert (tally.texts, tally.text_bytes) == (0, 0)
+
+
+def test_arguments_that_stand_in_a_block_count():
+    tally = Tally(1, 1)
+    tally.count(b'data: {"delta": {"type": "input_json_delta", "partial_json": "abc"}}\n\n')
+    assert (tally.texts, tally.text_bytes) == (1, 3)

@@ -206,6 +206,29 @@ def num_made(endpoint: str, body: Mapping[str, Any]) -> int:
     return max(_number(body, "n"), _number(body, "best_of")) * prompts
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """How many answers a request comes to.
+
+    Attributes:
+        made: at the same time, and billed, at most: see `num_made`.
+        shown: see `num_shown`.
+    """
+
+    made: int
+    shown: int
+
+    @classmethod
+    def of(cls, endpoint: str, body: Mapping[str, Any]) -> "Answers":
+        """Of a request."""
+        return cls(num_made(endpoint, body), num_shown(endpoint, body))
+
+    @property
+    def each(self) -> int:
+        """For each that is shown so many are made, at most."""
+        return -(-self.made // self.shown)
+
+
 def predicted_tokens(body: Mapping[str, Any]) -> int:
     """Tokens at most of a text of which the sender thinks that it is in the answer (``prediction``): those that are not are billed too."""
     given = body.get("prediction")

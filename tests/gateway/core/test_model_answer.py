@@ -10,6 +10,7 @@ from anabranch.gateway.core import choice
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.core.model_answer import ModelAnswer
 from anabranch.gateway.dispatch import Attempt, Report
+from anabranch.gateway.providers.anthropic_request import LEAST_BUDGET
 from anabranch.gateway.store import KeyRecord
 from anabranch.web.api_error import ApiError
 from gateway_states import FakeStore, begun, config, model, run, services, state_of
@@ -97,6 +98,27 @@ def test_a_refusal_says_with_how_many_tokens_there_would_be_room(body):
     with pytest.raises(BudgetError) as refused:
         run(work, 1)
     assert "max_tokens" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "share", "also"),
+    [(100, 0.5, ""), (9_000, 0.5, ", and thinking.budget_tokens below that,"), (9_000, 0.05, ", and no thinking,")],
+)
+def test_and_what_becomes_of_the_thoughts_that_its_sender_named(budget, share, also):
+    """Fewer tokens than thoughts are refused by their provider."""
+    body = {"max_tokens": 10_000, "thinking": {"type": "enabled", "budget_tokens": budget}}
+
+    async def work(limit):
+        state, asked = await decided(body, store=FakeStore(limit))
+        await asked.reserve()
+        return state.purse.held_nano
+
+    limit = int(run(work, 10**15) * share)
+    with pytest.raises(BudgetError) as refused:
+        run(work, limit)
+    found = re.search(r"; with max_tokens = (\d+) or less(.*) it may cost no more than is left$", str(refused.value))
+    assert found[2] == also
+    assert (int(found[1]) > LEAST_BUDGET) is (share == 0.5)
 
 
 def test_a_model_without_a_price_is_asked_where_no_money_is_limited():

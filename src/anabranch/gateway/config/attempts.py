@@ -1,10 +1,7 @@
 """Attempts in the config: when another follows, what lost ones are charged, and when a deployment is left alone."""
 
 from anabranch.config import Config, Field, configclass
-
-# Tokens a second of one answer: more than most of today's models make; those on hardware made for it (Cerebras, Groq) make more. And the
-# most that is taken.
-OUTPUT_SPEED, MOST_SPEED = 500.0, 1e6
+from anabranch.gateway.output_speeds import MOST_SPEED, OUTPUT_SPEED
 
 
 @configclass

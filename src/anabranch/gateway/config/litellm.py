@@ -19,6 +19,7 @@ from anabranch.gateway.config.lines import Lines, parse
 from anabranch.gateway.config.litellm_providers import FIELDS, based_price, kind_of, provider_of
 from anabranch.gateway.config.litellm_settings import LARGEST, Settings, number_of
 from anabranch.gateway.config.prices import listed_price, unpriced
+from anabranch.gateway.output_speeds import speed_at
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.money import MOST_NANO, NANO, Price
 
@@ -188,6 +189,8 @@ class _Import:
             self._leave(f"{field}.model_info.mode", f"is {info['mode']!r}, which the gateway does not serve")
             return
         deployment = self._deployment(params, f"{field}.litellm_params") | {"provider": provider}
+        if (speed := speed_at(str(provider.get("base_url", "")))) is not None:
+            deployment["output_speed"] = speed
         own = self._own_price(params, info, field)
         facts = self._facts(params, info, field)
         if own.keys() >= {"input", "output"}:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from anabranch.config import Config, Field, configclass
-from anabranch.gateway.config.attempts import MOST_SPEED
+from anabranch.gateway.output_speeds import MOST_SPEED
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.money import Price
 

@@ -12,6 +12,7 @@ from anabranch.gateway.core.payable import payable
 from anabranch.gateway.core.purse import Hold
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.dispatch import Plan, Report
+from anabranch.gateway.providers.anthropic_request import LEAST_BUDGET
 from anabranch.gateway.providers.provider import Answer, UpstreamRequest
 
 
@@ -62,7 +63,7 @@ class ModelAnswer:
         if not most:
             return error
         return BudgetError(
-            f"{error}; with {_limit_name(state)} = {most} or less it may cost no more than is left",
+            f"{error}; with {_limit_name(state)} = {most} or less{_thoughts_within(state.body, most)} it may cost no more than is left",
             subject=error.subject,
             period=error.period,
             limit_nano=error.limit_nano,
@@ -163,6 +164,15 @@ class ModelAnswer:
             return await judge(model, answer)
         finally:
             await state.calls.stop()
+
+
+def _thoughts_within(body: Mapping[str, Any], most: int) -> str:
+    """What else so few tokens take of a sender who names how many of them may be thoughts: providers refuse more of these than of all."""
+    thinking = body.get("thinking")
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    if type(budget) is not int or budget < most:
+        return ""
+    return ", and thinking.budget_tokens below that," if most > LEAST_BUDGET else ", and no thinking,"
 
 
 def _limit_name(state: RequestState) -> str:

@@ -12,7 +12,7 @@ from anabranch.gateway.dispatch.late import Exchange, answer_of
 from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import DISPUTED, DOUBTED, OUTCOME
-from anabranch.gateway.prompt_tokens import num_made, num_shown
+from anabranch.gateway.prompt_tokens import Answers
 from anabranch.gateway.providers.provider import Answer, Failure, FailureKind, UpstreamRequest, Usage
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ class AttemptEnds:
         self.report, self.began = report, began
         self.tokens, self._streams = request.prompt_tokens, request.stream
         self._body = request.body
-        # Made at the same time; and for each that is shown.
-        self._answers = num_made(request.endpoint, request.body)
-        self._unshown = -(-self._answers // num_shown(request.endpoint, request.body))
+        self._answers = Answers.of(request.endpoint, request.body)
         self.avoid: set[str] = set()
 
     def won(self, live: Live, attempt: Attempt, usage: Usage, waited_s: float | None = None) -> None:
@@ -165,9 +163,9 @@ class AttemptEnds:
         most, in_time = attempt.most, 0
         if most is None:
             return answer.usage
-        if answer.usage.is_estimated and may_hide(live, self._body, most, self._answers):
-            in_time = live.speed.at_most(self.dispatcher.now() - self.began - attempt.start_s, self._answers)
-        return whole_at_most(most, answer, self.rules.bytes_per_token, self._unshown, in_time)
+        if answer.usage.is_estimated and may_hide(live, self._body, most, self._answers.made):
+            in_time = live.speed.at_most(self.dispatcher.now() - self.began - attempt.start_s, self._answers.made)
+        return whole_at_most(most, answer, self.rules.bytes_per_token, self._answers.each, in_time)
 
     def charge(self, live: Live, attempt: Attempt, usage: Usage, made: int | None = None) -> None:
         """What an attempt costs. So many tokens were ``made`` as far as is known, if not all that it is charged for."""
@@ -200,8 +198,8 @@ class AttemptEnds:
         has_ended = failure is None or (failure.kind in OURS if failure.status is None else attempt.has_begun)
         if attempt.is_whole or not has_ended or not stops(live, failure) or asks_media(self._body):
             return broken_off(most, attempt.told, 0, None)
-        unseen = live.speed.at_most((attempt.total_s or 0.0) + self.rules.margin_s, self._answers)
-        return broken_off(most, attempt.told, 0, unseen + FEW * self._answers)
+        unseen = live.speed.at_most((attempt.total_s or 0.0) + self.rules.margin_s, self._answers.made)
+        return broken_off(most, attempt.told, 0, unseen + FEW * self._answers.made)
 
     def _outcome(self, live: Live, attempt: Attempt, failure: Failure) -> Outcome:
         """What a failure says of the deployment: nothing, where it may well be the request's own."""

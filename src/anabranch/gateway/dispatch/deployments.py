@@ -6,6 +6,7 @@ from typing import Literal
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.gateway.dispatch.breaker import BreakerRules
+from anabranch.gateway.output_speeds import OUTPUT_SPEED
 from anabranch.gateway.providers.provider import Provider
 from anabranch.routers.money import Price
 
@@ -45,7 +46,7 @@ class Deployment:
     max_in_flight: int | None = None
     price: Price | None = None
     is_priced: bool = True
-    output_speed: float = 500.0
+    output_speed: float = OUTPUT_SPEED
     thinks: bool | None = None
     stops_when_closed: bool | None = None
 

@@ -59,6 +59,8 @@ def may_think(body: Json, model: str, thinks: bool | None = None, is_openais: bo
 def may_hide(live: "Live", body: Json, most: Usage, answers: int) -> bool:
     """Whether what a stream shows says nothing of what was made before it: thoughts, what tools of the provider are asked, other answers.
 
+    Nor does what comes first where that is the prompt (``echo``): the first text that is made tells how long one takes to be shown.
+
     Args:
         live: the deployment.
         body: of the request.
@@ -67,16 +69,18 @@ def may_hide(live: "Live", body: Json, most: Usage, answers: int) -> bool:
     """
     config = live.provider.config
     model, is_openais = str(getattr(config, "model", None) or ""), getattr(config, "reasons", None)
-    if answers > 1 or most.pages > 0 or has_tools_of_provider(body):
+    if answers > 1 or most.pages > 0 or body.get("echo") or has_tools_of_provider(body):
         return True
     return may_think(body, model, live.deployment.thinks, is_openais)
 
 
 def has_tools_of_provider(body: Json) -> bool:
     """Whether a request offers tools that may run at the provider: what the model says to them, and is told, may not be shown."""
+    if body.get("mcp_servers") or body.get("web_search_options") is not None:
+        return True
     tools = body.get("tools")
     given = [one for one in tools if isinstance(one, dict)] if isinstance(tools, list) else []
-    return bool(body.get("mcp_servers")) or any(str(one.get("type") or "function") not in _SENDERS_OWN for one in given)
+    return any(str(one.get("type") or "function") not in _SENDERS_OWN for one in given)
 
 
 def asks_media(body: Json) -> bool:

@@ -21,7 +21,7 @@ from anabranch.gateway.dispatch.hidden import asks_media, may_hide
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.dispatch.stream_lag import Lag
 from anabranch.gateway.dispatch.stream_tally import Tally
-from anabranch.gateway.prompt_tokens import num_made, num_shown
+from anabranch.gateway.prompt_tokens import Answers
 from anabranch.gateway.providers.provider import UpstreamRequest, Usage
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ class Made:
         self._sent_at = run.began + attempt.start_s
         self.lag = Lag(run.dispatcher.now, self._sent_at)
         self.waited_s = 0.0
-        # Made at the same time; and for each that is shown.
-        self._answers = num_made(request.endpoint, request.body)
-        self._unshown = -(-self._answers // num_shown(request.endpoint, request.body))
+        self._answers = Answers.of(request.endpoint, request.body)
 
     def waited(self, seconds: float) -> None:
         """Nothing was there, and the upstream was waited for."""
@@ -66,7 +64,7 @@ class Made:
             # What was predicted and not taken is told, and was not made.
             return
         now, margin_s = self._run.dispatcher.now(), self._run.rules.margin_s
-        self._live.speed.told(told.completion, now - self._sent_at, self._answers, margin_s, now)
+        self._live.speed.told(told.completion, now - self._sent_at, self._answers.made, margin_s, now)
 
     def left(self, most: Usage, told: Usage | None) -> Usage:
         """The most that may be billed of it, if it is left now."""
@@ -86,9 +84,11 @@ class Made:
         """
         if self._tally.has_media or asks_media(self._request.body):
             return broken_off(most, told, 0, None)
-        speed, seen = self._live.speed, self._tally.at_most(self._run.rules.bytes_per_token) * self._unshown
+        speed, seen = self._live.speed, self._tally.at_most(self._run.rules.bytes_per_token) * self._answers.each
         # All that can have been made until then, whatever was shown of it.
-        made = speed.at_most(until - self._sent_at, self._answers)
-        if not (self._tally.has_thought or may_hide(self._live, self._request.body, most, self._answers)):
-            made = min(made, seen + speed.at_most(held_s, self._answers))
-        return broken_off(most, told, max(seen, made), speed.at_most(silent_s, self._answers) + FEW * self._answers)
+        made = speed.at_most(until - self._sent_at, self._answers.made)
+        if not (self._tally.has_thought or may_hide(self._live, self._request.body, most, self._answers.made)):
+            made = min(made, seen + speed.at_most(held_s, self._answers.made))
+        return broken_off(
+            most, told, max(seen, made), speed.at_most(silent_s, self._answers.made) + FEW * self._answers.made
+        )

@@ -103,13 +103,7 @@ class Tally:
     def count_native(self, value: Json) -> None:
         """Take note of what an event in a form of its own adds: what has come whole by then, and is said again, does not."""
         delta = value.get("delta")
-        added = (
-            [delta]
-            if isinstance(delta, str)
-            else [delta.get(name) for name in _ADDED]
-            if isinstance(delta, dict)
-            else []
-        )
+        added = [delta.get(name) for name in _ADDED] if isinstance(delta, dict) else [delta]
         for text in added:
             if isinstance(text, str) and text:
                 self._native_texts += 1

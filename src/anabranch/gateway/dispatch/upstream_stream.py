@@ -125,7 +125,8 @@ class Opened:
     def drop(self, failure: Failure | None = None) -> None:
         """It broke, or, without a ``failure``, nobody wants it any more. What it can have made so far is charged."""
         if self._is_settled:
-            self.reply.close()
+            if not self.attempt.is_late:
+                self.reply.close()
             return
         self._is_settled = True
         most, is_behind, reads_on = self.attempt.most, self._look_ahead(), False

@@ -195,6 +195,7 @@ class Replay(Provider, kind="replay"):
     """Answers from a recording."""
 
     is_billed = False
+    stops_when_closed = True
 
     @configclass
     class Config(Provider.Config):
