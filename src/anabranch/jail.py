@@ -2,8 +2,8 @@
 
 The walls are bubblewrap's (https://github.com/containers/bubblewrap): namespaces of its own for users, processes, network, IPC and mounts,
 of which the whole ends with it; read-only the Python that it needs, a /tmp of its own, no environment, no capability. A filter of system
-calls, which holds for root too, leaves it no further process and nothing that others broke out through. Limits of time and memory are for
-the program to set before it runs what it is given.
+calls, which holds for root too, leaves it no further process or thread, and nothing that others broke out through. Limits of time and
+memory are for the program to set before it runs what it is given.
 """
 
 import __future__
@@ -32,21 +32,19 @@ TMP_BYTES = 16 << 20
 _TRIAL_S = 20.0
 _QUIET: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
 
-# By machine: what the kernel calls it, and numbers of system calls. No process: fork, vfork, clone without CLONE_THREAD, and clone3, whose
-# flags a filter cannot see (without it the C library uses clone).
+# By machine: what the kernel calls it, and numbers of system calls: clone fork vfork | unshare setns mount umount2 pivot_root ptrace
+# process_vm_readv process_vm_writev bpf perf_event_open userfaultfd add_key request_key keyctl | shmget msgget semget, whose memory no
+# limit counts | on both clone3 io_uring_setup fsopen open_tree move_mount mount_setattr.
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_CLONE = {"x86_64": 56, "aarch64": 220}
-_CLONE3 = 435
-# fork vfork | unshare setns mount umount2 pivot_root ptrace process_vm_readv process_vm_writev bpf perf_event_open userfaultfd
-# add_key request_key keyctl | io_uring_setup fsopen open_tree move_mount mount_setattr | shmget msgget semget, whose memory no limit counts
-_NEW_MOUNTS = (425, 430, 428, 429, 442)
+_ON_BOTH = (435, 425, 430, 428, 429, 442)
 _DENIED = {
-    "x86_64": (57, 58, 272, 308, 165, 166, 155, 101, 310, 311, 321, 298, 323, 248, 249, 250, *_NEW_MOUNTS, 29, 68, 64),
-    "aarch64": (97, 268, 40, 39, 41, 117, 270, 271, 280, 241, 282, 217, 218, 219, *_NEW_MOUNTS, 194, 186, 190),
+    "x86_64": (56, 57, 58, 272, 308, 165, 166, 155, 101, 310, 311, 321, 298, 323, 248, 249, 250, 29, 68, 64, *_ON_BOTH),
+    "aarch64": (220, 97, 268, 40, 39, 41, 117, 270, 271, 280, 241, 282, 217, 218, 219, 194, 186, 190, *_ON_BOTH),
 }
-_X32, _CLONE_THREAD = 0x40000000, 0x00010000
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+# From here on x86_64 has a second table of the same calls.
+_X32 = 0x40000000
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _KILL, _EPERM = 0x7FFF0000, 0x80000000, 0x00050001
 
 # Says which libraries Python and its modules were linked from: the dynamic loader's own answer, whatever the distribution.
 _LIBRARIES = """
@@ -187,20 +185,19 @@ def filter_of() -> int:
 
 
 def _program(machine: str) -> bytes:
-    """The filter, as the kernel's classic BPF: all is allowed but what is named."""
-    denied = _DENIED[machine]
-    # Jumps count the instructions that are passed over; behind the questions stand five answers.
-    asked: list[tuple[int, str, str, int]] = [
+    """The filter, as the kernel's classic BPF: all is allowed but what is named.
+
+    Threads are denied as processes are: a limit of their number does not hold for root.
+    """
+    answers = {"allow": _ALLOW, "eperm": _EPERM, "kill": _KILL}
+    # A question jumps to one of two answers; where it names none, the next question is asked, and behind the last stands the first answer.
+    steps: list[tuple[int, str, str, int]] = [
+        (_LOAD, "", "", 4),
+        (_IF_EQUAL, "", "kill", _AUDIT[machine]),
+        (_LOAD, "", "", 0),
         (_IF_AT_LEAST, "eperm", "", _X32),
-        *((_IF_EQUAL, "eperm", "", number) for number in denied),
-        (_IF_EQUAL, "enosys", "", _CLONE3),
-        (_IF_EQUAL, "", "allow", _CLONE[machine]),
-        (_LOAD, "", "", 16),  # flags of clone
-        (_IF_ANY_BIT, "allow", "eperm", _CLONE_THREAD),
+        *((_IF_EQUAL, "eperm", "", number) for number in _DENIED[machine]),
     ]
-    answers = {"eperm": _EPERM, "enosys": _ENOSYS, "kill": _KILL, "allow": _ALLOW}
-    head = [(_LOAD, "", "", 4), (_IF_EQUAL, "", "kill", _AUDIT[machine]), (_LOAD, "", "", 0)]
-    steps = head + asked
     place = {name: len(steps) + at for at, name in enumerate(answers)}
     made = b""
     for at, (code, then, otherwise, value) in enumerate(steps):

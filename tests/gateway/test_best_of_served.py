@@ -22,6 +22,7 @@ STRATEGIES = {
     **({} if LACK else {"code": 'verifier = "examples"\nbatch = 2\nmax_n = 6\ndecides = "posterior"'}),
     "judged": 'select = "judge"\njudge = "judge"\nmax_n = 2\nbatch = 2',
     "capped": "batch = 6\nmax_n = 8\ndecides = 'posterior'\nmax_usd = 0.0003",
+    "tasked": 'tasks = ["math"]\nmax_n = 1',
     "mean": "max_usd = 0.00001",
     "likely": 'select = "logprob"\nmax_n = 3\nbatch = 3',
 }
@@ -277,6 +278,24 @@ def test_it_stays_within_the_purse_of_its_key(place):
     assert (status, text) == (200, "The answer is 4.")
     assert step["samples"] >= 1
     assert step["failed"] >= 1
+
+
+def test_tasks_that_the_operator_lists_are_told_apart_and_no_other(place, key):
+    url, _ = place
+
+    def asked(task):
+        """Its id, and of how many questions was known what became of them."""
+        body = {"model": "auto/tasked", "messages": [{"role": "user", "content": "plain"}]}
+        status, _, headers = call(url, "POST", "/v1/chat/completions", body, key=key, headers={"x-task": task})
+        assert status == 200
+        [decision] = admin(url, "GET", f"decisions/{headers['x-request-id']}")["decisions"]
+        return headers["x-request-id"], decision["body"]["details"]["questions"]
+
+    for task in ("math", "made up 1", "made up 2", "math"):
+        id, _ = asked(task)
+        status, told, _ = call(url, "POST", "/v1/feedback", {"request_id": id, "score": 1.0}, key=key)
+        assert (status, told["learned"]) == (200, True)
+    assert [asked(task)[1] for task in ("math", "made up 1", "new")] == [2, 4, 4]
 
 
 def test_a_cap_on_money_is_kept_and_one_without_room_says_so(place, key):

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from functools import partial
 
 import pytest
 
@@ -115,6 +116,44 @@ def test_a_pool_that_fails_ends():
     found = asyncio.run(parallel(half, rules(decides="posterior", max_n=10, cost=1e-6)))
     assert len(half.asked) == 5
     assert (found.reason, found.failures) == ("budget", 5)
+
+
+def test_what_nobody_could_verify_has_a_vote_and_is_not_wrong():
+    async def says(verdicts, samples):
+        return [verdicts.pop(0) for _ in samples]
+
+    # Of none is anything known: as without a verifier.
+    found = asyncio.run(parallel(Model("4"), rules(decides="posterior"), verify=partial(says, [None] * 99)))
+    assert (found.reason, found.verified, found.answer.text) == ("agreement", [None] * 4, "4")
+    # Those that may be right are chosen from, and failures that are known count.
+    verdicts = [False, None, False, False]
+    found = asyncio.run(parallel(Model("a", "b", "a", "a"), 4, verify=partial(says, verdicts)))
+    assert (found.answer.text, found.chosen.place, found.verified) == ("b", 1, [False, None, False, False])
+    found = asyncio.run(parallel(Model("a", "b", "a"), 3, verify=partial(says, [False] * 3)))
+    assert found.answer.text == "a"
+    allowance = rules(decides="posterior").begin()
+    allowance.told(4, verified=[False, None, False, None])
+    # Two failures: 1 / (2 + 2); of all four it would be 1 / 6.
+    assert allowance.gain == pytest.approx(1 / 4)
+
+
+def test_money_that_draws_took_may_be_told_apart_from_that_of_samples():
+    spent = [0.0]
+
+    class Failing(Model):
+        async def __call__(self, histories):
+            spent[0] += 0.1 * len(histories)
+            return await super().__call__(histories)
+
+    model = Failing("1", None, "2", None, "3", None)
+    capped = rules(decides="posterior", value=10.0, max_cost=0.35)
+    found = asyncio.run(parallel(model, capped, spent=lambda: spent[0]))
+    # Three at a tenth, where samples say a hundredth.
+    assert (len(found.samples), found.failures, found.reason) == (2, 1, "budget")
+    spent[0] = 0.0
+    capped = rules(value=10.0, max_cost=0.15)
+    found = asyncio.run(sequential(Failing("1", "2", "3"), capped, lambda sample: "", spent=lambda: spent[0]))
+    assert (len(found.samples), found.reason) == (1, "budget")
 
 
 def test_rounds_read_the_last_answer_and_what_was_said_to_it():

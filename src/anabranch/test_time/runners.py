@@ -104,18 +104,17 @@ async def parallel(
         began = clock()
         came = [one for one in await _drawn(draw, [()] * wanted) if one is not None]
         found.failures += wanted - len(came)
-        right = await _take(found, came, verify)
+        right = take(found, came, None if verify is None or not came else await verify(came))
         if not isinstance(allowance, Allowance):
             continue
         if not came:
             # Asked again at once, what failed as a whole would fail again.
             break
-        is_known = right is not None and any(one is not None for one in right)
-        answers = [] if is_known else [same(one.text) for one in came]
+        answers = [same(one.text) for one in votes_of(came, right)]
         # What did not come has used up its place, so that a pool which fails ends.
         _tell(allowance, wanted, came, right, answers, clock() - began, spent)
     found.reason = allowance.reason if isinstance(allowance, Allowance) else None
-    _choose(found, select)
+    choose(found, select)
     return found
 
 
@@ -183,9 +182,10 @@ async def _chains(
         came = [(at, one) for at, one in zip(open_chains, drawn, strict=True) if one is not None]
         found.failures += len(open_chains) - len(came)
         first = len(found.samples)
-        right = await _take(found, [one for _, one in came], verify)
+        new = [one for _, one in came]
+        right = take(found, new, None if verify is None or not new else await verify(new))
         if allowance is not None:
-            _tell(allowance, len(open_chains), [one for _, one in came], right, [], clock() - began, spent)
+            _tell(allowance, len(open_chains), new, right, [], clock() - began, spent)
         for place, (at, one) in enumerate(came):
             last[at] = first + place
             histories[at] = (*histories[at], (one.text, critic(one)))
@@ -198,7 +198,7 @@ async def _chains(
         found.reason = allowance.reason
     if found.verified is not None and any(found.verified):
         found.reason = "verified"
-        _choose(found, select)
+        choose(found, select)
         return found
     ends = [at for at in last if at is not None]
     places = list(range(len(found.samples))) if chains == 1 else ends
@@ -240,18 +240,25 @@ def _allowance(n: int | BudgetController) -> Allowance | int:
     return n.begin() if isinstance(n, BudgetController) else whole("n", n, 1)
 
 
-async def _take(found: Sampled, came: Sequence[Sample], verify: Verify | None) -> list[bool | None] | None:
+def take(found: Sampled, came: Sequence[Sample], right: Sequence[bool | None] | None) -> list[bool | None] | None:
+    """Note samples and what a verifier said of them, which is given back as it is taken. Raises InputError for another number of both."""
     found.samples += came
-    if verify is None or found.verified is None:
+    if found.verified is None:
         return None
-    right = [None if one is None else bool(one) for one in await verify(came)] if came else []
-    if len(right) != len(came):
-        raise InputError(f"verify said {len(right)} things of {len(came)} answers")
-    found.verified += right
-    return right
+    said = [None if one is None else bool(one) for one in right or ()]
+    if len(said) != len(came):
+        raise InputError(f"verify said {len(said)} things of {len(came)} answers")
+    found.verified += said
+    return said
 
 
-def _choose(found: Sampled, select: Select) -> None:
+def votes_of(came: Sequence[Sample], right: Sequence[bool | None] | None) -> Sequence[Sample]:
+    """Samples whose answers have a vote that ends it: all, where nobody could tell of any whether it is right."""
+    return () if right is not None and any(one is not None for one in right) else came
+
+
+def choose(found: Sampled, select: Select) -> None:
+    """The first that was verified; else what is selected of those that may be right."""
     if found.verified is not None and any(found.verified):
         found.chosen = Chosen(found.verified.index(True), 1.0)
         return

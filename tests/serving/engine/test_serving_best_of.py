@@ -47,6 +47,19 @@ def test_a_verified_prompt_stops_and_the_others_go_on(llm):
     assert seen == [(0, 2), (1, 2), (1, 2), (1, 2), (1, 2)]
 
 
+def test_what_nobody_could_verify_is_not_wrong(llm):
+    first, second = llm.best_of(
+        ["a", "a"],
+        rules(decides="posterior", max_n=2),
+        SHORT,
+        verify=lambda at, samples: [None, bool(at)][: len(samples)],
+    )
+    assert (first.verified, first.reason == "verified") == ([None, False], False)
+    # What may be right is given before what is wrong.
+    assert first.chosen.place == 0
+    assert (second.reason, second.chosen.place) == ("verified", 1)
+
+
 def test_a_vote_ends_it_and_weights_may_choose(llm):
     [found] = llm.best_of(["a"], rules(decides="posterior"), SHORT, same=lambda text: "all alike")
     assert (found.reason, len(found.samples)) == ("agreement", 4)

@@ -13,12 +13,13 @@ from anabranch.bounds import MOST_SEED
 from anabranch.errors import InputError
 from anabranch.serving.core.request import Sampling
 from anabranch.test_time import Allowance, BudgetController, Sample, Sampled, majority
+from anabranch.test_time.runners import choose, take, votes_of
 from anabranch.test_time.selectors import Chosen
 
 Select = Callable[[Sequence[Sample]], Chosen | None]
 
-# Prompt's place among those asked for, and its new answers, to whether each is right.
-Verify = Callable[[int, Sequence[Sample]], Sequence[bool]]
+# Prompt's place among those asked for, and its new answers, to whether each is right; None where that cannot be told.
+Verify = Callable[[int, Sequence[Sample]], Sequence[bool | None]]
 
 
 class Generates(Protocol):
@@ -59,8 +60,7 @@ def best_of(
             _tell(found[at], allowances[at], came, None if verify is None else verify(at, came), same, seconds)
     for one, allowance in zip(found, allowances, strict=True):
         one.reason = allowance.reason
-        is_verified = one.verified is not None and any(one.verified)
-        one.chosen = Chosen((one.verified or []).index(True), 1.0) if is_verified else select(one.samples)
+        choose(one, select)
     return found
 
 
@@ -85,14 +85,10 @@ def _tell(
     found: Sampled,
     allowance: Allowance,
     came: Sequence[Sample],
-    right: Sequence[bool] | None,
+    right: Sequence[bool | None] | None,
     same: Callable[[str], str],
     seconds: float,
 ) -> None:
-    if right is not None and len(right) != len(came):
-        raise InputError(f"verify said {len(right)} things of {len(came)} answers")
-    found.samples += came
-    if right is not None and found.verified is not None:
-        found.verified += map(bool, right)
-    answers = [same(one.text) for one in came] if right is None else []
+    right = take(found, came, right)
+    answers = [same(one.text) for one in votes_of(came, right)]
     allowance.told(len(came), verified=right, answers=[answer for answer in answers if answer], seconds=seconds)
