@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import anabranch.cluster.gradients as averaging
 from anabranch.cluster import GPipe, MessageLog, Pop, Stash
 
 
@@ -261,3 +262,28 @@ def tell_and_wait(rank, world, folder):
     """Leaves its process id as a file, and waits."""
     (Path(folder) / f"pid-{os.getpid()}").touch()
     time.sleep(600)
+
+
+def own_gradients(rank, world):
+    """Parameters of a rank: gradients on all, on one and on none, of two types, in a layout of its own, and one that does not learn."""
+    draw = torch.Generator().manual_seed(rank)
+    shapes = {"all": (7, 5), "one": (3,), "none": (2,), "half": (4,), "turned": (5, 3), "fixed": (2,)}
+    made = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    made["half"] = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    made["fixed"].requires_grad_(False)
+    made["all"].grad = torch.randn(7, 5, generator=draw) * 10.0**rank
+    made["half"].grad = torch.randn(4, generator=draw).bfloat16()
+    made["turned"].grad = torch.randn(3, 5, generator=draw).T
+    if rank == world - 1:
+        made["one"].grad = torch.ones(3)
+    return made
+
+
+def averaged(rank, world, in_pairs, most=None):
+    """The gradients of all ranks before, and of this one after they were averaged."""
+    if most is not None:
+        averaging._MOST = most
+    made = own_gradients(rank, world)
+    before = [{name: one.grad for name, one in own_gradients(each, world).items()} for each in range(world)]
+    averaging.average_gradients(list(made.values()), None, in_pairs=in_pairs)
+    return before, {name: one.grad for name, one in made.items()}

@@ -18,7 +18,7 @@ import pytest
 import typer
 
 from anabranch.cli.main import main
-from anabranch.errors import DataError
+from anabranch.errors import ConfigError, DataError
 
 FAULTS = [
     RuntimeError("shapes do not match"),
@@ -68,6 +68,28 @@ def test_a_fault_of_ours_is_one_line_that_says_so(failing, capsys, error):
     assert err.startswith("error: a fault inside anabranch, please report it: ")
     assert type(error).__name__ in err
     assert "--debug" in err
+
+
+def test_under_torchrun_a_line_is_told_once(failing, capsys, monkeypatch, tmp_path):
+    """Four processes with one wrong line, and one with another: each leaves torchrun its own."""
+    for rank in range(5):
+        folder = tmp_path / "attempt_0" / str(rank)
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        failing(ConfigError("steps is 0; use 1 or more" if rank < 4 else "another thing"))
+        assert main(["info"]) == 2
+        said = "steps is 0; use 1 or more" if rank < 4 else "another thing"
+        assert json.loads((folder / "error.json").read_text())["message"] == said
+        assert capsys.readouterr().err == (f"error: {said}\n" if rank in (0, 4) else "")
+
+
+@pytest.mark.parametrize("place", ["", "/dev/null/none/error.json"])
+def test_without_a_folder_of_torchruns_each_process_tells(failing, capsys, monkeypatch, place):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", place)
+    failing(ConfigError("steps is 0"))
+    for _ in range(2):
+        assert main(["info"]) == 2
+        assert capsys.readouterr().err == "error: steps is 0\n"
 
 
 def test_a_line_stays_a_line(failing, capsys):

@@ -160,6 +160,17 @@ def test_packets_too(asked, here):
     assert by_scheme(asked("permutation", *SMALL, "--scheme", "wrap"))["wrap"]["packets"] is None
 
 
+def test_cards_with_one_queue_and_acknowledgements_that_wait(asked):
+    from anabranch.cluster.fabric import PacketConfig, Topology, collective_flows, plan, simulate_packets
+
+    words = ("permutation", *SMALL[:2], "--bytes", "200kB", "--scheme", "ethereal", "--packets")
+    told = by_scheme(asked(*words, "--card", "fifo", "--ack-bytes", 54))["ethereal"]["packets"]
+    made = plan(collective_flows("permutation", 16, 200_000), Topology.leaf_spine(4, 4, 4), "ethereal")
+    found = simulate_packets(made, PacketConfig(card="fifo", ack_bytes=54))
+    assert told == {name: getattr(found, name) for name in told}
+    assert told["completion_s"] > by_scheme(asked(*words))["ethereal"]["packets"]["completion_s"]
+
+
 def test_a_plan_as_a_trace_of_links(here, work):
     from anabranch.cluster.fabric import Topology, collective_flows, loads, plan
     from anabranch.routing import RoutingTrace
@@ -240,6 +251,8 @@ def test_a_theorem_that_does_not_hold_is_no_success(here, monkeypatch):
         ("--network leaf-spine:8000x4000x2", "8,000 leaves and 4,000 spines have 32,000,000 cables"),
         ("--lose leaf0-spine1", "--lose is of packets; give --packets too"),
         ("--receiver go-back-n", "--receiver is of packets; give --packets too"),
+        ("--card fifo", "--card is of packets; give --packets too"),
+        ("--ack-bytes 64", "--ack-bytes is of packets; give --packets too"),
         ("--packets --lose leaf0-spine99", "no node 'spine99'"),
         ("--network leaf-spine:2x1x2 --bytes 10kB --packets --lose leaf0-spine0", "pieces were not through"),
         ("--trace none.parquet", "there is no routing trace at none.parquet"),

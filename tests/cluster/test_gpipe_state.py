@@ -134,3 +134,68 @@ def test_a_stage_that_hangs_is_told_and_the_pipe_goes_on_when_it_has_ended():
     F.mse_loss(expected[1](expected[0](x)), x).backward()
     assert loss > 0
     torch.testing.assert_close(pipe.get_submodule("0").weight.grad, expected[0].weight.grad)
+
+
+class Fickle(nn.Module):
+    """Computes otherwise where no gradient is wanted, as a layer with another kernel for inference."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.graphs = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x):
+        self.graphs.append(torch.is_grad_enabled())
+        return x * self.scale if torch.is_grad_enabled() else x * self.scale + 1e-3
+
+
+def test_an_exact_pipeline_recomputes_by_the_kernels_of_training():
+    x, target = torch.randn(8, 4), torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 4), Fickle(), nn.Linear(4, 4), nn.Linear(4, 4))
+    found = {}
+    for checkpoint, is_exact in (("never", False), ("always", False), ("always", True)):
+        pipe = GPipe(copy.deepcopy(model), balance=[2, 2], micro_batches=2, checkpoint=checkpoint, is_exact=is_exact)
+        meters = pipe.measure_saved()
+        loss = pipe.step(x, target, F.mse_loss)
+        found[checkpoint, is_exact] = loss, [one.grad for one in pipe.parameters()], sum(m.most for m in meters)
+        assert all(pipe.get_submodule("1").graphs) == (is_exact or checkpoint == "never")
+    kept, plain, exact = found.values()
+    assert exact[0] == kept[0] != plain[0]
+    assert all(map(torch.equal, exact[1], kept[1]))
+    # Nothing of the first forward is kept.
+    assert exact[2] == plain[2]
+
+
+def test_gradients_of_each_micro_batch_can_be_taken():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4, dtype=torch.float64) for _ in range(4)))
+    x, target = torch.randn(2, 8, 4, dtype=torch.float64)
+    whole = GPipe(copy.deepcopy(model), stages=2, micro_batches=4, schedule="interleaved")
+    whole.step(x, target, F.mse_loss)
+    taken = {}
+
+    def take(micro_batch, layers):
+        for layer in layers:
+            for parameter in layer.parameters():
+                taken.setdefault(id(parameter), {})[micro_batch] = parameter.grad
+                parameter.grad = None
+
+    pipe = GPipe(copy.deepcopy(model), stages=2, micro_batches=4, schedule="interleaved")
+    pipe.step(x, target, F.mse_loss, after_backward=take)
+    for parameter, expected in zip(pipe.parameters(), whole.parameters(), strict=True):
+        assert parameter.grad is None
+        assert sorted(taken[id(parameter)]) == [0, 1, 2, 3]
+        torch.testing.assert_close(sum(taken[id(parameter)].values()), expected.grad)
+
+
+def test_what_is_drawn_is_keyed_by_the_micro_batch_of_all_pipelines():
+    """Two pipelines of two micro-batches draw what one of four does."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+    x, target = torch.randn(8, 4), torch.randn(8, 4)
+
+    def loss(rows, micro_batches, first):
+        pipe = GPipe(copy.deepcopy(model), stages=1, micro_batches=micro_batches)
+        return float(pipe.step(x[rows], target[rows], F.mse_loss, first_micro_batch=first))
+
+    one, first, second = loss(slice(8), 4, 0), loss(slice(4), 2, 0), loss(slice(4, 8), 2, 2)
+    assert (first + second) / 2 == pytest.approx(one, rel=1e-6)
+    assert loss(slice(4, 8), 2, 0) != second

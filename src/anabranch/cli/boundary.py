@@ -5,12 +5,17 @@ gets here without that is a fault of ours: the line says so, names the kind of e
 """
 
 import errno
+import hashlib
+import json
 import os
 import re
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 import typer
@@ -125,8 +130,32 @@ def _fail(message: str) -> int:
     line = " ".join(message.split())
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST * 3 // 4]} ... {line[-_LONGEST // 4 :]}"
-    say(f"error: {line}")
+    if not _is_told_by_another(line):
+        say(f"error: {line}")
     return USER_ERROR
+
+
+def _is_told_by_another(line: str) -> bool:
+    """Whether another process that the same torchrun started on this machine has said this line: what all find out is told once.
+
+    torchrun is left the line too, for its own account of who failed.
+    """
+    # A file in a folder of this process, which is in one of all that were started with it; torchrun makes and removes both.
+    named = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not named:
+        return False
+    report = Path(named)
+    with suppress(OSError):
+        report.write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    said = report.parent.parent / f"anabranch-said-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:
+        # A line twice is better than none.
+        return False
+    return False
 
 
 def _settle(stream: TextIO) -> None:

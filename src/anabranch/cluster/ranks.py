@@ -50,6 +50,7 @@ _PRELOADED = [
     "anabranch.cluster.ranks",
     "anabranch.cluster.gpipe",
     "anabranch.cluster.elastic.trainer",
+    "anabranch.train",
 ]
 # Seconds in which ranks that lost another may end by themselves, with an error that says more.
 _GRACE_S = 3.0

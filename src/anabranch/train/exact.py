@@ -47,12 +47,13 @@ def weighted_means(told: Sequence[Terms]) -> dict[str, float]:
     return {name: math.fsum(values) / items for name, values in products.items()}
 
 
-def norm_in_order(gradients: Sequence[Tensor | None], group: dist.ProcessGroup | None) -> float:
+def norm_in_order(
+    gradients: Sequence[Tensor | None], group: dist.ProcessGroup | None, device: torch.device | None = None
+) -> float:
     """The norm of gradients, of each of which one rank of ``group`` has the value and the others None; None for no group.
 
-    Raises nothing for a gradient that is not finite: the norm is then not finite.
+    ``device`` is where the ranks talk. Of a gradient that is not finite the norm is not finite.
     """
-    device = next((gradient.device for gradient in gradients if gradient is not None), torch.device("cpu"))
     norms = torch.zeros(len(gradients), dtype=torch.float64, device=device)
     for number, gradient in enumerate(gradients):
         if gradient is not None:
@@ -64,12 +65,13 @@ def norm_in_order(gradients: Sequence[Tensor | None], group: dist.ProcessGroup |
     return float(torch.linalg.vector_norm(norms))
 
 
-def have_part(gradients: Sequence[Sequence[Tensor | None]], group: dist.ProcessGroup | None) -> list[bool]:
+def have_part(
+    gradients: Sequence[Sequence[Tensor | None]], group: dist.ProcessGroup | None, device: torch.device | None = None
+) -> list[bool]:
     """Of each of several parameters whether any of its gradients is there on any rank: else it has no part in the step, and keeps none."""
     if not gradients:
         return []
     here = [any(gradient is not None for gradient in each) for each in gradients]
-    device = next((one.device for each in gradients for one in each if one is not None), torch.device("cpu"))
     flags = torch.tensor(here, dtype=torch.float32, device=device)
     if group is not None:
         dist.all_reduce(flags, group=group)
@@ -116,9 +118,8 @@ class ExactSums:
         """Put the sums over the micro-batches into the parameters."""
         for parameter, gradient in zip(self._own, self._sums.total(), strict=True):
             parameter.grad = gradient
-        has_part = have_part(
-            [[row[number] for row in self._of_stages.values()] for number in range(len(self._together))], self._group
-        )
+        taken = [[row[number] for row in self._of_stages.values()] for number in range(len(self._together))]
+        has_part = have_part(taken, self._group, next((one.device for one in self._together), None))
         for number, parameter in enumerate(self._together):
             if not has_part[number]:
                 continue

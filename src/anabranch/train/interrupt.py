@@ -1,5 +1,8 @@
-"""Ctrl-C, SIGTERM and a terminal that is closed as a request to stop, so that training can save before it ends."""
+"""Ctrl-C, SIGTERM and a terminal that is closed as a request to stop, so that training can save before it ends; and other processes that
+have ended.
+"""
 
+import re
 import signal
 import threading
 from types import FrameType
@@ -35,3 +38,20 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+
+# What gloo and NCCL say where the other end is gone.
+_LOST = re.compile(
+    r"connection (was )?(closed|reset) by (remote )?peer|broken pipe|ncclRemoteError|remote process exited",
+    re.IGNORECASE,
+)
+
+
+def has_lost_process(error: BaseException) -> bool:
+    """Whether an error of a collective operation, or one that it caused, says that another process is gone."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RuntimeError) and _LOST.search(str(found)):
+            return True
+        found = found.__cause__ or found.__context__
+    return False

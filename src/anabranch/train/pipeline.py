@@ -87,14 +87,14 @@ class PipelinedDecoder(nn.Module):
         layers, balance = layers_of(model, stages)
         if exact is not None:
             micro_batches = exact // self._num_pipelines
-        device = next(model.parameters()).device
+        self._device = next(model.parameters()).device
         pipe = GPipe(
             nn.Sequential(*layers),
             micro_batches=4 * stages if micro_batches is None else micro_batches,
             checkpoint="except_last" if recomputes else "never",
             runner="local" if group is None else "distributed",
             balance=balance,
-            devices=[device],
+            devices=[self._device],
             group=group,
             # What is drawn must come again in a recomputation, and on other ranks, also where a design begins to draw in a later step.
             draws=True if recomputes or exact is not None else None,
@@ -219,9 +219,8 @@ class PipelinedDecoder(nn.Module):
             everywhere: list[Any] = [None] * self._num_pipelines
             dist.all_gather_object(everywhere, told[0], group=self._data_group)
             told = everywhere
-        device = next(self.model.parameters()).device
         means = weighted_means([terms for each in told for terms in each])
-        return {name: torch.tensor(value, device=device) for name, value in means.items()}
+        return {name: torch.tensor(value, device=self._device) for name, value in means.items()}
 
     def _set_seed(self) -> None:
         """What layers draw is a function of torch's seed, which the trainer sets in each step, and of which pass since then this is."""
@@ -241,7 +240,7 @@ class PipelinedDecoder(nn.Module):
         """Gradients of what several stages have are summed over the stages, and all averaged over pipelines."""
         # To be exact they have been summed for each micro-batch.
         together = self._together if self._sums is None else []
-        has_part = have_part([[parameter.grad] for parameter in together], self._group)
+        has_part = have_part([[parameter.grad] for parameter in together], self._group, self._device)
         for parameter in (one for one, has in zip(together, has_part, strict=True) if has):
             summed = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
             dist.all_reduce(summed, group=self._group)
@@ -264,10 +263,10 @@ class PipelinedDecoder(nn.Module):
         if self._sums is not None:
             # Of each parameter by itself, and then of these in the order of the model, wherever they are.
             counted = [one if id(one) in first and one.requires_grad else None for one in self.model.parameters()]
-            return norm_in_order([None if one is None else one.grad for one in counted], self._group)
+            return norm_in_order([None if one is None else one.grad for one in counted], self._group, self._device)
         # What several stages have, the first of them counts.
         own = norm_of([parameter for parameter in self._learning if id(parameter) in first])
-        square = torch.tensor(own * own, dtype=torch.float64, device=next(self.model.parameters()).device)
+        square = torch.tensor(own * own, dtype=torch.float64, device=self._device)
         dist.all_reduce(square, group=self._group)
         return math.sqrt(float(square))
 

@@ -179,9 +179,10 @@ _MODULE, _VALUE = "module ", "value "
 
 def _key_of(owner: LossOverLayers, model: Decoder) -> str:
     """A text by which `_owner_of` finds an owner in another process. Raises ConfigError where there is none."""
-    name = next((name for name, module in model.named_modules() if module is owner), None)
-    if name is not None:
-        return _MODULE + name
+    if isinstance(owner, nn.Module):
+        name = next((name for name, module in model.named_modules() if module is owner), None)
+        if name is not None:
+            return _MODULE + name
     # Two that are told apart by identity alone would be one in another process.
     if type(owner).__eq__ is object.__eq__ or isinstance(owner, nn.Module):
         raise ConfigError(

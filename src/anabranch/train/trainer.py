@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from anabranch.errors import AnabranchError, ConfigError, DataError, NotFiniteError
+from anabranch.errors import AnabranchError, ConfigError, DataError, NotFiniteError, PeerError
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
 from anabranch.train.checkpoint import checkpoints
@@ -30,7 +30,7 @@ from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.hooks import StepHooks
 from anabranch.train.idle import IdleWatch
-from anabranch.train.interrupt import Interrupts
+from anabranch.train.interrupt import Interrupts, has_lost_process
 from anabranch.train.meter import MEASURES, LoadMeter
 from anabranch.train.metrics import MetricsLog
 from anabranch.train.optimizer import make_optimizer
@@ -125,9 +125,17 @@ class Trainer(Generic[R]):
         """Train to the end, or until SIGINT, SIGTERM or SIGHUP, which save a checkpoint first. A trainer fits once.
 
         An error from outside the training (data, disk, display, memory) is raised after a checkpoint of the last finished step is saved.
+        Raises PeerError where another process of the run is gone.
         """
         try:
             return self._fit()
+        except RuntimeError as error:
+            if self.workers.size > 1 and has_lost_process(error):
+                raise PeerError(
+                    "another process of this run has ended, and this one has lost its connection to it; the error of that one, or whoever "
+                    "killed it, says why; --resume goes on from the last checkpoint"
+                ) from error
+            raise
         finally:
             self.close()
 

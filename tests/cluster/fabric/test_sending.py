@@ -1,3 +1,4 @@
+import contextlib
 import socket
 import threading
 import time
@@ -168,6 +169,91 @@ def test_a_sender_that_leaves_in_a_piece_is_told_by_the_clock(receiver):
     with hello(receiver) as link:
         link.sendall(FRAME.pack(1, 1000, 0, 1000) + b"\x01" * 10)
         assert "did not come: after 0.5 s" in str(waiting.end())
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["in a piece", "between pieces"])
+def test_a_sender_that_left_is_followed_by_another(receiver, half):
+    """What it had claimed, and what it had sent, is the next one's from the start."""
+    got = np.zeros(1000, np.uint8)
+    waiting = Receiving(receiver, got)
+    link = hello(receiver)
+    if half:
+        link.sendall(FRAME.pack(1, 1000, 0, 500) + b"\x01" * 500)
+        assert link.recv(1) == b"\x01"
+    else:
+        link.sendall(FRAME.pack(1, 1000, 0, 1000) + b"\x01" * 10)
+    link.close()
+    end = time.monotonic() + 15
+    while waiting.is_alive():
+        # Until the receiver has seen that the first one is gone, it refuses the second.
+        assert time.monotonic() < end
+        with (
+            contextlib.suppress(TransferError),
+            SplitSender(receiver.address, [ANY], secret=b"s3cret", timeout_s=5) as sender,
+        ):
+            sender.send(b"\x02" * 1000, [(0, 0, 1000)])
+    assert waiting.end() is None
+    assert (got == 2).all()
+
+
+def test_a_transfer_stays_its_senders_while_one_of_its_connections_is_there(receiver):
+    got = np.zeros(10, np.uint8)
+    waiting = Receiving(receiver, got)
+    with hello(receiver) as first, hello(receiver) as second, hello(receiver) as other:
+        first.sendall(FRAME.pack(7, 10, 0, 6) + b"\x01" * 6)
+        assert first.recv(1) == b"\x01"
+        second.sendall(FRAME.pack(7, 10, 6, 2) + b"\x02" * 2)
+        assert second.recv(1) == b"\x01"
+        first.close()
+        other.sendall(FRAME.pack(8, 10, 0, 10))
+        assert other.recv(1) == b""
+        second.sendall(FRAME.pack(7, 10, 8, 2) + b"\x03" * 2)
+        assert second.recv(1) == b"\x01"
+        assert waiting.end() is None
+    assert got.tolist() == [1] * 6 + [2, 2, 3, 3]
+
+
+def wait_until(holds):
+    end = time.monotonic() + 15
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_whoever_has_no_secret_makes_room_for_others(receiver, monkeypatch):
+    monkeypatch.setattr(sending, "MOST_LINKS", 4)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(receiver.address)) for _ in range(4)]
+        wait_until(lambda: len(receiver._strangers) == 4)
+        got = np.zeros(10, np.uint8)
+        waiting = Receiving(receiver, got)
+        with SplitSender(receiver.address, [ANY, ANY], secret=b"s3cret") as sender:
+            sender.send(b"\x05" * 10, [(0, 0, 5), (1, 5, 5)])
+        assert waiting.end() is None
+        assert (got == 5).all()
+        # The oldest had to go.
+        for link, is_there in zip(idle, (False, False, True, True), strict=True):
+            link.settimeout(10 if not is_there else 0.05)
+            if is_there:
+                with pytest.raises(TimeoutError):
+                    link.recv(1)
+            else:
+                assert link.recv(1) == b""
+
+
+def test_whoever_has_the_secret_stays(receiver, monkeypatch):
+    monkeypatch.setattr(sending, "MOST_LINKS", 2)
+    with hello(receiver) as first, hello(receiver) as second:
+        wait_until(lambda: len(receiver._links) == 2 and not receiver._strangers)
+        with socket.create_connection(receiver.address) as late:
+            late.settimeout(10)
+            assert late.recv(1) == b""
+        got = np.zeros(2, np.uint8)
+        waiting = Receiving(receiver, got)
+        first.sendall(FRAME.pack(1, 2, 0, 1) + b"\x01")
+        second.sendall(FRAME.pack(1, 2, 1, 1) + b"\x02")
+        assert waiting.end() is None
+    assert got.tolist() == [1, 2]
 
 
 def test_one_buffer_at_a_time_and_closing_ends_it():

@@ -92,6 +92,22 @@ def fabric(
         Literal["any-order", "go-back-n"],
         typer.Option(help="Of --packets: whether receivers take packets in any order, or only the next one."),
     ] = "any-order",
+    card: Annotated[
+        Literal["turns", "fifo"],
+        typer.Option(
+            help="Of --packets: whether a host's pieces take turns on its card, or put whole windows into one queue."
+        ),
+    ] = "turns",
+    ack_bytes: Annotated[
+        int,
+        typer.Option(
+            "--ack-bytes",
+            metavar="N",
+            min=0,
+            max=10_000,
+            help="Of --packets: of an acknowledgement, which then waits in queues. Default: 0, latency alone.",
+        ),
+    ] = 0,
     lost: Annotated[
         list[str] | None,
         typer.Option(
@@ -147,7 +163,14 @@ def fabric(
         trace is not None,
         {"COLLECTIVE": collective, "--bytes": message},
         {"--layer": layer, "--row-bytes": row_bytes},
-        {"--lose": lost, "--receiver": None if receiver == "any-order" else receiver} if not packets else {},
+        {
+            "--lose": lost,
+            "--receiver": None if receiver == "any-order" else receiver,
+            "--card": None if card == "turns" else card,
+            "--ack-bytes": ack_bytes or None,
+        }
+        if not packets
+        else {},
     )
     _check_places(picture, out, schemes, [trace, Path(network) if network.endswith(".csv") else None])
     from anabranch.cluster.fabric import SCHEMES, lower_bound
@@ -161,7 +184,7 @@ def fabric(
     bound = lower_bound(flows, topology)
     for cable in lost or []:
         topology.cable(cable)
-    asked = Asked(scope, window, seed, receiver if packets else None, lost or [], quiet)
+    asked = Asked(scope, window, seed, receiver if packets else None, lost or [], quiet, card, ack_bytes)
     found = [tried(name, flows, topology, asked) for name in dict.fromkeys(schemes or SCHEMES)]
     rows = [row for row, _ in found]
     told = {

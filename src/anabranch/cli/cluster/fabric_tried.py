@@ -33,6 +33,8 @@ class Asked:
     receiver: Literal["any-order", "go-back-n"] | None
     lost: Sequence[str]
     quiet: bool
+    card: Literal["turns", "fifo"] = "turns"
+    ack_bytes: int = 0
 
 
 def tried(name: str, flows: Flows, topology: Topology, asked: Asked) -> tuple[dict[str, Any], Plan]:
@@ -62,7 +64,7 @@ def _packets(made: Plan, asked: Asked) -> dict[str, Any]:
     from anabranch.cluster.fabric import LinkEvent, PacketConfig, simulate_packets
 
     assert asked.receiver is not None
-    config = PacketConfig(receiver=asked.receiver)
+    config = PacketConfig(receiver=asked.receiver, card=asked.card, ack_bytes=asked.ack_bytes)
     if int((-(-made.size_Q // config.payload)).sum()) > FEW_PACKETS:
         require("numba", by=MESSAGE, of="cluster")
     events = [LinkEvent(cable) for cable in asked.lost]

@@ -8,6 +8,8 @@ hashes to it. The sender sends each connection's pieces in their order, all conn
     with SplitSender(address, paths=[("10.1.0.1", 0), ("10.2.0.1", 0)]) as sender:    # on the other
         sender.send(array, [(0, 0, 1000), (1, 1000, 500)])                            # path, offset, bytes
 
+A sender that is gone before it was done has sent nothing: when its last connection has ended, another may send the buffer from the start.
+
 The wire is plain TCP: whoever reaches the port and knows ``secret`` can write into the buffer. A frame says of which transfer it is, of
 how many bytes, and where its own go; what does not fit the buffer that waits ends the connection, and nothing of it is written.
 """
@@ -35,6 +37,8 @@ SECRET_BYTES = 32
 FRAME = struct.Struct("!QQQQ")
 MOST_PATHS, BLOCK = 256, 1 << 20
 WAIT_S = 60.0
+# Connections that a receiver has at a time.
+MOST_LINKS = 4 * MOST_PATHS
 
 
 class TransferError(BackendError):
@@ -164,6 +168,8 @@ class SplitReceiver:
         self._state = threading.Condition()
         self._waiting: _Transfer | None = None
         self._links: set[socket.socket] = set()
+        # Those that have not shown the secret yet, the oldest first.
+        self._strangers: dict[socket.socket, None] = {}
         self._is_closed = False
         try:
             self._server = socket.create_server(listen, backlog=MOST_PATHS)
@@ -209,11 +215,25 @@ class SplitReceiver:
             except OSError:
                 return
             with self._state:
-                if self._is_closed or len(self._links) >= 4 * MOST_PATHS:
+                if self._is_closed or not self._has_room():
                     link.close()
                     continue
                 self._links.add(link)
+                self._strangers[link] = None
             threading.Thread(target=self._serve, args=(link,), name="split-link", daemon=True).start()
+
+    def _has_room(self) -> bool:
+        """Whether one more connection is taken: whoever has no secret makes room for the next."""
+        if len(self._links) < MOST_LINKS:
+            return True
+        if not self._strangers:
+            return False
+        oldest = next(iter(self._strangers))
+        del self._strangers[oldest]
+        # Its thread closes it.
+        self._links.discard(oldest)
+        _end(oldest)
+        return True
 
     def _serve(self, link: socket.socket) -> None:
         """One connection, until it ends or says something that does not fit."""
@@ -222,6 +242,11 @@ class SplitReceiver:
             if not hmac.compare_digest(_read(link, len(MAGIC) + SECRET_BYTES), MAGIC + self._secret):
                 return
             link.settimeout(None)
+            with self._state:
+                if link not in self._strangers:
+                    # It was ended in this moment.
+                    return
+                del self._strangers[link]
             while True:
                 header = FRAME.unpack(_read(link, FRAME.size))
                 transfer = self._claim(link, *header)
@@ -240,6 +265,9 @@ class SplitReceiver:
         finally:
             with self._state:
                 self._links.discard(link)
+                self._strangers.pop(link, None)
+                if self._waiting is not None:
+                    self._waiting.leave(link)
             link.close()
 
     def _claim(self, link: socket.socket, number: int, total: int, begin: int, count: int) -> "_Transfer | None":
@@ -249,7 +277,7 @@ class SplitReceiver:
             while self._waiting is None and not self._is_closed and time.monotonic() < end:
                 self._state.wait(1.0)
             transfer = self._waiting
-            if transfer is None or not transfer.claim(number, total, begin, count):
+            if transfer is None or not transfer.claim(link, number, total, begin, count):
                 return None
             transfer.writers.add(link)
             return transfer
@@ -291,8 +319,18 @@ class _Transfer:
         self.writers: set[socket.socket] = set()
         self._number: int | None = None
         self._claimed: list[tuple[int, int]] = []
+        # Connections of the sender whose transfer it is.
+        self._links: set[socket.socket] = set()
 
-    def claim(self, number: int, total: int, begin: int, count: int) -> bool:
+    def leave(self, link: socket.socket) -> None:
+        """A connection has ended. Where it was the last of a sender that was not done, another one may begin anew."""
+        if link not in self._links:
+            return
+        self._links.discard(link)
+        if not self._links and self.left:
+            self.left, self._number, self._claimed = len(self.held), None, []
+
+    def claim(self, link: socket.socket, number: int, total: int, begin: int, count: int) -> bool:
         """Whether a piece is of this transfer and of no bytes that another piece has; it has them then."""
         fits = total == len(self.held) and 0 < count <= total and begin <= total - count
         if (
@@ -303,6 +341,7 @@ class _Transfer:
             return False
         self._number = number
         self._claimed.append((begin, begin + count))
+        self._links.add(link)
         return True
 
 
