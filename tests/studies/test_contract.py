@@ -17,6 +17,7 @@ BUILT_IN = sorted(studies.STUDIES)
 # Frozen and not run; their pages say so.
 NOT_RUN = {
     "carl",
+    "carl_highway",
     "dr_llm",
     "dynmole",
     "ftp",

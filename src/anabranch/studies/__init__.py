@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STUDIES = {
     "alf_lb": "anabranch.studies.alf_lb:make",
     "carl": "anabranch.studies.carl:make",
+    "carl_highway": "anabranch.studies.carl_highway:make",
     "chain": "anabranch.studies.chain:make",
     "composition_of_experts": "anabranch.studies.composition_of_experts:make",
     "dr_llm": "anabranch.studies.dr_llm:make",

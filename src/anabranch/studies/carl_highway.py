@@ -1,0 +1,151 @@
+"""Does CaRL's simple reward also drive the roads of others, at least as well as the rewards that were made for them?
+
+"CaRL: Learning Scalable Planning Policies with Simple Rewards", 2025, arXiv 2504.17838, whose study in a world of our own is
+`carl`. Here the roads, cars and observations are HighwayEnv's (Leurent 2018), and what is learned from is either CaRL's reward, by
+lane coordinates, or HighwayEnv's own, a sum of shaped terms (speed, collision, lanes) that its authors chose for each of these
+environments.
+
+One run: PPO on as many samples in all arms, with HighwayEnv's own settings of PPO (gamma 0.8, 2 x 256, 5e-4), from 8 environments
+side by side. Rewards are scaled so that returns are about as large: CaRL's, a hundred for a route, by 0.1; HighwayEnv's, at most 1
+a decision, by 1. Then whole episodes by the policy's likeliest actions: the same beginnings for both arms of a seed. Neither reward
+judges: what counts is who arrived, and who ran into somebody.
+
+Arms:
+
+    simple-roundabout, own-roundabout        CaRL's reward and HighwayEnv's on roundabout-v1
+    simple-intersection, own-intersection    on intersection-v2
+
+The rule, fixed before any run. PRIMARY: on the roundabout at least as many arrive by the simple reward, with 5 points of a hundred
+as the margin. A claim is about a paired difference over seeds, ours - baseline - margin; it holds where that is above 0 by a two-
+sided paired t-test at 5% after Holm's correction over all claims that have run, does not hold where it is below 0 by the same test,
+and is not resolved otherwise or with fewer than five seeds.
+
+What is reported and judged by nobody: route completion, driving score, and the return by HighwayEnv's own reward, whichever was
+learned from.
+
+Not run yet. It is planned for 5 seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anabranch.config import Config, Field, configclass, to_dict
+from anabranch.rl import Highway, training
+from anabranch.studies.asked import Asked, judged
+from anabranch.studies.carl import run
+from anabranch.studies.harness import Arm, Claim, Column, Results, Study
+from anabranch.train import TaskRunConfig
+
+ARMS = {
+    "simple-roundabout": "CaRL's reward on roundabout-v1",
+    "own-roundabout": "HighwayEnv's own",
+    "simple-intersection": "CaRL's reward on intersection-v2",
+    "own-intersection": "HighwayEnv's own",
+}
+_IDS = {"roundabout": "roundabout-v1", "intersection": "intersection-v2"}
+# So that returns are about as large.
+_SCALES = {"simple": 0.1, "own": 1.0}
+COLUMNS = (
+    Column("arrived", "arrived", ".2f"),
+    Column("collided", "collided", ".2f"),
+    Column("route_completion", "route\n%", ".1f"),
+    Column("driving_score", "driving\nscore", ".1f"),
+    Column("own_return", "HighwayEnv's\nreturn", ".2f"),
+    Column("samples_per_second", "samples/s", ".0f"),
+)
+
+
+@configclass
+class Size(Config):
+    """What all arms share.
+
+    Attributes:
+        samples: of each run.
+        episodes: by which a policy is measured.
+        hidden: widths of the networks.
+        physics: steps of HighwayEnv's physics in a decision of a second.
+    """
+
+    samples: int = Field(default=50_000, ge=8)
+    episodes: int = Field(default=100, ge=1)
+    hidden: tuple[int, ...] = (256, 256)
+    physics: int = Field(default=15, ge=1)
+
+
+def run_of(arm: str, size: Size) -> TaskRunConfig:
+    """The training of an arm."""
+    reward, _, road = arm.partition("-")
+    arguments = {"config": {"simulation_frequency": size.physics}}
+    environment = Highway.Config(id=_IDS[road], arguments=arguments, own_reward=reward == "own", workers=0)
+    return training(
+        "highway",
+        samples=size.samples,
+        settings={
+            "task.environment": to_dict(environment),
+            "task.reward_scale": _SCALES[reward],
+            "task.hidden": list(size.hidden),
+            "task.eval_episodes": size.episodes,
+        },
+    )
+
+
+def make(full: bool = False, **changes: Any) -> Study:
+    """The study in one of its two sizes; ``changes`` are fields of `Size`."""
+    size = (Size() if full else Size(samples=16, episodes=2, hidden=(8,), physics=2)).replace(**changes)
+    return Study(
+        name="carl_highway",
+        title="PPO with CaRL's reward and with HighwayEnv's own, on HighwayEnv's roads",
+        settings={"size": "full" if full else "smoke", **to_dict(size)},
+        arms=[Arm(name, about, run_of(name, size)) for name, about in ARMS.items()],
+        seeds=(0, 1, 2, 3, 4) if full else (0, 1),
+        run=run,
+        judge=judge,
+        columns=COLUMNS,
+    )
+
+
+# Metric and arm of ours, those of the baseline, the margin, the claim, and what the paper says.
+_CLAIMS: tuple[Asked, ...] = (
+    (
+        "arrived",
+        "simple-roundabout",
+        "arrived",
+        "own-roundabout",
+        -0.05,
+        "PRIMARY: on the roundabout no more than 5 in a hundred fewer arrive by CaRL's reward than by HighwayEnv's",
+        "nothing: HighwayEnv is not in it",
+    ),
+    (
+        "collided",
+        "own-roundabout",
+        "collided",
+        "simple-roundabout",
+        -0.05,
+        "on the roundabout no more than 5 in a hundred more collide by CaRL's reward",
+        "nothing: HighwayEnv is not in it",
+    ),
+    (
+        "arrived",
+        "simple-intersection",
+        "arrived",
+        "own-intersection",
+        -0.05,
+        "at the intersection no more than 5 in a hundred fewer arrive by CaRL's reward than by HighwayEnv's",
+        "nothing: HighwayEnv is not in it",
+    ),
+    (
+        "collided",
+        "own-intersection",
+        "collided",
+        "simple-intersection",
+        -0.05,
+        "at the intersection no more than 5 in a hundred more collide by CaRL's reward",
+        "nothing: HighwayEnv is not in it",
+    ),
+)
+
+
+def judge(results: Results) -> list[Claim]:
+    """The claims; see the rule in the module's docstring."""
+    return judged(results, _CLAIMS)

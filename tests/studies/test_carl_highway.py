@@ -1,0 +1,58 @@
+"""The study of CaRL's reward on HighwayEnv: what its arms are, its rule, and that it runs."""
+
+import math
+
+import pytest
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("highway_env")
+
+from anabranch.studies.carl_highway import ARMS, Size, judge, make, run_of
+from anabranch.studies.harness import Results
+
+
+def test_arms_differ_in_reward_and_road_alone():
+    found = {name: run_of(name, Size()) for name in ARMS}
+    first = found["simple-roundabout"]
+    for name, run in found.items():
+        environment = run.task.environment
+        assert environment.own_reward == name.startswith("own")
+        assert environment.id == ("roundabout-v1" if name.endswith("roundabout") else "intersection-v2")
+        assert run.task.reward_scale == (1.0 if name.startswith("own") else 0.1)
+        assert run.train == first.train
+        for field in vars(run.task).keys() - {"environment", "reward_scale"}:
+            assert getattr(run.task, field) == getattr(first.task, field), field
+
+
+def test_the_rule():
+    def runs(arrived, collided):
+        return {seed: {"arrived": arrived + 0.004 * seed, "collided": collided - 0.003 * seed} for seed in range(5)}
+
+    def other(arrived, collided):
+        return {seed: {"arrived": arrived + 0.001 * seed**2, "collided": collided} for seed in range(5)}
+
+    found = judge(Results({"simple-roundabout": runs(0.8, 0.1), "own-roundabout": other(0.8, 0.3)}))
+    assert [claim.verdict for claim in found] == ["holds", "holds", "not run", "not run"]
+    found = judge(Results({"simple-intersection": runs(0.5, 0.5), "own-intersection": other(0.8, 0.2)}))
+    assert [claim.verdict for claim in found] == ["not run", "not run", "does not hold", "does not hold"]
+    few = {seed: metrics for seed, metrics in runs(0.8, 0.1).items() if seed < 4}
+    assert judge(Results({"simple-roundabout": few, "own-roundabout": few}))[0].verdict == "not resolved"
+
+
+@pytest.mark.slow
+def test_an_arm_runs():
+    study = make()
+    assert study.seeds == (0, 1)
+    arm = next(arm for arm in study.arms if arm.name == "own-roundabout")
+    found = study.run(arm.config, 0, lambda text: None)
+    assert {column.metric for column in study.columns} <= found.keys()
+    assert found["samples"] == 16
+    assert all(math.isfinite(found[column.metric]) for column in study.columns)
+
+
+def test_both_sizes_are_made():
+    assert make(full=True).seeds == (0, 1, 2, 3, 4)
+    assert [arm.name for arm in make(full=True).arms] == list(ARMS)
+    assert make(samples=64).settings["samples"] == 64
+    with pytest.raises(ValueError, match="samples is 0"):
+        Size(samples=0)
