@@ -1,5 +1,9 @@
 """A router's training that is over in a second."""
 
+from anabranch.lm.decoder import Decoder
+from anabranch.nn.attention import SelfAttention
+from anabranch.nn.feed_forward import SwiGLU
+
 # Fields of `router_training`, by path.
 SMALL = {
     "task.world.entities": 10,
@@ -16,3 +20,15 @@ SMALL = {
     "warm.traces": 32,
     "warm.batch_size": 8,
 }
+
+
+def tiny_decoder(vocab_size):
+    """A policy that is made at once."""
+    return Decoder.Config(
+        vocab_size=vocab_size,
+        dim=32,
+        num_layers=1,
+        max_positions=128,
+        attention=SelfAttention.Config(num_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=32),
+    )

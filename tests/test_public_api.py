@@ -108,7 +108,8 @@ PUBLIC = {
         episode_seed judge load_agent record training
     """,
     "anabranch.rl.router_r1": """
-        RoutedPlay Router Training TwoHopPlay TwoHopWorld judge_router load_router router_training warm_model warm_up word_tokenizer
+        RecordedWorld Routed RoutedPlay RoutedWorld Router Training TwoHopPlay TwoHopWorld judge_router load_router router_training
+        warm_model warm_up word_tokenizer
     """,
     "anabranch.rl.tokens": """
         Drawn Outcome Play PolicyEngine Samples Told TokenPolicy TokenRollouts TokenTask TokenWorld Trajectory divergence_of

@@ -207,6 +207,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "token_world": {
         "two_hop": "anabranch.rl.router_r1:TwoHopWorld",
+        "recorded": "anabranch.rl.router_r1:RecordedWorld",
     },
     "environment": {
         "gymnasium": "anabranch.rl:Gymnasium",

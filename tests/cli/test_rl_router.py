@@ -126,7 +126,7 @@ def test_a_warm_start_that_is_there_is_gone_on_with(capfd, trained, tmp_path):
             "the warm start of a run that goes on is over",
         ),
         (["eval", "{run}", "--csv", "{run}/config.json"], "is read"),
-        (["replay", "{run}", "--out", "a.gif"], "not of the task 'ppo'"),
+        (["replay", "{run}", "--out", "a.gif"], "read its episodes"),
     ],
 )
 def test_wrong_lines_are_one_line(capfd, trained, tmp_path, monkeypatch, line, message):

@@ -80,7 +80,7 @@ def test_what_is_no_record_is_told(record, why):
         routed_experts(record)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.binary(max_size=200) | st.text(max_size=200))
 def test_no_bytes_do_more_than_be_refused(record):
     with pytest.raises(DataError):

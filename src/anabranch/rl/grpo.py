@@ -16,7 +16,8 @@ from anabranch.errors import ConfigError
 from anabranch.rl.tokens.advantages import group_advantages, rewards_by_token, token_advantages, whitened
 from anabranch.rl.tokens.losses import ESTIMATORS, value_loss
 from anabranch.rl.tokens.network import Scored
-from anabranch.rl.tokens.task import TokenTask, response_of
+from anabranch.rl.tokens.scoring import response_of
+from anabranch.rl.tokens.task import TokenTask
 from anabranch.rl.tokens.trajectory import Samples
 from anabranch.train.optimizer import Speed
 

@@ -10,9 +10,10 @@ Scaled down: the two-hop world (`anabranch.routers.router_r1.two_hop`) instead o
 facts by script instead of models, a decoder of about 2 million parameters over words instead of one of 3 billion. No score of a question
 set can be compared with; that several rounds are learned, and what they are worth beside one, can.
 
-One run: a warm start on traces that ask models drawn by chance, which teach the language and nothing of routing; then PPO as the paper has
-it, 256 episodes a rollout, two mini-batches. Names and order of the models are drawn anew for every question. Then all questions of the
-test, which begin at entities that no question of the training began at, by the likeliest tokens. Baselines play the same questions.
+One run: a warm start on traces that ask models drawn by chance, which teach the language and nothing of whom to ask, a quarter of them to
+read the descriptions (the paper's model can read before it is trained); then PPO as the paper has it, 256 episodes a rollout, two
+mini-batches. Names and order of the models are drawn anew for every question. Then all questions of the test, which begin at entities that
+no question of the training began at, by the likeliest tokens. Baselines play the same questions.
 
 Arms:
 
@@ -237,9 +238,9 @@ def _measured(router: Router, config: ArmConfig, seed: int, *, hidden: int | Non
     """Of the questions of the test."""
     played, rewards = judge_router(router, episodes=config.size.episodes, seed=seed)
     world: Any = router.task.world
-    plays = [each.outcome.facts for each in played if each.outcome is not None]
+    facts = [each.outcome.facts for each in played if each.outcome is not None]
     told = router.task.measures(played, rewards)
-    sent = 0.0 if hidden is not None else world.share_to(plays, _HIDDEN)
+    sent = 0.0 if hidden is not None else world.share_to(facts, _HIDDEN)
     models = world.facts.num_models - (hidden is not None)
     return {**told, "sent_to_hidden": sent, "thrice_by_chance": 3 / models}
 

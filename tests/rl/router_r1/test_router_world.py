@@ -1,10 +1,13 @@
 """Router-R1 in the two-hop world, token by token: what is written, told, masked and worth; names that say nothing; hostile pools."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from anabranch.errors import BackendError, ConfigError
 from anabranch.rl.router_r1 import RoutedPlay, TwoHopWorld, word_tokenizer
+from anabranch.rl.router_r1.world import relation_of
 from anabranch.rl.tokens import Trajectory, padded
 from anabranch.routers.router_r1 import Episode, FunctionPool, Rules, total_reward
 
@@ -27,9 +30,29 @@ def test_words_are_tokens_however_they_are_parted():
     assert ids("<think>need r1\n\nof e7</think><search>m3:r1 of e7</search>") == ids(text)
     assert TOKENIZER.decode(ids("a strange r1")) == "<unk> <unk> r1"
     assert TOKENIZER.stop_ids == (1,)
-    # Messages of a chat are one behind the other.
-    chat = TOKENIZER.apply_chat_template([{"role": "user", "content": "r1 of"}, {"role": "assistant", "content": "e7"}])
-    assert TOKENIZER.encode_chat(chat) == list(ids("r1 of e7"))
+
+
+def test_a_chat_of_the_gateway_reads_as_an_episode():
+    """Prompt, turn, information, a turn that came to nothing, a turn."""
+    play = WORLD.play(1, seed=5)
+    name = next(iter(play.named))
+    turns = [
+        f"<think> need </think> <search> {name} : r0 of e1 </search>",
+        "need need",
+        "<think> know </think> <answer> e1 </answer>",
+    ]
+    told = [TOKENIZER.decode(play.step(ids(turn)).tokens) for turn in turns]
+    assert told[1:] == ["", ""]
+    messages = [
+        {"role": "user", "content": TOKENIZER.decode(play.prompt) + "\n"},
+        {"role": "assistant", "content": turns[0]},
+        {"role": "user", "content": told[0].strip()},
+        {"role": "assistant", "content": turns[1]},
+        {"role": "user", "content": "Go on."},
+        {"role": "assistant", "content": turns[2]},
+    ]
+    text = TOKENIZER.apply_chat_template(messages)
+    assert TOKENIZER.encode_chat(text) == [*play.prompt, *ids(turns[0]), *ids(told[0]), *ids(turns[1]), *ids(turns[2])]
 
 
 def test_a_prompt_describes_every_model_by_the_name_that_it_has_in_this_episode():
@@ -62,7 +85,7 @@ def test_an_episode_by_hand():
     # The router sees no more words than it may, and pays for all.
     assert len(told.tokens) <= 2 + 6
     model = play.named[name]
-    assert play.asking.cost == pytest.approx(WORLD.facts.prices[model] * WORLD.facts.lengths[model])
+    assert play.cost == pytest.approx(WORLD.facts.prices[model] * WORLD.facts.lengths[model])
     name = expert(play, second)
     play.step(ids(f"<think> need </think> <search> {name} : r{second} of e{between} </search>"))
     last = play.step(ids(f"<think> know </think> <answer> e{question.answer} </answer>"))
@@ -72,7 +95,7 @@ def test_an_episode_by_hand():
     assert measured["exact_match"] == measured["exact_match_two_hop"] == measured["to_experts"] == 1
     assert measured["calls_two_hop"] == 2
     assert measured["well_formed"] == 1
-    assert WORLD.share_to([play], play.named[name]) > 0
+    assert WORLD.share_to([play.outcome().facts], play.named[name]) > 0
 
 
 def test_what_trajectories_are_worth():
@@ -94,6 +117,23 @@ def test_what_trajectories_are_worth():
     assert played("<think> know </think> <answer> e_no </answer>", cost_only_if_correct=False) == pytest.approx(0.25)
 
 
+def test_what_became_of_an_episode_can_be_handed_to_another_process():
+    play = WORLD.play(1, seed=2)
+    play.step(ids("<think> know </think> <answer> e1 </answer>"))
+    outcome = play.outcome()
+    again = pickle.loads(pickle.dumps(outcome))
+    assert again == outcome
+    assert again.facts.answer == again.facts.judged == "e1"
+    assert (again.facts.hops, again.facts.asked) == (2, play.question.text)
+    assert WORLD.measured([again]) == WORLD.measured([outcome])
+
+
+@pytest.mark.parametrize("query", ["r\u00b2 of e1", "r1 of r2 of e3", "", "e1", "r1 of", "r9999999 of e1"])
+def test_a_question_that_is_none_of_one_hop_is_of_no_relation(query):
+    assert relation_of(query) is None
+    assert relation_of("r1 of e3 ?") == 1
+
+
 def test_costs_are_judged_in_a_window_that_is_kept():
     world = TwoHopWorld(TwoHopWorld.Config(entities=30, relations=3, experts=3, alpha=1.0, window=10))
     plays = []
@@ -104,7 +144,7 @@ def test_costs_are_judged_in_a_window_that_is_kept():
         play.step(ids(f"<think> know </think> <answer> e{play.question.answer} </answer>"))
         plays.append(play.outcome())
     rewards = world.rewards(plays)
-    costs = [outcome.facts.asking.cost for outcome in plays]
+    costs = [outcome.facts.cost for outcome in plays]
     # The last of them are judged by all.
     assert rewards[3] > rewards[5]
     assert costs[3] < costs[5]
@@ -114,29 +154,44 @@ def test_costs_are_judged_in_a_window_that_is_kept():
 
 
 def test_traces_speak_the_language_and_route_by_chance():
-    traces = WORLD.traces(60, seed=0)
-    again = WORLD.traces(60, seed=0)
-    assert traces == again != WORLD.traces(60, seed=1)
-    asked = []
+    traces = WORLD.traces(120, seed=0)
+    again = WORLD.traces(120, seed=0)
+    assert traces == again != WORLD.traces(120, seed=1)
+    asked, read = [], 0
     for prompt, parts in traces:
         text = " ".join(TOKENIZER.decode(tokens) for tokens, _ in parts)
-        names = [
-            line.split(" :")[0].strip()
-            for line in TOKENIZER.decode(prompt).split("Question")[0].split("-")
-            if line.strip()
-        ]
+        lines = TOKENIZER.decode(prompt).split("Question")[0].split("-")
+        about = {line.split(" : ")[0].strip(): line.split(" : ")[1] for line in lines if line.strip()}
+        names = list(about)
         episode = Episode("?", Rules(), names)
         episode.parts = [(text, True)]
         assert episode.faults() == ()
+        assert "<unk>" not in text
         assert [own for _, own in parts] == [True, False] * (len(parts) // 2) + [True]
         asked += [names.index(TOKENIZER.decode(tokens).split("<search> ")[1].split()[0]) for tokens, _ in parts[:-1:2]]
+        if len(parts) > 1:
+            continue
+        # What stands in the descriptions.
+        read += 1
+        question, answer = TOKENIZER.decode(prompt).split("Question : ")[1], episode.last_answer
+        if question.startswith("price of "):
+            assert about[question.split()[2]].split("price ")[1].strip() == answer
+        else:
+            first = next(name for name, told in about.items() if question.split()[2] in told.split(" ; ")[0].split())
+            assert first == answer
     counts = np.bincount(asked, minlength=4)
     assert counts.min() > len(asked) / 12
+    assert 15 < read < 50
+
+
+def test_nothing_is_read_where_nothing_is_to_be():
+    world = TwoHopWorld(WORLD.config.replace(reading=0.0))
+    assert all(len(parts) > 1 for _, parts in world.traces(40, seed=0))
+    assert all(len(parts) == 1 for _, parts in TwoHopWorld(WORLD.config.replace(reading=1.0)).traces(20, seed=0))
 
 
 def test_information_is_no_token_of_the_router():
-    trajectory = Trajectory((0,))
-    prompt, parts = WORLD.traces(1, seed=3)[0]
+    prompt, parts = next(trace for trace in WORLD.traces(9, seed=3) if len(trace[1]) > 1)
     trajectory = Trajectory(prompt)
     for tokens, own in parts:
         trajectory.write(tokens, [0.0] * len(tokens)) if own else trajectory.told(tokens)
@@ -173,11 +228,11 @@ def test_hostile_pools_end_nothing_ask_nobody_and_stay_bounded(said, calls):
     assert text.endswith("</information>")
     assert "<answer>" not in text
     assert "<search>" not in text
-    assert len(play.asking.models) == calls
+    assert len(play.calls) == calls
     # Turns without an action are spent, and then it is over.
     done = [play.step(ids("m1 m1 m1")).is_done for _ in range(2)]
     assert done == [False, True]
-    assert play.outcome().facts.asking.invalid >= 2
+    assert play.outcome().facts.invalid >= 2
     assert play.episode.faults()
 
 

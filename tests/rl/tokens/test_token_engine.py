@@ -13,6 +13,7 @@ from anabranch.nn.feed_forward import SwiGLU
 from anabranch.nn.moe import MoE
 from anabranch.rl.tokens import Drawn, Outcome, PolicyEngine, TokenPolicy, Told, padded
 from anabranch.routing import Router
+from anabranch.serving.fast import FastDecoder
 from rl_token_worlds import ASK, END, INFO, VOCABULARY, Echo
 
 DRAWN = Drawn(turn_tokens=4)
@@ -100,6 +101,26 @@ def test_the_engine_acts_with_the_weights_as_they_are(experts):
     fresh = padded(played(PolicyEngine(model, slots=4, records=experts)), engine.layers)
     assert torch.equal(fresh.token_BL, after.token_BL)
     assert torch.equal(fresh.rollout_BL, after.rollout_BL)
+
+
+def test_without_the_compiled_step_it_plays_and_learns_alike(monkeypatch):
+    monkeypatch.setattr(FastDecoder, "supports", staticmethod(lambda model: "not here"))
+    model = decoder()
+    engine = PolicyEngine(model, slots=4)
+    assert engine._engine.runner.fast is None
+    samples = padded(played(engine))
+    model.train()
+    found = TokenPolicy(model)(samples.token_BL, samples.own_BL)
+    assert torch.allclose(found.log_prob_BL[samples.own_BL], samples.rollout_BL[samples.own_BL], atol=1e-5)
+    # Nothing that the engine left in the model stands in the way of a gradient.
+    found.log_prob_BL.sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(0.01 * parameter.grad)
+    engine.refresh()
+    after = padded(played(engine))
+    again = scored(model, after)
+    assert torch.allclose(again.log_prob_BL[after.own_BL], after.rollout_BL[after.own_BL], atol=1e-5)
 
 
 def test_what_is_drawn_follows_from_the_seed_of_the_episode():

@@ -1,12 +1,14 @@
 """GRPO and PPO of token policies as tasks: resumed to the bit, shared by processes, learned, and what is told on the way."""
 
 import json
+import math
 
 import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
 from anabranch.errors import CheckpointError, ConfigError, DataError
+from anabranch.experts.parscale import ParScale
 from anabranch.lm import load_model
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.attention import SelfAttention
@@ -127,6 +129,42 @@ def test_routing_is_replayed_and_flips_are_counted(tmp_path):
     assert max(flips[False]) > 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (GRPO, {"temperature": 0.7, "clip_high": 0.3, "entropy_weight": 0.01, "mean": "fixed"}),
+        (GRPO, {"sequence_ratio": True, "kl_weight": 0.1, "kl_estimator": "k2", "correct_cap": 2.0, "epochs": 2}),
+        (GRPO, {"top_p": 0.9, "baseline": "none", "scale": "batch", "learns_information": True}),
+        (TokenPPO, {"values_information": True, "value_clip": None, "normalize_advantage": False, "gamma": 0.9}),
+        (TokenPPO, {"kl_in": "loss", "kl_estimator": "k3", "temperature": 1.3, "mean": "sequences", "epochs": 2}),
+    ],
+)
+def test_options_train_and_engine_and_model_agree(tmp_path, kind, fields):
+    settings = {"steps": 4, "log_every": 1, "accumulation": 2}
+    fit(run(kind, world=Echo.Config(turns=2), train=settings, **fields), tmp_path / "run")
+    for record in read_metrics(tmp_path / "run"):
+        if record["kind"] == "train":
+            assert math.isfinite(record["loss"])
+            # At temperature 1, whatever was drawn at.
+            assert record["rollout_gap"] < 1e-4
+            assert record["reward"] >= 0
+
+
+def test_drift_costs_what_it_is_said_to(tmp_path):
+    """With nothing else to learn from, a policy goes back to where it began."""
+    moved = {}
+    for weight in (0.0, 5.0):
+        config = run(
+            kl_weight=weight, entropy_weight=0.5, epochs=2, train={"steps": 16, "log_every": 1, "learning_rate": 3e-2}
+        )
+        trainer, _ = fit(config, tmp_path / str(weight))
+        first = MODEL.build(seed=0).state_dict()
+        weights = trainer.model.policy.state_dict()
+        moved[weight] = float(sum((weights[name] - first[name]).square().sum() for name in first))
+        assert (trainer.task._reference is not None) == (weight > 0)
+    assert moved[5.0] < moved[0.0]
+
+
 def test_information_is_not_learned_from_unless_asked(tmp_path):
     def learned(**fields):
         trainer = Trainer(run(world=Echo.Config(turns=2), **fields), tmp_path / f"{len(fields)}")
@@ -163,6 +201,7 @@ def test_a_world_that_gives_nan_stops_the_training(tmp_path, monkeypatch):
         (GRPO, {"train": {"precision": "bfloat16"}}, "use float32"),
         (GRPO, {"train": {"parallel": "fsdp"}}, "whole weights|torchrun"),
         (TokenPPO, {"kl_weight": -1.0}, "kl_weight"),
+        (GRPO, {"model": MODEL.replace(streams=ParScale.Config(num_streams=2))}, "parallel streams"),
     ],
 )
 def test_configs_that_cannot_be(tmp_path, kind, fields, why):

@@ -11,6 +11,7 @@ from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, shell_word, wrote
 from anabranch.cli.progress import Progress
+from anabranch.cli.rl.kinds import is_router_run
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import check_apart
@@ -38,6 +39,10 @@ def replay(
     if out.suffix.lower() != ".gif":
         raise ConfigError(f"--out is {out}; name a file that ends in .gif")
     check_apart([out], [run])
+    if is_router_run(run):
+        raise ConfigError(
+            f"the run in {run} is a router's, which writes and moves nothing; read its episodes: anabranch rl eval --csv"
+        )
     agent = load_agent(run)
     begins = agent.config.train.seed if seed is None else seed
     with Progress(most, "frame", quiet=quiet) as progress:

@@ -128,7 +128,7 @@ def _strategy(world: Any) -> str:
         *(f"{name} = {json.dumps(value)}" for name, value in world.strategy().items()),
         "",
         "[strategies.router-r1.about]",
-        *(f"{name} = {json.dumps(world.facts.about(model))}" for name, model in world.names(0).items()),
+        *(f"{json.dumps(name)} = {json.dumps(text)}" for name, text in world.about().items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -234,18 +234,17 @@ def _table(router: Router, played: list[Trajectory], rewards: list[float]) -> st
     table.writerow(_COLUMNS)
     for trajectory, reward in zip(played, rewards, strict=True):
         assert trajectory.outcome is not None
-        play: Any = trajectory.outcome.facts
-        episode = play.episode
+        facts: Any = trajectory.outcome.facts
         table.writerow(
             [
-                play.question.text,
-                episode.last_answer or "",
-                f"e{play.question.answer}",
+                facts.asked,
+                facts.judged or "",
+                " | ".join(facts.wanted),
                 reward,
-                episode.turns,
-                len(play.asking.models),
-                play.asking.cost,
-                "; ".join(episode.faults()),
+                facts.turns,
+                len(facts.calls),
+                facts.cost,
+                "; ".join(facts.faults),
             ]
         )
     return made.getvalue()

@@ -1,5 +1,7 @@
-"""Router-R1 learns: the two-hop world in tokens, ready trainings, and routers back from their runs."""
+"""Router-R1 learns: the two-hop world in tokens, worlds of recorded questions, ready trainings, and routers back from their runs."""
 
+from anabranch.rl.router_r1.recorded import RecordedWorld
+from anabranch.rl.router_r1.routed import Routed, RoutedPlay, RoutedWorld
 from anabranch.rl.router_r1.runs import (
     Router,
     Training,
@@ -10,10 +12,13 @@ from anabranch.rl.router_r1.runs import (
     warm_up,
 )
 from anabranch.rl.router_r1.words import word_tokenizer
-from anabranch.rl.router_r1.world import RoutedPlay, TwoHopPlay, TwoHopWorld
+from anabranch.rl.router_r1.world import TwoHopPlay, TwoHopWorld
 
 __all__ = [
+    "RecordedWorld",
+    "Routed",
     "RoutedPlay",
+    "RoutedWorld",
     "Router",
     "Training",
     "TwoHopPlay",

@@ -1,7 +1,7 @@
-"""A tokenizer whose tokens are words: small vocabularies of worlds that are made, tags and names among them.
+"""A tokenizer whose tokens are words: small vocabularies of worlds that are made, tags and names among them; and the template of chats.
 
-A model with such a tokenizer can be served as any other: its template of chats puts messages one behind the other, so that what a gateway
-sends turn by turn are the tokens that a policy was taught with.
+A router can be served as any other model. Its template puts messages one behind the other, as episodes are written, so that what a gateway
+sends turn by turn reads as what the router was taught with: no roles, and nothing where a turn came to nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from anabranch.data.tokenizer import HuggingFaceTokenizer
 
-__all__ = ["END", "UNKNOWN", "word_tokenizer"]
+__all__ = ["END", "TEMPLATE", "UNKNOWN", "word_tokenizer"]
 
 UNKNOWN, END = "<unk>", "<eos>"
 # Tags and signs are words of their own, whatever stands beside them.
 _SIGNS = r"</?[a-z]+>|[:;?]"
-# Messages one behind the other.
-_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+# As `Episode` writes: information between blank lines, all else as it is. Where that adds nothing, the gateway's program says "Go on.".
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first or message['role'] == 'assistant' %}{{ message['content'] }}"
+    "{% elif message['content'] != 'Go on.' %}{{ '\\n\\n' + message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def word_tokenizer(words: Iterable[str]) -> HuggingFaceTokenizer:
@@ -27,4 +32,4 @@ def word_tokenizer(words: Iterable[str]) -> HuggingFaceTokenizer:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     signs = pre_tokenizers.Split(Regex(_SIGNS), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([signs, pre_tokenizers.WhitespaceSplit()])
-    return HuggingFaceTokenizer(backend, eos_id=vocabulary[END], chat_template=_TEMPLATE)
+    return HuggingFaceTokenizer(backend, eos_id=vocabulary[END], chat_template=TEMPLATE)

@@ -105,8 +105,8 @@ class PolicyEngine:
     ) -> None:
         self.model = model
         self.max_positions = min(max_positions, model.config.max_positions)
-        # One that is answered begins before what it had is free.
-        blocks = (2 * slots + 1) * (-(-self.max_positions // _BLOCK))
+        # For as many as run, whole, so that none ever waits for another's end.
+        blocks = (slots + 1) * (-(-self.max_positions // _BLOCK))
         config = ServingConfig(
             max_seqs=slots,
             num_blocks=blocks,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from anabranch.rl.tokens.engine import Drawn, PolicyEngine
 from anabranch.rl.tokens.losses import divergence_of, mean_over, surrogate
 from anabranch.rl.tokens.network import Scored, TokenPolicy, router_layers_of
 from anabranch.rl.tokens.rollout import Playing, TokenRollouts, _seed
+from anabranch.rl.tokens.scoring import Before, compared, joined, response_of
 from anabranch.rl.tokens.trajectory import Samples, Trajectory
 from anabranch.rl.tokens.world import TokenWorld
 from anabranch.train import Losses, Task, TaskContext
@@ -121,6 +122,10 @@ class TokenTask(Task):
         if model is not None and not isinstance(model, Decoder | TokenPolicy):
             raise ConfigError(f"model is a {type(model).__name__}; give a Decoder, which training starts from")
         super().__init__(config, model=model)
+        if config.model.streams is not None:
+            raise ConfigError(
+                "task.model has parallel streams, which policies of tokens do not learn with; leave streams out"
+            )
         self.world: TokenWorld = config.world.build()
         if self.world.vocab_size > config.model.vocab_size:
             raise ConfigError(
@@ -186,7 +191,7 @@ class TokenTask(Task):
         longest = min(config.max_positions or model.max_positions, model.max_positions)
         rollout = _BYTES_PER_TOKEN * longest * config.questions * config.group
         heads, keys, values = model.attention.kv_heads, *model.attention.kept(model.dim)
-        kept = 4 * model.num_layers * heads * (keys + values) * longest * (2 * config.slots + 1)
+        kept = 4 * model.num_layers * heads * (keys + values) * longest * (config.slots + 1)
         if rollout > room:
             raise CapacityError(
                 f"a rollout of {config.questions:,} questions x {config.group:,} episodes of up to {longest:,} tokens takes "
@@ -223,16 +228,16 @@ class TokenTask(Task):
         """Score a rollout with the model that learns, as it is before it learns from it."""
         parts = [self._scored(samples.rows(rows)) for rows in torch.arange(len(reward_B)).split(self._at_once)]
         old_BL, value_BL, reference_BL, raw_BL = (
-            _joined([part.tensors[place] for part in parts], samples) for place in range(4)
+            joined([part.tensors[place] for part in parts], samples) for place in range(4)
         )
         samples = samples._replace(old_BL=old_BL, value_BL=value_BL, reference_BL=reference_BL)
-        notes = _compared(samples.rollout_BL, raw_BL, samples.own_BL)
+        notes = compared(samples.rollout_BL, raw_BL, samples.own_BL)
         of = sum(part.num_choices for part in parts)
         if of:
             notes["flipped_experts"] = sum(part.num_flipped for part in parts) / of
         return self.worth(samples, reward_B), notes
 
-    def _scored(self, samples: Samples) -> _Before:
+    def _scored(self, samples: Samples) -> Before:
         assert self._policy is not None
         found = self._forward(self._policy, samples, commits=False)
         value_BL = torch.zeros_like(found.log_prob_BL) if found.value_BL is None else found.value_BL
@@ -244,7 +249,7 @@ class TokenTask(Task):
         if self.config.temperature != 1:
             raw_BL = self._forward(self._policy, samples, commits=False, temperature=1.0).log_prob_BL
         told = (found.log_prob_BL, value_BL, reference_BL, raw_BL)
-        return _Before(tuple(each.cpu() for each in told), *found.flipped)
+        return Before(tuple(each.cpu() for each in told), *found.flipped)
 
     def _forward(
         self, model: nn.Module, samples: Samples, *, commits: bool = True, temperature: float | None = None
@@ -409,42 +414,3 @@ class TokenTask(Task):
             raise CheckpointError(f"{folder} does not fit its run: {error}") from None
         if self.rollouts is not None:
             self.rollouts.load(folder)
-
-
-class _Before(NamedTuple):
-    """What was said of episodes before any is learned from.
-
-    Attributes:
-        tensors: old log probabilities, values, those of the reference, and those at temperature 1, ``[B, L]`` each, on the CPU.
-        num_flipped: choices of experts that were made otherwise than in the engine.
-        num_choices: all of them.
-    """
-
-    tensors: tuple[Tensor, ...]
-    num_flipped: int
-    num_choices: int
-
-
-def response_of(samples: Samples) -> Tensor:
-    """bool ``[B, L]``: all behind the prompt, the world's words too."""
-    began_BL = samples.own_BL.cumsum(-1) > 0
-    return began_BL & samples.real_BL
-
-
-def _joined(parts: list[Tensor], samples: Samples) -> Tensor:
-    """Rows of parts of different lengths as one tensor, 0 behind."""
-    found_BL, row = torch.zeros(samples.token_BL.shape), 0
-    for part_BL in parts:
-        found_BL[row : row + len(part_BL), : part_BL.shape[1]] = part_BL
-        row += len(part_BL)
-    return found_BL
-
-
-def _compared(rollout_BL: Tensor, training_BL: Tensor, own_BL: Tensor) -> dict[str, float]:
-    """What engine and model held the same tokens for."""
-    ours, theirs = training_BL[own_BL], rollout_BL[own_BL]
-    if not len(ours):
-        return {"rollout_gap": 0.0, "rollout_divergence": 0.0}
-    # KL(engine || model), of tokens that the engine drew.
-    divergence = divergence_of(theirs, ours, "k3").mean()
-    return {"rollout_gap": float((ours - theirs).abs().max()), "rollout_divergence": float(divergence)}

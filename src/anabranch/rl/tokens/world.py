@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.data.tokenizer import Tokenizer
+from anabranch.errors import ConfigError
 
 __all__ = ["Outcome", "Play", "Split", "TokenWorld", "Told", "means"]
 
@@ -122,9 +123,11 @@ class TokenWorld(Part, family="token_world"):
     def traces(self, count: int, *, seed: int) -> list[tuple[Tokens, tuple[tuple[Tokens, bool], ...]]]:
         """Episodes to imitate before any is played: prompts, and what was written after them, with whether the policy had written it.
 
-        Raises NotImplementedError for a world that has none (the default).
+        Raises ConfigError for a world that has none (the default).
         """
-        raise NotImplementedError(f"{type(self).__name__} has no traces to begin with")
+        raise ConfigError(
+            f"{type(self).__name__} has no traces to begin with; start from a model that speaks its language"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What of rewards hangs on earlier rollouts: JSON-ready."""

@@ -1,0 +1,170 @@
+"""Router-R1 with questions of one's own and a recorded pool: read, split, asked, judged; and files that are damaged."""
+
+import json
+
+import pytest
+
+from anabranch.errors import ConfigError, DataError, TokenizerError
+from anabranch.rl import GRPO
+from anabranch.rl.router_r1 import RecordedWorld, word_tokenizer
+from anabranch.routers.router_r1.grammar import TAGS
+from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer
+from rl_router_small import tiny_decoder
+
+WORDS = [
+    "-",
+    ":",
+    "?",
+    "Question",
+    "small",
+    "large",
+    "who",
+    "wrote",
+    "book",
+    "Ann",
+    "Bob",
+    "None",
+    "nothing",
+    "of",
+    "it",
+]
+QUESTIONS = [{"question": f"who wrote book {number} ?", "answers": ["Ann", "Ann Smith"]} for number in range(40)]
+TABLE = [
+    {"model": "small", "query": "who wrote it ?", "text": "Ann", "completion_tokens": 7},
+    {"model": "large", "query": "who wrote it ?", "text": "Bob of nothing"},
+]
+
+
+@pytest.fixture
+def files(tmp_path):
+    made = word_tokenizer([*(f"<{tag}>" for tag in TAGS), *(f"</{tag}>" for tag in TAGS), *WORDS])
+    made.save(tmp_path)
+    for name, lines in (("questions", QUESTIONS), ("table", TABLE)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return tmp_path
+
+
+def config(files, **fields):
+    given = {
+        "questions": str(files / "questions.jsonl"),
+        "table": str(files / "table.jsonl"),
+        "tokenizer": str(files),
+        "prices": {"small": 0.5, "large": 2.0},
+        "about": {"small": "book"},
+        "instruction": "{models}",
+        "turn_tokens": 16,
+        "held_out": 0.3,
+    }
+    return RecordedWorld.Config(**(given | fields))
+
+
+def played(world, *turns, question=0):
+    play = world.play(question, seed=0)
+    for turn in turns:
+        play.step(tuple(world.tokenizer.encode(turn)))
+    return play.outcome()
+
+
+ASKS = "<think> who </think> <search> {} : who wrote it ? </search>"
+ANSWERS = "<think> it </think> <answer> {} </answer>"
+
+
+def test_questions_are_split_by_their_text(files):
+    world = RecordedWorld(config(files, held_out=0.3))
+    assert world.num_questions + world.num_tests == 40
+    assert 3 < world.num_tests < 25
+    tests = {world.play(number, seed=0, split="test").episode.question for number in range(world.num_tests)}
+    (files / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS[::-1][:25])))
+    fewer = RecordedWorld(config(files, held_out=0.3))
+    again = {fewer.play(number, seed=0, split="test").episode.question for number in range(fewer.num_tests)}
+    assert again == tests & {one["question"] for one in QUESTIONS[::-1][:25]}
+
+
+def test_episodes_ask_the_table(files):
+    world = RecordedWorld(config(files))
+    outcome = played(world, ASKS.format("small"), ANSWERS.format("Ann"))
+    assert outcome.facts.answer == "Ann"
+    assert outcome.facts.cost == pytest.approx(7 * 0.5)
+    assert outcome.facts.faults == ()
+    assert world.rewards([outcome]) == [1.0]
+    # Its words are its tokens where the file does not say.
+    assert played(world, ASKS.format("large")).facts.cost == pytest.approx(3 * 2.0)
+    lost = played(world, "<think> who </think> <search> small : who wrote nothing ? </search>")
+    assert lost.facts.invalid == 1
+    assert lost.facts.cost == 0
+    half = played(world, ANSWERS.format("Ann Bob"))
+    assert world.rewards([half]) == [0.0]
+    assert RecordedWorld(config(files, measure="f1")).rewards([half]) == [pytest.approx(2 / 3)]
+    measured = world.measured([outcome, half])
+    assert (measured["exact_match"], measured["calls"]) == (0.5, 0.5)
+
+
+def test_a_prompt_is_the_papers_unless_another_is_given(files):
+    world = RecordedWorld(config(files))
+    text = world.tokenizer.decode(world.play(0, seed=0).prompt)
+    assert text.startswith("- small : book - large : nothing")
+    assert world.strategy()["instruction"] == "{models}"
+    plain = RecordedWorld(config(files, instruction=""))
+    assert len(plain.play(0, seed=0).prompt) > 100
+    assert "instruction" not in plain.strategy()
+
+
+def test_it_has_no_traces_to_begin_with(files):
+    with pytest.raises(ConfigError, match="RecordedWorld has no traces"):
+        RecordedWorld(config(files)).traces(3, seed=0)
+
+
+def test_a_policy_is_trained_on_it(files, tmp_path):
+    world = config(files, max_turns=1, turn_tokens=6)
+    task = GRPO.Config(
+        world=world,
+        model=tiny_decoder(world.build().vocab_size),
+        questions=2,
+        group=2,
+        slots=4,
+        eval_episodes=2,
+        entropy_weight=0.1,
+    )
+    train = TrainConfig(steps=2, batch_size=4, schedule=Constant.Config(), eval_every=None)
+    trainer = Trainer(TaskRunConfig(task=task, train=train), tmp_path / "run")
+    result = trainer.fit()
+    trainer.stream.close()
+    assert result.step == 2
+    assert result.measures["episodes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("questions", "{", "line 1 of .* is no JSON"),
+        ("questions", "[1]", "is a list"),
+        ("questions", '{"question": "", "answers": ["a"]}', "must have a question"),
+        ("questions", '{"question": "a", "answers": []}', "must have a question"),
+        ("questions", '{"question": "a", "answers": "b"}', "must have a question"),
+        ("questions", '{"question": "a", "answers": ["b"]}', "has no question for"),
+        ("table", '{"model": "small", "query": 3, "text": "a"}', "has no query"),
+        ("table", '{"model": "small", "query": "a", "text": "a", "completion_tokens": -1}', "completion_tokens -1"),
+        ("table", '{"model": "small", "query": "a", "text": "a", "prompt_tokens": 1.5}', "prompt_tokens 1.5"),
+    ],
+)
+def test_damaged_files_are_told_by_line(files, name, text, why):
+    (files / f"{name}.jsonl").write_text(text)
+    with pytest.raises(DataError, match=why):
+        RecordedWorld(config(files))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "why"),
+    [
+        ({"questions": "nowhere.jsonl"}, DataError, "cannot read nowhere"),
+        ({"tokenizer": "nowhere"}, TokenizerError, "no tokenizer"),
+        ({"prices": {"small": 0.5}}, ConfigError, "has no price"),
+        ({"prices": {"small": -1.0, "large": 1.0}}, ConfigError, "must be a number of at least 0"),
+        ({"about": {"huge": "x"}}, ConfigError, "not among the models"),
+        ({"instruction": "Ask"}, ConfigError, "no {models}"),
+        ({"held_out": 1.0}, ConfigError, "held_out is 1"),
+    ],
+)
+def test_what_cannot_be(files, fields, error, why):
+    with pytest.raises(error, match=why.replace("{", r"\{").replace("}", r"\}")):
+        RecordedWorld(config(files, **fields))
