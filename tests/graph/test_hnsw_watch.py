@@ -225,6 +225,7 @@ def as_before(path):
     found = read_arrays(path, KIND, versions=VERSIONS)
     assert found.version == VERSION
     arrays = {name: array for name, array in found.arrays.items() if name != "suspect"}
+    arrays["deleted"] = np.minimum(arrays["deleted"], 1)
     meta = {name: value for name, value in found.meta.items() if name != "watched"}
     write_arrays(path, KIND, arrays, meta, 1)
 
@@ -253,10 +254,46 @@ def test_vacant_places_of_an_earlier_release_are_used_again(tmp_path):
     index.save(tmp_path / "index.anb")
     as_before(tmp_path / "index.anb")
     again = HNSW.load(tmp_path / "index.anb", workers=1)
-    assert len(again._storage.vacant_S) == 0
+    assert again._storage.vacant_S.tolist() == index._storage.vacant_S.tolist()
     again.add(around(np.random.default_rng(1), 10))
     assert again._storage.count == index._storage.count
     check_graph_but_vacant(again)
+
+
+CHANGES = {
+    "nothing": lambda index: None,
+    "repair": lambda index: index.repair(),
+    "move": lambda index: index.add(around(np.random.default_rng(2), 1), [100], update=True),
+    "add": lambda index: index.add(around(np.random.default_rng(2), 30), reuse=False),
+}
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_an_earlier_release_held_is_saved_so_that_it_can_be_read(tmp_path, what, is_linked):
+    """R21c: places without an id were linked again by a repair, and the file that was saved then led to vacant places."""
+    path, index = tmp_path / "index.anb", with_vacant()
+    vacant = int(index._storage.vacant_S[3])
+    index.save(path)
+    as_before(path)
+    if is_linked:
+        # As a repair of that release left them.
+        found = read_arrays(path, KIND, versions=VERSIONS)
+        arrays = {name: np.array(array) for name, array in found.arrays.items()}
+        roomy = int(np.flatnonzero((arrays["links"][:, -1] < 0) & (arrays["deleted"] == 0))[0])
+        arrays["links"][roomy, (arrays["links"][roomy] >= 0).sum()] = vacant
+        write_arrays(path, KIND, arrays, dict(found.meta), 1)
+    again = HNSW.load(path, workers=1)
+    assert len(again._storage.vacant_S) == 20 - is_linked
+    CHANGES[what](again)
+    again.save(path)
+    read = HNSW.load(path, workers=1)
+    for one in (read, pickle.loads(pickle.dumps(read))):
+        assert {**one.stats(), "size_bytes": 0} == {**again.stats(), "size_bytes": 0}
+    assert again.stats()["unreachable"] == 0
+    # Nothing comes back under no id.
+    assert (read.ids >= 0).all()
+    check_graph_but_vacant(read)
 
 
 def with_vacant():
@@ -270,7 +307,7 @@ def with_vacant():
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize("what", ["links", "entry", "shape", "turn", "watched"])
+@pytest.mark.parametrize("what", ["links", "entry", "deleted", "shape", "turn", "watched"])
 def test_files_that_lead_to_vacant_places_are_damaged(tmp_path, what, mmap):
     index = with_vacant()
     vacant, path = int(index._storage.vacant_S[3]), tmp_path / "i.anb"
@@ -282,6 +319,8 @@ def test_files_that_lead_to_vacant_places_are_damaged(tmp_path, what, mmap):
     elif what == "entry":
         meta["entry"], meta["top"] = vacant, int(arrays["level"][vacant])
         arrays["level"][arrays["deleted"] == 0] = 0
+    elif what == "deleted":
+        arrays["deleted"][200] = 3
     elif what == "shape":
         arrays["suspect"] = arrays["suspect"][:-1]
     elif what == "turn":

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from anabranch.errors import CapacityError, DataError, InputError
+from anabranch.graph.array_file import check_how
 from anabranch.graph.disk import search, stored
 from anabranch.graph.disk.answering import Asked
 from anabranch.graph.disk.blocks import Form, read_blocks
@@ -60,6 +61,7 @@ class DiskIndex:
         workers: int | None = None,
         **former: Any,
     ) -> None:
+        check_how(mmap, None)
         workers = asked_workers(workers, former, "DiskIndex")
         self.workers = None if workers is None else as_positive(workers, "workers")
         self._options = {"memory": None if memory is None else as_positive(memory, "memory"), "mmap": bool(mmap)}

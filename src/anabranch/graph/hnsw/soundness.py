@@ -12,6 +12,12 @@ from anabranch.graph.hnsw.raw import get_i32, kernel
 
 MAX_LEVEL = 64
 
+# Of an element in a file that is deleted and in no list: a vacant place. 1 is one that is deleted, and perhaps in lists.
+VACANT = 2
+
+# Rows of lists that are looked at at once.
+ROWS = 1 << 16
+
 # Shape and type of an array by its name.
 Wanted = dict[str, tuple[tuple[int, ...], Any]]
 
@@ -49,23 +55,36 @@ def check_links(arrays: dict[str, np.ndarray], entry: int, top: int, source: str
         raise DataError(f"{source} is damaged: its links or levels do not fit together; build the index again")
 
 
-def vacant_in(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Slots of deleted elements that are in no list, int64 [S], rising: files that say what is watched have no id there."""
-    if "suspect" not in arrays:
-        return np.empty(0, np.int64)
-    return np.flatnonzero((arrays["label"] < 0) & (arrays["deleted"] != 0))
+def vacant_in(arrays: dict[str, np.ndarray], entry: int) -> np.ndarray:
+    """Slots that are vacant, int64 [S], rising."""
+    deleted = arrays["deleted"]
+    if "suspect" in arrays:
+        return np.flatnonzero(deleted == VACANT)
+    # Files of version 1 do not say which are. Those have no id, but what such a file's reader linked again has none either.
+    slot_S = np.flatnonzero((arrays["label"] < 0) & (deleted != 0))
+    slot_S = slot_S[slot_S != entry]
+    if not len(slot_S):
+        return slot_S
+    is_linked_N = np.zeros(len(deleted), bool)
+    for links in (arrays["links"], arrays["upper"]):
+        for begin in range(0, len(links), ROWS):
+            piece = np.asarray(links[begin : begin + ROWS])
+            is_linked_N[piece[(piece >= 0) & (piece < len(deleted))]] = True
+    return slot_S[~is_linked_N[slot_S] & (arrays["links"][slot_S, 0] < 0)]
 
 
 def _is_sound(arrays: dict[str, np.ndarray], entry: int, top: int) -> bool:
     count, num_upper = len(arrays["label"]), len(arrays["upper"])
     if not count:
         return entry == top == -1
+    if arrays["deleted"].max() > (VACANT if "suspect" in arrays else 1):
+        return False
     level, first = arrays["level"].astype(np.int64), arrays["first"].astype(np.int64)
     is_live = arrays["deleted"] == 0
     live, highest = arrays["label"][is_live], int(level.max())
     # Nothing leads to a place that is vacant, and no walk begins there.
     level_N = np.array(arrays["level"])
-    level_N[vacant_in(arrays)] = -1
+    level_N[vacant_in(arrays, entry)] = -1
     if not (level.min() >= 0 and highest <= MAX_LEVEL and _leads_in(level_N, is_live, entry, top)):
         return False
     if first.min() < 0 or (first + level).max() > num_upper or len(np.unique(live)) != len(live):

@@ -27,6 +27,7 @@ from anabranch.graph.hnsw.encoding import Encoded, Encoding, encoding_of
 from anabranch.graph.hnsw.raw import kernel
 from anabranch.graph.hnsw.soundness import (
     MAX_LEVEL,
+    VACANT,
     Wanted,
     check_groups,
     check_links,
@@ -415,6 +416,8 @@ class Storage:
         found = {name: getattr(self, name)[:count] for name in names}
         if len(self.vacant_S):
             found["level"] = np.where(found["level"] < 0, ~found["level"], found["level"])
+            found["deleted"] = np.array(found["deleted"])
+            found["deleted"][self.vacant_S] = VACANT
         found["upper"] = self.upper[: self.num_upper]
         if self.encoding.dtype == "i8":
             found["aux"] = self.aux[:count]
@@ -440,8 +443,9 @@ class Storage:
                 )
         if "aux" not in arrays:
             self.aux = np.zeros((self.count, 2), np.float32)
-        self._set_vacant(vacant_in(arrays))
+        self._set_vacant(vacant_in(arrays, entry))
         self.level[self.vacant_S] = ~self.level[self.vacant_S]
+        self.deleted[self.vacant_S] = 1
         if "suspect" not in arrays:
             self.suspect = aligned((self.count,), np.uint8)
             # Which they were is seen when it is needed.
