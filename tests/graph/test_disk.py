@@ -346,13 +346,13 @@ def test_a_block_of_another_place_or_file_is_not_taken(index, tmp_path):
     other.close()
 
 
-@pytest.mark.parametrize("name", ["codes", "centres", "slots", "roots", "entry_slots", "entry_links"])
 @pytest.mark.parametrize("mmap", ["no", 1, None])
 def test_how_it_is_read_is_said_by_truth_values(index, mmap):
-    with pytest.raises(InputError, match="mmap is .*; it must be True or False"):
+    with pytest.raises(InputError, match=r"mmap is .*; it must be True or False"):
         DiskIndex(index.path, mmap=mmap)
 
 
+@pytest.mark.parametrize("name", ["codes", "centres", "slots", "roots", "entry_slots", "entry_links"])
 @pytest.mark.parametrize("mmap", [False, True])
 def test_what_is_in_memory_is_checked_when_it_is_opened(index, name, mmap):
     with pytest.raises(DataError, match=f"checksum of '{name}'"):
