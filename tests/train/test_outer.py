@@ -1,10 +1,13 @@
 """Runs that learn together in rounds: ``parallel.diloco`` of the trainer."""
 
 import os
+import signal
+import threading
 
 import pytest
 import torch
 
+from anabranch.cluster.pccl import Communicator
 from anabranch.errors import ConfigError
 from anabranch.lm import load_model
 from anabranch.testing import run_ranks
@@ -69,6 +72,24 @@ def test_an_outer_step_of_one_without_momentum_is_the_plain_run(make_run, tmp_pa
         Trainer(alone, tmp_path / "alone").fit()
     first, second = weights(tmp_path / "plain"), weights(tmp_path / "alone")
     assert all((value - second[name]).abs().max() < 1e-6 for name, value in first.items())
+
+
+def told_to_stop(event):
+    """A while after training has begun, and signals are caught."""
+    if event.kind == "start":
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def test_told_to_stop_it_waits_for_nobody(make_run, tmp_path):
+    with a_master() as master:
+        waiting = with_peers(make_run(steps=4), master=master.address, every=2, peers=2)
+        result = Trainer(waiting, tmp_path / "a", on_event=told_to_stop).fit()
+    assert (result.status, result.signal, result.step) == ("interrupted", "SIGTERM", 0)
+    # And where the others do not let it in, either.
+    with a_master() as master, Communicator(master.address):
+        late = with_peers(make_run(steps=4), master=master.address, every=2)
+        result = Trainer(late, tmp_path / "b", on_event=told_to_stop).fit()
+    assert (result.status, result.step) == ("interrupted", 0)
 
 
 def test_what_does_not_fit_is_told_before_training(make_run, tmp_path):

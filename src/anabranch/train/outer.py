@@ -7,6 +7,8 @@ anabranch train demo --out runs/a --set parallel.diloco.master=10.0.0.1:48148 --
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Self
 
@@ -14,13 +16,17 @@ from torch import nn
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cluster.keyed_random import random_key
-from anabranch.cluster.pccl import Communicator, DiLoCo
+from anabranch.cluster.pccl import Communicator, DiLoCo, PeerLost
 from anabranch.errors import ConfigError
 from anabranch.train.config import DiLoCoConfig, RunConfig, TaskRunConfig
 from anabranch.train.parallel import Workers
 from anabranch.train.task import TaskContext
 
 log = logging.getLogger(__name__)
+
+# Seconds of waiting after which it is said.
+_TELL_S = 3.0
+_WAITING = "waiting at %s for the runs that this one learns with"
 
 
 def own_order(context: TaskContext, config: DiLoCoConfig) -> TaskContext:
@@ -37,10 +43,14 @@ class Outer:
     Args:
         config: of ``parallel.diloco``.
         model: whose parameters learn together.
+
+    Attributes:
+        is_stopped: whether the run was told to stop, so that it waits for nobody any more.
     """
 
     def __init__(self, config: DiLoCoConfig, model: nn.Module) -> None:
         self._config, self._model = config, model
+        self.is_stopped: Callable[[], bool] = lambda: False
         self._peers: Communicator | None = None
         self._rounds: DiLoCo | None = None
 
@@ -61,13 +71,19 @@ class Outer:
             )
         return cls(asked, model)
 
-    def before(self, step: int) -> int:
-        """Before a step, ``step`` being finished ones. Returns how many the group has finished, which a newcomer goes on from."""
-        if self._rounds is None:
-            self._rounds = self._joined(step)
-        if self._rounds.begin_step():
-            return self._rounds.steps
-        return step
+    def before(self, step: int) -> int | None:
+        """Before a step, ``step`` being finished ones. Returns how many the group has finished, which a newcomer goes on from.
+
+        None where the run was told to stop while it waited for others.
+        """
+        try:
+            if self._rounds is None:
+                self._rounds = self._joined(step)
+            return self._rounds.steps if self._rounds.begin_step() else step
+        except PeerLost:
+            if self.is_stopped():
+                return None
+            raise
 
     def after(self) -> None:
         """After a step."""
@@ -93,16 +109,15 @@ class Outer:
     def _joined(self, step: int) -> DiLoCo:
         config = self._config
         assert config.master is not None
-        log.info("waiting for the peers at %s", config.master)
-        self._peers = Communicator(
-            config.master,
-            group=config.group,
-            pool=config.pool,
-            listen=config.listen,
-            advertise=config.advertise,
-            wait_s=config.wait_s,
-        ).connect()
-        self._peers.wait_for(config.peers)
+        # Where nobody else is waited for it is a matter of milliseconds.
+        told = threading.Timer(_TELL_S, log.warning, (_WAITING, config.master))
+        told.daemon = True
+        told.start()
+        try:
+            self._join(config, config.master)
+        finally:
+            told.cancel()
+        assert self._peers is not None
         return DiLoCo(
             self._model,
             self._peers,
@@ -114,3 +129,15 @@ class Outer:
             asynchronous=config.asynchronous,
             rounds=step // config.every,
         )
+
+    def _join(self, config: DiLoCoConfig, master: str) -> None:
+        self._peers = Communicator(
+            master,
+            group=config.group,
+            pool=config.pool,
+            listen=config.listen,
+            advertise=config.advertise,
+            wait_s=config.wait_s,
+            gives_up=lambda: self.is_stopped(),
+        ).connect()
+        self._peers.wait_for(config.peers)

@@ -257,10 +257,14 @@ class Trainer(Generic[R]):
     def _train(self, interrupts: Interrupts) -> None:
         settings, progress = self._settings, self._progress
         device, rate_name = self.workers.device, f"{self.task.unit}_per_second"
+        if self._outer is not None:
+            self._outer.is_stopped = lambda: interrupts.received is not None
         logged_step, logged_seconds = progress.step, progress.seconds
         while progress.step < settings.steps and not self.workers.any(interrupts.received is not None):
             start = time.perf_counter()
             if self._outer is not None and (step := self._outer.before(progress.step)) != progress.step:
+                if step is None:
+                    break
                 # A newcomer goes on from where the others are.
                 progress.step = logged_step = step
                 continue

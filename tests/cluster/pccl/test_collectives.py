@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from anabranch.cluster.pccl import Mismatch, Quantiser, Reduced, Reduction, TagInUse
+from anabranch.cluster.pccl import (
+    Communicator,
+    Kicked,
+    Mismatch,
+    PeerLost,
+    Quantiser,
+    Reduced,
+    Reduction,
+    TagInUse,
+    ring,
+)
 from anabranch.cluster.pccl.communicator import DTYPES
 from anabranch.cluster.pccl.ring import HEAD, OPS, chunk_ranges
 from anabranch.errors import InputError
@@ -50,11 +60,12 @@ def bits(tensor):
     return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes()) if tensor.numel() else b""
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 def test_every_type_and_operation_has_the_bits_of_a_plain_sum_in_ring_order(master, world):
     # All sizes with two peers; with more, those that differ by them.
-    sizes = SIZES if world == 2 else (3, 7)
-    cases = [(size, dtype, op) for size in sizes for dtype in sorted(DTYPES, key=str) for op in OPS]
+    sizes = SIZES if world == 2 else (3, 9)
+    types = sorted(DTYPES, key=str) if world < 5 else [torch.float32, torch.bfloat16, torch.int8]
+    cases = [(size, dtype, op) for size in sizes for dtype in types for op in OPS]
 
     def work(number, peers):
         rank, found = peers.ring_order.index(peers.peer), []
@@ -100,6 +111,47 @@ def test_a_quantised_sum_is_one_for_all_and_within_its_bound(master, world):
         steps = sum(range(1, world + 1)) * 2 * largest / (2**width - 1)
         slack = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-6) * world * largest
         assert (found[0][place].double() - exact).abs().max() <= steps / world + slack, (size, dtype, kind, width)
+
+
+@pytest.mark.parametrize("quantise", [None, "min_max", "zero_point"])
+def test_chunks_go_in_pieces(master, monkeypatch, quantise):
+    """Many of them in a chunk, the last one shorter, and another number of them in each chunk."""
+    monkeypatch.setattr(ring, "PIECE", 64)
+    world, size = 3, 3 * 16 * 4 + 17
+
+    def work(number, peers):
+        rank = peers.ring_order.index(peers.peer)
+        value = drawn(rank, size, torch.float32)
+        peers.all_reduce(value, quantise=quantise)
+        return value
+
+    found = together(master.address, world, work)
+    values = [drawn(rank, size, torch.float32) for rank in range(world)]
+    assert len({bits(value) for value in found}) == 1
+    if quantise is None:
+        assert bits(found[0]) == bits(naive(values, "sum"))
+    else:
+        largest = max(float(value.abs().max()) for value in values)
+        assert (found[0] - sum(values)).abs().max() <= sum(range(1, world + 1)) * 2 * largest / 255 + 1e-5
+
+
+def test_what_fails_here_alone_ends_this_peer_s_part(master, monkeypatch):
+    """Memory, say: others are told at once, and do not wait for its part."""
+
+    def work(number, peers):
+        if number == 1:
+            monkeypatch.setattr(peers, "_backup", lambda flat: (_ for _ in ()).throw(MemoryError("no room")))
+            with pytest.raises(MemoryError):
+                peers.all_reduce(torch.ones(3))
+            with pytest.raises(Kicked, match="MemoryError"):
+                peers.all_reduce(torch.ones(3))
+            return None
+        value = torch.ones(3)
+        with pytest.raises(PeerLost):
+            peers.all_reduce(value)
+        return peers.all_reduce(value).alone, value.tolist()
+
+    assert together(master.address, 2, work) == [(True, [1.0] * 3), None]
 
 
 def test_bytes_are_those_of_the_formula(master):
@@ -240,3 +292,39 @@ def test_wrong_arguments_are_told_before_anyone_is_asked(master, call, told):
             call(peers)
 
     together(master.address, 1, work)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"pool": 0}, "pool is 0"),
+        ({"pool": 65}, "pool is 65"),
+        ({"group": -1}, "group is -1"),
+        ({"idle_s": 0}, "idle_s is 0"),
+        ({"wait_s": -1.0}, "wait_s is -1"),
+        ({"master": "::1"}, "not clear"),
+        ({"advertise": "host:port"}, "has no port"),
+        ({"congestion": "none of that name"}, "congestion is"),
+    ],
+)
+def test_settings_that_are_none_are_told(settings, told):
+    with pytest.raises(InputError, match=told):
+        Communicator(**{"master": "127.0.0.1:1", **settings})
+
+
+def test_who_does_not_want_to_wait_withdraws_and_goes_on(master):
+    together_now = threading.Event()
+
+    def work(number, peers):
+        if number:
+            assert together_now.wait(20)
+            return peers.all_reduce(torch.ones(1)).world
+        peers._wait_s = 0.05
+        for call in (lambda: peers.all_reduce(torch.ones(1)), peers.update_topology):
+            with pytest.raises(PeerLost, match="did not come in time"):
+                call()
+        peers._wait_s = None
+        together_now.set()
+        return peers.all_reduce(torch.ones(1)).world
+
+    assert together(master.address, 2, work) == [2, 2]

@@ -38,20 +38,26 @@ def naive(world, rounds, *, asynchronous=False):
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
     outer = [value.detach().clone() for value in models[0].parameters()]
     moments = [torch.zeros_like(value) for value in outer]
+    begun = [[value.clone() for value in outer] for _ in models]
     late = None
     for number in range(rounds):
         for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             for step in range(EVERY):
                 inner_step(model, optimizer, worker, number * EVERY + step)
-        deltas = [
-            sum(held - list(model.parameters())[place].detach() for model in models) / world
-            for place, held in enumerate(outer)
+        own = [
+            [held - value.detach() for held, value in zip(begun[worker], model.parameters(), strict=True)]
+            for worker, model in enumerate(models)
         ]
+        deltas = [sum(parts) / world for parts in zip(*own, strict=True)]
         deltas, late = (late, deltas) if asynchronous else (deltas, None)
         if deltas is not None:
             outer_step(outer, moments, deltas)
-        for model in models:
-            for value, held in zip(model.parameters(), outer, strict=True):
+        for worker, model in enumerate(models):
+            # What is not in the outer weights yet a worker keeps of its own.
+            begun[worker] = [
+                held - part if asynchronous else held.clone() for held, part in zip(outer, own[worker], strict=True)
+            ]
+            for value, held in zip(model.parameters(), begun[worker], strict=True):
                 value.data.copy_(held)
     if late is not None:
         outer_step(outer, moments, late)

@@ -6,6 +6,7 @@ places. ``-m slow`` runs 200 of them.
 
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def steps(count, optimises=()):
     """A training that goes on with whoever is left: what each peer saw is compared afterwards."""
 
     def work(number, peers):
-        state = SharedState({"w": torch.zeros(257)})
+        # Where all have left, whoever comes later begins another run, which has nothing to do with theirs.
+        state = SharedState({"w": torch.zeros(257), "begun": torch.tensor([time.monotonic_ns()])})
         if number < 100:
             # Those who begin together begin with the same.
             state.tensors["w"] += 1
@@ -60,7 +62,7 @@ def steps(count, optimises=()):
             except PeerLost:
                 state.revision -= 1
                 continue
-            log.append((state.revision, state.digest()))
+            log.append(((int(state.tensors["begun"]), state.revision), state.digest()))
             # By what all know: a newcomer had another revision before.
             while state.revision in optimises:
                 try:
@@ -221,3 +223,37 @@ def test_a_peer_that_hangs_is_dropped_and_told_when_it_wakes(master):
 
     with a_master(dead_s=0.6) as quick:
         assert together(quick.address, 2, begin, master_wait_s=3.0) == [1, "told"]
+
+
+@pytest.mark.parametrize(("stalls_s", "dead_s", "left"), [(0.8, 5.0, 3), (1.8, 0.6, 2)])
+def test_a_neighbour_that_does_nothing_is_given_up(stalls_s, dead_s, left):
+    """Its connections stand and it shows signs of life; but its part of the collective does not move."""
+    has_stalled = threading.Event()
+
+    def work(number, peers):
+        if number == 2:
+
+            def stall(name):
+                if name == "ring" and not has_stalled.is_set():
+                    has_stalled.set()
+                    time.sleep(stalls_s)
+
+            peers._before = stall
+        value = torch.ones(3)
+        lost = 0
+        while True:
+            try:
+                return peers.all_reduce(value).world, value.tolist(), lost
+            except PeerLost:
+                lost += 1
+            except Kicked as error:
+                return str(error)
+
+    with a_master(dead_s=dead_s) as master:
+        *others, last = together(master.address, 3, work, idle_s=0.3)
+    assert {(world, tuple(value)) for world, value, _ in others} == {(left, (float(left),) * 3)}
+    assert all(lost >= 1 for _, _, lost in others)
+    if left == 3:
+        assert last[:2] == others[0][:2]
+    else:
+        assert "did not answer an abort" in last

@@ -14,7 +14,7 @@ import torch
 from anabranch.cluster.pccl import Communicator, Kicked, Master, MasterLost, Refused, SharedState
 from anabranch.cluster.pccl import master as module_of_master
 from anabranch.cluster.pccl.addresses import parse_address
-from anabranch.cluster.pccl.handshake import call
+from anabranch.cluster.pccl.handshake import Called, call
 from anabranch.cluster.pccl.wire import HEADER, VERSION, Kind, Reader, WireError, packed, receive_frame
 from anabranch.errors import DataError, InputError
 from pccl_peers import Killed, Peer, a_master, together
@@ -221,6 +221,7 @@ def test_a_peer_that_takes_nothing_is_dropped(master, monkeypatch):
     sock, _ = joined(master.address)
     with sock, Communicator(master.address) as peers:
         sock.settimeout(0.5)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         beat = packed(Kind.BEAT) * 20_000
         with pytest.raises((ConnectionError, TimeoutError)):
             deque((sock.sendall(beat) for _ in range(1000)), maxlen=0)
@@ -396,3 +397,73 @@ def test_over_ipv6():
 def test_an_address_that_is_taken_is_told(master):
     with pytest.raises(InputError, match="cannot listen"):
         Master(master.address)
+
+
+def test_a_false_master_s_answers_are_no_way_to_hang():
+    """One that answers a vote with what no master says: the peer is told, and does not wait."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def play():
+            sock, _ = server.accept()
+            called = Called(b"")
+            with sock:
+                while called.hello is None:
+                    sock.sendall(called.answer(receive_frame(sock, time.monotonic() + 10)))
+                told = {"peer": 0, "token": "t", "run": "r", "heartbeat_s": 1.0, "dead_s": 5.0}
+                sock.sendall(packed(Kind.WELCOME, told))
+                vote = receive_frame(sock, time.monotonic() + 10)
+                # A collective, and nothing of what belongs to one.
+                sock.sendall(packed(Kind.REPLY, {"req": vote.body["req"], "seq": "first"}))
+                until_closed(sock)
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        with pytest.raises(MasterLost, match="says what no master does"):
+            Communicator(f"127.0.0.1:{server.getsockname()[1]}", secret="", master_wait_s=2.0).connect()
+        thread.join(10)
+
+
+def test_an_answer_that_is_too_long_ends_its_peer_alone():
+    def go_on(peers):
+        while True:
+            peers.all_reduce(torch.ones(1))
+
+    with a_master() as alone:
+        with Communicator(alone.address) as peers:
+            # What a plan may come to whose votes were just short enough.
+            alone.state._outbox.append((peers.peer, "reply", {"req": 1, "fetch": "x" * (1 << 20)}))
+            with pytest.raises(Kicked):
+                go_on(peers)
+        assert works(alone.address)
+
+
+def test_a_fault_of_ours_costs_one_connection(master, monkeypatch, caplog):
+    with Communicator(master.address) as peers:
+        meant = master.state.vote
+
+        def faulty(peer, body, now):
+            if body.get("what") == "join" and body.get("faulty"):
+                raise ZeroDivisionError("a fault")
+            meant(peer, body, now)
+
+        monkeypatch.setattr(master.state, "vote", faulty)
+        sock, _ = joined(master.address)
+        with sock, caplog.at_level(logging.ERROR):
+            sock.sendall(packed(Kind.VOTE, {"what": "join", "req": 1, "faulty": True}))
+            assert until_closed(sock) == []
+        assert "a fault inside of the master" in caplog.text
+        assert peers.all_reduce(torch.ones(1)).alone
+
+
+def test_every_address_is_of_both_kinds():
+    with Master(":0", secret="") as everywhere:
+        port = everywhere.address.rpartition(":")[2]
+        kinds = {"127.0.0.1": "127.0.0.1"} | ({"[::1]": "::1"} if everywhere.address.startswith("[") else {})
+        for host, told in kinds.items():
+
+            def seen(number, peers):
+                assert peers.all_reduce(torch.ones(1)).world == 2
+                return everywhere.state.members[peers.peer].host
+
+            # Who calls by IPv4 is told of as such.
+            assert together(f"{host}:{port}", 2, seen) == [told] * 2

@@ -144,6 +144,14 @@ def test_what_is_no_state_is_told():
         SharedState({"": torch.zeros(1)})
 
 
+def test_more_than_a_message_tells_of_is_told_before_it_is_shared():
+    one = torch.zeros(1)
+    with pytest.raises(InputError, match="20000 tensors"):
+        SharedState({f"{number}": one for number in range(20_000)})
+    with pytest.raises(InputError, match="short names"):
+        SharedState({f"{number:0200}": one for number in range(9_000)})
+
+
 def vote(digest, revision=1, strategy="enforce_popular"):
     return {"revision": revision, "strategy": strategy, "keys": [["w", "float32", [1], digest]]}
 

@@ -232,29 +232,131 @@ def test_two_thousand_schedules(seed):
         check(one + 1000, peers=5, losses=0.02, restarts=0.03, groups=1 + one % 3)
 
 
-def test_groups_that_decide_different_things_together_are_told():
-    state = MasterState()
-    first, second = (state.join(group=group, host="h", port=1, pool=1) for group in (0, 1))
-    for req, (peer, vote) in enumerate(
-        [
-            (first, {"what": "join"}),
-            (first, {"what": "established", "ok": True}),
-            (second, {"what": "join"}),
-            (first, {"what": "accept"}),
-            (first, {"what": "established", "ok": True}),
-            (second, {"what": "established", "ok": True}),
-        ]
-    ):
-        state.vote(peer, {**vote, "req": req}, 0.0)
-    assert state.order == {0: [first], 1: [second]}
+def accepted(*groups):
+    """A state whose peers, of these groups, all take part; and their numbers. Votes go on from number 100."""
+    state = MasterState(dead_s=5.0)
+    peers = [state.join(group=group, host="h", port=1, pool=1) for group in groups]
+    for peer in peers:
+        state.vote(peer, {"what": "join", "req": 1}, 0.0)
+    # The first came in at once, and lets in the others.
+    state.vote(peers[0], {"what": "established", "ok": True, "req": 2}, 0.0)
+    if len(peers) > 1:
+        state.vote(peers[0], {"what": "accept", "req": 3}, 0.0)
+        for peer in peers:
+            state.vote(peer, {"what": "established", "ok": True, "req": 4}, 0.0)
+    assert [member.id for member in state.accepted] == peers
     state.take()
-    state.vote(first, {"what": "optimize", "req": 21}, 0.0)
+    return state, peers
+
+
+def begin(state, peers, req):
+    for peer in peers:
+        state.vote(peer, {"what": "initiate", "tag": 1, "descriptor": {}, "req": req}, 0.0)
+    return next(body["seq"] for _, _, body in state.take())
+
+
+def test_who_is_accused_twice_is_sent_away_and_once_is_forgiven():
+    state, (first, second, third) = accepted(0, 0, 0)
+    for attempt in range(2):
+        seq = begin(state, [member.id for member in state.accepted], 100 + 2 * attempt)
+        for peer in (first, second, third):
+            vote = {"what": "complete", "tag": 1, "seq": seq, "aborted": peer == first, "req": 101 + 2 * attempt}
+            state.vote(peer, {**vote, "accused": second} if peer == first else vote, 0.0)
+        told = [body for _, kind, body in state.take() if kind == "reply"]
+        assert [body["aborted"] for body in told] == [True] * 3
+        assert state.order == {0: [first, second, third] if not attempt else [first, third]}
+    assert dict(state.dropped())[second] == "its neighbours do not reach it"
+
+
+def test_a_collective_that_went_well_clears_whom_was_accused():
+    state, peers = accepted(0, 0)
+    for attempt, aborted in enumerate((True, False, True)):
+        seq = begin(state, peers, 100 + 2 * attempt)
+        for peer in peers:
+            vote = {
+                "what": "complete",
+                "tag": 1,
+                "seq": seq,
+                "aborted": aborted,
+                "accused": peers[1],
+                "req": 101 + 2 * attempt,
+            }
+            state.vote(peer, vote, 0.0)
+        state.take()
+    assert state.order == {0: peers}
+
+
+def test_who_does_not_answer_an_abort_is_dropped_in_time():
+    state, (first, second) = accepted(0, 0)
+    seq = begin(state, [first, second], 100)
+    state.vote(first, {"what": "complete", "tag": 1, "seq": seq, "aborted": True, "req": 101}, 7.0)
+    state.tick(11.9)
+    assert state.order == {0: [first, second]}
+    state.tick(12.0)
+    assert state.order == {0: [first]}
+    assert "did not answer an abort" in dict(state.dropped())[second]
+
+
+def test_a_vote_that_is_said_again_gets_the_same_answer_and_counts_once():
+    state, (first, second) = accepted(0, 0)
+    ask = {"what": "pending", "req": 100}
+    state.vote(first, ask, 0.0)
+    state.vote(first, ask, 0.0)
     assert state.take() == []
-    state.vote(second, {"what": "pending", "req": 22}, 0.0)
+    state.vote(second, ask, 0.0)
+    answers = state.take()
+    assert len(answers) == 2
+    state.vote(first, ask, 0.0)
+    assert state.take() == [answer for answer in answers if answer[0] == first]
+    # Once it says that it knows, it is forgotten, and would be another vote.
+    state.vote(first, {"what": "pending", "req": 101, "low": 101}, 0.0)
+    assert state.members[first].answered == {}
+
+
+def test_groups_that_decide_different_things_together_are_told():
+    state, (first, second) = accepted(0, 1)
+    assert state.order == {0: [first], 1: [second]}
+    state.vote(first, {"what": "optimize", "req": 121}, 0.0)
+    assert state.take() == []
+    state.vote(second, {"what": "pending", "req": 122}, 0.0)
     told = {peer: body for peer, _, body in state.take()}
     assert {body["error"] for body in told.values()} == {"mismatch"}
     assert told.keys() == {first, second}
     # And they go on.
     for req, peer in enumerate((first, second)):
-        state.vote(peer, {"what": "pending", "req": 30 + req}, 0.0)
+        state.vote(peer, {"what": "pending", "req": 130 + req}, 0.0)
     assert [body["pending"] for _, _, body in state.take()] == [False, False]
+
+
+@pytest.mark.parametrize(
+    "votes",
+    [
+        [{"what": "optimize"}, {"what": "measured", "rates": {"²": 1.0}}],
+        [{"what": "optimize"}, {"what": "measured", "rates": {"1": float("nan")}}],
+        [{"what": "optimize"}, {"what": "measured", "rates": {"1": [1]}}],
+        [{"what": "optimize"}, {"what": "measured", "rates": [1]}],
+        [{"what": "accept"}, {"what": "established", "ok": False, "accused": [1]}],
+        [{"what": "accept"}, {"what": "established", "ok": False, "accused": {}}],
+        [{"what": "pending", "accused": "me"}],
+        [{"what": "\ud800"}],
+        [{"what": "initiate", "tag": 1, "descriptor": {"x": "y" * 2000}}],
+        [{"what": "initiate", "tag": [1], "descriptor": {}}],
+        [
+            {"what": "initiate", "tag": 1, "descriptor": {}},
+            {"what": "complete", "tag": 1, "seq": 0, "aborted": True, "accused": [0]},
+        ],
+        [{"what": "sync", "revision": 1, "strategy": {}, "keys": []}],
+        [{"what": "sync", "revision": 1, "strategy": "send_only", "keys": [["w", "f", [1, "2"], "h"]]}],
+    ],
+)
+def test_a_member_that_says_what_no_peer_says_is_dropped_and_nothing_else_happens(votes):
+    state, (peer,) = accepted(0)
+    # Somebody to be let in, so that there is a ring to make.
+    state.vote(state.join(group=0, host="h", port=1, pool=1), {"what": "join", "req": 1}, 0.0)
+    for req, vote in enumerate(votes):
+        state.vote(peer, {**vote, "req": 100 + req}, 0.0)
+        state.jobs()
+    assert peer not in state.members
+    assert "an illegal vote" in dict(state.dropped())[peer]
+    # The other takes its place, or could.
+    assert len(state.members) == 1

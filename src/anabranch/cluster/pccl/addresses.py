@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 
@@ -32,10 +33,28 @@ def parse_address(text: str, port: int) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def listen_at(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens; an empty host is every address of this machine. Raises InputError where it cannot be had."""
+    """A socket that listens; an empty host is every address of this machine, of IPv4 and IPv6. Raises InputError where it cannot be had."""
+    both = None if host else _both_kinds(port)
+    if both is not None:
+        with both:
+            yield both
+        return
     with listening(host or "0.0.0.0", port) as sock:
         sock.listen(_BACKLOG)
         yield sock
+
+
+def _both_kinds(port: int) -> socket.socket | None:
+    """A socket at every address of IPv4 and IPv6; None where this machine has no IPv6."""
+    if not socket.has_dualstack_ipv6():
+        return None
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            return None
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot listen at port {port}: {reason}; choose another port") from None
 
 
 def tuned(sock: socket.socket, congestion: str | None = None) -> socket.socket:

@@ -16,6 +16,7 @@ Calls come in the same order on every peer. A call waits until all have made it;
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor
 
 from anabranch.bounds import shown
-from anabranch.cluster.pccl.addresses import parse_address
+from anabranch.cluster.pccl.addresses import parse_address, tuned
 from anabranch.cluster.pccl.bandwidth import MOST_STREAMS, RateServer, measure
 from anabranch.cluster.pccl.elections import POPULAR, RECEIVE, STRATEGIES
-from anabranch.cluster.pccl.faults import CollectiveError, TopologyFailed
+from anabranch.cluster.pccl.faults import CollectiveError, PeerLost, TopologyFailed
 from anabranch.cluster.pccl.handshake import run_secret
 from anabranch.cluster.pccl.line import Line
 from anabranch.cluster.pccl.links import MOST_POOL, LinkError, Links, Listener, Place
@@ -75,6 +76,8 @@ class Communicator(Part):
         idle_s: after which a neighbour that does nothing in the midst of a collective is given up.
         wait_s: after which a call gives up waiting for the others, with `PeerLost`; None for never, as long as they show signs of life.
         master_wait_s: for so long a master may be gone.
+        gives_up: asked now and then while a call waits to be let in, to let in, or to share; where it says True, the call ends with
+            `PeerLost`. For programs that are told to stop.
 
     Raises InputError for values that are none.
     """
@@ -93,6 +96,7 @@ class Communicator(Part):
         idle_s: float = 30.0,
         wait_s: float | None = None,
         master_wait_s: float = 30.0,
+        gives_up: Callable[[], bool] | None = None,
         before: Callable[[str], None] = lambda name: None,
     ) -> None:
         for name, value, most in (("group", group, 2**16), ("pool", pool, MOST_POOL)):
@@ -105,8 +109,12 @@ class Communicator(Part):
         self._advertised = parse_address(advertise, 0) if advertise else ("", 0)
         self._hello = {"group": group, "pool": pool, "host": self._advertised[0]}
         self._secret = run_secret(secret)
-        super().__init__(idle_s, wait_s, before)
+        super().__init__(idle_s, wait_s, gives_up, before)
         self._connect_s, self._congestion = connect_s, congestion
+        if congestion is not None:
+            # Before anybody relies on it.
+            with socket.socket() as tried:
+                tuned(tried, congestion)
         self._line = Line(
             parse_address(master, PORT),
             self._secret,
@@ -209,6 +217,8 @@ class Communicator(Part):
         if type(world) is not int or world < 1:
             raise InputError(f"world is {shown(world)}; use 1 or more")
         while self.world_size < world:
+            if self._gives_up is not None and self._gives_up():
+                raise PeerLost(f"it was given up with {self.world_size} of {world} peers there")
             try:
                 has_changed = self.admit()
             except TopologyFailed:

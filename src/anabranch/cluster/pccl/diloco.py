@@ -13,8 +13,9 @@
 Outer weights and momentum are the shared state: equal to the bit on all peers, and what a newcomer gets. A peer that is lost in the
 midst of a round is a delta less in its mean.
 
-``asynchronous``: the mean of a round is on its way while the next round is trained, and its step is taken a round late. A peer that comes
-in then takes part in the reduction under way with a delta of zero, so that this one step is smaller by its share.
+``asynchronous``: the mean of a round is on its way while the next round is trained, and its step is taken a round late. Until then a peer
+goes on from the outer weights and what it has learned in that round itself. One that comes in takes part in the reduction under way with a
+delta of zero, so that this one step is smaller by its share.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ class DiLoCo:
         self._done, self._has_met = 0, False
         self._pending: Future[list[Reduced]] | None = None
         self._deltas: dict[str, Tensor] = {}
+        # Weights with which an asynchronous round began.
+        self._begun: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pccl outer") if asynchronous else None
 
     @property
@@ -134,9 +137,12 @@ class DiLoCo:
         if self._has_met:
             return False
         is_first = self._meet()
-        if self.asynchronous and not is_first:
-            # The others are about to reduce what they have just trained.
-            self._launch({name: torch.zeros_like(value) for name, value in self._outer.items()})
+        if self.asynchronous:
+            nothing = {name: torch.zeros_like(value) for name, value in self._outer.items()}
+            self._go_ahead(nothing)
+            if not is_first:
+                # The others are about to reduce what they have just trained.
+                self._launch(nothing)
         return True
 
     def end_step(self) -> Round | None:
@@ -152,13 +158,21 @@ class DiLoCo:
             self._take()
             return told
         told = Round(number, 0, 0.0)
-        mine = {name: (self._outer[name] - value).detach() for name, value in self._local.items()}
+        mine = {name: (self._begun[name] - value).detach() for name, value in self._local.items()}
         if self._pending is not None:
             told = self._applied(number, self._pending.result())
             self._pending = None
         self._meet()
+        self._go_ahead(mine)
         self._launch(mine)
         return told
+
+    @torch.no_grad()
+    def _go_ahead(self, own: dict[str, Tensor]) -> None:
+        """Begin a round at the outer weights and what this peer has learned that is not in them yet."""
+        for name, value in self._local.items():
+            value.sub_(own[name])
+            self._begun[name] = value.detach().clone()
 
     def _launch(self, deltas: dict[str, Tensor]) -> None:
         """Send deltas on their way, while the next round is trained."""

@@ -14,7 +14,7 @@ from anabranch.cluster.pccl.wire import WireError, number, word
 
 POPULAR, RECEIVE, SEND = "enforce_popular", "receive_only", "send_only"
 STRATEGIES = (POPULAR, RECEIVE, SEND)
-_MOST_NAMES = 16_384
+MOST_NAMES = 16_384
 _MOST_DIMS = 16
 
 
@@ -41,8 +41,8 @@ def check_vote(body: dict[str, Any]) -> None:
     if body.get("strategy") not in STRATEGIES:
         raise WireError(f"a strategy other than {', '.join(STRATEGIES)}")
     keys = body.get("keys")
-    if not isinstance(keys, list) or len(keys) > _MOST_NAMES:
-        raise WireError(f"a state that is no list of at most {_MOST_NAMES} tensors")
+    if not isinstance(keys, list) or len(keys) > MOST_NAMES:
+        raise WireError(f"a state that is no list of at most {MOST_NAMES} tensors")
     for entry in keys:
         if not isinstance(entry, list) or len(entry) != 4:
             raise WireError("a tensor that is not [name, dtype, shape, hash]")

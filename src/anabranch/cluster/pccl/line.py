@@ -18,11 +18,13 @@ from typing import Any
 
 from anabranch.cluster.pccl.faults import CollectiveError, Kicked, MasterLost, Refused
 from anabranch.cluster.pccl.handshake import HANDSHAKE_S, call
-from anabranch.cluster.pccl.wire import Frame, Kind, Reader, WireError, packed
+from anabranch.cluster.pccl.wire import Frame, Kind, Reader, WireError, number, packed, word
 
 log = logging.getLogger(__name__)
 
 _AGAIN_S = 0.2
+# Between two questions whether a caller still waits.
+_ASK_S = 0.25
 
 
 @dataclass
@@ -84,10 +86,13 @@ class Line:
         self._thread = threading.Thread(target=self._run, name=f"pccl line {self.peer}", daemon=True)
         self._thread.start()
 
-    def request(self, body: dict[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
+    def request(
+        self, body: dict[str, Any], *, timeout_s: float | None = None, gives_up: Callable[[], bool] | None = None
+    ) -> dict[str, Any]:
         """Vote, and wait for the answer.
 
-        After ``timeout_s`` the vote is withdrawn; where it was decided just before, the decision is the answer. Raises MasterLost, Kicked.
+        After ``timeout_s``, or when ``gives_up`` says so, the vote is withdrawn; where it was decided just before, the decision is the
+        answer. Raises MasterLost, Kicked.
         """
         self._before(str(body["what"]))
         with self._lock:
@@ -97,7 +102,7 @@ class Line:
             vote = self._open[req] = _Open({**body, "req": req, "low": low})
             self._write(Kind.VOTE, vote.body)
         try:
-            if not vote.done.wait(timeout_s):
+            if not _waited(vote.done, timeout_s, gives_up):
                 with self._lock:
                     self._write(Kind.WITHDRAW, {"req": req})
                 vote.done.wait()
@@ -166,9 +171,13 @@ class Line:
             if self._error is not None:
                 sock.close()
                 return
-            self.peer, self.run, self._token = int(welcome["peer"]), str(welcome["run"]), str(welcome["token"])
-            self._heartbeat_s = min(max(float(welcome["heartbeat_s"]), 0.01), 60)
-            self._dead_s = min(max(float(welcome["dead_s"]), 0.05), 600)
+            try:
+                self.peer, self.run, self._token = number(welcome, "peer"), word(welcome, "run"), word(welcome, "token")
+                self._heartbeat_s = min(max(_seconds(welcome, "heartbeat_s"), 0.01), 60)
+                self._dead_s = min(max(_seconds(welcome, "dead_s"), 0.05), 600)
+            except WireError:
+                sock.close()
+                raise
             sock.settimeout(self._dead_s)
             self._sock = sock
             for vote in self._open.values():
@@ -186,18 +195,26 @@ class Line:
                 self._sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
-        while self._error is None:
-            sock = self._sock
-            why = self._listen(sock) if sock is not None else "there is no connection"
-            if self._error is not None:
-                return
-            log.info("peer %d lost the master (%s), and calls again", self.peer, why)
-            self._come_back(why)
+        try:
+            while self._error is None:
+                sock = self._sock
+                why = self._listen(sock) if sock is not None else "there is no connection"
+                if self._error is not None:
+                    return
+                log.info("peer %d lost the master (%s), and calls again", self.peer, why)
+                self._come_back(why)
+        finally:
+            # Whatever ended this thread, nobody waits for it.
+            self.fail(MasterLost(f"the line to the master at {self._shown()} has ended"))
 
     def _listen(self, sock: socket.socket) -> str:
         """Until the connection is of no use. Returns why."""
-        reader = Reader()
+        reader, poll = Reader(), select.poll()
         heard = beaten = time.monotonic()
+        try:
+            poll.register(sock, select.POLLIN)
+        except ValueError:
+            return "it is closed"
         while self._error is None:
             now = time.monotonic()
             if now - heard > self._dead_s:
@@ -207,7 +224,8 @@ class Line:
                 with self._lock:
                     self._write(Kind.BEAT, {})
             try:
-                if not select.select([sock], [], [], self._heartbeat_s / 2)[0]:
+                # Not select, which knows no file descriptor above 1023.
+                if not poll.poll(self._heartbeat_s * 500):
                     continue
                 data = sock.recv(1 << 16)
                 if not data:
@@ -222,18 +240,27 @@ class Line:
     def _take(self, frame: Frame) -> None:
         if frame.kind == Kind.REPLY:
             with self._lock:
-                vote = self._open.get(frame.body.get("req", -1))
+                vote = self._open.get(number(frame.body, "req"))
                 if vote is None or vote.done.is_set():
                     return
+            # Before whoever waits for it goes on.
+            if self._heard(self._on_reply, frame.body):
                 vote.reply = frame.body
-            self._on_reply(frame.body)
-            vote.done.set()
+                vote.done.set()
         elif frame.kind == Kind.ABORT:
-            self._on_abort(frame.body)
+            self._heard(self._on_abort, frame.body)
         elif frame.kind == Kind.KICK:
             self.fail(Kicked(f"peer {self.peer} was dropped: {frame.body.get('why', '')!s:.500}"))
         elif frame.kind != Kind.BEAT:
             raise WireError(f"a {frame.kind.name} from the master")
+
+    def _heard(self, hear: Callable[[dict[str, Any]], None], body: dict[str, Any]) -> bool:
+        try:
+            hear(body)
+        except (KeyError, IndexError, TypeError, ValueError):
+            self.fail(MasterLost(f"what calls itself the master at {self._shown()} says what no master does"))
+            return False
+        return True
 
     def _come_back(self, why: str) -> None:
         with self._lock:
@@ -253,6 +280,24 @@ class Line:
                 if time.monotonic() + _AGAIN_S > deadline:
                     self.fail(MasterLost(f"the master at {self._shown()} is gone: {why}; {error}"))
                 time.sleep(_AGAIN_S)
+
+
+def _seconds(welcome: dict[str, Any], name: str) -> float:
+    value = welcome.get(name)
+    if not isinstance(value, (int, float)):
+        raise WireError(f"{name} is no number")
+    return float(value)
+
+
+def _waited(done: threading.Event, timeout_s: float | None, gives_up: Callable[[], bool] | None) -> bool:
+    """Whether it was done before time was up or the caller gave up."""
+    if gives_up is None:
+        return done.wait(timeout_s)
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    while not done.wait(_ASK_S if end is None else min(_ASK_S, max(end - time.monotonic(), 0))):
+        if gives_up() or (end is not None and time.monotonic() >= end):
+            return False
+    return True
 
 
 def _closed(sock: socket.socket) -> None:

@@ -207,8 +207,12 @@ class Master:
                 self._journal.save(self.state)
         kinds = {"reply": Kind.REPLY, "abort": Kind.ABORT, "kick": Kind.KICK}
         for peer, kind, body in messages:
-            if (line := self._by_peer.get(peer)) is not None:
+            if (line := self._by_peer.get(peer)) is None:
+                continue
+            try:
                 self._send(line, packed(kinds[kind], body, self.state.epoch))
+            except WireError as error:
+                self._end(line, f"what it has voted for makes {error}")
         for peer, why in self.state.dropped():
             log.info("peer %d is dropped: %s", peer, why)
             if (line := self._by_peer.pop(peer, None)) is not None:
@@ -252,7 +256,7 @@ class Master:
             return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._lines[sock.fileno()] = _Line(sock, str(address[0]), time.monotonic(), Called(self._secret))
+        self._lines[sock.fileno()] = _Line(sock, _plain(str(address[0])), time.monotonic(), Called(self._secret))
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _read(self, line: _Line) -> None:
@@ -278,6 +282,10 @@ class Master:
             log.warning("connection from %s is dropped: %s", line.name, error)
             self._send(line, packed(Kind.REFUSED if line.peer is None else Kind.KICK, {"why": str(error)}))
             self._end(line, f"it broke the protocol: {error}")
+        except Exception:
+            # A fault of ours costs the one whose message led to it its connection, and not the others their run.
+            log.exception("a fault inside of the master, by a message from %s", line.name)
+            self._end(line, "its message led to a fault inside of the master")
 
     def _take(self, line: _Line, frame: Frame) -> None:
         if line.called is not None:
@@ -373,3 +381,8 @@ class Master:
         self._lines.clear()
         self._selector.close()
         self._stack.close()
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address as such, where a socket of both kinds has it as one of IPv6."""
+    return address.removeprefix("::ffff:") if "." in address else address

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anabranch.cluster.pccl.faults import CollectiveError, PeerLost, TagInUse, told
+from anabranch.cluster.pccl.faults import CollectiveError, Kicked, PeerLost, TagInUse, told
 from anabranch.cluster.pccl.line import Line
 from anabranch.cluster.pccl.links import AbortedError, LinkError, Links, Listener, Place
 from anabranch.cluster.pccl.quantise import Quantiser
 from anabranch.cluster.pccl.ring import Wires, ring_all_reduce
+from anabranch.errors import InputError
 
 # Buffers for what is restored after an abort are kept for the next call up to so many bytes in all.
 _MOST_KEPT = 1 << 30
@@ -65,7 +67,7 @@ class Part:
     Args:
         listener, links: of this peer.
         line: to the master.
-        idle_s, wait_s: as of `Communicator`.
+        idle_s, wait_s, gives_up: as of `Communicator`.
         before: called with the name of what comes next; of tests, which let a peer die there.
 
     Attributes:
@@ -76,8 +78,10 @@ class Part:
     _links: Links
     _listener: Listener
 
-    def __init__(self, idle_s: float, wait_s: float | None, before: Callable[[str], None]) -> None:
-        self._idle_s, self._wait_s, self._before = idle_s, wait_s, before
+    def __init__(
+        self, idle_s: float, wait_s: float | None, gives_up: Callable[[], bool] | None, before: Callable[[str], None]
+    ) -> None:
+        self._idle_s, self._wait_s, self._gives_up, self._before = idle_s, wait_s, gives_up, before
         # Of ops and turns.
         self._turn = threading.Condition()
         self._ops: dict[tuple[int, int], _Op] = {}
@@ -107,6 +111,12 @@ class Part:
         self, op: _Op, reply: dict[str, Any], one: Reduction, target: Tensor, quantiser: Quantiser | None
     ) -> Reduced:
         ring = [Place.of(row) for row in reply["ring"]]
+        with self._leaving_if_it_fails():
+            return self._carried_out(op, ring, one, target, quantiser)
+
+    def _carried_out(
+        self, op: _Op, ring: list[Place], one: Reduction, target: Tensor, quantiser: Quantiser | None
+    ) -> Reduced:
         flat = target.detach().reshape(-1) if target.is_contiguous() and target.device.type == "cpu" else None
         kept = None if flat is None else self._backup(flat)
         work = _staged(one.send) if flat is None else flat
@@ -207,8 +217,13 @@ class Part:
             self._turn.notify_all()
 
     def _vote(self, body: dict[str, Any]) -> dict[str, Any]:
-        is_short = body["what"] in ("join", "complete", "established", "synced", "measured")
-        reply = self._line.request(body, timeout_s=None if is_short else self._wait_s)
+        # What comes after something was decided together is soon over, and not given up.
+        is_short = body["what"] in ("complete", "established", "synced", "measured")
+        reply = self._line.request(
+            body,
+            timeout_s=None if is_short or body["what"] == "join" else self._wait_s,
+            gives_up=None if is_short or body["what"] == "initiate" else self._gives_up,
+        )
         if (error := told(reply)) is not None:
             raise error
         return reply
@@ -259,10 +274,23 @@ class Part:
                 raise TagInUse(f"{under_way} under way; wait for them first")
             self._is_busy, self._is_new = True, False
         try:
-            return work()
+            with self._leaving_if_it_fails():
+                return work()
         finally:
             with self._turn:
                 self._is_busy = False
+
+    @contextmanager
+    def _leaving_if_it_fails(self) -> Iterator[None]:
+        """What goes wrong here alone (memory, a signal) in the midst of an operation ends this peer's part, so that others do not wait."""
+        try:
+            yield
+        except (CollectiveError, InputError):
+            # All know of the one; the other is told before anybody is asked.
+            raise
+        except BaseException as error:
+            self._line.fail(Kicked(f"it failed in the midst of an operation: {type(error).__name__}"))
+            raise
 
     def _take_tag(self, tag: int) -> None:
         with self._turn:

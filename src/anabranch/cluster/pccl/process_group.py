@@ -14,6 +14,7 @@ of which all but one are zero: exact, and twice the bytes of what a ring of thei
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -235,14 +236,17 @@ def _op_of(opts: Any) -> str:
 def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     """What ``init_process_group("pccl")`` calls."""
     address, master = os.environ.get("ANABRANCH_CLUSTER_MASTER", ""), None
+    secret = None
     if not address:
         if rank == 0:
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            master = Master("0.0.0.0:0").start()
-            store.set("pccl", f"{host}:{master.address.rpartition(':')[2]}")
-        address = store.get("pccl").decode()
+            # Known to those who share the store.
+            made = secrets.token_hex(16)
+            master = Master("0.0.0.0:0", secret=made).start()
+            store.set("pccl", f"{host}:{master.address.rpartition(':')[2]} {made}")
+        address, _, secret = store.get("pccl").decode().partition(" ")
     wait_s = min(timeout.total_seconds(), _WAIT_S)
-    peers = Communicator(address, master_wait_s=wait_s).connect()
+    peers = Communicator(address, secret=secret, master_wait_s=wait_s).connect()
     peers.wait_for(size)
     return PCCLGroup(rank, size, peers, master)
 

@@ -8,7 +8,7 @@ World n, rank r, chunks 0 to n - 1 of which the first are an element longer wher
 What is sent after the first chunk is what was received a chunk before, so both go on a piece at a time: a piece is sent as soon as it is
 reduced. Each chunk is finished by one rank, whose bits all others get unchanged: results are equal to the bit on every rank. With a
 quantiser a rank writes the partial sum anew at every step of the first phase; in the second the owner writes its chunk once, takes what it
-wrote as its own, and the others pass on the bytes as they came.
+wrote as its own, and the others pass on the bytes as they came. Every piece of a chunk has a range of its own.
 
 Bytes that a rank sends: 2 (n - 1) / n of the buffer, and 32 of a head.
 """
@@ -20,9 +20,10 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,158 +79,187 @@ def chunk_ranges(count: int, world: int) -> list[tuple[int, int]]:
 
 def ring_all_reduce(value_X: Tensor, op: str, rank: int, world: int, wires: Wires, quantiser: Quantiser | None) -> int:
     """In place, of a contiguous tensor on the CPU. Returns bytes sent. Raises LinkError; then its contents are of no use."""
-    plan = _Plan(value_X, rank, world, quantiser)
-    if quantiser is None:
-        plan.reduce(_REDUCE[op])
-        plan.gather()
-    else:
-        plan.reduce_quantised(quantiser, _REDUCE[op])
-        plan.gather_quantised(quantiser)
-    sent = _exchange(plan, wires)
-    if op == "avg":
-        if value_X.dtype.is_floating_point:
-            value_X.div_(world)
-        else:
-            torch.div(value_X, world, rounding_mode="floor", out=value_X)
-    return sent
+    return _exchange(_Plan(value_X, op, rank, world, quantiser), wires)
 
 
-@dataclass
-class _Incoming:
-    """A piece that is due: where its bytes go, and what is to be done with them then."""
+class _Incoming(Protocol):
+    """A piece that is due."""
 
-    view: memoryview
-    done: Callable[[], None]
+    def begin(self) -> memoryview:
+        """Where its bytes go; asked for when they are next."""
+
+    def done(self) -> None:
+        """They are there."""
+
+
+class _Reduced:
+    """A piece of a partial result: what comes is reduced into place, and goes on."""
+
+    def __init__(self, plan: _Plan, start: int, end: int, is_last: bool) -> None:
+        self.plan, self.start, self.end, self.is_last = plan, start, end, is_last
+
+    def begin(self) -> memoryview:
+        return self.plan.staged[: (self.end - self.start) * self.plan.size]
+
+    def done(self) -> None:
+        plan = self.plan
+        plan.reduce(self.start, self.end, plan.staged_X[: self.end - self.start], self.is_last)
+        plan.out.append(plan.view(self.start, self.end))
+
+
+class _Final:
+    """A piece of a result: it comes into place, and goes on where others wait for it."""
+
+    def __init__(self, plan: _Plan, start: int, end: int, goes_on: bool) -> None:
+        self.plan, self.start, self.end, self.goes_on = plan, start, end, goes_on
+
+    def begin(self) -> memoryview:
+        return self.plan.view(self.start, self.end)
+
+    def done(self) -> None:
+        if self.goes_on:
+            self.plan.out.append(self.begin())
+
+
+class _Quantised:
+    """A piece of a partial result or of a result, in few bits."""
+
+    def __init__(self, plan: _Plan, quantiser: Quantiser, start: int, end: int, step: int, is_final: bool) -> None:
+        self.plan, self.quantiser, self.start, self.end = plan, quantiser, start, end
+        self.is_last, self.is_final = step == plan.world - 2, is_final
+        self.data = bytearray()
+
+    def begin(self) -> memoryview:
+        self.data = bytearray(self.quantiser.size_of(self.end - self.start))
+        return memoryview(self.data)
+
+    def done(self) -> None:
+        plan, held_X = self.plan, self.plan.value_X[self.start : self.end]
+        came_X = self.quantiser.read(self.data, held_X.dtype)
+        if self.is_final:
+            held_X.copy_(came_X)
+            if not self.is_last:
+                # As it came.
+                plan.out.append(memoryview(self.data))
+            return
+        plan.reduce(self.start, self.end, came_X, self.is_last)
+        written = self.quantiser.write(held_X)
+        if self.is_last:
+            # What the others will read of this piece is what it is here too.
+            held_X.copy_(self.quantiser.read(written, held_X.dtype))
+        plan.out.append(memoryview(written))
+
+
+class _Head:
+    """What goes ahead of a collective: that both ends mean the same one."""
+
+    def __init__(self, plan: _Plan, wires: Wires) -> None:
+        self.sent = HEAD.pack(_MAGIC, plan.world, wires.tag, wires.seq, plan.value_X.numel())
+        self.came, self.wires = bytearray(HEAD.size), wires
+
+    def begin(self) -> memoryview:
+        return memoryview(self.came)
+
+    def done(self) -> None:
+        if self.came != self.sent:
+            raise LinkError(f"peer {self.wires.previous_peer} sends something else", self.wires.previous_peer)
 
 
 class _Plan:
-    """What goes out and what comes in, in order. Pieces that come add to what goes out."""
+    """What goes out and what comes in, in order. Pieces that come add to what goes out.
 
-    def __init__(self, value_X: Tensor, rank: int, world: int, quantiser: Quantiser | None) -> None:
-        self.value_X, self.rank, self.world = value_X, rank, world
+    Attributes:
+        out: bytes to be sent.
+        due: pieces that will come.
+        staged_X, staged: where a piece comes to before it is reduced.
+    """
+
+    def __init__(self, value_X: Tensor, op: str, rank: int, world: int, quantiser: Quantiser | None) -> None:
+        self.value_X, self.rank, self.world, self.size = value_X, rank, world, value_X.element_size()
+        self.op = op
         self.ranges = chunk_ranges(value_X.numel(), world)
-        self.out: deque[memoryview] = deque()
-        self.due: deque[_Incoming] = deque()
-        self.size = value_X.element_size()
         self.bytes = bytes_of(value_X)
-        self.quantiser = quantiser
+        self.out: deque[memoryview] = deque()
+        longest = max((end - start for start, end in self._pieces(0)), default=0)
+        self.staged_X = torch.empty(0 if quantiser is not None else longest, dtype=value_X.dtype)
+        self.staged = bytes_of(self.staged_X)
+        self.due: deque[_Incoming] = deque(self._reductions(quantiser))
+        self.due.extend(self._results(quantiser))
+        for start, end in self._pieces(rank):
+            written = None if quantiser is None else quantiser.write(value_X[start:end])
+            self.out.append(self.view(start, end) if written is None else memoryview(written))
 
     def _pieces(self, chunk: int) -> list[tuple[int, int]]:
-        """Elements of a chunk, in pieces that a cache has room for."""
+        """Elements of a chunk, in pieces that a cache has room for. The first chunk's are the longest."""
         start, end = self.ranges[chunk % self.world]
         step = max(PIECE // self.size, 1)
         return [(place, min(place + step, end)) for place in range(start, end, step)]
 
-    def _view(self, start: int, end: int) -> memoryview:
+    def view(self, start: int, end: int) -> memoryview:
+        """Bytes of elements."""
         return self.bytes[start * self.size : end * self.size]
 
-    def reduce(self, reduce: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def reduce(self, start: int, end: int, came_X: Tensor, is_last: bool) -> None:
+        """Reduce a piece into place. Who finishes a chunk of a mean divides it, and the others get what came of that."""
+        held_X = _REDUCE[self.op](self.value_X[start:end], came_X)
+        if is_last and self.op == "avg":
+            if held_X.dtype.is_floating_point:
+                held_X.div_(self.world)
+            else:
+                torch.div(held_X, self.world, rounding_mode="floor", out=held_X)
+
+    def _reductions(self, quantiser: Quantiser | None) -> Iterator[_Incoming]:
         """The first phase."""
-        self.out.extend(self._view(*piece) for piece in self._pieces(self.rank))
-        longest = max((end - start for start, end in self._pieces(0)), default=0)
-        staged_X = torch.empty(longest, dtype=self.value_X.dtype)
-        staged = bytes_of(staged_X)
         for step in range(self.world - 1):
             for start, end in self._pieces(self.rank - step - 1):
+                yield (
+                    _Reduced(self, start, end, step == self.world - 2)
+                    if quantiser is None
+                    else _Quantised(self, quantiser, start, end, step, is_final=False)
+                )
 
-                def add(start: int = start, end: int = end) -> None:
-                    reduce(self.value_X[start:end], staged_X[: end - start])
-                    self.out.append(self._view(start, end))
-
-                self.due.append(_Incoming(staged[: (end - start) * self.size], add))
-
-    def gather(self) -> None:
-        """The second phase; the first has put this rank's chunk on its way."""
+    def _results(self, quantiser: Quantiser | None) -> Iterator[_Incoming]:
+        """The second, whose first chunk to send the first phase has finished."""
         for step in range(self.world - 1):
-            is_last = step == self.world - 2
             for start, end in self._pieces(self.rank - step):
-                view = self._view(start, end)
-                self.due.append(_Incoming(view, _nothing if is_last else lambda view=view: self.out.append(view)))  # type: ignore[misc]
-
-    def reduce_quantised(self, quantiser: Quantiser, reduce: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """The first phase: partial results are written anew at every step; the last is finished in place."""
-        start, end = self.ranges[self.rank]
-        self._send(quantiser.write(self.value_X[start:end]))
-        for step in range(self.world - 1):
-            start, end = self.ranges[(self.rank - step - 1) % self.world]
-            data = bytearray(quantiser.size_of(end - start))
-            is_last = step == self.world - 2
-
-            def add(start: int = start, end: int = end, data: bytearray = data, is_last: bool = is_last) -> None:
-                held_X = self.value_X[start:end]
-                reduce(held_X, quantiser.read(data, held_X.dtype))
-                written = quantiser.write(held_X)
-                if is_last:
-                    # What the others will read of this chunk is what it is here too.
-                    held_X.copy_(quantiser.read(written, held_X.dtype))
-                self._send(written)
-
-            self.due.append(_Incoming(memoryview(data), add))
-
-    def gather_quantised(self, quantiser: Quantiser) -> None:
-        """The second phase: bytes are passed on as they came."""
-        for step in range(self.world - 1):
-            start, end = self.ranges[(self.rank - step) % self.world]
-            data = bytearray(quantiser.size_of(end - start))
-
-            def put(start: int = start, end: int = end, data: bytearray = data, step: int = step) -> None:
-                self.value_X[start:end].copy_(quantiser.read(data, self.value_X.dtype))
-                if step < self.world - 2:
-                    self._send(data)
-
-            self.due.append(_Incoming(memoryview(data), put))
-
-    def _send(self, data: bytearray) -> None:
-        if data:
-            self.out.append(memoryview(data))
-
-
-def _nothing() -> None:
-    pass
+                yield (
+                    _Final(self, start, end, step < self.world - 2)
+                    if quantiser is None
+                    else _Quantised(self, quantiser, start, end, step, is_final=True)
+                )
 
 
 def _exchange(plan: _Plan, wires: Wires) -> int:
     """Move all pieces; how many bytes were sent. One thread for both directions, which waits for neither while the other can go on."""
-    total = plan.value_X.numel()
-    head = bytearray(HEAD.size)
-    plan.out.appendleft(memoryview(HEAD.pack(_MAGIC, plan.world, wires.tag, wires.seq, total)))
-    plan.due.appendleft(_Incoming(memoryview(head), lambda: _check_head(head, plan, wires, total)))
+    head = _Head(plan, wires)
+    plan.out.appendleft(memoryview(head.sent))
+    plan.due.appendleft(head)
     for sock in (wires.to_next, wires.from_previous):
         sock.setblocking(False)
     poll = select.poll()
-    incoming = plan.due.popleft()
-    view: memoryview | None = incoming.view
+    incoming: _Incoming | None = plan.due.popleft()
+    view = head.begin()
     moved, sent = time.monotonic(), 0
-    while view is not None or plan.out:
+    while incoming is not None or plan.out:
         wires.check()
         gone = _send_some(plan.out, wires)
         sent, is_moving = sent + gone, bool(gone)
-        if view is not None:
+        if incoming is not None:
             count = _receive_some(view, wires)
             is_moving |= bool(count)
             view = view[count:]
-            while view is not None and not len(view):
+            if not len(view):
                 incoming.done()
-                # A chunk without elements has no bytes to wait for.
-                incoming = plan.due.popleft() if plan.due else _END
-                view = None if incoming is _END else incoming.view
+                incoming = plan.due.popleft() if plan.due else None
+                view = memoryview(b"") if incoming is None else incoming.begin()
         if is_moving:
             moved = time.monotonic()
             continue
-        _wait(poll, wires, is_reading=view is not None, is_writing=bool(plan.out))
+        _wait(poll, wires, is_reading=incoming is not None, is_writing=bool(plan.out))
         if time.monotonic() - moved > wires.idle_s:
-            late = wires.previous_peer if view is not None else wires.next_peer
+            late = wires.previous_peer if incoming is not None else wires.next_peer
             raise LinkError(f"peer {late} did nothing for {wires.idle_s:g} s", late)
     return sent
-
-
-_END = _Incoming(memoryview(b""), _nothing)
-
-
-def _check_head(head: bytearray, plan: _Plan, wires: Wires, total: int) -> None:
-    magic, world, tag, seq, count = HEAD.unpack(head)
-    if (magic, world, tag, seq, count) != (_MAGIC, plan.world, wires.tag, wires.seq, total):
-        raise LinkError(f"peer {wires.previous_peer} sends something else", wires.previous_peer)
 
 
 def _send_some(out: deque[memoryview], wires: Wires) -> int:
@@ -249,8 +279,6 @@ def _send_some(out: deque[memoryview], wires: Wires) -> int:
 
 
 def _receive_some(view: memoryview, wires: Wires) -> int:
-    if not len(view):
-        return 0
     try:
         count = wires.from_previous.recv_into(view)
     except (BlockingIOError, InterruptedError):

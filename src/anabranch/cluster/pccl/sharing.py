@@ -8,6 +8,7 @@ while ...:
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anabranch.bounds import shown
+from anabranch.cluster.pccl.elections import MOST_NAMES
 from anabranch.cluster.pccl.hashing import bytes_of, tensor_hash
 from anabranch.cluster.pccl.links import LinkError, Place, call_peer
 from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, receive_exactly, send_all
@@ -28,6 +30,8 @@ __all__ = ["Shared", "SharedState"]
 
 _PIECE = 1 << 20
 _LONGEST_NAME = 256
+# What an entry takes beside name and shape, at most; and all of them, with room for the rest of a message.
+_ENTRY_BYTES, _MOST_TOLD = 64, 900_000
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class SharedState:
         tensors: by name; they are written in place.
         revision: counts calls of `Communicator.sync_shared_state`: one more before each.
 
-    Raises InputError for names that are too long and values that are no tensors.
+    Raises InputError for names that are too long, values that are no tensors, and more of both than a message holds.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], revision: int = 0) -> None:
@@ -64,6 +68,11 @@ class SharedState:
                 raise InputError(f"the tensor's name {shown(name)} is none; use a text of 1 to {_LONGEST_NAME} letters")
             if not isinstance(tensor, Tensor):
                 raise InputError(f"{shown(name)} is a {type(tensor).__name__}; share tensors")
+        told = sum(len(json.dumps(name)) + 20 * tensor.dim() + _ENTRY_BYTES for name, tensor in tensors.items())
+        if len(tensors) > MOST_NAMES or told > _MOST_TOLD:
+            raise InputError(
+                f"a state of {len(tensors)} tensors is more than a message holds; share up to {MOST_NAMES} with short names, or join some"
+            )
         self.tensors, self.revision = dict(tensors), revision
 
     def entries(self) -> list[list[Any]]:

@@ -147,6 +147,7 @@ class MasterState(Decisions):
             self._outbox.append((member.id, "reply", member.answered[req]))
             return
         what = word(body, "what", 32)
+        number(body, "accused", default=0)
         if what == "initiate":
             self._initiate(member, body)
         elif what == "complete":
@@ -225,7 +226,11 @@ class MasterState(Decisions):
         if not isinstance(rates, dict) or len(rates) > self.most_peers:
             raise IllegalVoteError("rates that are none")
         for name, rate in rates.items():
-            if not name.isdigit() or not isinstance(rate, (int, float)) or not 0 <= rate < 1e9:
+            if (
+                not (name.isascii() and name.isdigit() and len(name) < 19)
+                or not isinstance(rate, (int, float))
+                or not 0 <= rate < 1e9
+            ):
                 raise IllegalVoteError("rates that are none")
             if int(name) in self.members and int(name) != member.id:
                 self.matrix[member.id, int(name)] = max(float(rate), _LEAST_RATE)

@@ -116,7 +116,8 @@ def number(body: dict[str, Any], name: str, most: int = 2**62, default: int | No
 def word(body: dict[str, Any], name: str, most: int = 256) -> str:
     """A text of a frame, at most ``most`` letters. Raises WireError if it is none."""
     value = body.get(name)
-    if not isinstance(value, str) or len(value) > most:
+    # Half of a pair of UTF-16 is a letter of JSON, and of nothing else.
+    if not isinstance(value, str) or len(value) > most or any(0xD800 <= ord(letter) < 0xE000 for letter in value):
         raise WireError(f"{name} is no text of at most {most} letters")
     return value
 
