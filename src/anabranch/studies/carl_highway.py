@@ -65,19 +65,21 @@ class Size(Config):
         episodes: by which a policy is measured.
         hidden: widths of the networks.
         physics: steps of HighwayEnv's physics in a decision of a second.
+        workers: processes that environments are spread over; 0 for one for each processor.
     """
 
     samples: int = Field(default=50_000, ge=8)
     episodes: int = Field(default=100, ge=1)
     hidden: tuple[int, ...] = (256, 256)
     physics: int = Field(default=15, ge=1)
+    workers: int = Field(default=0, ge=0)
 
 
 def run_of(arm: str, size: Size) -> TaskRunConfig:
     """The training of an arm."""
     reward, _, road = arm.partition("-")
     arguments = {"config": {"simulation_frequency": size.physics}}
-    environment = Highway.Config(id=_IDS[road], arguments=arguments, own_reward=reward == "own", workers=0)
+    environment = Highway.Config(id=_IDS[road], arguments=arguments, own_reward=reward == "own", workers=size.workers)
     return training(
         "highway",
         samples=size.samples,
@@ -92,7 +94,7 @@ def run_of(arm: str, size: Size) -> TaskRunConfig:
 
 def make(full: bool = False, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
-    size = (Size() if full else Size(samples=16, episodes=2, hidden=(8,), physics=2)).replace(**changes)
+    size = (Size() if full else Size(samples=16, episodes=2, hidden=(8,), physics=5, workers=1)).replace(**changes)
     return Study(
         name="carl_highway",
         title="PPO with CaRL's reward and with HighwayEnv's own, on HighwayEnv's roads",
