@@ -167,6 +167,8 @@ def test_a_stream_that_was_left_is_charged_the_most_where_its_provider_does_not_
         (False, failed("cut"), False),
         # Its upstream said that it is over.
         (False, failed("server", 500), True),
+        # A proxy before it gave up waiting.
+        (False, failed("server", 504), False),
     ],
 )
 def test_which_streams_are_made_no_further(says, failure, ends):

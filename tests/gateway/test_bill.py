@@ -86,6 +86,11 @@ def test_thoughts_that_are_told_beside_the_completion_are_part_of_it(told, compl
     assert Usage.of({"usage": {**told, **thoughts}}).completion == completion
 
 
+def test_a_cache_that_is_told_beside_the_prompt_is_no_completion():
+    told = {"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50_050}
+    assert Usage.of({"usage": {**told, "prompt_tokens_details": {"cached_tokens": 50_000}}}).completion == 30
+
+
 def test_the_tier_that_it_says_counts_and_else_the_one_that_was_asked_for():
     asked = Usage(9, 9, 0, True, tier="priority")
     assert bill(LIST, of(), asked) == 22_000_000

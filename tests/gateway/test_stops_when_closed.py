@@ -39,6 +39,8 @@ def test_these_do_not_or_nobody_knows(kind):
         ("https://notgroq.com/v1", True),
         ("https://groq.com.example.org/v1", True),
         ("https://api.groq.com/openai/v1", False),
+        ("https://api.groq.com./openai/v1", False),
+        ("https://bedrock-runtime.cn-north-1.amazonaws.com.cn/v1", False),
         ("https://GROQ.com/v1", False),
         ("https://api.mistral.ai/v1", False),
         ("https://generativelanguage.googleapis.com/v1beta/openai", False),
@@ -50,6 +52,18 @@ def test_of_what_speaks_openai_s_api_the_address_tells(base_url, stops):
     assert OpenAI.Config(model="m", base_url=base_url, key_env=None).build().stops_when_closed is stops
     # Wherever it is, it passes streams on to others.
     assert not OpenRouter.Config(model="m", base_url=base_url, key_env=None).build().stops_when_closed
+
+
+@pytest.mark.parametrize(
+    ("base_url", "stops"),
+    [
+        ("https://api.anthropic.com", True),
+        ("https://openrouter.ai/api", False),
+        ("https://api.minimax.io/anthropic", False),
+    ],
+)
+def test_of_what_speaks_anthropic_s_api_likewise(base_url, stops):
+    assert Anthropic.Config(model="m", base_url=base_url, key_env=None).build().stops_when_closed is stops
 
 
 def test_what_is_recorded_is_as_what_it_records(tmp_path):

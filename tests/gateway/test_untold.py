@@ -132,6 +132,28 @@ def test_a_reader_who_stops_at_the_end_is_read_on_for(tmp_path, early):
     assert row.status == "cancelled"
 
 
+def test_what_was_asked_counts_among_what_is_held_for_streams_that_are_read_on(tmp_path, monkeypatch):
+    """R20d: requests of 8 MB whose streams were left stayed in memory, three times each, and counted 64 KiB."""
+    monkeypatch.setattr("anabranch.gateway.dispatch.late.MOST_BYTES", 200_000)
+    handler = stream(chunk("a"), 0.3, chunk("", "stop"), {"choices": [], "usage": FULL}, b"data: [DONE]\n\n")
+
+    async def main():
+        async with serving(tmp_path, handler, stops=False) as gateway:
+            late, found = gateway.runtime.dispatcher.late, []
+            for _ in range(3):
+                given = await gateway.achat(ask("x" * 40_000, stream=True))
+                async for _ in given:
+                    break
+                await given.aclose()
+                found.append((len(late), sum(size for _, size in late._open.values())))
+            await asyncio.wait_for(gateway.settled(), 10)
+            return found
+
+    found = asyncio.run(main())
+    assert [count for count, _ in found] == [1, 1, 1]
+    assert all(size >= 3 * 40_000 for _, size in found)
+
+
 def test_a_usage_that_never_comes_is_waited_for_only_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr("anabranch.gateway.dispatch.upstream_stream.USAGE_S", 0.1)
     row = charged(tmp_path, stream(chunk("four", usage=ZEROS), chunk("", "stop", usage=ZEROS), 5.0), at_end)

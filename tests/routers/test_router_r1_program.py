@@ -12,6 +12,7 @@ from anabranch.routers.contract.ask import Answered, Arm, Said, Spent
 from anabranch.routers.contract.program import Done, ProgramRequest, Step
 from anabranch.routers.contract.query import Model, Pool, Query
 from anabranch.routers.money import Price
+from anabranch.routers.router_r1.episode import words
 from anabranch.routers.strategies import make
 
 POOL = Pool(
@@ -140,7 +141,7 @@ def test_what_the_router_and_the_models_are_told():
     assert second[3] == {"role": "user", "content": "<information>small knows</information>"}
     for arm, _, how in models.asked:
         is_turn = how["purpose"] == "route"
-        assert how["max_tokens"] == (1024 if is_turn else 512)
+        assert how["max_tokens"] == (5 if is_turn else 512)
         assert how["temperature"] == (None if is_turn else 0.0)
         assert dict(arm.settings) == ({"temperature": 0.3} if is_turn else {})
 
@@ -324,3 +325,38 @@ def test_what_no_config_may_say():
     ):
         with pytest.raises(ConfigError, match=message):
             make("router_r1", **fields)
+
+
+def test_the_answer_has_the_end_that_the_sender_asked_for():
+    """R25 F9: `max_tokens` and `stop` of a request were not looked at."""
+    models = Models("<answer>a b | c</answer>")
+    _, _, done = run(models, stop=["|", " b"], max_tokens=7)
+    assert done.message["content"] == "a"
+    assert models.asked[0][2]["max_tokens"] == 7
+    assert run(Models("<answer>a b</answer>"), stop="b")[2].message["content"] == "a "
+    models = Models("<answer>a</answer>")
+    run(models, max_completion_tokens=9_000)
+    assert models.asked[0][2]["max_tokens"] == 1024
+
+
+def test_calls_that_fail_count_against_the_budget():
+    """R25 F8: what they cost was not seen."""
+
+    class Dear(Models):
+        async def __call__(self, arm, messages, **how):
+            if how.get("purpose") == "draft":
+                self.spent = replace(self.spent, cost=self.spent.cost + 0.5)
+                raise BackendError("cut")
+            return await super().__call__(arm, messages, **how)
+
+    models = Dear(*["<think>a</think><search>small: q</search>"] * 9)
+    _, steps, _ = run(models, fields={"budget_usd": 1.0, "max_turns": 9})
+    assert named(steps, "totals")[-1]["turns"] == 2
+
+
+def test_whatever_a_model_says_the_router_sees_so_many_words():
+    """R25 F10: lines without spaces had no end."""
+    assert words("a  b\nc d", 3) == "a  b\nc"
+    assert words(" a b ", 2) == " a b "
+    assert len(words("x\n" * 100_000, 600)) <= 1200
+    assert len(words("字" * 100_000, 600)) == 4800

@@ -532,6 +532,43 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path, data):
     assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize("data", [b'{"my": "only copy"}', b"{", b'{"version": 1, "run": "another', b"\xff"])
+def test_a_file_without_a_line_is_left_as_it_is(tmp_path, data):
+    """R25 F12: it was taken for a journal whose first line was not written to its end, and written over."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(data)
+    if data == b"{":
+        # That much a journal begins with.
+        solve(Models(usual()), journal=path)
+        return
+    with pytest.raises(DataError, match="is no journal, and is left as it is"):
+        solve(Models(usual()), journal=path)
+    assert path.read_bytes() == data
+
+
+def test_a_journal_that_cannot_be_kept_or_has_odd_numbers_is_told(tmp_path):
+    with pytest.raises(DataError, match="cannot be written"):
+        solve(Models(usual()), journal=tmp_path / "nowhere" / "run.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        solve(Models(usual()), journal=tmp_path)
+    path = tmp_path / "run.jsonl"
+    solve(Models(usual()), journal=path)
+    whole = path.read_text()
+    for value in ('"many"', "-1", "NaN", "null", "true"):
+        path.write_text(re.sub(r'"completion_tokens": \d+', f'"completion_tokens": {value}', whole, count=1))
+        with pytest.raises(DataError, match="line 2: ValueError: completion_tokens is"):
+            solve(Models({}), journal=path)
+
+
+@pytest.mark.parametrize("budget", [Budget(usd=20e-6), Budget(tokens=10)])
+def test_what_failed_counts_against_the_budget(budget):
+    """R25 F8: calls that fail but cost something never used a budget up."""
+    models = Models(usual(score=BackendError("cut")), lose=5)
+    trace = solve(models, settings=Settings(), budget=budget, decomposer=Given.Config(steps=STEPS * 5).build())
+    assert sum(stage == "score" for stage, *_ in models.asked) <= 4
+    assert trace.totals.lost.completion <= 20
+
+
 # Parts
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from anabranch.gateway.dispatch.billed import FEW, broken_off, may_be_billed, whole_at_most
+from anabranch.gateway.dispatch.billed import FEW, GAVE_UP, broken_off, may_be_billed, whole_at_most
 from anabranch.gateway.dispatch.breaker import Outcome
 from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.hidden import asks_media, may_hide
@@ -223,8 +223,13 @@ class AttemptEnds:
 
 
 def stops(live: Live, failure: Failure | None) -> bool:
-    """Whether a stream that ended so, or was cancelled where there is no ``failure``, is made no further: its upstream ended it."""
-    return live.stops_when_closed or (failure is not None and failure.status is not None)
+    """Whether a stream that ended so, or was cancelled where there is no ``failure``, is made no further: its upstream ended it.
+
+    A proxy before it that gave up waiting did not.
+    """
+    return live.stops_when_closed or (
+        failure is not None and failure.status is not None and failure.status not in GAVE_UP
+    )
 
 
 async def _result(made: "asyncio.Future[Usage]") -> Usage:

@@ -15,6 +15,7 @@ from typing import Any
 from anabranch.config import Field, configclass
 from anabranch.gateway.providers.anthropic_request import ANSWER_TOOL, adapted, forces_json, translated
 from anabranch.gateway.providers.keys import read_key
+from anabranch.gateway.providers.make_on import makes_on
 from anabranch.gateway.providers.native_events import grown
 from anabranch.gateway.providers.openai import check_drops, check_header, check_url, unsupported
 from anabranch.gateway.providers.provider import (
@@ -105,6 +106,7 @@ class Anthropic(Provider, kind="anthropic"):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.stops_when_closed = self.stops_when_closed and not makes_on(config.base_url)
         self._key = read_key(config.key_env, config.key_file)
         key = {} if self._key is None else {"x-api-key": self._key.reveal()}
         self._headers = {

@@ -9,6 +9,7 @@ from anabranch.errors import ConfigError
 from anabranch.gateway.providers import media, openai_responses
 from anabranch.gateway.providers.content_lists import flattened, for_mistral, is_mistral
 from anabranch.gateway.providers.keys import read_key
+from anabranch.gateway.providers.make_on import makes_on
 from anabranch.gateway.providers.openai_models import fitted
 from anabranch.gateway.providers.plain_chat import plain
 from anabranch.gateway.providers.provider import (
@@ -32,16 +33,6 @@ PATHS: dict[Endpoint, str] = {
     "embeddings": "/embeddings",
     **media.PATHS,
 }
-
-
-# Addresses of those that make a stream, and bill it, to its end, whoever closes the connection: "Not Currently Supported" on OpenRouter's
-# page on stream cancellation (openrouter.ai/docs/api-reference/streaming), and OpenRouter itself, which passes streams on to them.
-_MAKE_ON = tuple(
-    """
-    openrouter.ai groq.com mistral.ai googleapis.com amazonaws.com perplexity.ai sambanova.ai ai21.com huggingface.co nebius.com nebius.ai
-    minimax.io minimaxi.com aliyuncs.com featherless.ai replicate.com inference.net kluster.ai targon.com
-    """.split()
-)
 
 
 class OpenAI(Provider, kind="openai"):
@@ -96,7 +87,7 @@ class OpenAI(Provider, kind="openai"):
         self._key = read_key(config.key_env, config.key_file)
         self.predicts = self.predicts and "prediction" not in config.drops
         base = config.base_url.rstrip("/")
-        self.stops_when_closed = self.stops_when_closed and not _makes_on(base)
+        self.stops_when_closed = self.stops_when_closed and not makes_on(base)
         self._urls = {endpoint: base + path for endpoint, path in PATHS.items()}
         self._headers = {"content-type": "application/json", **config.headers, **self._authorization()}
 
@@ -202,8 +193,3 @@ def check_header(name: str, value: str) -> None:
         raise ConfigError(
             f"headers has {name!r}, which is set by the gateway; keys come from the environment (key_env)"
         )
-
-
-def _makes_on(base_url: str) -> bool:
-    host = urlsplit(base_url).hostname or ""
-    return any(host == one or host.endswith(f".{one}") for one in _MAKE_ON)

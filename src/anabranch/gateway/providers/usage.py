@@ -111,11 +111,12 @@ class Usage:
         if not isinstance(usage, dict):
             return None
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens") or 0
-        if _is_count(prompt) and _is_count(completion):
-            # Some say all of it, or the thoughts beside it, in the sum alone.
-            completion = max(_count(usage, "total_tokens") - prompt, completion)
         asked, made = _table(usage, "prompt_tokens_details"), _table(usage, "completion_tokens_details")
         cached = asked.get("cached_tokens") or 0
+        if _is_count(prompt) and _is_count(completion) and _is_count(cached):
+            # Some say all of it, or the thoughts beside it, in the sum alone. What is more than the prompt cannot be a part of it.
+            beside = cached if cached > prompt else 0
+            completion = max(_count(usage, "total_tokens") - prompt - beside, completion)
         if not (_is_count(prompt) and _is_count(completion) and _is_count(cached)):
             return None
         for_hour = min(_count(asked, "cache_write_1h_tokens"), prompt)

@@ -8,6 +8,8 @@
 No clock, no network, no chance: `environment` and `program` both play it.
 """
 
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,9 @@ from anabranch.routers.router_r1.grammar import (
 
 # What stands for what a model could not say.
 NOTHING = "None"
+
+# Characters of a word at most, in the mean: a text without white space (Chinese, a hostile one) has an end as well.
+WIDE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +74,13 @@ class Asked:
 
 
 def words(text: str, most: int) -> str:
-    """The first so many words of a text: what stands for its tokens where there is no tokenizer."""
-    found = text.split(" ")
-    return " ".join(found[:most])
+    """The first so many words of a text, and at most `WIDE` times as many characters: what stands for its tokens without a tokenizer.
+
+    Words end at any white space; the reference splits at single spaces alone, by which lines without them have no end.
+    """
+    text = text[: WIDE * most]
+    ends = [found.end() for found in itertools.islice(re.finditer(r"\S+", text), most + 1)]
+    return text if len(ends) <= most else text[: ends[most - 1]]
 
 
 @dataclass(slots=True)

@@ -220,7 +220,9 @@ class _Rounds:
         if not episode.answer:
             self.why = "the router gave no answer"
             return
-        content = episode.text.strip() if config.shows_trace else episode.answer
+        content = ended_at(
+            episode.text.strip() if config.shows_trace else episode.answer, self.request.settings.get("stop")
+        )
         self.done = Done(message={"content": content}, model=policy)
 
     async def _turn(self, policy: str, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -231,9 +233,14 @@ class _Rounds:
         }
         arm = Arm(policy, {**carried, **self.config.settings})
         ends = ("</search>", "</route>", "</answer>")
-        how = {"max_tokens": self.config.turn_tokens, "temperature": self.config.temperature, "stop": ends}
+        how = {"max_tokens": self._turn_tokens(), "temperature": self.config.temperature, "stop": ends}
         found = await self._called("router", arm, messages, purpose="route", **how)
         return closed(found.text.replace("<route>", "<search>"))
+
+    def _turn_tokens(self) -> int:
+        """Most tokens of a turn, and so of the answer in it: no more than the sender allows."""
+        asked = (self.request.settings.get(name) for name in ("max_tokens", "max_completion_tokens"))
+        return min([self.config.turn_tokens, *(most for most in asked if isinstance(most, int))])
 
     async def _asked(self, asked: Asked) -> dict[str, Any]:
         """Ask a model, and tell the router; what it took."""
@@ -281,7 +288,9 @@ class _Rounds:
         soft_s = soft_s if self.config.budget_s is None else min(soft_s, self.config.budget_s)
         if self._elapsed() >= soft_s:
             return "time"
-        cost = sum(sums[2] for sums in self._sums.values())
+        # Calls that failed may have cost something as well.
+        spent = getattr(self.ask, "spent", None)
+        cost = max(sum(sums[2] for sums in self._sums.values()), 0.0 if spent is None else spent.cost)
         if self.config.budget_usd is not None and cost >= self.config.budget_usd:
             return "money"
         # A turn, what it asks, and a direct answer.
@@ -307,6 +316,12 @@ class _Rounds:
             told["all"] = {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens, "cost": spent.cost}
         facts = {} if self.episode is None else self.episode.facts()
         return Step("totals", {**told, **facts})
+
+
+def ended_at(text: str, stop: Any) -> str:
+    """A text until the first of the sender's ``stop`` texts: one, several or None."""
+    ends = (text.find(one) for one in ([stop] if isinstance(stop, str) else stop or ()) if one)
+    return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
 def described(model: Model) -> str:

@@ -31,8 +31,8 @@ class Budget:
     """What a run may spend. Looked at before each call; what is under way is not broken off, but by `seconds` and `deadline_s`.
 
     Attributes:
-        tokens: of completion, of all calls.
-        usd: dollars of all calls.
+        tokens: of completion, of all calls; of those that failed too where ``ask`` tells what they came to (``spent``; one run at a time).
+        usd: dollars of the same.
         seconds: after which the rest is left to System 1.
         calls: of models.
         deadline_s: seconds in which all has to be over: no call goes on beyond.
@@ -102,6 +102,21 @@ class Calls:
         return sum((one.tokens for one in self.made if one.status == "ok"), Tokens())
 
     @property
+    def used(self) -> Tokens:
+        """What budgets are held against: of all calls, of failed ones as far as ``ask`` tells what it spent."""
+        spent = _spent(self._ask)
+        if spent is None or self._before is None:
+            return self.total + self._lost_earlier
+        replayed = sum((one.tokens for one in self.made if one.status == "ok" and one.is_replayed), Tokens())
+        came, earlier = self.total, self._lost_earlier + replayed
+        return Tokens(
+            max(came.prompt, earlier.prompt + spent.prompt - self._before.prompt),
+            max(came.completion, earlier.completion + spent.completion - self._before.completion),
+            max(came.cost, earlier.cost + spent.cost - self._before.cost),
+            len(self.made),
+        )
+
+    @property
     def lost(self) -> Tokens:
         """Of calls that failed; nothing where ``ask`` tells no ``spent``. To be read while none is under way."""
         earlier, spent = self._lost_earlier, _spent(self._ask)
@@ -126,7 +141,7 @@ class Calls:
     @property
     def room(self) -> float:
         """Completion tokens that are left of the budget."""
-        return math.inf if self.budget.tokens is None else self.budget.tokens - self.total.completion
+        return math.inf if self.budget.tokens is None else self.budget.tokens - self.used.completion
 
     @property
     def left_s(self) -> float:
@@ -143,7 +158,7 @@ class Calls:
         """Which budget is used up, in one word; "" for none."""
         if self.room <= 0:
             return "tokens"
-        if self.budget.usd is not None and self.total.cost >= self.budget.usd:
+        if self.budget.usd is not None and self.used.cost >= self.budget.usd:
             return "usd"
         if self.budget.seconds is not None and self.elapsed_s >= self.budget.seconds:
             return "seconds"

@@ -9,6 +9,7 @@ those.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ class Journal:
         path: of the file; made where there is none, gone on with where there is one.
         run: digest of what tells this run from others: its problem, seed and systems.
 
-    Raises DataError for a file that is none, or of another run.
+    Raises DataError for a file that is none, or of another run, and for one that cannot be read or written.
     """
 
     def __init__(self, path: str | Path, run: str) -> None:
@@ -45,9 +46,10 @@ class Journal:
         # Of calls that failed: what was asked, the error, and how many had come before.
         self._failed: dict[str, tuple[str, str, int]] = {}
         self.lost = Tokens()
+        self._first = json.dumps({"version": VERSION, "run": run}).encode() + b"\n"
         self._end = self._read(run)
         if not self._end:
-            self._append({"version": VERSION, "run": run})
+            self._write(self._first)
 
     def find(self, key: str, digest: str) -> Answered | None:
         """The answer that a call had; None if none came. Raises DataError if something else was asked there."""
@@ -89,11 +91,16 @@ class Journal:
         """Where the last whole line ends; 0 for no file."""
         if not self._path.exists():
             return 0
-        data = self._path.read_bytes()
+        try:
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise DataError(f"journal {str(self._path)!r} cannot be read: {error.strerror}") from None
         end = data.rfind(b"\n") + 1
         lines = data[:end].splitlines()
         if data and not end:
-            # Not even the first line was written to its end.
+            # Not even the first line was written to its end, or it is somebody's file that is no journal.
+            if not self._first.startswith(data):
+                raise DataError(f"{str(self._path)!r} is no journal, and is left as it is; take another file")
             return 0
         for number, line in enumerate(lines, start=1):
             try:
@@ -122,13 +129,18 @@ class Journal:
             self._known[line["key"]] = line["digest"], _read_answer(line["answer"])
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        data = json.dumps(line).encode() + b"\n"
-        with open(self._path, "r+b" if self._path.exists() else "wb") as file:
-            file.seek(self._end)
-            file.truncate()
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(json.dumps(line).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        try:
+            with open(self._path, "r+b" if self._path.exists() else "wb") as file:
+                file.seek(self._end)
+                file.truncate()
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(f"journal {str(self._path)!r} cannot be written: {error.strerror}") from None
         self._end += len(data)
 
 
@@ -145,4 +157,8 @@ def _written(found: Answered) -> dict[str, Any]:
 
 
 def _read_answer(table: Mapping[str, Any]) -> Answered:
+    for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "cost", "latency_s"):
+        value = table[name]
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r:.40}; it must be a number of at least 0")
     return Answered(**{**table, "choices": tuple(table["choices"])})
