@@ -176,7 +176,8 @@ def test_route_explains_one_query(run):
     assert "why     ridge expects" in out
 
 
-def test_replay_estimates_what_routers_would_have_earned(run, place):
+def write_log(place):
+    """`log.jsonl`: one answer a query, drawn with a chance of one in three."""
     other = made_outcomes(300, seed=2)
     lines = []
     for row, text in enumerate(other.query):
@@ -188,6 +189,10 @@ def test_replay_estimates_what_routers_would_have_earned(run, place):
         }
         lines.append(json.dumps({**line, "probability": {model: 1 / 3}}))
     (place / "log.jsonl").write_text("\n".join(lines))
+
+
+def test_replay_estimates_what_routers_would_have_earned(run, place):
+    write_log(place)
     found = told(run("replay", "log.jsonl", "--router", "routers", "--strategy", "knn", "--json", "--quiet"))
     assert (found["rows"], found["has_probabilities"]) == (300, True)
     one = found["strategies"][0]
@@ -219,6 +224,7 @@ def test_estimates_beyond_the_range_of_scores_are_explained(run, place):
     assert code == 0
     assert "single ones may pass the range of scores" in out
     assert "Here they do for knn." in out
+    write_log(place)
     code, out, _ = run("replay", "log.jsonl", "--router", "routers", "--quiet")
     assert (code, "may pass the range" in out) == (0, False)
 

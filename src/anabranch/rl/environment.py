@@ -202,7 +202,7 @@ def layout_of(observation_space: Any, action_space: Any) -> Layout:
     sizes = {name: _size(space) for name, space in parts.items()}
     picture, brightest = None, 1.0
     if PICTURE in parts:
-        shape, dtype = parts[PICTURE].shape, parts[PICTURE].dtype
+        shape, dtype = parts[PICTURE].shape or (), parts[PICTURE].dtype
         if len(shape) != 3:
             raise ConfigError(f"a picture is {list(shape)}; it must have three axes: channels, height and width")
         picture = (shape[2], shape[0], shape[1]) if _is_channels_last(shape) else shape
