@@ -1,6 +1,7 @@
 """Searches of many queries make room for writers: by a schedule that is set, each query is answered by one state of the index."""
 
 import threading
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import InputError
 from anabranch.graph.hnsw import HNSW, ShardedHNSW, changing, ranges, searching
+from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.searching import in_pieces
 from anabranch.graph.workers import Workers
 from hnsw_checks import WAIT_S, drawn, thread, waits, wanted
@@ -95,7 +97,9 @@ class Schedule:
         self._lock = (index.shards[0] if isinstance(index, ShardedHNSW) else index)._lock
         for module, name in ((searching, "search_many"), (searching, "scan_many"), (ranges, "measure_slots")):
             monkeypatch.setattr(module, name, self.around(getattr(module, name)))
-        # While a writer looks at what rows are rounded about it lets readers in, too: not here.
+        # While a writer looks at what rows are rounded about, or for what cannot be reached, it lets readers in, too: not here.
+        monkeypatch.setattr(ReadWriteLock, "open_to_readers", lambda lock: nullcontext())
+        monkeypatch.setattr(ReadWriteLock, "make_room", lambda lock: None)
         monkeypatch.setattr(changing, "LOOKS", 1)
         # One query is a piece.
         monkeypatch.setattr(searching, "WALKED", 1)

@@ -191,7 +191,7 @@ def candidates(value):
     if isinstance(value, list):
         return [[*value, *value], value[::-1], value[:-1], [0.5, 0.75]]
     numbers = [value + 1, value * 2, value / 2, value + 0.25] if isinstance(value, int | float) else [1, 512, 0.5]
-    return [not value, *numbers, None, "text", "latin-1", "file", "bfloat16", "ddp", "cpu", "sqrt", "linear"]
+    return [not value, *numbers, None, "text", "latin-1", "file", "bfloat16", "ddp", "cpu", "sqrt", "linear", "min_max"]
 
 
 SECTIONS = {"data": DataConfig, "train": TrainConfig, "parallel": Parallel}

@@ -319,8 +319,8 @@ def check(candidate):
 @pytest.mark.parametrize(
     "code",
     [
-        "import glob\nassert glob.glob('/proc/*') == [] and glob.glob('/etc/*') == [] and glob.glob('/work/*') == []",
-        "import os\nassert not os.path.exists('/root/.ssh') and not os.path.exists('/home')",
+        "import glob\nassert glob.glob('/proc/*') == [] and glob.glob('/etc/*') == [] and glob.glob('/srv/*') == []",
+        "import glob, os\nassert glob.glob('/*/.ssh') == [] and not os.path.exists('/home')",
         "import os, sys\nsys.setrecursionlimit(9)\nassert 'PATH' not in os.environ",
         "for path in ('/x', '/dev/x', '/usr/lib/x'):\n    try: open(path, 'w')\n    except OSError: pass\n    else: 1 / 0",
         "import os, signal\nassert os.getppid() <= 1",

@@ -14,6 +14,7 @@ from typing import Any
 
 from anabranch.errors import AnabranchError
 from anabranch.lm.decoder import Decoder
+from anabranch.lm.generate import evaluating
 from anabranch.rl.tokens.trajectory import Route, Trajectory
 from anabranch.rl.tokens.world import Play, Told
 from anabranch.serving.config import ServingConfig
@@ -149,16 +150,14 @@ class PolicyEngine:
         Raises AnabranchError if the engine fails, and whatever a world raises.
         """
         self._drawn, self._seeds = drawn, list(seeds)
-        was_training = self.model.training
-        self.model.eval()
         self._threads = ThreadPoolExecutor(_AT_A_TIME) if waits else None
         episodes = [Trajectory(tuple(play.prompt)) for play in plays]
         try:
-            for number, (play, episode) in enumerate(zip(plays, episodes, strict=True)):
-                self._begin(number, play, episode)
-            self._run()
+            with evaluating(self.model):
+                for number, (play, episode) in enumerate(zip(plays, episodes, strict=True)):
+                    self._begin(number, play, episode)
+                self._run()
         finally:
-            self.model.train(was_training)
             if self._threads is not None:
                 self._threads.shutdown(wait=True, cancel_futures=True)
             self._threads = None
