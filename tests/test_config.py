@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from anabranch import registry
 from anabranch.bounds import LARGEST_INT
-from anabranch.config import Config, Field, Part, configclass, from_dict, override, parse_assignment, to_dict
+from anabranch.config import Config, Field, Part, Size, configclass, from_dict, override, parse_assignment, to_dict
 from anabranch.errors import AnabranchError, ConfigError
 
 
@@ -432,3 +432,29 @@ def test_any_assignment_is_read_or_refused_in_one_line(text):
         assert "=" not in text or not text.partition("=")[0].strip()
     else:
         json.dumps(value)
+
+
+@configclass
+class Narrowed(Config):
+    """Narrower than its type at both ends, and at one."""
+
+    wide: Size = Field(default=8, ge=4, le=16)
+    least: Size = Field(default=8, ge=4)
+    needed: Size = Field(ge=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"wide": 3}, "wide is 3"),
+        ({"wide": 17}, "wide is 17"),
+        ({"least": 3}, "least is 3"),
+        ({"least": 2**31}, "least is 2147483648"),
+        ({"needed": 1}, "needed is 1"),
+    ],
+)
+def test_limits_of_a_field_hold_beside_those_of_its_type(values, message):
+    """Those of the type alone held where both had one."""
+    with pytest.raises(ConfigError, match=message):
+        Narrowed(**{"needed": 2, **values})
+    assert Narrowed(needed=2, wide=4, least=4) != Narrowed(needed=2, wide=16)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from anabranch.bounds import Repeats, Seed, Size, check_number, shown
 from anabranch.errors import ConfigError
@@ -86,6 +87,7 @@ class Part:
 def configclass(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only, pydantic-checked dataclass whose errors are `ConfigError`."""
     settings = pydantic.ConfigDict(extra="forbid", strict=True, validate_default=True)
+    _narrow(cls)
     made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=settings)(cls)
     checked_init = made.__init__
 
@@ -99,6 +101,16 @@ def configclass(cls: type[T]) -> type[T]:
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return made  # type: ignore[return-value]
+
+
+def _narrow(cls: type) -> None:
+    """Let the limits of a field's default hold beside those of its type: of ``dim: Size = Field(default=128, ge=2)`` pydantic takes Size's
+    ``ge`` alone."""
+    annotations = vars(cls).get("__annotations__", {})
+    for name, annotation in annotations.items():
+        default = vars(cls).get(name)
+        if isinstance(default, FieldInfo) and default.metadata and typing.get_origin(annotation) is typing.Annotated:
+            annotations[name] = typing.Annotated[annotation, *default.metadata]
 
 
 def _check_bounds(cls: Any, name: str, value: Any) -> None:
