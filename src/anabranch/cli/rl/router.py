@@ -15,6 +15,7 @@ import typer
 
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
+from anabranch.cli.rl.given import check_resumed, check_settings
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_text
@@ -53,7 +54,7 @@ def train_router(
         assert name is not None, "asked for by name"
         check_free(out)
         check_new(out)
-        _check_settings(settings)
+        check_settings(settings, ("task", "train", "warm"), "task.world.alpha or warm.steps")
         made = router_training(name, samples=samples, seed=seed or 0, settings=settings)
         config = made.run
         with Progress(made.warm.train.steps, "step", quiet=quiet or not is_first) as progress:
@@ -75,14 +76,6 @@ def train_router(
         raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    wrong = next((name for name in settings if not name.startswith(("task.", "train.", "warm."))), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"--set {wrong}: fields of task, train and warm can be set, such as task.world.alpha or warm.steps"
-        )
-
-
 def _resumed(
     out: Path, name: str | None, samples: int | None, seed: int | None, settings: dict[str, Any]
 ) -> TaskRunConfig:
@@ -92,17 +85,13 @@ def _resumed(
     from anabranch.train import read_task_run_config
     from anabranch.train.config import task_kind
 
-    for what, value in (("WHAT", name), ("--seed", seed)):
-        if value is not None:
-            raise ConfigError(
-                f"{what} is given with --resume, which goes on with the run in {out} as it began; leave it out"
-            )
+    check_resumed(out, name, seed)
     if not is_router(out):
         raise DataError(f"no training run of a router in {out}; start one: anabranch rl train router-r1 --out {out}")
     config = read_task_run_config(out, KINDS[str(task_kind(out))])
     if samples is not None:
         config = config.replace(train=config.train.replace(steps=steps_for(config, samples)))
-    _check_settings(settings)
+    check_settings(settings, ("task", "train", "warm"), "task.world.alpha or warm.steps")
     if any(path.startswith("warm.") for path in settings):
         raise ConfigError("--set warm....: the warm start of a run that goes on is over; leave it out")
     return override(config, settings)

@@ -14,6 +14,7 @@ from anabranch.bounds import MOST_SEED
 from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
+from anabranch.cli.rl.given import check_resumed, check_settings
 from anabranch.cli.rl.kinds import learns_router
 from anabranch.cli.train import INTERRUPTED
 from anabranch.errors import ConfigError
@@ -76,7 +77,7 @@ def train(
             raise ConfigError("WHAT is not given; name what is learned, such as cartpole, or go on with --resume")
         check_free(out)
         check_new(out)
-        _check_settings(settings)
+        check_settings(settings, ("task", "train"), "task.gamma or train.learning_rate")
         config = training(environment, samples=samples, seed=seed or 0, settings=settings)
     first = int(os.environ.get("RANK", "0")) == 0
     progress = Progress(config.train.steps, "step", quiet=quiet or not first)
@@ -95,14 +96,6 @@ def train(
         raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    wrong = next((name for name in settings if not name.startswith(("task.", "train."))), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"--set {wrong}: fields of task and train can be set, such as task.gamma or train.learning_rate"
-        )
-
-
 def _resumed(
     out: Path, environment: str | None, samples: int | None, seed: int | None, settings: dict[str, Any]
 ) -> TaskRunConfig:
@@ -112,17 +105,13 @@ def _resumed(
     from anabranch.rl.runs import steps_for
     from anabranch.train import read_task_run_config
 
-    for name, given in (("WHAT", environment), ("--seed", seed)):
-        if given is not None:
-            raise ConfigError(
-                f"{name} is given with --resume, which goes on with the run in {out} as it began; leave it out"
-            )
+    check_resumed(out, environment, seed)
     config = read_task_run_config(out, PPO)
     task: Any = config.task
     if samples is not None:
         steps = steps_for(task, config.train.batch_size, samples)
         config = config.replace(train=config.train.replace(steps=steps))
-    _check_settings(settings)
+    check_settings(settings, ("task", "train"), "task.gamma or train.learning_rate")
     return override(config, settings)
 
 
