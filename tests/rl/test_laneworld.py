@@ -6,7 +6,7 @@ import torch
 
 gymnasium = pytest.importorskip("gymnasium")
 
-from anabranch.errors import CheckpointError, ConfigError  # noqa: E402
+from anabranch.errors import CheckpointError, ConfigError, InputError  # noqa: E402
 from anabranch.rl import PPO, LaneWorld, judge  # noqa: E402
 from anabranch.rl.laneworld import Settings  # noqa: E402
 from anabranch.rl.laneworld.lane_graph import GIVE_WAY, LIGHT, STOP_SIGN, light_state  # noqa: E402
@@ -276,6 +276,31 @@ def test_the_shaped_reward_takes_the_place():
 
 
 # gymnasium's side, and what is kept
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ([[0.0, 0.0]] * 3 + [[float("nan"), 0.5]], r"the action of world 3 is \[nan, 0.5\]"),
+        ([[0.0, 0.0]] * 3, r"actions have shape \[3, 2\]; 4 worlds take \[4, 2\]"),
+        ([0.0, 0.0], r"shape \[2\]"),
+    ],
+)
+def test_actions_that_are_none_move_no_world(actions, message):
+    driven = alone()
+    before = driven.state_dict()
+    with pytest.raises(InputError, match=message):
+        driven.step(actions)
+    for name, array in driven.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_actions_beyond_the_range_count_as_its_end():
+    far, near = alone(), alone()
+    far.step([[np.inf, -7.0]] * 4)
+    near.step([[1.0, -1.0]] * 4)
+    for name, array in near.state_dict().items():
+        np.testing.assert_array_equal(far.state_dict()[name], array)
 
 
 def test_what_is_seen_is_in_the_space():

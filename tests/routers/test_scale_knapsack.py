@@ -38,6 +38,7 @@ def test_what_costs_nothing_and_what_gains_nothing():
         assert solve([1, 0, -1, 2], [0, 0, 0, -5], 0).tolist() == [True, False, False, True]
         assert solve([], [], 3).tolist() == []
         assert solve([1], [1], -1).tolist() == [False]
+        assert solve([1, math.inf], [1, 0], -65).tolist() == [False, False]
         assert solve([1, 1], [1e9, 1e9], math.inf).tolist() == [True, True]
         assert solve([math.inf, 1], [1, 1], 1).tolist() == [True, False]
 

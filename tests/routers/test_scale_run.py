@@ -628,6 +628,8 @@ def test_what_is_refused():
         Settings(rescore="never")
     with pytest.raises(InputError, match="tokens of the budget is -1"):
         Budget(tokens=-1)
+    with pytest.raises(InputError, match="calls of the budget is 0; it must be a number of at least 1"):
+        Budget(calls=0)
     with pytest.raises(DataError, match="version 2"):
         Trace.from_dict({"version": 2})
 

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, InputError
 from anabranch.rl.environment import CRITIC, OUTCOME, PICTURE, POLICY
 from anabranch.rl.laneworld.bicycle import drive
 from anabranch.rl.laneworld.judge import Faults, Judged, find_faults, judged
@@ -82,8 +82,11 @@ class LaneWorldVector(VectorEnv):
         return self.seen(), {}
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step of 0.1 s in every world: ``actions [W, 2]`` are steering and gas or brake, from -1 to 1."""
-        action_W2 = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
+        """One step of 0.1 s in every world: ``actions [W, 2]`` are steering and gas or brake, from -1 to 1.
+
+        Beyond that they count as the end of the range. Raises InputError for another shape or NaN, and no world moves.
+        """
+        action_W2 = self._checked(actions)
         change_W = np.abs(action_W2[:, 0] - self.state.action_W2[:, 0])
         self._drive(action_W2)
         self._move_traffic()
@@ -110,6 +113,20 @@ class LaneWorldVector(VectorEnv):
             for name, array in seen.items():
                 array[rows] = fresh[name]
         return seen, found.reward_W, terminated_W, truncated_W, infos
+
+    def _checked(self, actions: Any) -> np.ndarray:
+        """float64 ``[W, 2]``, within -1 and 1."""
+        action_W2 = np.asarray(actions, np.float64)
+        if action_W2.shape != (self.num_envs, 2):
+            raise InputError(
+                f"actions have shape {list(action_W2.shape)}; {self.num_envs} worlds take [{self.num_envs}, 2]"
+            )
+        if np.isnan(action_W2).any():
+            world = int(np.flatnonzero(np.isnan(action_W2).any(axis=1))[0])
+            raise InputError(
+                f"the action of world {world} is {action_W2[world].tolist()}; it must be numbers from -1 to 1"
+            )
+        return np.clip(action_W2, -1.0, 1.0)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """All of `State`; the scenes follow from the episodes' numbers."""

@@ -34,8 +34,10 @@ class Budget:
         tokens: of completion, of all calls; of those that failed too where ``ask`` tells what they came to (``spent``; one run at a time).
         usd: dollars of the same.
         seconds: after which the rest is left to System 1.
-        calls: of models.
+        calls: of models; at least 1, since without one nothing is answered.
         deadline_s: seconds in which all has to be over: no call goes on beyond.
+
+    Raises InputError for any other value.
     """
 
     tokens: int | None = None
@@ -45,11 +47,11 @@ class Budget:
     deadline_s: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "usd", "seconds", "calls"):
+        for name, least in {"tokens": 0, "usd": 0, "seconds": 0, "calls": 1}.items():
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+            if value is not None and not (isinstance(value, int | float) and least <= value < math.inf):
                 raise InputError(
-                    f"{name} of the budget is {value!r}; it must be a number of at least 0, or None for no limit"
+                    f"{name} of the budget is {value!r}; it must be a number of at least {least}, or None for no limit"
                 )
         if not self.deadline_s > 0:
             raise InputError(f"deadline_s of the budget is {self.deadline_s!r}; it must be above 0")

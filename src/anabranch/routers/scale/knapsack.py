@@ -64,7 +64,7 @@ def exact(gain: Sequence[float], cost: Sequence[float], capacity: float, *, unit
     Args:
         gain: of taking a step; infinite gains are taken first.
         cost: in tokens or dollars.
-        capacity: likewise; infinity takes all that gain.
+        capacity: likewise; infinity takes all that gain, below 0 nothing fits.
         unit: what the table counts in.
 
     Raises InputError, see `checked`; also for a unit that is not above 0, and a table of more than `MOST_CELLS`.
@@ -73,6 +73,8 @@ def exact(gain: Sequence[float], cost: Sequence[float], capacity: float, *, unit
         raise InputError(f"unit is {unit!r}; it must be above 0")
     gain_N, cost_N, open_C, capacity = checked(gain, cost, capacity)
     taken_N = np.zeros(len(gain_N), bool)
+    if not len(open_C):
+        return taken_N
     if cost_N[open_C].sum() <= capacity:
         taken_N[open_C] = True
         return taken_N
