@@ -61,7 +61,7 @@ def busy(tmp_path, seed, mode):
         models=models, strategies={"cheapest": StrategyConfig(use="cheapest"), "random": StrategyConfig(use="random")},
         fallbacks={"small": ("medium", "large"), "medium": ("small",)}, require_key=True, deadline_s=3.0, hedge=HedgeConfig(),
         breaker=BreakerConfig(open_s=0.02, max_open_s=0.05), mid_stream=mode,
-        retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=5.0),
+        retries=RetryConfig(attempts=3, base_s=0.002, cap_s=0.01, budget=1.0),
         cache=CacheConfig(semantic=True), embedder=Hashed.Config(), store=str(tmp_path / "g.db"),
     )  # fmt: skip
 

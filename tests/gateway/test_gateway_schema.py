@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -31,6 +32,26 @@ def test_the_document_describes_the_routes_there_are():
     text = json.dumps(document)
     for name in re.findall(r"#/components/schemas/(\w+)", text):
         assert name in document["components"]["schemas"]
+
+
+def test_a_body_that_is_not_json_is_answered_in_the_form_that_the_document_says():
+    jsonschema_rs = pytest.importorskip("jsonschema_rs")
+    with served() as running:
+        with urllib.request.urlopen(f"{running.url}/openapi.json") as answer:
+            document = json.load(answer)
+        posts = [path for path, routes in document["paths"].items() if "post" in routes]
+        assert "/v1/messages/count_tokens" in posts
+        for path in posts:
+            request = urllib.request.Request(f"{running.url}{path}", b"{", {"content-type": "application/json"})
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request)
+            told = document["paths"][path]["post"]["responses"][str(refused.value.code)]
+            schema = told["content"]["application/json"]["schema"] | {"components": document["components"]}
+            said = json.load(refused.value)
+            assert jsonschema_rs.is_valid(schema, said), (path, said)
+            # One form is not the other: a schema that takes both says nothing.
+            other = "Error" if schema["$ref"].endswith("MessagesError") else "MessagesError"
+            assert not jsonschema_rs.is_valid({**schema, "$ref": f"#/components/schemas/{other}"}, said)
 
 
 @pytest.mark.slow

@@ -3,6 +3,16 @@
 from typing import Any
 
 _TEXT = {"type": "string"}
+# In the form of Anthropic's Messages API.
+_MESSAGES_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {"type": "object", "required": ["type", "message"], "properties": {"type": _TEXT, "message": _TEXT}},
+        "request_id": _TEXT,
+    },
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -154,6 +164,7 @@ def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
             },
         },
         "Error": _ERROR,
+        "MessagesError": _MESSAGES_ERROR,
     }
 
 
@@ -164,22 +175,26 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
         version: of the package.
         most_tokens: largest ``max_tokens``.
     """
-    error = {
-        "description": "in OpenAI's form",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
 
-    def answers(kind: str, *more: str, stream: bool = False) -> dict[str, Any]:
+    def error(schema: str) -> dict[str, Any]:
+        form = "Anthropic's" if schema == "MessagesError" else "OpenAI's"
+        return {
+            "description": f"in {form} form",
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        }
+
+    def answers(kind: str, *more: str, stream: bool = False, form: str = "Error") -> dict[str, Any]:
         content: dict[str, Any] = {kind: {"schema": {"type": "object"} if kind == "application/json" else _TEXT}}
         if stream:
             content["text/event-stream"] = {"schema": _TEXT}
-        return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(more, error)}
+        return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(more, error(form))}
 
     def post(schema: str, summary: str, stream: bool = False, *more: str, id: str = "") -> dict[str, Any]:
         body = {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
         }
+        form = "MessagesError" if schema == "Messages" else "Error"
         statuses = ("400", "401", "403", "404", "408", "413", "429", "500", "502", "503", "504", *more)
         return {
             "post": {
@@ -187,7 +202,7 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
                 "operationId": id or schema.lower(),
                 "security": [{}, {"key": []}],
                 "requestBody": body,
-                "responses": answers("application/json", *statuses, stream=stream),
+                "responses": answers("application/json", *statuses, stream=stream, form=form),
             }
         }
 

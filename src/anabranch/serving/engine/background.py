@@ -5,6 +5,7 @@ with closing(Background(engine)) as running:
         output.tokens
 """
 
+import functools
 import itertools
 import queue
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 from anabranch.errors import AnabranchError, BackendError
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
+from anabranch.serving.engine.at_exit import end_before_exit
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Event, Refused
 
@@ -44,6 +46,7 @@ class Background:
             self._thread.start()
         except RuntimeError as error:
             raise BackendError(f"the engine's thread cannot be started: {error}") from error
+        end_before_exit(self._thread, functools.partial(self._loop.put, Close()))
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, **request: Any) -> Iterator[Output]:
         """Continue a prompt of token ids; each output as it is made, the last with its `Output.finish`. One at a time.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from anabranch.errors import BackendError
 from anabranch.serving.core.client import EngineInfo
+from anabranch.serving.engine.at_exit import end_before_exit, interrupt
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Close, Command
@@ -38,6 +39,7 @@ class LocalEngine(StreamsClient):
         except RuntimeError as error:
             raise BackendError(f"the engine's thread cannot be started: {error}") from error
         self._thread = thread
+        end_before_exit(thread, functools.partial(self._end, thread))
         try:
             return self._opened(await started)
         except asyncio.CancelledError:
@@ -63,6 +65,13 @@ class LocalEngine(StreamsClient):
     def _send(self, command: Command) -> None:
         assert self._loop is not None
         self._loop.put(command)
+
+    def _end(self, thread: threading.Thread) -> None:
+        """With the interpreter: after the step under way, or wherever loading is."""
+        if self._loop is None:
+            interrupt(thread)
+        else:
+            self._loop.put(Close())
 
     def _abandon(self) -> None:
         self._thread = None

@@ -1,0 +1,69 @@
+"""A process that ends while an engine loads or computes in one of its threads ends by itself, with its own status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = str(Path(__file__).parents[3] / "src")
+HEAD = """
+import asyncio, sys, threading, time
+import torch
+from anabranch.serving.engine.at_exit import end_before_exit
+from anabranch.serving.engine.local import LocalEngine
+
+begun = threading.Event()
+
+def loads():
+    try:
+        begun.set()
+        x = torch.ones(300, 300)
+        while True:
+            x = (x @ x).softmax(-1)
+    finally:
+        print("cut off", flush=True)
+"""
+LOADING = """
+async def main():
+    engine = LocalEngine(loads)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.to_thread(begun.wait)
+    starting.cancel()
+    await asyncio.wait({starting})
+
+asyncio.run(main())
+sys.exit(7)
+"""
+# Who only forgets to close an engine is not worse off, and threads that are gone are not asked.
+STEPS = """
+over = threading.Event()
+
+def steps():
+    while not over.is_set():
+        torch.ones(300, 300) @ torch.ones(300, 300)
+    print("after its step", flush=True)
+
+thread = threading.Thread(target=steps, daemon=True)
+thread.start()
+end_before_exit(thread, over.set)
+gone = threading.Thread(target=lambda: None)
+gone.start()
+gone.join()
+end_before_exit(gone, lambda: print("asked who is gone", flush=True))
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("body", "status", "said"), [(LOADING, 7, "cut off"), (STEPS, 3, "after its step")])
+def test_threads_that_compute_end_before_the_interpreter(body, status, said):
+    ended = subprocess.run(
+        [sys.executable, "-c", HEAD + body],
+        env={**os.environ, "PYTHONPATH": SOURCE},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (ended.returncode, ended.stdout.split("\n")) == (status, [said, ""]), ended.stderr
+    assert ended.stderr == ""
