@@ -2,12 +2,25 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from anabranch.lm import load_model
+from anabranch.train import checkpoints, read_metrics
+
+
+def started_by(processes):
+    """The beginning of a command line of so many processes."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "anabranch"]
+    return [sys.executable, *start]
 
 
 @pytest.fixture
@@ -15,8 +28,7 @@ def torchrun(cli, work):
     """Run ``torchrun --nproc-per-node 2 -m anabranch`` with arguments; what it printed, having ended well."""
 
     def run(*arguments):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "anabranch"]
-        done = cli(*arguments, before=[sys.executable, *start])
+        done = cli(*arguments, before=started_by(2))
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -41,6 +53,89 @@ def test_two_processes_train_and_one_talks(torchrun, work, tiny, data, parallel)
     assert tokenizer is not None
     assert sum(parameter.numel() for parameter in model.parameters()) == found["parameters"]
     assert Path(work / found["checkpoint"]).is_dir()
+
+
+def children_of(pid):
+    """The processes that a torchrun has started, by rank."""
+    found = {}
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        named = dict(pair.split(b"=", 1) for pair in Path(f"/proc/{child}/environ").read_bytes().split(b"\0") if pair)
+        if b"RANK" in named:
+            found[int(named[b"RANK"])] = child
+    return found
+
+
+def kill_one(running):
+    """One of the processes, as if it had taken too much memory. torchrun ends the others."""
+    os.kill(children_of(running.pid)[3], signal.SIGKILL)
+
+
+def kill_all(running):
+    """Everything at once, as if the machine had lost its power."""
+    for process in (running.pid, *children_of(running.pid).values()):
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes by /proc")
+@pytest.mark.parametrize(
+    ("kill", "processes", "layout"), [(kill_one, 2, ("2", "1")), (kill_all, 1, ("1", "1"))], ids=["one", "all"]
+)
+def test_a_killed_run_of_four_goes_on_in_another_layout_to_the_bit(
+    cli, work, environment, tiny, data, kill, processes, layout
+):
+    settings = [*tiny, *data, "--set=parallel.exact=4", "--set=train.checkpoint_every=1", "--set=train.log_every=1"]
+    settings += ["--steps", "40", "--json", "--quiet"]
+    if not (work / "exact-one").exists():
+        alone = cli("train", "tiny", "--out", "exact-one", *settings)
+        assert alone.returncode == 0, alone.stderr
+    out = f"exact-{kill.__name__}"
+    four = [*started_by(4), "train", "tiny", "--out", out, *settings]
+    four += ["--set=parallel.pipeline=2", "--set=parallel.data=2"]
+    running = subprocess.Popen(
+        four, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        end = time.monotonic() + 200
+        while len(checkpoints(work / out)) < 2:
+            assert running.poll() is None, running.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        kill(running)
+        _, told = running.communicate(timeout=100)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode != 0
+    assert "a fault inside anabranch" not in told
+    assert told.count("error: another process of this run has ended") <= 1
+    assert 2 <= len(read_metrics(work / out)) < 40
+    shape = [f"--set=parallel.pipeline={layout[0]}", f"--set=parallel.data={layout[1]}"]
+    start = {"before": started_by(processes)} if processes > 1 else {}
+    resumed = cli("train", "--out", out, "--resume", "--json", "--quiet", *shape, **start)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["step"] == 40
+    ours, theirs = (
+        [line for line in read_metrics(work / run) if line["kind"] == "train"] for run in ("exact-one", out)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("step", "loss", "auxiliary", "gradient_norm"):
+            assert mine[name] == other[name]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        mine, other = (load_file(checkpoints(work / run)[-1] / file) for run in ("exact-one", out))
+        assert mine.keys() == other.keys()
+        assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
+
+
+@pytest.mark.slow
+def test_what_all_processes_find_wrong_is_told_once(cli, work, tiny, data):
+    settings = ["--steps", 4, "--set=parallel.pipeline=2", "--set=parallel.data=3", *tiny, *data]
+    done = cli("train", "demo", "--out", "wrong", *settings, before=started_by(2))
+    said = "parallel.data is 3, and 2 processes in groups of 2 have 1 batches; start 6, or set it to 1"
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {said}") == 1
+    # torchrun's own account of who failed.
+    assert f": {said}" in done.stderr.partition("Root Cause")[2]
 
 
 def test_the_module_is_the_command(cli):

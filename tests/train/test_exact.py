@@ -9,14 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from anabranch import presets
 from anabranch.cluster.gradients import PairwiseSums
 from anabranch.cluster.ranks import RankError, Ranks
+from anabranch.config import override
 from anabranch.errors import ConfigError, InputError
 from anabranch.experts.rexmoe import ProgressiveScaling
 from anabranch.routing import BiasBalancer, SwitchLoss, ZLoss
 from anabranch.train import Trainer, checkpoints, read_metrics
 from anabranch.train.config import Parallel
 from anabranch.train.exact import Terms, norm_in_order, weighted_means
+from anabranch.train.pipeline import _check
 from exact_ranks import train
 from ranks import _with_kernels
 
@@ -98,6 +101,33 @@ def test_every_layout_learns_the_same_bits(alone, config, world, layout):
     out = folder / f"{world}-{'-'.join(layout)}"
     run_in(world, out, layout)
     assert_same_bits(folder / "one", out)
+
+
+# All but the one that runs parallel streams.
+CUT = [name for name in presets.names() if name != "parscale"]
+
+
+def run_of(make_run, name, **settings):
+    """Two steps of a preset that is made small."""
+    model = override(presets.find(name)("tiny"), {"model.dim": 32, "model.vocab_size": 257}).model
+    run = make_run(model, steps=2, checkpoint_every=None, eval_every=None, **settings)
+    return run.replace(train=run.train.replace(batch_size=8), parallel=Parallel(exact=4))
+
+
+@pytest.mark.parametrize("name", ["moe", *(pytest.param(one, marks=pytest.mark.slow) for one in CUT if one != "moe")])
+def test_every_preset_has_the_same_bits_in_another_layout_that_recomputes(alone, make_run, name):
+    folder = alone(run_of(make_run, name))
+    out = folder / "four"
+    run_in(4, out, {"pipeline": 2, "data": 2, "recompute": True})
+    assert_same_bits(folder / "one", out)
+
+
+def test_a_preset_that_is_not_cut_says_so(make_run, tmp_path):
+    run = run_of(make_run, "parscale")
+    with pytest.raises(ConfigError, match=r"parallel\.exact is 4, and the model runs parallel streams"):
+        Trainer(run, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline is 2, and the model runs parallel streams"):
+        _check(run.model.build(seed=0), "parallel.pipeline is 2")
 
 
 @pytest.mark.parametrize(
