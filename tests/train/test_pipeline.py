@@ -1,5 +1,6 @@
 """Stages of a decoder learn as one process does: GPipe in the trainer."""
 
+import shutil
 from ast import literal_eval
 
 import pytest
@@ -25,6 +26,15 @@ from anabranch.train import Trainer, read_run_config
 from anabranch.train.config import Parallel
 config = read_run_config("{folder}")
 config = config.replace(train=config.train.replace(steps=8, accumulation=1), parallel=Parallel(pipeline=2, micro_batches=2))
+Trainer(config, "{folder}", resume=True).fit()
+"""
+
+RESUME_SHARED = """
+from anabranch.train import Trainer, read_run_config
+from anabranch.train.config import Parallel
+config = read_run_config("{folder}")
+train = config.train.replace(steps=8, accumulation=1, parallel="fsdp")
+config = config.replace(train=train, parallel=Parallel(pipeline=2, micro_batches=1, experts=2))
 Trainer(config, "{folder}", resume=True).fit()
 """
 
@@ -90,14 +100,31 @@ def test_stages_that_keep_activations_and_stages_that_go_on_with_what_one_wrote(
     assert_same_curve(tmp_path / "one", tmp_path / "other", 5e-5)
 
 
+# What two pipelines of two stages share beside the batch: train.parallel, and parallel.experts.
+SHARED = {"batch": ("none", 1), "weights": ("fsdp", 1), "experts": ("ddp", 2), "both": ("fsdp", 2)}
+
+
 @pytest.mark.slow
-def test_two_pipelines_of_two_stages_share_a_batch(tmp_path, config):
-    Trainer(config.replace(train=config.train.replace(accumulation=2)), tmp_path / "one").fit()
-    save(config, tmp_path, "four", parallel={"pipeline": 2, "micro_batches": 1, "data": 2})
-    found = [literal_eval(line) for line in run_ranks(TRAIN.format(names=("four",), folder=tmp_path), 4)]
-    assert len({each[:3] for each in found}) == 1
-    assert found[0][3] == found[2][3] != found[1][3] == found[3][3]
-    assert_same_curve(tmp_path / "one", tmp_path / "four", 2e-5)
+def test_two_pipelines_of_two_stages_share_a_batch_and_weights_and_experts(tmp_path, config):
+    """What they wrote one process goes on with, and the reverse."""
+    Trainer(config, tmp_path / "one").fit()
+    for name, (parallel, experts) in SHARED.items():
+        layout = {"pipeline": 2, "micro_batches": 1, "data": 2, "experts": experts}
+        save(config, tmp_path, name, parallel=layout, train={"parallel": parallel})
+    ranks = run_ranks(TRAIN.format(names=(*SHARED,), folder=tmp_path), 4)
+    for number, name in enumerate(SHARED):
+        found = [literal_eval(printed.splitlines()[number]) for printed in ranks]
+        assert len({each[:3] for each in found}) == 1
+        assert found[0][3] == found[2][3] != found[1][3] == found[3][3]
+        assert_same_curve(tmp_path / "one", tmp_path / name, 2e-5)
+    longer = config.replace(train=config.train.replace(steps=8))
+    for name in ("both", "one"):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}-alone")
+        Trainer(longer, tmp_path / f"{name}-alone", resume=True).fit()
+    assert_same_curve(tmp_path / "one-alone", tmp_path / "both-alone", 5e-5)
+    run_ranks(RESUME_SHARED.format(folder=tmp_path / "one"), 4)
+    assert checkpoints(tmp_path / "one")[-1].name == "step-00000008"
+    assert_same_curve(tmp_path / "one-alone", tmp_path / "one", 5e-5)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +132,7 @@ def test_two_pipelines_of_two_stages_share_a_batch(tmp_path, config):
     [
         ({"pipeline": 2}, {}, "parallel.pipeline is 2; start it with torchrun"),
         ({"pipeline": 2}, {"compile": True}, "parallel.pipeline is 2, and train.compile is set"),
-        ({"pipeline": 2}, {"parallel": "fsdp"}, "and train.parallel=fsdp is set"),
-        ({"pipeline": 2, "experts": 2}, {}, "and parallel.experts is set"),
+        ({"pipeline": 2, "context": 2}, {}, "parallel.pipeline is 2, and parallel.context is set"),
         ({"data": 2}, {}, "parallel.data is 2; start it with torchrun"),
     ],
 )

@@ -1,6 +1,7 @@
 """Losses of a decoder in two stages are those of the whole: losses over all layers, and targets that are not to be predicted."""
 
 import re
+import time
 from ast import literal_eval
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from anabranch import presets
+from anabranch.cluster.ranks import RankError
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
 from anabranch.routing import SwitchLoss
@@ -116,6 +118,102 @@ def test_every_preset_has_its_losses_in_stages(tmp_path):
     cases = [((name,), {"pieces": 1}) for name in names]
     for found in zip(*(literal_eval(line) for line in run_ranks(COMPARE.format(cases=cases))), strict=True):
         assert_equal(found)
+
+
+# Gradients of two pipelines of two stages, each with half of a batch in two micro-batches; what each process has of them, and how far
+# the whole is from one process that takes the four one after another.
+SHARED = """
+from anabranch.config import override
+from anabranch.presets import find
+from anabranch.train.config import Parallel, TrainConfig
+from anabranch.train.language_model import decoder_parts
+from anabranch.train.optimizer import full_tensor
+from anabranch.train.parallel import Workers
+
+def compare(name, tied, recomputes, parallel, experts):
+    model = override(find(name)("tiny"), {{"model.dim": 32, "model.vocab_size": 257}}).model.replace(tie_embeddings=tied)
+    token_BL = torch.randint(250, (8, 16), generator=torch.Generator().manual_seed(0))
+    target_BL = token_BL.roll(-1, 1)
+    one, two = model.build(seed=0).train(), model.build(seed=0).train()
+    loss = 0.0
+    for token, target in zip(token_BL.chunk(4), target_BL.chunk(4)):
+        output = one(token, target)
+        (output.loss / 4).backward()
+        loss += float(output.loss.detach()) / 4
+    layout = Parallel(pipeline=2, micro_batches=2, experts=experts)
+    workers = Workers(TrainConfig(parallel=parallel, device="cpu", recompute=recomputes), layout)
+    wrapped = workers.wrap(two, decoder_parts(two))
+    mine = slice(4 * workers.batch_number, 4 * workers.batch_number + 4)
+    staged = wrapped(token_BL[mine], target_BL[mine])
+    staged.loss.backward()
+    wrong, here, whole = 0.0, 0, 0
+    for parameter, other in zip(two.parameters(), one.parameters()):
+        if parameter.grad is not None:
+            here += getattr(parameter.grad, "to_local", lambda: parameter.grad)().numel()
+            whole += parameter.numel()
+            found = full_tensor(parameter.grad)
+            wrong = max(wrong, float((found - other.grad).norm() / other.grad.norm().clamp_min(1e-12)))
+    told = float(workers.mean(staged.loss.detach().clone()))
+    return loss, told, wrong, here / whole
+
+def said():
+    try:
+        Workers(TrainConfig(device="cpu"), Parallel(pipeline=2, experts=4))
+    except Exception as error:
+        return type(error).__name__ + ": " + str(error)
+
+print(repr(([compare(*case) for case in {cases}], said())))
+"""
+
+WAYS = [
+    (name, tied, recomputes, parallel, experts)
+    for name, tied, recomputes in (("moe", False, True), ("rexmoe-open", True, False), ("dense", False, False))
+    for parallel, experts in (("none", 1), ("fsdp", 1), ("none", 2), ("fsdp", 2))
+    if (name, experts) != ("dense", 2)
+]
+
+
+@pytest.mark.slow
+def test_pipelines_that_share_weights_and_experts_have_the_gradients_of_one_process():
+    ranks = [literal_eval(line) for line in run_ranks(SHARED.format(cases=WAYS), 4)]
+    for number, (_, tied, _, parallel, experts) in enumerate(WAYS):
+        for loss, told, wrong, share in (found[number] for found, _ in ranks):
+            assert told == pytest.approx(loss, rel=1e-6)
+            assert wrong < 1e-4, WAYS[number]
+            if (parallel, tied) == ("fsdp", False):
+                assert share == pytest.approx(0.5, abs=0.01)
+            else:
+                assert (share < 1) == (parallel == "fsdp" or experts > 1)
+    said = "ConfigError: parallel.experts is 4, and pipelines share experts, of which there are 2; use a number that divides them"
+    assert [told for _, told in ranks] == [said] * 4
+
+
+FAILS = """
+from anabranch.presets import find
+from anabranch.config import override
+from anabranch.train.config import Parallel, TrainConfig
+from anabranch.train.language_model import decoder_parts
+from anabranch.train.parallel import Workers
+
+def fail(block, args):
+    raise RuntimeError("out of luck")
+
+model = override(find("moe")("tiny"), {"model.dim": 32, "model.vocab_size": 257}).model.build(seed=0).train()
+workers = Workers(TrainConfig(parallel="fsdp", device="cpu"), Parallel(pipeline=2, micro_batches=4, experts=2))
+wrapped = workers.wrap(model, decoder_parts(model))
+token_BL = torch.randint(250, (4, 16))
+if rank == 1:
+    model.blocks[3].register_forward_pre_hook(fail)
+wrapped(token_BL, token_BL.roll(-1, 1)).loss.backward()
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_while_another_pipeline_waits_for_it_ends_all():
+    started = time.monotonic()
+    with pytest.raises(RankError, match="out of luck"):
+        run_ranks(FAILS, 4)
+    assert time.monotonic() - started < 60
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from anabranch.errors import InputError
 
@@ -30,7 +31,7 @@ def average_gradients(
     """Replace the gradients of ``parameters`` by their means over the ranks of ``group``; all of them call it together.
 
     One that has no gradient on some ranks counts as 0 there; one that has none anywhere keeps none, as what has no part in a step is not
-    moved by an optimizer.
+    moved by an optimizer. Those of which each rank has a part (DTensors) are left as they are: whoever spread them averages them.
 
     Args:
         parameters: the same on every rank, in the same order; those that do not learn are left out.
@@ -43,7 +44,7 @@ def average_gradients(
     size = dist.get_world_size(group)
     if in_pairs and not is_power_of_two(size):
         raise InputError(f"there are {size} ranks, and sums in pairs are of 1, 2, 4, 8, ...")
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    parameters = [one for one in parameters if one.requires_grad and not isinstance(one, DTensor)]
     if size == 1 or not parameters:
         return
     device = parameters[0].device

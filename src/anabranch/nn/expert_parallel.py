@@ -35,17 +35,22 @@ __all__ = ["ExpertExchange", "expert_mesh", "shard_experts", "sharded_parameters
 Compute = Callable[[Tensor, Routing], Tensor]
 
 
-def expert_mesh(device_type: str, size: int) -> DeviceMesh:
+def expert_mesh(device_type: str, size: int, stages: int = 1) -> DeviceMesh:
     """All processes in groups of ``size`` that share experts: dimensions ``replicas`` and ``experts``.
 
-    Raises ConfigError unless ``size`` divides their number.
+    Where every ``stages`` neighbours in rank have the layers of a model between them, it is of the processes with the same layers.
+
+    Raises ConfigError unless ``size`` divides the number of those.
     """
-    world = dist.get_world_size()
+    world = dist.get_world_size() // stages
     if world % size:
         raise ConfigError(
             f"experts are to be shared by {size} processes, and there are {world}; use a number that divides {world}"
         )
-    return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicas", "experts"))
+    names = ("replicas", "experts")
+    if stages == 1:
+        return init_device_mesh(device_type, (world // size, size), mesh_dim_names=names)
+    return init_device_mesh(device_type, (world // size, size, stages), mesh_dim_names=(*names, "pipeline"))[names]
 
 
 def shard_experts(pool: ExpertPool, mesh: DeviceMesh, *, average_gradients: bool = True) -> None:

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 -m anabranch train ... --set train.parallel=ddp
 torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.experts=2
 torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.context=2
 torchrun --nproc-per-node 4 -m anabranch train ... --set parallel.pipeline=2 --set parallel.exact=8
+torchrun --nproc-per-node 8 -m anabranch train ... --set parallel.pipeline=2 --set parallel.experts=2 --set train.parallel=fsdp
 """
 
 import inspect
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +28,7 @@ from anabranch.nn.pool import ExpertPool
 from anabranch.routing.context import RoutingContext
 from anabranch.train.config import Parallel, TrainConfig
 from anabranch.train.pipeline import PipelinedDecoder
+from anabranch.train.pipeline_layers import ends_of
 
 # What torch calls it depends on the version.
 _BUFFER_OPTION = next(
@@ -67,6 +70,7 @@ class Workers:
         self._check_cuts(config)
         self._check_stages(config)
         self._check_exact(config)
+        self._is_fsdp = config.parallel == "fsdp"
         if self._num_stages > 1:
             self.parallel = "pipeline"
         if self._num_shares > 1 and config.compile:
@@ -113,6 +117,11 @@ class Workers:
                 f"parallel.data is {self._num_data}, and {self.size} processes{of} have {self.num_batches} batches; "
                 f"start {self._num_data * together}, or set it to {self.num_batches}"
             )
+        if self._num_stages > 1 and self.num_batches % self._num_shares:
+            raise ConfigError(
+                f"parallel.experts is {self._num_shares}, and pipelines share experts, of which there are {self.num_batches}; use a number "
+                "that divides them"
+            )
         if self._exact is not None and self._exact % self.num_batches:
             raise ConfigError(
                 f"parallel.exact is {self._exact}, and there are {self.num_batches} pipelines, which must have equally many of so many "
@@ -134,11 +143,11 @@ class Workers:
         """What does not go together with stages."""
         if self._num_stages == 1:
             return
-        beside = {"train.compile": config.compile, "train.parallel=fsdp": config.parallel == "fsdp"}
-        beside |= {"parallel.experts": self._num_shares > 1, "parallel.context": self._num_cuts > 1}
+        beside = {"train.compile": config.compile, "parallel.context": self._num_cuts > 1}
         if refused := [name for name, is_set in beside.items() if is_set]:
             raise ConfigError(
-                f"parallel.pipeline is {self._num_stages}, and {refused[0]} is set; stages go with replicas of pipelines alone"
+                f"parallel.pipeline is {self._num_stages}, and {refused[0]} is set; stages go with replicas of pipelines, with weights in "
+                "shards over these (train.parallel=fsdp) and with experts that these share (parallel.experts) alone"
             )
 
     def _check_exact(self, config: TrainConfig) -> None:
@@ -181,12 +190,12 @@ class Workers:
 
         Raises ConfigError where experts are to be shared and cannot be, or there are none.
         """
+        if self.parallel == "pipeline" or self.is_exact:
+            return self._in_stages(model, parts)
         self._shard_experts(model)
         if self.parallel == "fsdp":
-            shard(model, parts, self.device)
+            shard(model, parts, init_device_mesh(self.device.type, (self.size,)))
         model = self._cut(model)
-        if self.parallel == "pipeline" or self.is_exact:
-            return self._in_stages(model)
         if self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
@@ -200,7 +209,7 @@ class Workers:
         return model
 
     def _shard_experts(self, model: nn.Module) -> None:
-        """Leave each process its experts."""
+        """Leave each process its experts; those of a stage are shared by the processes that have it in other pipelines."""
         if self._num_shares == 1:
             return
         pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
@@ -208,7 +217,7 @@ class Workers:
             raise ConfigError(
                 f"parallel.experts is {self._num_shares}, but {type(model).__name__} has no experts; set it to 1"
             )
-        mesh = expert_mesh(self.device.type, self._num_shares)
+        mesh = expert_mesh(self.device.type, self._num_shares, self._num_stages)
         for pool in pools:
             shard_experts(pool, mesh)
 
@@ -216,7 +225,7 @@ class Workers:
         """The model as it is called with whole sequences, and works on this process's share of them."""
         if self._num_cuts == 1:
             return model
-        mesh = dist.device_mesh.init_device_mesh(
+        mesh = init_device_mesh(
             self.device.type, (self.num_batches, self._num_cuts), mesh_dim_names=("batches", "context")
         )
         self._cut_model = ContextParallel(model, mesh["context"])
@@ -233,15 +242,18 @@ class Workers:
         """The model as it is called in evaluation: it too works on this process's share of each sequence, where sequences are cut."""
         return model if self._cut_model is None else self._cut_model
 
-    def _in_stages(self, model: Any) -> PipelinedDecoder:
-        """The model as it is called with the batch of its pipeline."""
+    def _in_stages(self, model: Any, parts: Iterable[nn.Module]) -> PipelinedDecoder:
+        """The model as it is called with the batch of its pipeline; what is shared of a stage, pipelines share."""
         stages = pipelines = None
         if self.size > 1:
-            mesh = dist.device_mesh.init_device_mesh(
+            mesh = init_device_mesh(
                 self.device.type, (self.num_batches, self._num_stages), mesh_dim_names=("batches", "pipeline")
             )
             stages = mesh["pipeline"].get_group() if self._num_stages > 1 else None
             pipelines = mesh["batches"].get_group() if self.num_batches > 1 else None
+            self._shard_experts(model)
+            if self._is_fsdp:
+                shard_parts(model, [*parts, *ends_of(model)], mesh["batches"])
         self._staged = PipelinedDecoder(
             model,
             stages,
@@ -255,7 +267,7 @@ class Workers:
     @property
     def is_sharded(self) -> bool:
         """Whether a process has a part of the weights only."""
-        return self.parallel == "fsdp" or self._num_shares > 1
+        return self._is_fsdp or self._num_shares > 1
 
     def micro_batch(self, wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """Around one micro-batch: gradients are exchanged in the last one only."""
@@ -322,9 +334,13 @@ class Workers:
             dist.destroy_process_group()
 
 
-def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
+def shard(model: nn.Module, parts: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """FSDP2. Each of ``parts`` (a block, a pool that blocks share) is gathered when it is used, the rest of ``model`` for a whole pass."""
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, ignored_params=shard_parts(model, parts, mesh))
+
+
+def shard_parts(model: nn.Module, parts: Iterable[nn.Module], mesh: DeviceMesh) -> set[nn.Parameter]:
+    """FSDP2 of the ``parts`` of a model alone, which may be called each by itself. Gives what of the model is spread already."""
     names = set(sharded_parameters(model))
     spread = {parameter for name, parameter in model.named_parameters() if name in names}
     for part in parts:
@@ -333,9 +349,10 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) ->
             continue
         # FSDP rebuilds arguments that hold tensors with gradients; what a block emits into a rebuilt context would be lost.
         part.register_forward_pre_hook(_unwrap_contexts, with_kwargs=True)
-        fully_shard(part, mesh=mesh, ignored_params=spread)
+        # Said, as what is called by itself would keep all of its weights after a forward pass.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=spread)
         part.register_forward_pre_hook(_wrap_contexts, prepend=True, with_kwargs=True)
-    fully_shard(model, mesh=mesh, ignored_params=spread)
+    return spread
 
 
 class _WrappedContext:

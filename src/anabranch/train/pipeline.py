@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from anabranch.cluster.gpipe import GPipe, StageError
 from anabranch.cluster.gradients import average_gradients
@@ -255,7 +256,10 @@ class PipelinedDecoder(nn.Module):
             stages = self._stages[name]
             if len(stages) < self._num_stages:
                 assert self._group is not None
-                _broadcast(tensor.data, self._group, stages[0])
+                # Of what pipelines share, each stage of this one has the same part.
+                own = tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+                if own.numel():
+                    _broadcast(own, self._group, stages[0])
 
     def norm(self, norm_of: Callable[[Sequence[nn.Parameter]], float]) -> float:
         """The norm of the gradients of all stages; ``norm_of`` gives that of some parameters here."""

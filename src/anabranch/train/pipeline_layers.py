@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.cluster import partition
-from anabranch.cluster.gpipe.chunk import is_recomputing
+from anabranch.cluster.gpipe.chunk import Borrowing, is_recomputing
 from anabranch.errors import ConfigError, InputError
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.layers import layer_costs, referred_to, uncut_groups
 from anabranch.nn.context import ForwardContext, set_unregistered
 from anabranch.routing.context import LossOverLayers
 
-__all__ = ["METRIC", "Handed", "Part", "layers_of", "stages_of"]
+__all__ = ["METRIC", "Handed", "Part", "ends_of", "layers_of", "stages_of"]
 
 # In front of the names of metrics among what is summed.
 METRIC = "metric "
@@ -67,6 +67,16 @@ def layers_of(model: Decoder, stages: int) -> tuple[list[nn.Module], list[int]]:
         raise ConfigError(f"parallel.pipeline is {stages}, and {error}") from None
 
 
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    """What is called before and behind the blocks and has a size: embedding and head, but not where they are one.
+
+    Such a head reads the embedding's weight without calling it, so nobody could gather it in time.
+    """
+    if not isinstance(model, Decoder) or model.head is None:
+        return []
+    return [model.embedding, model.head]
+
+
 def stages_of(model: Decoder, layers: Sequence[nn.Module], parts: Sequence[range]) -> dict[str, tuple[int, ...]]:
     """By the name of a parameter or buffer, the stages whose layers have it; all, where no layer does."""
     found: dict[int, list[int]] = {}
@@ -83,7 +93,7 @@ def stages_of(model: Decoder, layers: Sequence[nn.Module], parts: Sequence[range
     return {name: tuple(found.get(id(tensor), everywhere)) for name, tensor in named}
 
 
-class _Of(nn.Module):
+class _Of(Borrowing):
     """A layer of a model that is registered elsewhere."""
 
     model: Decoder
@@ -91,10 +101,6 @@ class _Of(nn.Module):
     def __init__(self, model: Decoder) -> None:
         super().__init__()
         set_unregistered(self, "model", model)
-
-    def parts(self) -> list[nn.Module]:
-        """Modules of the model that it runs."""
-        raise NotImplementedError  # abstract
 
 
 class _Embed(_Of):
@@ -104,7 +110,7 @@ class _Embed(_Of):
         return Handed(self.model.embed(token_BL), token_BL, {}, {}, {}, {})
 
     def parts(self) -> list[nn.Module]:
-        """See `_Of`."""
+        """See `Borrowing`."""
         return [self.model.embedding]
 
 
@@ -141,7 +147,7 @@ class _Blocks(_Of):
         return Handed(x_BLD, handed.token_BL, carried, sums, counts, parts)
 
     def parts(self) -> list[nn.Module]:
-        """See `_Of`; with what is shared among these blocks."""
+        """See `Borrowing`; with what is shared among these blocks."""
         blocks = [self.model.blocks[number] for number in self.part]
         shared = {id(module): module for module in self.model.shared.modules()}
         referred = {name for block in blocks for name in referred_to(block, set(shared))}
@@ -163,7 +169,7 @@ class _Head(_Of):
         return logits_BLV, sums, counts
 
     def parts(self) -> list[nn.Module]:
-        """See `_Of`; the head may be the embedding."""
+        """See `Borrowing`; the head may be the embedding."""
         return [self.model.norm, self.model.embedding if self.model.head is None else self.model.head]
 
 

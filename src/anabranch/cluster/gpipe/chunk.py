@@ -22,7 +22,7 @@ from anabranch.cluster.keyed_random import KeyedDropout, drawing, random_key
 from anabranch.cluster.saved_bytes import Held, SavedBytes
 from anabranch.errors import InputError
 
-__all__ = ["Chunk", "Gradients", "StepKey", "is_recomputing"]
+__all__ = ["Borrowing", "Chunk", "Gradients", "StepKey", "is_recomputing"]
 
 # One entry of each tensor of a nested value, None where it has no gradient.
 Gradients = list[Tensor | None]
@@ -40,6 +40,14 @@ _DROPPERS = (
 
 # Places of `KeyedDropout`: where they begin, and how many a layer has.
 _FIRST_PLACE, _MOST_OF_LAYER = 1 << 40, 1 << 20
+
+
+class Borrowing(nn.Module):
+    """A layer that runs modules of a model which are registered there, and not in the layer."""
+
+    def parts(self) -> list[nn.Module]:
+        """The modules that it runs."""
+        raise NotImplementedError  # abstract
 
 
 @dataclass(frozen=True)
@@ -231,7 +239,8 @@ class Chunk:
 
     def exchange_gradients(self, does: bool) -> None:
         """Whether layers that are in shards (FSDP2) exchange gradients in the next backward: once a step, in its last one."""
-        for module in self.modules:
+        borrowed = [part for layer in self.layers if isinstance(layer, Borrowing) for part in layer.parts()]
+        for module in (*self.modules, *(module for part in borrowed for module in part.modules())):
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(does, recurse=False)
 
