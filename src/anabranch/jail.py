@@ -1,9 +1,10 @@
 """`jail`: the command in front of a program of Python that runs code nobody trusts, so that it sees and reaches nothing of this machine.
 
 The walls are bubblewrap's (https://github.com/containers/bubblewrap): namespaces of its own for users, processes, network, IPC and mounts,
-of which the whole ends with it; read-only the Python that it needs, a /tmp of its own, no environment, no capability. A filter of system
-calls, which holds for root too, leaves it no further process or thread, and nothing that others broke out through. Limits of time and
-memory are for the program to set before it runs what it is given.
+of which the whole ends with it; the Python that it needs, an empty /tmp, nothing that can be written, no environment, no capability. A
+filter of system calls, which holds for root too, leaves it no further process or thread, no socket but pairs of its own, nothing that
+others broke out through, and nothing of what a machine has once for all namespaces. Limits of time and memory are for the program to set
+before it runs what it is given.
 """
 
 import __future__
@@ -24,23 +25,63 @@ from anabranch.sandbox import SandboxError
 
 __all__ = ["filter_of", "inside", "jail", "python"]
 
-INSTALL = "install bubblewrap (apt install bubblewrap, dnf install bubblewrap)"
-
-# Bytes of all that may lie in its /tmp.
-TMP_BYTES = 16 << 20
+# --clearenv is of 0.5; --disable-userns, of 0.8, is left out where it is unknown, since the filter denies as much.
+INSTALL = "install bubblewrap 0.5 or newer (apt install bubblewrap, dnf install bubblewrap)"
 
 _TRIAL_S = 20.0
 _QUIET: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
 
-# By machine: what the kernel calls it, and numbers of system calls: clone fork vfork | unshare setns mount umount2 pivot_root ptrace
-# process_vm_readv process_vm_writev bpf perf_event_open userfaultfd add_key request_key keyctl | shmget msgget semget, whose memory no
-# limit counts | on both clone3 io_uring_setup fsopen open_tree move_mount mount_setattr.
+# What the kernel calls a machine.
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_ON_BOTH = (435, 425, 430, 428, 429, 442)
-_DENIED = {
-    "x86_64": (56, 57, 58, 272, 308, 165, 166, 155, 101, 310, 311, 321, 298, 323, 248, 249, 250, 29, 68, 64, *_ON_BOTH),
-    "aarch64": (220, 97, 268, 40, 39, 41, 117, 270, 271, 280, 241, 282, 217, 218, 219, 194, 186, 190, *_ON_BOTH),
+
+# Numbers of system calls on x86_64 and aarch64; None where a machine has no such call.
+_DENIED: dict[str, tuple[int | None, int | None]] = {
+    # Further processes, threads, namespaces and mounts.
+    "clone": (56, 220),
+    "fork": (57, None),
+    "vfork": (58, None),
+    "clone3": (435, 435),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "fsopen": (430, 430),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "mount_setattr": (442, 442),
+    # A network namespace does not hold every family: AF_VSOCK reaches the machine and what it runs on, AF_ALG the kernel's ciphers.
+    "socket": (41, 198),
+    # Other processes, the first one of its own namespace among them.
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    # What others broke out through.
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "open_by_handle_at": (304, 265),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # Memory that no limit counts.
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    # What a machine or its user has once for all namespaces: the kernel's log, who opens which library, and counts that others need.
+    "syslog": (103, 116),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "io_setup": (206, 0),
 }
+# F_SETLEASE and F_NOTIFY, by which files that others open as well hold them up or tell of them; F_SETPIPE_SZ, which a user has so much of.
+_DENIED_FCNTL = (1024, 1026, 1031)
+_FCNTL, _SOCKETPAIR = (72, 25), (53, 199)
+_AF_UNIX = 1
 # From here on x86_64 has a second table of the same calls.
 _X32 = 0x40000000
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
@@ -83,12 +124,14 @@ def jail() -> tuple[str, ...]:
         raise SandboxError(
             f"code of others is run inside bubblewrap alone, and there is no bwrap on the path; {INSTALL}"
         )
-    front = (os.path.realpath(found), *_WALLS, *_mounts())
+    path = os.path.realpath(found)
+    further = ("--disable-userns",) if "--disable-userns" in _output(path, "--help") else ()
+    front = (path, *_WALLS, *further, *_mounts())
     said = _try(front)
     if said:
         raise SandboxError(
             f"code of others is run inside bubblewrap alone, and {found} cannot do it here: {said} "
-            "(a container must allow user namespaces, and a kernel unprivileged ones)"
+            "(it must be 0.5 or newer, a container must allow user namespaces, and a kernel unprivileged ones)"
         )
     return front
 
@@ -110,7 +153,7 @@ def inside(front: Sequence[str], rules: int, program: str) -> list[str]:
 _PROGRAM = "/program.py"
 _WALLS = (
     *("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
-    *("--uid", "65534", "--gid", "65534", "--hostname", "nowhere", "--cap-drop", "ALL", "--disable-userns"),
+    *("--uid", "65534", "--gid", "65534", "--hostname", "nowhere", "--cap-drop", "ALL"),
     *("--die-with-parent", "--new-session", "--clearenv"),
 )
 
@@ -135,8 +178,9 @@ def _mounts() -> list[str]:
     made += ["--ro-bind", python(), python()]
     for packages in _packages(folders):
         # What else was installed is not to be seen.
-        made += ["--perms", "0555", "--size", "4096", "--tmpfs", packages, "--remount-ro", packages]
-    return [*made, "--dev-bind", os.devnull, os.devnull, "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+        made += ["--tmpfs", packages, "--remount-ro", packages]
+    # No limit of a tmpfs that can be set here counts its files, which are the kernel's memory: there is none to write to.
+    return [*made, "--dev-bind", os.devnull, os.devnull, "--dir", "/tmp", "--chdir", "/tmp"]
 
 
 def _packages(folders: set[str]) -> list[str]:
@@ -170,7 +214,9 @@ def _output(*command: str) -> str:
     try:
         done = subprocess.run(command, env={}, timeout=_TRIAL_S, **_QUIET)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SandboxError(f"the libraries of Python cannot be listed: {error}") from None
+        raise SandboxError(
+            f"code of others is run behind walls alone, for which {command[0]} cannot be asked: {error}"
+        ) from None
     return done.stdout
 
 
@@ -190,17 +236,31 @@ def _program(machine: str) -> bytes:
     Threads are denied as processes are: a limit of their number does not hold for root.
     """
     answers = {"allow": _ALLOW, "eperm": _EPERM, "kill": _KILL}
-    # A question jumps to one of two answers; where it names none, the next question is asked, and behind the last stands the first answer.
-    steps: list[tuple[int, str, str, int]] = [
-        (_LOAD, "", "", 4),
-        (_IF_EQUAL, "", "kill", _AUDIT[machine]),
-        (_LOAD, "", "", 0),
-        (_IF_AT_LEAST, "eperm", "", _X32),
-        *((_IF_EQUAL, "eperm", "", number) for number in _DENIED[machine]),
+    at_machine = list(_AUDIT).index(machine)
+    numbers = (of_machines[at_machine] for of_machines in _DENIED.values())
+    # A question jumps to one of two answers, or over so many steps; behind the last step stands the first answer.
+    steps: list[tuple[int, str | int, str | int, int]] = [
+        (_LOAD, 0, 0, 4),
+        (_IF_EQUAL, 0, "kill", _AUDIT[machine]),
+        (_LOAD, 0, 0, 0),
+        (_IF_AT_LEAST, "eperm", 0, _X32),
+        *((_IF_EQUAL, "eperm", 0, number) for number in numbers if number is not None),
+        # Of these an argument decides: what follows is passed over where it is another call.
+        (_IF_EQUAL, 0, 2, _SOCKETPAIR[at_machine]),
+        (_LOAD, 0, 0, _argument(0)),
+        (_IF_EQUAL, "allow", "eperm", _AF_UNIX),
+        (_IF_EQUAL, 0, "allow", _FCNTL[at_machine]),
+        (_LOAD, 0, 0, _argument(1)),
+        *((_IF_EQUAL, "eperm", 0, command) for command in _DENIED_FCNTL),
     ]
     place = {name: len(steps) + at for at, name in enumerate(answers)}
     made = b""
     for at, (code, then, otherwise, value) in enumerate(steps):
-        jumps = [place[name] - at - 1 if name else 0 for name in (then, otherwise)]
+        jumps = [place[where] - at - 1 if isinstance(where, str) else where for where in (then, otherwise)]
         made += struct.pack("=HBBI", code, *jumps, value)
     return made + b"".join(struct.pack("=HBBI", _RETURN, 0, 0, value) for value in answers.values())
+
+
+def _argument(number: int) -> int:
+    """Where a call's argument lies, of which the kernel reads the lower half alone: it is an ``int`` there."""
+    return 16 + 8 * number

@@ -22,8 +22,11 @@ from typing import Any
 from anabranch.jail import filter_of, inside, python
 from anabranch.sandbox_worker import Limits, serve
 
-# Of one process of a run.
-LIMITS = {"RLIMIT_AS": 1 << 30, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0}
+# Of one process of a run. The last three are counted for the user, and others of his need them.
+LIMITS = {
+    **{"RLIMIT_AS": 1 << 30, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0},
+    **{"RLIMIT_SIGPENDING": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_MEMLOCK": 0},
+}
 NUM_FILES = 32
 
 # Bytes that are read of what one says: `verify_child` prints fewer characters, each of at most 12 bytes in JSON.
