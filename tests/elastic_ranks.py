@@ -12,7 +12,7 @@ from torch import nn
 from anabranch.cluster import KeyedDropout
 from anabranch.cluster.elastic import ElasticTrainer
 from anabranch.cluster.elastic import trainer as trainer_module
-from anabranch.errors import CheckpointError
+from anabranch.errors import AnabranchError, CheckpointError
 
 SECRET = "elastic"
 WIDTH, CLASSES, LAYERS = 6, 3, 6
@@ -46,10 +46,25 @@ def no_room(*told):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+class Told:
+    """A context that keeps an error of another rank's own making, where it is to be told and not to end the process."""
+
+    def __init__(self, is_kept):
+        self.is_kept, self.error = is_kept, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, *more):
+        # What the coordinator says ends the process as ever.
+        self.error = error
+        return self.is_kept and not isinstance(error, AnabranchError)
+
+
 def damage(trainer, owner):
     """Turn a bit of all that this rank keeps of another."""
     with trainer._links.changed:
-        for (_, of), versions in trainer._held.items():
+        for (_, of), versions in trainer._snapshots.held.items():
             if of == owner:
                 for version, snapshot in versions.items():
                     wrong = bytearray(snapshot.body)
@@ -94,13 +109,20 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     saves, unsaved = given.pop("saves", None), []
     damages_stream = given.pop("damage_stream", False)
     damaged, raising = given.pop("damage", None), given.pop("raises", None)
+    raises_after, quits_after = given.pop("raises_after", None), given.pop("quits_after", None)
+    raises_at_step, tells = given.pop("raises_at_step", None), given.pop("tells", False)
     pace_s, pace_step = given.pop("pace_s", pace_s), given.pop("pace_step", None)
     if raising is not None:
         layers[raising].register_forward_hook(raise_at(3))
 
     cuts = given.pop("cuts", None)
     full_from = given.pop("full_from", None)
-    built = []
+    built, epochs = [], []
+
+    def loss(output, target):
+        if built and built[0].steps == raises_at_step:
+            raise ZeroDivisionError("as every rank does")
+        return nn.functional.cross_entropy(output, target)
 
     def probe(state):
         nonlocal left
@@ -108,30 +130,38 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
             trainer_module.write_slices = no_room
         if state == "moves" and damaged is not None and built:
             damage(built[0], damaged)
-        if state == "epoch" and damages_stream and built and built[0]._stream is not None:
-            for piece in built[0]._stream._shadows.values():
+        if state == "epoch" and damages_stream and built and built[0]._member.stream is not None:
+            for piece in built[0]._member.stream._shadows.values():
                 piece.tensors["param"][0] += 1
         if state == place:
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    with ElasticTrainer(
+    made = ElasticTrainer(
         layers,
         optimizer_factory=adam,
-        loss=nn.functional.cross_entropy,
+        loss=loss,
         coordinator=address,
         secret=SECRET,
         wish=rank,
         probe=probe,
+        on_epoch_change=epochs.append,
         **given,
-    ) as trainer:
+    )
+    told = Told(tells)
+    with told, made as trainer:
         built.append(trainer)
         losses = {}
         began = trainer.steps
         while trainer.steps < steps:
             step = trainer.steps
             losses[step] = trainer.step(batch_of(step, given["global_batch"], dtype))
+            if trainer.steps == raises_after:
+                raise OSError("no more data")
+            if trainer.steps == quits_after:
+                trainer.close(is_done=False)
+                return {"rank": trainer.rank, "losses": losses}
             time.sleep(pace_s)
             if cuts is not None and trainer.steps == 4:
                 trainer._links._channels[cuts].close("cut by a test")
@@ -147,9 +177,10 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
         weights = {name: value.tolist() for name, value in trainer.state_dict().items()}
         return {
             "losses": losses, "began": began, "owned": owned, "digest": digest, "status": status, "weights": weights, "rank": trainer.rank,
-            "unsaved": unsaved,
+            "unsaved": unsaved, "epochs": epochs,
             "sent": dict(trainer._links.sent_bytes),
         }  # fmt: skip
+    return {"rank": made.rank, "losses": {}, "error": f"{type(told.error).__name__}: {told.error}"}
 
 
 def alone(steps, options=None, *, by_block=True):

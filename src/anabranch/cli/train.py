@@ -293,6 +293,10 @@ def _conclude(
         f"{result.step} of {config.train.steps} steps, {quantity(result.tokens)} tokens in {duration(result.seconds)}, "
         f"{quantity(result.tokens_per_second)} tokens/s, {size(result.peak_memory_bytes)} memory",
     )
+    if result.checkpoint is None:
+        # Of processes that share a run one writes; this one left before it did, or is on another machine.
+        fact("written", "by another process of the run" if result.status == "finished" else "nothing yet")
+        return
     if result.status == "interrupted":
         wrote(f"{result.checkpoint}", f"anabranch train --out {shell_word(out)} --resume")
         return

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from anabranch.config import to_dict
@@ -106,11 +106,22 @@ class CheckpointManager:
         if path == self.newest:
             return None
         keep = self.workers.is_first
+        elastic = self.workers.elastic
+        if elastic is not None:
+            shared = elastic.moments(self.progress.step)
+            if shared is None:
+                # Another process writes, or nobody can between the steps after which all is gathered.
+                return None
+            return self._write(path, stream, dict(state_once(self.model)), shared)
         self.workers.make_whole()
         tensors = {name: full_tensor(tensor) for name, tensor in state_once(self.model).items()}
         own = optimizer_tensors(self.model, self.optimizer, keep=keep or self.workers.is_staged)
         moments = self.workers.gathered(own)
-        if keep:
+        return self._write(path, stream, tensors, moments)
+
+    def _write(self, path: Path, stream: Stream, tensors: dict[str, Tensor], moments: dict[str, Tensor]) -> Path:
+        """Write it in the first process, while the others wait."""
+        if self.workers.is_first:
             write_checkpoint(
                 self.out, self._state(stream), lambda folder: self.task.save(folder, self.model, tensors), moments
             )

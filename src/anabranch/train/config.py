@@ -23,6 +23,7 @@ from anabranch.train.task import Task
 __all__ = [
     "CONFIG_FILE",
     "DiLoCoConfig",
+    "ElasticConfig",
     "Parallel",
     "RunConfig",
     "Start",
@@ -147,6 +148,29 @@ class DiLoCoConfig(Config):
 
 
 @configclass
+class ElasticConfig(Config):
+    """Processes that share one training, which goes on with the same computation when some are lost or come (ElasWave).
+
+    Each is started by itself with the same line, at any time; how many there are, and in what stages, the coordinator says.
+
+    Attributes:
+        coordinator: ``host:port`` of what ``anabranch cluster coordinate`` says; None for a run that is alone.
+        micro_batches: M, into which a step is cut; None for twice the stages. Results do not depend on it.
+        block: sequences that go through the layers together; what a loss takes over a micro-batch it takes over these.
+        snapshot_copies: processes that keep a copy of what one has, so that as many may be lost at once.
+        host: where other processes reach this one.
+        timeout_s: seconds after which a wait for another process, or the coordinator, gives up.
+    """
+
+    coordinator: str | None = Field(default=None, min_length=1)
+    micro_batches: Size | None = Field(default=None, ge=1)
+    block: Size = Field(default=1, ge=1)
+    snapshot_copies: int = Field(default=1, ge=0, le=1024)
+    host: str = Field(default="127.0.0.1", min_length=1)
+    timeout_s: float = Field(default=60.0, gt=0)
+
+
+@configclass
 class Parallel(Config):
     """How the parts of a model are shared by the processes of torchrun, beside the batch (``train.parallel``).
 
@@ -161,6 +185,7 @@ class Parallel(Config):
         data: processes, or groups of them that share one, that have a batch of their own; None for as many as there are. Above 1,
             ``train.parallel`` none means ddp.
         diloco: other runs that this one learns with.
+        elastic: processes that share this run, and may be lost and come.
         exact: into how many micro-batches a step is cut, over all processes: 1, 2, 4, ... Losses and weights of a language model are then
             to the bit the same in any layout by ``pipeline`` and ``data``, also in one process. None: as nearly as sums in another order
             are, which takes less time.
@@ -172,6 +197,7 @@ class Parallel(Config):
     micro_batches: Size | None = Field(default=None, ge=1)
     data: Size | None = Field(default=None, ge=1)
     diloco: DiLoCoConfig = Field(default_factory=DiLoCoConfig)
+    elastic: ElasticConfig = Field(default_factory=ElasticConfig)
     exact: Size | None = Field(default=None, ge=1)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.experts=2
 torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.context=2
 torchrun --nproc-per-node 4 -m anabranch train ... --set parallel.pipeline=2 --set parallel.exact=8
 torchrun --nproc-per-node 8 -m anabranch train ... --set parallel.pipeline=2 --set parallel.experts=2 --set train.parallel=fsdp
+
+Processes that torchrun does not start, and that may be lost and come, are those of `anabranch.train.elastic`.
 """
 
 import inspect
@@ -12,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,9 @@ from anabranch.routing.context import RoutingContext
 from anabranch.train.config import Parallel, TrainConfig
 from anabranch.train.pipeline import PipelinedDecoder
 from anabranch.train.pipeline_layers import ends_of
+
+if TYPE_CHECKING:
+    from anabranch.train.elastic import Elastic
 
 # What torch calls it depends on the version.
 _BUFFER_OPTION = next(
@@ -63,6 +68,8 @@ class Workers:
         self._recomputes = config.recompute
         # The model in stages, once it is wrapped so.
         self._staged: PipelinedDecoder | None = None
+        # Where processes share the run that are no group, and may be lost.
+        self.elastic: Elastic | None = None
         self._num_data = None if shared is None else shared.data
         is_shared = max(self._num_shares, self._num_cuts, self._num_data or 1) > 1
         self.parallel: str = "ddp" if config.parallel == "none" and is_shared else config.parallel
@@ -183,13 +190,20 @@ class Workers:
     @property
     def is_first(self) -> bool:
         """Whether this process writes files."""
-        return self.rank == 0
+        return self.rank == 0 if self.elastic is None else self.elastic.holds_folder
 
-    def wrap(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> nn.Module:
+    @property
+    def is_alone(self) -> bool:
+        """Whether this process has all there is of the run, and nobody waits for it."""
+        return self.size == 1 and self.elastic is None
+
+    def wrap(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> Any:
         """``model`` as it is to be called in training. With ``fsdp`` its own parameters become shards, gathered by ``parts``.
 
         Raises ConfigError where experts are to be shared and cannot be, or there are none.
         """
+        if self.elastic is not None:
+            return self.elastic
         if self.parallel == "pipeline" or self.is_exact:
             return self._in_stages(model, parts)
         self._shard_experts(model)
@@ -269,7 +283,7 @@ class Workers:
         """Whether a process has a part of the weights only."""
         return self._is_fsdp or self._num_shares > 1
 
-    def micro_batch(self, wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+    def micro_batch(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
         """Around one micro-batch: gradients are exchanged in the last one only."""
         sharded = wrapped.model if isinstance(wrapped, ContextParallel) else wrapped
         if isinstance(sharded, FSDPModule):
@@ -294,6 +308,8 @@ class Workers:
         self, parameters: Sequence[nn.Parameter], norm_of: Callable[[Sequence[nn.Parameter]], float]
     ) -> float:
         """``norm_of`` the gradients of all parameters that learn in the model, those here being ``parameters``."""
+        if self.elastic is not None:
+            return self.elastic.norm
         if self._staged is None:
             return norm_of(parameters)
         return self._staged.norm(norm_of)

@@ -84,7 +84,7 @@ class PipelinedDecoder(nn.Module):
         self._num_pipelines, self._pipeline = _place_in(data_group)
         stages = self._num_stages
         self._said = f"parallel.exact is {exact}" if stages == 1 else f"parallel.pipeline is {stages}"
-        _check(model, self._said)
+        check_cut(model, self._said)
         layers, balance = layers_of(model, stages)
         if exact is not None:
             micro_batches = exact // self._num_pipelines
@@ -320,7 +320,8 @@ class _Step(torch.autograd.Function):
         return None, None, None, None
 
 
-def _check(model: nn.Module, said: str) -> None:
+def check_cut(model: nn.Module, said: str) -> None:
+    """Raise ConfigError for a model whose layers cannot be in several processes; ``said`` is what asks for it."""
     if not isinstance(model, Decoder):
         raise ConfigError(f"{said}, and the model is a {type(model).__name__}; only a Decoder is cut into stages")
     if model.streams is not None:

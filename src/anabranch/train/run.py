@@ -132,8 +132,8 @@ def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None
         path: values
         for path, values in differences(held, config).items()
         if path not in _CHANGEABLE
-        # Whoever comes back comes as a newcomer, and learns on with whom it likes.
-        and not path.startswith("parallel.diloco.")
+        # Whoever comes back comes as a newcomer, and learns on with whom it likes, in any layout.
+        and not path.startswith(("parallel.diloco.", "parallel.elastic."))
         # Moved data is recognised by its content.
         and path.rpartition(".")[2] != "paths"
         # A lower learning rate is the way out of a run that diverged.

@@ -11,8 +11,9 @@ import json
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,12 +28,13 @@ from anabranch.routing import discard_loads, sync_loads
 from anabranch.train.checkpoint import checkpoints
 from anabranch.train.checkpoint_manager import CheckpointManager
 from anabranch.train.config import RunConfig, TaskRunConfig
+from anabranch.train.elastic import Elastic
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.hooks import StepHooks
 from anabranch.train.idle import IdleWatch
 from anabranch.train.interrupt import Interrupts, has_lost_process
 from anabranch.train.meter import MEASURES, LoadMeter
-from anabranch.train.metrics import MetricsLog
+from anabranch.train.metrics import MetricsLog, read_metrics
 from anabranch.train.optimizer import make_optimizer
 from anabranch.train.outer import Outer, own_order
 from anabranch.train.parallel import Workers
@@ -42,6 +44,9 @@ from anabranch.train.step import Gradient, Stepper
 from anabranch.train.task import Task, TaskContext, moved
 
 log = logging.getLogger(__name__)
+
+# Of metrics, what a process that does not write keeps: more than pass until the loss of the one that does is seen.
+_KEPT_LINES = 16
 
 
 # What is trained: a language model's run, written short, or any other task's.
@@ -76,7 +81,9 @@ class Trainer(Generic[R]):
         self.out = Path(out)
         self._settings = config.train
         self._on_event = on_event
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        Elastic.check(config)
+        is_shared = config.parallel.elastic.coordinator is not None
+        if not is_shared and (not dist.is_initialized() or dist.get_rank() == 0):
             # Where there is a group already the first process may be in the folder before the others have looked.
             check_free(self.out)
         if not resume:
@@ -96,10 +103,17 @@ class Trainer(Generic[R]):
         self.stream = self.task.training_data(own_order(self._context, config.parallel.diloco))
         # Whatever module the task makes.
         self.model: Any = self._model(found)
+        self._elastic: Elastic | None = None
+        if is_shared:
+            # It takes the groups from an optimizer, which it makes of slices.
+            self.optimizer = make_optimizer(self.model, config.train, self.task.speed)
+            self._elastic = Elastic.of(config, self.model, self.optimizer, self.task, self.stream)
+            self.workers.elastic = self._elastic
         wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model))
         self._meter = LoadMeter(self.model)
         self._idle = IdleWatch(config.train.steps)
-        self.optimizer = make_optimizer(self.model, config.train, self.task.speed)
+        if not is_shared:
+            self.optimizer = make_optimizer(self.model, config.train, self.task.speed)
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
         self._stepper = Stepper(
             self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context
@@ -107,8 +121,11 @@ class Trainer(Generic[R]):
         self._checkpoints = CheckpointManager(
             self.out, config, self.task, self.model, self.optimizer, self.workers, found
         )
-        self._outer = Outer.of(config, self.model, self.workers)
+        self._outer: Outer | Elastic | None = self._elastic or Outer.of(config, self.model, self.workers)
         self._log: MetricsLog | None = None
+        self._held = ExitStack()
+        # The newest lines of a process that does not write: it may have to go on where another has ended.
+        self._unwritten: deque[dict[str, Any]] = deque(maxlen=_KEPT_LINES)
         if found is not None:
             self._checkpoints.restore(found, self.stream)
         self._progress = self._checkpoints.progress
@@ -128,7 +145,8 @@ class Trainer(Generic[R]):
         Raises PeerError where another process of the run is gone.
         """
         try:
-            return self._fit()
+            with self._told_if_it_fails():
+                return self._fit()
         except RuntimeError as error:
             if self.workers.size > 1 and has_lost_process(error):
                 raise PeerError(
@@ -141,10 +159,12 @@ class Trainer(Generic[R]):
 
     def _fit(self) -> TrainResult:
         # The random state is set in every step.
-        with Interrupts() as interrupts, self._random_state_kept(), self._folder_held():
+        with Interrupts() as interrupts, self._random_state_kept(), self._held:
             keep_freed_memory()
-            self._start_folder()
-            self._emit("start")
+            if self._elastic is None:
+                self._hold_folder()
+                self._start_folder()
+                self._emit("start")
             self._hooks.run_after(self._progress.step)
             with self._saved_if_it_fails():
                 self._train(interrupts)
@@ -156,6 +176,8 @@ class Trainer(Generic[R]):
                     # A checkpoint of this step, if there is one, lacks the evaluation.
                     self._checkpoints.newest = None
             self._save()
+            if done and self._elastic is not None:
+                self._checkpoints.newest = self._elastic.conclude(self._saved_for_all) or self._checkpoints.newest
             if self._checkpoints.is_sound():
                 self._checkpoints.prune()
         result = self._result("finished" if done else "interrupted", interrupts.received)
@@ -196,19 +218,51 @@ class Trainer(Generic[R]):
             raise ConfigError(f"no parameter of {type(model).__name__} learns; see which do in Task.learns")
         return model.to(self.workers.device).train()
 
-    @contextmanager
-    def _folder_held(self) -> Iterator[None]:
+    def _hold_folder(self) -> None:
         """Nobody else trains in the folder meanwhile, nor has since this trainer looked at it."""
         if not self.workers.is_first:
-            yield
             return
-        with run_lock(self.out):
-            newest = self._checkpoints.newest
-            if not self._resumes:
-                check_new(self.out)
-            elif checkpoints(self.out)[-1:] != ([newest] if newest else []):
-                raise DataError(f"another process has trained in {self.out} since this one began; resume it again")
-            yield
+        self._held.enter_context(run_lock(self.out))
+        newest = self._checkpoints.newest
+        if not self._resumes:
+            check_new(self.out)
+        elif checkpoints(self.out)[-1:] != ([newest] if newest else []):
+            raise DataError(f"another process has trained in {self.out} since this one began; resume it again")
+
+    def _take_over(self, *, must: bool = True) -> None:
+        """Where processes share the run: the first of them writes, and goes on in the folder where one before it is lost.
+
+        Raises DataError where another process holds the folder, if it ``must``; else it tries again at the next step.
+        """
+        if self._elastic is None or not self._elastic.is_first or self._elastic.holds_folder:
+            return
+        try:
+            self._held.enter_context(run_lock(self.out))
+        except DataError as error:
+            if must:
+                raise
+            # One that was cast out may live on for a while; training need not wait for it.
+            log.warning("nothing is written for now: %s", error)
+            return
+        if not self._resumes and self._progress.step == 0:
+            check_new(self.out)
+        self._elastic.holds_folder = True
+        found = checkpoints(self.out)
+        self._checkpoints.newest = found[-1] if found else None
+        self._start_folder()
+        assert self._log is not None
+        written = {(line["kind"], line["step"]) for line in read_metrics(self.out)}
+        for record in self._unwritten:
+            if (record["kind"], record["step"]) not in written:
+                self._log.write(record)
+        self._emit("start")
+
+    def _saved_for_all(self) -> Path:
+        """The last checkpoint, written by this process if the one before it did not come to it."""
+        self._take_over()
+        self._save()
+        assert self._checkpoints.newest is not None
+        return self._checkpoints.newest
 
     def _start_folder(self) -> None:
         # Until all have looked at the folder.
@@ -218,6 +272,16 @@ class Trainer(Generic[R]):
             self._log = MetricsLog(self.out, step=self._progress.step, tensorboard=self._settings.tensorboard)
 
     # Training
+
+    @contextmanager
+    def _told_if_it_fails(self) -> Iterator[None]:
+        """Processes that share the run are told by what this one ends."""
+        try:
+            yield
+        except BaseException as error:
+            if self._elastic is not None:
+                self._elastic.fail(error)
+            raise
 
     @contextmanager
     def _saved_if_it_fails(self) -> Iterator[None]:
@@ -234,7 +298,7 @@ class Trainer(Generic[R]):
                 raise
             raise self._diverged(str(error)) from error
         except Exception as error:
-            if self._is_between_steps and self.workers.size == 1 and self._progress.step > 0:
+            if self._is_between_steps and self.workers.is_alone and self._progress.step > 0:
                 self._save_after(error)
             raise
 
@@ -259,15 +323,17 @@ class Trainer(Generic[R]):
         device, rate_name = self.workers.device, f"{self.task.unit}_per_second"
         if self._outer is not None:
             self._outer.is_stopped = lambda: interrupts.received is not None
-        logged_step, logged_seconds = progress.step, progress.seconds
+        began = logged_step = progress.step
+        logged_seconds = progress.seconds
         while progress.step < settings.steps and not self.workers.any(interrupts.received is not None):
             start = time.perf_counter()
             if self._outer is not None and (step := self._outer.before(progress.step)) != progress.step:
                 if step is None:
                     break
                 # A newcomer goes on from where the others are.
-                progress.step = logged_step = step
+                progress.step = logged_step = began = step
                 continue
+            self._take_over(must=progress.step == began)
             is_logged = (progress.step + 1) % settings.log_every == 0
             if is_logged:
                 self._meter.reset()
@@ -338,7 +404,7 @@ class Trainer(Generic[R]):
         metrics = self._over_processes(gradient.metrics)
         main = next(iter(gradient.terms))
         counted = self._meter.count(training=True)
-        if self.workers.is_first:
+        if self.workers.is_first and self._elastic is None:
             self._idle.see(self._progress.step, counted.loads_while_open())
         return {
             "step": self._progress.step,
@@ -351,7 +417,8 @@ class Trainer(Generic[R]):
             "gradient_norm": gradient.norm,
             "skipped_steps": self._progress.skipped,
             self.task.unit: self._progress.step * self._step_units,
-            **counted.measures(),
+            # Of processes that share the run each has seen what it worked on alone.
+            **({} if self._elastic is not None else counted.measures()),
         }
 
     def _over_processes(self, values: dict[str, Tensor]) -> dict[str, float]:
@@ -363,7 +430,7 @@ class Trainer(Generic[R]):
         return dict(zip(values, means, strict=True))
 
     def _evaluate(self) -> None:
-        if self._held_out is None:
+        if self._held_out is None or (self._elastic is not None and not self._elastic.has_weights):
             return
         self._meter.reset()
         self.workers.make_whole()
@@ -379,12 +446,16 @@ class Trainer(Generic[R]):
 
     def _save(self) -> None:
         path = self._checkpoints.save(self.stream)
+        if path is not None and self._elastic is not None:
+            self._elastic.wrote(path)
         if path is not None:
             self._emit("checkpoint", {"path": str(path)})
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(record)
+        else:
+            self._unwritten.append(record)
 
     def _emit(self, kind: str, values: dict[str, Any] | None = None) -> None:
         if self._on_event is not None and self.workers.is_first:

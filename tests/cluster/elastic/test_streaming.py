@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.cluster.elastic import Grid, Layout
-from anabranch.cluster.elastic.streaming import Stream, steps_of
+from anabranch.cluster.elastic.layout import steps_of
+from anabranch.cluster.elastic.streaming import Stream
 
 
 @given(st.data())

@@ -199,10 +199,55 @@ def test_a_damaged_snapshot_is_not_used(whole):
         run({1: ("forward", 9)}, own=own)
 
 
-def test_a_layer_that_raises_ends_all_with_its_cause():
-    with pytest.raises(RankError, match=r"rank 2 failed: ZeroDivisionError|ZeroDivisionError") as caught:
-        run(own={2: {"raises": 3}})
-    assert "rank 2" in str(caught.value)
+def test_a_rank_that_ends_by_an_error_is_lost_and_others_go_on(whole):
+    found, host = run(own={2: {"raises": 3, "tells": True}})
+    ended = next(one for one in found if "error" in one)
+    assert ended["error"] == "ZeroDivisionError: division by zero"
+    found = [one for one in found if one is not ended]
+    check_whole(found, host)
+    same(found, whole)
+    (lost,) = [details for _, what, details in host.history if what == "lost"]
+    assert lost == {"rank": 2, "why": "it failed: ZeroDivisionError: division by zero"}
+    assert all([told["lost"] for told in one["epochs"] if told["lost"]] == [{2: lost["why"]}] for one in found)
+
+
+def test_a_rank_whose_own_code_ends_it_between_steps_is_lost_and_others_go_on(whole):
+    found, host = run(own={1: {"raises_after": 5, "tells": True}})
+    assert [one["error"] for one in found if "error" in one] == ["OSError: no more data"]
+    found = [one for one in found if "error" not in one]
+    check_whole(found, host)
+    same(found, whole)
+
+
+def test_an_error_that_ends_one_rank_after_another_at_the_same_step_ends_training():
+    with pytest.raises(RankError, match=r"step 2 ends one rank after another: rank \d failed: ZeroDivisionError"):
+        run(options={"raises_at_step": 2, "tells": True})
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_before_the_end_is_not_missed(whole):
+    found, host = run(own={3: {"quits_after": 5}})
+    left = next(one for one in found if one["rank"] == 3)
+    found = [one for one in found if one is not left]
+    check_whole(found, host)
+    same(found, whole)
+    assert [details["why"] for _, what, details in host.history if what == "lost"] == ["it left before the end"]
+
+
+def test_a_rank_that_is_lost_before_training_begins_is_waited_for(whole):
+    def join(ranks, host):
+        assert host.wait_for(lambda host: any(what == "lost" for _, what, _ in host.history))
+        ranks.join(train, host.address, STEPS, None, None, 0.0)
+
+    found, host = run({2: ("links", 1)}, while_running=join)
+    check_whole(found, host)
+    same(found, whole)
+
+
+def test_a_loss_of_a_rank_and_its_neighbour_in_the_first_step_is_said():
+    said = r"UnrecoverableError.*rank [01] is lost, and its neighbour is lost too; the last checkpoint: there is none"
+    with pytest.raises(RankError, match=said):
+        run({0: ("forward", 1), 1: ("forward", 1)})
 
 
 @pytest.mark.slow

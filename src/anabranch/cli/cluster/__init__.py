@@ -4,6 +4,7 @@ import typer
 
 from anabranch.cli.cluster.attention import attention
 from anabranch.cli.cluster.churn import churn
+from anabranch.cli.cluster.coordinate import coordinate
 from anabranch.cli.cluster.elastic import elastic
 from anabranch.cli.cluster.fabric import fabric
 from anabranch.cli.cluster.master import master
@@ -28,5 +29,6 @@ app.command("plan")(plan)
 app.command("fabric")(fabric)
 app.command("attention")(attention)
 app.command("elastic")(elastic)
+app.command("coordinate")(coordinate)
 app.command("master")(master)
 app.command("churn")(churn)

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 from anabranch.extras import lazy
 
 if TYPE_CHECKING:
+    from anabranch.cluster.elastic.control import UnrecoverableError
     from anabranch.cluster.elastic.coordinator import Coordinator
     from anabranch.cluster.elastic.cuts import bounds, recut
     from anabranch.cluster.elastic.layout import Grid, Layout, Move, census, moves
     from anabranch.cluster.elastic.planner import ElasticPlan, Policy, plan
     from anabranch.cluster.elastic.simulator import Compared, compare
     from anabranch.cluster.elastic.stages import Memory
-    from anabranch.cluster.elastic.trainer import ElasticTrainer, UnrecoverableError
+    from anabranch.cluster.elastic.trainer import ElasticTrainer
 
 __all__ = [
     "Compared",
@@ -51,6 +52,7 @@ _HOMES: dict[str, str | None] = {
     **dict.fromkeys(("Compared", "compare"), ".simulator"),
     "Coordinator": ".coordinator",
     "Memory": ".stages",
-    **dict.fromkeys(("ElasticTrainer", "UnrecoverableError"), ".trainer"),
+    "ElasticTrainer": ".trainer",
+    "UnrecoverableError": ".control",
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -7,58 +7,32 @@ A step is committed in two phases: each rank votes when its update stands beside
 rank swaps it in. A rank that goes (its connection ends, or it is silent for ``patience_s``) before the decision takes the step back for
 all; after it, all who are left have the step. Every change of ranks is an *epoch*: the new layout is announced, ranks move what must move
 while the old layout still holds everything, and only when all are ready is it the layout. A loss in between begins another epoch from the
-old one.
+old one. How far a loss takes the training back, and where it cannot go on, `anabranch.cluster.elastic.ledger` says.
+
+A rank that ends by an error is a rank that is lost: its error is told, and the others do its samples. Where the same step then ends another
+rank by such an error it is the step that cannot be made, and training stops with it.
 """
 
-import hmac
-import json
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from anabranch.cluster.elastic.layout import Grid, Layout
-from anabranch.cluster.elastic.planner import ElasticPlan, Policy, plan
+from anabranch.cluster.elastic.layout import Grid, Layout, layout_to, steps_of
+from anabranch.cluster.elastic.ledger import Ledger
+from anabranch.cluster.elastic.planner import Policy
+from anabranch.cluster.elastic.replanning import Replanner
+from anabranch.cluster.elastic.seats import Seat, refusal
 from anabranch.cluster.elastic.stages import Memory
-from anabranch.cluster.elastic.streaming import steps_of
 from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.cluster.elastic.wire import Channel, Header, Listener
 from anabranch.errors import InputError
 
-__all__ = ["Coordinator", "layout_from", "layout_to"]
+__all__ = ["Coordinator"]
 
 _BEAT_S = 0.5
 # How often two ranks that lose their link may open it again.
 _MOST_TRIES = 3
-
-
-@dataclass
-class _Member:
-    """One rank.
-
-    Attributes:
-        rank: its name.
-        channel: to it.
-        host, port: where other ranks reach it.
-        hello: what it said of itself.
-        heard: when it was last heard of.
-        held: of others, the version of the snapshot that it keeps in the layout that holds.
-        held_next: likewise in the layout that is announced.
-        vote: of the step that runs, what it told.
-        is_ready: for the epoch that is announced.
-    """
-
-    rank: int
-    channel: Channel
-    host: str
-    port: int
-    hello: Header
-    heard: float
-    held: dict[int, int] = field(default_factory=dict)
-    held_next: dict[int, int] = field(default_factory=dict)
-    vote: Header | None = None
-    is_ready: bool = False
 
 
 class Coordinator:
@@ -74,7 +48,7 @@ class Coordinator:
         layer_costs: seconds of each layer; None for those that ranks measure.
         chunk_bytes: of each piece that moves while training goes on, in one step. None: whoever comes, and layers that move, stop training
             until all is there.
-        log: called with a line for whatever happens.
+        log: called with whatever happens, and its details.
 
     Attributes:
         history: (seconds since the beginning, what happened, details), for tests and for people.
@@ -93,7 +67,7 @@ class Coordinator:
         memory: Memory | None = None,
         layer_costs: Sequence[float] | None = None,
         chunk_bytes: int | None = 4 * 2**20,
-        log: Callable[[str], None] | None = None,
+        log: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
         for name, number in (("replicas", replicas), ("stages", stages)):
             if number < 1:
@@ -108,24 +82,22 @@ class Coordinator:
         self._stream: tuple[Layout, int] | None = None
         self._replans = False
         self.history: list[tuple[float, str, dict[str, Any]]] = []
-        self._policy, self._memory, self._given_costs = policy or Policy(), memory, layer_costs
+        self._plans = Replanner(stages, policy, memory, layer_costs)
         self._patience_s, self._log = patience_s, log
         self._began = time.monotonic()
         self._lock = threading.RLock()
-        self._members: dict[int, _Member] = {}
-        self._signature: Header | None = None
+        self._members: dict[int, Seat] = {}
         self._next_rank = replicas * stages
         self._epoch = 0
         # What holds: the last layout for which all ranks were ready, its committed steps, and who keeps whose snapshots in it.
         self._layout: Layout | None = None
-        self._layout_epoch = 0
         self._version = 0
-        self._copies = 1
-        self._bad_snapshots: set[tuple[int, int]] = set()
+        self._ledger = Ledger()
+        # Of ranks that are gone, why; and the step and the kind of error by which the last one ended.
+        self._lost: dict[int, str] = {}
+        self._failed: tuple[int, str] | None = None
         # What is announced, until all are ready.
         self._target: Layout | None = None
-        self._schedule_name = "1f1b"
-        self._costs: dict[int, float] = {}
         self._joiners: list[int] = []
         self._suspects: dict[tuple[int, int], int] = {}
         # Since when two ranks cannot reach each other, as one of them says.
@@ -135,7 +107,7 @@ class Coordinator:
         self._checkpoint: str | None = None
         self._saved: dict[int, Header] = {}
         self._listener = Listener(host, port, secret.encode(), self._on_frame, self._on_close)
-        self.address = f"{host}:{self._listener.port}"
+        self.address = f"[{host}]:{self._listener.port}" if ":" in host else f"{host}:{self._listener.port}"
         self._watching = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -163,10 +135,28 @@ class Coordinator:
             return self._version
 
     @property
+    def floor(self) -> int | None:
+        """The version below which no loss takes the training back; None where nobody keeps snapshots of all ranks."""
+        with self._lock:
+            return self._ledger.floor
+
+    @property
     def layout(self) -> Layout | None:
         """The layout that holds; None before training begins."""
         with self._lock:
             return self._layout
+
+    @property
+    def stopped(self) -> str | None:
+        """Why training has stopped before its end; None where it has not."""
+        with self._lock:
+            return self._stopped
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether training was done, or has stopped, and nobody is there any more."""
+        with self._lock:
+            return (self._is_ending or self._stopped is not None) and not self._members
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -198,7 +188,8 @@ class Coordinator:
             member.heard = time.monotonic()
             told = {
                 "ready": self._ready, "vote": self._vote, "held": self._held, "suspect": self._suspect, "bad": self._bad,
-                "fail": self._fail, "leave": self._leave, "saved": self._save, "beat": lambda member, header: None,
+                "fail": self._fail, "quit": self._quit, "leave": self._leave, "saved": self._save, "wrote": self._wrote,
+                "beat": lambda member, header: None,
             }.get(str(kind))  # fmt: skip
             if told is None:
                 raise ValueError(f"kind {kind!r}")
@@ -251,12 +242,12 @@ class Coordinator:
             rank = min(set(range(whole)) - set(self._members))
         else:
             rank, self._next_rank = self._next_rank, self._next_rank + 1
-        if self._signature is None:
-            self._signature = header["signature"]
-            self._copies = int(header["copies"])
+        if not self._plans.signature:
+            self._plans.signature = header["signature"]
+            self._ledger.copies = int(header["signature"]["copies"])
         channel.peer = rank
-        self._members[rank] = _Member(rank, channel, str(header["host"]), int(header["port"]), header, time.monotonic())
-        channel.send({"kind": "welcome", "rank": rank})
+        self._members[rank] = Seat(rank, channel, str(header["host"]), int(header["port"]), header, time.monotonic())
+        channel.send({"kind": "welcome", "rank": rank, "micro_batches": self._plans.micro_batches})
         self._note("joined", rank=rank)
         if is_forming and len(self._members) == whole:
             self._form()
@@ -268,49 +259,34 @@ class Coordinator:
             return f"training has stopped: {self._stopped}"
         if self._is_ending:
             return "training has ended"
-        if self._signature is None:
-            return None
-        mine, theirs = self._signature, header.get("signature")
-        if not isinstance(theirs, dict):
-            return "it says nothing of its model"
-        for name in sorted({*mine, *theirs}):
-            if not hmac.compare_digest(json.dumps(mine.get(name)), json.dumps(theirs.get(name))):
-                return f"its {name} is {theirs.get(name)}, and those here have {mine.get(name)}"
-        return None
+        return refusal(header, self._plans.signature or None, (self.replicas, self.stages))
 
-    def _ready(self, member: _Member, header: Header) -> None:
+    def _ready(self, member: Seat, header: Header) -> None:
         if header["epoch"] != self._epoch or self._target is None:
             return
         member.is_ready = True
         wanted = set(self._target.grid.ranks)
         if all(m.is_ready for m in self._members.values() if m.rank in wanted):
             self._layout, self._target = self._target, None
-            self._bad_snapshots.clear()
-            self._layout_epoch = self._epoch
+            self._ledger.hold(self._layout, self._version)
             for other in self._members.values():
-                other.vote, other.held, other.held_next = None, other.held_next, {}
+                other.vote = None
             self._note("go", epoch=self._epoch, version=self._version)
             self._tell({"kind": "go", "epoch": self._epoch})
 
-    def _vote(self, member: _Member, header: Header) -> None:
+    def _vote(self, member: Seat, header: Header) -> None:
         if header["epoch"] != self._epoch or self._target is not None or header["step"] != self._version:
             return
         assert self._layout is not None
         member.vote = header
-        for layer, seconds in header.get("costs", {}).items():
-            self._costs[int(layer)] = float(seconds)
+        self._plans.measured(header.get("costs", {}))
         # Those who take what travels vote too: when a stream ends they have it all.
         watching = () if self._stream is None else self._stream[0].grid.ranks
         ranks = dict.fromkeys((*self._layout.grid.ranks, *watching))
         if not all((m := self._members.get(rank)) is not None and m.vote is not None for rank in ranks):
             return
-        loss: TreeSum[float] = TreeSum(int((self._members[self._layout.grid.ranks[0]].vote or {})["blocks"]))
-        for rank in ranks:
-            for level, place, value in (self._members[rank].vote or {})["loss"]:
-                loss.add_node((level, place), float.fromhex(value))
-            self._members[rank].vote = None
+        told: Header = {"kind": "commit", "epoch": self._epoch, "step": self._version, "loss": self._losses(ranks)}
         self._version += 1
-        told: Header = {"kind": "commit", "epoch": self._epoch, "step": self._version - 1, "loss": loss.root().hex()}
         if self._stream is not None:
             self._tell(told)
             if self._version == self._stream[1]:
@@ -320,7 +296,7 @@ class Coordinator:
         target = None
         if joins or self._replans:
             self._joiners, self._replans = [], False
-            target = self._grown(joins)
+            target = self._plans.grown(self._layout, joins)
             if target is not None and self._chunk is not None:
                 # In the same message: all begin with the same step.
                 told["live"] = self._begin_stream(target, self._chunk)
@@ -328,13 +304,23 @@ class Coordinator:
         if target is not None and self._chunk is None:
             self._begin_epoch(target)
 
-    def _held(self, member: _Member, header: Header) -> None:
-        if header["layout"] == self._layout_epoch:
-            member.held[int(header["owner"])] = int(header["version"])
-        elif header["layout"] == self._epoch:
-            member.held_next[int(header["owner"])] = int(header["version"])
+    def _losses(self, ranks: Collection[int]) -> dict[str, str]:
+        """By name, what votes told of the loss and its terms, added up; votes are then counted."""
+        sums: dict[str, TreeSum[float]] = {}
+        votes = [self._members[rank].vote or {} for rank in ranks]
+        for vote in votes:
+            for name, level, place, value in vote["loss"]:
+                tree = sums.setdefault(name, TreeSum(int(votes[0]["blocks"])))
+                tree.add_node((level, place), float.fromhex(value))
+        for rank in ranks:
+            self._members[rank].vote = None
+        return {name: tree.root().hex() for name, tree in sums.items()}
 
-    def _suspect(self, member: _Member, header: Header) -> None:
+    def _held(self, member: Seat, header: Header) -> None:
+        owner, version, epoch = (int(header[name]) for name in ("owner", "version", "layout"))
+        self._ledger.heard(holder=member.rank, owner=owner, version=version, epoch=epoch)
+
+    def _suspect(self, member: Seat, header: Header) -> None:
         accused = int(header["rank"])
         if header["epoch"] != self._epoch or accused not in self._members:
             return
@@ -347,17 +333,27 @@ class Coordinator:
             # Its own connection will end in a moment if its process has. If not, all try anew.
             self._doubts[pair] = time.monotonic()
 
-    def _bad(self, member: _Member, header: Header) -> None:
+    def _bad(self, member: Seat, header: Header) -> None:
         owner = int(header["owner"])
         self._note("bad snapshot", owner=owner, holder=member.rank, why=header.get("why"))
-        self._bad_snapshots.add((owner, member.rank))
+        self._ledger.damaged(holder=member.rank, owner=owner)
         if header["epoch"] == self._epoch:
             self._begin_epoch()
 
-    def _fail(self, member: _Member, header: Header) -> None:
-        self._stop(f"rank {member.rank} failed: {header['why']}")
+    def _fail(self, member: Seat, header: Header) -> None:
+        step, why = int(header["step"]), str(header["why"])
+        self._note("failed", rank=member.rank, step=step, why=why)
+        # Others have the same samples then: what ends two of them so does not lie in one machine.
+        failed, self._failed = self._failed, (step, why.partition(":")[0])
+        if self._failed == failed:
+            self._stop(f"step {step} ends one rank after another: rank {member.rank} failed: {why}")
+        else:
+            self._lose([member.rank], f"it failed: {why}")
 
-    def _leave(self, member: _Member, header: Header) -> None:
+    def _quit(self, member: Seat, header: Header) -> None:
+        self._lose([member.rank], "it left before the end")
+
+    def _leave(self, member: Seat, header: Header) -> None:
         del self._members[member.rank]
         member.channel.close(after_sends=True)
         self._note("left", rank=member.rank)
@@ -367,7 +363,7 @@ class Coordinator:
             if rank in self._members:
                 self._members[rank].channel.send({"kind": "stop", "why": "training has ended"})
 
-    def _save(self, member: _Member, header: Header) -> None:
+    def _save(self, member: Seat, header: Header) -> None:
         self._saved[member.rank] = header
         assert self._layout is not None
         ranks = self._layout.grid.ranks
@@ -384,6 +380,16 @@ class Coordinator:
             told["why"] = f"rank {failed[0]}: {failed[1]}"
         self._saved = {}
         self._tell(told)
+
+    def _wrote(self, member: Seat, header: Header) -> None:
+        """The first rank has a checkpoint on disk that any number of ranks can read."""
+        where = str(header["where"])
+        self._checkpoint = f"{where} (step {header['version']})"
+        self._note("wrote", rank=member.rank, version=header["version"], where=where)
+        if header["is_last"]:
+            # Nobody is missed from here on.
+            self._is_ending = True
+            self._tell({"kind": "finished", "where": where})
 
     # What follows
 
@@ -404,27 +410,25 @@ class Coordinator:
             return
         for member in lost:
             self._note("lost", rank=member.rank, why=why)
+            self._lost[member.rank] = why
             member.channel.peer = None
             member.channel.close("lost")
         self._joiners = [rank for rank in self._joiners if rank not in ranks]
         layouts = (self._layout, self._target, None if self._stream is None else self._stream[0])
         matters = {rank for layout in layouts if layout is not None for rank in layout.grid.ranks}
-        if self._layout is not None and not (self._stopped or self._is_ending) and matters & set(ranks):
+        if self._stopped or self._is_ending or not matters & set(ranks):
+            return
+        if self._layout is not None:
             self._begin_epoch()
-
-    def _grown(self, joins: Sequence[int]) -> Layout | None:
-        """The layout with ranks that come in, and with layers moved where the plan says it is worth it; None where that is the same."""
-        assert self._layout is not None
-        grid = self._layout.grid
-        for rank in joins:
-            grid = grid.with_rank(rank)
-        made = self._planned(grid, self._layout.bounds, moves_layers=True)
-        return None if made.layout == self._layout else made.layout
+            return
+        # Training has not begun: the others wait for one in its place.
+        self._target = None
+        self._tell({"kind": "regroup"})
 
     def _begin_stream(self, target: Layout, chunk: int) -> Header:
         """Pieces begin to travel to a layout; what ranks are told of it."""
         assert self._layout is not None
-        end = self._version + steps_of(self._layout, target, (self._signature or {})["sizes"], chunk)
+        end = self._version + steps_of(self._layout, target, self._plans.sizes, chunk)
         self._stream = (target, end)
         self._note("stream", version=self._version, end=end, bounds=list(target.bounds))
         return {
@@ -453,33 +457,35 @@ class Coordinator:
             }
             self._joiners += sorted(late - set(self._joiners))
         self._stream = None
+        way = self._ledger.way_back(self._members.keys(), self._version)
+        if way.why is not None:
+            self._stop(
+                f"{way.why}{self._told_of_lost(before)}; the last checkpoint: {self._checkpoint or 'there is none'}",
+                is_lost=True,
+            )
+            return
         if before is None:
             grid = Grid.full(replicas=self.replicas, stages=self.stages)
         else:
             dead = [rank for rank in before.grid.ranks if rank not in self._members]
-            why = self._place_of_dead(before, dead)
-            if why is None and len(dead) == len(before.grid.ranks):
-                why = "no rank is left"
-            if why is not None:
-                self._stop(why, is_lost=True)
-                return
             grid = before.grid.without(dead).healed()
             self._replans = bool(dead)
         layout = (
-            self._planned(grid, None if before is None else before.bounds, moves_layers=False).layout
+            self._plans.planned(grid, None if before is None else before.bounds, moves_layers=False).layout
             if target is None
             else target
         )
-        made = self._planned(layout.grid, layout.bounds, moves_layers=False)
+        made = self._plans.planned(layout.grid, layout.bounds, moves_layers=False)
         self._target = layout
-        base = self._version if before is None else self._base_version(before)
+        self._ledger.announce(self._epoch)
         for member in self._members.values():
-            member.is_ready, member.vote, member.held_next = False, None, {}
-        self._version = base
+            member.is_ready, member.vote = False, None
+        self._version = base = way.version
         self._note(
             "epoch",
             epoch=self._epoch,
             version=base,
+            floor=self._ledger.floor,
             stages=[list(stage) for stage in layout.grid.stages],
             bounds=list(layout.bounds),
             warnings=list(made.warnings),
@@ -492,74 +498,23 @@ class Coordinator:
                 "before": None if before is None else layout_to(before),
                 "after": layout_to(layout),
                 "schedule": made.schedule_name,
-                "costs": self._layer_costs(),
-                "holders": {} if before is None else self._holders(before),
+                "costs": self._plans.layer_costs,
+                "holders": {str(owner): list(holders) for owner, holders in way.holders.items()},
+                "lost": {str(rank): self._lost.get(rank, "") for rank in way.holders},
                 "members": self._addresses(),
                 "step_s": made.step_s,
                 "warnings": list(made.warnings),
             }
         )
 
-    def _planned(self, grid: Grid, bounds: tuple[int, ...] | None, *, moves_layers: bool) -> ElasticPlan:
-        """The plan for some ranks, from where layers begin now."""
-        signature = self._signature or {}
-        sizes = signature["sizes"]
-        has_as_many = bounds is not None and len(bounds) == len(grid.stages) - 1
-        return plan(
-            grid,
-            self._layer_costs(),
-            global_batch=int(signature["global_batch"]),
-            micro_batches=int(signature["micro_batches"]),
-            block=int(signature["block"]),
-            memory=self._memory,
-            size_L=sizes,
-            # Who answers for whom is in the announcement; here only bounds count.
-            previous=Layout(grid, bounds, len(sizes)) if has_as_many and bounds is not None else None,
-            policy=self._policy if moves_layers else replace(self._policy, moves_layers=False),
-        )
-
     def _addresses(self) -> dict[str, list[Any]]:
         return {str(member.rank): [member.host, member.port] for member in self._members.values()}
 
-    def _holders(self, before: Layout) -> dict[str, list[int]]:
-        """Of each lost rank, who is there with a sound snapshot."""
-        found = {}
-        for owner in before.grid.ranks:
-            if owner not in self._members:
-                kept = before.holders(owner, self._copies)
-                found[str(owner)] = [r for r in kept if r in self._members and (owner, r) not in self._bad_snapshots]
-        return found
-
-    def _base_version(self, before: Layout) -> int:
-        """The newest version that somebody has of every slice: the committed one, or the one before where a snapshot was on its way."""
-        base = self._version
-        for owner, kept in self._holders(before).items():
-            newest = max((self._members[holder].held.get(int(owner), -1) for holder in kept), default=base)
-            base = min(base, newest)
-        return base
-
-    def _place_of_dead(self, before: Layout, dead: Sequence[int]) -> str | None:
-        """Why it cannot go on; None where every slice is with somebody."""
-        holders = self._holders(before)
-        for owner in dead:
-            kept = holders[str(owner)]
-            newest = max((self._members[holder].held.get(owner, -1) for holder in kept), default=-1)
-            if newest < self._version - 1:
-                where = "its neighbour is lost too" if not kept else "no neighbour has a snapshot of the last two steps"
-                if any(one == owner for one, _ in self._bad_snapshots):
-                    where = "the snapshot of it is damaged"
-                way = self._checkpoint or "there is none"
-                return f"rank {owner} is lost, and {where}; the last checkpoint: {way}"
-        return None
-
-    def _layer_costs(self) -> list[float]:
-        sizes = (self._signature or {})["sizes"]
-        if self._given_costs is not None:
-            return list(self._given_costs)
-        if len(self._costs) == len(sizes):
-            return [self._costs[layer] for layer in range(len(sizes))]
-        # Until they are measured: by parameters, and something for layers without.
-        return [1e-9 * (size + 1) for size in sizes]
+    def _told_of_lost(self, before: Layout | None) -> str:
+        """Why those of a layout are lost who ended by an error."""
+        ranks = () if before is None else before.grid.ranks
+        failed = [f"rank {rank}: {self._lost[rank]}" for rank in ranks if "failed" in self._lost.get(rank, "")]
+        return f" ({'; '.join(failed)})" if failed else ""
 
     def _stop(self, why: str, *, is_lost: bool = False) -> None:
         if self._stopped is None:
@@ -574,20 +529,4 @@ class Coordinator:
     def _note(self, what: str, **details: Any) -> None:
         self.history.append((time.monotonic() - self._began, what, details))
         if self._log is not None:
-            self._log(f"{what} {details}")
-
-
-def layout_to(layout: Layout) -> Header:
-    """JSON-ready."""
-    return {
-        "stages": [list(stage) for stage in layout.grid.stages],
-        "replicas": layout.grid.replicas,
-        "bounds": list(layout.bounds),
-        "num_layers": layout.num_layers,
-    }
-
-
-def layout_from(told: Header) -> Layout:
-    """What `layout_to` told."""
-    grid = Grid(tuple(tuple(stage) for stage in told["stages"]), int(told["replicas"]))
-    return Layout(grid, tuple(told["bounds"]), int(told["num_layers"]))
+            self._log(what, details)

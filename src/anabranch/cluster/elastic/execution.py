@@ -42,7 +42,7 @@ class StepSettings:
         global_batch, micro_batches: B, M.
         block: samples that go through the layers together where ``is_exact``.
         is_exact: sums in one fixed order, block by block.
-        loss: of an output and targets, a mean over their samples.
+        loss: of an output and targets, a mean over their samples; or (loss, {name: number}) with others that are told.
         seed: of what layers draw.
         draws: by layer, whether it draws by itself.
     """
@@ -51,7 +51,7 @@ class StepSettings:
     micro_batches: int
     block: int
     is_exact: bool
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Any]
     seed: int
     draws: tuple[bool, ...]
 
@@ -129,6 +129,7 @@ class StageStep:
     Attributes:
         sums: by layer of the stage, the tree of gradients as far as they are here; of a loss that is the mean of the whole batch.
         losses: likewise, of the last stage.
+        terms: likewise, by name.
         seconds: by layer, forward of all its samples here.
     """
 
@@ -139,9 +140,10 @@ class StageStep:
     step: int
     sums: dict[int, TreeSum[Tensor]] = field(default_factory=dict)
     losses: TreeSum[float] = field(init=False)
+    terms: dict[str, TreeSum[float]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     _blocks: dict[int, list[_Block]] = field(default_factory=dict)
-    _loss: float = 0.0
+    _told: dict[str, float] = field(default_factory=dict)
 
     def run(self, batch: Batch, probe: Callable[[str], None]) -> None:
         """All slots. Raises what layers raise, and what a wait raises."""
@@ -162,8 +164,8 @@ class StageStep:
         if not settings.is_exact:
             for layer in work.layers:
                 self.sums[layer].add(work.place, gradient_of(self.layers[layer]))
-            if work.is_last:
-                self.losses.add(work.place, self._loss)
+            for name, value in self._told.items():
+                self._sum_of(name).add(work.place, value)
 
     def _forward(self, column: int, batch: Batch) -> None:
         work = self.work
@@ -180,15 +182,18 @@ class StageStep:
             if work.is_last:
                 output = block.output[0] if len(block.output) == 1 else tuple(block.output)
                 target = _cut(batch[1], first, end)
-                loss = self.settings.loss(output, target[0] if len(target) == 1 else tuple(target))
+                found = self.settings.loss(output, target[0] if len(target) == 1 else tuple(target))
+                loss, terms = found if isinstance(found, tuple) else (found, {})
                 if loss.ndim or not loss.requires_grad:
                     raise ConfigError(
                         f"the loss has shape {list(loss.shape)}; it must be one number that depends on a parameter"
                     )
                 # A sum over samples, over the whole batch: whatever ranks there are, this is its mean.
-                scaled = loss * ((end - first) / self.settings.global_batch)
-                block.output = [scaled]
-                self._count(first, float(scaled.detach()))
+                share = (end - first) / self.settings.global_batch
+                block.output = [loss * share]
+                self._count(first, "", float(block.output[0].detach()))
+                for name, value in terms.items():
+                    self._count(first, name, float(value) * share)
             blocks.append(block)
         self._blocks[column] = blocks
         if not work.is_last:
@@ -253,11 +258,18 @@ class StageStep:
                     rank, f"b{self.step}.{column}", [part[first - mine.start : end - mine.start] for part in whole]
                 )
 
-    def _count(self, first: int, value: float) -> None:
+    def _count(self, first: int, name: str, value: float) -> None:
         if self.settings.is_exact:
-            self.losses.add(first // self.settings.block, value)
+            self._sum_of(name).add(first // self.settings.block, value)
         else:
-            self._loss += value
+            self._told[name] = self._told.get(name, 0.0) + value
+
+    def _sum_of(self, name: str) -> TreeSum[float]:
+        """Of a term; that without a name is the loss."""
+        if not name:
+            return self.losses
+        leaves = self.settings.leaves(len(self.work.layout.grid.stages[self.work.stage]))
+        return self.terms.setdefault(name, TreeSum(leaves))
 
     def _runs(self, mine: range) -> list[tuple[int, int]]:
         """Of a rank's samples, what goes through the layers at once."""

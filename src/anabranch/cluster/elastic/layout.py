@@ -9,15 +9,16 @@ what must travel from one layout to another; `census` checks that every number h
 """
 # Shapes: L layers
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 from anabranch.cluster.elastic.cuts import bounds, recut
 from anabranch.errors import InputError
 
-__all__ = ["Grid", "Layout", "Move", "census", "moves"]
+__all__ = ["Grid", "Layout", "Move", "census", "layout_from", "layout_to", "moves", "steps_of"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,11 @@ def moves(
     return found
 
 
+def steps_of(before: Layout, after: Layout, sizes: Sequence[int], chunk: int) -> int:
+    """For how many steps a stream goes on: a chunk of ``chunk`` numbers of each move a step, at least one step."""
+    return max((math.ceil((move.end - move.first) / chunk) for move in moves(before, after, sizes)), default=1)
+
+
 def _cut(slices: Sequence[tuple[int, int, int]]) -> list[int]:
     return [slices[0][1], *(end for _, _, end in slices)] if slices else [0, 0]
 
@@ -212,3 +218,19 @@ def census(layout: Layout, size_L: Sequence[int], owned: Mapping[int, Mapping[in
             raise InputError(f"of layer {layer} nobody has the numbers {place} to {size}")
         if [(rank, first, end) for first, end, rank in found] != layout.slices(layer, size):
             raise InputError(f"slices of layer {layer} are whole, and not where the layout says")
+
+
+def layout_to(layout: Layout) -> dict[str, Any]:
+    """JSON-ready."""
+    return {
+        "stages": [list(stage) for stage in layout.grid.stages],
+        "replicas": layout.grid.replicas,
+        "bounds": list(layout.bounds),
+        "num_layers": layout.num_layers,
+    }
+
+
+def layout_from(told: Mapping[str, Any]) -> Layout:
+    """What `layout_to` told."""
+    grid = Grid(tuple(tuple(stage) for stage in told["stages"]), int(told["replicas"]))
+    return Layout(grid, tuple(told["bounds"]), int(told["num_layers"]))

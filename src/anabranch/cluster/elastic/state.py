@@ -29,7 +29,10 @@ __all__ = [
     "snapshot_of",
 ]
 
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+# Of parameters; or, where runs of numbers learn otherwise, of groups of them, as torch's optimizers take both.
+OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
+# By layer, (first, end, options of the optimizer's group) of runs of its numbers that learn alike.
+Groups = Mapping[int, Sequence[tuple[int, int, dict[str, Any]]]]
 PARAM = "param"
 
 
@@ -170,42 +173,87 @@ class Updater:
     """Steps an optimizer on slices, without changing them.
 
     Args:
-        factory: makes the optimizer of a list of parameters. It must treat each number by itself (SGD, Adam, AdamW, RMSprop, ... do), or
-            slices would not be the whole.
+        factory: makes the optimizer of a list of flat parameters, or of groups of them where there are ``groups``. It must treat each
+            number by itself (SGD, Adam, AdamW, RMSprop, ... do), or slices would not be the whole.
         learning_rate: factor of the factory's learning rate, by committed steps; default 1.
+        groups: runs of numbers with options of their own, such as a weight decay; a layer that is not there has none.
 
     Raises ConfigError for an optimizer that gives slices other results than the whole.
     """
 
-    def __init__(self, factory: OptimizerFactory, learning_rate: Callable[[int], float] | None = None) -> None:
+    def __init__(
+        self,
+        factory: OptimizerFactory,
+        learning_rate: Callable[[int], float] | None = None,
+        groups: Groups | None = None,
+    ) -> None:
         self._factory, self._learning_rate = factory, learning_rate
+        self._groups: Groups = {}
         self._check()
+        self._groups = groups or {}
 
     def next_slices(
-        self, slices: Mapping[int, Slice], gradients: Mapping[int, Tensor], version: int
+        self,
+        slices: Mapping[int, Slice],
+        gradients: Mapping[int, Tensor],
+        version: int,
+        *,
+        layers: Mapping[int, int] | None = None,
     ) -> dict[int, Slice]:
-        """The slices after one more step."""
+        """The slices after one more step.
+
+        Args:
+            slices: by layer; or by any number, where ``layers`` says of what layer each is.
+            gradients: likewise, of each slice.
+            version: committed steps.
+        """
         if not slices:
             return {}
-        layers = sorted(slices)
-        parameters = [nn.Parameter(slices[layer].tensors[PARAM].clone()) for layer in layers]
-        optimizer = self._factory(parameters)
-        for layer, parameter in zip(layers, parameters, strict=True):
-            own = slices[layer]
-            state = {name: value.clone() for name, value in {**own.tensors, **own.scalars}.items() if name != PARAM}
-            if state:
-                optimizer.state[parameter] = state
-            parameter.grad = gradients[layer].to(parameter.dtype)
+        runs = {key: self._runs(key if layers is None else layers[key], own) for key, own in sorted(slices.items())}
+        parameters: dict[int, list[nn.Parameter]] = {}
+        made: list[dict[str, Any]] = []
+        for key, cut in runs.items():
+            own = slices[key]
+            parts = [own.piece(first, end) for first, end, _ in cut]
+            parameters[key] = [nn.Parameter(part.tensors[PARAM].clone()) for part in parts]
+            made += [{"params": [one], **options} for one, (_, _, options) in zip(parameters[key], cut, strict=True)]
+        # Where nothing learns otherwise they are parameters, as a plain function takes them.
+        plain = [one for group in made for one in group["params"]]
+        optimizer = self._factory(made if self._groups else plain)
+        for key, cut in runs.items():
+            own = slices[key]
+            for parameter, (first, end, _) in zip(parameters[key], cut, strict=True):
+                part = own.piece(first, end)
+                state = {
+                    name: value.clone() for name, value in {**part.tensors, **own.scalars}.items() if name != PARAM
+                }
+                if state:
+                    optimizer.state[parameter] = state
+                parameter.grad = gradients[key][first - own.first : end - own.first].to(parameter.dtype)
         if self._learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] *= self._learning_rate(version)
         optimizer.step()
         return {
-            layer: self._after(slices[layer], parameter, optimizer)
-            for layer, parameter in zip(layers, parameters, strict=True)
+            key: Slice.joined(
+                own.first,
+                own.end,
+                [
+                    self._after(first, end, parameter, optimizer)
+                    for parameter, (first, end, _) in zip(parameters[key], runs[key], strict=True)
+                ],
+            )
+            for key, own in sorted(slices.items())
         }
 
-    def _after(self, before: Slice, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Slice:
+    def _runs(self, layer: int, own: Slice) -> list[tuple[int, int, dict[str, Any]]]:
+        """A slice's numbers that learn alike."""
+        groups = self._groups.get(layer, ((0, own.end, {}),))
+        cut = ((max(first, own.first), min(end, own.end), options) for first, end, options in groups)
+        # An empty slice is one run.
+        return [run for run in cut if run[0] < run[1]] or [(own.first, own.end, {})]
+
+    def _after(self, first: int, end: int, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Slice:
         tensors, scalars = {PARAM: parameter.detach()}, {}
         for name, value in optimizer.state[parameter].items():
             kept = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
@@ -218,7 +266,7 @@ class Updater:
                     f"{type(optimizer).__name__} keeps {name!r} of shape {list(kept.shape)} for {list(parameter.shape)} numbers; "
                     "an optimizer of slices must treat each number by itself"
                 )
-        return Slice(before.first, before.end, tensors, scalars)
+        return Slice(first, end, tensors, scalars)
 
     def _check(self) -> None:
         """Two steps on seven numbers, whole and in two slices."""

@@ -6,21 +6,15 @@ and nobody stopped for the rest. Which chunk goes in which step is a function of
 """
 # Shapes: N numbers of a layer
 
-import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from anabranch.cluster.elastic.layout import Layout, Move, moves
+from anabranch.cluster.elastic.layout import Layout, Move, moves, steps_of
 from anabranch.cluster.elastic.links import LinkPool
 from anabranch.cluster.elastic.state import Slice, Updater
 
-__all__ = ["Stream", "steps_of"]
-
-
-def steps_of(before: Layout, after: Layout, sizes: Sequence[int], chunk: int) -> int:
-    """For how many steps a stream goes on: a chunk of ``chunk`` numbers of each move a step, at least one step."""
-    return max((math.ceil((move.end - move.first) / chunk) for move in moves(before, after, sizes)), default=1)
+__all__ = ["Stream"]
 
 
 class Stream:
@@ -58,12 +52,14 @@ class Stream:
                 self.sent_bytes += links.send(move.target, f"c{version}.{number}", tensors, told=told)
 
     def send_gradients(
-        self, links: LinkPool, slices: Mapping[int, Slice], gradients: Mapping[int, Tensor], version: int
+        self, links: LinkPool, slices: Mapping[int, Slice], gradients: Mapping[int, Tensor] | None, version: int
     ) -> None:
-        """The gradients of a step, of all that was sent until now; ``gradients`` are of this rank's slices."""
+        """The gradients of a step, of all that was sent until now; ``gradients`` are of this rank's slices, None for a step without."""
         for number, move in enumerate(self.moves):
             reach = self._due(move, version)[1]
-            if move.source == self._rank:
+            if move.source == self._rank and gradients is None:
+                links.send(move.target, f"g{version}.{number}", [])
+            elif move.source == self._rank and gradients is not None:
                 own = slices[move.layer]
                 piece = gradients[move.layer][move.first - own.first : reach - own.first]
                 self.sent_bytes += links.send(move.target, f"g{version}.{number}", [piece])
@@ -79,8 +75,13 @@ class Stream:
                 tensors, header = links.receive(move.source, f"c{version}.{number}")
                 piece, have = Slice.heard(header["told"], tensors), self._shadows.get(number)
                 self._shadows[number] = piece if have is None else Slice.joined(move.first, end, [have, piece])
-            gradients[number] = links.receive(move.source, f"g{version}.{number}")[0][0]
-        self._shadows = self._updater.next_slices(self._shadows, gradients, version)
+            received, _ = links.receive(move.source, f"g{version}.{number}")
+            if received:
+                gradients[number] = received[0]
+        # All have one, or nobody has: then the step changed nothing.
+        if gradients:
+            layers = {number: self.moves[number].layer for number in self._shadows}
+            self._shadows = self._updater.next_slices(self._shadows, gradients, version, layers=layers)
 
     def piece(self, move: Move, version: int) -> Slice | None:
         """What came for a move of this rank, where it is all there at this version."""

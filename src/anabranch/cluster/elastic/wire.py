@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from anabranch.errors import PeerError
+from anabranch.errors import InputError, PeerError
 
 __all__ = ["Channel", "Listener", "connect"]
 
@@ -130,6 +130,8 @@ class Listener:
     Attributes:
         port: where.
         refused: how many were refused.
+
+    Raises InputError for an address that cannot be had.
     """
 
     def __init__(
@@ -142,7 +144,12 @@ class Listener:
         on_open: Callable[[Channel], None] | None = None,
     ) -> None:
         self._secret, self._on_frame, self._on_close, self._on_open = secret, on_frame, on_close, on_open
-        self._socket = socket.create_server((host, port), backlog=256)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, port), family=family, backlog=256)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot listen at {host}, port {port}: {reason}") from None
         self.port = int(self._socket.getsockname()[1])
         self.refused = 0
         threading.Thread(target=self._accept, daemon=True).start()

@@ -1,0 +1,197 @@
+"""A rank's connection to the coordinator: what it said that nobody has acted on, and waits that end when it calls.
+
+Every wait of a rank is one of `Control.wait_until`, or of a link that asks `Control.is_called`: whatever it is for, it ends by
+`CalledAwayError` when the coordinator announces another layout, or says that training has stopped.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from anabranch.cluster.elastic.links import CalledAwayError
+from anabranch.cluster.elastic.wire import Channel, Header, connect
+from anabranch.errors import AnabranchError, ConfigError, PeerError
+
+__all__ = ["CALLS", "Control", "UnrecoverableError"]
+
+_BEAT_S = 0.5
+# For so long who leaves waits until the coordinator has heard it.
+_PARTING_S = 5.0
+# What ends a wait: another layout; or, before training has begun, that one of those who came is gone.
+CALLS = ("epoch", "regroup")
+
+
+class UnrecoverableError(AnabranchError):
+    """What was lost is with nobody who is left; the message names the last checkpoint."""
+
+
+class Control:
+    """One rank's.
+
+    Args:
+        changed: notified of whatever comes, with which all waits wait.
+        timeout_s: after so long a bounded wait ends by PeerError.
+        gives_up: asked once a second while this rank is not in yet; True ends the wait by PeerError.
+
+    Attributes:
+        news: what the coordinator said of commits and layouts, oldest first.
+        stop: that training has stopped, once it was said.
+        answers: by kind, the last word to what this rank asked (``welcome``, ``saved``, ``finished``).
+        is_in: whether this rank has had a layout.
+        epoch: of the layout that this rank acts on.
+        noticed_s: when this rank saw that a change was coming that it has not finished.
+    """
+
+    def __init__(
+        self, changed: threading.Condition, *, timeout_s: float, gives_up: Callable[[], bool] | None = None
+    ) -> None:
+        self.news: deque[Header] = deque()
+        self.stop: Header | None = None
+        self.answers: dict[str, Header] = {}
+        self.is_in = False
+        self.epoch = 0
+        self.noticed_s: float | None = None
+        self._changed, self._timeout_s = changed, timeout_s
+        self._gives_up = gives_up or (lambda: False)
+        self._is_closed = self._has_failed = False
+        self._channel: Channel | None = None
+
+    def connect(self, address: str, secret: bytes) -> None:
+        """Open the connection. Raises ConfigError for what is no address, PeerError where nobody answers who knows the secret."""
+        where, _, port = address.rpartition(":")
+        if not where or not port.isdigit():
+            raise ConfigError(f"coordinator is {address!r}; say host:port")
+        timeout_s = min(self._timeout_s, 10.0)
+        self._channel = connect(
+            where.strip("[]"), int(port), secret, timeout_s=timeout_s, on_frame=self._on_frame, on_close=self._on_close
+        )
+
+    def start(self) -> None:
+        """Say every half second that this rank lives."""
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def tell(self, kind: str, **more: Any) -> None:
+        """Say something to the coordinator."""
+        if self._channel is not None:
+            self._channel.send({"kind": kind, **more})
+
+    def suspect(self, rank: int) -> None:
+        """Tell of a rank whose link broke."""
+        if self.noticed_s is None and self.is_in:
+            self.noticed_s = time.monotonic()
+        self.tell("suspect", epoch=self.epoch, rank=rank)
+
+    def fail(self, error: BaseException, step: int) -> None:
+        """Tell by what this rank ends, once; what the coordinator itself said it knows."""
+        if self._has_failed or self._is_closed:
+            return
+        self._has_failed = True
+        if self.stop is None:
+            self.tell("fail", step=step, why=f"{type(error).__name__}: {error}")
+
+    def part(self, *, is_done: bool) -> bool:
+        """Tell that this rank goes; whether it had not told already."""
+        if self._is_closed:
+            return False
+        self._is_closed = True
+        if not self._has_failed:
+            self.tell("leave" if is_done else "quit")
+        return True
+
+    def close(self) -> None:
+        """End the connection, when the coordinator has heard all."""
+        if self._channel is not None:
+            self._channel.close(after_sends=True)
+            self._channel.wait_closed(_PARTING_S)
+
+    # Waiting
+
+    def is_called(self) -> bool:
+        """Whether what this rank waits for will not come: another layout, or the end."""
+        with self._changed:
+            return self.stop is not None or any(news["kind"] in CALLS for news in self.news)
+
+    def raise_if_called(self) -> None:
+        """Raise CalledAwayError if so."""
+        if self.is_called():
+            raise CalledAwayError
+
+    def raise_if_stopped(self) -> None:
+        """Raise UnrecoverableError or PeerError where training has stopped."""
+        if self.stop is None:
+            return
+        why = str(self.stop["why"])
+        if self.stop.get("is_lost"):
+            raise UnrecoverableError(f"training cannot go on: {why}")
+        raise PeerError(why)
+
+    def wait_until(self, holds: Callable[[], bool], told: str | None, *, is_called: bool = False) -> None:
+        """Until ``holds``; bounded by the timeout where ``told`` says of what. Raises CalledAwayError when called away.
+
+        A rank that is not in yet is called away only where it says so (``is_called``).
+        """
+        deadline = time.monotonic() + self._timeout_s
+        with self._changed:
+            while not holds():
+                if not self.is_in:
+                    self.raise_if_stopped()
+                    if self._gives_up():
+                        raise PeerError("this rank was told to stop before it was in")
+                if self.stop is not None or ((is_called or self.is_in) and self.is_called()):
+                    raise CalledAwayError
+                if told is not None and time.monotonic() > deadline:
+                    raise PeerError(f"{told} in {self._timeout_s:g} s")
+                self._changed.wait(1.0)
+
+    def wait_for_news(self, told: str | None) -> None:
+        """Until the coordinator says something of commits or layouts, or that training has stopped."""
+        self.wait_until(lambda: bool(self.news) or self.stop is not None, told)
+
+    def ask(self, kind: str, answer: str, told: str | None, **more: Any) -> Header:
+        """Tell something, and wait for the answer."""
+        self.answers.pop(answer, None)
+        self.tell(kind, **more)
+        self.wait_until(lambda: answer in self.answers, told)
+        return self.answers[answer]
+
+    def decided(self, kind: str, told: str) -> Header:
+        """The next news, which is to be of this kind; CalledAwayError where it is another."""
+        self.wait_for_news(told)
+        if self.stop is not None or self.news[0]["kind"] != kind:
+            raise CalledAwayError
+        return self.news.popleft()
+
+    # What comes
+
+    def _beat(self) -> None:
+        while not self._is_closed and self._channel is not None and not self._channel.is_closed:
+            time.sleep(_BEAT_S)
+            self.tell("beat")
+
+    def _on_frame(self, channel: Channel, header: Header, body: bytes) -> None:
+        with self._changed:
+            kind = header["kind"]
+            if kind in ("welcome", "saved", "finished"):
+                self.answers[kind] = header
+            elif kind in ("stop", "refuse"):
+                self.stop = self.stop or header
+            elif kind in CALLS:
+                # Whatever was said of an older epoch is over, but for a commit, which all who are left must follow.
+                self.news = deque(news for news in self.news if news["kind"] == "commit")
+                self.news.append(header)
+            elif kind == "commit":
+                self.news.append(header)
+                if "live" in header:
+                    self.news.append(header["live"])
+            elif kind == "go" and int(header["epoch"]) >= self.epoch:
+                self.news.append(header)
+            self._changed.notify_all()
+
+    def _on_close(self, channel: Channel, why: str) -> None:
+        with self._changed:
+            if not self._is_closed:
+                said = f"the coordinator is gone, or has cast this rank out ({why})"
+                self.stop = self.stop or {"kind": "stop", "why": said}
+            self._changed.notify_all()

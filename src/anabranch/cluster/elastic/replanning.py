@@ -1,0 +1,83 @@
+"""The coordinator's plans: layouts for the ranks that there are, from what ranks say of the model and measure of its layers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from anabranch.cluster.elastic.layout import Grid, Layout
+from anabranch.cluster.elastic.planner import ElasticPlan, Policy, plan
+from anabranch.cluster.elastic.stages import Memory
+from anabranch.cluster.elastic.wire import Header
+
+__all__ = ["Replanner"]
+
+
+class Replanner:
+    """Of one training.
+
+    Args:
+        stages: P.
+        policy: of the planner.
+        memory: what layers take and ranks have.
+        layer_costs: seconds of each layer; None for those that ranks measure.
+
+    Attributes:
+        signature: what ranks said of the model; set by the first.
+    """
+
+    def __init__(
+        self, stages: int, policy: Policy | None, memory: Memory | None, layer_costs: Sequence[float] | None
+    ) -> None:
+        self.signature: Header = {}
+        self._stages, self._policy, self._memory, self._given_costs = stages, policy or Policy(), memory, layer_costs
+        self._measured: dict[int, float] = {}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of each layer."""
+        return list(self.signature["sizes"])
+
+    @property
+    def micro_batches(self) -> int:
+        """M: as ranks say, or twice the stages."""
+        return int(self.signature["micro_batches"] or 2 * self._stages)
+
+    @property
+    def layer_costs(self) -> list[float]:
+        """Seconds of each layer: given, or measured once all are."""
+        sizes = self.sizes
+        if self._given_costs is not None:
+            return list(self._given_costs)
+        if len(self._measured) == len(sizes):
+            return [self._measured[layer] for layer in range(len(sizes))]
+        # Until they are measured: by parameters, and something for layers without.
+        return [1e-9 * (size + 1) for size in sizes]
+
+    def measured(self, costs: dict[str, Any]) -> None:
+        """What a rank measured of its layers."""
+        self._measured |= {int(layer): float(seconds) for layer, seconds in costs.items()}
+
+    def planned(self, grid: Grid, bounds: tuple[int, ...] | None, *, moves_layers: bool) -> ElasticPlan:
+        """The plan for some ranks, from where layers begin now."""
+        sizes = self.sizes
+        has_as_many = bounds is not None and len(bounds) == len(grid.stages) - 1
+        return plan(
+            grid,
+            self.layer_costs,
+            global_batch=int(self.signature["global_batch"]),
+            micro_batches=self.micro_batches,
+            block=int(self.signature["block"]),
+            memory=self._memory,
+            size_L=sizes,
+            # Who answers for whom is in the announcement; here only bounds count.
+            previous=Layout(grid, bounds, len(sizes)) if has_as_many and bounds is not None else None,
+            policy=self._policy if moves_layers else replace(self._policy, moves_layers=False),
+        )
+
+    def grown(self, layout: Layout, joins: Sequence[int]) -> Layout | None:
+        """The layout with ranks that come in, and with layers moved where it is worth it; None where that is the same."""
+        grid = layout.grid
+        for rank in joins:
+            grid = grid.with_rank(rank)
+        made = self.planned(grid, layout.bounds, moves_layers=True)
+        return None if made.layout == layout else made.layout
