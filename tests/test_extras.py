@@ -247,8 +247,8 @@ def test_every_command_is_among_those_that_were_tried():
     need_files |= {f"gateway keys {name}" for name in ("revoke", "edit", "rotate")}
     need_files |= {f"gateway budget {name}" for name in ("set", "remove")}
     need_files |= {f"gateway ledger {name}" for name in ("spend", "prune", "backup")}
-    # It runs until it is stopped.
-    need_files |= {"cluster master"}
+    # They run until they are stopped.
+    need_files |= {"cluster coordinate", "cluster master"}
     assert rest - groups - named == need_files
 
 

@@ -86,6 +86,7 @@ COMMANDS = {
         {"trace": "t.parquet", "network": "n.csv"},
         {"PICTURE": "o.svg", "OUT": "o.csv"},
     ),
+    "cluster coordinate": ("--listen 127.0.0.1:0 --secret-file {secret_file}", {"secret_file": "s.txt"}, {}),
     "cluster master": (
         "--listen 127.0.0.1:0 --journal {JOURNAL} --secret-file {secret_file}", {"secret_file": "s.txt"}, {"JOURNAL": "o.txt"}
     ),

@@ -114,6 +114,15 @@ cluster churn --hangs 2
 cluster churn --master-every nan
 cluster churn --numbers 0
 cluster churn --seed {HUGE}
+cluster coordinate --listen nowhere.invalid:1
+cluster coordinate --listen 127.0.0.1:99999
+cluster coordinate --listen ::1
+cluster coordinate --listen 127.0.0.1:0 --secret-file nowhere
+cluster coordinate --listen 127.0.0.1:0 --dead-after nan
+cluster coordinate --listen 127.0.0.1:0 --chunk 0
+cluster coordinate --listen 127.0.0.1:0 --chunk much
+cluster coordinate --listen 127.0.0.1:0 --replicas {HUGE}
+cluster coordinate --listen 127.0.0.1:0 --stages 0
 cluster master --listen nowhere.invalid:1
 cluster master --listen 127.0.0.1:99999
 cluster master --listen ::1

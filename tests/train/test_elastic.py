@@ -171,8 +171,12 @@ def test_what_does_not_go_together_is_told_before_training(make_run, tmp_path):
 # In processes of their own
 
 
-def trained(rank, world, place, name, die=None, pace_s=0.0, resumes=False):
-    """One process. ``die``: {rank: finished steps}, after which it is gone as if its machine was."""
+def trained(rank, world, place, name, die=None, waits_at=None, resumes=False):
+    """One process.
+
+    ``die``: {rank: finished steps}, after which it is gone as if its machine was. ``waits_at``: after so many steps it waits until the test
+    has made the file ``come``.
+    """
     os.environ["ANABRANCH_NO_KERNELS"] = "1"
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         # It is no rank of torchrun.
@@ -185,7 +189,9 @@ def trained(rank, world, place, name, die=None, pace_s=0.0, resumes=False):
 
     def between():
         after()
-        time.sleep(pace_s)
+        end = time.monotonic() + 60
+        while trainer._progress.step == waits_at and not os.path.exists(f"{place}/come") and time.monotonic() < end:
+            time.sleep(0.02)
         if trainer._progress.step == (die or {}).get(rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -200,11 +206,11 @@ def trained(rank, world, place, name, die=None, pace_s=0.0, resumes=False):
 
 
 def together(
-    run, tmp_path, *, replicas=2, stages=2, die=None, while_running=None, pace_s=0.0, name="shared", **settings
+    run, tmp_path, *, replicas=2, stages=2, die=None, while_running=None, waits_at=None, name="shared", **settings
 ):
     with Coordinator(replicas=replicas, stages=stages) as host:
         shared(run, host, **settings).save(tmp_path / "config")
-        arguments = (str(tmp_path), name, die, pace_s)
+        arguments = (str(tmp_path), name, die, waits_at)
         with Ranks(replicas * stages, trained, *arguments, backend=None, timeout_s=120) as ranks:
             for rank in die or {}:
                 ranks.expect_end(rank)
@@ -222,15 +228,17 @@ def test_a_shared_run_learns_what_one_process_does_through_kills_and_a_newcomer(
 
     def join(ranks, host):
         assert host.wait_for(lambda host: any(what == "lost" for _, what, _ in host.history))
-        ranks.join(trained, str(tmp_path), "shared", None, 0.05, True)
+        ranks.join(trained, str(tmp_path), "shared", None, None, True)
+        assert host.wait_for(lambda host: 4 in host.ranks)
+        (tmp_path / "come").touch()
 
-    found, host = together(run, tmp_path, die={0: 4}, while_running=join, pace_s=0.05)
+    found, host = together(run, tmp_path, die={0: 4}, while_running=join, waits_at=8)
     assert {one["status"] for one in found} == {"finished"}
     assert {one["checkpoint"] for one in found} == {str(checkpoints(tmp_path / "shared")[-1])}
     check_same(tmp_path / "shared", tmp_path / "plain")
     assert [line["step"] for line in read_metrics(tmp_path / "shared") if line["kind"] == "train"] == list(range(1, 13))
     assert [details["rank"] for _, what, details in host.history if what == "lost"] == [0]
-    assert any(details["rank"] == 4 for _, what, details in host.history if what == "joined")
+    assert 4 in host.layout.grid.ranks
 
 
 @pytest.mark.slow
@@ -247,8 +255,8 @@ def test_a_mixture_with_losses_of_balance_is_shared_too(make_run, tmp_path, sett
 @pytest.mark.slow
 def test_layouts_and_losses_change_no_bit(make_run, tmp_path):
     run = make_run(dense(), steps=6)
-    with Coordinator(replicas=1, stages=1) as host:
-        Trainer(shared(run, host), tmp_path / "alone").fit()
+    # Both without kernels of our own, which round otherwise.
+    together(run, tmp_path, replicas=1, stages=1, name="alone")
     together(run, tmp_path, die={1: 3}, name="shared")
     assert losses(tmp_path / "shared") == losses(tmp_path / "alone")
     first, second = weights(tmp_path / "shared"), weights(tmp_path / "alone")

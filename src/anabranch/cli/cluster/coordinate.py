@@ -83,6 +83,9 @@ def coordinate(
         chunk_bytes=parse_bytes(chunk, "--chunk"),
         log=None if quiet else _tell,
     ) as made:
+        # Before anybody is told that it is here.
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, lambda *_: stopping.set())
         whole = replicas * stages
         if as_json:
             sizes = {"replicas": replicas, "stages": stages}
@@ -92,8 +95,6 @@ def coordinate(
         if not secret and not is_local(host):
             say("no secret: whoever reaches this port takes part; see --secret-file")
         sys.stdout.flush()
-        for sign in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sign, lambda *_: stopping.set())
         while not stopping.wait(_LOOK_S) and not made.has_ended and made.stopped is None:
             pass
         deadline = time.monotonic() + _PARTING_S
