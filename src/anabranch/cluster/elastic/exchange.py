@@ -93,7 +93,7 @@ def gathered(
 def whole_weights(links: LinkPool, work: Work, flat: Mapping[int, Tensor], tag: str) -> dict[int, Tensor]:
     """Weights of the layers that this rank's stage does not have, from the first rank of each stage. All ranks take part."""
     rank, grid = work.rank, work.layout.grid
-    found = {}
+    found: dict[int, Tensor] = {}
     for stage in grid.stages:
         if stage[0] == rank:
             for other in grid.ranks:

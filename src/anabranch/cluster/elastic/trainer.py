@@ -16,7 +16,7 @@ coordinator, `exchange` what ranks give each other in a step, `execution` the wo
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class ElasticTrainer:
         *,
         global_batch: int,
         optimizer_factory: OptimizerFactory,
-        loss: Callable[[Any, Any], Tensor],
+        loss: Callable[[Any, Any], Any],
         coordinator: str,
         secret: str = "",
         mesh: tuple[int, int] | None = None,
@@ -146,10 +146,8 @@ class ElasticTrainer:
             if number < 1:
                 raise ConfigError(f"{name} is {number}; use more")
         draw = tuple(draws_of(layer) if draws is None else draws for layer in layers)
-        self._settings = {
-            "global_batch": global_batch, "micro_batches": micro_batches, "block": block if exact else 1, "is_exact": exact,
-            "loss": loss, "seed": seed, "draws": draw,
-        }  # fmt: skip
+        # Where nobody says into how many micro-batches, the coordinator does.
+        self._settings = StepSettings(global_batch, micro_batches or 0, block if exact else 1, exact, loss, seed, draw)
         updater = Updater(optimizer_factory, learning_rate, groups)
         sizes = [sum(parameter.numel() for parameter in learning(layer)) for layer in self._layers]
         version, loaded = self._resumed(resume, sizes)
@@ -198,16 +196,24 @@ class ElasticTrainer:
         self, host: str, wish: int | None, mesh: tuple[int, int] | None, copies: int, signature: dict[str, Any]
     ) -> None:
         """Say hello, and wait until this rank is in."""
-        settings = {name: value for name, value in self._settings.items() if name not in ("loss", "draws")}
-        layers = [type(layer).__name__ for layer in self._layers]
-        signature |= {"sizes": self._member.sizes, "layers": layers, "copies": copies, **settings}
+        settings = self._settings
+        signature |= {
+            "sizes": self._member.sizes,
+            "layers": [type(layer).__name__ for layer in self._layers],
+            "global_batch": settings.global_batch,
+            "micro_batches": settings.micro_batches,
+            "block": settings.block,
+            "exact": settings.is_exact,
+            "seed": settings.seed,
+            "copies": copies,
+        }
         welcome = self._control.ask(
             "hello", "welcome", "the coordinator does not answer", host=host, port=self._links.port, wish=wish,
             mesh=None if mesh is None else list(mesh), version=self._member.version, weights=_weights_of(self._layers),
             signature=signature,
         )  # fmt: skip
         self.rank = self._links.rank = int(welcome["rank"])
-        self._member.settings = StepSettings(**{**self._settings, "micro_batches": int(welcome["micro_batches"])})
+        self._member.settings = replace(settings, micro_batches=int(welcome["micro_batches"]))
         self._control.start()
         # Others may come late: this wait has no bound but the coordinator.
         self._control.wait_until(lambda: bool(self._control.news), None)
@@ -470,10 +476,10 @@ class ElasticTrainer:
             raise InputError(f"batch is a {type(batch).__name__}; give (inputs, targets)")
         for name, part in zip(("inputs", "targets"), batch, strict=True):
             for tensor in part if isinstance(part, tuple | list) else (part,):
-                if not isinstance(tensor, Tensor) or not tensor.ndim or len(tensor) != self._settings["global_batch"]:
+                if not isinstance(tensor, Tensor) or not tensor.ndim or len(tensor) != self._settings.global_batch:
                     shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                     raise InputError(
-                        f"{name} are {shape}, and global_batch is {self._settings['global_batch']}; give the whole batch"
+                        f"{name} are {shape}, and global_batch is {self._settings.global_batch}; give the whole batch"
                     )
 
 
