@@ -311,6 +311,20 @@ def test_code_that_hangs_is_not_verified_and_not_waited_for():
     assert time.monotonic() - began < 4
 
 
+@needs_jail
+@pytest.mark.parametrize("text", ["What is 16 >>> 2 in Java?", ">>>> you wrote: hello"])
+def test_a_question_without_examples_has_no_verifier(text):
+    """It costs no more than without one, and teaches by its score."""
+    query = Query(text=text, request_id="r1", task="code")
+    without, _, _ = run(Scripted("It is 4"), query=query, decides="posterior")
+    step, _, program = run(Scripted("It is 4"), query=query, **CODED)
+    assert (step["samples"], step["reason"]) == (without["samples"], without["reason"]) == (4, "agreement")
+    assert step["verified"] == 0
+    program.observe(outcome("r1", quality=1.0))
+    arrays, _ = program.state()
+    assert arrays["count_G2N"][0].sum(axis=1).tolist() == [1, 1]
+
+
 def unknowing(monkeypatch, *verdicts):
     """The verifier says these, one after another and then the last again; None where it has no process."""
     said = list(verdicts)

@@ -167,7 +167,11 @@ def test_nothing_that_a_model_says_acts_and_nothing_is_raised(said):
 
 
 @pytest.mark.parametrize(
-    "text", ["<answer>" * 60_000, "<search>" * 60_000, "<think></answer>" * 40_000, "<" * 400_000, "</think>" * 60_000]
+    "text",
+    [
+        *("<answer>" * 60_000, "<search>" * 60_000, "<think></answer>" * 40_000, "<" * 400_000, "</think>" * 60_000),
+        *("<" + " " * 400_000, "<" + "\n" * 400_000, "< / " * 100_000),
+    ],
 )
 def test_hostile_texts_take_no_longer_than_reading_them(text):
     """What is quadratic in them would take minutes."""

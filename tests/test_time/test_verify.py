@@ -3,6 +3,7 @@
 What a candidate tries here it tries behind real walls (bubblewrap), where this machine has them.
 """
 
+import asyncio
 import gzip
 import json
 import os
@@ -99,8 +100,62 @@ def test_examples_of_a_question():
     assert verifier.check_examples(PROMPT, "import math\ndef area(r): return math.pi * r * r").passed
     assert not verifier.check_examples(PROMPT, "def area(r): return r").passed
     assert verifier.check_examples("What is 2 + 2?", "4") is None
-    # Marks without an example that can be read test nothing, so nothing is verified.
-    assert not verifier.check_examples("a >>> b", "x = 1").passed
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What is 16 >>> 2 in Java?",
+        ">>>> you wrote: hello",
+        ">>>f(2)\n4\n",
+        ">>>",
+        ">>> f(2) # doctest: +SKIP\n5\n",
+        ">>> 1\n1\n" * 201,
+        "x" * 50_000 + "\n>>> f(2)\n4\n",
+        # One whose end is not looked at.
+        ">>> f(2)\n" + "4" * 50_000,
+    ],
+)
+def test_marks_without_an_example_that_can_be_read_say_nothing_of_an_answer(question):
+    """They do not say that it is wrong: a shift of Java's, a quoted mail."""
+    for answer in ("def f(x): return 2 * x", "It shifts right, filling with zeros."):
+        assert own.check_examples(question, answer) is None
+
+
+def test_of_a_long_question_the_examples_count_that_are_read_to_their_end():
+    question = ">>> f(2)\n4\n\n" + "x" * 49_970 + "\n\n>>> f(2)\n55555555555555555\n"
+    assert own.check_examples(question, "def f(x): return 2 * x").passed
+    assert not own.check_examples(question, "def f(x): return x").passed
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        ">>> f()\nTraceback (most recent call last):\n" + "\x0c\n" * 24_000,
+        ">>> f() # doctest:" + " " * 49_000 + "'\n1\n",
+    ],
+)
+def test_examples_that_take_long_to_read_end_with_their_time(question):
+    """Patterns of `doctest` take time quadratic in them: minutes, which the process that watches would not live through."""
+    before = next(iter(sandbox.Sandbox.of(module._WORK).workers)).process
+    assert CodeVerifier(seconds=0.3, sandbox="none").check_examples(question, "def f(): return 1") is None
+    assert next(iter(sandbox.Sandbox.of(module._WORK).workers)).process is before
+
+
+def test_long_runs_in_an_answer_are_read_in_linear_time():
+    """In quadratic time these would not end: they are read on an event loop."""
+    for run in (" ", "a", "\t", "``` ", "\n```"):
+        answer = "```" + run * (MOST_CODE // len(run) - 4)
+        code_of(answer)
+    assert asyncio.run(own.check_examples_in_turn(">>> 1\n1\n", "```" + " " * (MOST_CODE - 3))).passed is False
+
+
+def test_what_is_too_long_is_looked_at_by_no_pattern(monkeypatch):
+    monkeypatch.setattr(module, "_FENCED", None)
+    answer = "x" * (MOST_CODE + 1)
+    assert asyncio.run(own.check_examples_in_turn(">>> 1\n1\n", answer)).why == "too long"
+    assert own.check_examples(">>> 1\n1\n", answer).why == "too long"
+    assert own.check_humaneval(PROMPT, answer, TEST, "area").why == "too long"
 
 
 @pytest.mark.parametrize("walls", ["none", pytest.param("bwrap", marks=needs_jail)])
@@ -148,7 +203,6 @@ def test_one_that_failed_leaves_the_next_alone():
 
 def test_too_much_is_not_run():
     assert verifier.run("x" * (MOST_CODE + 1), "").why == "too long"
-    assert verifier.check_examples(">>> 1\n1\n" * 300, "").why == "too many examples"
     with pytest.raises(InputError, match="seconds is 100"):
         CodeVerifier(seconds=100.0)
     with pytest.raises(InputError, match="sandbox is 'docker'; it must be bwrap, or none for code that you trust"):
@@ -181,7 +235,6 @@ def test_what_cannot_be_run_is_neither_right_nor_wrong(monkeypatch):
         (">>> [f(2),  f(3)]\n[4,\n 6]\n", True),
         (">>> list(map(f, range(99))) # doctest: +ELLIPSIS\n[0, 2, ..., 196]\n", True),
         (">>> list(map(f, range(99)))\n[0, 2, ..., 196]\n", False),
-        (">>> f(2) # doctest: +SKIP\n5\n", False),
         (">>> f(2)\n4\n>>> f(2) # doctest: +SKIP\n5\n", True),
         (">>> f(None)\nTraceback (most recent call last):\n    ...\nValueError: no number\n", True),
         (">>> f(None)\nTraceback (most recent call last):\n    ...\nValueError: other\n", False),
@@ -192,7 +245,8 @@ def test_what_cannot_be_run_is_neither_right_nor_wrong(monkeypatch):
         (">>> f(2)\nTraceback (most recent call last):\nValueError: no number\n", False),
         (">>> f(None)\nnothing\n", False),
         (">>> f(\n", False),
-        (">>>f(2)\n4\n", False),
+        (">>> print('a  b')\na b\n", True),
+        (">>> print('a  b') # doctest: -NORMALIZE_WHITESPACE\na b\n", False),
     ],
 )
 def test_examples_mean_what_doctest_says(examples, passed):
@@ -244,6 +298,21 @@ def test_code_that_says_it_passed_has_not(code):
 
 
 @needs_jail
+@pytest.mark.parametrize("said", ['{"unknown": "x"}', '{"no_examples": true}', '{"started": true}', '{"error": 7}'])
+def test_code_does_not_say_that_nobody_can_tell(said):
+    """Whether it could be run, and whether there were examples, is not for it to say."""
+    code = WRITE + f"os.write(out, b'{said}\\n'); os._exit(0)"
+    assert verifier.check_examples("Write f.\n>>> f(2)\n4\n", code).passed is False
+    assert verifier.run(code, "").passed is False
+
+
+@needs_jail
+def test_what_is_said_without_an_end_is_not_kept():
+    one = CodeVerifier(seconds=15.0)
+    assert one.run(WRITE + "while 1: os.write(out, bytes(1 << 16))", "").why == "ended early"
+
+
+@needs_jail
 @pytest.mark.parametrize(
     "said",
     [
@@ -291,7 +360,7 @@ SAYS = "    return 4 if x == 2 else {1: {3}, 'x': float('inf')}\n"
     ],
 )
 def test_a_candidate_is_apart_from_its_tests(answer, why):
-    one = CodeVerifier(seconds=1.0 if "while" in answer else 4.0, sandbox=verifier.sandbox)
+    one = CodeVerifier(seconds=1.0 if "while" in answer else 15.0, sandbox=verifier.sandbox)
     verdict = one.check_humaneval("def f(x):\n", answer, CHECK, "f")
     assert (verdict.passed, verdict.why) == (not why, why)
 
@@ -313,6 +382,33 @@ def check(candidate):
         "def check(candidate):\n    assert candidate(10 ** 5000) == -(10 ** 5001)\n    assert candidate(x=1) == -10\n"
     )
     assert verifier.check_humaneval("def f(x):\n", "    return -10 * x\n", tests, "f").passed
+
+
+def test_what_ends_a_candidate_ends_not_its_tests():
+    """An error of Python's that is no `Exception` is one by name alone there."""
+    tests = """
+def check(candidate):
+    try:
+        candidate(0)
+    except Exception as error:
+        assert type(error).__name__ == "SystemExit"
+    else:
+        assert False
+"""
+    assert verifier.check_humaneval("def f(x):\n", "    raise SystemExit\n", tests, "f").passed
+
+
+def test_where_the_process_with_the_code_cannot_start_nobody_can_tell(tmp_path, monkeypatch):
+    """That with the tests can: what it then hears is no fault of the code."""
+    front = tmp_path / "front"
+    child = os.path.join(os.path.dirname(module.__file__), "verify_child.py")
+    front.write_text(f"#!/bin/sh\nmkdir {tmp_path}/first 2>/dev/null && exit 3\nexec {sys.executable} -I -S {child}\n")
+    front.chmod(0o755)
+    monkeypatch.setattr(module, "jail", lambda: (str(front),))
+    one = CodeVerifier(seconds=5.0)
+    with pytest.raises(SandboxError, match=r"code cannot be run: the process that runs it did not start \(code 3\)"):
+        one.check_humaneval(PROMPT, "    return math.pi * r * r\n", TEST, "area")
+    assert one.check_humaneval(PROMPT, "    return math.pi * r * r\n", TEST, "area").passed
 
 
 # Walls

@@ -36,7 +36,7 @@ _LAST = re.compile(r"####\s*+([^\n]*+)")
 # With a minus sign as keyboards have it or as books do; a point may come first, but no second one.
 _NUMBER = re.compile(r"[-\u2212]?\$?[-\u2212]?(?:\d+(?:,\d+)*(?:\.\d+)?|(?<![.\d])\.\d+)")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})*|\d+")
-_FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
 
 
 def gsm8k_answer(text: str) -> str | None:
@@ -129,6 +129,8 @@ class CodeVerifier:
 
         Raises SandboxError as `run` does.
         """
+        if len(answer) > MOST_CODE:
+            return _TOO_LONG
         code = code_of(answer)
         is_whole = re.search(rf"^def\s+{re.escape(entry_point)}\b", code, re.MULTILINE) is not None
         stub = f"{prompt}\n    pass\n"
@@ -138,45 +140,55 @@ class CodeVerifier:
         return self._verdict(self._request(mode="check", code=code, prompt=stub, tests=tests, name=entry_point))
 
     def check_examples(self, prompt: str, answer: str) -> Verdict | None:
-        """The examples (``>>> f(2)`` and what it gives) that stand in a question, as `doctest` reads them; None where it has none.
+        """The examples (``>>> f(2)`` and what it gives) that stand in a question, as `doctest` reads them.
+
+        None where it has none: no ``>>>`` with a command behind it, none that is not to be skipped, too many (over 200), or such as take
+        longer to read than one run may. Of a question over 50,000 characters the examples are read that end before.
 
         Raises SandboxError as `run` does.
         """
         request = self._examples(prompt, answer)
-        return self._verdict(request) if request else None
+        return request if request is None or isinstance(request, Verdict) else _read(self._said(request))
 
     async def check_examples_in_turn(self, prompt: str, answer: str) -> Verdict | None:
         """As `check_examples`, for an event loop: sources take turns before they wait, however many answers each has."""
         request = self._examples(prompt, answer)
-        if request is None or _is_too_long(request):
-            return None if request is None else _TOO_LONG
+        if request is None or isinstance(request, Verdict):
+            return request
         try:
-            return _read(await Sandbox.of(_WORK).ask_in_turn(self.source, request))
+            return _read(json.loads(await Sandbox.of(_WORK).ask_in_turn(self.source, request)))
         except Refused as error:
             raise _ended(error) from None
 
-    def _examples(self, prompt: str, answer: str) -> dict[str, Any] | None:
-        if ">>>" not in prompt:
+    def _examples(self, prompt: str, answer: str) -> dict[str, Any] | Verdict | None:
+        """What is to be asked, or what is known without asking."""
+        # An example whose end is not looked at is none.
+        question = prompt if len(prompt) <= MOST_QUESTION else prompt[:MOST_QUESTION].rpartition(">>>")[0]
+        if ">>>" not in question:
             return None
-        return self._request(mode="examples", code=code_of(answer), question=prompt[:MOST_QUESTION])
+        if len(answer) > MOST_CODE:
+            return _TOO_LONG
+        return self._request(mode="examples", code=code_of(answer), question=question)
 
     def _request(self, **job: str) -> dict[str, Any]:
         return {**job, "jail": jail() if self.sandbox == "bwrap" else (), "seconds": self.seconds}
 
     def _verdict(self, request: dict[str, Any]) -> Verdict:
-        if _is_too_long(request):
+        if sum(len(one) for one in request.values() if isinstance(one, str)) > MOST_CODE:
             return _TOO_LONG
+        verdict = _read(self._said(request))
+        assert verdict is not None
+        return verdict
+
+    def _said(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return _read(Sandbox.of(_WORK).ask(self.source, request))
+            said: dict[str, Any] = json.loads(Sandbox.of(_WORK).ask(self.source, request))
         except Refused as error:
             raise _ended(error) from None
+        return said
 
 
 _TOO_LONG = Verdict(False, "too long")
-
-
-def _is_too_long(request: dict[str, Any]) -> bool:
-    return sum(len(one) for one in request.values() if isinstance(one, str)) > MOST_CODE
 
 
 def _ended(error: Refused) -> SandboxError:
@@ -184,8 +196,9 @@ def _ended(error: Refused) -> SandboxError:
     return SandboxError(f"the process that {_WORK.does} ended: {error}")
 
 
-def _read(answer: str) -> Verdict:
-    said = json.loads(answer)
+def _read(said: dict[str, Any]) -> Verdict | None:
+    if "no_examples" in said:
+        return None
     if "unknown" in said:
         raise SandboxError(f"code cannot be run: {said['unknown']}")
     if said.get("passed") is True:

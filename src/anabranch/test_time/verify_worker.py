@@ -16,6 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,38 @@ def _alone(asked: dict[str, Any]) -> dict[str, Any]:
 def _examples(asked: dict[str, Any]) -> dict[str, Any]:
     """The code, and behind it the examples without what they should give, which is held against what they gave here."""
     # A closing mark of a docstring or a fence is no part of what the last example gives.
-    text = _CLOSING.sub("", asked["question"])
+    until = time.monotonic() + asked["seconds"]
     try:
-        examples = [one for one in doctest.DocTestParser().get_examples(text) if not one.options.get(doctest.SKIP)]
-    except ValueError:
+        with _ended_at(until):
+            text = _CLOSING.sub("", asked["question"])
+            examples = [one for one in doctest.DocTestParser().get_examples(text) if not one.options.get(doctest.SKIP)]
+    except (ValueError, TimeoutError):
         examples = []
-    if not examples or len(examples) > MOST_EXAMPLES:
-        return {"error": "no examples" if not examples else "too many examples"}
-    said = _alone({**asked, "sources": [one.source for one in examples]})
+    left_s = until - time.monotonic()
+    if not 0 < len(examples) <= MOST_EXAMPLES or left_s <= 0:
+        return {"no_examples": True}
+    said = _alone({**asked, "seconds": left_s, "sources": [one.source for one in examples]})
     outputs = said.get("outputs")
     if not isinstance(outputs, list):
         return {**said, "passed": False}
     is_right = len(outputs) == len(examples) and all(map(_is_wanted, examples, outputs))
     return {"passed": is_right, "error": "AssertionError"}
+
+
+@contextlib.contextmanager
+def _ended_at(until: float) -> Iterator[None]:
+    """Raises TimeoutError then, in the middle of whatever is done: patterns of `doctest` take time quadratic in some questions."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(0.001, until - time.monotonic()))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _is_wanted(example: doctest.Example, output: Any) -> bool:
@@ -108,7 +128,7 @@ def _in_two(asked: dict[str, Any]) -> dict[str, Any]:
             for end in ends:
                 end.close()
             try:
-                return tested.said()
+                return served.lack_of_start() or tested.said()
             finally:
                 tested.end()
         finally:
@@ -151,10 +171,17 @@ class _Running:
             job["tests"] = asked["tests"]
         self._tell({**job, "limits": limits, "peer": given[0] if given else None}, time.monotonic() + START_S)
 
+    def lack_of_start(self) -> dict[str, Any] | None:
+        """Why it could not start, once it has or has not; None where it could. It is asked once."""
+        if self._line(START_S) == {"started": True}:
+            return None
+        return {"unknown": f"the process that runs it did not start ({self._complaint()})"}
+
     def said(self) -> dict[str, Any]:
         """Its answer, or why there is none."""
-        if self._line(START_S) != {"started": True}:
-            return {"unknown": f"the process that runs it did not start ({self._complaint()})"}
+        lack = self.lack_of_start()
+        if lack:
+            return lack
         until = time.monotonic() + self._asked["seconds"]
         told = self._line(until - time.monotonic())
         if self._asked["mode"] == "run":
@@ -165,7 +192,8 @@ class _Running:
             self._tell({"tests": self._asked["tests"], "word": word}, until)
             told = self._line(until - time.monotonic())
             told = {"error": told.get("error"), "passed": told.get("passed") == word}
-        return told
+        # What else it says may be the code's: whether it could be run, and what was asked, is not for it to say.
+        return {name: told[name] for name in ("error", "outputs", "passed") if name in told}
 
     def _complaint(self) -> str:
         """The last line of what is said of a start that failed. Nobody's code has run yet."""
@@ -219,6 +247,4 @@ class _Running:
 
 
 if __name__ == "__main__":
-    # Nothing that the code could read of its parent's.
-    os.environ.clear()
     serve(answer, Limits(seconds=20.0, memory=2 << 30))

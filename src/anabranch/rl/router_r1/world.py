@@ -28,7 +28,7 @@ __all__ = ["INSTRUCTION", "NAMES", "TwoHopPlay", "TwoHopRouted", "TwoHopWorld"]
 INSTRUCTION = "{models}"
 # What models may be called; which is called what is drawn for every episode.
 NAMES = tuple(f"m{number}" for number in range(16))
-_ONE_HOP = re.compile(r"\s*r([0-9]{1,6}) of e[0-9]{1,6}\s*\??\s*")
+_ONE_HOP = re.compile(r"\s*+r([0-9]{1,6}) of e[0-9]{1,6}\s*+\??+\s*+")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ TAGS = ("think", "search", "information", "answer")
 # Words that prompts show where a name and a question belong.
 PLACEHOLDERS = ("llm-name", "your-query")
 
-_ANY = re.compile(r"<(\s*/?\s*(?:think|search|route|information|answer)\b)", re.IGNORECASE)
+_ANY = re.compile(r"<(\s*+/?+\s*+(?:think|search|route|information|answer)\b)", re.IGNORECASE)
 _MARK = re.compile(r"<(/?)(think|search|information|answer)>")
 
 

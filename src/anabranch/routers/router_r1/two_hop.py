@@ -30,7 +30,7 @@ BASELINES = ("random", "single_oracle", "generalist", "informed")
 FILLER = ("as", "far", "as", "I", "know", "and", "I", "may", "be", "wrong", "though", "so", "ask", "others", "too")
 UNKNOWN = "unknown"
 _FACT = re.compile(r"r(\d{1,6})")
-_QUERY = re.compile(r"\s*((?:r\d{1,6}\s+of\s+){1,2})e(\d{1,6})\s*\??\s*")
+_QUERY = re.compile(r"\s*+((?:r\d{1,6}\s++of\s++){1,2})e(\d{1,6})\s*+\??+\s*+")
 Split = Literal["train", "test"]
 
 
