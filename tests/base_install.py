@@ -75,6 +75,8 @@ NEEDS = {  # a command as it is given, and the extras it names
     "adapters recommend x": "lm",
     "adapters merge x --out y": "lm",
     "adapters export x y --out z": "lm",
+    "adapters fuse x y --out z": "lm",
+    "adapters eval x y --data z": "lm",
     "adapters route x y": "lm",
     "pvchat pretrain x --out y": "lm,images",
     "pvchat learn x y --name <a> --bank z --out w": "lm,images,graph",

@@ -65,6 +65,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "routed_heads": "anabranch.heads:RoutedAttention",
     },
     "block": {
+        "ladder": "anabranch.adapters.ladder:Ladder",
         "pre_norm": "anabranch.nn.block:PreNorm",
         "sandwich": "anabranch.nn.block:Sandwich",
     },
@@ -215,6 +216,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "highway": "anabranch.rl:Highway",
     },
     "adapter_method": {
+        "catalogue": "anabranch.adapters.adapt.catalogued:Catalogued",
         "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",
         "gate": "anabranch.adapters.glider.gates:GateMethod",
         "lora": "anabranch.adapters.adapt.lora:Lora",

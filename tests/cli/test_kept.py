@@ -104,6 +104,9 @@ COMMANDS = {
     "adapters export": (
         "{model} {adapters} --out {OUT}", {"adapters": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "a"}
     ),
+    "adapters fuse": (
+        "{model} {adapter} --out {OUT}", {"adapter": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "m"}
+    ),
     "pvchat pretrain": ("{drawings} --out {OUT}", {"drawings": "m/d.zip"}, {"OUT": "m"}),
     "pvchat learn": (
         "{model} {drawings} --name <a> --bank {bank} --out {OUT}",
@@ -140,7 +143,7 @@ READ = {
     "adapt config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",
     "depth eval data", "depth eval routers", "depth prune-eval data", "depth prune-eval skipper", "depth redundancy data",
-    "routers replay router", "routers replay prices", "routers route router", "adapters recommend",
+    "routers replay router", "routers replay prices", "routers route router", "adapters recommend", "adapters eval",
 }  # fmt: skip
 # What is named on the command line is not the file but its folder.
 FOLDERS = {"model": "m", "run": "m", "router": "routers", "adapters": "a", "adapter": "a", "routers": "b"}

@@ -1,9 +1,10 @@
-"""Folders of adapters of any kind that stands beside matrices: which layers there are, and their numbers; without the base.
+"""Folders of adapters of any kind that stands beside matrices, in front of a model or along it: what there is, and its numbers; no base.
 
     write_own("my-adapter", model)              # of a model with layers that were put on
     read_own("my-adapter", base)                # onto the same base, in place
 
-    adapter.json            the linear layers by pattern, as in a model's config; what the base was, by name and by content
+    adapter.json            the linear layers by pattern, as in a model's config, virtual tokens and ladder; what the base was, by name
+                            and by content
     adapter.safetensors     their numbers, by our names
 
 LoRA is better kept as peft keeps it (`save_peft`), which other programs read; these are for what peft has no form for.
@@ -11,18 +12,22 @@ LoRA is better kept as peft keeps it (`save_peft`), which other programs read; t
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from anabranch.adapters.around import around_config, bare_config, bare_name, put_around, take_around
+from anabranch.adapters.front import Front
+from anabranch.adapters.ladder import Ladder
 from anabranch.adapters.put_on import added_names, put_on, take_off
-from anabranch.config import Config, configclass, from_dict, to_dict
+from anabranch.config import Config, Field, configclass, from_dict, to_dict
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json, some
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles, build_empty, read_json, some
 from anabranch.nn import Linear
 
 __all__ = ["OWN", "is_own", "load_numbers", "read_own", "write_own"]
@@ -36,10 +41,37 @@ _REPLACED = rf"{re.escape(OWN)}|{re.escape(NUMBERS)}"
 
 
 @configclass
-class _Layers(Config):
-    """Of adapter.json: the layers."""
+class _Parts(Config):
+    """Of adapter.json: what the adapter is made of."""
 
-    linears: dict[str, Linear.Config]
+    linears: dict[str, Linear.Config] = Field(default_factory=dict)
+    streams: Front.Config | None = None
+    block: Ladder.Config | None = None
+
+    @classmethod
+    def of(cls, config: Decoder.Config) -> "_Parts":
+        """What is around a base of such a model."""
+        streams = config.streams if isinstance(config.streams, Front.Config) else None
+        block = config.block if isinstance(config.block, Ladder.Config) else None
+        return cls(linears=config.linears, streams=streams, block=block)
+
+    def config_on(self, base: Decoder.Config) -> Decoder.Config:
+        """That of a base with all of it. Raises ConfigError where it cannot be."""
+        return around_config(base.replace(linears=self.linears), self.streams, self.block)
+
+    def put(self, model: Decoder) -> None:
+        """All of it onto the base."""
+        if self.linears:
+            put_on(model, self.linears)
+        else:
+            model.requires_grad_(False)
+        put_around(model, front=self.streams, ladder=self.block)
+
+    def take_off(self, model: Decoder) -> None:
+        """The base again."""
+        take_around(model)
+        if self.linears:
+            take_off(model)
 
 
 def is_own(folder: str | Path) -> bool:
@@ -58,7 +90,8 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
     Raises ConfigError for a model without any, DataError where the folder holds something else or cannot be written, CapacityError where
     the disk is full.
     """
-    if not model.config.linears:
+    parts = _Parts.of(model.config)
+    if parts == _Parts():
         raise ConfigError("the model has no adapter to save; put layers onto it first")
     state = model.state_dict()
     numbers = {name: state[name].detach() for name in added_names(model)}
@@ -72,7 +105,7 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
     }
     replaced = _REPLACED if is_own(folder) else ""
     with atomic_folder(folder, replacing=replaced) as temporary:
-        atomic_write_json(temporary / OWN, {**told, **to_dict(_Layers(linears=model.config.linears))})
+        atomic_write_json(temporary / OWN, {**told, **to_dict(parts)})
         write_file(temporary / NUMBERS, numbers)
 
 
@@ -112,15 +145,20 @@ def read_own(
     if is_base_known:
         _check_base(place, table, model if base is None else base)
     try:
-        layers = from_dict(_Layers, {"linears": table.get("linears")})
+        parts = from_dict(_Parts, {name: table[name] for name in ("linears", "streams", "block") if name in table})
     except ConfigError as error:
         raise CheckpointError(f"{place / OWN} does not describe an adapter: {error}") from None
+    if parts == _Parts():
+        raise CheckpointError(f"{place / OWN} describes an adapter of nothing: it has no linears, streams or block")
+    # A few words may ask for any number of numbers; the file has them, which is looked at before any are made.
+    frame = build_empty(parts.config_on(model.config))
+    check_numbers(frame, place / NUMBERS, added_names(frame))
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    put_on(model, layers.linears)
+    parts.put(model)
     try:
         load_numbers(model, place / NUMBERS)
     except BaseException:
-        take_off(model)
+        parts.take_off(model)
         for parameter in learned:
             parameter.requires_grad_(True)
         raise
@@ -135,8 +173,8 @@ def base_digest(model: Decoder) -> dict[str, dict[str, str]]:
 
     ``whole`` is of all tensors, with their names and sizes; ``embedding`` of that alone, which stays as it is where matrices are quantized.
     """
-    added = set(added_names(model)) if model.config.linears else set()
-    state = {name.replace(".matrix.", "."): value for name, value in model.state_dict().items() if name not in added}
+    added = set(added_names(model)) if bare_config(model.config) != model.config else set()
+    state = {bare_name(name): value for name, value in model.state_dict().items() if name not in added}
     parts = {"whole": state, "embedding": {"embedding.weight": state["embedding.weight"]}}
     found = {}
     for part, tensors in parts.items():
@@ -174,25 +212,36 @@ def _check_base(place: Path, table: dict[str, Any], model: Decoder) -> None:
 
 
 @torch.no_grad()
-def load_numbers(model: Any, path: Path, *, prefix: str = "") -> None:
-    """Copy the numbers of a file into the layers of ``model``. Raises CheckpointError for others than it has, or that are not finite."""
+def load_numbers(model: Any, path: Path, *, prefix: str = "", names: Sequence[str] | None = None) -> None:
+    """Copy the numbers of a file into the layers of ``model``, or into what is named of it.
+
+    Raises CheckpointError for others than it has, or that are not finite.
+    """
+    names = added_names(model) if names is None else names
+    source, state = check_numbers(model, path, names, prefix=prefix), model.state_dict()
+    for name in names:
+        value = source.read(prefix + name)
+        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed"
+            )
+        state[name].copy_(value)
+
+
+def check_numbers(model: Any, path: Path, names: Sequence[str], *, prefix: str = "") -> SafetensorsFiles:
+    """The file, which has what is named of ``model`` in its sizes, and nothing else. Raises CheckpointError for another."""
     if not path.is_file():
         raise CheckpointError(f"no numbers of an adapter at {path}; copy the folder again")
     source, state = SafetensorsFiles([path]), model.state_dict()
-    names = added_names(model)
     missing = sorted(set(names) - {name.removeprefix(prefix) for name in source.names})
     extra = sorted({name.removeprefix(prefix) for name in source.names} - set(names))
     if missing or extra:
         what = f"lacks {some(missing)}" if missing else f"has {some(extra)}, for which the model has no layer"
         raise CheckpointError(f"{path} {what}; is it of another model, or damaged?")
     for name in names:
-        value, target = source.read(prefix + name), state[name]
-        if value.shape != target.shape:
+        given, wanted = source.shape(prefix + name), tuple(state[name].shape)
+        if given != wanted:
             raise CheckpointError(
-                f"{name} in {path} has shape {list(value.shape)}, and the model's {list(target.shape)}; is it of another model?"
+                f"{name} in {path} has shape {list(given)}, and the model's {list(wanted)}; is it of another model?"
             )
-        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed"
-            )
-        target.copy_(value)
+    return source

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.around import bare_config, bare_name
 from anabranch.adapters.graft import check_pools, graft, layers_of, start_layers, strip
 from anabranch.config import configclass
 from anabranch.errors import ConfigError
@@ -111,5 +112,5 @@ def take_off(model: Decoder) -> Decoder:
 def added_names(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that are no matrices of the base, as in the state dict."""
     decoder = model if isinstance(model, Decoder) else next(m for m in model.modules() if isinstance(m, Decoder))
-    base = build_empty(decoder.config.replace(linears={})).state_dict().keys()
-    return [name for name in decoder.state_dict() if name.replace(".matrix.", ".") not in base]
+    base = build_empty(bare_config(decoder.config)).state_dict().keys()
+    return [name for name in decoder.state_dict() if bare_name(name) not in base]

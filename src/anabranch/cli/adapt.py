@@ -55,7 +55,7 @@ def adapt(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="lora, poly, mhr, dynmole, lora_mixer, gate, or another that is installed. Default: lora.",
+            help="lora, poly, mhr, dynmole, lora_mixer, gate, or one of anabranch adapters list that is run by own code (dora, ia3, full, ...). Default: lora.",
         ),
     ] = None,
     targets: Annotated[
@@ -165,10 +165,9 @@ def _started(
     out: Path, model: str | None, data: Path | None, method: str | None, settings: dict[str, Any]
 ) -> TaskRunConfig:
     """The config of a new run."""
-    from anabranch.adapters.adapt import AdaptTask
+    from anabranch.adapters.adapt import AdaptTask, method_named
     from anabranch.config import override
     from anabranch.lm.folder import files_of
-    from anabranch.registry import resolve
     from anabranch.train import TaskRunConfig, TrainConfig
     from anabranch.train.run import check_free, check_new
 
@@ -182,8 +181,7 @@ def _started(
     check_new(out)
     place = str(Path(model).absolute()) if Path(model).exists() else model
     named = settings.pop("task.method.kind", "lora")
-    chosen: Any = resolve("adapter_method", method or named)
-    task = AdaptTask.Config(model=place, data=str(data.absolute()), method=chosen.Config())
+    task = AdaptTask.Config(model=place, data=str(data.absolute()), method=method_named(method or named))
     return override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
 
 
@@ -202,10 +200,9 @@ def _resumed(
             raise ConfigError(
                 f"{name} is {str(value)!r}, but the run in {out} began with {held}; leave it out to go on"
             )
-    if method is not None and method != task.method.owner.kind:
-        raise ConfigError(
-            f"--method is {method!r}, but the run in {out} is of {task.method.owner.kind!r}; leave it out to go on"
-        )
+    began = task.method.build().name
+    if method not in (None, began):
+        raise ConfigError(f"--method is {method!r}, but the run in {out} is of {began!r}; leave it out to go on")
     return override(config, settings)
 
 
@@ -215,7 +212,7 @@ def _introduce(trainer: Trainer[Any]) -> None:
     fact("base", f"{task.config.model}   {quantity(everything - learns)} parameters, frozen", to=sys.stderr)
     fact(
         "method",
-        f"{task.method.kind}   {quantity(learns)} parameters learn, {learns / everything:.2%} of all",
+        f"{task.method.name}   {quantity(learns)} parameters learn, {learns / everything:.2%} of all",
         to=sys.stderr,
     )
     held = 0 if task.held_out is None else len(task.held_out)
@@ -256,7 +253,7 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
     learns, _ = _sizes(task)
     told: dict[str, Any] = {
         "folder": str(out),
-        "method": task.method.kind,
+        "method": task.method.name,
         "model": task.config.model,
         "status": result.status,
         "step": result.step,
@@ -286,7 +283,9 @@ def _conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json:
         return
     base, adapter = shell_word(task.config.model), shell_word(told["adapter"])
     following = f"anabranch eval {base} --adapter {adapter}"
-    if told["form"] != "peft" and task.method.needs_task:
+    if told["form"] == "model":
+        following = f"anabranch eval {adapter}"
+    elif told["form"] != "peft" and task.method.needs_task:
         following = f"anabranch adapters export {base} {adapter} --task {shell_word(task.names[0])} --out DIR"
     wrote(told["adapter"], following)
 

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from anabranch.adapters.adapt.method import Method, Written
+from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
 from anabranch.adapters.low_rank import LowRank
-from anabranch.adapters.own_folder import write_own
-from anabranch.adapters.saving import save_peft
 from anabranch.config import Field, Size, configclass
-from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
 
 __all__ = ["Lora"]
@@ -36,9 +33,4 @@ class Lora(Method, kind="lora"):
 
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """A folder of peft's; one of our own for a model that no family of Hugging Face's has."""
-        try:
-            save_peft(folder, model)
-        except CheckpointError as error:
-            write_own(folder, model, base=base)
-            return Written(folder, "anabranch", f"peft has no names for the layers of this model: {error}")
-        return Written(folder, "peft")
+        return write_peft_or_own(folder, model, base)

@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 from torch import nn
 
 from anabranch.adapters.own_folder import write_own
-from anabranch.adapters.put_on import put_on
+from anabranch.adapters.put_on import added_names, put_on
+from anabranch.adapters.saving import save_peft
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, configclass
+from anabranch.errors import CheckpointError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn import Linear
 from anabranch.train.optimizer import Speed
 
-__all__ = ["Method", "Written", "patterns_of_targets"]
+__all__ = ["Method", "Written", "patterns_of_targets", "write_peft_or_own"]
 
 # For --target: what is meant by one word.
 _ALL = "blocks.*"
@@ -34,7 +36,7 @@ class Written:
 
     Attributes:
         folder: where.
-        form: ``peft``, a folder that peft and `anabranch eval --adapter` read, or ``anabranch``, one of our own.
+        form: ``peft``, a folder that peft and `anabranch eval --adapter` read; ``anabranch``, one of our own; or ``model``, a whole model.
         note: what there is to say of it; empty for nothing.
     """
 
@@ -63,6 +65,16 @@ class Method(Part, family="adapter_method"):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def name(self) -> str:
+        """What commands call it."""
+        return str(self.kind)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether what learns are parameters of the base, so that what comes out is a model and no adapter."""
+        return False
+
     def layer(self, tasks: Sequence[str]) -> Linear.Config:
         """What stands beside each target; ``tasks`` are the names of the rows' tasks, sorted."""
         raise NotImplementedError  # abstract
@@ -75,6 +87,10 @@ class Method(Part, family="adapter_method"):
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
         """Put the layers on, in place: what learns has ``requires_grad``, all else has not."""
         return put_on(model, self.linears(tasks), seed=seed)
+
+    def kept(self, model: Decoder) -> list[str]:
+        """Names in the model's state of what checkpoints hold: all that is not the base's as it was read."""
+        return added_names(model)
 
     def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
         """How quickly a parameter learns, see `Task.speed`; None as all others."""
@@ -94,6 +110,16 @@ class Method(Part, family="adapter_method"):
         """
         write_own(folder, model, base=base)
         return Written(folder, "anabranch")
+
+
+def write_peft_or_own(folder: Path, model: Decoder, base: str) -> Written:
+    """A folder of peft's; one of our own for a model that no family of Hugging Face's has."""
+    try:
+        save_peft(folder, model)
+    except CheckpointError as error:
+        write_own(folder, model, base=base)
+        return Written(folder, "anabranch", f"peft has no names for the layers of this model: {error}")
+    return Written(folder, "peft")
 
 
 def patterns_of_targets(targets: Sequence[str]) -> list[str]:

@@ -44,6 +44,7 @@ class Row:
         answer: what is to be said.
         split: as the row says; empty where it says nothing.
         where: its file and line, for messages.
+        others: answers that are as good, which are not learned.
     """
 
     task: str
@@ -51,6 +52,12 @@ class Row:
     answer: str
     split: str = ""
     where: str = field(default="", compare=False)
+    others: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether its split says that it is not to be learned."""
+        return self.split in _HELD_OUT
 
 
 def read_rows(path: str | Path, *, needs_task: bool = False) -> list[Row]:
@@ -100,7 +107,17 @@ def _row(line: str, where: str, needs_task: bool) -> Row:
     task = _text(table, "task", where)
     if needs_task and not task:
         raise DataError(f"{where}: the row names no task, by which this method routes; give each row a task")
-    return Row(task, prompt, answers[0], _text(table, "split", where).lower(), where)
+    others = tuple(dict.fromkeys(one for one in _texts_of(table) if one != answers[0]))
+    return Row(task, prompt, answers[0], _text(table, "split", where).lower(), where, others)
+
+
+def _texts_of(table: dict[str, Any]) -> list[str]:
+    """All that may be said, in the row's own order."""
+    found: list[str] = []
+    for name in _ANSWERED:
+        value = table.get(name)
+        found += [str(one) for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+    return found
 
 
 def _first(table: dict[str, Any], names: Sequence[str], where: str) -> list[str]:
@@ -124,8 +141,8 @@ def parted(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
 
     Raises DataError where nothing is left to learn.
     """
-    if any(row.split in _HELD_OUT for row in rows):
-        out = [row.split in _HELD_OUT for row in rows]
+    if any(row.is_held_out for row in rows):
+        out = [row.is_held_out for row in rows]
     else:
         out = [_place(row) < share for row in rows]
     kept = [row for row, is_out in zip(rows, out, strict=True) if not is_out]

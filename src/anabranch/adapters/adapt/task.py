@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
 from anabranch.adapters.own_folder import load_numbers
-from anabranch.adapters.put_on import added_names
 from anabranch.adapters.tasks import numbers_of, told_tasks
 from anabranch.config import Field, Size, configclass, to_dict
 from anabranch.data import Tokenizer
 from anabranch.errors import ConfigError, DataError, InputError, TokenizerError
 from anabranch.files import atomic_write_json
-from anabranch.lm.checkpoint import load_model
+from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
 from anabranch.nn.linear import takes_context
@@ -35,7 +34,7 @@ from anabranch.train.language_model import decoder_parts
 from anabranch.train.optimizer import Speed
 from anabranch.train.task import FORMAT, Losses, Task, TaskContext
 
-__all__ = ["AdaptTask", "Answers"]
+__all__ = ["AdaptTask", "Answers", "batch_of"]
 
 NUMBERS = "adapter.safetensors"
 _IGNORED = -100
@@ -242,7 +241,7 @@ class AdaptTask(Task, kind="adapt"):
 
     def step(self, model: nn.Module, batch: tuple[Tensor, ...], context: TaskContext) -> Losses:
         """The loss of the answers, what layers add, and what the method punishes."""
-        given = _batch(*batch)
+        given = batch_of(*batch)
         weight = self.method.unlikelihood() if self.method.needs_task else 0.0
         task_B: Any = given.pop("task_B")
         task_B = task_B if self.method.needs_task else None
@@ -278,7 +277,7 @@ class AdaptTask(Task, kind="adapt"):
         for row_B in data[2].argsort(stable=True).split(context.batch_size):
             self.on_rows(done, len(data[2]))
             done += len(row_B)
-            given = _batch(*(tensor[row_B] for tensor in data))
+            given = batch_of(*(tensor[row_B] for tensor in data))
             task_B = given.pop("task_B")
             nats_M, *_ = model(**given, task_B=task_B if self.method.needs_task else None)
             row_M = (given["target_BL"] != _IGNORED).nonzero()[:, 0].cpu()
@@ -310,14 +309,15 @@ class AdaptTask(Task, kind="adapt"):
 
     def save(self, folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """The numbers of the adapter, and the task's config."""
-        names = {f"decoder.{name}" for name in added_names(model)}
+        assert isinstance(model, Answers)
+        names = {f"decoder.{name}" for name in self.method.kept(model.decoder)}
         write_file(folder / NUMBERS, {name: tensor.detach() for name, tensor in tensors.items() if name in names})
         atomic_write_json(folder / "config.json", {"schema": 1, "format": FORMAT, "task": to_dict(self.config)})
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """The numbers of the adapter."""
         assert isinstance(model, Answers)
-        load_numbers(model.decoder, folder / NUMBERS, prefix="decoder.")
+        load_numbers(model.decoder, folder / NUMBERS, prefix="decoder.", names=self.method.kept(model.decoder))
 
     def state_dict(self) -> dict[str, Any]:
         """The base by content, and the evaluation before the first step."""
@@ -332,11 +332,14 @@ class AdaptTask(Task, kind="adapt"):
         self.before = state["before"]
 
     def write(self, folder: Path) -> Written:
-        """Write the adapter as others use it, see `Method.write`."""
+        """Write the adapter as others use it, see `Method.write`; the whole model where parameters of the base have learned."""
+        if self.method.trains_base:
+            save_model(folder, self.base, self.tokenizer)
+            return Written(folder, "model", "parameters of the base have learned, so this is a model of its own")
         return self.method.write(folder, self.base, self.config.model)
 
 
-def _batch(token_BL: Tensor, start_B: Tensor, length_B: Tensor, task_B: Tensor) -> dict[str, Any]:
+def batch_of(token_BL: Tensor, start_B: Tensor, length_B: Tensor, task_B: Tensor) -> dict[str, Any]:
     """What `Answers` is called with, of rows that are padded on the right: as long as the longest, padded on the left."""
     longest = int(length_B.max())
     place_BL = torch.arange(longest, device=token_BL.device) - (longest - length_B)[:, None]

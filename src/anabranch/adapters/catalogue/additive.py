@@ -1,17 +1,10 @@
 """Cards of what adds modules, tokens or factors to a model that stays as it is."""
 
 from anabranch.adapters.catalogue.card import Card, Op, Paper, Work
-from anabranch.adapters.catalogue.works import ELEMENTWISE, each
+from anabranch.adapters.catalogue.works import BOTTLENECK, ELEMENTWISE, each
 
 __all__ = ["CARDS"]
 
-_BOTTLENECK = Work(
-    "2 m (C + O)",
-    lambda matrix, options: [
-        Op(2 * options["width"] * matrix.in_dim),
-        Op(2 * options["width"] * matrix.out_dim, takes_x=False),
-    ],
-)
 _SERIAL = Work(
     "4 d m",
     lambda matrix, options: [
@@ -62,7 +55,7 @@ CARDS = (
         backend="own",
         options={"width": 16, "activation": "relu", "scale": 4.0, "targets": ("down",)},
         count=each(lambda matrix, options: options["width"] * (matrix.in_dim + matrix.out_dim + 1) + matrix.out_dim),
-        work=_BOTTLENECK,
+        work=BOTTLENECK,
         limits="adds latency that no merge takes away; the paper's stands beside a whole feed-forward layer, ours beside a matrix of it",
     ),
     Card(
@@ -124,7 +117,7 @@ CARDS = (
         "before the first layer",
         "p d",
         (Paper("The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, "2104.08691"),),
-        backend="peft",
+        backend="own",
         peft_type="PROMPT_TUNING",
         options={"tokens": 20},
         count=lambda matrices, shape, options: options["tokens"] * shape.dim,
@@ -159,7 +152,7 @@ CARDS = (
         "in the attention of every layer",
         "2 n p d_kv",
         (Paper("Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021, "2101.00190"),),
-        backend="peft",
+        backend="own",
         peft_type="PREFIX_TUNING",
         options={"tokens": 20},
         count=lambda matrices, shape, options: 2 * shape.num_layers * options["tokens"] * shape.kv_width,

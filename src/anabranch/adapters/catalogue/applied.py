@@ -11,7 +11,7 @@ What stands beside matrices does so by the linear seam: the model's config says 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,25 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.after import ScaleShift, SerialBottleneck
+from anabranch.adapters.around import around_config, put_around, take_around
 from anabranch.adapters.bottleneck import Bottleneck
 from anabranch.adapters.catalogue.card import Card
 from anabranch.adapters.catalogue.cost import estimate, settings
 from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm
 from anabranch.adapters.catalogue.table import CARDS, find
 from anabranch.adapters.dora import Dora
+from anabranch.adapters.front import Front
 from anabranch.adapters.graft import layers_of, patterns_of
 from anabranch.adapters.hashed_delta import HashedDelta
+from anabranch.adapters.ladder import Ladder
 from anabranch.adapters.low_rank import LowRank
 from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.adapters.nested import NestedLowRank
-from anabranch.adapters.numbers import Holder
 from anabranch.adapters.put_on import added_names, put_on, take_off
 from anabranch.adapters.routed import RoutedLowRank
 from anabranch.adapters.scaling import Scaling
 from anabranch.adapters.sparse_delta import SparseDelta
+from anabranch.adapters.taking_in import take_in
 from anabranch.bounds import shown
 from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, ConfigError
@@ -43,8 +46,7 @@ from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import SafetensorsFiles, read_json, some
-from anabranch.nn import ExpertPool, Linear
-from anabranch.nn.linear import Added
+from anabranch.nn import Linear
 from anabranch.routing import Router, SwitchLoss, TopK
 
 __all__ = ["TABLE", "WEIGHTS", "Applied", "apply", "load_applied"]
@@ -54,6 +56,15 @@ _LOW_RANK = ("lora", "rslora", "lora-plus", "lora-fa", "llm-adapters", "adapter-
 # Of the base itself, so little that what it was is kept.
 _SMALL = ("bitfit", "ln-tuning")
 _MASKS = ("shira", "fish-mask", "lt-sft")
+# What stands in front of a model, or along it.
+_AROUND: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "prompt-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"])},
+    "prefix-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
+    "mam": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
+    "lst": lambda options: {
+        "ladder": Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])
+    },
+}
 
 
 @dataclass(eq=False)
@@ -106,21 +117,7 @@ class Applied:
             raise ConfigError(
                 f"{self.card.id} cannot be merged: {self.card.limits or 'no matrix computes what it does'}"
             )
-        with torch.no_grad():
-            found = [(part, layer, *_matrix(self.model, part)) for part, layer in layers_of(self.model).items()]
-            # All of them before any is changed.
-            for part, layer, weight_OC, bias_O in found:
-                for made in _merged(layer, weight_OC, bias_O):
-                    if made is not None and not made.isfinite().all():
-                        kind = str(made.dtype).removeprefix("torch.")
-                        raise ConfigError(
-                            f"{part} with what was learned has numbers that {kind} cannot hold; leave it beside"
-                        )
-            for _, layer, weight_OC, bias_O in found:
-                made_OC, made_O = _merged(layer, weight_OC, bias_O)
-                weight_OC.copy_(made_OC)
-                if bias_O is not None and made_O is not None:
-                    bias_O.copy_(made_O)
+        take_in(self.model)
         self._take_off(keeps_base=True)
         return self.model
 
@@ -137,6 +134,8 @@ class Applied:
         return self.model
 
     def _take_off(self, *, keeps_base: bool) -> None:
+        if self.card.id in _AROUND:
+            take_around(self.model)
         if layers_of(self.model):
             take_off(self.model)
         named = dict(self.model.named_parameters())
@@ -194,7 +193,12 @@ def apply(model: Decoder, id: str, *, seed: int = 0, **options: Any) -> Applied:
     else:
         parts = [matrix.part for matrix in shape.matrices]
         layers = {matrix.part: _layer(card, matrix, found.options) for matrix in chosen}
-        put_on(model, patterns_of(layers, parts), seed=seed)
+        around = _AROUND[card.id](found.options) if card.id in _AROUND else {}
+        # What the model cannot have is told while it has nothing.
+        around_config(model.config, around.get("front"), around.get("ladder"))
+        if layers:
+            put_on(model, patterns_of(layers, parts), seed=seed)
+        put_around(model, **around, seed=seed)
         held = set(added_names(model))
         learns = {name for name in held if card.id != "lora-fa" or name.endswith(".b")}
     for name, parameter in model.named_parameters():
@@ -313,7 +317,7 @@ def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Con
             rank=options["rank"],
             alpha=float(options["alpha"]),
         )
-    if card.id == "adapter-parallel":
+    if card.id in ("adapter-parallel", "mam"):
         return Bottleneck.Config(
             width=options["width"], activation=options["activation"], scale=float(options["scale"])
         )
@@ -329,46 +333,3 @@ def _is_trained(name: str, card: Card) -> bool:
     if card.id == "attention-tuning":
         return ".attention." in name and name.endswith("weight") and not is_norm(name)
     return True
-
-
-def _merged(layer: Any, weight_OC: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What a matrix and its bias are with what the layer beside it learned, in their types."""
-    if isinstance(layer, Holder):
-        return layer.numbers().merged(weight_OC, bias_O)
-    if isinstance(layer, ScaleShift):
-        return layer.merged(weight_OC, bias_O)
-    wide = torch.promote_types(weight_OC.dtype, torch.float32)
-    return (weight_OC.to(wide) + layer.delta().to(wide)).to(weight_OC.dtype), bias_O
-
-
-def _matrix(model: Decoder, part: str) -> tuple[Tensor, Tensor | None]:
-    """The rows of a matrix that are a part, and of its bias. Raises ConfigError where it is stored in few bits."""
-    owner, _, word = part.rpartition(".")
-    for name, module in model.named_modules():
-        if isinstance(module, Added) and name.rpartition(".")[0] == owner and word in module.rows:
-            weight, bias = (getattr(module.matrix, kind, None) for kind in ("weight", "bias"))
-            if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
-            own = _rows(module.rows, word)
-            return weight[own], None if bias is None else bias[own]
-        if isinstance(module, ExpertPool) and module.layers is not None and owner.startswith(f"{name}."):
-            number = int(owner.removeprefix(f"{name}."))
-            if word == "down":
-                return _stack(module.w2)[number], None
-            return _stack(module.w13)[number][_rows(module.layers.rows[0], word)], None
-    raise ConfigError(f"the model has no matrix {part}")
-
-
-def _rows(rows: Mapping[str, int], word: str) -> slice:
-    """Where the rows of one part are."""
-    first = 0
-    for name, size in rows.items():
-        if name == word:
-            return slice(first, first + size)
-        first += size
-    raise KeyError(word)
-
-
-def _stack(weights: Tensor | None) -> Tensor:
-    assert weights is not None, "layers stand beside experts whose matrices are in one stack"
-    return weights

@@ -66,6 +66,8 @@ class Card:
         work: what it adds to a matrix; None where nobody has counted that.
         added_tokens: tokens that it puts in front of every sequence.
         prefix_positions: positions that every layer's attention sees besides.
+        along: FLOPs of a token, forward, of a network that stands along the whole model: (all, those of what the model's hidden states go
+            through, behind which nothing learns). No gradient goes through the model then, but through its head.
         starts_as_base: whether a new adapter leaves the model's outputs as they were.
         merges: whether a trained adapter can become part of the matrices.
         mixed: how rows of a batch have adapters of their own: in our pool, by peft's ``adapter_names``, or not.
@@ -90,6 +92,7 @@ class Card:
     work: Work | None = None
     added_tokens: Callable[[Options], int] | None = None
     prefix_positions: Callable[[Options], int] | None = None
+    along: Callable[[Shape, Options], tuple[float, float]] | None = None
     starts_as_base: bool = True
     merges: Literal["yes", "no", "per task", "is the base"] = "no"
     mixed: Literal["pool", "peft", "no"] = "no"
@@ -124,8 +127,15 @@ class Card:
         """FLOPs per token and adapted layer, in words: forward, backward, and once merged."""
         if self.added_tokens is not None:
             forward = "those of p more tokens in every sequence"
+        elif self.along is not None:
+            return {
+                "forward": "twice the numbers that learn",
+                "backward": "twice the forward ones, less those of gradients for hidden states, and those of the head; none of the model's",
+                "merged": "twice the numbers that learn",
+            }
         elif self.prefix_positions is not None:
-            forward = "4 p d_q in attention of every layer"
+            beside = "" if self.work is None else f", and {self.work.told}"
+            forward = f"4 p d_q in attention of every layer{beside}"
         elif self.trains_base:
             forward = "0"
         else:

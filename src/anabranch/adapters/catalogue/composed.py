@@ -5,8 +5,9 @@ from typing import Any
 
 from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.low_rank import CARDS as _LOW_RANK
-from anabranch.adapters.catalogue.shape import Matrix
-from anabranch.adapters.catalogue.works import LOW_RANK, each, low_rank
+from anabranch.adapters.catalogue.shape import Matrix, Shape
+from anabranch.adapters.catalogue.works import BOTTLENECK, LOW_RANK, each, low_rank
+from anabranch.adapters.ladder import Ladder
 
 __all__ = ["CARDS"]
 
@@ -180,6 +181,25 @@ _ROUTED = (
     ),
 )
 
+
+
+def _rungs(shape: Shape, options: Options) -> list[int]:
+    """Numbers of the ladder beside each block."""
+    ladder = Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])
+    return [ladder.rung(shape.dim, layer, shape.num_layers) for layer in range(shape.num_layers)]
+
+
+def _products(shape: Shape, options: Options) -> int:
+    """Numbers of its matrices: all but norms and gates."""
+    width = max(1, shape.dim // options["reduction"])
+    return sum(_rungs(shape, options)) - shape.num_layers * (width + 1) - width
+
+
+def _fed(shape: Shape, options: Options) -> int:
+    """Numbers of the matrices that the model's hidden states go through."""
+    return (shape.num_layers + 1) * shape.dim * max(1, shape.dim // options["reduction"])
+
+
 _HYBRID = (
     Card(
         "mam",
@@ -187,14 +207,20 @@ _HYBRID = (
         "hybrid",
         "a short prefix in attention, and a parallel adapter beside the feed-forward layer",
         "attention and feed-forward of every layer",
-        "2 n p d_kv + (2 d m + m + d) per layer",
+        "2 n p d_kv + (m (C + O) + m + O) per layer",
         (_UNIFIED,),
-        options={"tokens": 30, "width": 64, "targets": ("down",)},
+        backend="own",
+        options={"tokens": 30, "width": 64, "activation": "relu", "scale": 4.0, "targets": ("down",)},
         count=lambda matrices, shape, options: (
             2 * shape.num_layers * options["tokens"] * shape.kv_width
-            + shape.num_layers * (options["width"] * (2 * shape.dim + 1) + shape.dim)
+            + sum(
+                options["width"] * (matrix.in_dim + matrix.out_dim + 1) + matrix.out_dim for matrix in matrices
+            )
         ),
+        work=BOTTLENECK,
+        prefix_positions=lambda options: options["tokens"],
         starts_as_base=False,
+        limits="the parallel adapter stands beside the last matrix of the feed-forward layer, the paper's beside the whole layer",
     ),
     Card(
         "unipelt",
@@ -310,12 +336,16 @@ _CHEAPER = (
         "lst",
         "Ladder side-tuning",
         "efficient",
-        "a network of d / k beside the model, fed by its detached hidden states through learned gates",
+        "a network of d / k beside the model, fed by its hidden states through learned gates; no gradient goes through the model",
         "beside the whole model",
-        "those of a model k times narrower, and gates",
+        "of s = d / k, and f = e s: d s + 3 f s + s + 1 per layer, and 2 d s + s once",
         (Paper("LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", 2022, "2206.06522"),),
+        backend="own",
+        options={"reduction": 8, "expansion": 4},
+        count=lambda matrices, shape, options: sum(_rungs(shape, options)),
+        along=lambda shape, options: (2 * _products(shape, options), 2 * _fed(shape, options)),
         memory="no backward pass through the base: side activations alone are kept",
-        starts_as_base=False,
+        limits="a side block is a feed-forward layer of the narrow width, the paper's a narrow transformer block",
     ),
     Card(
         "side-tuning",

@@ -222,21 +222,24 @@ class _Flow:
         """(of the model, of what is added); None where nobody has counted that."""
         if self.card.added_tokens is not None:
             return self.total, self.total * (self.longer - 1)
-        if self.card.prefix_positions is not None:
-            return self.total, self.prefix * self.shape.num_layers
-        if self.card.work is None and not self.card.trains_base:
+        if self.card.along is not None:
+            return self.total, self.card.along(self.shape, self.options)[0]
+        if self.card.work is None and self.card.prefix_positions is None and not self.card.trains_base:
             return self.total, None
         added = sum(
             matrix.share * (op.flops + op.per_call / self.tokens)
             for matrix in self.chosen.values()
             for op in self.ops(matrix)
         )
-        return self.total, added
+        return self.total, added + self.prefix * self.shape.num_layers
 
     def training(self) -> float:
         """Forward and backward: gradients of inputs wherever something below learns, and of what learns."""
         forward, added = self.forward()
         assert added is not None
+        if self.card.along is not None:
+            fed = self.card.along(self.shape, self.options)[1]
+            return forward + added + 2 * added - fed + self._head
         # In front of the first layer only vectors, norms and the embedding learn.
         learns = self.card.added_tokens is not None or self.is_full or self.card.id == "ln-tuning"
         backward, stream = 0.0, learns
@@ -253,6 +256,12 @@ class _Flow:
                 backward += self._backward(matrix, stream)[0]
         backward += self.head * (stream + self.is_full) + 2 * self.rest * stream
         return forward + added + backward * self.longer
+
+    @property
+    def _head(self) -> float:
+        """FLOPs of a gradient through the head."""
+        own = sum(2 * matrix.size for matrix in self.shape.matrices if matrix.word == "head")
+        return float(self.head or own)
 
     def _sublayer(self, matrices: Sequence[Matrix], last: str, stream: bool, core: float) -> tuple[float, bool]:
         """(FLOPs backward, whether gradients go on from the stream behind it): all matrices but the last, what is between, the last."""

@@ -9,6 +9,7 @@ from anabranch.adapters.catalogue.card import Op, Options, Work
 from anabranch.adapters.catalogue.shape import Matrix, Shape
 
 __all__ = [
+    "BOTTLENECK",
     "DENSE",
     "ELEMENTWISE",
     "FROZEN_PAIR",
@@ -41,6 +42,13 @@ def _low_rank_ops(trains_a: bool, trains_b: bool) -> Callable[[Matrix, Options],
 LOW_RANK = Work("2 r (C + O)", _low_rank_ops(True, True))
 LOW_RANK_B = Work("2 r (C + O)", _low_rank_ops(False, True))
 FROZEN_PAIR = Work("2 r (C + O)", _low_rank_ops(False, False))
+BOTTLENECK = Work(
+    "2 m (C + O)",
+    lambda matrix, options: [
+        Op(2 * options["width"] * matrix.in_dim),
+        Op(2 * options["width"] * matrix.out_dim, takes_x=False),
+    ],
+)
 # A matrix of its own beside the first: entries that are masked or made from few numbers.
 DENSE = Work("2 C O", lambda matrix, options: [Op(2 * matrix.size)])
 ELEMENTWISE = Work("0 (elementwise)", lambda matrix, options: [])

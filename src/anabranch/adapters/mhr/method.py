@@ -6,16 +6,15 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from anabranch.adapters.adapt.method import Method, Written
+from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
 from anabranch.adapters.mhr.few_shot import adapt
 from anabranch.adapters.mhr.layer import MultiHeadRouted
 from anabranch.adapters.mhr.penalties import Penalties
 from anabranch.adapters.mhr.table import Granularity
 from anabranch.adapters.mhr.weights import Weights
-from anabranch.adapters.own_folder import read_own, write_own
-from anabranch.adapters.saving import save_peft
+from anabranch.adapters.own_folder import read_own
 from anabranch.config import Field, Size, configclass
-from anabranch.errors import CheckpointError, ConfigError
+from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.train.optimizer import Speed
 
@@ -95,12 +94,7 @@ class Poly(Method, kind="poly"):
     def write(self, folder: Path, model: Decoder, base: str) -> Written:
         """A folder of our own with skills and table; the average alone is plain LoRA, in a folder of peft's."""
         if self.config.mode == "mu":
-            try:
-                save_peft(folder, model)
-            except CheckpointError as error:
-                write_own(folder, model, base=base)
-                return Written(folder, "anabranch", f"peft has no names for the layers of this model: {error}")
-            return Written(folder, "peft")
+            return write_peft_or_own(folder, model, base)
         return super().write(folder, model, base)
 
 

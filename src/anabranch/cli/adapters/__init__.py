@@ -4,7 +4,9 @@ import typer
 
 from anabranch.cli.adapters.card import card
 from anabranch.cli.adapters.catalogue import estimate, list_methods, recommend
+from anabranch.cli.adapters.eval import evaluate
 from anabranch.cli.adapters.export import export
+from anabranch.cli.adapters.fuse import fuse
 from anabranch.cli.adapters.merge import merge
 from anabranch.cli.adapters.report import report
 from anabranch.cli.adapters.route import route
@@ -15,7 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="""Work on adapters in the folders of the package peft, which need not be installed, and choose among methods of making some.
 
-    anabranch eval MODEL --adapter FOLDER measures a model with one.""",
+    anabranch eval MODEL --adapter FOLDER measures a model with one on text, anabranch adapters eval on rows of tasks.""",
 )
 
 app.command("list")(list_methods)
@@ -24,5 +26,7 @@ app.command("estimate")(estimate)
 app.command("recommend")(recommend)
 app.command("merge")(merge)
 app.command("export")(export)
+app.command("fuse")(fuse)
+app.command("eval")(evaluate)
 app.command("route")(route)
 app.command("report")(report)

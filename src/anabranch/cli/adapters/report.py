@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anabranch.cli.adapters.placing import check_adapter_apart, first_of_each, put_adapter
 from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, table, visible, wrote
 from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
-from anabranch.files import check_apart
 
 if TYPE_CHECKING:
     from anabranch.adapters.adapt.rows import Row
@@ -55,20 +55,16 @@ def report(
     """
     require("lm", "plots", by="anabranch adapters report")
     from anabranch.lm import load_model
-    from anabranch.lm.folder import files_of
     from anabranch.report.adapter_use import FILES, check_use_place, explain_use, write_use
-    from anabranch.serving.engine.adapter_place import folder_of
 
-    found = folder_of(adapter, None)
     own = [Path(out) / name for name in FILES]
-    read: list[Any] = [*(files_of(model) if Path(model).is_dir() else [model])]
-    read += [path for place in found.places if place.is_dir() for path in place.iterdir() if path.is_file()]
-    check_apart(own, [*read, *([] if data is None else [data])])
+    found = check_adapter_apart(own, model, adapter, *([] if data is None else [data]))
+    assert found is not None, "there is an adapter"
     check_use_place(out)
     base, tokenizer = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
     use = _use(base, tokenizer, adapter, data, rows, max_tokens)
     extra = {"model": model, "adapter": adapter, "rows": "none: by its tables" if data is None else data}
-    page = write_use(use, out, title=found.path.name or adapter, extra=extra)
+    page = write_use(use, out, title=found.name or adapter, extra=extra)
     if as_json:
         print_json({"page": str(page), **extra, **use.to_dict()})
         return
@@ -93,8 +89,8 @@ def _use(
     from anabranch.adapters.use import use_of_rows, use_of_tables
 
     # Before anything runs.
-    rows = [] if data is None else _some(read_rows(data), most_rows)
-    pool = _put(base, adapter)
+    rows = [] if data is None else first_of_each(read_rows(data), most_rows)
+    pool = put_adapter(base, adapter)
     if goes_by_task(base):
         if data is not None:
             raise ConfigError(f"{adapter} goes by task, and its tables say who serves which; leave out --data")
@@ -112,37 +108,6 @@ def _use(
     adapters = tuple(map(str, range(most))) if pool is None else pool.names
     tasks = list(dict.fromkeys(row.task or "(none)" for row in rows))
     return use_of_rows(base, _batches(base, tokenizer, rows, tasks, pool, max_tokens), tasks=tasks, adapters=adapters)
-
-
-def _put(base: Decoder, adapter: str) -> GliderPool | None:
-    """What is at ``adapter`` onto the base; the pool, where it is one."""
-    from anabranch.adapters import load_peft
-    from anabranch.adapters.own_folder import read_own
-    from anabranch.serving.engine.adapter_place import folder_of
-    from anabranch.serving.engine.layer_reader import pool_of
-
-    found = folder_of(adapter, None)
-    if found.experts:
-        pool = pool_of(found.experts, found.kind)
-        pool.onto(base)
-        return pool
-    if found.kind is not None:
-        raise DataError(
-            f"{found.path} has no folders of adapters, so there is nothing that {found.kind} could choose from"
-        )
-    (read_own if found.is_own else load_peft)(found.path, base)
-    return None
-
-
-def _some(rows: list[Row], most: int) -> list[Row]:
-    """The first rows of each task."""
-    seen: dict[str, int] = {}
-    kept = []
-    for row in rows:
-        seen[row.task] = seen.get(row.task, 0) + 1
-        if seen[row.task] <= most:
-            kept.append(row)
-    return kept
 
 
 def _batches(

@@ -86,6 +86,11 @@ class LayerReader:
     def own(self, folder: Path) -> ServedLayers:
         """An adapter in our own form. Raises as `read_own`, ConfigError for what cannot be served."""
         frame = read_own(folder, self._frame(), base=self._base, is_base_known=self._base is not None)
+        if frame.config.replace(linears={}) != self._config.replace(linears={}):
+            raise ConfigError(
+                f"{folder} has virtual tokens in front of the model, or a ladder along it, which no request can have for itself; serve the "
+                "model with it (anabranch adapters fuse)"
+            )
         layers = layers_of(frame)
         most = max(
             (len(layer.config.ranks) for layer in layers.values() if isinstance(layer, RoutedLowRank)), default=0
@@ -157,7 +162,7 @@ class LayerReader:
             if not layer.only_adds():
                 raise ConfigError(
                     f"{folder} has a layer of kind {kind!r} at {part}, which does more than add to what its matrix makes, and is not "
-                    "served for some requests alone; serve the model that it was merged into"
+                    "served for some requests alone; serve the model that it was merged into (anabranch adapters fuse)"
                 )
             if isinstance(layer, RoutedLowRank) and layer.router is None:
                 raise ConfigError(

@@ -1,0 +1,146 @@
+"""Methods of the catalogue as methods of `anabranch adapt`: all that it runs by code of ours.
+
+    anabranch adapt SmolLM2-135M rows.jsonl --method dora --rank 4 --target q --out runs/dora
+    anabranch adapt SmolLM2-135M rows.jsonl --method adapter-parallel --set method.width=8 --out runs/parallel
+
+What such a method may be told, and its usual values, is on its card (`anabranch adapters card dora`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from anabranch.adapters.adapt.method import Method, Written, write_peft_or_own
+from anabranch.adapters.catalogue.applied import Applied, apply
+from anabranch.adapters.catalogue.card import Card
+from anabranch.adapters.catalogue.cost import settings
+from anabranch.adapters.catalogue.table import CARDS, find
+from anabranch.adapters.front import Front
+from anabranch.adapters.graft import layers_of
+from anabranch.adapters.numbers import Holder
+from anabranch.adapters.own_folder import write_own
+from anabranch.config import Field, configclass
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.nn import Linear
+from anabranch.registry import kinds, resolve
+from anabranch.train.optimizer import Speed
+
+__all__ = ["Catalogued", "method_named", "method_names"]
+
+_FAMILY = "adapter_method"
+# LoRA+, section 4 of its paper: the rate of B over that of A.
+_B_OVER_A = 16.0
+_NOT_OPTIONS = ("id", "targets")
+
+
+class Catalogued(Method, kind="catalogue"):
+    """One method of `anabranch.adapters.catalogue`, put on by `anabranch.adapters.catalogue.apply`."""
+
+    summary: ClassVar[str] = "a method of the catalogue"
+
+    @configclass
+    class Config(Method.Config):
+        """Which method, and its options; None, and no targets, for the usual value of its card.
+
+        Attributes:
+            id: of a card whose backend is ``own``.
+            rank, alpha, width, activation, scale, number, active, size, drop, tokens, feedforward, reduction: as its card says.
+        """
+
+        id: str = "lora"
+        targets: tuple[str, ...] = ()
+        rank: int | None = Field(default=None, ge=1)
+        alpha: float | None = None
+        width: int | None = Field(default=None, ge=1)
+        activation: str | None = None
+        scale: float | None = None
+        number: int | None = Field(default=None, ge=1)
+        active: int | None = Field(default=None, ge=1)
+        size: int | None = Field(default=None, ge=1)
+        drop: int | None = Field(default=None, ge=0)
+        tokens: int | None = Field(default=None, ge=1)
+        feedforward: tuple[str, ...] | None = None
+        reduction: int | None = Field(default=None, ge=1)
+
+        def __post_init__(self) -> None:
+            card = find(self.id)
+            if card.backend != "own":
+                raise ConfigError(f"method is {self.id!r}, which is run by {card.backend}, not by code of ours; {_why(card)}")
+            settings(card, self.options())
+
+        def options(self) -> dict[str, Any]:
+            """What was said, by the names of the card."""
+            said = {name: getattr(self, name) for name in type(self).__dataclass_fields__ if name not in _NOT_OPTIONS}
+            found = {name: value for name, value in said.items() if value is not None}
+            return found | ({"targets": self.targets} if self.targets else {})
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._applied: Applied | None = None
+
+    @property
+    def name(self) -> str:
+        """The card's id."""
+        return self.config.id
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether parameters of the base learn."""
+        return find(self.config.id).trains_base
+
+    def layer(self, tasks: Sequence[str]) -> Linear.Config:
+        """There is none for all matrices alike."""
+        raise AssertionError("a method of the catalogue is put on whole")
+
+    def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
+        """As `anabranch.adapters.catalogue.apply`."""
+        self._applied = apply(model, self.config.id, seed=seed, **self.config.options())
+        return model
+
+    def kept(self, model: Decoder) -> list[str]:
+        """What stands beside the model, or learns of it."""
+        assert self._applied is not None, "it is put on before anything is kept"
+        return list(self._applied.state())
+
+    def speed(self, name: str, parameter: nn.Parameter) -> Speed | None:
+        """B of LoRA+ learns 16 times as quickly as A."""
+        return Speed(_B_OVER_A) if self.config.id == "lora-plus" and name.endswith(".b") else None
+
+    def write(self, folder: Path, model: Decoder, base: str) -> Written:
+        """A folder of peft's where peft has such an adapter, else one of our own."""
+        layers = layers_of(model).values()
+        is_front = isinstance(model.streams, Front)
+        if (layers and not is_front and all(isinstance(layer, Holder) for layer in layers)) or (is_front and not layers):
+            return write_peft_or_own(folder, model, base)
+        write_own(folder, model, base=base)
+        return Written(folder, "anabranch")
+
+
+def method_names() -> list[str]:
+    """What `--method` takes: methods by themselves, and those of the catalogue that are run by code of ours."""
+    own = {id for id, card in CARDS.items() if card.backend == "own"}
+    return sorted({*kinds(_FAMILY), *own} - {"catalogue"})
+
+
+def method_named(name: str) -> Method.Config:
+    """The config of a method, with its usual values. Raises ConfigError, with the nearest name, for one that there is not."""
+    card = CARDS.get(name)
+    if name not in kinds(_FAMILY) and card is not None:
+        return Catalogued.Config(id=name)
+    if name in method_names():
+        made: Any = resolve(_FAMILY, name)
+        return made.Config()
+    # Says what there is.
+    resolve(_FAMILY, name)
+    raise ConfigError(f"--method {name} takes a method's id; say which, as in --method dora")
+
+
+def _why(card: Card) -> str:
+    if card.backend == "peft":
+        return "train it with the package peft (anabranch.adapters.catalogue.apply_peft), and put its folder on with eval --adapter"
+    return card.limits or "its card tells what it is"

@@ -1,0 +1,101 @@
+"""`take_in`: what stands beside matrices into them, whatever its kind, where the kind is one that a matrix can compute.
+
+    read_own("runs/shira/adapter", model)
+    take_in(model)                          # a plain model, as quick as before
+
+Folders of peft's have `anabranch.adapters.merge`, which can be undone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.adapters.after import ScaleShift
+from anabranch.adapters.graft import layers_of
+from anabranch.adapters.numbers import Holder
+from anabranch.adapters.routed import RoutedLowRank
+from anabranch.errors import ConfigError
+from anabranch.lm.decoder import Decoder
+from anabranch.lm.tensors import some
+from anabranch.nn import ExpertPool
+from anabranch.nn.linear import Added
+
+__all__ = ["can_take_in", "take_in"]
+
+
+def can_take_in(layer: Any) -> bool:
+    """Whether a matrix can compute what this layer does beside it."""
+    if isinstance(layer, Holder):
+        return layer.numbers().merges
+    return isinstance(layer, ScaleShift) or (hasattr(layer, "delta") and not isinstance(layer, RoutedLowRank))
+
+
+@torch.no_grad()
+def take_in(model: Decoder) -> None:
+    """Add what layers learned to the matrices that they stand beside; the layers stay until they are taken off.
+
+    Raises ConfigError for a kind that no matrix can compute, a matrix that is stored in few bits, and one whose type cannot hold the sum;
+    the model is as it was then.
+    """
+    layers = layers_of(model)
+    odd = [part for part, layer in layers.items() if not can_take_in(layer)]
+    if odd:
+        kind = layers[odd[0]].config.owner.kind
+        raise ConfigError(f"no matrix computes what a layer of kind {kind!r} does beside it ({some(odd)}); leave it beside")
+    found = [(part, layer, *_matrix(model, part)) for part, layer in layers.items()]
+    # All of them before any is changed.
+    for part, layer, weight_OC, bias_O in found:
+        for made in _merged(layer, weight_OC, bias_O):
+            if made is not None and not made.isfinite().all():
+                kind = str(made.dtype).removeprefix("torch.")
+                raise ConfigError(f"{part} with what was learned has numbers that {kind} cannot hold; leave it beside")
+    for _, layer, weight_OC, bias_O in found:
+        made_OC, made_O = _merged(layer, weight_OC, bias_O)
+        weight_OC.copy_(made_OC)
+        if bias_O is not None and made_O is not None:
+            bias_O.copy_(made_O)
+
+
+def _merged(layer: Any, weight_OC: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a matrix and its bias are with what the layer beside it learned, in their types."""
+    if isinstance(layer, Holder):
+        return layer.numbers().merged(weight_OC, bias_O)
+    if isinstance(layer, ScaleShift):
+        return layer.merged(weight_OC, bias_O)
+    wide = torch.promote_types(weight_OC.dtype, torch.float32)
+    return (weight_OC.to(wide) + layer.delta().to(wide)).to(weight_OC.dtype), bias_O
+
+
+def _matrix(model: Decoder, part: str) -> tuple[Tensor, Tensor | None]:
+    """The rows of a matrix that are a part, and of its bias. Raises ConfigError where it is stored in few bits."""
+    owner, _, word = part.rpartition(".")
+    for name, module in model.named_modules():
+        if isinstance(module, Added) and name.rpartition(".")[0] == owner and word in module.rows:
+            weight, bias = (getattr(module.matrix, kind, None) for kind in ("weight", "bias"))
+            if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                raise ConfigError(f"{name} is stored in few bits, which cannot be added to; dequantise the model first")
+            own = _rows(module.rows, word)
+            return weight[own], None if bias is None else bias[own]
+        if isinstance(module, ExpertPool) and module.layers is not None and owner.startswith(f"{name}."):
+            number = int(owner.removeprefix(f"{name}."))
+            if word == "down":
+                return _stack(module.w2)[number], None
+            return _stack(module.w13)[number][_rows(module.layers.rows[0], word)], None
+    raise ConfigError(f"the model has no matrix {part}")
+
+
+def _rows(rows: Mapping[str, int], word: str) -> slice:
+    """Where the rows of one part are."""
+    first = 0
+    for name, size in rows.items():
+        if name == word:
+            return slice(first, first + size)
+        first += size
+    raise KeyError(word)
+
+
+def _stack(weights: Tensor | None) -> Tensor:
+    assert weights is not None, "layers stand beside experts whose matrices are in one stack"
+    return weights

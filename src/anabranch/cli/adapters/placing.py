@@ -1,0 +1,72 @@
+"""What commands name as ADAPTER, put onto a model: a folder of peft's, one of our own, or a pool of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anabranch.errors import DataError
+from anabranch.files import check_apart
+
+if TYPE_CHECKING:
+    from anabranch.adapters.adapt.rows import Row
+    from anabranch.adapters.glider import GliderPool
+    from anabranch.lm import Decoder
+
+
+def put_adapter(base: Decoder, adapter: str) -> GliderPool | None:
+    """What is at ``adapter`` onto the base; the pool, where it is one."""
+    from anabranch.adapters import load_peft
+    from anabranch.adapters.own_folder import read_own
+    from anabranch.serving.engine.adapter_place import folder_of
+    from anabranch.serving.engine.layer_reader import pool_of
+
+    found = folder_of(adapter, None)
+    if found.experts:
+        pool = pool_of(found.experts, found.kind)
+        pool.onto(base)
+        return pool
+    if found.kind is not None:
+        raise DataError(
+            f"{found.path} has no folders of adapters, so there is nothing that {found.kind} could choose from"
+        )
+    (read_own if found.is_own else load_peft)(found.path, base)
+    return None
+
+
+def check_adapter_apart(outputs: Sequence[Path], model: str, adapter: str | None, *others: str) -> Path | None:
+    """Where the adapter lies; raises where what is written would replace what is read."""
+    from anabranch.lm.folder import files_of
+    from anabranch.serving.engine.adapter_place import folder_of
+
+    read: list[Any] = [*(files_of(model) if Path(model).is_dir() else [model]), *others]
+    found = None if adapter is None else folder_of(adapter, None)
+    for place in () if found is None else found.places:
+        if place.is_dir():
+            read += [path for path in place.iterdir() if path.is_file()]
+    check_apart(list(outputs), read)
+    return None if found is None else found.path
+
+
+def telling_rows(base: Decoder, pool: GliderPool | None) -> Callable[[Sequence[Row]], AbstractContextManager[Any]]:
+    """What tells the passes of the model of their rows: what each asks a pool, or its task."""
+    from anabranch.adapters.tasks import goes_by_task, on_tasks
+
+    if pool is not None:
+        return lambda rows: pool.answering([row.prompt for row in rows])
+    if goes_by_task(base):
+        return lambda rows: on_tasks(base, [row.task or None for row in rows])
+    return lambda rows: nullcontext()
+
+
+def first_of_each(rows: Sequence[Row], most: int) -> list[Row]:
+    """The first rows of each task."""
+    seen: dict[str, int] = {}
+    kept = []
+    for row in rows:
+        seen[row.task] = seen.get(row.task, 0) + 1
+        if seen[row.task] <= most:
+            kept.append(row)
+    return kept
