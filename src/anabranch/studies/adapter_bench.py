@@ -7,11 +7,15 @@ The base is pre-trained on single steps alone, once for all arms, and frozen. Wo
 (`pydoc_data.topics`), split once into words to learn and words to measure on.
 """
 
+import hashlib
 import itertools
 import json
+import math
 import random
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,11 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anabranch import __version__
 from anabranch.adapters.tasks import on_tasks
-from anabranch.config import Config, Field, configclass
+from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.data import ByteTokenizer
+from anabranch.files import atomic_write_json, sha256_of
 from anabranch.lm import Decoder, SamplingConfig, generate
+from anabranch.locks import locked
 from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.places import cache_folder
 from anabranch.train import DecoderTask, Examples, Losses, TaskContext, TaskRunConfig, TrainConfig, Trainer
 
 __all__ = ["FEW", "LEARNED", "STEPS", "Bench", "BenchSize", "accuracy", "bench_words", "pair_rows"]
@@ -163,6 +171,25 @@ class Bench:
     size: BenchSize
 
     @classmethod
+    def kept(cls, size: BenchSize) -> "Bench":
+        """The base of this size, which is trained once on a machine for all studies, arms and seeds, and kept in the cache folder.
+
+        Its place says what it depends on: the size, versions, and this file. Whoever comes second waits.
+        """
+        told = [to_dict(size), __version__, torch.__version__, sha256_of(Path(__file__))]
+        name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        place = cache_folder() / "adapter_bench" / name
+        place.mkdir(parents=True, exist_ok=True)
+        with locked(place / "lock", wait_s=math.inf):
+            told_in = place / "base.json"
+            if not told_in.is_file():
+                # What a killed process left is no base.
+                shutil.rmtree(place / "run", ignore_errors=True)
+                made = cls.make(place / "run", size)
+                atomic_write_json(told_in, {"folder": str(made.folder.relative_to(place))})
+            return cls(place / json.loads(told_in.read_text("utf-8"))["folder"], size)
+
+    @classmethod
     def make(cls, folder: Path, size: BenchSize) -> "Bench":
         """Train the base, where ``folder`` holds none yet. One seed for all arms: they are compared on one base."""
         model = Decoder.Config(
@@ -186,21 +213,33 @@ class Bench:
         return cls(result.checkpoint, size)
 
 
+Telling = Callable[[Sequence[str], int], AbstractContextManager[Any]]
+
+
 @torch.no_grad()
-def accuracy(model: Decoder, pairs: Sequence[Sequence[str]], size: BenchSize, *, routed: bool) -> float:
-    """The share of answers that are right to the letter, on words that were not learned; greedy."""
+def accuracy(
+    model: Decoder,
+    pairs: Sequence[Sequence[str]],
+    size: BenchSize,
+    *,
+    routed: bool,
+    telling: Telling | None = None,
+    words: Sequence[str] | None = None,
+) -> float:
+    """The share of answers that are right to the letter, on words that were not learned (``words``, or all of these); greedy.
+
+    ``routed`` tells each pass its task; ``telling`` is another block that tells it something, of a pair and so many rows.
+    """
     tokenizer = ByteTokenizer.Config().build()
-    _, words = bench_words(size)
+    words = bench_words(size)[1] if words is None else words
     right, asked = 0, 0
     for pair in pairs:
         rows = pair_rows([pair], words, per_task=len(words), seed=1)
         prompts = [tokenizer.encode_prompt(row["input"] + "\n") for row in rows]
         assert tokenizer.eos_id is not None
         sampling = SamplingConfig(max_tokens=12, temperature=0.0, stop=(tokenizer.eos_id,))
-        if routed:
-            with on_tasks(model, name_of(pair)):
-                made = generate(model, prompts, sampling)
-        else:
+        told = telling(pair, len(rows)) if telling is not None else nullcontext()
+        with on_tasks(model, name_of(pair)) if routed else told:
             made = generate(model, prompts, sampling)
         right += sum(tokenizer.decode(ids) == row["output"] for ids, row in zip(made, rows, strict=True))
         asked += len(rows)

@@ -152,7 +152,7 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
         place = Path(folder)
         progress("base")
-        bench = Bench.make(place / "base", size.bench)
+        bench = Bench.kept(size.bench)
         rows = write_rows(place / "rows.jsonl", pair_rows(pairs, words, per_task=size.per_task, seed=seed))
         task = AdaptTask.Config(
             model=str(bench.folder), data=str(rows), method=config.method(), sequence_length=96, held_out=0.0

@@ -124,7 +124,7 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
         place = Path(folder)
         progress("base")
-        bench = Bench.make(place / "base", size.bench)
+        bench = Bench.kept(size.bench)
         adapters, oracle = [], 0.0
         for number, pair in enumerate(pairs):
             progress(f"expert {number + 1}")

@@ -143,7 +143,7 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
         place = Path(folder)
         progress("base")
-        bench = Bench.make(place / "base", size.bench)
+        bench = Bench.kept(size.bench)
         rows = write_rows(place / "rows.jsonl", pair_rows(pairs, words, per_task=size.per_task, seed=seed))
         progress(f"{len(pairs)} tasks")
         trainer = _train(config.of(), bench, rows, place / "all", size.steps, size.batch_size, size, seed)

@@ -47,11 +47,14 @@ CASES = {
     "ia3": {},
     "ssf": {},
     "adapter-houlsby": {"width": 16},
+    "lst": {},
     "bitfit": {},
     "ln-tuning": {},
     "attention-tuning": {},
     "full": {},
 }
+# Their FLOPs depend on how attention is computed.
+IN_FRONT = {"prompt-tuning": {"tokens": 6}, "prefix-tuning": {"tokens": 6}, "mam": {"tokens": 6, "width": 16}}
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +86,11 @@ def estimated(id, options, shape=SHAPE):
     return catalogue.estimate(catalogue.find(id), shape, options, batch=BATCH, length=LENGTH)
 
 
-@pytest.mark.parametrize("id", CASES)
+@pytest.mark.parametrize("id", [*CASES, *IN_FRONT])
 def test_numbers_and_bytes(id, base, tmp_path):
-    model, found = copy.deepcopy(base), estimated(id, CASES[id])
-    applied = catalogue.apply(model, id, **CASES[id])
+    options = (CASES | IN_FRONT)[id]
+    model, found = copy.deepcopy(base), estimated(id, options)
+    applied = catalogue.apply(model, id, **options)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in learning) == found.trainable
     assert found.share == found.trainable / sum(parameter.numel() for parameter in base.parameters())

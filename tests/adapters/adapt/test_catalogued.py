@@ -1,0 +1,130 @@
+"""Methods of the catalogue as methods of `adapt`: each learns from rows, and what it writes does on another copy of the base what it did."""
+
+import json
+
+import pytest
+import torch
+
+from anabranch.adapters import load_peft
+from anabranch.adapters.adapt import AdaptTask, Catalogued, method_named, method_names
+from anabranch.adapters.catalogue import CARDS
+from anabranch.adapters.own_folder import is_own, read_own
+from anabranch.data import ByteTokenizer
+from anabranch.errors import ConfigError
+from anabranch.lm import Decoder, export_huggingface, load_model
+from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.train import TaskRunConfig, TrainConfig, Trainer, read_task_run_config
+
+OPTIONS = {
+    "lora-plus": {"rank": 2},
+    "lora-fa": {"rank": 2},
+    "dylora": {"rank": 2},
+    "dora": {"rank": 2},
+    "ia3": {},
+    "ssf": {"targets": ("q",)},
+    "adapter-parallel": {"width": 2},
+    "adapter-houlsby": {"width": 2},
+    "shira": {"rank": 1},
+    "intrinsic": {"size": 16},
+    "mixlora": {"rank": 2, "number": 3, "active": 2},
+    "prompt-tuning": {"tokens": 3},
+    "prefix-tuning": {"tokens": 3},
+    "mam": {"tokens": 2, "width": 2},
+    "lst": {"reduction": 4},
+    "ln-tuning": {},
+    "full": {},
+}
+# What peft has, too, in its own form.
+IN_PEFTS_FORM = {"lora-plus", "lora-fa", "dylora", "dora", "ia3", "prompt-tuning", "prefix-tuning"}
+# Where one is enough, the others are among the slow ones.
+QUICK = {"dora", "lst", "mam", "ln-tuning"}
+TOKENS = torch.tensor([[3, 17, 60, 8, 90, 41, 7, 1], [0, 5, 22, 1, 59, 30, 2, 2]])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("catalogued")
+    config = Decoder.Config(
+        vocab_size=257,
+        dim=32,
+        num_layers=2,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2),
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+        max_positions=64,
+    )
+    export_huggingface(root / "base", config.build(seed=1), ByteTokenizer.Config().build(), family="llama")
+    rows = [{"task": "upper", "input": word, "output": word.upper()} for word in ("ab", "cde", "fghi", "jk", "lmn", "op")]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def trainer(place, out, id, steps, **more):
+    method = Catalogued.Config(id=id, **OPTIONS[id])
+    task = AdaptTask.Config(model=str(place / "base"), data=str(place / "rows.jsonl"), method=method, held_out=0.0)
+    train = TrainConfig(steps=steps, batch_size=2, learning_rate=0.01, eval_every=None, checkpoint_every=2, device="cpu")
+    return Trainer(TaskRunConfig(task=task, train=train), out, **more)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits_BLV
+
+
+@pytest.mark.parametrize("id", [id if id in QUICK else pytest.param(id, marks=pytest.mark.slow) for id in OPTIONS])
+def test_from_rows_to_what_others_read(place, tmp_path, id):
+    run = trainer(place, tmp_path / "run", id, 4)
+    run.fit()
+    found = logits(run.task.base)
+    base, _ = load_model(place / "base")
+    assert not torch.equal(found, logits(base))
+    written = run.task.write(tmp_path / "adapter")
+    assert written.form == ("model" if CARDS[id].trains_base else "peft" if id in IN_PEFTS_FORM else "anabranch")
+    if written.form == "model":
+        again, tokenizer = load_model(written.folder)
+        assert tokenizer is not None
+    else:
+        again = (read_own if is_own(written.folder) else load_peft)(written.folder, base)
+    assert torch.equal(logits(again), found)
+
+
+@pytest.mark.parametrize("id", ["lst", "ln-tuning", pytest.param("mam", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
+def test_resumed_to_the_bit(place, tmp_path, id):
+    straight = trainer(place, tmp_path / "straight", id, 4)
+    straight.fit()
+    trainer(place, tmp_path / "parts", id, 2).fit()
+    config = read_task_run_config(tmp_path / "parts", AdaptTask)
+    config = config.replace(train=config.train.replace(steps=4))
+    resumed = Trainer(config, tmp_path / "parts", resume=True)
+    resumed.fit()
+    assert torch.equal(logits(resumed.task.base), logits(straight.task.base))
+
+
+def test_b_of_lora_plus_learns_16_times_as_quickly(place, tmp_path):
+    run = trainer(place, tmp_path / "run", "lora-plus", 2)
+    factors = {name: run.task.speed(name, one) for name, one in run.model.named_parameters() if one.requires_grad}
+    assert {name.endswith(".b"): speed and speed.factor for name, speed in factors.items()} == {True: 16.0, False: None}
+
+
+def test_names():
+    assert {"lora", "mhr", "gate", "dora", "lst", "full"} <= set(method_names())
+    assert not {"catalogue", "vera", "unipelt"} & set(method_names())
+    assert method_named("dora") == Catalogued.Config(id="dora")
+    # Those that have more to them than the catalogue knows are themselves.
+    assert method_named("mhr").owner.kind == "mhr"
+    assert {id for id, card in CARDS.items() if card.backend == "own"} <= set(method_names())
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: method_named("lorra"), "did you mean 'lora'"),
+        (lambda: method_named("vera"), "run by peft, not by code of ours; train it with the package peft"),
+        (lambda: method_named("unipelt"), "method is 'unipelt', which is run by none"),
+        (lambda: method_named("catalogue"), "takes a method's id"),
+        (lambda: Catalogued.Config(id="dora", width=3), "dora has no option 'width'; it has rank, alpha, targets"),
+        (lambda: Catalogued.Config(id="dorra"), "there is no method 'dorra'; did you mean 'dora'"),
+    ],
+)
+def test_what_cannot_be(make, told):
+    with pytest.raises(ConfigError, match=told):
+        make()
