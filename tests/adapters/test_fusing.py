@@ -1,7 +1,5 @@
 """Adapters of every kind fused with their base: the model computes what base and adapter did, and saves as a model."""
 
-import copy
-
 import pytest
 import torch
 
@@ -109,9 +107,9 @@ def test_a_task_of_what_has_none(tmp_path):
     written(tmp_path / "adapter", "shira", rank=1)
     with pytest.raises(ConfigError, match="does not go by task; leave it out"):
         fuse_adapter(CONFIG.build(seed=1), tmp_path / "adapter", task="0")
-    with pytest.raises(ConfigError, match="linears of the model has|has an adapter already"):
-        model = copy.deepcopy(written(tmp_path / "other", "shira", rank=1))
-        fuse_adapter(model, tmp_path / "adapter")
+    taken = written(tmp_path / "other", "shira", rank=1)
+    with pytest.raises(ConfigError, match="linears of the model has"):
+        fuse_adapter(taken, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -119,9 +117,12 @@ def test_a_task_of_what_has_none(tmp_path):
     [
         (lambda table: table | {"block": None}, "describes an adapter of nothing"),
         (lambda table: table | {"block": {"kind": "ladder", "reduction": 0}}, "reduction"),
-        (lambda table: table | {"block": {"kind": "ladder", "reduction": 1, "expansion": 10**9}}, "has shape|lacks"),
+        (
+            lambda table: table | {"block": {"kind": "ladder", "reduction": 1, "expansion": 10**9}},
+            "describes an adapter of",
+        ),
         (lambda table: table | {"block": {"kind": "pre_norm"}}, "does not describe an adapter"),
-        (lambda table: table | {"streams": {"kind": "front", "num_tokens": 10**9}}, "lacks"),
+        (lambda table: table | {"streams": {"kind": "front", "num_tokens": 10**9}}, "describes an adapter of"),
         (lambda table: table | {"dim": 64}, "whose dim is 64"),
     ],
 )

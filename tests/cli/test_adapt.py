@@ -331,3 +331,116 @@ def test_held_out_rows_of_unknown_tasks_are_told_by_their_line(here, base):
     code, out, err = here("adapt", base / "base", base / "rows.jsonl", *given)
     assert (code, out) == (2, "")
     assert "odd.jsonl, line 2: task 'zzz unknown' is not one of the 2" in err
+
+
+# Methods of the catalogue, and what commands take them
+
+
+def test_a_method_of_the_catalogue_from_rows_to_a_served_model(here, base):
+    """Trained, measured row by row, fused with its base, and then a model like any other."""
+    told = adapted(
+        here, base / "base", base / "rows.jsonl", "--method", "lst", "--set", "method.reduction=4",
+        "--out", base / "lst", "--steps", 6, "--learning-rate", 0.03,
+    )  # fmt: skip
+    assert (told["method"], told["form"], told["status"]) == ("lst", "anabranch", "finished")
+    assert told["after"]["nats_per_token"] < told["before"]["nats_per_token"]
+
+    def measured(*arguments):
+        code, out, err = here("adapters", "eval", *arguments, "--data", base / "rows.jsonl", "--json", "--quiet")
+        assert code == 0, err
+        return json.loads(out)
+
+    adapter = base / "lst" / "adapter"
+    plain, changed = measured(base / "base"), measured(base / "base", adapter, "--answers", 8)
+    assert plain["nats_per_token"] > changed["nats_per_token"]
+    assert changed["by_task"].keys() == {"one", "two"}
+    assert 0 <= changed["exact"] <= 1
+    assert 0 <= changed["rouge_l"] <= 1
+    assert "rouge_l" not in plain
+    code, out, err = here("adapters", "fuse", base / "base", adapter, "--out", base / "fused", "--json")
+    assert code == 0, err
+    done = json.loads(out)
+    assert (done["merged"], done["difference"]) == (False, 0.0)
+    assert measured(base / "fused")["nats_per_token"] == pytest.approx(changed["nats_per_token"], rel=1e-6)
+    code, out, err = here("generate", base / "fused", "--prompt", "one: ab", "--max-tokens", 4)
+    assert code == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options", "form", "merged"),
+    [
+        ("dora", ["--rank", 2, "--target", "q"], "peft", True),
+        ("ia3", [], "peft", True),
+        ("shira", ["--rank", 1], "anabranch", True),
+        ("adapter-parallel", ["--set", "method.width=2"], "anabranch", False),
+        ("prefix-tuning", ["--set", "method.tokens=3"], "peft", False),
+        ("mhr", ["--rank", 2, "--set", "method.skills=2", "--set", "method.heads=2"], "anabranch", False),
+    ],
+)
+def test_other_methods_take_the_same_way(here, base, method, options, form, merged):
+    out_folder = base / f"way-{method}"
+    told = adapted(
+        here, base / "base", base / "rows.jsonl", "--method", method, *options, "--out", out_folder, "--steps", 4
+    )
+    assert (told["method"], told["form"]) == (method, form)
+    code, out, err = here(
+        "adapters", "fuse", base / "base", out_folder / "adapter", "--out", f"{out_folder}-fused", "--json"
+    )
+    assert code == 0, err
+    done = json.loads(out)
+    assert done["merged"] == merged
+    assert done["difference"] <= 1e-4 * done["greatest_logit"]
+    code, out, err = here(
+        "adapters", "eval", base / "base", out_folder / "adapter", "--data", base / "rows.jsonl", "--json", "--quiet"
+    )
+    assert code == 0, err
+    nats = json.loads(out)["nats_per_token"]
+    code, out, err = here("adapters", "eval", f"{out_folder}-fused", "--data", base / "rows.jsonl", "--json", "--quiet")
+    assert code == 0, err
+    assert json.loads(out)["nats_per_token"] == pytest.approx(nats, rel=1e-4)
+
+
+def test_what_trains_the_base_becomes_a_model(here, base):
+    told = adapted(
+        here, base / "base", base / "rows.jsonl", "--method", "ln-tuning", "--out", base / "norms", "--steps", 3
+    )
+    assert (told["method"], told["form"]) == ("ln-tuning", "model")
+    code, out, err = here("eval", base / "norms" / "adapter", *EVAL)
+    assert code == 0, err
+    code, _, err = here("adapt", "--out", base / "norms", "--resume", "--method", "dora", "--json")
+    assert code == 2
+    assert "--method is 'dora', but the run in" in err
+    assert "is of 'ln-tuning'" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("adapt {base}/base {base}/rows.jsonl --out z --method vera", "run by peft, not by code of ours"),
+        (
+            "adapt {base}/base {base}/rows.jsonl --out z --method bitfit",
+            "would train nothing: this model has no biases",
+        ),
+        (
+            "adapt {base}/base {base}/rows.jsonl --out z --method dora --set method.width=3",
+            "dora has no option 'width'",
+        ),
+        ("adapters eval {base}/base", "give a file with --data"),
+        ("adapters eval {base}/base --data {base}/rows.jsonl --template x", "stands for what is asked"),
+        ("adapters eval {base}/base --data {base}/rows.jsonl --answers 600 --max-tokens 64", "answers 600"),
+        ("adapters eval {base}/base {base}/no --data {base}/rows.jsonl", "no"),
+        ("adapters eval {base}/base {routed} --data {base}/untold.jsonl", "names none; give each row a task"),
+        ("adapters fuse {base}/base {routed} --out {base}/never --task no", "task 'no' is not one of the 2"),
+        ("adapters fuse {base}/base {base}/no --out {base}/never", "no"),
+    ],
+)
+def test_their_mistakes_in_one_line(here, base, routed, command, told):
+    import re
+
+    (base / "untold.jsonl").write_text('{"input": "a", "output": "b"}')
+    code, out, err = here(*command.format(base=base, routed=routed).split(), "--quiet")
+    assert (code, out) == (2, ""), err
+    assert len(err.strip().splitlines()) == 1
+    assert re.search(told, err), err
+    assert not (base / "never").exists()

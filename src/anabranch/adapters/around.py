@@ -1,8 +1,8 @@
 """What an adapter puts around a model, besides the layers beside its matrices: virtual tokens in front of it, a ladder along it.
 
-    put_around(model, front=Front.Config(num_tokens=20, of="keys"), seed=0)     # nothing but the virtual tokens learns
-    put_around(model, ladder=Ladder.Config(reduction=8))
-    take_around(model)                                                          # the base again
+put_around(model, front=Front.Config(num_tokens=20, of="keys"), seed=0)     # nothing but the virtual tokens learns
+put_around(model, ladder=Ladder.Config(reduction=8))
+take_around(model)                                                          # the base again
 """
 # Shapes: M virtual tokens, W numbers of each, V vocabulary, D width
 

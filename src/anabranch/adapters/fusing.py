@@ -50,8 +50,8 @@ def fuse_adapter(model: Decoder, folder: str | Path, *, task: str | None = None,
         task: of an adapter that goes by task, the one that the model is for; None leaves all tasks beside.
         beside: leave it beside also where matrices could take it in.
 
-    Raises ConfigError for a ``task`` of what does not go by task, and for matrices that would take it in and are stored in few bits, or whose
-    type cannot hold the sum; InputError for a task that there is not; others as `load_peft` and `read_own`.
+    Raises ConfigError for a ``task`` of what does not go by task, and for matrices that would take it in and are stored in few bits, or
+    whose type cannot hold the sum; InputError for a task that there is not; others as `load_peft` and `read_own`.
     """
     own = is_own(folder)
     (read_own if own else load_peft)(folder, model)

@@ -11,6 +11,7 @@ LoRA is better kept as peft keeps it (`save_peft`), which other programs read; t
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_folder, atomic_write_json
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import FLOATS, SafetensorsFiles, build_empty, read_json, some
+from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json, some
 from anabranch.nn import Linear
 
 __all__ = ["OWN", "is_own", "load_numbers", "read_own", "write_own"]
@@ -150,9 +151,12 @@ def read_own(
         raise CheckpointError(f"{place / OWN} does not describe an adapter: {error}") from None
     if parts == _Parts():
         raise CheckpointError(f"{place / OWN} describes an adapter of nothing: it has no linears, streams or block")
-    # A few words may ask for any number of numbers; the file has them, which is looked at before any are made.
-    frame = build_empty(parts.config_on(model.config))
-    check_numbers(frame, place / NUMBERS, added_names(frame))
+    # A few words may ask for any number of numbers; far more than the file has are never made. What else is wrong is told by name below.
+    asked = parts.config_on(model.config).count().parameters - model.config.count().parameters
+    if asked > 16 * (held := _numbers_in(place / NUMBERS)) + 2**20:
+        raise CheckpointError(
+            f"{place / NUMBERS} holds {held:,} numbers, and {OWN} describes an adapter of {asked:,}; copy the folder again"
+        )
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts.put(model)
     try:
@@ -217,31 +221,33 @@ def load_numbers(model: Any, path: Path, *, prefix: str = "", names: Sequence[st
 
     Raises CheckpointError for others than it has, or that are not finite.
     """
+    source, state = _opened(path), model.state_dict()
     names = added_names(model) if names is None else names
-    source, state = check_numbers(model, path, names, prefix=prefix), model.state_dict()
-    for name in names:
-        value = source.read(prefix + name)
-        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed"
-            )
-        state[name].copy_(value)
-
-
-def check_numbers(model: Any, path: Path, names: Sequence[str], *, prefix: str = "") -> SafetensorsFiles:
-    """The file, which has what is named of ``model`` in its sizes, and nothing else. Raises CheckpointError for another."""
-    if not path.is_file():
-        raise CheckpointError(f"no numbers of an adapter at {path}; copy the folder again")
-    source, state = SafetensorsFiles([path]), model.state_dict()
     missing = sorted(set(names) - {name.removeprefix(prefix) for name in source.names})
     extra = sorted({name.removeprefix(prefix) for name in source.names} - set(names))
     if missing or extra:
         what = f"lacks {some(missing)}" if missing else f"has {some(extra)}, for which the model has no layer"
         raise CheckpointError(f"{path} {what}; is it of another model, or damaged?")
     for name in names:
-        given, wanted = source.shape(prefix + name), tuple(state[name].shape)
-        if given != wanted:
+        value, target = source.read(prefix + name), state[name]
+        if value.shape != target.shape:
             raise CheckpointError(
-                f"{name} in {path} has shape {list(given)}, and the model's {list(wanted)}; is it of another model?"
+                f"{name} in {path} has shape {list(value.shape)}, and the model's {list(target.shape)}; is it of another model?"
             )
-    return source
+        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed"
+            )
+        target.copy_(value)
+
+
+def _opened(path: Path) -> SafetensorsFiles:
+    if not path.is_file():
+        raise CheckpointError(f"no numbers of an adapter at {path}; copy the folder again")
+    return SafetensorsFiles([path])
+
+
+def _numbers_in(path: Path) -> int:
+    """How many numbers a file has; only its header is read."""
+    source = _opened(path)
+    return sum(math.prod(source.shape(name)) for name in source.names)

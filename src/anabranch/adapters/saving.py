@@ -58,15 +58,15 @@ def save_peft(folder: str | Path, model: Decoder, *, family: str | None = None) 
 def _built(model: Decoder, family: str | None) -> Adapter:
     """The adapter of a model that was built or loaded with it."""
     layers: dict[str, Any] = {part: layer for part, layer in layers_of(model).items() if isinstance(layer, Holder)}
-    if not layers and isinstance(model.streams, Front):
+    others = [kind for kind in model.config.linears.values() if not issubclass(kind.owner, Holder)]
+    if not layers and not others and isinstance(model.streams, Front):
         table = {**_USUAL, **model.streams.described(model.config)}
         return Adapter(table, {}, prompt_MW=model.streams.weight.detach())
-    if not layers:
+    if not layers and not others:
         raise ConfigError("the model has no adapter to save; put one onto it with load_peft")
-    others = [kind for kind in model.config.linears.values() if not issubclass(kind.owner, Holder)]
     if others or model.streams is not None:
         other = others[0].owner.kind if others else getattr(model.streams, "kind", None)
-        raise ConfigError(f"the model has {other!r} too, which no adapter of peft's has beside")
+        raise ConfigError(f"the model has {other!r}, which no adapter of peft's has beside")
     names = names_of(model.config.replace(linears={}), (), family)
     modules = {place.part: module for module, place in names.places.items()}
     homeless = [part for part in layers if part not in modules]

@@ -43,7 +43,9 @@ def take_in(model: Decoder) -> None:
     odd = [part for part, layer in layers.items() if not can_take_in(layer)]
     if odd:
         kind = layers[odd[0]].config.owner.kind
-        raise ConfigError(f"no matrix computes what a layer of kind {kind!r} does beside it ({some(odd)}); leave it beside")
+        raise ConfigError(
+            f"no matrix computes what a layer of kind {kind!r} does beside it ({some(odd)}); leave it beside"
+        )
     found = [(part, layer, *_matrix(model, part)) for part, layer in layers.items()]
     # All of them before any is changed.
     for part, layer, weight_OC, bias_O in found:

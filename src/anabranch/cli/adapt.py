@@ -55,7 +55,8 @@ def adapt(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="lora, poly, mhr, dynmole, lora_mixer, gate, or one of anabranch adapters list that is run by own code (dora, ia3, full, ...). Default: lora.",
+            help="lora, poly, mhr, dynmole, lora_mixer, gate, or a method that anabranch adapters list says own code runs (dora, ia3, "
+            "full, ...). Default: lora.",
         ),
     ] = None,
     targets: Annotated[

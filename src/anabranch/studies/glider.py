@@ -1,4 +1,4 @@
-"""Does a score of the whole query, added to those of its tokens, find the adapter of a task that is in the pool, and cost nothing elsewhere?
+"""Does a score of the whole query, added to those of its tokens, find the adapter of a task of the pool, and cost nothing elsewhere?
 
 "Glider: Global and Local Instruction-Driven Expert Router", 2024, arXiv 2410.07172. The paper: on tasks of the pool 6.6% above the best
 router by token; on others +0.88% at best over PHATGOOSE, +0.39, +0.16, -0.53 and +0.30 elsewhere; the oracle is still better.
@@ -39,7 +39,17 @@ from anabranch.adapters.glider import GliderConfig, GliderPool, describe_expert,
 from anabranch.adapters.glider.gates import GateMethod
 from anabranch.config import Config, Field, configclass, to_dict
 from anabranch.lm import Decoder, load_model
-from anabranch.studies.adapter_bench import FEW, LEARNED, Bench, BenchSize, accuracy, bench_words, name_of, pair_rows, write_rows
+from anabranch.studies.adapter_bench import (
+    FEW,
+    LEARNED,
+    Bench,
+    BenchSize,
+    accuracy,
+    bench_words,
+    name_of,
+    pair_rows,
+    write_rows,
+)
 from anabranch.studies.asked import Asked, judged
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer
@@ -70,15 +80,35 @@ WAYS: dict[str, GliderConfig] = {
 SHARE, NEAR, LOSS_NEAR, WAY = 0.95, 0.005, 0.005, 0.8
 _WORDINGS: dict[str, tuple[str, str, str]] = {
     "reverse": ("read it backwards", "reverse the order of its letters", "turn the whole word around"),
-    "rot1": ("move each letter one place on in the alphabet", "replace every letter by the next", "shift letters by one"),
+    "rot1": (
+        "move each letter one place on in the alphabet",
+        "replace every letter by the next",
+        "shift letters by one",
+    ),
     "drop vowels": ("leave out its vowels", "remove a, e, i, o and u", "keep consonants alone"),
-    "swap ends": ("exchange the first and the last letter", "swap the letters at both ends", "let its ends change places"),
+    "swap ends": (
+        "exchange the first and the last letter",
+        "swap the letters at both ends",
+        "let its ends change places",
+    ),
     "repeat last": ("write the last letter twice", "repeat the letter at the end", "double the final letter"),
-    "sort": ("order its letters from a to z", "sort the letters alphabetically", "put letters in the order of the alphabet"),
+    "sort": (
+        "order its letters from a to z",
+        "sort the letters alphabetically",
+        "put letters in the order of the alphabet",
+    ),
     "cut last": ("drop the final letter", "cut the last letter off", "leave the letter at the end away"),
-    "rotate left": ("put the first letter behind the last", "rotate it to the left by one", "move the letter in front to the end"),
+    "rotate left": (
+        "put the first letter behind the last",
+        "rotate it to the left by one",
+        "move the letter in front to the end",
+    ),
 }
-_AROUND = ("Take a word: {} first, and then {}.", "First {}; afterwards {}.", "You get a word. Begin: {}. After that: {}.")
+_AROUND = (
+    "Take a word: {} first, and then {}.",
+    "First {}; afterwards {}.",
+    "You get a word. Begin: {}. After that: {}.",
+)
 
 
 @configclass
@@ -178,7 +208,9 @@ def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
             from anabranch.studies.glider_superni import run as run_superni
 
             found = run_superni(config.size, seed, Path(folder), progress)
-    gained = found["held_in_glider"] - found["held_in_merged"] - WAY * (found["held_in_oracle"] - found["held_in_merged"])
+    gained = (
+        found["held_in_glider"] - found["held_in_merged"] - WAY * (found["held_in_oracle"] - found["held_in_merged"])
+    )
     return {
         **found,
         "zero": 0.0,
@@ -204,12 +236,12 @@ def _bench(size: Size, seed: int, place: Path, progress: Progress) -> Metrics:
     by_name = {name_of(pair): pair for pair in (*pairs, *others)}
 
     def measure(model: Decoder, task: str, telling: Any) -> float:
-        return accuracy(model, [by_name[task]], size.bench, routed=False, telling=lambda pair, rows: telling([task] * rows))
+        return accuracy(
+            model, [by_name[task]], size.bench, routed=False, telling=lambda pair, rows: telling([task] * rows)
+        )
 
     asked = {name: told(pair, 1) for name, pair in by_name.items()}
-    held_in, held_out = (
-        Asking(tuple(name_of(pair) for pair in some), asked, measure) for some in (pairs, others)
-    )
+    held_in, held_out = (Asking(tuple(name_of(pair) for pair in some), asked, measure) for some in (pairs, others))
     return measured(bench.folder, pool, held_in, held_out, progress)
 
 
@@ -243,7 +275,13 @@ def trained_expert(
 
     def train(kind: Method.Config, stage: int) -> Any:
         task = AdaptTask.Config(
-            model=str(base), data=str(rows), method=kind, sequence_length=length, held_out=0.0, template=template, dtype=dtype
+            model=str(base),
+            data=str(rows),
+            method=kind,
+            sequence_length=length,
+            held_out=0.0,
+            template=template,
+            dtype=dtype,
         )
         settings = TrainConfig(
             steps=steps[stage], batch_size=batch, learning_rate=rates[stage], weight_decay=0.0, eval_every=None,
@@ -290,12 +328,18 @@ def measured(
         experts.matcher.fit()
         experts.onto(model)
         for label, asking in (("held_in", held_in), ("held_out", held_out)):
-            found[f"{label}_{way}"] = _mean(asking.measure(model, name, _telling(experts, asking)) for name in asking.tasks)
+            found[f"{label}_{way}"] = _mean(
+                asking.measure(model, name, _telling(experts, asking)) for name in asking.tasks
+            )
         if way == "glider":
             found["threshold_auroc"] = experts.calibrate().auroc
             if held_in.instruction is not None:
-                nearest = [experts.retrieve("", instruction=held_in.instruction[name])[0].name for name in held_in.tasks]
-                found["found"] = sum(one == name for one, name in zip(nearest, held_in.tasks, strict=True)) / len(nearest)
+                nearest = [
+                    experts.retrieve("", instruction=held_in.instruction[name])[0].name for name in held_in.tasks
+                ]
+                found["found"] = sum(one == name for one, name in zip(nearest, held_in.tasks, strict=True)) / len(
+                    nearest
+                )
         unload(model)
     return found
 
@@ -324,7 +368,10 @@ _CLAIMS: tuple[Asked, ...] = (
         "held_in_glider", "bench", "held_in_phatgoose", "bench", 0.0,
         "PRIMARY: bench: above PHATGOOSE on tasks of the pool", _OVER,
     ),
-    ("held_in_glider", "bench", "most_oracle", "bench", 0.0, "bench: at least 95% of the oracle on tasks of the pool", "the oracle is better"),
+    (
+        "held_in_glider", "bench", "most_oracle", "bench", 0.0,
+        "bench: at least 95% of the oracle on tasks of the pool", "the oracle is better",
+    ),
     (
         "held_out_glider", "bench", "held_out_phatgoose", "bench", -NEAR,
         "bench: at most half a point below PHATGOOSE on other tasks", "-0.53 to +0.88%",

@@ -1,8 +1,8 @@
 """What do methods of fine-tuning few parameters reach, at what cost, when all have the same tokens and the same tuning?
 
-"Parameter-Efficient Fine-Tuning for Large Models: A Comprehensive Survey", 2024, arXiv 2403.14608, reports numbers of others. The like-for-like
-table of huggingface/peft (MetaMathQA, Llama-3.2-3B, accuracy on GSM8K): rsLoRA .513, SHiRA .510, LoRA .478, full fine-tuning .472, DoRA
-.469, (IA)3 .455 or .311 by its learning rate, prefix tuning .416, prompt tuning .343 or .057 by its start.
+"Parameter-Efficient Fine-Tuning for Large Models: A Comprehensive Survey", 2024, arXiv 2403.14608, reports numbers of others. The
+like-for-like table of huggingface/peft (MetaMathQA, Llama-3.2-3B, accuracy on GSM8K): rsLoRA .513, SHiRA .510, LoRA .478, full
+fine-tuning .472, DoRA .469, (IA)3 .455 or .311 by its learning rate, prefix tuning .416, prompt tuning .343 or .057 by its start.
 
 Two tables, one arm for each method in each:
 
@@ -10,8 +10,8 @@ Two tables, one arm for each method in each:
     superni-METHOD    SmolLM2-135M-Instruct and Super-NaturalInstructions: all 49 tasks learned together, 60 steps of 8 rows of up to 320
                       tokens, in bfloat16
 
-Every method runs with each learning rate of one grid, the same for all (0.001, 0.004, 0.016 on the bench; 0.001, 0.008 on SuperNI); that which
-is best on rows set aside (40 words; the first half of each task's test rows) is measured on others (60 words; the second half). Ranks
+Every method runs with each learning rate of one grid, the same for all (0.001, 0.004, 0.016 on the bench; 0.001, 0.008 on SuperNI); that
+which is best on rows set aside (40 words; the first half of each task's test rows) is measured on others (60 words; the second half). Ranks
 and widths are such that methods have at most 5% of the model's parameters. Measured besides: what learns, the file, bytes of adapter,
 gradients and optimizer state, and the processor's time of a forward pass over the base's, not merged.
 
@@ -129,7 +129,9 @@ def make(full: bool = False, **changes: Any) -> Study:
     )  # fmt: skip
     size = (Size() if full else tiny).replace(**changes)
     arms = [Arm(id, find(id).name, ArmConfig(method=id, size=size)) for id in METHODS]
-    arms += [Arm(f"superni-{id}", f"{find(id).name}, SuperNI", ArmConfig(method=id, is_real=True, size=size)) for id in REAL]
+    arms += [
+        Arm(f"superni-{id}", f"{find(id).name}, SuperNI", ArmConfig(method=id, is_real=True, size=size)) for id in REAL
+    ]
     return Study(
         name="peft_survey",
         title="methods of fine-tuning few parameters, with the same tokens and the same tuning",
@@ -209,7 +211,9 @@ def trained(
     dtype: Any = None,
 ) -> Any:
     """The task after its training."""
-    task = AdaptTask.Config(model=base, data=str(rows), method=method, sequence_length=length, held_out=0.0, dtype=dtype)
+    task = AdaptTask.Config(
+        model=base, data=str(rows), method=method, sequence_length=length, held_out=0.0, dtype=dtype
+    )
     train = TrainConfig(
         steps=steps, batch_size=batch, learning_rate=rate, weight_decay=0.0, eval_every=None, checkpoint_every=None,
         keep_checkpoints=1, device="cpu", seed=seed,
@@ -300,7 +304,10 @@ def judge(results: Results) -> list[Claim]:
 
 
 def _enough(results: Results) -> Claim:
-    claim, paper = "bench: at least six methods with 5% of the parameters are within 2 points of full fine-tuning, in every run", "-"
+    claim, paper = (
+        "bench: at least six methods with 5% of the parameters are within 2 points of full fine-tuning, in every run",
+        "-",
+    )
     full = results.runs.get("full", {})
     counts = []
     for seed in sorted(full):
@@ -308,7 +315,9 @@ def _enough(results: Results) -> Claim:
         # All of them, or the count would say which have run.
         if len(others) == len(METHODS) - 1 and all(others):
             least = full[seed]["accuracy"] - NEAR
-            counts.append(sum(bool(one) and one["share"] <= SHARE and one["accuracy"] >= least for one in others if one))
+            counts.append(
+                sum(bool(one) and one["share"] <= SHARE and one["accuracy"] >= least for one in others if one)
+            )
     if not counts:
         return Claim.not_run(claim, paper)
     return Claim.against(float(ENOUGH), claim, paper, float(min(counts)), _each([count >= ENOUGH for count in counts]))

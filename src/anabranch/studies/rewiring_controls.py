@@ -34,8 +34,8 @@ class _LowRank(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         outputs, inputs = weight_OC.shape
-        self.a = nn.Parameter(torch.randn(rank, inputs, generator=generator) / inputs**0.5)
-        self.b = nn.Parameter(torch.zeros(outputs, rank))
+        self.a = nn.Parameter((torch.randn(rank, inputs, generator=generator) / inputs**0.5).to(weight_OC.dtype))
+        self.b = nn.Parameter(torch.zeros(outputs, rank, dtype=weight_OC.dtype))
 
     def forward(self, weight_OC: Tensor) -> Tensor:
         return weight_OC + self.b @ self.a
@@ -71,7 +71,7 @@ def fitted_control(model: Decoder, name: str, context: Sequence[int], *, rate: f
 @contextmanager
 def _added(model: Decoder, name: str) -> Iterator[list[nn.Parameter]]:
     if name == "hidden":
-        vector_D = nn.Parameter(torch.zeros(model.config.dim))
+        vector_D = nn.Parameter(torch.zeros(model.config.dim, dtype=model.embedding.weight.dtype))
         handle = model.norm.register_forward_hook(lambda module, given, x_BLD: x_BLD + vector_D)
         try:
             yield [vector_D]

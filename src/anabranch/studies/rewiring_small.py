@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anabranch.adapters.rewiring import Rerouter, RewiringState, Rewiring
+from anabranch.adapters.rewiring import Rerouter, Rewiring, RewiringState
 from anabranch.data.config import text_windows
 from anabranch.lm import Decoder
 from anabranch.places import data_file
@@ -46,7 +46,12 @@ def run(size: "Size", seed: int, progress: Progress) -> Metrics:
 
 
 def measured(
-    model: Decoder, trained: Mapping[str, list[Stream]], unseen: list[Stream], size: "Size", seed: int, progress: Progress
+    model: Decoder,
+    trained: Mapping[str, list[Stream]],
+    unseen: list[Stream],
+    size: "Size",
+    seed: int,
+    progress: Progress,
 ) -> Metrics:
     """All trials of one model."""
     found: Metrics = {}
@@ -55,7 +60,11 @@ def measured(
     free = usual.replace(guard=False, select="all")
     found |= main_metrics(model, trained, unseen, usual)
     before = losses(model, unseen)
-    for name, config in (("free", free), ("uncertain", free.replace(select="uncertain")), ("decisive", free.replace(select="decisive"))):
+    for name, config in (
+        ("free", free),
+        ("uncertain", free.replace(select="uncertain")),
+        ("decisive", free.replace(select="decisive")),
+    ):
         found[f"gain_{name}"] = _mean(before) - _mean(losses(model, unseen, config))
     found["most_gain_free"] = KEPT * found["gain_free"]
     progress("disturbed routers")
@@ -71,7 +80,9 @@ def measured(
     return {**found, **_sweep(model, unseen, size)}
 
 
-def main_metrics(model: Decoder, trained: Mapping[str, list[Stream]], unseen: list[Stream], config: Rewiring) -> Metrics:
+def main_metrics(
+    model: Decoder, trained: Mapping[str, list[Stream]], unseen: list[Stream], config: Rewiring
+) -> Metrics:
     """With all defaults: the gain on unseen text, its standard error over streams, and the change of text like the training's."""
     gains = [old - new for old, new in zip(losses(model, unseen), losses(model, unseen, config), strict=True)]
     error = math.sqrt(sum((one - _mean(gains)) ** 2 for one in gains) / max(len(gains) - 1, 1) / len(gains))
@@ -87,7 +98,12 @@ def main_metrics(model: Decoder, trained: Mapping[str, list[Stream]], unseen: li
     }
 
 
-def losses(model: Decoder, streams: Sequence[Stream], config: Rewiring | None = None, states: Sequence[RewiringState] | None = None) -> list[float]:
+def losses(
+    model: Decoder,
+    streams: Sequence[Stream],
+    config: Rewiring | None = None,
+    states: Sequence[RewiringState] | None = None,
+) -> list[float]:
     """Mean nats of what follows each context; with ``config`` routers are fitted to the context first, on from ``states``."""
     if config is None and states is None:
         return [_nats(model, one) for one in streams]
@@ -144,7 +160,9 @@ def _short(model: Decoder, trained: Mapping[str, list[Stream]], usual: Rewiring,
     }
 
 
-def _switched(model: Decoder, trained: Mapping[str, list[Stream]], unseen: list[Stream], config: Rewiring, size: "Size") -> Metrics:
+def _switched(
+    model: Decoder, trained: Mapping[str, list[Stream]], unseen: list[Stream], config: Rewiring, size: "Size"
+) -> Metrics:
     """A text of a trained domain that goes on as an unseen one: fitted to its first part once, or again and again."""
     half = size.context // 2
     first = next(iter(trained.values()))

@@ -1,4 +1,4 @@
-"""The arm ``smollm2`` of the study of Rewiring: SmolLM2 upcycled to a mixture of experts, and text in languages that it was not trained on."""
+"""The arm ``smollm2`` of the study of Rewiring: SmolLM2 upcycled to a mixture of experts, and text in other languages."""
 # Shapes: B rows, L positions
 
 import gzip

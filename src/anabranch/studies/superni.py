@@ -57,7 +57,7 @@ def definitions() -> Mapping[str, str]:
 
 
 def some_tasks(pool: int, others: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(tasks of a pool, others of the same categories): the first and the second task of each category that has two, then further first ones."""
+    """(tasks of a pool, others of the same categories): the first and the second task of categories that have two, then further firsts."""
     by_category = categories()
     several = [tasks for tasks in by_category.values() if len(tasks) > 1]
     single = [tasks[0] for tasks in by_category.values() if len(tasks) == 1]

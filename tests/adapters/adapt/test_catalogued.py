@@ -1,4 +1,4 @@
-"""Methods of the catalogue as methods of `adapt`: each learns from rows, and what it writes does on another copy of the base what it did."""
+"""Methods of the catalogue as methods of `adapt`: each learns from rows, and what it writes does the same on another copy of the base."""
 
 import json
 
@@ -13,7 +13,7 @@ from anabranch.data import ByteTokenizer
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, export_huggingface, load_model
 from anabranch.nn import SelfAttention, SwiGLU
-from anabranch.train import TaskRunConfig, TrainConfig, Trainer, read_task_run_config
+from anabranch.train import Constant, TaskRunConfig, TrainConfig, Trainer, read_task_run_config
 
 OPTIONS = {
     "lora-plus": {"rank": 2},
@@ -53,7 +53,9 @@ def place(tmp_path_factory):
         max_positions=64,
     )
     export_huggingface(root / "base", config.build(seed=1), ByteTokenizer.Config().build(), family="llama")
-    rows = [{"task": "upper", "input": word, "output": word.upper()} for word in ("ab", "cde", "fghi", "jk", "lmn", "op")]
+    rows = [
+        {"task": "upper", "input": word, "output": word.upper()} for word in ("ab", "cde", "fghi", "jk", "lmn", "op")
+    ]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root
 
@@ -61,7 +63,15 @@ def place(tmp_path_factory):
 def trainer(place, out, id, steps, **more):
     method = Catalogued.Config(id=id, **OPTIONS[id])
     task = AdaptTask.Config(model=str(place / "base"), data=str(place / "rows.jsonl"), method=method, held_out=0.0)
-    train = TrainConfig(steps=steps, batch_size=2, learning_rate=0.01, eval_every=None, checkpoint_every=2, device="cpu")
+    train = TrainConfig(
+        steps=steps,
+        batch_size=2,
+        learning_rate=0.01,
+        eval_every=None,
+        checkpoint_every=2,
+        device="cpu",
+        schedule=Constant.Config(),
+    )
     return Trainer(TaskRunConfig(task=task, train=train), out, **more)
 
 
@@ -87,7 +97,10 @@ def test_from_rows_to_what_others_read(place, tmp_path, id):
     assert torch.equal(logits(again), found)
 
 
-@pytest.mark.parametrize("id", ["lst", "ln-tuning", pytest.param("mam", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "id",
+    ["lst", "ln-tuning", pytest.param("mam", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)],
+)
 def test_resumed_to_the_bit(place, tmp_path, id):
     straight = trainer(place, tmp_path / "straight", id, 4)
     straight.fit()
@@ -103,6 +116,13 @@ def test_b_of_lora_plus_learns_16_times_as_quickly(place, tmp_path):
     run = trainer(place, tmp_path / "run", "lora-plus", 2)
     factors = {name: run.task.speed(name, one) for name, one in run.model.named_parameters() if one.requires_grad}
     assert {name.endswith(".b"): speed and speed.factor for name, speed in factors.items()} == {True: 16.0, False: None}
+
+
+def test_whatever_a_card_may_be_told_can_be_said():
+    own = [card for card in CARDS.values() if card.backend == "own" and method_named(card.id).owner is Catalogued]
+    for card in own:
+        assert set(card.options) <= {"targets", *Catalogued.Config.__dataclass_fields__}, card.id
+        assert Catalogued.Config(id=card.id, **card.options).options() == card.options
 
 
 def test_names():

@@ -93,13 +93,17 @@ def test_an_answer_that_is_right_counts_whichever_of_several_it_is(model, monkey
     tokenizer = ByteTokenizer.Config().build()
     import anabranch.adapters.adapt.measuring as measuring
 
-    monkeypatch.setattr(measuring, "generate", lambda model, prompts, sampling: [tokenizer.encode("c d e")] * len(prompts))
+    monkeypatch.setattr(
+        measuring, "generate", lambda model, prompts, sampling: [tokenizer.encode("c d e")] * len(prompts)
+    )
     score = measure_rows(model, tokenizer, ROWS[1:2], max_new_tokens=8).all
     assert (score.rouge_l, score.exact) == (1.0, 1.0)
 
 
 def test_all_answers_of_a_row_are_read(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": ["x", "", "y", "x"], "split": "test"}\n{"input": "b", "answer": "z"}')
+    (tmp_path / "rows.jsonl").write_text(
+        '{"input": "a", "output": ["x", "", "y", "x"], "split": "test"}\n{"input": "b", "answer": "z"}'
+    )
     first, second = read_rows(tmp_path / "rows.jsonl")
     assert (first.answer, first.others, first.is_held_out) == ("x", ("y",), True)
     assert (second.answer, second.others, second.is_held_out) == ("z", (), False)

@@ -47,7 +47,7 @@ class Catalogued(Method, kind="catalogue"):
 
         Attributes:
             id: of a card whose backend is ``own``.
-            rank, alpha, width, activation, scale, number, active, size, drop, tokens, feedforward, reduction: as its card says.
+            rank, alpha, width, activation, scale, number, active, size, drop, tokens, feedforward, reduction, expansion: as its card says.
         """
 
         id: str = "lora"
@@ -64,11 +64,14 @@ class Catalogued(Method, kind="catalogue"):
         tokens: int | None = Field(default=None, ge=1)
         feedforward: tuple[str, ...] | None = None
         reduction: int | None = Field(default=None, ge=1)
+        expansion: int | None = Field(default=None, ge=1)
 
         def __post_init__(self) -> None:
             card = find(self.id)
             if card.backend != "own":
-                raise ConfigError(f"method is {self.id!r}, which is run by {card.backend}, not by code of ours; {_why(card)}")
+                raise ConfigError(
+                    f"method is {self.id!r}, which is run by {card.backend}, not by code of ours; {_why(card)}"
+                )
             settings(card, self.options())
 
         def options(self) -> dict[str, Any]:
@@ -115,7 +118,9 @@ class Catalogued(Method, kind="catalogue"):
         """A folder of peft's where peft has such an adapter, else one of our own."""
         layers = layers_of(model).values()
         is_front = isinstance(model.streams, Front)
-        if (layers and not is_front and all(isinstance(layer, Holder) for layer in layers)) or (is_front and not layers):
+        if (layers and not is_front and all(isinstance(layer, Holder) for layer in layers)) or (
+            is_front and not layers
+        ):
             return write_peft_or_own(folder, model, base)
         write_own(folder, model, base=base)
         return Written(folder, "anabranch")

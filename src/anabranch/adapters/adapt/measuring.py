@@ -111,13 +111,17 @@ def measure_rows(
                     for number, text in zip(row_B.tolist(), texts, strict=True):
                         said[number] = text
             done += len(some)
-    numbers = {name: [place for place, row in enumerate(rows) if row.task == name] for name in sorted({r.task for r in rows})}
+    numbers = {
+        name: [place for place, row in enumerate(rows) if row.task == name] for name in sorted({r.task for r in rows})
+    }
     scored = {name: _score(rows, places, nats, counts, said) for name, places in numbers.items() if name}
     return Scores(_score(rows, list(range(len(rows))), nats, counts, said), scored)
 
 
 @torch.no_grad()
-def _likelihoods(model: Decoder, data: tuple[Any, ...], places: list[int], nats: list[float], counts: list[int]) -> None:
+def _likelihoods(
+    model: Decoder, data: tuple[Any, ...], places: list[int], nats: list[float], counts: list[int]
+) -> None:
     device = model.embedding.weight.device
     given = batch_of(*(tensor.to(device) for tensor in data))
     given["task_B"] = None
@@ -146,7 +150,9 @@ def _score(
 ) -> Score:
     tokens = sum(counts[place] for place in places)
     mean = math.fsum(nats[place] for place in places) / max(tokens, 1)
-    answered = [(text, (rows[place].answer, *rows[place].others)) for place in places if (text := said[place]) is not None]
+    answered = [
+        (text, (rows[place].answer, *rows[place].others)) for place in places if (text := said[place]) is not None
+    ]
     if not answered:
         return Score(len(places), tokens, mean)
     overlap = math.fsum(max(rouge_l(text, one) for one in wanted) for text, wanted in answered)

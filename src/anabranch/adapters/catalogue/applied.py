@@ -61,9 +61,7 @@ _AROUND: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "prompt-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"])},
     "prefix-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
     "mam": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
-    "lst": lambda options: {
-        "ladder": Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])
-    },
+    "lst": lambda options: {"ladder": Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])},
 }
 
 

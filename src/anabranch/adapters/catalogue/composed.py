@@ -182,7 +182,6 @@ _ROUTED = (
 )
 
 
-
 def _rungs(shape: Shape, options: Options) -> list[int]:
     """Numbers of the ladder beside each block."""
     ladder = Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])
@@ -213,9 +212,7 @@ _HYBRID = (
         options={"tokens": 30, "width": 64, "activation": "relu", "scale": 4.0, "targets": ("down",)},
         count=lambda matrices, shape, options: (
             2 * shape.num_layers * options["tokens"] * shape.kv_width
-            + sum(
-                options["width"] * (matrix.in_dim + matrix.out_dim + 1) + matrix.out_dim for matrix in matrices
-            )
+            + sum(options["width"] * (matrix.in_dim + matrix.out_dim + 1) + matrix.out_dim for matrix in matrices)
         ),
         work=BOTTLENECK,
         prefix_positions=lambda options: options["tokens"],

@@ -23,9 +23,7 @@ def fuse(
     ] = None,
     beside: Annotated[
         bool,
-        typer.Option(
-            "--beside", metavar=FLAG, help="Leave it beside the matrices, also where they could take it in."
-        ),
+        typer.Option("--beside", metavar=FLAG, help="Leave it beside the matrices, also where they could take it in."),
     ] = False,
     dtype: Dtype = None,
     device: Device = None,

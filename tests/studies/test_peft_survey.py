@@ -1,0 +1,97 @@
+"""The study of the PEFT survey: what its arms have in parameters, its rule, its table, and its quick form."""
+
+import json
+import math
+
+import pytest
+
+from anabranch.adapters.catalogue import CARDS, MEASURED, Limits, Shape, estimate, find, read_measurements, recommend
+from anabranch.lm import Decoder
+from anabranch.nn import SelfAttention, SwiGLU
+from anabranch.studies.adapter_bench import BenchSize
+from anabranch.studies.harness import Results
+from anabranch.studies.peft_survey import METHODS, REAL, SHARE, ArmConfig, judge, make, run, write_measurements
+
+
+def shape_of_bench():
+    size = BenchSize()
+    hidden = size.dim * 8 // 3 // 8 * 8
+    return Shape.of(
+        Decoder.Config(
+            dim=size.dim,
+            num_layers=size.num_layers,
+            attention=SelfAttention.Config(num_heads=size.num_heads),
+            feed_forward=SwiGLU.Config(hidden_dim=hidden),
+        )
+    )
+
+
+@pytest.mark.parametrize("id", [id for id in METHODS if id != "full"])
+def test_a_method_has_at_most_a_twentieth_of_the_parameters(id):
+    options = {name: value for name, value in METHODS[id].items() if name in find(id).options}
+    assert 0 < estimate(find(id), shape_of_bench(), options).share <= SHARE
+
+
+def test_arms():
+    assert set(REAL) <= set(METHODS)
+    assert len(METHODS) >= 12 + 1
+    for id in METHODS:
+        # What cannot be is refused when it is made.
+        assert ArmConfig(method=id).of().build().name == id
+    assert [arm.name for arm in make(full=True).arms][-1] == f"superni-{REAL[-1]}"
+    assert (make().seeds, make(full=True).seeds) == ((0, 1), (0, 1, 2, 3, 4))
+
+
+def runs(values, **others):
+    return {
+        seed: {"accuracy": value, "zero": 0.0, "share": 0.03, "formula_is_right": 1.0, **others}
+        for seed, value in enumerate(values)
+    }
+
+
+FULL = [0.80, 0.82, 0.79, 0.81, 0.80]
+
+
+def test_the_rule():
+    near, far = [value - 0.001 * (seed % 3) for seed, value in enumerate(FULL)], [value - 0.2 for value in FULL]
+    far[0] += 0.001
+    made = {id: runs(near if number < 7 else far) for number, id in enumerate(METHODS)} | {"full": runs(FULL)}
+    found = {claim.claim: claim for claim in judge(Results(made))}
+    assert found["PRIMARY: bench: LoRA is at most 2 points below full fine-tuning"].verdict == "holds"
+    assert found["bench: Ladder side-tuning is at most 2 points below full fine-tuning"].verdict == "does not hold"
+    enough = next(claim for name, claim in found.items() if name.startswith("bench: at least six methods"))
+    assert (enough.verdict, enough.ours, enough.limit) == ("holds", 6.0, 6.0)
+    assert found["what learns is what the catalogue's formula says, in every run"].verdict == "holds"
+    # One that has more than its share does not count, and without all methods nothing is counted.
+    made["lora"] = runs(near) | {2: {**runs(near)[2], "share": 0.2}}
+    assert judge(Results(made))[-2].verdict == "not resolved"
+    del made["lst"]
+    assert judge(Results(made))[-2].verdict == "not run"
+
+
+def test_the_table_is_what_recommend_reads(tmp_path):
+    write_measurements(
+        Results({"ia3": runs([0.9] * 5, parameters=100), "lora": runs([0.7] * 5, parameters=900)}), tmp_path
+    )
+    rows = read_measurements(tmp_path / "measurements.json", list(CARDS))
+    assert [(row.method, row.accuracy) for row in rows] == [("lora", 0.7), ("ia3", 0.9)]
+    found = recommend(shape_of_bench(), Limits(), measurements=rows)
+    assert [choice.estimate.card.id for choice in found.choices[:2]] == ["ia3", "lora"]
+    assert found.sources == ("anabranch study peft_survey, adapter bench, 5 seeds",)
+    assert (
+        found.choices[0].estimate.card.id
+        != recommend(shape_of_bench(), Limits(), measurements=MEASURED).choices[0].estimate.card.id
+    )
+    assert json.loads((tmp_path / "measurements.json").read_text())[0]["parameters"] == 900
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("id", ["full", "prefix-tuning", "lst", "dora"])
+def test_the_quick_form(id, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
+    config = next(arm.config for arm in make().arms if arm.name == id)
+    found = run(config, 0, lambda text: None)
+    assert found["formula_is_right"] == 1.0
+    assert 0 <= found["accuracy"] <= 1
+    assert found["rate"] in config.size.rates
+    assert all(math.isfinite(value) for value in found.values())
