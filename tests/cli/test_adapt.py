@@ -406,7 +406,7 @@ def test_what_trains_the_base_becomes_a_model(here, base):
         here, base / "base", base / "rows.jsonl", "--method", "ln-tuning", "--out", base / "norms", "--steps", 3
     )
     assert (told["method"], told["form"]) == ("ln-tuning", "model")
-    code, out, err = here("eval", base / "norms" / "adapter", *EVAL)
+    code, _, err = here("eval", base / "norms" / "adapter", *EVAL)
     assert code == 0, err
     code, _, err = here("adapt", "--out", base / "norms", "--resume", "--method", "dora", "--json")
     assert code == 2
