@@ -25,9 +25,9 @@ STUDIES = ROOT / "src" / "anabranch" / "studies"
 # Folders of designs that are parts of a model; other systems have names and tests of several kinds.
 OF_TOKENS = ("experts", "heads", "depth", "adapters", "subnets")
 # What these have in common, and is no system.
-SHARED_PARTS = {("adapters", "adapt")}
+SHARED_PARTS = {("adapters", "adapt"), ("adapters", "ladder")}
 # Designs whose page says that no study of them is written yet; everything else that a design has they have.
-WITHOUT_STUDY = {"glider"}
+WITHOUT_STUDY: set[str] = set()
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 

@@ -109,6 +109,63 @@ def test_all_answers_of_a_row_are_read(tmp_path):
     assert (second.answer, second.others, second.is_held_out) == ("z", (), False)
 
 
+def test_rows_are_told_their_tasks_and_what_they_ask(tmp_path):
+    """Whatever a block around the pass tells: it is made of its parts, which have to ask."""
+    from anabranch.adapters import LowRank, save_peft
+    from anabranch.adapters.glider import GliderConfig, GliderPool
+    from anabranch.adapters.mhr import MultiHeadRouted
+    from anabranch.adapters.put_on import put_on
+    from anabranch.adapters.tasks import on_tasks
+    from anabranch.nn import SelfAttention, SwiGLU
+
+    tokenizer = ByteTokenizer.Config().build()
+    config = Decoder.Config(
+        dim=32,
+        num_layers=2,
+        max_positions=64,
+        attention=SelfAttention.Config(num_heads=4),
+        feed_forward=SwiGLU.Config(hidden_dim=48),
+    )
+
+    def moved(model):
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 3.0)
+        return model
+
+    routed = moved(
+        put_on(
+            config.build(seed=1), {"*.q": MultiHeadRouted.Config(tasks=("upper", "other"), skills=2, heads=2, rank=2)}
+        )
+    )
+    rows = [Row(task, "say ab", "AB") for task in ("upper", "other")]
+    together = measure_rows(routed, tokenizer, rows, telling=lambda some: on_tasks(routed, [row.task for row in some]))
+    alone = [
+        measure_rows(
+            routed, tokenizer, rows[:1], telling=lambda some, name=name: on_tasks(routed, name)
+        ).all.nats_per_token
+        for name in ("upper", "other")
+    ]
+    assert [score.nats_per_token for score in together.by_task.values()] == pytest.approx(alone[::-1], rel=1e-5)
+    assert alone[0] != pytest.approx(alone[1], rel=1e-4)
+    pool = GliderPool(GliderConfig(local="none", top_k=1, weight=100.0))
+    for seed, (name, asked) in enumerate({"law": "name the law", "sql": "write a query"}.items()):
+        made = config.replace(linears={"*.q": LowRank.Config(rank=2)}).build(seed=seed).requires_grad_(True)
+        save_peft(tmp_path / name, moved(made))
+        pool.add(tmp_path / name, instruction=asked)
+    pool.matcher.fit()
+    model = pool.onto(config.build(seed=1))
+    found = {
+        asked: measure_rows(
+            model, tokenizer, rows[:1], telling=lambda some, asked=asked: pool.answering([asked])
+        ).all.nats_per_token
+        for asked in ("which law is it", "a query in sql")
+    }
+    assert found["which law is it"] != pytest.approx(found["a query in sql"], rel=1e-5)
+
+
 def test_what_cannot_be_measured(model):
     tokenizer = ByteTokenizer.Config().build()
     with pytest.raises(DataError, match="no rows"):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
+from anabranch.adapters.by_row import check_told, told_rows
 from anabranch.adapters.own_folder import load_numbers
 from anabranch.adapters.tasks import numbers_of, told_tasks
 from anabranch.config import Field, Size, configclass, to_dict
@@ -81,7 +82,10 @@ class Answers(nn.Module):
         ``spread_M`` is the mean over the vocabulary of -log p, for smoothed labels.
         """
         decoder = self.decoder
-        state = {} if task_B is None else told_tasks(task_B, token_BL.shape[1])
+        # A pass that is made of its parts asks what blocks around it tell its rows.
+        check_told(decoder, len(token_BL), "a pass over answers")
+        state = told_rows(decoder, range(len(token_BL)), token_BL.shape[1])
+        state |= {} if task_B is None else told_tasks(task_B, token_BL.shape[1])
         context = decoder.context(token_BL, token_mask_BL=mask_BL, state=state)
         x_BLD = decoder.hidden(token_BL, context)
         if decoder.streams is not None:
