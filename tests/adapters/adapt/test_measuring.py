@@ -152,7 +152,7 @@ def test_rows_are_told_their_tasks_and_what_they_ask(tmp_path):
     assert alone[0] != pytest.approx(alone[1], rel=1e-4)
     pool = GliderPool(GliderConfig(local="none", top_k=1, weight=100.0))
     for seed, (name, asked) in enumerate({"law": "name the law", "sql": "write a query"}.items()):
-        made = config.replace(linears={"*.q": LowRank.Config(rank=2)}).build(seed=seed).requires_grad_(True)
+        made = config.replace(linears={"*.down": LowRank.Config(rank=2)}).build(seed=seed).requires_grad_(True)
         save_peft(tmp_path / name, moved(made))
         pool.add(tmp_path / name, instruction=asked)
     pool.matcher.fit()
@@ -163,7 +163,7 @@ def test_rows_are_told_their_tasks_and_what_they_ask(tmp_path):
         ).all.nats_per_token
         for asked in ("which law is it", "a query in sql")
     }
-    assert found["which law is it"] != pytest.approx(found["a query in sql"], rel=1e-5)
+    assert found["which law is it"] != pytest.approx(found["a query in sql"], rel=1e-4)
 
 
 def test_what_cannot_be_measured(model):
