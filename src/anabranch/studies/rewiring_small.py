@@ -166,7 +166,8 @@ def _switched(
     """A text of a trained domain that goes on as an unseen one: fitted to its first part once, or again and again."""
     half = size.context // 2
     first = next(iter(trained.values()))
-    once, again = [], []
+    once: list[float] = []
+    again: list[float] = []
     for (old, _), (new, follows) in zip(first, unseen, strict=False):
         text = old[:half] + new[: size.context - half] + follows
         rerouter = Rerouter(model, config)

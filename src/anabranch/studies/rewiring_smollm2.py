@@ -6,7 +6,7 @@ import hashlib
 import random
 import zipfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,7 +48,8 @@ def run(size: "Size", seed: int, progress: Progress) -> Metrics:
     assert tokenizer is not None, "the file has one"
     balance = (SwitchLoss.Config(alpha=0.01), ZLoss.Config())
     router = Router.Config(select=TopK.Config(top_k=ACTIVE, normalize="sum"), balance=balance)
-    moe = MoE.Config(num_experts=size.upcycled_experts, hidden_dim=dense.config.feed_forward.hidden_dim, router=router)
+    feed_forward: Any = dense.config.feed_forward
+    moe = MoE.Config(num_experts=size.upcycled_experts, hidden_dim=feed_forward.hidden_dim, router=router)
     model = upcycle(dense, moe, reinit=DRAWN_ANEW, seed=seed)
     del dense
     learned, held_out = _texts(tokenizer, size)
