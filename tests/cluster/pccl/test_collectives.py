@@ -16,13 +16,14 @@ from anabranch.cluster.pccl import (
     Quantiser,
     Reduced,
     Reduction,
+    SharedState,
     TagInUse,
     ring,
 )
 from anabranch.cluster.pccl.communicator import DTYPES
 from anabranch.cluster.pccl.ring import HEAD, OPS, chunk_ranges
 from anabranch.errors import InputError
-from pccl_peers import a_master, together
+from pccl_peers import Peer, a_master, together
 
 SIZES = (0, 1, 3, 7, 1000)
 FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
@@ -328,3 +329,32 @@ def test_who_does_not_want_to_wait_withdraws_and_goes_on(master):
         return peers.all_reduce(torch.ones(1)).world
 
     assert together(master.address, 2, work) == [2, 2]
+
+
+@pytest.mark.parametrize("gathered", [1, 2])
+def test_who_comes_late_and_waits_for_others_goes_on_with_those_who_run(master, gathered):
+    """The one call serves those who begin together and those who come to them: whoever is let in does next what the others do."""
+    late = []
+
+    def work(number, peers):
+        peers.wait_for(gathered)
+        state, steps = SharedState({"w": torch.zeros(3)}), 0
+        # By what all know.
+        while state.revision < 6 or peers.world_size < gathered + 2:
+            peers.admit()
+            state.revision += 1
+            peers.sync_shared_state(state)
+            if number == 0 and not late:
+                late.extend(Peer(master.address, work, 10 + more) for more in range(2))
+            peers.all_reduce(torch.ones(2))
+            steps += 1
+        return state.revision, steps
+
+    founders = [Peer(master.address, work, number) for number in range(gathered)]
+    found = [peer.wait() for peer in founders]
+    found += [peer.wait() for peer in late]
+    assert [peer.error for peer in found] == [None] * (gathered + 2)
+    revision, steps = found[0].value
+    assert revision == steps
+    assert {peer.value[0] for peer in found} == {revision}
+    assert all(peer.value[1] < steps for peer in late)

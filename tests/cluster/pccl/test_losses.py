@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anabranch.cluster.pccl import Kicked, PeerLost, SharedState, TopologyFailed
-from pccl_peers import Killed, Peer, a_master, together
+from pccl_peers import BOUND_S, Killed, Peer, a_master, together
 
 # All that a peer is about to do when a schedule may end it, in an order of first appearance.
 MOMENTS = (
@@ -257,3 +257,57 @@ def test_a_neighbour_that_does_nothing_is_given_up(stalls_s, dead_s, left):
         assert last[:2] == others[0][:2]
     else:
         assert "did not answer an abort" in last
+
+
+def test_after_a_newcomer_that_nobody_reaches_the_next_reduction_goes_through(master):
+    """Some had made the links of its ring, and some had not: none of them goes on with half of it."""
+    late = []
+
+    def work(number, peers):
+        peers.all_reduce(torch.ones(2))
+        if number == 0:
+            late.append(Peer(master.address, lambda _, mine: None, 9, advertise="127.0.0.1:1"))
+        while not peers.are_peers_pending():
+            time.sleep(0.01)
+        with pytest.raises(TopologyFailed):
+            peers.update_topology()
+        return peers.all_reduce(torch.ones(2)).world, [row.failures for row in master.state.members.values()]
+
+    for world, failures in together(master.address, 3, work, connect_s=0.7):
+        assert world == 3
+        # The newcomer alone.
+        assert sum(failures) <= 1
+    late[0].communicator.close()
+    late[0].wait()
+
+
+def test_of_two_at_a_time_neither_waits_for_the_other_when_a_third_dies(master):
+    """The older one has its buffer still to copy when the ring that the newer one needs is already another."""
+    gate = threading.Event()
+
+    def work(number, peers):
+        peers.all_reduce(torch.ones(1))
+        copied = peers._backup
+
+        def slow(flat):
+            # As the copy of a large buffer.
+            if flat.numel() == 5:
+                gate.wait(20)
+                time.sleep(0.3)
+            return copied(flat)
+
+        peers._backup = slow
+        first = peers.all_reduce_async(torch.ones(5), tag=1)
+        if number == 2:
+            while peers.peer in master.state.members and not master.state.running:
+                time.sleep(0.01)
+            gate.set()
+            raise Killed
+        second = peers.all_reduce_async(torch.ones(7), tag=2)
+        with pytest.raises(PeerLost):
+            first.result(BOUND_S)
+        return second.result(BOUND_S).world
+
+    peers = [Peer(master.address, work, number, 3) for number in range(3)]
+    found = [peer.wait() for peer in peers]
+    assert [(peer.value, peer.error) for peer in found] == [(2, None), (2, None), (None, None)]

@@ -146,6 +146,7 @@ class Communicator(Part):
                     self._form(self._vote({"what": "join"}))
                 except TopologyFailed:
                     continue
+            self._is_new = not self._topology.get("gathers", False)
         except BaseException:
             self.close()
             raise
@@ -193,39 +194,46 @@ class Communicator(Part):
 
     def update_topology(self) -> None:
         """Let in those who wait. Raises TopologyFailed on all peers where one cannot reach its neighbour."""
-        self._alone_in_it(lambda: self._form(self._vote({"what": "accept"})))
+        self._accept(gathers=False)
+
+    def _accept(self, *, gathers: bool) -> None:
+        self._alone_in_it(lambda: self._form(self._vote({"what": "accept", "gathers": gathers})))
 
     def admit(self) -> bool:
         """Let in those who wait, if there are any; whether this peer's ring has changed.
 
-        Where this is a newcomer's first call of all it does nothing: those who let it in are just making theirs.
+        Where this is the first call of one that comes later it does nothing: those who let it in are just making theirs.
         """
         if self._is_new:
             self._is_new = False
             return True
+        return self._admitted(gathers=False)
+
+    def _admitted(self, *, gathers: bool) -> bool:
         if not self.are_peers_pending():
             return False
         before = self.ring_order
-        self.update_topology()
+        self._accept(gathers=gathers)
         return self.ring_order != before
 
     def wait_for(self, world: int) -> None:
-        """Let in until so many peers are there; all that begin together call it first. One that comes later returns at once.
+        """Let in until so many peers are there; all that begin together call it first.
+
+        For one that comes later, and is let in by peers that are past it, it does nothing.
 
         Raises InputError for a number that is none.
         """
         if type(world) is not int or world < 1:
             raise InputError(f"world is {shown(world)}; use 1 or more")
-        while self.world_size < world:
+        while not self._is_new and self.world_size < world:
             if self._gives_up is not None and self._gives_up():
                 raise PeerLost(f"it was given up with {self.world_size} of {world} peers there")
             try:
-                has_changed = self.admit()
+                has_changed = self._admitted(gathers=True)
             except TopologyFailed:
                 continue
             if not has_changed:
                 time.sleep(_LOOK_S)
-        self._is_new = False
 
     def optimize_topology(self, *, seconds: float = 10.0, streams: int = 4) -> None:
         """Measure the links that were not measured yet, and take the best ring.

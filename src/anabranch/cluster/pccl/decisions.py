@@ -32,9 +32,11 @@ class Decisions(Held):
         ):
             pass
 
-    def _form(self, rings: dict[int, list[int]], newcomers: list[int], participants: list[Member]) -> None:
+    def _form(
+        self, rings: dict[int, list[int]], newcomers: list[int], participants: list[Member], *, gathers: bool = True
+    ) -> None:
         """Have links made for a ring."""
-        self.forming = Forming(self.epoch + 1, rings, newcomers, [member.id for member in participants])
+        self.forming = Forming(self.epoch + 1, rings, newcomers, [member.id for member in participants], gathers)
         for member in participants:
             self._deadlines[member.id] = self._now + 2 * self.connect_s + self.dead_s
         self._answer(
@@ -64,11 +66,13 @@ class Decisions(Held):
         for member in there:
             member.failures = 0
         self.order, self.epoch = {group: ring for group, ring in forming.rings.items() if ring}, forming.epoch
-        self._answer(there, self._topology)
+        # A newcomer's next call is what those make next who have let it in.
+        self._answer(there, lambda member: {**self._topology(member), "gathers": forming.gathers})
         return True
 
     def _form_failed(self, forming: Forming, there: list[Member], failed: list[Member]) -> None:
-        self.epoch = max(self.epoch, forming.epoch)
+        # Some have links of that ring, and some of the one before: neither goes on.
+        self.epoch = max(self.epoch, forming.epoch + 1)
         blamed = {(member.vote or {}).get("accused") for member in failed} | {member.id for member in failed}
         why = "a peer went away meanwhile" if forming.is_lost else ""
         for member in failed[:1]:
@@ -136,7 +140,8 @@ class Decisions(Held):
             if rings == self.order:
                 self._answer(accepted, self._topology)
             else:
-                self._form(rings, [member.id for member in waiting], [*accepted, *waiting])
+                gathers = any((member.vote or {}).get("gathers") is True for member in accepted)
+                self._form(rings, [member.id for member in waiting], [*accepted, *waiting], gathers=gathers)
         else:
             self._asked_to_measure = {member.id for member in accepted}
             self._answer(accepted, self._to_measure)

@@ -87,15 +87,15 @@ class Part:
         self._ops: dict[tuple[int, int], _Op] = {}
         self._turns: dict[int, deque[int]] = {}
         self._aborted_epoch = -1
-        self._building = threading.Lock()
+        self._is_building = False
         self._tags: set[int] = set()
         self._is_busy = False
         self._kept: list[Tensor] = []
         self._threads: ThreadPoolExecutor | None = None
         self._topology: dict[str, Any] = {}
         self.sent_bytes = 0
-        # Until it has done anything with the others.
-        self._is_new = True
+        # Let in by those who were past `wait_for`, and nothing was done with them yet.
+        self._is_new = False
 
     @property
     def peer(self) -> int:
@@ -166,7 +166,7 @@ class Part:
         """Wait for this collective's turn on its links, and do it."""
 
         def check() -> None:
-            if op.is_aborted:
+            if op.is_aborted or self._line.error is not None:
                 raise AbortedError("another peer was lost")
 
         self._ensure(op, ring, check)
@@ -197,17 +197,28 @@ class Part:
 
     def _ensure(self, op: _Op, ring: list[Place], check: Callable[[], None]) -> None:
         """Links of the epoch of ``op``, once nothing of an older one is under way."""
-        with self._building:
-            if self._links.epoch == op.epoch:
+        with self._turn:
+            while self._is_building or self._links.epoch != op.epoch:
+                check()
+                if self._links.epoch > op.epoch:
+                    raise AbortedError("the ring has changed")
+                # An older one may want links too, and must get them or hear of its end first.
+                if not self._is_building and all(other.epoch >= op.epoch for other in self._ops.values()):
+                    break
+                self._turn.wait(0.05)
+            else:
                 return
-            if self._links.epoch > op.epoch:
-                raise AbortedError("the ring has changed")
-            with self._turn:
-                while any(other.epoch < op.epoch for other in self._ops.values()):
-                    check()
-                    self._turn.wait(0.05)
+            self._is_building = True
+        self._build(op.epoch, ring, check)
+
+    def _build(self, epoch: int, ring: list[Place], check: Callable[[], None]) -> None:
+        try:
             self._before("links")
-            self._links.build(op.epoch, ring, self.peer, self.run, check)
+            self._links.build(epoch, ring, self.peer, self.run, check)
+        finally:
+            with self._turn:
+                self._is_building = False
+                self._turn.notify_all()
 
     def _leave_turn(self, op: _Op, ring: list[Place]) -> None:
         with self._turn:
@@ -239,9 +250,7 @@ class Part:
 
             vote: dict[str, Any] = {"what": "established", "ok": True}
             try:
-                self._before("links")
-                with self._building:
-                    self._links.build(epoch, ring, self.peer, self.run, check)
+                self._build(epoch, ring, check)
             except LinkError as error:
                 vote |= {"ok": False, "why": str(error)}
                 if error.accused is not None:

@@ -83,6 +83,7 @@ class Forming:
         rings: by group, its members in order.
         newcomers: members that would be accepted.
         participants: whose links must stand.
+        gathers: whether those who let them in go on to let in more, as `Communicator.wait_for` does.
         is_lost: whether one of them went away.
     """
 
@@ -90,6 +91,7 @@ class Forming:
     rings: dict[int, list[int]]
     newcomers: list[int]
     participants: list[int]
+    gathers: bool = True
     is_lost: bool = False
 
 

@@ -73,7 +73,13 @@ class MasterState(Decisions):
                 tags.append([running.tag, running.seq])
                 self._deadlines[peer] = self._now + self.dead_s
         if tags:
+            # It may not have heard that they began, and knows of no end before.
+            for told in member.answered.values():
+                if [told.get("tag"), told.get("seq")] in tags:
+                    self._outbox.append((peer, "reply", told))
             self._outbox.append((peer, "abort", {"tags": tags}))
+        if self.forming is not None and self.forming.is_lost and peer in self.forming.participants:
+            self._outbox.append((peer, "abort", {"epoch": self.forming.epoch}))
         return True
 
     def lost(self, peer: int, why: str, now: float) -> None:
@@ -208,10 +214,9 @@ class MasterState(Decisions):
         if member.id in running.votes:
             return
         running.votes[member.id] = req
-        if body.get("aborted"):
-            # What comes after an abort says nothing about who is at fault.
-            if not running.is_aborted:
-                self._accuse(member, body.get("accused"))
+        # What comes after an abort says nothing about who is at fault, nor about collectives that began since.
+        if body.get("aborted") and not running.is_aborted:
+            self._accuse(member, body.get("accused"))
             # Others may be right in the midst of it, and it would come to nothing.
             self._abort(member.group)
         if not any(other.is_aborted and member.id not in other.votes for other in self._of_member(member.id)):
