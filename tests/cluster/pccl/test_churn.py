@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from anabranch.cluster.pccl.churn import _Storm, churn
+from anabranch.cluster.pccl.churn import _Storm, churn, peer_of_churn
 from anabranch.errors import InputError
 
 
@@ -43,3 +43,14 @@ def test_what_peers_wrote_down_is_counted(tmp_path):
 def test_what_cannot_be_is_told(wrong):
     with pytest.raises(InputError):
         churn(**{"seconds": 1, **wrong})
+
+
+def test_peers_know_the_secret_that_the_environment_says(tmp_path, monkeypatch):
+    """The master read it, and its peers said that there was none."""
+    monkeypatch.setenv("ANABRANCH_CLUSTER_SECRET", "of this run")
+    storm = _Storm(tmp_path, 4, 2, 0.0, 10, random.Random(0), print)
+    (tmp_path / "stop").touch()
+    try:
+        assert peer_of_churn(0, 1, storm.master.address, str(tmp_path), 10) == 1
+    finally:
+        storm.master.stop()

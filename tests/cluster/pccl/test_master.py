@@ -339,6 +339,7 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path, monkeypatch, caplog):
             patch.setattr(Path, "write_text", fails)
             assert peers.all_reduce(torch.ones(1)).alone
             assert peers.all_reduce(torch.ones(1)).alone
+            assert not journal.exists()
         # What is no longer so is not told to a later master; and it is said once.
         assert caplog.text.count("No space left") == 1
         peers.all_reduce(torch.ones(1))
@@ -467,3 +468,18 @@ def test_every_address_is_of_both_kinds():
 
             # Who calls by IPv4 is told of as such.
             assert together(f"{host}:{port}", 2, seen) == [told] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"dead_s": 0}, "dead_s is 0"),
+        ({"dead_s": float("nan")}, "dead_s is nan"),
+        ({"heartbeat_s": -1}, "heartbeat_s is -1"),
+        ({"connect_s": "1"}, "connect_s is '1'"),
+        ({"most_peers": 0}, "most_peers is 0"),
+    ],
+)
+def test_settings_that_are_none_are_told(given, told):
+    with pytest.raises(InputError, match=told):
+        Master("127.0.0.1:0", **given)

@@ -26,9 +26,18 @@ def parse_address(text: str, port: int) -> tuple[str, int]:
     if colon and not (tail.isascii() and tail.isdigit() and len(tail) <= 5 and int(tail) <= MOST_PORT):
         raise InputError(f"the address {shown(text)} has no port; write host:port, a port is 0 to {MOST_PORT}")
     host = head[1:-1] if head.startswith("[") and head.endswith("]") else head
-    if len(host) > 255 or any(letter.isspace() for letter in host) or (not host and not colon):
+    if not (is_host(host) if host else colon):
         raise InputError(f"the address {shown(text)} is none; write host:port")
     return host, int(tail) if colon else port
+
+
+def is_host(text: str) -> bool:
+    """Whether this can be a name or a number of a host, so that a call there can fail in no other way than by not reaching it."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return 0 < len(text) <= 255 and all(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, receive
 _BUFFER = 1 << 20
 _COUNT = struct.Struct("!Qd")
 MOST_STREAMS = 16
+# Mbit/s: a rate of a link is less than it.
+MOST_RATE = 1e9
 MOST_MS = 60_000
 _AGAIN_S = 0.05
 
@@ -98,25 +100,32 @@ def measure(
 
 def _flood(socks: list[socket.socket], seconds: float) -> float:
     end = time.monotonic() + seconds
-    threads = [threading.Thread(target=_pour, args=(sock, end), daemon=True) for sock in socks]
+    poured = [0] * len(socks)
+    threads = [
+        threading.Thread(target=_pour, args=(sock, end, poured, place), daemon=True) for place, sock in enumerate(socks)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(seconds + 15.0)
     total, longest = 0, 0.0
-    for sock in socks:
+    for place, sock in enumerate(socks):
         told = bytearray(_COUNT.size)
         receive_exactly(sock, memoryview(told), time.monotonic() + 15.0)
         count, took = _COUNT.unpack(told)
+        if count > poured[place] or not 0 < took < 1e6:
+            # Whoever says so would have this peer tell the master of a rate that is none.
+            raise WireError(f"it counted {count} bytes of {poured[place]} in {took:g} s")
         total, longest = total + count, max(longest, took)
-    return total * 8 / 1e6 / max(longest, 1e-6)
+    return min(total * 8 / 1e6 / max(longest, 1e-6), MOST_RATE / 2)
 
 
-def _pour(sock: socket.socket, end: float) -> None:
+def _pour(sock: socket.socket, end: float, poured: list[int], place: int) -> None:
     data = memoryview(bytes(_BUFFER))
     try:
         while time.monotonic() < end:
             send_all(sock, data, end + 10.0)
+            poured[place] += len(data)
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         # The count that is then missing tells it to who waits.

@@ -221,7 +221,7 @@ def peer_of_churn(rank: int, world: int, address: str, folder: str, numbers: int
     state = SharedState({"weight": torch.ones(numbers), "moment": torch.zeros(numbers)})
     count = 0
     with (
-        Communicator(address, idle_s=10.0, secret="", master_wait_s=30.0) as peers,
+        Communicator(address, idle_s=10.0, master_wait_s=30.0) as peers,
         open(Path(folder) / f"{rank}.steps", "a", encoding="ascii") as notes,
     ):
         while True:

@@ -47,10 +47,14 @@ def check_vote(body: dict[str, Any]) -> None:
         if not isinstance(entry, list) or len(entry) != 4:
             raise WireError("a tensor that is not [name, dtype, shape, hash]")
         name, dtype, shape, digest = entry
-        if not all(isinstance(text, str) for text in (name, dtype, digest)) or not isinstance(shape, list):
+        for text in (name, dtype, digest):
+            word({"a text of a tensor": text}, "a text of a tensor")
+        if not isinstance(shape, list):
             raise WireError("a tensor that is not [name, dtype, shape, hash]")
         if len(shape) > _MOST_DIMS or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-            raise WireError(f"tensor {word({'name': name}, 'name')!r} has a shape that is none")
+            raise WireError(f"tensor {name!r} has a shape that is none")
+    if len({entry[0] for entry in keys}) < len(keys):
+        raise WireError("two tensors of one name")
 
 
 def elect(votes: Mapping[int, dict[str, Any]], last: int | None) -> Election:

@@ -22,7 +22,17 @@ import time
 from typing import Any
 
 from anabranch.cluster.pccl.faults import Refused
-from anabranch.cluster.pccl.wire import VERSION, Frame, Kind, WireError, packed, receive_frame, send_all, word
+from anabranch.cluster.pccl.wire import (
+    MOST_HELLO,
+    VERSION,
+    Frame,
+    Kind,
+    WireError,
+    packed,
+    receive_frame,
+    send_all,
+    word,
+)
 
 # In which a connection must have proved itself.
 HANDSHAKE_S = 5.0
@@ -107,7 +117,7 @@ def take(sock: socket.socket, secret: bytes) -> dict[str, Any]:
     called = Called(secret)
     while called.hello is None:
         try:
-            answer = called.answer(receive_frame(sock, deadline))
+            answer = called.answer(receive_frame(sock, deadline, MOST_HELLO))
         except WireError as error:
             send_all(sock, packed(Kind.REFUSED, {"why": str(error)}), deadline)
             raise

@@ -25,8 +25,9 @@ _BY_GROUP = ("order", "revision", "_next_seq")
 
 def to_dict(state: Held) -> dict[str, Any]:
     """All that a restarted master must know. Votes are not among it: peers give them again."""
+    # Not by asdict, which would copy votes first, whatever peers have put there.
     members = [
-        {**asdict(member), "vote": None, "initiates": {}, "answered": list(member.answered.values())}
+        {**vars(member), "vote": None, "initiates": {}, "answered": list(member.answered.values())}
         for member in state.members.values()
     ]
     return {
@@ -101,6 +102,9 @@ class Journal:
         """Write the state. A disk that is full does not end the run: it goes on without a journal, which is removed, and says so."""
         beside = self.path.with_name(f".{self.path.name}.new")
         try:
+            # Who reads it could take a peer's place.
+            beside.unlink(missing_ok=True)
+            beside.touch(mode=0o600)
             beside.write_text(json.dumps(to_dict(state), separators=(",", ":")))
             os.replace(beside, self.path)
         except OSError as error:

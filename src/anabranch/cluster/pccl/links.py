@@ -130,6 +130,9 @@ class Listener:
         except (WireError, OSError) as error:
             log.warning("a caller is sent away: %s", error)
             sock.close()
+        except Exception:
+            log.exception("a fault inside of this peer, by what a caller said")
+            sock.close()
         finally:
             self._guests.release()
 
@@ -146,8 +149,10 @@ def call_peer(
     try:
         left = min(deadline - time.monotonic(), HANDSHAKE_S)
         sock = tuned(socket.create_connection((place.host, place.port), timeout=max(left, 0.001)), congestion)
-    except OSError as error:
-        why = f"peer {place.peer} at {place.host}:{place.port} cannot be reached: {error.strerror or error}"
+    except (OSError, ValueError, OverflowError) as error:
+        # Of what is no host at all, socket raises others than OSError.
+        told = getattr(error, "strerror", None) or error
+        why = f"peer {place.peer} at {place.host!r:.80}:{place.port} cannot be reached: {told}"
         raise LinkError(why, place.peer) from None
     try:
         return sock, call(sock, link_key(secret, run), hello, deadline)

@@ -20,20 +20,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anabranch.cluster.pccl.addresses import listen_at, parse_address
+from anabranch.bounds import shown
+from anabranch.cluster.pccl.addresses import is_host, listen_at, parse_address
 from anabranch.cluster.pccl.handshake import HANDSHAKE_S, Called, run_secret
 from anabranch.cluster.pccl.journal import Journal
 from anabranch.cluster.pccl.state import MasterState
 from anabranch.cluster.pccl.tours import rings_of
-from anabranch.cluster.pccl.wire import Frame, Kind, Reader, WireError, number, packed, word
-from anabranch.errors import DataError
+from anabranch.cluster.pccl.wire import MOST_HELLO, Frame, Kind, Reader, WireError, number, packed, word
+from anabranch.errors import DataError, InputError
 from anabranch.locks import locked
 
 log = logging.getLogger(__name__)
 
 PORT = 48148
-# Unproven connections at a time, and bytes of a frame of one.
-_MOST_STRANGERS, _MOST_HELLO = 64, 4096
+# Unproven connections at a time.
+_MOST_STRANGERS = 64
 # Bytes that a peer may leave untaken.
 _MOST_UNSENT = 8 << 20
 _READ = 1 << 16
@@ -58,7 +59,7 @@ class _Line:
     name: str
     heard: float
     called: Called | None
-    reader: Reader = field(default_factory=lambda: Reader(_MOST_HELLO))
+    reader: Reader = field(default_factory=lambda: Reader(MOST_HELLO))
     peer: int | None = None
     unsent: bytearray = field(default_factory=bytearray)
     is_closing: bool = False
@@ -81,7 +82,8 @@ class Master:
         address: ``host:port`` where it listens.
         state: what it knows.
 
-    Raises InputError for an address that cannot be had, DataError for a journal that is none or that another master holds.
+    Raises InputError for an address that cannot be had and for numbers that are none, DataError for a journal that is none or that another
+    master holds.
     """
 
     def __init__(
@@ -95,6 +97,11 @@ class Master:
         connect_s: float = 10.0,
         most_peers: int = 256,
     ) -> None:
+        for name, seconds in (("heartbeat_s", heartbeat_s), ("dead_s", dead_s), ("connect_s", connect_s)):
+            if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
+                raise InputError(f"{name} is {shown(seconds)}; use a number of seconds above 0")
+        if type(most_peers) is not int or not 1 <= most_peers <= 65_536:
+            raise InputError(f"most_peers is {shown(most_peers)}; use 1 to 65536")
         self.heartbeat_s, self.dead_s = heartbeat_s, dead_s
         self._secret = run_secret(secret)
         self._stack = contextlib.ExitStack()
@@ -213,6 +220,9 @@ class Master:
                 self._send(line, packed(kinds[kind], body, self.state.epoch))
             except WireError as error:
                 self._end(line, f"what it has voted for makes {error}")
+            except Exception:
+                log.exception("a fault inside of the master, of an answer to peer %d", peer)
+                self._end(line, "its answer led to a fault inside of the master")
         for peer, why in self.state.dropped():
             log.info("peer %d is dropped: %s", peer, why)
             if (line := self._by_peer.pop(peer, None)) is not None:
@@ -322,6 +332,8 @@ class Master:
             if len(self.state.members) >= self.state.most_peers:
                 raise WireError(f"there are {self.state.most_peers} peers, and no more go")
             host = word(hello, "host") or line.name
+            if not is_host(host):
+                raise WireError(f"{host!r:.80} is no host that others could call")
             peer = self.state.join(
                 group=number(hello, "group", 2**16),
                 host=host,

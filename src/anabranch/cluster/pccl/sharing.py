@@ -9,6 +9,7 @@ while ...:
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 import time
@@ -23,12 +24,14 @@ from anabranch.bounds import shown
 from anabranch.cluster.pccl.elections import MOST_NAMES
 from anabranch.cluster.pccl.hashing import bytes_of, tensor_hash
 from anabranch.cluster.pccl.links import LinkError, Place, call_peer
-from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, receive_exactly, send_all
+from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, receive_exactly, receive_frame, send_all
 from anabranch.errors import InputError
 
 __all__ = ["Shared", "SharedState"]
 
 _PIECE = 1 << 20
+# That one who serves waits at most for one who fetches.
+_MOST_IDLE_S = 3600
 _LONGEST_NAME = 256
 # What an entry takes beside name and shape, at most; and all of them, with room for the rest of a message.
 _ENTRY_BYTES, _MOST_TOLD = 64, 900_000
@@ -106,14 +109,15 @@ class Sharing:
     def serve(self, sock: socket.socket, hello: dict[str, Any]) -> None:
         """Send a caller what it asks for."""
         with sock:
-            names = hello.get("names")
-            idle_s = number(hello, "idle_s", 3600)
+            idle_s = number(hello, "idle_s", _MOST_IDLE_S)
             state = self._awaited(number(hello, "revision"), idle_s)
+            send_all(sock, packed(Kind.WELCOME), time.monotonic() + idle_s)
+            asked = receive_frame(sock, time.monotonic() + idle_s)
+            names = asked.body.get("names") if asked.kind == Kind.FETCH else None
             if not isinstance(names, list) or not all(
                 isinstance(name, str) and name in state.tensors for name in names
             ):
                 raise WireError("tensors that are not shared")
-            send_all(sock, packed(Kind.WELCOME), time.monotonic() + idle_s)
             for name in names:
                 for view in _pieces(_flat(state.tensors[name])):
                     # Ahead of sending: once it has come, the call it belongs to may be over.
@@ -146,12 +150,16 @@ def fetch(
     idle_s: float,
 ) -> dict[str, Tensor]:
     """Tensors of another peer, on the CPU, whose bytes are those that were elected. Raises LinkError, which accuses it."""
-    names = [entry[0] for entry in entries]
-    hello = {"purpose": "state", "run": run, "names": names, "revision": revision, "idle_s": int(idle_s)}
+    # In whole seconds of the other side: a part of one is one, and more than it would wait is the most.
+    theirs = min(math.ceil(idle_s), _MOST_IDLE_S)
+    hello = {"purpose": "state", "run": run, "revision": revision, "idle_s": theirs}
     sock, _ = call_peer(place, secret, run, hello, time.monotonic() + connect_s + 5.0)
     found = {}
     with sock:
         try:
+            # After both have proved themselves: before it, a message may not be so long.
+            asked = packed(Kind.FETCH, {"names": [entry[0] for entry in entries]})
+            send_all(sock, asked, time.monotonic() + idle_s)
             for name, _, _, digest in entries:
                 held = state.tensors[name]
                 came = torch.empty(held.numel(), dtype=held.dtype)

@@ -27,6 +27,15 @@ _MOST_TAGS = 64
 _LEAST_RATE = 1e-3
 
 
+# What is held of a main vote beside its name and number.
+_FIELDS = {
+    "accept": ("gathers",),
+    "established": ("ok", "accused", "why"),
+    "sync": ("revision", "strategy", "is_default", "keys"),
+    "synced": ("ok", "why"),
+}
+
+
 class IllegalVoteError(Exception):
     """A peer did what no peer of ours does; the master drops it."""
 
@@ -186,15 +195,20 @@ class MasterState(Decisions):
             raise IllegalVoteError(f"{what} of a peer that {'takes' if member.is_accepted else 'does not take'} part")
         if what == "sync":
             check_vote(body)
-        member.vote = body
+        member.vote = _held(what, body)
         if what == "established":
             self._deadlines.pop(member.id, None)
 
     def _initiate(self, member: Member, body: dict[str, Any]) -> None:
         tag = number(body, "tag")
         descriptor = body.get("descriptor")
-        if not isinstance(descriptor, dict) or len(str(descriptor)) > 1024:
+        if not isinstance(descriptor, dict) or len(descriptor) > 16:
             raise IllegalVoteError("a collective without a description")
+        if not all(
+            len(key) <= 64 and isinstance(value, (str, int)) and len(str(value)) <= 64
+            for key, value in descriptor.items()
+        ):
+            raise IllegalVoteError("a collective whose description is none")
         if not member.is_accepted or member.vote is not None:
             raise IllegalVoteError("a collective of a peer that takes no part or waits for something else")
         if (member.group, tag) in self.running and member.id in self.running[member.group, tag].participants:
@@ -204,7 +218,7 @@ class MasterState(Decisions):
             raise IllegalVoteError(f"tag {tag} is waited for")
         if len(member.initiates) >= _MOST_TAGS:
             raise IllegalVoteError(f"more than {_MOST_TAGS} tags at a time")
-        member.initiates[tag] = body
+        member.initiates[tag] = {"req": body["req"], "descriptor": descriptor}
 
     def _complete(self, member: Member, body: dict[str, Any], req: int) -> None:
         tag, seq = number(body, "tag"), number(body, "seq")
@@ -239,3 +253,17 @@ class MasterState(Decisions):
                 raise IllegalVoteError("rates that are none")
             if int(name) in self.members and int(name) != member.id:
                 self.matrix[member.id, int(name)] = max(float(rate), _LEAST_RATE)
+
+
+def _held(what: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Of a vote what the group decides by, as what it should be; nothing else that a peer may have put there."""
+    told = {"what": what, "req": body["req"]}
+    for name in _FIELDS.get(what, ()):
+        value = body.get(name)
+        if name in ("ok", "gathers", "is_default"):
+            told[name] = value is True
+        elif name == "why":
+            told[name] = value[:200] if isinstance(value, str) else ""
+        else:
+            told[name] = value
+    return told

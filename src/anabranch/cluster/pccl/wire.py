@@ -17,7 +17,11 @@ from typing import Any
 
 HEADER = struct.Struct("!IHQ")
 MOST_BODY = 1 << 20
-VERSION = 1
+# Of a frame before its connection has proved itself.
+MOST_HELLO = 4096
+VERSION = 2
+# Lists and objects within each other; a shared state's description has four.
+_MOST_DEPTH = 8
 _MOST_EPOCH = 2**63
 
 
@@ -40,6 +44,7 @@ class Kind(IntEnum):
     KICK = 10
     LEAVE = 11
     WITHDRAW = 12
+    FETCH = 13
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,18 @@ def _frame(kind: int, epoch: int, text: bytes) -> Frame:
         raise WireError("a message that is no JSON") from None
     if not isinstance(body, dict) or epoch >= _MOST_EPOCH:
         raise WireError("a message that is no object")
+    if _is_deep(body):
+        raise WireError(f"a message of more than {_MOST_DEPTH} lists within each other")
     return Frame(known, body, epoch)
+
+
+def _is_deep(body: dict[str, Any]) -> bool:
+    """Whether what copies, compares or writes it anew might run out of stack."""
+    level: list[Any] = [body]
+    for _ in range(_MOST_DEPTH):
+        within = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
+        level = [part for part in within if isinstance(part, (dict, list))]
+    return bool(level)
 
 
 def number(body: dict[str, Any], name: str, most: int = 2**62, default: int | None = None) -> int:
@@ -135,13 +151,13 @@ def receive_exactly(sock: socket.socket, view: memoryview, deadline: float) -> N
         view = view[count:]
 
 
-def receive_frame(sock: socket.socket, deadline: float) -> Frame:
-    """The next frame and not a byte more. Raises WireError, TimeoutError, ConnectionError."""
+def receive_frame(sock: socket.socket, deadline: float, most: int = MOST_BODY) -> Frame:
+    """The next frame, of at most ``most`` bytes, and not a byte more. Raises WireError, TimeoutError, ConnectionError."""
     head = bytearray(HEADER.size)
     receive_exactly(sock, memoryview(head), deadline)
     length, kind, epoch = HEADER.unpack(head)
-    if length > MOST_BODY:
-        raise WireError(f"a message of {length} bytes, at most {MOST_BODY} go")
+    if length > most:
+        raise WireError(f"a message of {length} bytes, at most {most} go")
     text = bytearray(length)
     receive_exactly(sock, memoryview(text), deadline)
     return _frame(kind, epoch, bytes(text))
