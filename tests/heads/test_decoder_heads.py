@@ -22,9 +22,10 @@ from anabranch.heads import (
 )
 from anabranch.lm import Decoder, SamplingConfig, generate, load_model, save_model
 from anabranch.lm.recipes import start_from
-from anabranch.nn import LatentAttention, SelfAttention, SwiGLU
+from anabranch.nn import LatentAttention, SelfAttention, SwiGLU, kernels
 from anabranch.routing import record_routing, replay_routing
 from anabranch.serving import LLM, Sampling
+from anabranch.serving.engine.runner import ModelRunner
 from anabranch.testing import check_attention
 from anabranch.train import Constant, Trainer
 from anabranch.train.config import RunConfig, TrainConfig
@@ -260,13 +261,34 @@ def test_frozen_weights_stay_frozen_and_gates_learn():
 
 
 @torch.no_grad()
-def test_it_is_served_as_it_decodes():
-    model = open_up(put_heads(decoder(vocab_size=257, dim=64), 1), start=-3.0).eval()
+@pytest.mark.parametrize("routing", ["relu", "topk"])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_it_is_served_as_it_decodes(routing, is_compiled):
+    """By the compiled step too, where there is a compiler; and tokens say which heads they had."""
+
+    def make_runner(*given, **more):
+        return ModelRunner(*given, use_kernel=is_compiled, **more)
+
+    sizes = {"vocab_size": 257, "dim": 64, "feed_forward": SwiGLU.Config(hidden_dim=64)}
+    model = put_heads(decoder(**sizes), 1, routing=routing, top_k=1)
+    model = open_up(model, start=-3.0 if routing == "relu" else 0.0).eval()
     prompts = [list(b"def f(x):"), list(b"return"), list(b"import torch as t")]
     expected = [generate(model, [prompt], SamplingConfig(max_tokens=8, temperature=0.0))[0] for prompt in prompts]
-    llm = LLM(model, num_blocks=60, block_tokens=4)
+    llm = LLM(model, num_blocks=60, block_tokens=4, make_runner=make_runner)
+    assert (llm.engine.runner.fast is not None) == (is_compiled and kernels.load() is not None)
     found = llm.generate(prompts, Sampling(max_tokens=8, temperature=0.0))
     assert [list(each.tokens) for each in found] == expected
+    told = llm.generate(prompts, Sampling(max_tokens=8, temperature=0.0), record_routing=True)
+    assert [list(each.tokens) for each in told] == expected
+    gates = [heads.gate.router for heads in routed_heads_of(model).values()]
+    for prompt, answer in zip(prompts, told, strict=True):
+        with record_routing(model) as recorder, torch.no_grad():
+            model(torch.tensor([[*prompt, *answer.tokens[:-1]]]))
+        for layer in range(len(gates)):
+            index_NK = torch.as_tensor(recorder.trace().decisions(layer).index_NK)[len(prompt) - 1 :]
+            wanted = [tuple(one for one in row if one >= 0) for row in index_NK.tolist()]
+            assert [route.get(layer, ()) for route in answer.output.routing] == wanted
+    llm.close()
 
 
 def test_a_trained_model_starts_one_with_heads():

@@ -9,13 +9,15 @@ c is 2, so that a1 = a2 = 1/2 and g = 1 leave a head as it is; in PVChat's code 
 """
 # Shapes: N tokens, W width, H heads, M routed heads, S shared heads
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from anabranch.heads.config import HeadRouting
-from anabranch.routing import LinearScore, Router, Routing, RoutingContext
+from anabranch.nn.description import WeighedHeads
+from anabranch.routing import LinearScore, ReluScore, Router, Routing, RoutingContext
 
 __all__ = ["HeadGate"]
 
@@ -59,6 +61,28 @@ class HeadGate(nn.Module):
             for score in (self.router.score, self.pair, self.shared):
                 if score is not None:
                     nn.init.zeros_(cast(Tensor, score.weight))
+
+    def describe(self, attention: nn.Module) -> WeighedHeads | str:
+        """What it does to the heads of ``attention`` outside of training, for fast paths; or why no record says it."""
+        router, score, config = self.router, self.router.score, self.config
+        if type(router) is not Router or router.candidates is not None or router.shifts_by_scores:
+            return "the router of heads is not a plain one"
+        if router.bias_E is not None or type(score) not in (LinearScore, ReluScore):
+            return f"the router of heads scores by {type(score).__name__}, or with a bias of its own"
+        is_relu = isinstance(score, ReluScore)
+        floor = score.config.floor if isinstance(score, ReluScore) else None
+        return WeighedHeads(
+            attention,
+            pair_2D=cast(Tensor, self.pair.weight),
+            routed_MD=cast(Tensor, score.weight),
+            bias_M=cast(Tensor, score.bias) if is_relu else None,
+            shared_SD=None if self.shared is None else cast(Tensor, self.shared.weight),
+            top_k=0 if is_relu else config.top_k,
+            floor=-math.inf if floor is None else floor,
+            cap=score.config.cap if isinstance(score, ReluScore) else math.inf,
+            most_pair=config.most_pair,
+            factor=config.factor,
+        )
 
     def forward(self, x_NW: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """(scale_NH, the routing of the routed heads). Routed heads of padding weigh 0, with ``preserve`` too."""

@@ -12,6 +12,7 @@ from anabranch.heads.form import Decision, Form, Shape, argument
 from anabranch.heads.routed_heads import RoutedHeads
 from anabranch.nn.attention import Attention, SelfAttention
 from anabranch.nn.context import BuildContext, Count, ForwardContext
+from anabranch.nn.description import WeighedHeads
 from anabranch.nn.linear import call_linear, is_plain, numbers_of
 from anabranch.nn.some_heads import can_spare, join_some
 from anabranch.routing import RoutingContext
@@ -146,6 +147,10 @@ class RoutedAttention(RoutedHeads, Attention, kind="routed_heads"):
     def forward(self, x_BLW: Tensor, context: ForwardContext) -> Tensor:
         """Same shape as ``x_BLW``."""
         return super().forward(x_BLW, context)
+
+    def describe(self) -> WeighedHeads | str:
+        """For fast paths."""
+        return "heads are not routed" if self.gate is None else self.gate.describe(self.attention)
 
     def per_head(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not to be routed again."""

@@ -1,12 +1,16 @@
-"""What feed-forward layers say of themselves to code that computes the same faster, see `anabranch.routing.description`.
+"""What layers say of themselves to code that computes the same faster, see `anabranch.routing.description`.
 
 Outside of training, with x the residual stream and norm the block's:
 
     Dense    x + W2 (silu(W1 norm(x)) * W3 norm(x))
     Passes   x = x + f_t(norm(x)), t = 1, 2, ...: a router for each over one pool, and shared experts
     Loops    the dense layer's matrices used wide (a router of slices of hidden units) and deep (a gate of repetitions)
+
+and attentions:
+
+    WeighedHeads    what another attention's heads give, each times a number of the token's, which is 0 for some
 """
-# Shapes: D width, T most loops
+# Shapes: D width, T most loops, H heads of an attention, M of them routed, S shared
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from anabranch.routing.router import Router
 
-__all__ = ["Dense", "FeedForwardForm", "Loops", "Passes", "passes_as"]
+__all__ = ["Dense", "FeedForwardForm", "Loops", "Passes", "WeighedHeads", "passes_as"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,34 @@ class Loops:
     width: int
     gate_TD: Tensor
     threshold: float
+
+
+@dataclass(frozen=True)
+class WeighedHeads:
+    """With [a, b] = factor * softmax(clamp(pair x)): shared heads count a, routed ones b times g(routed x + bias).
+
+    g is the part above 0, or of a softmax k times the share of each of the k largest among these.
+
+    Attributes:
+        attention: what gives the heads; the first S are shared.
+        pair_2D, routed_MD, bias_M: the matrices, and what is added to the last; None for nothing.
+        shared_SD: shared heads also count S times their share of softmax(shared x); None for alike.
+        top_k: k; 0 for the part above 0.
+        floor, cap: bounds of routed x + bias where g is the part above 0.
+        most_pair: bound of pair x, either way.
+        factor: see above.
+    """
+
+    attention: Any
+    pair_2D: Tensor
+    routed_MD: Tensor
+    bias_M: Tensor | None
+    shared_SD: Tensor | None
+    top_k: int
+    floor: float
+    cap: float
+    most_pair: float
+    factor: float
 
 
 FeedForwardForm = Dense | Passes | Loops

@@ -15,6 +15,7 @@ from anabranch.experts.parscale import ParScale
 from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.rmoe import RecurrentScore
 from anabranch.experts.versatile import VersatileFFN, record_difficulty
+from anabranch.heads import HeadRouting, RoutedAttention
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import SamplingConfig, generate
 from anabranch.nn import BuildContext, Dense, MoE, SelfAttention, SwiGLU, kernels
@@ -51,6 +52,13 @@ OTHERS = Router.Config(
     select=TopK.Config(top_k=3, normalize="sum"),
     balance=(BiasBalancer.Config(),),
 )
+
+
+def routed(num_shared, *, routing="relu", top_k=2, init="preserve", **attention):
+    heads = HeadRouting(num_shared=num_shared, routing=routing, top_k=top_k, init=init)
+    return RoutedAttention.Config(attention=SelfAttention.Config(**attention), heads=heads)
+
+
 MODELS = {
     "plain": {"attention": SelfAttention.Config(num_heads=4)},
     "grouped, tied": {
@@ -91,6 +99,14 @@ MODELS = {
         "dense_layers": (1,),
         "dense_feed_forward": SwiGLU.Config(hidden_dim=160),
     },
+    # The heads of one key head are all routed.
+    "routed heads": {"attention": routed(2, num_heads=6, num_kv_heads=2, head_dim=32, qk_norm="head", qkv_bias=True)},
+    "routed heads, as many": {
+        "attention": routed(1, num_heads=4, qk_norm="full", routing="topk", top_k=2),
+        "feed_forward": moe(),
+    },
+    "routed heads, all of them": {"attention": routed(0, num_heads=4, num_kv_heads=1, clip_qkv=0.8, init="released")},
+    "routed heads, most": {"attention": routed(1, num_heads=8, head_dim=16, routing="topk", top_k=7)},
 }
 
 
@@ -101,7 +117,8 @@ def build(name, bits=None):
     with torch.no_grad():
         for parameter in model.parameters():  # initial weights are so small that nothing shows
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter * 4 if parameter.dim() > 1 else parameter + 0.1 * noise)
+            wide = parameter * 4 if parameter.any() else noise  # gates of heads begin at 0
+            parameter.copy_(wide if parameter.dim() > 1 else parameter + 0.1 * noise)
         for key, buffer in model.named_buffers():
             if key.endswith("bias_E"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
@@ -240,7 +257,8 @@ def test_an_expert_that_cannot_be_loaded_fails_the_step_and_no_other():
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 @pytest.mark.parametrize(
-    "name", ["grouped, tied", "mixture, sigmoid", "pools of layers", "chain, all at once", "wide and deep"]
+    "name",
+    ["grouped, tied", "mixture, sigmoid", "pools of layers", "chain, all at once", "wide and deep", "routed heads"],
 )
 def test_quantised_models_round_alike(name, bits):
     model = build(name, bits)
@@ -268,6 +286,8 @@ def test_halves_are_near():
         ("mixture, sigmoid", "int4"),
         ("recurrent", None),
         ("chain, all at once", "int8"),
+        ("routed heads", None),
+        ("routed heads, as many", "int8"),
     ],
 )
 def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
@@ -285,7 +305,7 @@ def test_a_row_has_the_same_bits_in_any_company(name, bits, dtype):
     assert torch.equal(together, torch.cat(found))
 
 
-@pytest.mark.parametrize("name", ["mixture, sigmoid", "chain, all at once", "wide and deep"])
+@pytest.mark.parametrize("name", ["mixture, sigmoid", "chain, all at once", "wide and deep", "routed heads"])
 def test_threads_change_nothing(name):
     model, given = build(name), list(enumerate(prompts(13, 3, 5)))
     before = torch.get_num_threads()
@@ -299,7 +319,9 @@ def test_threads_change_nothing(name):
     assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("name", ["grouped, tied", "mixture", "pools of layers", "chain", "recurrent", "wide and deep"])
+@pytest.mark.parametrize(
+    "name", ["grouped, tied", "mixture", "pools of layers", "chain", "recurrent", "wide and deep", "routed heads"]
+)
 def test_greedy_streams_are_those_of_generate(name):
     model, given = build(name), prompts(7, 3, 11)
     store, streams = Sequences(model), [list(tokens) for tokens in given]
@@ -314,6 +336,39 @@ def test_greedy_streams_are_those_of_generate(name):
     for tokens, stream in zip(given, streams, strict=True):
         wanted = generate(model, [tokens], SamplingConfig(max_tokens=25, temperature=0))[0]
         assert stream[len(tokens) :] == list(wanted)[-25:]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_heads_that_are_off_are_not_computed(threads):
+    """Neither their queries nor what they attend to: there is nothing but NaN, and nobody sees it."""
+    model, tokens = build("routed heads"), prompts(21)[0]
+    width, poisoned = 32, []
+    with torch.no_grad():
+        for block in model.blocks:
+            # The last three heads have a key head of their own, whose keys and values are asked for by nobody.
+            score, plain = block.attention.gate.router.score, block.attention.attention
+            score.weight[1:] = 0
+            score.bias[1:] = -1
+            for begin, heads in ((3, 3), (6 + 1, 1), (6 + 2 + 1, 1)):
+                poisoned.append(plain.qkv.bias[begin * width : (begin + heads) * width])
+    wanted = ordinary(model, tokens)
+    for part in poisoned:
+        part.data.fill_(torch.nan)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        store = Sequences(model)
+        logits = torch.cat(
+            [store.run([(0, piece)])[0] for piece in (tokens[:13], tokens[13:15], *([t] for t in tokens[15:]))]
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(logits, wanted, atol=1e-4)
+
+
+def test_routes_of_heads_are_told_by_modules():
+    assert not Sequences(build("routed heads, as many")).fast.tells_routes
+    assert Sequences(build("mixture")).fast.tells_routes
 
 
 def test_routes_are_those_of_the_routers():

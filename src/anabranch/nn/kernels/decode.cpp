@@ -166,14 +166,20 @@ class Run {
       float* to = adapted ? w.normed + t * m.D : normed;
       norm_row(row(t), block.attention_norm, m.D, m.norm_eps, to);
       put_row(a, t, to);
+      if (block.heads.pair) weigh(block.heads, m.H, m.D, to, w.scale + t * m.H);
     }
 #pragma omp barrier
     if (adapted) adapt_inputs(layer, QKV, QKV, w.normed, m.D, m.D);
-    times(block.qkv, a, 0, s.T, [&](int64_t t, int64_t j, const float* out) {
+    auto keep = [&](int64_t t, int64_t j, const float* out) {
       float* to = w.qkv + t * N + j * WIDE;
       int64_t width = width_of(block.qkv, j);
       for (int64_t c = 0; c < width; ++c) to[c] = out[c] + (block.qkv_bias ? block.qkv_bias[j * WIDE + c] : 0.f);
-    });
+    };
+    // Norms and adapters of queries see all of them.
+    if (block.heads.pair && !adapted && m.qk_norm != 2)
+      times_wanted(block, a, keep);
+    else
+      times(block.qkv, a, 0, s.T, keep);
     if (adapted) adapt_outputs(layer, QKV, QKV, QKV, block.qkv, panels_of(block.qkv), w.qkv, N);
 #pragma omp barrier
     for (int64_t t = own.begin; t < own.end; ++t) place(block, t, w.qkv + t * N, Q, S);
@@ -188,14 +194,24 @@ class Run {
       if (count > 1) attend_run(m, block, w, t, count, g, queries, scratch);
       if (count != 1 || (together && g > 0)) continue;
       const int64_t end = together ? m.G : g + 1;
+      for (int64_t one = g; one < end; ++one) heads[one].queries = 0;
       for (int64_t h = g * per; h < end * per; ++h) {
-        heads[h / per].query[h % per] = w.qkv + t * N + h * m.W;
-        heads[h / per].y[h % per] = w.y + t * Q + h * m.W;
+        Head& head = heads[h / per];
+        if (!is_on(m, block, w, t, h)) {
+          memset(w.y + t * Q + h * m.W, 0, m.W * sizeof(float));
+          continue;
+        }
+        head.query[head.queries] = w.qkv + t * N + h * m.W;
+        head.y[head.queries++] = w.y + t * Q + h * m.W;
       }
       attend(m, block, w.table[t], w.context[t], g, end, heads, scratch);
     }
     Activations b = left_of(block.out);
-    for (int64_t t = own.begin; t < own.end; ++t) put_row(b, t, w.y + t * Q);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+      for (int64_t h = 0; block.heads.pair && h < m.H; ++h)
+        for (int64_t c = 0; c < m.W; ++c) w.y[t * Q + h * m.W + c] *= w.scale[t * m.H + h];
+      put_row(b, t, w.y + t * Q);
+    }
 #pragma omp barrier
     const bool adapts_out = adapts(layer, OUT, OUT);
     if (adapts_out) adapt_inputs(layer, OUT, OUT, w.y, Q, Q);
@@ -205,6 +221,29 @@ class Run {
     });
     if (adapts_out) adapt_outputs(layer, OUT, OUT, OUT, block.out, panels_of(block.out), s.x, m.D);
 #pragma omp barrier
+  }
+
+  // The products of queries, keys and values, without the queries of heads that are off for all tokens.
+  template <class Keep>
+  void times_wanted(const Block& block, const Activations& a, Keep keep) {
+    const int64_t each = m.W / WIDE, all = block.qkv.panels();
+    char* wanted = scratch.get<char>(MIDDLE, m.H);
+    int64_t total = all;
+    for (int64_t h = 0; h < m.H; ++h) {
+      wanted[h] = 0;
+      for (int64_t t = 0; t < s.T && !wanted[h]; ++t) wanted[h] = is_on(m, block, w, t, h);
+      if (!wanted[h]) total -= each;
+    }
+    const Range mine = share_of(total, thread, threads);
+    auto is_wanted = [&](int64_t panel) { return panel >= m.H * each || wanted[panel / each]; };
+    int64_t seen = 0;
+    for (int64_t first = 0, last; first < all; first = last) {
+      for (last = first; last < all && is_wanted(last); ++last) {}
+      const int64_t begin = std::max(first, first + mine.begin - seen), end = std::min(last, first + mine.end - seen);
+      if (begin < end) multiply(block.qkv, a, 0, s.T, begin, end, keep);
+      seen += last - first;
+      for (; last < all && !is_wanted(last); ++last) {}
+    }
   }
 
   // Norms of queries and keys, clipping, rotation, scaling; keys and values to their slot.
@@ -218,6 +257,7 @@ class Run {
       for (int64_t i = 0; i < Q + 2 * S; ++i) qkv[i] = std::min(std::max(qkv[i], -m.clip), m.clip);
     const float scale = 1.f / std::sqrt((float)m.W);
     for (int64_t h = 0; h < m.H + m.G; ++h) {
+      if (h < m.H && !is_on(m, block, w, t, h)) continue;
       float* head = qkv + h * m.W;
       if (m.qk_norm == 1) norm_row(head, h < m.H ? block.q_norm : block.k_norm, m.W, m.qk_eps, head);
       turn_row(head, s.cos + t * m.W, s.sin + t * m.W, m.W);
@@ -474,7 +514,7 @@ thread_local Scratch scratch_of_thread;
 
 // All that a step takes of a thread's memory, before the step begins: in it threads wait for one another, so none may stop halfway.
 void reserve(const Model& m, Scratch& scratch) {
-  scratch.get<float>(MIDDLE, m.D);
+  scratch.get<float>(MIDDLE, std::max(m.D, m.H));
   scratch.get<Head>(PRE, m.G);
   scratch.get<float>(SUM, std::max({m.most_experts, m.most_loops, m.F}));
   scratch.get<Query>(SUM, RUN * m.H / m.G);

@@ -35,6 +35,14 @@ struct Loops {  // of a feed-forward used wide and deep (VersatileFFN)
   float threshold;       // a share of the width path up to this counts as none
 };
 
+struct Heads {  // how much the heads of an attention count for each token (anabranch.heads)
+  const float *routed, *bias;  // [M, D], [M] of the last M heads; bias null for none
+  const float* pair;           // [2, D]; null where heads are not routed
+  const float* shared;         // [H - M, D] of the others; null where they count alike
+  int64_t count, top_k;        // M; top_k 0: what is above 0 counts, else so many of a softmax
+  float floor, cap, most_pair, factor;
+};
+
 struct Block {  // without attention (qkv of no rows) it is one more pass over the layer before
   const float *attention_norm, *feed_forward_norm;
   const float *qkv_bias, *out_bias, *q_norm, *k_norm;  // null for none
@@ -42,6 +50,7 @@ struct Block {  // without attention (qkv of no rows) it is one more pass over t
   Matrix qkv, out, w13, w2;                            // the last two of a dense layer
   Experts experts;                                     // with `loops` the router alone, of virtual experts
   Loops loops;
+  Heads heads;
 };
 
 enum Site { QKV, OUT, GATE, UP, DOWN, SITES };  // the matrices of a layer that adapters may add to; gate and up are of a dense layer
@@ -144,6 +153,43 @@ float dot(const float* a, const float* b, int64_t n) {
   vec sum{};
   for (int64_t k = 0; k < n; k += VL) sum = fused(load(a + k), load(b + k), sum);
   return total(sum);
+}
+
+// What each of H heads is multiplied by for a token of which the attention sees x, D wide; 0: it is off.
+void weigh(const Heads& heads, int64_t H, int64_t D, const float* x, float* scale) {
+  const int64_t M = heads.count, S = H - M;
+  auto bound = [](float z, float least, float most) { return z < least ? least : z > most ? most : z; };
+  float pair[2];
+  for (int i = 0; i < 2; ++i) pair[i] = bound(dot(x, heads.pair + i * D, D), -heads.most_pair, heads.most_pair);
+  const float first = heads.factor / (1.f + std::exp(pair[1] - pair[0])), second = heads.factor / (1.f + std::exp(pair[0] - pair[1]));
+  auto soften = [](float* z, int64_t count) {
+    float most = *std::max_element(z, z + count), sum = 0.f;
+    for (int64_t i = 0; i < count; ++i) sum += z[i] = std::exp(z[i] - most);
+    for (int64_t i = 0; i < count; ++i) z[i] /= sum;
+  };
+  if (heads.shared) {
+    for (int64_t h = 0; h < S; ++h) scale[h] = dot(x, heads.shared + h * D, D);
+    soften(scale, S);
+  }
+  for (int64_t h = 0; h < S; ++h) scale[h] = first * (heads.shared ? S * scale[h] : 1.f);
+  float* routed = scale + S;
+  for (int64_t i = 0; i < M; ++i) routed[i] = dot(x, heads.routed + i * D, D) + (heads.bias ? heads.bias[i] : 0.f);
+  if (!heads.top_k) {
+    for (int64_t i = 0; i < M; ++i) routed[i] = second * bound(bound(routed[i], heads.floor, heads.cap), 0.f, heads.cap);
+    return;
+  }
+  soften(routed, M);
+  // The largest stay, of equals the first; a sign marks the others.
+  float sum = 1e-20f;
+  for (int64_t i = 0; i < M; ++i) {
+    int64_t before = 0;
+    for (int64_t j = 0; j < M; ++j) before += std::fabs(routed[j]) > routed[i] || (j < i && std::fabs(routed[j]) == routed[i]);
+    if (before < heads.top_k)
+      sum += routed[i];
+    else
+      routed[i] = -routed[i];
+  }
+  for (int64_t i = 0; i < M; ++i) routed[i] = std::signbit(routed[i]) ? 0.f : second * heads.top_k * routed[i] / sum;
 }
 
 // From x, `depth` wide.

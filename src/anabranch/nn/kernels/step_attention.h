@@ -8,6 +8,11 @@
 
 namespace {
 
+// Whether a head has anything to do for a token.
+inline bool is_on(const Model& m, const Block& block, const Work& w, int64_t t, int64_t h) {
+  return !block.heads.pair || w.scale[t * m.H + h] != 0.f;
+}
+
 constexpr int CHUNK = 64;  // keys that are scored at a time
 constexpr int RUN = 16;    // tokens of a run, at most: chunks of keys are unpacked once for all of them
 constexpr int LEAST_RUN = 4;
@@ -37,6 +42,7 @@ inline vec totals(vec* v) {
 // ---- attention of one token and one key head ----
 
 struct Head {  // the queries of one key head, scaled, and what has been seen so far
+  int queries;
   const float* query[MOST_GROUP];
   float* y[MOST_GROUP];
   float most[MOST_GROUP], sum[MOST_GROUP];
@@ -113,17 +119,20 @@ float soften(float& most_so_far, float& sum_so_far, float* scores, int count) {
 void attend(const Model& m, const Block& block, const int32_t* table, int64_t context, int64_t begin, int64_t end, Head* heads,
             Scratch& scratch) {
   const int64_t item = m.half_store ? 2 : 4, row_bytes = m.G * m.W * item;
-  const int queries = (int)(m.H / m.G);
   float* copies = scratch.get<float>(SPARE, CHUNK * m.W);
   alignas(64) float scores[MOST_GROUP * CHUNK];
   const float* rows[CHUNK];
   int64_t slots[CHUNK];
-  for (int64_t g = begin; g < end; ++g)
-    for (int h = 0; h < queries; ++h) {
+  bool any = false;
+  for (int64_t g = begin; g < end; ++g) {
+    any |= heads[g].queries > 0;
+    for (int h = 0; h < heads[g].queries; ++h) {
       heads[g].most[h] = -INFINITY;
       heads[g].sum[h] = 0.f;
       memset(heads[g].y[h], 0, m.W * sizeof(float));
     }
+  }
+  if (!any) return;
   for (int64_t first = 0; first < context; first += CHUNK) {
     int count = (int)std::min<int64_t>(CHUNK, context - first);
     for (int i = 0; i < count; ++i) {
@@ -133,6 +142,8 @@ void attend(const Model& m, const Block& block, const int32_t* table, int64_t co
     }
     for (int64_t g = begin; g < end; ++g) {
       Head& head = heads[g];
+      const int queries = head.queries;
+      if (!queries) continue;
       point(block.key + g * m.W * item, slots, count, row_bytes, m.W, m.half_store, copies, rows);
       score(head, queries, rows, count, m.W, scores);
       float shrink[MOST_GROUP];
@@ -142,7 +153,7 @@ void attend(const Model& m, const Block& block, const int32_t* table, int64_t co
     }
   }
   for (int64_t g = begin; g < end; ++g)
-    for (int h = 0; h < queries; ++h)
+    for (int h = 0; h < heads[g].queries; ++h)
       for (int64_t c = 0; c < m.W; c += VL) store(heads[g].y[h] + c, load(heads[g].y[h] + c) / heads[g].sum[h]);
 }
 
@@ -249,14 +260,17 @@ void attend_chunk(Query* const* query, const Keys& keys, int64_t first) {
 
 // `count` tokens from row `t` on, which follow one another in a sequence, and key head g.
 void attend_run(const Model& m, const Block& block, const Work& w, int64_t t, int64_t count, int64_t g, Query* queries, Scratch& scratch) {
-  const int64_t per = m.H / m.G, Q = m.H * m.W, N = Q + 2 * m.G * m.W, last = w.context[t + count - 1];
+  const int64_t per = m.H / m.G, Q = m.H * m.W, N = Q + 2 * m.G * m.W;
   const Keys keys(scratch, m.W);
   int64_t slots[CHUNK], made = 0, begin = 0;
   for (int64_t i = t; i < t + count; ++i)
     for (int64_t h = g * per; h < (g + 1) * per; ++h) {
-      queries[made++] = {w.qkv + i * N + h * m.W, w.y + i * Q + h * m.W, -INFINITY, 0.f, w.context[i]};
       memset(w.y + i * Q + h * m.W, 0, m.W * sizeof(float));
+      if (!is_on(m, block, w, i, h)) continue;
+      queries[made++] = {w.qkv + i * N + h * m.W, w.y + i * Q + h * m.W, -INFINITY, 0.f, w.context[i]};
     }
+  if (!made) return;
+  const int64_t last = queries[made - 1].context;
   for (int64_t first = 0; first < last; first += CHUNK) {
     int here = (int)std::min<int64_t>(CHUNK, last - first);
     for (int i = 0; i < here; ++i) slots[i] = w.table[t][(first + i) / m.block_tokens] * m.block_tokens + (first + i) % m.block_tokens;

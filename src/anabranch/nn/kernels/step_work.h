@@ -19,6 +19,7 @@ struct Work {  // what a step needs beside its tensors
   int32_t *loops, *order, *beside;   // of looping feed-forwards: loops of each token, tokens by them, rows of width paths
   int64_t* still;                    // [n]: tokens that take more than n loops
   float* up;                         // [T, F] of dense layers with adapters
+  float* scale;                      // [T, H]: what heads are multiplied by, where they are routed
   float* low;                        // of the groups, one after another: [count, ranks at the matrix] of A x, times scale and weight
 };
 
@@ -88,6 +89,9 @@ Work cut(Memory& memory, const Model& m, int64_t T, int64_t lows) {
   w.beside = memory.take<int32_t>(T);
   w.still = memory.take<int64_t>(m.most_loops + 1);
   w.up = memory.take<float>(lows ? T * m.F : 0);
+  bool weighs = false;
+  for (int64_t i = 0; i < m.layers; ++i) weighs |= m.blocks[i].heads.pair != nullptr;
+  w.scale = memory.take<float>(weighs ? T * m.H : 0);
   w.low = memory.take<float>(lows);
   return w;
 }

@@ -490,7 +490,7 @@ class ModelRunner:
         if not routes:
             return self._hidden(chunks, tokens, rows)
         fast = self._compiled_for(chunks)
-        if fast is not None:
+        if fast is not None and fast.tells_routes:
             return self._fast_hidden(fast, chunks, tokens, rows, routes)
         self._wanted = routes if variant.is_adapted else {}
         try:

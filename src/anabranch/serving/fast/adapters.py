@@ -14,6 +14,7 @@ from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.description import Loops, Passes
 from anabranch.nn.kernels.operands import address, array_address
+from anabranch.serving.fast.heads import plain_of
 from anabranch.serving.fast.layout import CAdapter, CGroup, CPart, CStep
 from anabranch.serving.fast.routed import form_of
 
@@ -89,12 +90,13 @@ class AdapterTables:
             self._add_layer(number, first, model.blocks[number], model.config.dim)
 
     def _add_layer(self, number: int, first: int, block: Any, dim: int) -> None:
-        attention, start = block.attention, 0
+        attention, start = plain_of(block.attention), 0
+        name = "attention" if attention is block.attention else "attention.attention"
         query, store = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
         for part, size in (("q", query), ("k", store), ("v", store)):
-            self._places[f"blocks.{number}.attention.{part}"] = _Place(first * SITES + QKV, start, dim, size)
+            self._places[f"blocks.{number}.{name}.{part}"] = _Place(first * SITES + QKV, start, dim, size)
             start += size
-        self._places[f"blocks.{number}.attention.o"] = _Place(first * SITES + OUT, 0, query, dim)
+        self._places[f"blocks.{number}.{name}.o"] = _Place(first * SITES + OUT, 0, query, dim)
         form = form_of(block.feed_forward)
         # Others hold their matrices elsewhere, or use them otherwise.
         if isinstance(form, Passes | Loops) or getattr(block.feed_forward, "w13", None) is not form.w13:

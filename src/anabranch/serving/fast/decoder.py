@@ -30,6 +30,7 @@ from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import PackedEmbedding, QuantizedLinear, QuantizedPool, replace
 from anabranch.routing.router import Router
 from anabranch.serving.fast.adapters import AdapterTables, AdapterUses
+from anabranch.serving.fast.heads import heads, plain_of
 from anabranch.serving.fast.layout import (
     BYTES,
     EXPERTS,
@@ -91,8 +92,8 @@ class FastDecoder:
         reason = self.supports(model)
         if reason is not None:
             raise ConfigError(f"no compiled step for this model: {reason}")
-        attention: Any = model.blocks[0].attention
-        widths: Any = model.config.attention
+        attention: Any = plain_of(model.blocks[0].attention)
+        widths: Any = attention.config
         self.model = model
         # What the structures point at.
         self._keep: list[Tensor] = []
@@ -209,6 +210,11 @@ class FastDecoder:
         return is_single and not self._stops and not self._model.state
 
     @property
+    def tells_routes(self) -> bool:
+        """Whether ``with_routes`` tells of all routers: of heads it does not."""
+        return not any(self._model.blocks[number].heads.pair for number in range(self._model.layers))
+
+    @property
     def structure(self) -> CModel:
         """What the kernel is told of the model; it points at what this object keeps."""
         return self._model
@@ -257,7 +263,7 @@ class FastDecoder:
 
     @staticmethod
     def _check_stores(model: Decoder, key_ASGW: Tensor, value_ASGW: Tensor) -> None:
-        attention: Any = model.blocks[0].attention
+        attention: Any = plain_of(model.blocks[0].attention)
         shape = (len(model.blocks), attention.num_kv_heads, attention.head_dim)
         for store in (key_ASGW, value_ASGW):
             if store.dtype not in KIND_OF or store.device.type != "cpu" or store.dtype != key_ASGW.dtype:
@@ -274,7 +280,7 @@ class FastDecoder:
     def _blocks(self, number: int, routers: list[Router]) -> Iterator[CBlock]:
         """One layer: attention and feed-forward, then the passes without attention; its routers are added to ``routers``."""
         block: Any = self.model.blocks[number]
-        attention, form, keep = block.attention, form_of(block.feed_forward), self._keep
+        attention, form, keep = plain_of(block.attention), form_of(block.feed_forward), self._keep
         norms = (
             (None, None) if attention.config.qk_norm == "none" else (attention.q_norm.weight, attention.k_norm.weight)
         )
@@ -287,6 +293,7 @@ class FastDecoder:
             *(floats(norm, keep, size) for norm, size in zip(norms, normed, strict=True)), None, None,
             self._matrix(attention.qkv), self._matrix(attention.out),
         )  # fmt: skip
+        first.heads = heads(block.attention, dim, keep)
         if not isinstance(form, Passes):
             first.w13, first.w2 = self._matrix(form.w13), self._matrix(form.w2)
             if isinstance(form, Loops):

@@ -12,8 +12,8 @@ from anabranch.nn.kernels.packed import Matrix
 from anabranch.nn.packed import Kind
 
 __all__ = [
-    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CAdapter", "CBlock", "CExperts", "CGroup", "CLoops", "CModel", "CPart", "CRecurrence", "CStep",
-    "check_sizes", "floats",
+    "BYTES", "EXPERTS", "KIND_OF", "STEP", "CAdapter", "CBlock", "CExperts", "CGroup", "CHeads", "CLoops", "CModel", "CPart",
+    "CRecurrence", "CStep", "check_sizes", "floats",
 ]  # fmt: skip
 
 KIND_OF: dict[torch.dtype, Kind] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -47,6 +47,15 @@ class CLoops(ctypes.Structure):
     _fields_ = (("gate", _pointer), ("first", _pointer), ("most", _int), ("width", _int), ("threshold", _float))
 
 
+class CHeads(ctypes.Structure):
+    """`Heads` of step.h."""
+
+    _fields_ = (
+        ("routed", _pointer), ("bias", _pointer), ("pair", _pointer), ("shared", _pointer), ("count", _int), ("top_k", _int),
+        ("floor", _float), ("cap", _float), ("most_pair", _float), ("factor", _float),
+    )  # fmt: skip
+
+
 class CBlock(ctypes.Structure):
     """`Block` of step.h."""
 
@@ -55,6 +64,7 @@ class CBlock(ctypes.Structure):
         ("qkv_bias", _pointer), ("out_bias", _pointer), ("q_norm", _pointer), ("k_norm", _pointer),
         ("key", _pointer), ("value", _pointer),
         ("qkv", Matrix), ("out", Matrix), ("w13", Matrix), ("w2", Matrix), ("experts", CExperts), ("loops", CLoops),
+        ("heads", CHeads),
     )  # fmt: skip
 
 

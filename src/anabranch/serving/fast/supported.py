@@ -18,6 +18,7 @@ from anabranch.nn.offloaded import OffloadedPool
 from anabranch.nn.packed import SHARE
 from anabranch.nn.pool import ExpertPool
 from anabranch.nn.quantize import QuantizedLinear, QuantizedPool
+from anabranch.serving.fast.heads import plain_of, why_not_weigh
 from anabranch.serving.fast.layout import KIND_OF
 from anabranch.serving.fast.routed import form_of, why_not_run
 
@@ -59,7 +60,8 @@ def why_not(model: Decoder) -> str | None:
 
 def products(block: Any) -> Iterator[nn.Module]:
     """The modules of a supported block that multiply by large matrices of their own: linear layers and pools."""
-    yield from (block.attention.qkv, block.attention.out)
+    attention = plain_of(block.attention)
+    yield from (attention.qkv, attention.out)
     form = form_of(block.feed_forward)
     if not isinstance(form, Passes):
         yield from (form.w13, form.w2)
@@ -73,9 +75,12 @@ def products(block: Any) -> Iterator[nn.Module]:
 def _of_block(block: nn.Module) -> str | None:
     if type(block) is not PreNorm:
         return f"a {type(block).__name__} is not a plain block"
-    if type(block.attention) is not SelfAttention:
-        return f"attention is a {type(block.attention).__name__}"
-    attention: Any = block.attention
+    reason = why_not_weigh(block.attention)
+    if reason is not None:
+        return reason
+    attention: Any = plain_of(block.attention)
+    if type(attention) is not SelfAttention:
+        return f"attention is a {type(attention).__name__}"
     if not attention.config.is_plain:
         return "attention has a window, sinks, a scale or a temperature"
     if attention.rotary is not None:
