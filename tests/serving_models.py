@@ -1,7 +1,9 @@
 """A small mixture of experts with a byte tokenizer, saved once, and a server process in front of it."""
 
 import functools
+import json
 import tempfile
+import urllib.request
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -63,3 +65,12 @@ def serve_process(
 ) -> AbstractContextManager[Served]:
     """``anabranch serve`` with these arguments on a free port, when it is ready."""
     return started("serve", model or saved_moe(), *arguments, environment=environment)
+
+
+def posted(url, body):
+    """What a server process answers to a completion."""
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())

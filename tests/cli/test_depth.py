@@ -240,3 +240,36 @@ def test_duo_llm_is_in_the_family(here):
     assert code == 0
     for name in ("search", "train", "eval", "report", "oracle"):
         assert name in out
+
+
+def test_generate_runs_what_routers_choose(here, work, deep):
+    from anabranch.depth import DepthRouter, stack_of
+    from anabranch.depth.dr_llm import BankConfig
+    from anabranch.lm import SamplingConfig
+
+    model, tokenizer = load_model(work / deep)
+    stack = stack_of(model.eval())
+    config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
+    RouterBank(config, seed=1).save(work / "random-routers")
+    router = DepthRouter.attach(model, work / "random-routers")
+    prompt = tokenizer.encode_prompt("3 plus 4 is")
+    options = ("-p", "3 plus 4 is", "--max-tokens", 6, "--temperature", 0, "--dtype", "float32", "--json")
+    paths = set()
+    for control in (-0.6, -0.5, 0.5, 1):
+        found = told(here("generate", deep, *options, "--depth", "random-routers", "--depth-control", control))
+        router.reset()
+        wanted = router.generate(prompt, SamplingConfig(temperature=0, max_tokens=6), control=control)
+        assert found["token_ids"] == wanted[: len(found["token_ids"])]
+        assert (found["depth"]["num_layers"], len(found["depth"]["path"])) == (4, router.report().layers_per_token)
+        paths.add(tuple(found["depth"]["path"]))
+    assert len(paths) > 2
+    assert "depth" not in told(here("generate", deep, *options))
+    for more, says in (
+        (("--depth", "none"), "no routers in none"),
+        (("--depth-control", 0), "--depth-control is 0, and there are no depth routers"),
+        (("--depth", "random-routers", "--depth-control", 2), "control"),
+        (("--depth", "random-routers", "--skipper", "x"), "--depth and --skipper both say what of the model runs"),
+    ):
+        code, out, err = here("generate", deep, *options, *more)
+        assert (code, out) == (2, ""), more
+        assert says in err

@@ -184,3 +184,19 @@ def test_a_skipper_of_another_model_is_told(here, work, pruned, rows, fitted):
     code, _, err = here("depth", "prune-eval", "other-pruned", "skipper", "--data", rows)
     assert code == 2
     assert "fit one on this model" in err
+
+
+def test_generate_passes_over_what_a_skipper_says(here, work, pruned, rows, fitted):
+    model, tokenizer = load_model(work / pruned)
+    skipper = TokenSkipper.load(work / "skipper", model.eval())
+    text = "3 plus 21 is"
+    options = ("-p", text, "--max-tokens", 6, "--temperature", 0, "--dtype", "float32", "--json")
+    found = told(here("generate", pruned, *options, "--skipper", "skipper"))
+    prompt = tokenizer.encode_prompt(text)
+    assert found["token_ids"] == skipper.generate(prompt, 6)[: len(found["token_ids"])]
+    computed = skipper.prefill(prompt).keep_IBL[:, 0].sum(1).tolist()
+    assert found["depth"]["computed"] == computed
+    assert sum(computed) < 4 * len(prompt)
+    code, out, err = here("generate", pruned, *options, "--skipper", "none")
+    assert (code, out) == (2, "")
+    assert "none is not there; anabranch depth prune makes one" in err

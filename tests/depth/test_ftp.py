@@ -218,7 +218,7 @@ def test_the_table_keeps_what_was_skipped():
     model = decoder()
     skipper = TokenSkipper(model, (0.0, 0.5, 0.5, 0.0, 0.0), undecided())
     seen = {}
-    decider = skipper._decider
+    decider = skipper.decider
 
     def spied(real_BL):
         made = decider(real_BL)
@@ -231,7 +231,7 @@ def test_the_table_keeps_what_was_skipped():
         made.scores = look
         return made
 
-    skipper._decider = spied
+    skipper.decider = spied
     keep = skipper.prefill(tokens(1, 12)).keep_IBL[1, 0]
     x_BLD = seen[1][0][:, keep]
     block, context = model.blocks[1], model.context(tokens(1, 12))

@@ -92,8 +92,8 @@ def test_the_gradient_of_a_gate_is_that_of_a_soft_mixture():
 
     skipper = TokenSkipper(model, (0.0, 0.5), router, mode="threshold")
     scores = {}
-    decider = skipper._decider(torch.ones(1, 7, dtype=torch.bool))
-    skipper._decider = lambda real: decider
+    decider = skipper.decider(torch.ones(1, 7, dtype=torch.bool))
+    skipper.decider = lambda real: decider
     original = decider.scores
     decider.scores = lambda *given: scores.setdefault("made", original(*given))
     with torch.enable_grad():

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.continuing import MinP, RepetitionPenalty, TopK, running, sampling_fields, tokens_of
+from anabranch.cli.continuing import (
+    Depth,
+    DepthControl,
+    MinP,
+    RepetitionPenalty,
+    Skipper,
+    TopK,
+    depth_of,
+    running,
+    sampling_fields,
+    tokens_of,
+)
 from anabranch.cli.options import (
     AsJson,
     Device,
@@ -48,6 +59,9 @@ def generate(
     streams: Streams = None,
     rewire: Rewire = False,
     rewire_set: RewireSet = None,
+    depth: Depth = None,
+    depth_control: DepthControl = None,
+    skipper: Skipper = None,
     memory: Memory = None,
     quantize: Quantize = None,
     expert_budget: ExpertBudget = None,
@@ -60,14 +74,25 @@ def generate(
     Text comes as it is made. With --json: text and token_ids of the continuation alone. A model says how it is sampled from in its
     generation_config.json.
 
+    With --depth (Dr.LLM) or --skipper (FTP) the prompt decides which blocks run, or which of its tokens each block computes. With --json
+    there is depth then: path, the blocks of new tokens, and computed, how many tokens of the prompt each block computed.
+
     With --rewire the model must have routers of experts; --json then has rewiring too: what each turn of them did. See the page Rewiring.
     """
     require("lm", by="anabranch generate")
+    from anabranch.serving.load import check_depth
+
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise ConfigError("--prompt is empty; give at least one character")
-    apart = {"--min-p": min_p, "--repetition-penalty": repetition_penalty, "--streams": streams, "--memory": memory}
-    apart |= {"--quantize": quantize, "--expert-budget": expert_budget}
+    apart: dict[str, Any] = {
+        "--min-p": min_p,
+        "--repetition-penalty": repetition_penalty,
+        "--streams": streams,
+        "--memory": memory,
+    }
+    apart |= {"--quantize": quantize, "--expert-budget": expert_budget, "--depth": depth, "--skipper": skipper}
+    deep = depth_of(depth, depth_control, skipper)
     rewiring = rewiring_of(rewire, rewire_set, apart)
     said = {
         "temperature": temperature,
@@ -78,6 +103,7 @@ def generate(
     }
     fields = {**sampling_fields(model, said, {"temperature": 0.8}), "max_tokens": max_tokens, "seed": seed}
     fields = fields if rewiring is None else rewired_fields(fields)
+    check_depth(deep, model)
     loaded = load_parts(model, dtype, device, quantize, expert_budget, memory)
     tokenizer: Any = loaded.tokenizer
     used = loaded.model.streams_of(streams)[0]
@@ -85,13 +111,14 @@ def generate(
     rewired = None if rewiring is None else Rewired(loaded.model, rewiring)
     # A file gets what the model said, a terminal what it can bear.
     show = visible if sys.stdout.isatty() else str
+    ran: dict[str, Any] = {}
     decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
     with ExitStack() as stack:
         if rewired is None:
-            engine = stack.enter_context(running(loaded, len(prompt_ids) + max_tokens, streams=streams))
+            engine = stack.enter_context(running(loaded, len(prompt_ids) + max_tokens, streams=streams, depth=deep))
             if engine.info.max_positions < len(prompt_ids) + max_tokens:
                 say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
-            tokens = tokens_of(engine, prompt_ids, fields, streams=streams)
+            tokens = tokens_of(engine, prompt_ids, fields, streams=streams, depth=engine.info.depth, told=ran)
         else:
             tokens = rewired.tokens(prompt_ids, {**fields, "stop": tuple(tokenizer.stop_ids)})
         # What cannot be continued is refused here, with nothing printed.
@@ -115,6 +142,7 @@ def generate(
                 "streams": used,
                 "seconds": round(seconds, 3),
                 **({} if rewired is None else {"rewiring": rewired.report()}),
+                **({"depth": {"num_layers": len(loaded.model.blocks), **ran}} if ran else {}),
             }
         )
         return

@@ -119,6 +119,13 @@ def serve(
             help="From -1, no block, by -0.5, what the routers say, and 0.5, all blocks, to 1, all twice (engine.depth.control).",
         ),
     ] = None,
+    skipper: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What anabranch depth prune made of this model: blocks pass over tokens of each prompt (engine.depth.skipper).",
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float | None,
         typer.Option(metavar="S", help="Seconds that requests under way have to end after a signal to stop."),
@@ -157,6 +164,7 @@ def serve(
         "engine.adapters.load": adapter, "http.adapter_root": None if adapter_root is None else str(adapter_root),
         "engine.adapters.memory": adapter_memory,
         "engine.depth.routers": None if depth is None else str(depth), "engine.depth.control": depth_control,
+        "engine.depth.skipper": None if skipper is None else str(skipper),
         "http.api_keys": api_key, "http.drain_s": drain_timeout, "http.access_log": False if quiet else None,
     }  # fmt: skip
     settings = {path: value for path, value in given.items() if value is not None}
@@ -185,12 +193,11 @@ def serve(
     def known(info: EngineInfo) -> None:
         experts.update(info.experts)
         if info.routes_depth:
-            routed.update(
-                control=config.engine.depth.control,
-                usual=info.depth,
-                num_layers=info.num_layers,
-                max_depth=info.max_depth,
-            )
+            routed.update(control=config.engine.depth.control, max_depth=info.max_depth)
+        if info.skips_tokens:
+            routed.update(skipper=str(config.engine.depth.skipper))
+        if routed:
+            routed.update(usual=info.depth, num_layers=info.num_layers)
 
     def ready(url: str) -> None:
         if as_json:
@@ -200,8 +207,13 @@ def serve(
             if experts:
                 fact("experts", told_of(experts))
             if routed:
-                words = f"control {routed['control']:g}, requests that do not say: {routed['usual']}"
-                fact("depth", f"{routed['num_layers']} blocks, routed to at most {routed['max_depth']}   {words}")
+                words = []
+                if "control" in routed:
+                    words.append(f"routed to at most {routed['max_depth']}   control {routed['control']:g}")
+                if "skipper" in routed:
+                    words.append(f"prompts pruned by {routed['skipper']}")
+                words.append(f"requests that do not say: {routed['usual']}")
+                fact("depth", f"{routed['num_layers']} blocks, {', '.join(words)}")
             fact("serving", f"{url}/v1   page {url}/   (Ctrl-C stops)")
             fact("next", f"curl -s {url}/v1/models")
         sys.stdout.flush()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anabranch.depth.stack import BlockStack
     from anabranch.depth.transformers_stack import TransformersStack
 
-__all__ = ["Attend", "GatheredBlocks", "Looks", "Weigh", "gathered", "visible"]
+__all__ = ["Attend", "AttendedBy", "GatheredBlocks", "Looks", "Weigh", "gathered", "visible"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class DecoderBlocks:
             is_measured=False,
             position_BL=position_BK.expand(batch, length),
             rotary=model.rotary(distinct(position_BK), model._dtype(x_BKD.device)),
-            cache=_Store(attend),
+            cache=AttendedBy(attend),
         )
         y_BKD = model.blocks[layer](x_BKD, context)
         if context.carry:
@@ -171,8 +171,8 @@ class DecoderBlocks:
         return _matrices_but_last(getattr(self.stack.module.blocks[layer], "attention", nn.Module()), ("out",))
 
 
-class _Store:
-    """What a decoder's attention is given as its key-value store, see `anabranch.nn.context.AttendingStore`."""
+class AttendedBy:
+    """What a decoder's attention is given as its key-value store, see `anabranch.nn.context.AttendingStore`: ``attend`` does it all."""
 
     takes_scoring = True
 
@@ -180,6 +180,7 @@ class _Store:
         self._attend = attend
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scoring: Scoring = PLAIN) -> Tensor:
+        """See `anabranch.nn.context.AttendingStore`."""
         scale = key.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
 
         def weigh(query: Tensor, key: Tensor, value: Tensor, mask_BKS: Tensor | None) -> Tensor:

@@ -1,33 +1,49 @@
-"""`DepthConfig`: the depth routers that a model is served with."""
+"""`DepthConfig`: the depth routers, and the skipper of tokens, that a model is served with."""
 
 from typing import Literal
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import ConfigError
 
-__all__ = ["DepthConfig"]
+__all__ = ["DepthConfig", "Usual"]
+
+# What a request runs: what routers choose, all blocks with a prompt that they pass over in parts, or all of all.
+Usual = Literal["routed", "pruned", "full"]
 
 
 @configclass
 class DepthConfig(Config):
-    """Which blocks requests run, where routers choose them (`anabranch.depth`).
+    """Which blocks requests run, where routers choose them, and which tokens of prompts blocks pass over (`anabranch.depth`).
 
     Attributes:
         routers: folder of routers that ``anabranch depth train`` made for this model; None for none.
         control: how deep they go, without training anything again: -1 skips all blocks, -0.5 is what they say, 0.5 is the whole model, 1
             repeats all.
-        usual: of requests that do not say their depth.
+        skipper: file that ``anabranch depth prune`` made for this model (FTP); None for none.
+        usual: of requests that do not say their depth: ``routed``, ``pruned`` or ``full``; None for ``routed`` with routers, and for
+            ``pruned`` with a skipper alone.
     """
 
     routers: str | None = None
     control: float = Field(default=-0.5, ge=-1, le=1)
-    usual: Literal["routed", "full"] = "routed"
+    skipper: str | None = None
+    usual: Usual | None = None
 
     def __post_init__(self) -> None:
-        if self.routers is not None:
-            return
-        for name in ("control", "usual"):
-            if getattr(self, name) != getattr(DepthConfig, name):
-                raise ConfigError(
-                    f"depth.{name} is {getattr(self, name)!r}, but depth.routers is not set; name their folder (--depth)"
-                )
+        if self.routers is None and self.control != DepthConfig.control:
+            raise ConfigError(
+                f"depth.control is {self.control!r}, but depth.routers is not set; name their folder (--depth)"
+            )
+        if self.usual == "pruned" and self.skipper is None:
+            raise ConfigError("depth.usual is 'pruned', but depth.skipper is not set; name its file (--skipper)")
+        is_alone = self.usual == "routed" or (self.usual == "full" and self.skipper is None)
+        if is_alone and self.routers is None:
+            raise ConfigError(
+                f"depth.usual is {self.usual!r}, but depth.routers is not set; name their folder (--depth)"
+            )
+
+    def usually(self, *, routes: bool, prunes: bool) -> Usual:
+        """What a request runs that says nothing, where there are routers, or a skipper."""
+        if self.usual is not None:
+            return self.usual
+        return "routed" if routes else "pruned" if prunes else "full"

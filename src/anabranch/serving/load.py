@@ -16,6 +16,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.lm.quantized import load_quantized
 from anabranch.lm.quantized_form import check_scheme
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.experts import ExpertsConfig
 from anabranch.sizes import parse_bytes
@@ -140,8 +141,7 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
     saved = quantization_of(found)
     if saved is not None and config.quantize != "none":
         check_scheme(saved, config.quantize, None, found)
-    if config.depth.routers is not None:
-        _check_routers(config.depth.routers, config.model)
+    check_depth(config.depth, config.model)
     if config.adapters.load:
         from anabranch.serving.engine.adapter_reader import AdapterReader
 
@@ -166,6 +166,14 @@ def check_load(config: ServingConfig, tokenizer: Tokenizer) -> None:
         load_predictor(predictor).fingerprint.check(fingerprint, predictor)
 
 
+def check_depth(depth: DepthConfig, model: str) -> None:
+    """What an engine would refuse of depth routers and a skipper of tokens, before weights are read. Raises CheckpointError."""
+    if depth.routers is not None:
+        _check_routers(depth.routers, model)
+    if depth.skipper is not None:
+        _check_skipper(depth.skipper, model)
+
+
 def _check_routers(folder: str, model: str) -> None:
     """Raise CheckpointError for depth routers that cannot be of the model by their sizes; what tells models apart is in the weights."""
     from anabranch.depth.dr_llm.bank import RouterBank
@@ -176,6 +184,15 @@ def _check_routers(folder: str, model: str) -> None:
             raise CheckpointError(
                 f"the routers in {folder} are of another model: {what} {theirs}, and {model} has {ours}"
             )
+
+
+def _check_skipper(path: str, model: str) -> None:
+    """Raise CheckpointError for a skipper of tokens that cannot be of the model; what tells models apart is in the weights."""
+    from anabranch.depth.ftp.saving import read_skipper
+
+    theirs, ours = len(read_skipper(path).schedule), load_config(model).num_layers
+    if theirs != ours:
+        raise CheckpointError(f"the skipper in {path} is of another model: blocks {theirs}, and {model} has {ours}")
 
 
 def dtype_of(config: ServingConfig) -> torch.dtype:

@@ -1,7 +1,6 @@
 """``depth`` in requests to a server, what usage tells of it, and ``anabranch serve --depth``."""
 
 import json
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +15,7 @@ from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from depth_banks import ByState, saved_bank
-from serving_models import LAYERS, saved_moe, serve_process, small_moe, small_streams
+from serving_models import LAYERS, posted, saved_moe, serve_process, small_moe, small_streams
 from serving_thread import serving, streamed
 
 BODY = {"model": "small", "prompt": "hello", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -110,7 +109,7 @@ def test_chats_and_streams_tell_it_too(server):
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        ("deep", 'depth is \'deep\'; it must be "full", "routed" or a list of at most 8192 blocks'),
+        ("deep", 'depth is \'deep\'; it must be "full", "routed", "pruned" or a list of at most 8192 blocks'),
         (3, "depth is 3; it must be"),
         (True, "depth is True; it must be"),
         ([0, "1"], "depth is a list; it must be"),
@@ -131,7 +130,7 @@ def test_a_depth_that_cannot_be_is_a_mistake_of_the_request(server, depth, messa
     assert answer["error"]["message"].startswith(message)
 
 
-@pytest.mark.parametrize("name", ["path", "routes_depth"])
+@pytest.mark.parametrize("name", ["path", "routes_depth", "skips_tokens"])
 def test_names_of_the_library_are_refused(server, name):
     status, _, answer = server.ask("/v1/completions", {**BODY, name: [0]})
     assert (status, answer["error"]["param"]) == (400, name)
@@ -144,6 +143,7 @@ def test_a_server_without_routers(model):
         assert "depth" not in body["usage"]
         for depth, says in (
             ("routed", "the server has no depth routers (--depth)"),
+            ("pruned", "the server has no skipper of tokens (--skipper)"),
             ([0], "a list of blocks, which this server does not take"),
         ):
             status, _, answer = plain.ask("/v1/completions", {**BODY, "depth": depth})
@@ -159,15 +159,7 @@ def test_a_server_without_routers(model):
 def test_it_is_described(server):
     schemas = server.ask("/openapi.json")[2]["components"]["schemas"]
     for kind in ("Chat", "Completion"):
-        assert schemas[kind]["properties"]["depth"]["anyOf"][0]["enum"] == ["full", "routed", None]
-
-
-def posted(url, body):
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
+        assert schemas[kind]["properties"]["depth"]["anyOf"][0]["enum"] == ["full", "routed", "pruned", None]
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ class TokenSkipper:
             raise InputError(f"prompt {int(length_B.argmin())} is all padding; give at least one token")
         self._check_length(int(length_B.max()))
         tokens = Tokens(token_BL, real_BL, places_of(real_BL))
-        decider = self._decider(real_BL)
+        decider = self.decider(real_BL)
         cache = SkipCache([BlockCache() for _ in range(self.stack.num_blocks)], length_B)
         with evaluating(self.stack.module):
             x_BLD, state = self.stack.embed(token_BL, position_BL=tokens.position_BL)
@@ -262,7 +262,8 @@ class TokenSkipper:
             )
             return self.stack.head(x_BLD, state)
 
-    def _decider(self, real_BL: Tensor) -> Decider:
+    def decider(self, real_BL: Tensor) -> Decider:
+        """Who decides about prompts, block by block; ``real_BL`` is False at padding."""
         return Decider(
             self.router,
             self.schedule,

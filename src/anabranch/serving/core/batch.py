@@ -90,7 +90,7 @@ class Sampled:
         error: why there is neither a token nor a score.
         prompt_logprobs: of the chunk's ``targets``.
         embedding: the vector of the prompt, where asked for and whole.
-        path: the blocks that the request runs, where depth routers have just chosen them.
+        path, computed: as of `Output`, where depth routers or a skipper have just decided.
         later: the tokens behind it, one for each guess of the chunk that held (`Chunk.drafts`); perhaps fewer, never with errors.
     """
 
@@ -102,4 +102,5 @@ class Sampled:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
     path: tuple[int, ...] | None = None
+    computed: tuple[int, ...] | None = None
     later: "tuple[Sampled, ...]" = ()

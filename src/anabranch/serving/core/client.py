@@ -12,6 +12,9 @@ from anabranch.serving.core.request import Output, Request
 # How often a depth that is asked for over HTTP may run one block, as `anabranch.depth` has it; it needs torch.
 MOST_VISITS = 2
 
+# What a request may say of its depth, in words.
+DEPTHS = "'full', 'routed', 'pruned' or a list of blocks"
+
 
 class BusyError(AnabranchError):
     """Something that a request needs has no room for it now: no fault of the request, and worth asking again."""
@@ -54,7 +57,8 @@ class EngineInfo:
         num_layers: blocks of the model; 0 where nobody says.
         max_depth: most blocks that a request's own path may have; None where requests at a server say none.
         routes_depth: whether there are depth routers.
-        depth: ``routed`` or ``full``, of a request that does not say.
+        skips_tokens: whether there is a skipper of tokens.
+        depth: ``routed``, ``pruned`` or ``full``, of a request that does not say.
         tasks: names of the tasks that the model itself goes by; none where it does not.
     """
 
@@ -74,6 +78,7 @@ class EngineInfo:
     num_layers: int = 0
     max_depth: int | None = None
     routes_depth: bool = False
+    skips_tokens: bool = False
     depth: str = "full"
     tasks: tuple[str, ...] = ()
 
@@ -88,13 +93,17 @@ class EngineInfo:
         raise InputError(f"num_streams is {num_streams!r}; the model runs with {known}")
 
     def check_depth(self, depth: Any) -> None:
-        """Raises InputError for a depth that a request cannot have: neither ``full``, ``routed`` nor a list of blocks, or not here."""
+        """Raises InputError for a depth that a request cannot have, or not here."""
         if depth is None or (isinstance(depth, str) and depth == "full"):
             return
         if isinstance(depth, str):
-            if depth != "routed":
-                raise InputError(f"depth is {shown(depth)}; it must be 'full', 'routed' or a list of blocks")
-            if not self.routes_depth:
+            if depth not in ("routed", "pruned"):
+                raise InputError(f"depth is {shown(depth)}; it must be {DEPTHS}")
+            if depth == "pruned" and not self.skips_tokens:
+                raise InputError(
+                    "depth is 'pruned', but the server has no skipper of tokens (--skipper); leave it out, or say 'full'"
+                )
+            if depth == "routed" and not self.routes_depth:
                 raise InputError(
                     "depth is 'routed', but the server has no depth routers (--depth); leave it out, or say 'full'"
                 )
@@ -104,7 +113,7 @@ class EngineInfo:
                 "depth is a list of blocks, which this server does not take (--depth, or engine.max_depth); leave it out"
             )
         if not isinstance(depth, list | tuple) or not all(is_whole(block) for block in depth):
-            raise InputError(f"depth is {shown(depth)}; it must be 'full', 'routed' or a list of blocks")
+            raise InputError(f"depth is {shown(depth)}; it must be {DEPTHS}")
         self._check_path(depth)
 
     def _check_path(self, path: Sequence[int]) -> None:

@@ -199,6 +199,8 @@ class Request:
             of (`ServingConfig.max_depth`).
         routes_depth: let the engine's depth routers choose the path by the prompt, see `anabranch.serving.depth`; its prefix is not
             shared. The path is told with the first output (`Output.path`).
+        skips_tokens: let blocks pass over tokens of the prompt as the engine's skipper decides by it, see `anabranch.serving.depth`; its
+            prefix is not shared. What each block computed is told with the first output (`Output.computed`).
         pooling: make a vector of the prompt (`Output.embedding`) of the model's last states, after the norm: that of the ``last`` token, or
             their ``mean``, for which the whole prompt is computed; it makes no tokens (`Sampling.max_tokens` is 0). None makes none.
         adapters: names and weights of the adapters, and routers over several, that are added up for it; none for the base. A name, or a
@@ -224,6 +226,7 @@ class Request:
     num_streams: int | None = None
     path: tuple[int, ...] | None = None
     routes_depth: bool = False
+    skips_tokens: bool = False
     pooling: str | None = None
     adapters: Mixture = ()
     task: str | None = None
@@ -237,6 +240,11 @@ class Request:
         object.__setattr__(self, "prompt", _tokens(self.prompt))
         object.__setattr__(self, "path", _tokens(self.path))
         object.__setattr__(self, "num_streams", _plain(self.num_streams))
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether what is stored of it depends on what comes before in it alone: routers and skippers look at the whole prompt."""
+        return not (self.routes_depth or self.skips_tokens)
 
     def check_fields(self) -> None:
         """Raises InputError for a field that the queue or the prefix cache cannot take: there it would end the engine for everybody."""
@@ -262,8 +270,9 @@ class Request:
             raise InputError(f"pooling is {shown(self.pooling)}; it must be one of {', '.join(POOLINGS)}, or None")
         if self.pooling is not None and self.sampling.max_tokens:
             raise InputError(f"pooling makes no tokens; max_tokens is {self.sampling.max_tokens}, and must be 0")
-        if not isinstance(self.routes_depth, bool):
-            raise InputError(f"routes_depth is {shown(self.routes_depth)}; it must be True or False")
+        for name in ("routes_depth", "skips_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {shown(getattr(self, name))}; it must be True or False")
         check_mixture(self.adapters)
         pairs = self.options if isinstance(self.options, tuple | list) else [self.options]
         for pair in pairs:
@@ -308,7 +317,9 @@ class Output:
         prompt_logprobs: where asked for, of the prompt's next tokens since the last output; the first is of the second token, as nothing
             comes before the first. All are told before the first new token, or with it, and each once.
         embedding: the vector of the prompt, where asked for; with the last output.
-        path: the blocks that it runs, where depth routers have chosen them; with the first output that has something of the model.
+        path: the blocks that it runs, where depth routers have chosen them, or those of new tokens, where blocks pass over tokens of the
+            prompt; with the first output that has something of the model.
+        computed: there, how many tokens of the prompt each block has computed; likewise.
     """
 
     id: str
@@ -323,3 +334,4 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
     path: tuple[int, ...] | None = None
+    computed: tuple[int, ...] | None = None

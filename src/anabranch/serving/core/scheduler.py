@@ -457,6 +457,7 @@ class Scheduler:
             if item is not None:
                 state.prompt_logprobs += item.prompt_logprobs
                 state.path = state.path if item.path is None else item.path
+                state.kept = state.kept if item.computed is None else item.computed
             # It asked for no new token.
             if computed >= state.most_tokens:
                 self._end(state, Finish.LENGTH)

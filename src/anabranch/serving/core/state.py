@@ -33,9 +33,9 @@ class RequestState:
     """
 
     __slots__ = (
-        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "key", "keys", "last_step", "local", "local_table",
-        "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "path", "prompt_logprobs",
-        "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
+        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "kept", "key", "keys", "last_step", "local",
+        "local_table", "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "path",
+        "prompt_logprobs", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +71,7 @@ class RequestState:
         self.cached_tokens: int | None = None
         self.queue_s: float | None = None  # likewise
         self.path: tuple[int, ...] | None = None  # likewise
+        self.kept: tuple[int, ...] | None = None  # likewise
 
     @property
     def num_output(self) -> int:
@@ -87,8 +88,8 @@ class RequestState:
     def num_reusable(self) -> int:
         """Tokens whose keys and values may come from a cache. The others' rows have to run, for their logits sample or score."""
         last = len(self.tokens) - 1
-        # Which blocks have made what is stored is not known before the routers have seen the whole prompt.
-        if self.request.pooling == "mean" or self.request.routes_depth:
+        # Which blocks have made what is stored is not known before routers or a skipper have seen the whole prompt.
+        if self.request.pooling == "mean" or not self.request.shares_prefix:
             return 0
         return last if self.num_scored >= self.num_prompt - 1 else min(last, self.num_scored)
 
@@ -177,8 +178,9 @@ class RequestState:
             queue_s=self.queue_s,
             prompt_logprobs=tuple(self.prompt_logprobs),
             path=self.path,
+            computed=self.kept,
         )
-        self.cached_tokens = self.queue_s = self.path = None  # told once
+        self.cached_tokens = self.queue_s = self.path = self.kept = None  # told once
         self.prompt_logprobs.clear()
         if items:
             output.tokens = tuple([item.token for item in items])

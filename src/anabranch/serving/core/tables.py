@@ -67,7 +67,7 @@ class BlockTables:
         """Tables of what is stored of the beginning of a waiting request; None if it had better wait for a step under way."""
         if state.num_pending:
             return None
-        if not self._has_prefixes or state.request.routes_depth:
+        if not self._has_prefixes or not state.request.shares_prefix:
             return [[] for _ in self.kinds]
         if not state.root:
             state.root = self.root_of(state.request)
@@ -167,7 +167,7 @@ class BlockTables:
 
     def publish(self, state: RequestState, computed: int) -> None:
         """Let others find the blocks of a request that have become full."""
-        if not self._has_prefixes or state.request.routes_depth:
+        if not self._has_prefixes or not state.request.shares_prefix:
             return
         self.prefixes.extend(state.keys, state.root, state.tokens, computed)
         full = computed // self.pool.block_tokens

@@ -14,7 +14,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.client import MOST_VISITS, EngineInfo, EngineStats
 from anabranch.serving.core.dual_batches import Order
-from anabranch.serving.core.hooks import StepHook
+from anabranch.serving.core.hooks import OverrideHook, StepHook
 from anabranch.serving.core.offload import PeakMemory
 from anabranch.serving.core.request import Request
 from anabranch.serving.core.scheduler import Scheduler, SchedulerConfig
@@ -27,6 +27,7 @@ from anabranch.serving.engine.messages import Event
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.engine.runner import WARM_TOKENS, ModelRunner, TokenSampler
 from anabranch.serving.engine.served_adapters import ServedAdapters
+from anabranch.serving.engine.skips import Skips, check_skips, skipper_of
 from anabranch.serving.engine.tiered import second_place
 from anabranch.serving.sampling import Sampler
 
@@ -72,6 +73,7 @@ class Engine:
         experts: Mapping[str, Any] = MappingProxyType({}),
         most_positions: int | None = None,
         depth_bank: Any = None,
+        skipper: Any = None,
     ) -> Self:
         """An engine for a model that is loaded.
 
@@ -93,7 +95,10 @@ class Engine:
             most_positions: longest prompt and output together, where ``config`` says no less; None for what the model is meant for.
             depth_bank: depth routers that are loaded; None for those of ``config.depth.routers``. Raises ConfigError for those of another
                 model.
+            skipper: an `anabranch.depth.ftp.TokenSkipper` of ``model``; None for that of ``config.depth.skipper``. Raises ConfigError for
+                one that cannot be served.
         """
+        skipper = skipper_of(model, skipper if config.depth.skipper is None else config.depth.skipper)
         depth_bank = routers_of(model, depth_bank if config.depth.routers is None else config.depth.routers)
         if depth_bank is not None and config.max_depth is None:
             # Room for any path that they may choose.
@@ -125,6 +130,11 @@ class Engine:
             kinds=kinds,
         )
         runner.depths = Depths.of(model, config, depth_bank, runner.pool.shape.layers)
+        if skipper is not None and any(isinstance(hook, OverrideHook) for hook in hooks):
+            raise ConfigError(
+                "depth.skipper is set, and hooks override single requests, row by row; where blocks pass over tokens there are other rows"
+            )
+        runner.skips = None if skipper is None else Skips(skipper, runner.device)
         tables = None if runner.fast is None else runner.fast.adapters
         adapters = runner.adapters = ServedAdapters(model, config.adapters, tables, is_steady=config.deterministic)
         limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
@@ -153,7 +163,8 @@ class Engine:
                 num_layers=model.config.num_layers,
                 max_depth=None if config.max_depth is None else runner.pool.shape.layers,
                 routes_depth=depth_bank is not None,
-                depth="full" if depth_bank is None else config.depth.usual,
+                skips_tokens=skipper is not None,
+                depth=config.depth.usually(routes=depth_bank is not None, prunes=skipper is not None),
             ),
             scheduler=scheduler,
             runner=runner,
@@ -179,6 +190,7 @@ class Engine:
             raise InputError(f"the prompt has the token {max(request.prompt)}; use 0 to {self.info.vocab_size - 1}")
         self.info.check_streams(request.num_streams)
         check_depth(request, self.runner.depths)
+        check_skips(request, self.runner.skips)
         try:
             self.runner.check_variant(request.num_streams, request.path)
         except ConfigError as error:

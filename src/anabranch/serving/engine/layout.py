@@ -41,6 +41,9 @@ class StepLayout:
         block_tokens: tokens per block.
         device: where tensors shall be.
         is_local: read the blocks of layers that see less far back than others (`Chunk.local`).
+        stored: of each chunk how much is stored before it, where that is not all that comes before it: blocks that pass over tokens keep
+            the others one behind the other. None for `Chunk.start`.
+        position_T: there, the position of each row; None for one after the other.
 
     Attributes:
         spans: one per chunk.
@@ -56,15 +59,17 @@ class StepLayout:
         device: torch.device | str = "cpu",
         *,
         is_local: bool = False,
+        stored: Sequence[int] | None = None,
+        position_T: NDArray[np.int64] | None = None,
     ) -> None:
         self.block_tokens, self.device = block_tokens, torch.device(device)
         self.spans: list[Span] = []
         first, starts, used, positions = 0, [], 0, []
         tables: list[Sequence[int]] = []
-        for chunk in chunks:
-            count = len(chunk.tokens)
-            self.spans.append(Span(first, count, chunk.start))
-            needed = -(-(chunk.start + count) // block_tokens)
+        for number, chunk in enumerate(chunks):
+            count, past = len(chunk.tokens), chunk.start if stored is None else stored[number]
+            self.spans.append(Span(first, count, past))
+            needed = -(-(past + count) // block_tokens)
             tables.append((chunk.local if is_local else chunk.blocks)[:needed])
             positions.append(np.arange(chunk.start, chunk.start + count))
             starts.append(used)
@@ -72,10 +77,12 @@ class StepLayout:
         self.num_rows = first
         self.table_U = np.array([number for table in tables for number in table], np.int32)
         self.start_N = np.array(starts, np.int64)
-        self.position_T: NDArray[np.int64] = np.concatenate(positions) if positions else np.zeros(0, np.int64)
+        if position_T is None:
+            position_T = np.concatenate(positions) if positions else np.zeros(0, np.int64)
+        self.position_T: NDArray[np.int64] = position_T
 
     def slots(self, sequence: int) -> NDArray[np.int64]:
-        """Slots of all positions of one sequence, in order; negative numbers for what was given back (`GONE`)."""
+        """Slots of all that is stored of one sequence, in order; negative numbers for what was given back (`GONE`)."""
         span, size = self.spans[sequence], self.block_tokens
         start = self.start_N[sequence]
         block_S = self.table_U[start : start - (-span.length // size)].astype(np.int64)
@@ -116,7 +123,8 @@ class StepLayout:
             slots = self.slots(number)
             slot_NS[row, : len(slots)], slot_NS[row, len(slots) :] = slots, slots[0]
         row_NL = np.stack([np.arange(span.first, span.first + span.count) for span in spans])
-        sees_NLS = np.arange(width) <= self.position_T[row_NL][..., None]
+        place_NL = np.stack([np.arange(span.past, span.length) for span in spans])
+        sees_NLS = np.arange(width) <= place_NL[..., None]
         return Group(*(torch.from_numpy(part).to(self.device) for part in (row_NL, slot_NS, sees_NLS)))
 
 

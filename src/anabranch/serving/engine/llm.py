@@ -65,6 +65,7 @@ class LLM:
                 "make_runner",
                 "order",
                 "depth_bank",
+                "skipper",
             )
             parts = {name: options.pop(name) for name in of_engine if name in options}
             self.tokenizer = tokenizer

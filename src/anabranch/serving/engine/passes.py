@@ -18,7 +18,9 @@ class Variant:
         num_streams: parallel streams.
         path: the blocks that it runs; None for each once.
         is_adapted: module by module, with adapters.
-        chooser: the request, where depth routers are to choose its path by this pass, so that it runs alone.
+        chooser: the request, where depth routers are to choose its path by this pass, or a skipper what blocks compute of its prompt, so
+            that it runs alone.
+        is_pruned: blocks pass over tokens of its prompt.
         task: number of the one that it is of, where the model goes by tasks.
     """
 
@@ -27,6 +29,7 @@ class Variant:
     is_adapted: bool = False
     chooser: str | None = None
     task: int | None = None
+    is_pruned: bool = False
 
 
 @dataclass

@@ -44,14 +44,18 @@ class Told:
         """A step begins; what one that failed has left is gone."""
         self._recordings.clear()
 
-    def state(self, chunks: Sequence[Chunk], num_streams: int) -> dict[str, Any]:
-        """For the context of a pass: where to put what is recorded, and which of the P T positions have been seen before."""
+    def state(
+        self, chunks: Sequence[Chunk], num_streams: int, positions: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """For the context of a pass: where to put what is recorded, and which of the P T positions have been seen before.
+
+        ``positions`` are those of the tokens, where they do not follow each other.
+        """
         state: dict[str, Any] = {WHEN_DONE: self._recordings}
-        repeated = [
-            position < self._seen.get(chunk.id, 0)
-            for chunk in chunks
-            for position in range(chunk.start, chunk.start + len(chunk.tokens))
-        ]
+        if positions is None:
+            positions = [chunk.start + place for chunk in chunks for place in range(len(chunk.tokens))]
+        seen = [self._seen.get(chunk.id, 0) for chunk in chunks for _ in chunk.tokens]
+        repeated = [position < end for position, end in zip(positions, seen, strict=True)]
         if any(repeated):
             state["repeated_N"] = torch.tensor(repeated).repeat(num_streams)
         return state

@@ -33,10 +33,12 @@ from anabranch.serving.engine.overrides import OverridesById, RequestOverrides
 from anabranch.serving.engine.paged import PagedPool, ToldSlot
 from anabranch.serving.engine.passes import Variant, passes_of
 from anabranch.serving.engine.pool import Pooling
+from anabranch.serving.engine.pruned import Ahead, PrunedPasses
 from anabranch.serving.engine.record import RoutingTap
 from anabranch.serving.engine.recorders import Told
 from anabranch.serving.engine.score import score, scored_rows
 from anabranch.serving.engine.served_adapters import ServedAdapters
+from anabranch.serving.engine.skips import Skips
 from anabranch.serving.engine.steady import steady
 from anabranch.serving.engine.stores import Stores
 from anabranch.serving.engine.variants import Variants
@@ -88,6 +90,7 @@ class ModelRunner:
     Attributes:
         adapters: that requests may have; None for none.
         depths: depth routers, and the requests whose path they are to choose; None for none.
+        skips: a skipper of tokens, and what it has decided about requests; None for none.
 
     Requests with adapters that the compiled step does not know run through the modules one by one, apart from the others of a step.
 
@@ -149,11 +152,15 @@ class ModelRunner:
             )
         self.adapters: ServedAdapters | None = None
         self.depths: Depths | None = None
+        self.skips: Skips | None = None
+        # Prompts that ran before their pieces were due, by id.
+        self._ahead: dict[str, Ahead] = {}
         by_modules = None
         if not overriding and ModulePaths.supports(model):
             by_modules = ModulePaths(model, block_tokens, self._context)
         # What runs requests of different paths together; where it cannot, they take turns.
         self._any_path = AnyPath(len(model.blocks), self.fast, by_modules, self.pool, self.stores)
+        self._pruned = PrunedPasses(model, self.fast, self.pool, self.stores, self._context, self._running)
         self.tap, self.watch = RoutingTap(model), Watch(model)
         # Requests that want to know where their tokens go.
         self._recorded: set[str] = set()
@@ -254,7 +261,10 @@ class ModelRunner:
                 self._overrides.add(request)
             if self.depths is not None:
                 self.depths.add(request)
-            self._variants.add(request)
+            if self.skips is not None:
+                self.skips.add(request)
+            is_open = self.skips is not None and self.skips.prompt_of(request.id) is not None
+            self._variants.add(request, is_open=is_open)
             if request.record_routing:
                 self._recorded.add(request.id)
             if request.sampling.prompt_logprobs is not None:
@@ -277,6 +287,9 @@ class ModelRunner:
             self.adapters.forget(id)
         if self.depths is not None:
             self.depths.forget(id)
+        if self.skips is not None:
+            self.skips.forget(id)
+        self._ahead.pop(id, None)
         if self._overrides is not None:
             self._overrides.forget(id)
 
@@ -309,6 +322,11 @@ class ModelRunner:
         if self.depths is not None:
             for id, result in results.items():
                 result.path = self.depths.take_untold(id)
+        if self.skips is not None:
+            for id, result in results.items():
+                kept = self.skips.take_untold(id)
+                if kept is not None:
+                    result.path, result.computed = kept.path, kept.computed
         return [results[chunk.id] for chunk in chunks if chunk.is_answered]
 
     def _routes(self, chunks: Sequence[Chunk]) -> dict[int, Route]:
@@ -359,7 +377,7 @@ class ModelRunner:
         """The same, for chunks that run the model alike: it knows no path but the usual one."""
         variant = self._variant_of(chunks[0])
         is_usual = variant.path is None and variant.chooser is None and not variant.is_adapted and variant.task is None
-        return self._compiled() if is_usual else None
+        return self._compiled() if is_usual and not variant.is_pruned else None
 
     def _hidden_of(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], routes: Mapping[int, Route]
@@ -406,7 +424,7 @@ class ModelRunner:
         own = replace(own, task=adapters.task_of(chunk.id)) if adapters.tasks else own
         if not adapters.is_of(chunk.id):
             return own
-        is_usual = own.path is None and own.chooser is None
+        is_usual = own.path is None and own.chooser is None and not own.is_pruned
         is_compiled = is_usual and self._compiled() is not None and adapters.is_compiled(chunk)
         return own if is_compiled else replace(own, is_adapted=True)
 
@@ -430,7 +448,9 @@ class ModelRunner:
     def _takes_path(self, chunk: Chunk) -> bool:
         """Whether a request runs beside others with other blocks."""
         has_adapters = self.adapters is not None and self.adapters.is_of(chunk.id)
-        is_plain = not has_adapters and self._variant_of(chunk).chooser is None and chunk.id not in self._recorded
+        variant = self._variant_of(chunk)
+        is_usual = variant.chooser is None and not variant.is_pruned
+        is_plain = not has_adapters and is_usual and chunk.id not in self._recorded
         return is_plain and not self.watch.is_watched and self._any_path.takes(is_compiled=self._compiled() is not None)
 
     def _hidden_on_paths(
@@ -447,6 +467,8 @@ class ModelRunner:
 
     def _choose_ahead(self, chunk: Chunk) -> None:
         """The path of a request whose prompt comes in pieces: routers see all of it once, before its first piece runs."""
+        if self.skips is not None:
+            self._skip_ahead(chunk, self.skips)
         prompt = None if self.depths is None else self.depths.prompt_behind(chunk)
         if prompt is None:
             return
@@ -456,6 +478,52 @@ class ModelRunner:
         context = self.model.context(token_1L, state=seen)
         with self._running([whole], context):
             self._choose(chunk.id, self.model.embed(token_1L), self._block_of(context))
+
+    def _skip_ahead(self, chunk: Chunk, skips: Skips) -> None:
+        """Run a prompt that comes in pieces whole, before its first piece: what blocks pass over depends on all of it."""
+        prompt = skips.prompt_of(chunk.id)
+        if prompt is None or len(chunk.tokens) >= len(prompt):
+            return
+        whole = replace(chunk, tokens=prompt, start=0)
+        ahead = self._pruned.ahead(whole, skips.choosing(chunk.id), is_compiled=self._prunes_compiled(chunk))
+        skips.chosen(chunk.id, ahead.kept)
+        if self._is_watched:
+            # Recorders inside the model are told of tokens where their pieces run, so these run again.
+            self._variants.decided(chunk.id)
+        else:
+            self._ahead[chunk.id] = ahead
+
+    def _prunes_compiled(self, chunk: Chunk) -> bool:
+        """Whether a request whose blocks pass over tokens runs by compiled blocks."""
+        return self._compiled() is not None and not self._variant_of(chunk).is_adapted
+
+    def _pruned_hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """`_hidden` of chunks of which each block computes some tokens."""
+        assert self.skips is not None, "only they have such requests"
+        first, skips = chunks[0], self.skips
+        is_compiled = self._prunes_compiled(first)
+        if skips.prompt_of(first.id) is not None:
+            # Alone, as its variant says.
+            choosing = skips.choosing(first.id)
+            x_RD, kept = self._pruned.chosen(first, tokens, rows, choosing, is_compiled=is_compiled)
+            skips.chosen(first.id, kept)
+            self._variants.decided(first.id)
+            return x_RD
+        # Alone, too, as long as there is something.
+        if (ahead := self._taken_ahead(first)) is not None:
+            return self._pruned.take(first, rows, ahead)
+        kept_N = [skips.kept(chunk.id) for chunk in chunks]
+        return self._pruned.hidden(chunks, tokens, rows, kept_N, is_compiled=is_compiled)
+
+    def _taken_ahead(self, chunk: Chunk) -> Ahead | None:
+        """What ran ahead of a piece of a prompt; None where it did not, or where the piece goes on behind the prompt."""
+        ahead, end = self._ahead.get(chunk.id), chunk.start + len(chunk.tokens)
+        if ahead is None or self._is_watched:
+            return None
+        if end >= ahead.kept.num_prompt:
+            del self._ahead[chunk.id]
+            self._variants.decided(chunk.id)
+        return ahead if end <= ahead.kept.num_prompt else None
 
     def _chosen_hidden(self, chunk: Chunk, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """`_hidden` of a whole prompt, along the path that routers choose on the way."""
@@ -504,6 +572,8 @@ class ModelRunner:
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
         """x_RD of ``rows`` of the step, after the last norm."""
+        if self._variant_of(chunks[0]).is_pruned:
+            return self._pruned_hidden(chunks, tokens, rows)
         if self._variant_of(chunks[0]).chooser is not None:
             return self._chosen_hidden(chunks[0], tokens, rows)
         if self._variants and all(map(self._takes_path, chunks)):
@@ -569,7 +639,12 @@ class ModelRunner:
         return x_TD if list(rows) == list(range(len(tokens))) else x_TD[list(rows)]
 
     def _context(
-        self, layout: StepLayout, token_1T: Tensor, chunks: Sequence[Chunk], told: ToldSlot | None = None
+        self,
+        layout: StepLayout,
+        token_1T: Tensor,
+        chunks: Sequence[Chunk],
+        told: ToldSlot | None = None,
+        stores: Stores | None = None,
     ) -> ForwardContext:
         position_1T = torch.from_numpy(layout.position_T).to(self.device).unsqueeze(0) + self.model.first_position
         rotary = self.model.rotary(position_1T, self.pool.shape.dtype)
@@ -582,10 +657,10 @@ class ModelRunner:
             is_measured=False,
             refuses_nan=False,
             routing=list(self._routing),
-            state=self._told.state(chunks, streams) if self._is_watched else {},
+            state=self._told.state(chunks, streams, layout.position_T.tolist()) if self._is_watched else {},
             position_BL=position_1T.expand(streams, -1),
             rotary=rotary,
-            cache=self.stores.view(
+            cache=(stores or self.stores).view(
                 layout, chunks, self._prefixes[streams], variant.path, is_open=variant.chooser is not None, told=told
             ),
             token_BL=token_1T.expand(streams, -1),

@@ -77,6 +77,10 @@ class Stores:
             stores.append(PagedStore(pool, own, prefix, visits=visits, **self._options))
         return stores[0] if len(stores) == 1 else StoreByKind(stores, self._kind_of)
 
+    def of_pool(self, pool: PagedPool) -> "Stores":
+        """The same in other memory, of a model with one kind of layers."""
+        return Stores(self.kinds, [pool], **self._options)
+
     def visits(self, path: Sequence[int], place: int = 0) -> VisitSlots:
         """Where visits along ``path`` of the layers of one kind are kept."""
         kind = self.kinds[place]

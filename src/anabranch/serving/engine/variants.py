@@ -25,12 +25,13 @@ class Variants:
         """Whether any request runs the model otherwise."""
         return bool(self._others)
 
-    def add(self, request: Request) -> None:
-        """Take a request in."""
+    def add(self, request: Request, *, is_open: bool = False) -> None:
+        """Take a request in; ``is_open``: a skipper has still to decide about it."""
         variant = Variant(
             request.num_streams or self._usual.num_streams,
             self._own(request.path),
-            chooser=request.id if request.routes_depth else None,
+            chooser=request.id if request.routes_depth or is_open else None,
+            is_pruned=request.skips_tokens,
         )
         if variant != self._usual:
             self._others[request.id] = variant
@@ -46,6 +47,10 @@ class Variants:
     def chosen(self, id: str, path: Sequence[int]) -> None:
         """Routers have chosen the path of a request that waited for it."""
         self._others[id] = replace(self._others[id], path=self._own(path), chooser=None)
+
+    def decided(self, id: str) -> None:
+        """A skipper has decided what blocks compute of a request that waited for it."""
+        self._others[id] = replace(self._others[id], chooser=None)
 
     def _own(self, path: Sequence[int] | None) -> tuple[int, ...] | None:
         """None where a path is that of everybody else."""

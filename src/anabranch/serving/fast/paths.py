@@ -119,6 +119,7 @@ class _Rows:
     sequence_M4: NDArray[np.int64]
     cos: Tensor
     sin: Tensor
+    table_U: NDArray[np.int32]
 
 
 class CompiledStep:
@@ -133,16 +134,34 @@ class CompiledStep:
         table_U: NDArray[np.int32],
     ) -> None:
         model = paths.fast.model
-        self._paths, self._table_U = paths, np.ascontiguousarray(table_U)
+        self._paths = paths
         self.x_TD = model.embedding(token_T).float().contiguous()
         cos, sin = model.rotary(position_T[None], torch.float32)
-        self._all = _Rows(None, np.ascontiguousarray(sequence_N4), cos, sin)
+        self._all = _Rows(None, np.ascontiguousarray(sequence_N4), cos, sin, np.ascontiguousarray(table_U))
         self._some: dict[tuple[int, ...], _Rows] = {}
 
     def run(self, visits: Visits, numbers: Sequence[int] | None = None) -> None:
         """Blocks in order, on these sequences (None: all); keys and values are stored."""
         if visits and (numbers is None or numbers):
             self._run(visits, self._all if numbers is None else self._rows(tuple(numbers)))
+
+    def run_on(
+        self,
+        visits: Visits,
+        row_R: NDArray[np.int64] | None,
+        sequence_M4: NDArray[np.int64],
+        table_U: NDArray[np.int32],
+    ) -> None:
+        """Blocks in order, on these rows of the step (None: all), which need not be whole sequences.
+
+        ``sequence_M4`` and ``table_U`` are as of `FastDecoder.hidden`, of these rows; what is stored before them may be fewer entries than
+        there are positions.
+        """
+        cos, sin, at_R = self._all.cos, self._all.sin, None
+        if row_R is not None:
+            at_R = torch.from_numpy(row_R)
+            cos, sin = cos[:, :, at_R], sin[:, :, at_R]
+        self._run(visits, _Rows(at_R, np.ascontiguousarray(sequence_M4), cos, sin, np.ascontiguousarray(table_U)))
 
     def normed(self) -> Tensor:
         """x_TD after the last norm; nothing runs behind it."""
@@ -156,7 +175,7 @@ class CompiledStep:
         memory = fast.room(count)
         step = CStep(
             count, array_address(rows.sequence_M4, "int64", None, 4), len(rows.sequence_M4),
-            array_address(self._table_U, "int32", None), len(self._table_U),
+            array_address(rows.table_U, "int32", None), len(rows.table_U),
             address(rows.cos, "float32", *angles), address(rows.sin, "float32", *angles), address(x_RD, "float32", count, form.dim),
             None, address(memory),
         )  # fmt: skip
@@ -172,6 +191,7 @@ class CompiledStep:
             # Rows of a part follow each other.
             sequence_M4[:, 0] = np.concatenate(([0], np.cumsum(sequence_M4[:-1, 1])))
             at_R = torch.from_numpy(row_R)
-            made = _Rows(at_R, sequence_M4, self._all.cos[:, :, at_R], self._all.sin[:, :, at_R])
+            own = self._all
+            made = _Rows(at_R, sequence_M4, own.cos[:, :, at_R], own.sin[:, :, at_R], own.table_U)
             self._some[numbers] = made
         return made

@@ -85,7 +85,7 @@ def _of_block(block: nn.Module) -> str | None:
         return "attention has a window, sinks, a scale or a temperature"
     if attention.rotary is not None:
         return "attention has rotary positions of its own"
-    norms = [block.attention_norm, block.feed_forward_norm]
+    norms: list[Any] = [block.attention_norm, block.feed_forward_norm]
     if attention.config.qk_norm != "none":
         norms += [attention.q_norm, attention.k_norm]
     if any(type(norm) is not RMSNorm for norm in norms):

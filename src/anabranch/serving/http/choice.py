@@ -86,6 +86,7 @@ class Choice:
         adapters: tokens by (matrix, adapter) of the routers that were asked for.
         finish: why it ended; None while it goes on.
         path: the blocks that its tokens run, where they are not all blocks; None for all.
+        computed: where blocks pass over tokens of the prompt, how many of these each has computed; None elsewhere.
         scores: of its prompt, complete before the first change; None where they were not asked for.
 
         brings_scores: its outputs have them.
@@ -110,6 +111,7 @@ class Choice:
         self.prompt_tokens, self.completion_tokens = len(request.prompt), 0
         self.cached_tokens: int = 0
         self.path: tuple[int, ...] | None = request.path
+        self.computed: tuple[int, ...] | None = None
         self.queue_s: float | None = None
         self.times: list[tuple[float, int]] = []
         self.experts: Counter[tuple[int, int]] = Counter()
@@ -137,6 +139,8 @@ class Choice:
             self.queue_s = output.queue_s
         if output.path is not None:
             self.path = output.path
+        if output.computed is not None:
+            self.computed = output.computed
         if self.scores is not None:
             self.scores.add(output.prompt_logprobs)
         if output.tokens:

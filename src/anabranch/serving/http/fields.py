@@ -69,7 +69,7 @@ def _is_ids(value: Any) -> bool:
 
 def _is_depth(value: Any) -> bool:
     if isinstance(value, str):
-        return value in ("full", "routed")
+        return value in ("full", "routed", "pruned")
     return (
         isinstance(value, list)
         and len(value) <= MOST_BLOCKS
@@ -85,7 +85,7 @@ def _is_kwargs(value: Any) -> bool:
 
 BOOL: Check = (lambda value: isinstance(value, bool), "true or false")
 OBJECT: Check = (lambda value: isinstance(value, dict), "an object")
-DEPTH: Check = (_is_depth, f'"full", "routed" or a list of at most {MOST_BLOCKS} blocks')
+DEPTH: Check = (_is_depth, f'"full", "routed", "pruned" or a list of at most {MOST_BLOCKS} blocks')
 ADAPTERS: Check = (OBJECT[0], "an object of adapters and their weights")
 TASK: Check = text(256)
 KWARGS: Check = (
@@ -153,6 +153,7 @@ _SHARED_REFUSED: dict[str, Callable[[Any], bool]] = {
     # Of `Request`; here it is `depth`, where whoever runs the server lets one say it.
     "path": lambda value: False,
     "routes_depth": lambda value: False,
+    "skips_tokens": lambda value: False,
     **_HINTS,
 }
 REFUSED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {

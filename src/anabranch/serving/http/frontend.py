@@ -287,6 +287,7 @@ class Frontend:
             priority=request.priority if is_above else 0, own_priority=0 if is_above else request.priority,
             record_routing=request.is_routing, num_streams=request.num_streams,
             path=None if isinstance(request.depth, str) else request.depth, routes_depth=request.depth == "routed",
+            skips_tokens=request.depth == "pruned",
             adapters=request.adapters, task=request.task, instruction=request.instruction_of(at // request.n) if request.adapters else None,
             # How long one may wait for a reader is the connection's to say.
             buffer=config.limits.stream_events, stall_s=math.inf,

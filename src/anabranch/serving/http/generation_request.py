@@ -48,7 +48,7 @@ class GenerationRequest:
         priority, cache_salt, num_streams, adapters, task: see `Request`.
         query: what is asked for, in words, for routers of adapters; None for what is asked last (`asked`), or the prompt.
         asked: the last message of a chat that a user wrote.
-        depth: ``full``, ``routed``, or the blocks to run.
+        depth: ``full``, ``routed``, ``pruned``, or the blocks to run.
         unknown: fields that nobody knows.
         response_of: the request to ``/v1/responses`` that this chat is made of; None for any other.
     """
@@ -244,6 +244,14 @@ def _shared(
     except InputError as error:
         raise wrong("depth", str(error)) from None
     depth = info.depth if body.get("depth") is None else body["depth"]
+    # A prompt of which parts are passed over has no experts, or likelihood, of each token.
+    is_whole = bool(body.get("routing")) or (bool(body.get("echo")) and logprobs is not None)
+    if depth == "pruned" and is_whole:
+        if body.get("depth") is not None:
+            raise wrong(
+                "depth", "depth is 'pruned', which goes with neither routing nor the logprobs of echo; leave these out"
+            )
+        depth = "full"
     n = body.get("n") or 1
     if n > most_n:
         raise wrong("n", f"n is {n}; this server makes at most {most_n} choices")

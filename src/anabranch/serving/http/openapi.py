@@ -64,8 +64,11 @@ def _shared(most_n: int) -> dict[str, Any]:
 
 def _depth() -> dict[str, Any]:
     blocks = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-    what = "blocks that run: all, as depth routers choose by the prompt, or these in order, each at most twice"
-    return {"anyOf": [{"enum": ["full", "routed", None]}, blocks], "description": what}
+    what = (
+        "blocks that run: all, as depth routers choose by the prompt, all with each passing over some tokens of the prompt, or these in "
+        "order, each at most twice"
+    )
+    return {"anyOf": [{"enum": ["full", "routed", "pruned", None]}, blocks], "description": what}
 
 
 def _adapters() -> dict[str, Any]:

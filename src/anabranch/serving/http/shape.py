@@ -98,20 +98,27 @@ class Shape:
         if self.request.reasoning is not None:
             thought = sum(choice.reasoning_tokens for choice in self.choices)
             made["completion_tokens_details"] = {"reasoning_tokens": thought}
-        if self.info.max_depth is not None:
+        if self.info.max_depth is not None or self.info.skips_tokens:
             made["depth"] = self.depth()
         return made
 
     def depth(self) -> dict[str, Any]:
-        """Blocks that tokens ran: on average, of how many, and which for each prompt; choices of a prompt run the same."""
+        """Blocks that tokens ran: on average, of how many, and which for each prompt; choices of a prompt run the same.
+
+        Where blocks passed over tokens of a prompt, ``computed`` has how many each computed, and the blocks are those of new tokens.
+        """
         whole = range(self.info.num_layers)
         runs = tokens = 0
         for choice in self.choices:
             # The last token of an answer is told, and not run.
-            count = choice.prompt_tokens + max(0, choice.completion_tokens - 1)
-            runs, tokens = runs + count * len(whole if choice.path is None else choice.path), tokens + count
+            count, new = choice.prompt_tokens, max(0, choice.completion_tokens - 1)
+            blocks = len(whole if choice.path is None else choice.path)
+            runs += new * blocks + (count * blocks if choice.computed is None else sum(choice.computed))
+            tokens += count + new
         paths = [list(whole if choice.path is None else choice.path) for choice in self.choices[:: self.request.n]]
-        return {"layers_per_token": round(runs / max(tokens, 1), 3), "num_layers": len(whole), "layers": paths}
+        made = {"layers_per_token": round(runs / max(tokens, 1), 3), "num_layers": len(whole), "layers": paths}
+        computed = [None if one.computed is None else list(one.computed) for one in self.choices[:: self.request.n]]
+        return made if not any(computed) else {**made, "computed": computed}
 
     @property
     def cached_tokens(self) -> int:

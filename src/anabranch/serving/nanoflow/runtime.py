@@ -79,7 +79,10 @@ class NanoRunner(ModelRunner):
         is_recorded = any(chunk.id in self._recorded for chunk in chunks)
         is_whole = self.deterministic or self.model.streams is not None or is_recorded or self.watch.is_watched
         variant = self._variant_of(chunks[0])
-        others = any(each.path is not None or each.chooser is not None for each in map(self._variant_of, chunks))
+        others = any(
+            each.path is not None or each.chooser is not None or each.is_pruned
+            for each in map(self._variant_of, chunks)
+        )
         is_whole = is_whole or not self._is_known or others or variant.is_adapted or variant.task is not None
         if is_whole or self._overrides is not None or len(tokens) < self.min_tokens:
             return super()._hidden(chunks, tokens, rows)

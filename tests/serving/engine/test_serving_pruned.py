@@ -1,0 +1,459 @@
+"""Prompts that blocks pass over in parts (FTP), in one continuous batch with others: each request gets what its skipper gives alone."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from adapter_models import make_adapter
+from anabranch.adapters import load_peft
+from anabranch.data import ByteTokenizer
+from anabranch.depth.ftp import FactorConfig, RouterConfig, TokenSkipper
+from anabranch.errors import CheckpointError, ConfigError, InputError
+from anabranch.lm import Decoder, save_model
+from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
+from anabranch.routing import record_routing
+from anabranch.serving import LLM, Output, Request, Sampling
+from anabranch.serving.adapters import AdaptersConfig
+from anabranch.serving.config import ServingConfig
+from anabranch.serving.core.hooks import RequestOverride
+from anabranch.serving.depth import DepthConfig
+from anabranch.serving.engine.engine import Engine
+from anabranch.serving.engine.messages import Add
+from anabranch.serving.engine.runner import ModelRunner
+from anabranch.serving.engine.skips import Kept
+from depth_banks import ByState
+from served_adapters import Runs, layers_of, make_model
+from skipped_models import router
+
+LAYERS = 5
+# The third block decodes nothing, the fourth does not run.
+SCHEDULE = (0.0, 0.3, 0.6, 1.0, 0.4)
+PLENTY = {"num_blocks": 300, "block_tokens": 4}
+SCARCE = {"num_blocks": 14, "block_tokens": 4, "max_batched_tokens": 9, "max_seqs": 4, "long_prefill_chunk": 5}
+SAMPLING = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True)
+PROMPTS = [
+    (1, 2, 3, 4, 5, 6),
+    (7,),
+    (8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 3, 2, 1),
+    (30, 2),
+    (5, 5, 5, 5, 9, 9, 9, 5),
+]
+
+
+def built(feed_forward, **attention):
+    config = Decoder.Config(
+        vocab_size=31, dim=64, num_layers=LAYERS, max_positions=128, init_std=0.3, feed_forward=feed_forward,
+        attention=SelfAttention.Config(num_heads=4, num_kv_heads=2, **attention),
+    )  # fmt: skip
+    return config.build(seed=0).eval()
+
+
+@functools.cache
+def model_of(name):
+    return {
+        # Which the compiled step runs; and experts, and attention that it does not know.
+        "dense": lambda: built(SwiGLU.Config(hidden_dim=64)),
+        "experts": lambda: built(MoE.Config(num_experts=4, hidden_dim=32)),
+        "sinks": lambda: built(SwiGLU.Config(hidden_dim=64), sinks=True),
+    }[name]()
+
+
+SKIPPERS = {
+    "places": lambda model: TokenSkipper(model, SCHEDULE, "static"),
+    "chance": lambda model: TokenSkipper(model, SCHEDULE, "random", seed=5),
+    "learned": lambda model: TokenSkipper(model, SCHEDULE, router()),
+    "threshold": lambda model: TokenSkipper(model, SCHEDULE, router(), mode="threshold"),
+    "once": lambda model: TokenSkipper(model, SCHEDULE, router(), one_pass=True),
+    "seldom": lambda model: TokenSkipper(model, SCHEDULE, router(), factors=FactorConfig(refresh=2)),
+    "causal": lambda model: TokenSkipper(
+        model, SCHEDULE, router(), mode="threshold", factors=FactorConfig(causal=True)
+    ),
+    "states": lambda model: TokenSkipper(
+        model, SCHEDULE, router(config=RouterConfig(inputs="hidden", dim=64)), mode="threshold"
+    ),
+}
+
+
+def alone(skipper, prompt):
+    """(tokens, tokens of the prompt that each block computed): by the skipper itself, and nothing of an engine."""
+    computed = tuple(skipper.prefill(list(prompt)).keep_IBL[:, 0].sum(1).tolist())
+    return tuple(skipper.generate(list(prompt), SAMPLING.max_tokens)), computed
+
+
+@torch.no_grad()
+def whole(model, prompt, path=None):
+    """Greedy tokens of the model, or of some blocks of it, without a cache."""
+    tokens = list(prompt)
+    for _ in range(SAMPLING.max_tokens):
+        tokens.append(int(model(torch.tensor([tokens]), path=path, last_only=True).logits_BLV[0, -1].argmax()))
+    return tuple(tokens[len(prompt) :])
+
+
+def run(llm, asked):
+    """The joined outputs of requests that come all at once: ``asked`` are (id, prompt, fields)."""
+    for id, prompt, fields in asked:
+        llm._loop.put(Add(Request(id=id, prompt=prompt, sampling=SAMPLING, **fields)))
+    llm._loop.run(until_idle=True)
+    found = {id: ((), None, None) for id, _, _ in asked}
+    for event in (event for event in llm._events if isinstance(event, Output)):
+        assert event.error is None, event.error
+        tokens, path, computed = found[event.id]
+        assert computed is None or event.computed is None, "it is told once"
+        found[event.id] = (tokens + event.tokens, event.path or path, event.computed or computed)
+    llm._events.clear()
+    return found
+
+
+# Each router, model, way and size once; all of them by make test-all.
+USUAL = {
+    ("learned", "dense", True, "plenty"), ("learned", "dense", True, "scarce"), ("learned", "dense", False, "scarce"),
+    ("places", "dense", True, "scarce"), ("threshold", "experts", True, "plenty"), ("once", "sinks", False, "scarce"),
+    ("states", "dense", True, "scarce"), ("seldom", "dense", True, "plenty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("skips", "name", "kernel", "limits"),
+    [
+        pytest.param(
+            skips, name, kernel, limits, id=f"{skips} {name} {'compiled' if kernel else 'modules'} {size}",
+            marks=[] if (skips, name, kernel, size) in USUAL else [pytest.mark.slow],
+        )
+        for skips in SKIPPERS for name in ("dense", "experts", "sinks") for kernel in (True, False)
+        for size, limits in (("plenty", PLENTY), ("scarce", SCARCE))
+    ],
+)  # fmt: skip
+def test_pruned_beside_every_depth_is_each_request_alone(skips, name, kernel, limits):
+    def make_runner(*given, **more):
+        return ModelRunner(*given, use_kernel=kernel, **more)
+
+    model = model_of(name)
+    skipper = SKIPPERS[skips](model)
+    llm = LLM(model, depth_bank=ByState(), skipper=skipper, make_runner=make_runner, **limits)
+    # Routers decide by all that they see, so they are compared elsewhere; here they are company.
+    depths = {
+        "pruned": {"skips_tokens": True},
+        "full": {},
+        "path": {"path": (0, 2, 2)},
+        "routed": {"routes_depth": True},
+    }
+    asked = [
+        (f"{depth} {number}", prompt, fields)
+        for number, prompt in enumerate(PROMPTS)
+        for depth, fields in depths.items()
+    ]
+    found = run(llm, asked)
+    for id, prompt, fields in asked:
+        tokens, path, computed = found[id]
+        if fields == {"skips_tokens": True}:
+            assert (tokens, computed) == alone(skipper, prompt), id
+            assert path == (0, 1, 4)
+        elif "routes_depth" not in fields:
+            assert (tokens, computed) == (whole(model, prompt, fields.get("path")), None), id
+    computed = [found[f"pruned {number}"][2] for number in range(len(PROMPTS))]
+    assert (llm.engine.runner.fast is not None) == (kernel and name != "sinks" and kernels.load() is not None)
+    assert any(0 < count < len(prompt) for counts, prompt in zip(computed, PROMPTS, strict=True) for count in counts)
+    llm.close()
+
+
+@functools.cache
+def engine_of(skips, size):
+    """An engine that lives on, so that each example comes after others, with what they left in memory and in the prefix cache."""
+    model = model_of("dense")
+    return LLM(model, skipper=SKIPPERS[skips](model), **{"plenty": PLENTY, "scarce": SCARCE}[size])
+
+
+@functools.cache
+def alone_of(skips, prompt):
+    return alone(engine_of(skips, "plenty").engine.runner.skips.skipper, prompt)
+
+
+@functools.cache
+def whole_of(prompt, path):
+    return whole(model_of("dense"), prompt, path)
+
+
+PROMPT = st.lists(st.integers(0, 30), min_size=1, max_size=16).map(tuple)
+# Prompts of few beginnings, so that neighbours begin alike and would share what they must not.
+ALIKE = st.tuples(st.sampled_from([(1, 2, 3, 4, 5, 6, 7, 8), (9,) * 8]), PROMPT).map(lambda parts: parts[0] + parts[1])
+DEPTH = st.sampled_from(["pruned", "pruned", "full", "path"])
+FIELDS = {"pruned": {"skips_tokens": True}, "full": {}, "path": {"path": (0, 1, 1, 4)}}
+SAME = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+
+
+@settings(max_examples=25)
+@given(
+    skips=st.sampled_from(["places", "learned"]),
+    size=st.sampled_from(["plenty", "scarce"]),
+    rounds=st.lists(st.lists(st.tuples(DEPTH, PROMPT | ALIKE), min_size=1, max_size=5), min_size=1, max_size=3),
+)
+@example(
+    skips="learned", size="plenty", rounds=[[("full", SAME)], [("pruned", SAME)], [("full", SAME), ("pruned", SAME)]]
+)
+@example(skips="learned", size="scarce", rounds=[[("pruned", SAME)] * 4 + [("full", SAME)]])
+def test_whoever_is_there_or_was_changes_nothing(skips, size, rounds):
+    """Neighbours with the same beginning, in the same step or before, who run all blocks, some, or what they pass over."""
+    llm = engine_of(skips, size)
+    for asked in rounds:
+        found = run(llm, [(f"{number}", prompt, FIELDS[depth]) for number, (depth, prompt) in enumerate(asked)])
+        for number, (depth, prompt) in enumerate(asked):
+            tokens, _, computed = found[f"{number}"]
+            if depth == "pruned":
+                assert (tokens, computed) == alone_of(skips, prompt)
+            else:
+                assert tokens == whole_of(prompt, FIELDS[depth].get("path"))
+
+
+def test_nothing_is_shared_with_a_pruned_prompt():
+    model, prompt = model_of("dense"), PROMPTS[2]
+    llm = LLM(model, skipper=SKIPPERS["places"](model), **PLENTY)
+    cached = []
+    for fields in ({"skips_tokens": True}, {}, {"skips_tokens": True}, {}):
+        [answer] = llm.generate([prompt], SAMPLING, **fields)
+        cached.append(answer.output.cached_tokens)
+    assert cached == [0, 0, 0, 12]
+    reset = llm.engine.controls["reset_prefix_cache"]
+    reset()
+    llm.generate([prompt], SAMPLING, skips_tokens=True)
+    assert reset() == 0, "nobody could find what is kept"
+    llm.close()
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
+def test_blocks_are_compiled_and_run_what_is_kept(limits, monkeypatch):
+    """Modules are asked for queries and keys alone, and no block of the compiled step gets a row that it passes over."""
+    from anabranch.serving.fast.paths import CompiledStep
+
+    model = model_of("dense")
+    skipper = SKIPPERS["learned"](model)
+    wanted = alone(skipper, PROMPTS[2])
+    llm, rows = LLM(model, skipper=skipper, **limits), [0] * LAYERS
+    was = CompiledStep.run_on
+
+    def counted(self, visits, row_R, sequence_M4, table_U):
+        rows[visits[0][0]] += int(sequence_M4[:, 1].sum())
+        was(self, visits, row_R, sequence_M4, table_U)
+
+    monkeypatch.setattr(CompiledStep, "run_on", counted)
+    for block in model.blocks:
+        monkeypatch.setattr(block.feed_forward, "forward", lambda *_, **__: pytest.fail("modules"))
+    [answer] = llm.generate([PROMPTS[2]], SAMPLING, skips_tokens=True)
+    assert (answer.tokens, answer.output.computed) == wanted
+    new = SAMPLING.max_tokens - 1
+    assert rows == [count + new * (layer in answer.output.path) for layer, count in enumerate(answer.output.computed)]
+    llm.close()
+
+
+def test_a_prompt_in_pieces_runs_once(monkeypatch):
+    """Its pieces take what was computed when it was decided about."""
+    model = model_of("dense")
+    llm = LLM(model, skipper=SKIPPERS["learned"](model), **{**SCARCE, "num_blocks": 40})
+    asked = []
+    passes = llm.engine.runner._pruned
+    was = passes.hidden
+    monkeypatch.setattr(
+        passes, "hidden", lambda chunks, *given, **more: asked.append(chunks) or was(chunks, *given, **more)
+    )
+    llm.generate([PROMPTS[2]], SAMPLING, skips_tokens=True)
+    assert [len(chunk.tokens) for chunks in asked for chunk in chunks] == [1] * (SAMPLING.max_tokens - 1)
+    assert not llm.engine.runner._ahead
+    llm.close()
+
+
+def test_guesses_that_do_not_hold_leave_nothing():
+    """Prompt lookup writes behind the prompt what may not come true."""
+    model = model_of("dense")
+    skipper = SKIPPERS["learned"](model)
+    llm = LLM(model, skipper=skipper, prompt_lookup=4, **PLENTY)
+    prompt = (5, 6, 7, 8) * 4
+    sampling = Sampling(temperature=0.0, max_tokens=24, ignore_eos=True)
+    [answer] = llm.generate([prompt], sampling, skips_tokens=True)
+    assert answer.tokens == tuple(skipper.generate(list(prompt), 24))
+    llm.close()
+
+
+def test_determined_engines_give_the_same_to_the_bit():
+    """With log probabilities, which tell the last digit; alone, and beside others, by modules."""
+
+    def make_runner(*given, **more):
+        return ModelRunner(*given, use_kernel=False, **more)
+
+    model = model_of("dense")
+    sampling = Sampling(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3)
+    told = []
+    for others in ([], [PROMPTS[0], PROMPTS[2]]):
+        llm = LLM(model, skipper=SKIPPERS["places"](model), deterministic=True, make_runner=make_runner, **PLENTY)
+        answers = llm.generate([PROMPTS[4], *others], sampling, skips_tokens=True)
+        told.append((answers[0].tokens, answers[0].output.logprobs))
+        llm.close()
+    assert told[0] == told[1]
+
+
+def test_adapters_decide_with_the_model(tmp_path):
+    """A request with an adapter is decided about by what the adapter makes of its prompt, in pieces or whole."""
+    import copy
+
+    model = make_model()
+    make_adapter(tmp_path / "a", layers_of(), seed="a", rank=4)
+    schedule = (0.0, *[0.5] * (len(model.blocks) - 1))
+    wanted = {}
+    for name, one in ((None, model), ("a", load_peft(tmp_path / "a", copy.deepcopy(model)))):
+        for prompt in (PROMPTS[2], PROMPTS[4]):
+            wanted[name, prompt] = alone(TokenSkipper(one, schedule, router()), prompt)
+    for limits in (PLENTY, SCARCE):
+        adapters = AdaptersConfig(load=(f"a={tmp_path / 'a'}",))
+        own = copy.deepcopy(model)
+        config = ServingConfig(**{**limits, "num_blocks": 60}, dtype="float32", adapters=adapters)
+        runs = Runs(Engine.of(own, config, skipper=TokenSkipper(own, schedule, router())))
+        ids = {runs.put(*key, max_tokens=6, scores=None, skips_tokens=True): key for key in [*wanted] * 2}
+        found = runs.outputs()
+        for id, key in ids.items():
+            assert (found[id].tokens, found[id].computed) == wanted[key]
+
+
+@pytest.mark.parametrize("limits", [PLENTY, SCARCE], ids=["plenty", "scarce"])
+def test_a_trace_has_what_blocks_computed_once(limits):
+    model = model_of("experts")
+    llm = LLM(model, skipper=SKIPPERS["learned"](model), **limits)
+    with record_routing(model) as recorder:
+        [answer] = llm.generate([PROMPTS[2]], SAMPLING, skips_tokens=True)
+    table = recorder.trace().table.to_pylist()
+    new = SAMPLING.max_tokens - 1
+    for layer, count in enumerate(answer.output.computed):
+        places = [row["position"] for row in table if row["layer"] == layer and row["rank"] == 0]
+        assert len(places) == len(set(places)) == count + new * (layer in answer.output.path)
+    assert (answer.tokens, answer.output.computed) == alone(SKIPPERS["learned"](model), PROMPTS[2])
+    llm.close()
+
+
+def test_experts_that_come_on_demand_go_with_pruned_prompts(tmp_path):
+    model = model_of("experts")
+    save_model(tmp_path / "model", model, ByteTokenizer())
+    skipper = SKIPPERS["threshold"](model)
+    skipper.save(tmp_path / "skipper")
+    llm = LLM(
+        tmp_path / "model", expert_budget="80KiB", dtype="float32", num_blocks=50,
+        depth=DepthConfig(skipper=str(tmp_path / "skipper")),
+    )  # fmt: skip
+    assert (llm.engine.info.depth, llm.engine.info.skips_tokens) == ("pruned", True)
+    for prompt in PROMPTS:
+        [answer] = llm.generate([prompt], SAMPLING, skips_tokens=True)
+        assert (answer.tokens, answer.output.computed) == alone(skipper, prompt)
+    llm.close()
+
+
+def test_a_request_that_the_router_cannot_decide_ends_alone():
+    model = model_of("dense")
+    broken = router()
+    broken.first.weight.fill_(float("nan"))
+    llm = LLM(model, skipper=TokenSkipper(model, SCHEDULE, broken), **PLENTY)
+    for number, fields in ((0, {"skips_tokens": True}), (2, {})):
+        llm._loop.put(Add(Request(id=str(number), prompt=PROMPTS[number], sampling=SAMPLING, **fields)))
+    llm._loop.run(until_idle=True)
+    ends = {event.id: event.error for event in llm._events if isinstance(event, Output) and event.finish}
+    assert "scores that are not numbers" in ends["0"]
+    assert ends["2"] is None
+    [answer] = llm.generate([PROMPTS[2]], SAMPLING)
+    assert answer.tokens == whole(model, PROMPTS[2])
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": (0,)}, "so is path: both say what runs"),
+        ({"record_routing": True}, "experts of tokens that blocks pass over are not told"),
+        ({"sampling": Sampling(max_tokens=1, prompt_logprobs=0)}, "their likelihood would leak these"),
+        ({"sampling": Sampling(max_tokens=0), "pooling": "mean"}, "vectors are of whole texts"),
+        ({"skips_tokens": 1}, "skips_tokens is 1; it must be True or False"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(fields, message):
+    llm = engine_of("places", "plenty")
+    request = Request(**{"id": "a", "prompt": PROMPTS[0], "sampling": SAMPLING, "skips_tokens": True, **fields})
+    with pytest.raises(InputError, match=message):
+        llm.engine.check(request)
+
+
+class Overrides:
+    """A hook that says nothing of any request."""
+
+    def before_step(self, batch, tokens): ...
+
+    def after_step(self, batch, sampled): ...
+
+    def close(self): ...
+
+    def override(self, batch, tokens) -> dict[str, RequestOverride]:
+        return {}
+
+
+def test_what_cannot_be_served_is_refused(tmp_path):
+    model = model_of("dense")
+    plain = LLM(model, **PLENTY)
+    with pytest.raises(InputError, match="the engine has no skipper of tokens"):
+        plain.generate([PROMPTS[0]], SAMPLING, skips_tokens=True)
+    assert (plain.engine.info.depth, plain.engine.info.skips_tokens) == ("full", False)
+    plain.close()
+    config = ServingConfig(num_blocks=16)
+    with pytest.raises(ConfigError, match="fit one with kv='drop'"):
+        Engine.of(model, config, skipper=TokenSkipper(model, SCHEDULE, kv="keep"))
+    with pytest.raises(ConfigError, match="of another model than the engine's"):
+        Engine.of(model, config, skipper=TokenSkipper(model_of("experts"), SCHEDULE))
+    windowed = built(SwiGLU.Config(hidden_dim=64), window=3)
+    with pytest.raises(ConfigError, match="see a window of the text"):
+        Engine.of(windowed, config, skipper=TokenSkipper(windowed, SCHEDULE))
+    with pytest.raises(ConfigError, match="hooks override single requests"):
+        Engine.of(model, config, skipper=TokenSkipper(model, SCHEDULE), hooks=[Overrides()])
+    other = TokenSkipper(model_of("experts"), SCHEDULE)
+    other.save(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="of a model with fingerprint"):
+        Engine.of(model, config.replace(depth=DepthConfig(skipper=str(tmp_path / "other"))))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"usual": "pruned"}, "depth.usual is 'pruned', but depth.skipper is not set"),
+        ({"usual": "routed", "skipper": "x"}, "depth.usual is 'routed', but depth.routers is not set"),
+        ({"control": 0.5, "skipper": "x"}, "depth.control is 0.5, but depth.routers is not set"),
+    ],
+)
+def test_wrong_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        DepthConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "usually"),
+    [
+        ({"skipper": "x"}, "pruned"),
+        ({"routers": "x"}, "routed"),
+        ({"skipper": "x", "routers": "x"}, "routed"),
+        ({"skipper": "x", "usual": "full"}, "full"),
+        ({"skipper": "x", "routers": "x", "usual": "pruned"}, "pruned"),
+        ({}, "full"),
+    ],
+)
+def test_what_a_request_that_says_nothing_runs(fields, usually):
+    config = DepthConfig(**fields)
+    assert config.usually(routes="routers" in fields, prunes="skipper" in fields) == usually
+
+
+def test_what_is_kept_by_hand():
+    """Two blocks, a prompt of four; the second passes over tokens 1 and 2, and over all behind the prompt."""
+    kept = Kept(np.array([[1, 1, 1, 1], [1, 0, 0, 1]], np.bool_), np.array([True, False]))
+    assert [kept.stored(0, at) for at in range(7)] == [0, 1, 2, 3, 4, 5, 6]
+    assert [kept.stored(1, at) for at in range(7)] == [0, 1, 1, 1, 2, 2, 2]
+    assert [kept.places(1, start, 3).tolist() for start in (0, 1, 2, 3, 4)] == [[0], [2], [1], [0], []]
+    assert [kept.places(0, start, 3).tolist() for start in (0, 3, 5)] == [[0, 1, 2]] * 3
+    assert (kept.computed, kept.path, kept.num_prompt) == ((4, 2), (0,), 4)
+    for layer, (start, count) in itertools.product((0, 1), ((0, 3), (2, 4), (4, 2))):
+        grown = kept.stored(layer, start + count) - kept.stored(layer, start)
+        assert grown == len(kept.places(layer, start, count))
