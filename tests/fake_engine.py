@@ -30,6 +30,7 @@ class Script:
         say: what it answers; None for the prompt.
         endless: goes on with the answer until max_tokens.
         positions: most tokens of prompt and answer.
+        width: of the vectors that it makes; None for none.
     """
 
     delay_s: float = 0.0
@@ -41,6 +42,7 @@ class Script:
     say: str | bytes | None = None
     endless: bool = False
     positions: int = 4096
+    width: int | None = None
     made: list["FakeEngine"] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
 
@@ -77,7 +79,7 @@ class FakeEngine:
         self._ready = True
         return EngineInfo(
             model="fake", vocab_size=VOCABULARY, max_positions=self.script.positions, block_tokens=16, num_blocks=100,
-            stop_tokens=(EOS,), routed_layers=LAYERS,
+            stop_tokens=(EOS,), routed_layers=LAYERS, pooling=None if self.script.width is None else "last", width=self.script.width or 0,
         )  # fmt: skip
 
     def kill(self) -> None:
@@ -106,6 +108,10 @@ class FakeEngine:
         self._counters["prompt_tokens"] += len(request.prompt)
         if request.id.startswith(self.script.bad):
             yield Output(id=request.id, finish=Finish.ERROR, error="not a number", **first)
+            return
+        if request.pooling is not None and self.script.width is not None:
+            vector = tuple(1.0 / (1 + place) for place in range(self.script.width))
+            yield Output(id=request.id, embedding=vector, finish=Finish.LENGTH, **first)
             return
         tokens = self._tokens(request)
         for scores in self._scores(request):

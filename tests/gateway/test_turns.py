@@ -53,6 +53,32 @@ def test_senders_take_turns_and_each_keeps_its_order():
     assert done == [("a", 0), ("b", 4), ("c", 6), ("a", 2), ("b", 5), ("a", 3)]
 
 
+def test_the_loop_itself_does_one_piece_at_a_time_and_whatever_else_there_is_between():
+    done = []
+
+    async def main():
+        turns, is_over = Turns(), False
+
+        async def other():
+            while not is_over:
+                done.append("turn")
+                await asyncio.sleep(0)
+
+        turning = asyncio.create_task(other())
+        tasks = [asyncio.create_task(turns.run(whose, lambda name=whose: done.append(name))) for whose in "aaabc"]
+        failing = asyncio.create_task(turns.run("a", lambda: 1 / 0))
+        await asyncio.gather(*tasks)
+        with pytest.raises(ZeroDivisionError):
+            await failing
+        assert await turns.run("b", lambda: 7) == 7
+        is_over = True
+        await turning
+
+    asyncio.run(main())
+    assert [name for name in done if name != "turn"] == list("aabca")
+    assert all("turn" in (before, later) for before, later in zip(done, done[1:], strict=False))
+
+
 def test_nothing_stays_of_work_that_was_given_up_before_its_turn():
     class Body:
         pass

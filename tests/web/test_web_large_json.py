@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ from anabranch.web.body import MOST_DEPTH, parse
 from anabranch.web.large_json import (
     LARGE,
     dump_large,
+    is_light,
+    json_slices,
     load_large,
     num_bytes,
     parse_large,
@@ -20,6 +23,7 @@ from anabranch.web.large_json import (
     utf8_pieces,
     weight_of,
 )
+from anabranch.web.json_text import Rows, to_json
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +32,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(large_json, "_LONG", 3)
     monkeypatch.setattr(large_json, "_STEP", 5)
     monkeypatch.setattr(large_json, "_GROUP", 7)
-    monkeypatch.setattr(large_json, "_ITEMS", 2)
+    monkeypatch.setattr(large_json, "SLICE", 130)
 
 
 TEXT = st.text(max_size=60) | st.sampled_from(
@@ -212,17 +216,49 @@ def test_a_value_weighs_about_what_its_json_has_and_is_weighed_no_further_than_i
     assert weight_of({}) == weight_of(None) < weight_of([None])
 
 
-def test_copies_of_long_lists_are_made_some_at_a_time(monkeypatch):
-    """Thousands of objects at once would bring a collection of garbage, which stops every thread."""
-    seen, inner = [], large_json._mapped
+def with_rows(value):
+    """The same value, its lists made while they are written."""
+    if isinstance(value, dict):
+        return {name: with_rows(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return Rows(lambda: (with_rows(inner) for inner in value))
+    return value
 
-    def noted(value, change):
-        seen.append(value)
-        return inner(value, change)
 
-    body = {"messages": [{"role": "user", "content": "words"}] * 300, "input": list(range(10_000))}
-    monkeypatch.setattr(large_json, "_mapped", noted)
-    assert dump_large(body) == json.dumps(body, separators=(",", ":")).encode()
-    lists = [value for value in seen if isinstance(value, list)]
-    assert max(map(len, lists)) <= large_json._ITEMS
-    assert max(len(value) for value in lists if isinstance(value[0], dict)) == 1
+@given(BODY | VALUE, st.booleans())
+def test_slices_are_what_is_written_at_once(value, is_lazy):
+    told = with_rows(value) if is_lazy else value
+    assert b"".join(json_slices(told)) == to_json(told) == to_json(value)
+
+
+def test_slices_of_what_json_has_not():
+    value = {"a": [math.nan, 1.0] * 9, "b": {1: ("\ud800" * 99,) * 3, None: [{1}] * 9}}
+    assert b"".join(json_slices(value)) == to_json(value)
+    with pytest.raises(ValueError, match="Out of range"):
+        dump_large(value)
+
+
+def test_no_slice_is_long_and_no_more_rows_are_made_than_it_has(monkeypatch):
+    """A thousand log probabilities, vectors or ids were made and written in one go, in which an event loop stood still."""
+    monkeypatch.undo()
+    made = []
+
+    def rows():
+        for row in range(1_000):
+            made.append(row)
+            yield {"token": "x", "top": {str(place): -0.5 for place in range(20)}}
+
+    numbers, vectors, text = list(range(50_000)), [[0.5] * 4_000] * 6, "\u1234" * 200_000
+    value = {"choices": [{"rows": Rows(rows), "text": text}], "tokens": numbers, "data": vectors}
+    counts, sizes, whole = [], [], b""
+    for piece in json_slices(value):
+        counts.append(len(made))
+        sizes.append(len(piece))
+        whole += piece
+    # A row has 22 values, and a slice about a thousand of them.
+    assert max(later - before for before, later in zip([0, *counts], counts, strict=False)) <= 100
+    assert max(sizes) <= 4 * large_json.SLICE
+    assert json.loads(whole) == {**value, "choices": [{"rows": list(rows()), "text": text}]}
+    assert is_light({"a": [1] * 900})
+    assert not is_light({"a": [1] * 1_100})
+    assert not is_light([Rows(list)])

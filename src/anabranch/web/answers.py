@@ -14,6 +14,8 @@ from anabranch.web.json_text import to_json
 
 JSON = "application/json"
 SAFE = {"x-content-type-options": "nosniff", "server": "anabranch"}
+# Of JSON that is told once.
+NOT_STORED = {**SAFE, "cache-control": "no-store"}
 Route = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -25,7 +27,7 @@ def error_response(error: ApiError) -> web.Response:
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """JSON (`to_json`), never cached."""
-    told = {**SAFE, "cache-control": "no-store", **(headers or {})}
+    told = {**NOT_STORED, **(headers or {})}
     return web.Response(status=status, body=to_json(value), content_type=JSON, headers=told)
 
 

@@ -2,7 +2,22 @@
 
 import json
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+
+class Rows:
+    """A list that is made while it is written, so that whoever tells a million rows need not hold them all, nor make them in one go.
+
+    Args:
+        make: gives the items, from the first on, each time it is called.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._make())
 
 
 def to_json(value: Any, separators: tuple[str, str] | None = None) -> bytes:
@@ -12,15 +27,19 @@ def to_json(value: Any, separators: tuple[str, str] | None = None) -> bytes:
     has not (NaN, infinities) are null; what is no JSON at all is told as its text.
 
     Args:
-        value: dicts, lists and so on.
+        value: dicts, lists and so on, `Rows` among them.
         separators: as of `json.dumps`; None for its own.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False, separators=separators)
+        text = json.dumps(value, ensure_ascii=False, default=_plain, allow_nan=False, separators=separators)
     except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False, default=str, separators=separators)
+        text = json.dumps(_finite(value), ensure_ascii=False, default=_plain, separators=separators)
     # Python's form of the escape is JSON's, and what is no ASCII stands inside of texts only.
     return text.encode("utf-8", "backslashreplace")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Rows) else str(value)
 
 
 def _finite(value: Any) -> Any:
@@ -28,4 +47,4 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_finite(item) for item in value] if isinstance(value, list | tuple | Rows) else value

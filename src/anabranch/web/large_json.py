@@ -2,14 +2,15 @@
 
 The json module holds the lock from beginning to end: ten megabytes stop an event loop for a tenth of a second, also when another thread
 reads them. What is long in a large body is mostly a few texts (documents, images in base64). Those are cut out, read or written on their
-own in short steps, and put back; the rest, in which places are kept for them, is small.
+own in short steps, and put back; the rest, in which places are kept for them, is small. A value is written from its beginning to its end,
+as much at once as takes no time (`json_slices`), which an event loop may do too.
 """
 
 import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from anabranch.web.body import is_too_deep, parse, read_json
 from anabranch.web.json_places import long_lists, unescaped_quotes
+from anabranch.web.json_text import Rows, to_json
 
 # Bytes of a body, from which on it is worth while to give it to another thread, and to go by steps there.
 LARGE = 1 << 18
@@ -39,8 +41,9 @@ _GROUP = 1 << 16
 # What a value weighs beside its text: many short ones take as long as few long ones.
 _VALUE = 1 << 6
 
-# Items of a list, each short, that are written at once.
-_ITEMS = 1 << 12
+# What is written at once weighs so much: a thousand numbers, which take about a millisecond.
+SLICE = 1 << 16
+_NUMBERS = (int, float)
 
 # So that no sender can write what stands for a long text.
 _SALT = secrets.token_hex(16)
@@ -177,53 +180,86 @@ def dump_large(value: Any, *, allow_nan: bool = False) -> bytes:
 
 def dump_parts(value: Any, *, allow_nan: bool = False) -> list[bytes]:
     """`dump_large` in parts: to put megabytes together from bytes takes no lock of Python's, and to copy them as they grow does."""
-    texts: list[str] = []
-    mark = secrets.token_hex(16)
 
-    def placed(text: str) -> str:
-        if len(text) <= _LONG:
-            return text
-        texts.append(text)
-        return f"{mark}{len(texts) - 1}."
+    def dump(part: Any) -> bytes:
+        return json.dumps(part, separators=(",", ":"), allow_nan=allow_nan).encode()
 
-    parts: list[bytes] = []
-    # Each piece has whole texts in it, and so whole places of long ones.
-    for piece in _pieces(value, placed, allow_nan):
-        first, *others = piece.split(mark)
-        parts.append(first.encode())
-        for other in others:
-            number, _, behind = other.partition(".")
-            text = texts[int(number)]
-            parts += (json.dumps(text[at : at + _STEP])[1:-1].encode() for at in range(0, len(text), _STEP))
-            parts.append(behind.encode())
-    return parts
+    return list(json_slices(value, dump))
 
 
-def _pieces(value: Any, change: Callable[[str], str], allow_nan: bool) -> Iterator[str]:
-    """JSON of a value with other texts, the items of the lists of an object (messages, vectors, ids of tokens) some at a time.
+def json_slices(value: Any, dump: Callable[[Any], bytes] = to_json) -> Iterator[bytes]:
+    """The JSON that ``dump`` makes of a value, made in slices, none of which takes long: who makes them on an event loop lets it turn between.
 
-    So are their copies made: tens of thousands of objects at once would bring collections of garbage, which hold up all threads.
+    A slice has what weighs `SLICE` (`weight_of`), twice that at most; of `Rows` no more is made than it has. Only an object's names are
+    bounded by nothing.
+
+    Args:
+        value: dicts, lists, `Rows` and so on.
+        dump: makes JSON of a light part.
+
+    Raises what ``dump`` does.
     """
+    held: list[bytes] = []
+    weight = 0
+    # What stands between two items.
+    comma = dump([0, 0])[2:-2]
+    for part, more in _parts(value, dump, comma):
+        held.append(part)
+        weight += more
+        if weight >= SLICE:
+            yield b"".join(held)
+            held, weight = [], 0
+    if held:
+        yield b"".join(held)
 
-    def dump(part: Any) -> str:
-        return json.dumps(_mapped(part, change), separators=(",", ":"), allow_nan=allow_nan)
 
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        yield dump(value)
-        return
-    comma = "{"
-    for name, inner in value.items():
-        yield f"{comma}{json.dumps(change(name))}:"
-        comma = ","
-        if not isinstance(inner, list | tuple) or len(inner) < 2:
-            yield dump(inner)
-            continue
-        # One at a time where each may be long.
-        size = 1 if isinstance(inner[0], dict | list | tuple) else _ITEMS
-        for start in range(0, len(inner), size):
-            yield ("," if start else "[") + dump(inner[start : start + size])[1:-1]
-        yield "]"
-    yield "}" if value else "{}"
+def is_light(value: Any) -> bool:
+    """Whether the JSON of a value is but one slice, which can as well be made at once."""
+    return weight_of(value, SLICE) <= SLICE
+
+
+def _parts(value: Any, dump: Callable[[Any], bytes], comma: bytes) -> Iterator[tuple[bytes, int]]:
+    """Pieces of a value's JSON, with what each weighs."""
+    weight = weight_of(value, SLICE)
+    if weight <= SLICE:
+        yield dump(value), weight
+    elif isinstance(value, str):
+        yield b'"', 0
+        for start in range(0, len(value), SLICE):
+            yield dump(value[start : start + SLICE])[1:-1], min(SLICE, len(value) - start)
+        yield b'"', 0
+    elif isinstance(value, dict):
+        for place, (name, inner) in enumerate(value.items()):
+            # The name as JSON has it, and what stands behind it.
+            yield (comma if place else b"{") + dump({name: 0})[1:-2], _VALUE + len(str(name))
+            yield from _parts(inner, dump, comma)
+        yield b"}" if value else b"{}", 0
+    elif isinstance(value, list | tuple | Rows):
+        yield b"[", 0
+        yield from _items(value, dump, comma)
+        yield b"]", 0
+    else:
+        yield dump(value), weight
+
+
+def _items(items: Iterable[Any], dump: Callable[[Any], bytes], comma: bytes) -> Iterator[tuple[bytes, int]]:
+    """Those of a list, light ones together."""
+    group: list[Any] = []
+    held, before = 0, b""
+    for item in items:
+        weight = _VALUE if type(item) in _NUMBERS else weight_of(item, SLICE)
+        if group and (weight > SLICE or held >= SLICE):
+            yield before + dump(group)[1:-1], held
+            group, held, before = [], 0, comma
+        if weight > SLICE:
+            yield before, 0
+            yield from _parts(item, dump, comma)
+            before = comma
+        else:
+            group.append(item)
+            held += weight
+    if group:
+        yield before + dump(group)[1:-1], held
 
 
 def shortened(value: Any) -> Any:
@@ -265,6 +301,9 @@ def weight_of(value: Any, most: int = LARGE) -> int:
         elif isinstance(one, list | tuple):
             # Each weighs something: the rest of a long list is not needed to see that it is one.
             left.extend(one[: most // _VALUE + 1])
+        elif isinstance(one, Rows):
+            # How many they are is not known before they are made.
+            return most + 1
     return weight
 
 

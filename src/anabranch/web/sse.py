@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch.web.json_text import to_json
+from anabranch.web.large_json import json_slices
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": waiting\n\n"
@@ -16,8 +17,19 @@ HEARTBEAT = b": waiting\n\n"
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One event with JSON data."""
-    text = to_json(data, (",", ":"))
+    text = _dump(data)
     return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + text + b"\n\n"
+
+
+def event_slices(data: Any) -> Iterator[bytes]:
+    """`event` in slices, none of which takes long to make (`json_slices`)."""
+    yield b"data: "
+    yield from json_slices(data, _dump)
+    yield b"\n\n"
+
+
+def _dump(data: Any) -> bytes:
+    return to_json(data, (",", ":"))
 
 
 def read_data(chunk: bytes) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Work in one other thread, sender by sender: whoever brings much waits for itself, and others only for one piece of it."""
+"""Work in one other thread, or in turns of the loop itself, sender by sender: who brings much waits for itself, others for one piece of it."""
 
 import asyncio
 from collections import deque
@@ -15,10 +15,11 @@ class Turns:
     """For one event loop. Senders who wait take turns; the pieces of each are done in the order they came.
 
     Args:
-        executor: what the pieces are done in, one at a time.
+        executor: what the pieces are done in, one at a time; None for the loop itself, which does one and then whatever else there is
+            before it does the next: for pieces so short that nobody minds.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor | None = None) -> None:
         self._executor, self._is_busy = executor, False
         # The order of the senders is that of their turns.
         self._waiting: dict[str, deque[_Piece]] = {}
@@ -52,8 +53,15 @@ class Turns:
                 self._waiting[whose] = pieces
             if not future.cancelled():
                 self._is_busy = True
-                running = future.get_loop().run_in_executor(self._executor, work)
+                running = self._started(future.get_loop(), work)
                 running.add_done_callback(partial(self._ended, future))
+
+    def _started(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Any]) -> "asyncio.Future[Any]":
+        if self._executor is not None:
+            return loop.run_in_executor(self._executor, work)
+        running = loop.create_future()
+        loop.call_soon(_do, work, running)
+        return running
 
     def _ended(self, future: "asyncio.Future[Any]", running: "asyncio.Future[Any]") -> None:
         self._is_busy = False
@@ -65,3 +73,12 @@ class Turns:
         elif not future.done():
             future.set_exception(error)
         self._begin()
+
+
+def _do(work: Callable[[], Any], running: "asyncio.Future[Any]") -> None:
+    try:
+        result = work()
+    except Exception as error:
+        running.set_exception(error)
+    else:
+        running.set_result(result)

@@ -11,6 +11,7 @@ from anabranch.errors import InputError
 from anabranch.serving.http.asked import LONG_CHARACTERS, Asked, answered
 from anabranch.serving.http.config import HttpConfig, Limits
 from anabranch.web.api_error import ApiError
+from anabranch.web.turns import Turns
 
 
 class Apart:
@@ -25,7 +26,7 @@ class Apart:
 
 
 def asked(apart=None, **fields):
-    return Asked(HttpConfig(**fields), apart or Apart(), "req-1", "team")
+    return Asked(HttpConfig(**fields), apart or Apart(), Turns(), "req-1", "team")
 
 
 def parsed(raw, most_tokens=0, **limits):

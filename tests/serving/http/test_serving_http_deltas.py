@@ -71,7 +71,9 @@ def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
         if choice.finish is not None:
             break
     whole, stream = (ChatShape(request, [choice], reader, INFO) for _ in range(2))
-    [told] = whole.whole([pieces])["choices"]
+    for piece in pieces:
+        whole.take(piece)
+    [told] = whole.whole()["choices"]
     parts = [chunk["choices"][0] for piece in pieces for chunk in stream.chunks(piece)]
     rows = [row for part in parts for row in (part["logprobs"] or {"content": []})["content"]]
     assert rows == told["logprobs"]["content"]

@@ -13,6 +13,7 @@ from anabranch.data import ByteTokenizer
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
+from fake_engine import Script
 from hostile import FORMS
 from serving_models import serve_process, small_moe
 from serving_thread import serving, until
@@ -117,6 +118,46 @@ def test_a_hostile_client_hurts_nobody():
         assert shown["engine_restarts_total"] == 0
         assert shown['aborted_total{reason="engine_failed"}'] == 0
         until(lambda: server.metrics()["streams"] == 0)
+
+
+LARGE = {
+    "scores": ("/v1/completions", {"prompt": ["x" * 4_000] * 2, "n": 4, "echo": True, "logprobs": 20, "max_tokens": 0}),
+    "scores in a stream": (
+        "/v1/completions",
+        {"prompt": ["x" * 4_000] * 2, "n": 4, "echo": True, "logprobs": 20, "max_tokens": 1, "stream": True},
+    ),
+    "chat": ("/v1/chat/completions", {"max_tokens": 1_000, "n": 16, "logprobs": True, "top_logprobs": 20, "routing": True}),
+    "vectors": ("/v1/embeddings", {"input": ["x"] * 1_024}),
+    "packed vectors": ("/v1/embeddings", {"input": ["x"] * 2_048, "encoding_format": "base64"}),
+    "tokens": ("/tokenize", {"prompt": "x" * 8_000_000}),
+    "named tokens": ("/tokenize", {"prompt": "x" * 600_000, "return_token_strs": True}),
+    "text of tokens": ("/detokenize", {"tokens": [97] * 200_000}),
+}
+# Processor seconds that may pass between two turns of the loop. Each of these answers was made in one go, which took one to two.
+MOST_HELD_S = 0.3
+
+
+@pytest.fixture(scope="module")
+def wide():
+    with serving(Script(say="y", endless=True, positions=8_192, width=1_024), api_keys=KEYS) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_answer_is_made_and_written_while_others_are_answered(wide, name):
+    path, fields = LARGE[name]
+    messages = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {}
+    raw = json.dumps({"model": "fake", **messages, **fields}).encode()
+    link = http.client.HTTPConnection("127.0.0.1", wide.port, timeout=120)
+    link.request("POST", path, raw, {"content-type": "application/json", "authorization": "Bearer a"})
+    with wide.holds() as held:
+        answer = link.getresponse()
+        # Read as it comes: to read JSON would hold up the server of this process.
+        told = b"".join(iter(lambda: answer.read(1 << 16), b""))
+    link.close()
+    assert answer.status == 200, told[:500]
+    assert max(held) < MOST_HELD_S
+    assert told.endswith((b"}", b"data: [DONE]\n\n"))
 
 
 @pytest.mark.slow

@@ -219,11 +219,11 @@ def test_a_prompt_alone_may_fill_the_model(server):
 
 def test_offsets_count_characters_and_special_tokens():
     reader, tokenizer = Reader(ByteTokenizer()), ByteTokenizer()
-    assert reader.offsets(tokenizer.encode("aé水b"), "aé水b") == [0, 1, 1, 2, 2, 2, 3]
+    assert list(reader.offsets(tokenizer.encode("aé水b"), "aé水b")) == [0, 1, 1, 2, 2, 2, 3]
     name = reader.token_text(tokenizer.eos_id)[0]
     tokens = [*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]
-    assert reader.offsets(tokens, reader.decode(tokens)) == [0, 1, 1 + len(name)]
-    assert reader.offsets([tokenizer.eos_id], "") == [0]
+    assert list(reader.offsets(tokens, reader.decode(tokens))) == [0, 1, 1 + len(name)]
+    assert list(reader.offsets([tokenizer.eos_id], "")) == [0]
 
 
 def begun():
@@ -241,8 +241,8 @@ def test_a_beginning_that_is_put_before_a_text_takes_no_room_in_it():
     assert reader.encode("ab") == (bos, *tokenizer.encode("ab"))
     assert reader.encode_chat("ab") == tuple(tokenizer.encode("ab"))
     assert reader.encode("") == (bos,)
-    assert reader.offsets(reader.encode("ab"), "ab") == [0, 0, 1]
-    assert reader.offsets(reader.encode("<bos>ab"), "<bos>ab") == [0, 5, 6]
+    assert list(reader.offsets(reader.encode("ab"), "ab")) == [0, 0, 1]
+    assert list(reader.offsets(reader.encode("<bos>ab"), "<bos>ab")) == [0, 5, 6]
 
 
 def test_raw_prompts_have_a_beginning_and_conversations_what_their_template_writes():

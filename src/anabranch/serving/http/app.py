@@ -86,13 +86,14 @@ class App:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        context = RequestContext(request, self.config, self.frontend.apart, self.room)
+        frontend = self.frontend
+        context = RequestContext(request, self.config, frontend.apart, frontend.writing, self.room)
         self.under_way += 1
         try:
             what = f"{context.request.method} {context.request.path:.80}"
             response = await answered(context, self._answer(context), what)
             context.code = response.status
-            if self.frontend.state == "draining" or is_beyond(request):
+            if frontend.state == "draining" or is_beyond(request):
                 response.force_close()
             if isinstance(response, web.Response) and not response.prepared:
                 await write(response, request, self.config.limits.stall_s)

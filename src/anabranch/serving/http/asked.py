@@ -1,12 +1,14 @@
 """`Asked`: one request as what answers it sees it, whatever it came by: a socket (`context`), or a call in this process (`inside`)."""
 
 import asyncio
+import contextlib
 import difflib
 import logging
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -17,6 +19,8 @@ from anabranch.web.answers import error_response, json_response
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
 from anabranch.web.json_size import check_json_size
+from anabranch.web.large_json import is_light, json_slices
+from anabranch.web.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +49,12 @@ class Asked:
     Args:
         config: of the server.
         apart: calls a function in a thread, see `Frontend.apart`.
+        writing: turns of the loop in which long answers are written.
         id, key: see above.
     """
 
-    def __init__(self, config: HttpConfig, apart: Apart, id: str, key: str = "") -> None:
-        self._config, self._apart = config, apart
+    def __init__(self, config: HttpConfig, apart: Apart, writing: Turns, id: str, key: str = "") -> None:
+        self._config, self._apart, self._writing = config, apart, writing
         self.id, self.key = id, key
         self.began = time.monotonic()
         self.endpoint, self.code = "other", 499
@@ -77,6 +82,10 @@ class Asked:
 
     async def give(self, response: web.Response) -> None:
         """Hand a whole answer to whoever asked."""
+        raise NotImplementedError
+
+    async def give_slices(self, slices: AsyncIterator[bytes]) -> web.StreamResponse:
+        """Hand JSON to whoever asked, as it is made."""
         raise NotImplementedError
 
     async def give_events(
@@ -116,8 +125,22 @@ class Asked:
         self.headers["x-warning"] = f"ignored unknown fields: {names}"
 
     def json(self, value: Any, status: int = 200) -> web.Response:
-        """An answer."""
+        """An answer, a short one."""
         return json_response(value, status, self.headers)
+
+    async def give_json(self, value: Any) -> web.StreamResponse:
+        """Hand an answer to whoever asked, whatever its size: what is made of `Rows` is made as it is handed over. See `sliced`."""
+        if is_light(value):
+            response = self.json(value)
+            await self.give(response)
+            return response
+        async with contextlib.aclosing(self.sliced(json_slices(value))) as slices:
+            return await self.give_slices(slices)
+
+    async def sliced(self, slices: Iterator[bytes]) -> AsyncGenerator[bytes]:
+        """The slices of an answer, each made in a turn of the loop of its own, which those of other keys, and all else, come between."""
+        while (one := await self._writing.run(self.key, partial(next, slices, None))) is not None:
+            yield one
 
     def refuse(self, error: ApiError) -> web.Response:
         """An answer that is an error."""

@@ -9,11 +9,12 @@ from aiohttp import web
 
 from anabranch.serving.http.asked import PLAIN, Apart, Asked
 from anabranch.serving.http.config import HttpConfig
-from anabranch.serving.http.stream import send, write
-from anabranch.web.answers import JSON, bearer, read_body
+from anabranch.serving.http.stream import send, send_json, write
+from anabranch.web.answers import JSON, NOT_STORED, bearer, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body_room import BodyRoom, Kept
 from anabranch.web.ids import new_id
+from anabranch.web.turns import Turns
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 EXPOSED = "x-request-id, x-route-model, x-route-layers, x-route-streams, x-route-adapters, x-route-experts, x-warning, retry-after"
@@ -28,13 +29,15 @@ class RequestContext(Asked):
     Args:
         request: see above.
         config: of the server.
-        apart: calls a function in a thread, see `Frontend.apart`.
+        apart, writing: see `Asked`.
         room: of bodies.
     """
 
-    def __init__(self, request: web.BaseRequest, config: HttpConfig, apart: Apart, room: BodyRoom) -> None:
+    def __init__(
+        self, request: web.BaseRequest, config: HttpConfig, apart: Apart, writing: Turns, room: BodyRoom
+    ) -> None:
         given = request.headers.get("x-request-id", "")
-        super().__init__(config, apart, given if _ID.fullmatch(given) else new_id())
+        super().__init__(config, apart, writing, given if _ID.fullmatch(given) else new_id())
         self.request, self._room = request, room
         self._kept: Kept | None = None
         self.headers |= self._cors()
@@ -86,6 +89,11 @@ class RequestContext(Asked):
     async def give(self, response: web.Response) -> None:
         """Write a whole answer."""
         await write(response, self.request, self._config.limits.stall_s)
+
+    async def give_slices(self, slices: AsyncIterator[bytes]) -> web.StreamResponse:
+        """Write JSON as it is made; see `send_json`."""
+        headers = {**NOT_STORED, **self.headers}
+        return await send_json(self.request, headers, slices, self._config.limits.stall_s)
 
     async def give_events(
         self,

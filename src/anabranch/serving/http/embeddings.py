@@ -5,12 +5,13 @@ import base64
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from aiohttp import web
+from numpy.typing import NDArray
 
 from anabranch.errors import InputError
 from anabranch.serving.core.admission import Admission, Ticket
@@ -25,6 +26,7 @@ from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import is_int, said
+from anabranch.web.json_text import Rows
 
 KNOWN = {
     "model": fields.text(256), "input": (lambda value: isinstance(value, str | list), "text, texts or lists of token ids"),
@@ -35,9 +37,14 @@ KNOWN = {
 MOST_INPUTS = 2048
 # Sequences of one request in the engine at a time: the others wait for them, not among everybody's.
 AT_ONCE = 16
+# Numbers that are told at once; it takes a millisecond.
+MOST_AT_ONCE = 1000
+# Of all vectors of an answer: more are many megabytes for each of the senders who ask at once, here and at theirs.
+MOST_NUMBERS = 1 << 23
 # Between two looks for room that others leave, s.
 LOOK_S = 0.02
 Prompts = list[tuple[int, ...]]
+Vector = NDArray[np.float32]
 Submit = Callable[[Request], AsyncGenerator[Output]]
 
 
@@ -52,7 +59,7 @@ class Embeddings:
         self._frontend, self._metrics = frontend, frontend.metrics
         self._serial = 0
 
-    async def answer(self, context: Asked) -> web.Response:
+    async def answer(self, context: Asked) -> web.StreamResponse:
         """Vectors of texts. Raises ApiError: 501 for an engine that makes none."""
         frontend = self._frontend
         info, reader = frontend.check_ready()
@@ -63,6 +70,9 @@ class Embeddings:
         if size > info.width:
             raise wrong("dimensions", f"dimensions is {size:,}; this model's vectors have {info.width:,}")
         prompts = await self._read(context, body.get("input"), reader, info)
+        if size * len(prompts) > MOST_NUMBERS:
+            what = f"{len(prompts):,} vectors of {size:,} numbers are asked for, and {MOST_NUMBERS // size:,} may be at a time"
+            raise wrong("input", f"{what}; send fewer texts, or give dimensions", "too_many_numbers")
         salt, is_packed = str(body.get("cache_salt") or ""), body.get("encoding_format") == "base64"
         model, asked = body["model"], (chosen(body, frontend.names, frontend.adapters), body.get("task"))
         # Texts that wait for the engine take no room from bodies that others send.
@@ -70,13 +80,15 @@ class Embeddings:
         context.let_go()
         vectors, cached = await self._made(context, prompts, info, salt, asked)
         tokens = sum(map(len, prompts))
-        data = [
-            {"object": "embedding", "index": at, "embedding": _shown(vector[:size], is_packed)}
-            for at, vector in enumerate(vectors)
-        ]
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for at, vector in enumerate(vectors):
+                yield {"object": "embedding", "index": at, "embedding": _shown(vector[:size], is_packed)}
+
+        data = list(rows()) if size * len(vectors) <= MOST_AT_ONCE else Rows(rows)
         context.facts |= {"prompt_tokens": tokens, "cached_tokens": cached, "n": len(prompts)}
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return context.json({"object": "list", "data": data, "model": model, "usage": usage})
+        return await context.give_json({"object": "list", "data": data, "model": model, "usage": usage})
 
     async def count(self, context: Asked) -> int:
         """Tokens of a request's texts, of which no vectors are made. Raises ApiError."""
@@ -106,7 +118,7 @@ class Embeddings:
 
     async def _made(
         self, context: Asked, prompts: Prompts, info: EngineInfo, salt: str, asked: tuple[Mixture, str | None]
-    ) -> tuple[list[tuple[float, ...]], int]:
+    ) -> tuple[list[Vector], int]:
         """Vectors of prompts, and how many of their tokens were there; ``asked`` are the adapters and the task. Raises ApiError."""
         frontend, left_s, (adapters, task) = self._frontend, context.left_s(), asked
         [first] = frontend.admit([len(prompts[0])], context.key, left_s)
@@ -158,7 +170,7 @@ class Vectors:
     def __init__(self, requests: Sequence[Request], admission: Admission, first: Ticket) -> None:
         self._requests, self._admission, self._first = requests, admission, first
         self.cached_tokens = 0
-        self._vectors: list[tuple[float, ...]] = [()] * len(requests)
+        self._vectors: list[Vector] = [np.empty(0, np.float32)] * len(requests)
         self._open: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
         self._news = asyncio.Event()
@@ -173,7 +185,7 @@ class Vectors:
         self._error = self._error or error
         self._news.set()
 
-    async def run(self, submit: Submit) -> list[tuple[float, ...]]:
+    async def run(self, submit: Submit) -> list[Vector]:
         """The vectors, in order; ``submit`` runs one sequence. Raises what the first that fails raises; what still runs is aborted."""
         try:
             for at, request in enumerate(self._requests):
@@ -224,7 +236,7 @@ class Vectors:
         self._open.discard(task)
         self._news.set()
 
-    async def _vector(self, submit: Submit, request: Request, ticket: Ticket) -> tuple[float, ...]:
+    async def _vector(self, submit: Submit, request: Request, ticket: Ticket) -> Vector:
         async with contextlib.aclosing(submit(request)) as outputs:
             async for output in outputs:
                 if (error := refused(output, request)) is not None:
@@ -232,7 +244,8 @@ class Vectors:
                 ticket.started()
                 self.cached_tokens += output.cached_tokens or 0
                 if output.finish is not None:
-                    return output.embedding
+                    # An eighth of what the numbers take one by one.
+                    return np.asarray(output.embedding, np.float32)
         raise ApiError(500, "engine_failed", "the engine ended a request without a reason")
 
 
@@ -255,9 +268,9 @@ def read_inputs(given: Any, reader: Reader, info: EngineInfo) -> Prompts:
     return prompts
 
 
-def _shown(vector: Sequence[float], is_packed: bool) -> list[float] | str:
+def _shown(vector: Vector, is_packed: bool) -> list[float] | str:
     """A vector of length 1, as numbers or as the bytes of float32 numbers in base64; of nothing but zeros as it is."""
-    values = np.asarray(vector, dtype=np.float64)
+    values = vector.astype(np.float64)
     length = np.linalg.norm(values)
     values = (values / length if length else values).astype(np.float32)
     return base64.b64encode(values.astype("<f4").tobytes()).decode() if is_packed else values.tolist()

@@ -23,6 +23,7 @@ from anabranch.serving.http.metrics import Metrics
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.scores import PromptScores
 from anabranch.web.api_error import ApiError
+from anabranch.web.turns import Turns as LoopTurns
 
 logger = logging.getLogger(__name__)
 WATCH_S, PICTURE_S, CLOSE_S = 0.05, 1.0, 10.0
@@ -56,6 +57,7 @@ class Frontend:
         info, reader: of the model; set once it was ready for the first time.
         adapters: names that requests may use beside those of the model.
         failed: set when the engine is given up.
+        writing: turns of the loop in which long answers are written, see `Asked.sliced`.
         num_cut: requests whose answers ended early for no fault of theirs or of their senders': the engine failed, or the server stopped.
 
     Args:
@@ -84,6 +86,7 @@ class Frontend:
         self.num_cut = 0
         self._is_shared = len(config.api_keys) > 1 if is_shared is None else is_shared
         self.admission = config.admission.build(is_shared=self._is_shared)
+        self.writing = LoopTurns()
         self._reading = Turns(
             "anabranch-reading", "long requests wait to be read", threads=4, at_once=3, most_waiting=256
         )

@@ -51,7 +51,7 @@ class Generate:
         context.let_go()
         deadline_s = context.deadline_s()
         if request.is_echo and request.max_tokens == 0 and request.logprobs is None:
-            return context.json(CompletionShape(request, [], reader, info).echoed())
+            return await context.give_json(CompletionShape(request, [], reader, info).echoed())
         lengths = [len(prompt) for prompt in request.prompts for _ in range(request.n)]
         tickets = frontend.admit(lengths, context.key, context.left_s())
         choices: Sequence[Choice] = ()
@@ -120,16 +120,14 @@ class Generate:
     async def _complete(
         self, context: Asked, shape: Shape, completion: Completion, deadline_s: float | None
     ) -> web.StreamResponse:
-        changes: list[list[ChoiceDelta]] = [[] for _ in shape.choices]
         end = None if deadline_s is None else context.began + deadline_s
         while (taken := await _take(completion, end)) is not None:
             for change in taken:
-                changes[change.index].append(change)
+                shape.take(change)
         if shape.request.is_routing:
             context.headers["x-route-experts"] = _experts(shape)
-        response = context.json(shape.whole(changes))
         # Written here, not after the handler, so that a drain waits for it.
-        await context.give(response)
+        response = await context.give_json(shape.whole())
         context.code = response.status
         return response
 
@@ -137,7 +135,7 @@ class Generate:
         self, context: Asked, shape: Shape, completion: Completion, deadline_s: float | None
     ) -> web.StreamResponse:
         end = None if deadline_s is None else context.began + deadline_s
-        events = self._events(shape, completion, end, self._frontend.config.keep_alive_s)
+        events = self._events(context, shape, completion, end)
         try:
             headers = {**SAFE, **context.headers}
             response, failure = await context.give_events(headers, events, shape.failed, shape.ending)
@@ -150,11 +148,18 @@ class Generate:
         return response
 
     async def _events(
-        self, shape: Shape, completion: Completion, end: float | None, beat_s: float
+        self, context: Asked, shape: Shape, completion: Completion, end: float | None
     ) -> AsyncGenerator[bytes]:
-        """What is new at any time as one block of bytes: a reader who is slow gets more at once."""
+        """What is new at any time as one block of bytes: a reader who is slow gets more at once. What takes long to tell comes in slices."""
+        beat_s = self._frontend.config.keep_alive_s
         while (taken := await _take(completion, end, beat_s)) is not None:
-            block = b"".join(map(shape.events, taken))
+            # Each is of another choice.
+            long = {change.index for change in taken if shape.is_long(change)}
+            for change in taken if long else ():
+                if change.index in long:
+                    async for piece in context.sliced(shape.long_events(change)):
+                        yield piece
+            block = b"".join(shape.events(change) for change in taken if change.index not in long)
             if block or not taken:
                 yield block or HEARTBEAT
         if last := shape.last_events():

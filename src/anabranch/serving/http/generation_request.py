@@ -21,6 +21,8 @@ from anabranch.web.body import is_int, said
 # Of /v1/completions where a request does not say, as OpenAI's.
 COMPLETION_TOKENS = 16
 MOST_PROMPTS = 128
+# Log probabilities of the prompts of a request, those of rivals among them: as many as two hundred megabytes hold.
+MOST_SCORES = 1 << 21
 _TO_SAMPLING = (
     "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
 )  # fmt: skip
@@ -202,6 +204,11 @@ def read_completion(
         raise wrong("max_tokens", "max_tokens is 0, which only echo makes sense of; it must be at least 1")
     most = _room(prompts, body.get("max_tokens"), default_tokens or COMPLETION_TOKENS, info, "prompt", "max_tokens")
     shared = _shared(body, info, most, most_n, logprobs, grammar)
+    if is_echo and logprobs is not None:
+        told = sum(map(len, prompts)) * n * (1 + logprobs)
+        if told > MOST_SCORES:
+            what = f"asks for {told:,} log probabilities of prompts, more than the {MOST_SCORES:,} there may be at a time"
+            raise wrong_field("echo", f"{what}; send fewer prompts, or ask for fewer logprobs", "too_many_scores")
     if is_echo:
         shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)
     return GenerationRequest(

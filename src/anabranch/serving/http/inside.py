@@ -20,14 +20,14 @@ from typing import Any, Literal
 from aiohttp import web
 
 from anabranch.serving.core.client import EngineClient, EngineInfo
-from anabranch.serving.http.asked import Apart, Asked, answered
-from anabranch.serving.http.config import HttpConfig
+from anabranch.serving.http.asked import Asked, answered
 from anabranch.serving.http.embeddings import Embeddings
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.generate import Generate
 from anabranch.serving.http.inside_config import InsideConfig
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.serve import read_model
+from anabranch.web.answers import JSON, NOT_STORED
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
 from anabranch.web.json_text import to_json
@@ -109,7 +109,7 @@ class Inside:
                 prompts, those that were made, and those of the prompts that were in the prefix cache; zeros where the engine was not asked.
         """
         reply = InsideReply()
-        asked = _AskedInside(self.frontend.config, self.frontend.apart, body, key, reply)
+        asked = _AskedInside(self.frontend, body, key, reply)
         asked.endpoint, asked.default_tokens = kind, default_tokens
         task = asyncio.get_running_loop().create_task(self._answer(asked, kind))
         self._answering.add(task)
@@ -131,7 +131,7 @@ class Inside:
 
         Nothing is made, and nobody waits for the engine. Args: see `ask`. Raises ApiError where that would be the answer.
         """
-        asked = _AskedInside(self.frontend.config, self.frontend.apart, body, key, InsideReply())
+        asked = _AskedInside(self.frontend, body, key, InsideReply())
         try:
             return await (self._embeddings.count(asked) if kind == "embeddings" else self._generate.count(asked, kind))
         finally:
@@ -243,8 +243,8 @@ class InsideReply:
 class _AskedInside(Asked):
     """A request from this process."""
 
-    def __init__(self, config: HttpConfig, apart: Apart, body: bytes, key: str, reply: InsideReply) -> None:
-        super().__init__(config, apart, new_id(), key)
+    def __init__(self, frontend: Frontend, body: bytes, key: str, reply: InsideReply) -> None:
+        super().__init__(frontend.config, frontend.apart, frontend.writing, new_id(), key)
         self._body: bytes | None = body
         self._length = len(body)
         self.reply = reply
@@ -270,6 +270,15 @@ class _AskedInside(Asked):
 
     async def give(self, response: web.Response) -> None:
         """It goes back as what the route returns."""
+
+    async def give_slices(self, slices: AsyncIterator[bytes]) -> web.StreamResponse:
+        """Hand on JSON as there is room for it."""
+        first = await anext(slices)
+        self.reply.begin(200, {**NOT_STORED, **self.headers, "content-type": f"{JSON}; charset=utf-8"})
+        await self.reply.put(first)
+        async for data in slices:
+            await self.reply.put(data)
+        return web.StreamResponse(status=200)
 
     async def give_events(
         self,

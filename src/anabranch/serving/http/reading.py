@@ -1,6 +1,6 @@
 """`Reader`: text into tokens and back for one model: its tokenizer, its chat template, its grammars."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from anabranch.data import Tokenizer
@@ -112,16 +112,15 @@ class Reader:
         """Text, special tokens included."""
         return self.tokenizer.decode(tokens, skip_special=False)
 
-    def offsets(self, tokens: Sequence[int], text: str) -> list[int]:
+    def offsets(self, tokens: Iterable[int], text: str) -> Iterator[int]:
         """The character of ``text`` at which each of its ``tokens`` begins, counted from 0; one inside a character, where that begins."""
-        decoder, at, made = Detokenizer(self.tokenizer), 0, []
+        decoder, at = Detokenizer(self.tokenizer), 0
         for token in tokens:
-            made.append(min(at, len(text)))
+            yield min(at, len(text))
             # Special tokens have no bytes, but are there in a text that is told with them; one that was put before it is not.
             is_special = self.tokenizer.token_bytes(token) == b""
             piece = self.token_text(token)[0] if is_special else decoder.push(token)
             at += len(piece) if not is_special or text.startswith(piece, at) else 0
-        return made
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
         """How a token is shown, and its bytes."""

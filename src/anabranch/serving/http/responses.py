@@ -1,6 +1,5 @@
 """``/v1/responses``: read as a chat and answered as one, in the form of OpenAI's Responses API (`anabranch.web.responses`)."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,9 +57,13 @@ class ResponseShape(ChatShape):
         self._body = dict(self.request.response_of or {})
         self._events, self._has_started = ResponseStream(self._body), False
 
-    def whole(self, changes: Sequence[Sequence[ChoiceDelta]]) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """See `Shape`."""
-        return to_response(self._body, super().whole(changes))
+        return to_response(self._body, {**super().whole(), "choices": list(self._choices())})
+
+    def is_long(self, change: ChoiceDelta) -> bool:
+        """See `Shape`; no log probabilities are told, nor routes."""
+        return False
 
     def events(self, change: ChoiceDelta) -> bytes:
         """See `Shape`."""

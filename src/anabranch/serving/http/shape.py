@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from anabranch import __version__
@@ -14,10 +15,13 @@ from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
-from anabranch.web.sse import DONE, event
+from anabranch.web.json_text import Rows
+from anabranch.web.sse import DONE, event, event_slices
 
 # Told for a token that cannot be, as OpenAI does: JSON has no infinity.
 LEAST_LOGPROB = -9999.0
+# Values, tokens and their rivals, that are told at once; it takes a millisecond or two.
+MOST_AT_ONCE = 1000
 
 
 def fingerprint(info: EngineInfo) -> str:
@@ -42,6 +46,8 @@ class Shape:
 
     def __init__(self, request: GenerationRequest, choices: Sequence[Choice], reader: Reader, info: EngineInfo) -> None:
         self.request, self.choices, self.reader, self.info = request, choices, reader, info
+        # Of an answer that is told whole, by choice.
+        self._taken: list[list[ChoiceDelta]] = [[] for _ in range(request.num_choices)]
         self._head = {
             "id": new_id(self.id_kind), "created": int(time.time()), "model": request.model, "system_fingerprint": fingerprint(info)
         }  # fmt: skip
@@ -50,8 +56,17 @@ class Shape:
     ending = DONE
 
     def events(self, change: ChoiceDelta) -> bytes:
-        """The events of a stream for what is new of a choice."""
+        """The events of a stream for what is new of a choice, and not long."""
         return b"".join(map(event, self.chunks(change)))
+
+    def is_long(self, change: ChoiceDelta) -> bool:
+        """Whether there is so much to tell of what is new that it is told by `long_events`."""
+        return self._is_many(len(change.tokens))
+
+    def long_events(self, change: ChoiceDelta) -> Iterator[bytes]:
+        """`events` in slices, none of which takes long to make."""
+        for chunk in self.chunks(change):
+            yield from event_slices(chunk)
 
     def last_events(self) -> bytes:
         """Those after every choice has ended."""
@@ -76,13 +91,14 @@ class Shape:
             chunk["routing"] = self.routing()
         return [chunk]
 
-    def whole(self, changes: Sequence[Sequence[ChoiceDelta]]) -> dict[str, Any]:
-        """The answer in one; changes by choice."""
-        made = {
-            **self._head,
-            "object": self.object_name,
-            "choices": [self._choice(at, part) for at, part in enumerate(changes)],
-        }
+    def take(self, change: ChoiceDelta) -> None:
+        """What is new of an answer that is told whole."""
+        self._taken[change.index].append(change)
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one, of all that was taken; what is long of it is made while it is written."""
+        size = sum(map(len, self._taken))
+        made = {**self._head, "object": self.object_name, "choices": self._rows(size, self._choices)}
         made["usage"] = self.usage()
         if self.request.is_routing:
             made["routing"] = self.routing()
@@ -128,10 +144,11 @@ class Shape:
     def routing(self) -> dict[str, Any]:
         """Which model answered, how many tokens of the answer went to each expert of each layer, and how many layers a token ran."""
         experts: dict[str, dict[str, int]] = {str(layer): {} for layer in sorted(self.info.routed_layers)}
+        counts: Counter[tuple[int, int]] = Counter()
         for choice in self.choices:
-            for (layer, expert), count in sorted(choice.experts.items()):
-                row = experts.setdefault(str(layer), {})
-                row[str(expert)] = row.get(str(expert), 0) + count
+            counts.update(choice.experts)
+        for (layer, expert), count in sorted(counts.items()):
+            experts.setdefault(str(layer), {})[str(expert)] = count
         recorded = sum(choice.recorded for choice in self.choices)
         depth = sum(choice.layers_run for choice in self.choices) / recorded if recorded else 0.0
         made = {"arm": self._head["model"], "experts": experts, "depth": round(depth, 3), "tokens": recorded}
@@ -147,8 +164,19 @@ class Shape:
                 row[name] = row.get(name, 0) + count
         return found
 
+    def _choices(self) -> Iterator[dict[str, Any]]:
+        return (self._choice(at, changes) for at, changes in enumerate(self._taken))
+
     def _choice(self, at: int, changes: Sequence[ChoiceDelta]) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _is_many(self, tokens: int) -> bool:
+        """Whether to tell of so many tokens, each with its rivals, takes long."""
+        return tokens * (1 + (self.request.logprobs or 0)) > MOST_AT_ONCE
+
+    def _rows(self, tokens: int, make: Callable[[], Iterable[Any]]) -> Rows | list[Any]:
+        """What is told of so many tokens: made while it is written, where that takes long."""
+        return Rows(make) if self._is_many(tokens) else list(make())
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         made = {**self._head, "object": self.chunk_name, "choices": [choice]}
@@ -158,17 +186,17 @@ class Shape:
         """Tokens with the experts they went to, where asked for."""
         if not self.request.is_routing:
             return {}
-        rows = []
-        for item in tokens:
-            experts, adapters = sides_of(item.route or {})
-            row: dict[str, Any] = {
-                "text": self.reader.token_text(item.token)[0],
-                "experts": {str(layer): list(chosen) for layer, chosen in experts.items()},
-            }
-            if adapters:
-                row["adapters"] = {matrix: list(chosen) for matrix, chosen in adapters.items()}
-            rows.append(row)
-        return {"routing": {"tokens": rows}}
+        return {"routing": {"tokens": self._rows(len(tokens), lambda: map(self._routed, tokens))}}
+
+    def _routed(self, item: TokenText) -> dict[str, Any]:
+        experts, adapters = sides_of(item.route or {})
+        row: dict[str, Any] = {
+            "text": self.reader.token_text(item.token)[0],
+            "experts": {str(layer): list(chosen) for layer, chosen in experts.items()},
+        }
+        if adapters:
+            row["adapters"] = {matrix: list(chosen) for matrix, chosen in adapters.items()}
+        return row
 
 
 class ChatShape(Shape):
@@ -182,6 +210,13 @@ class ChatShape(Shape):
         offered = () if tools is None else tools.offered
         self._messages = [MessageDeltas(tools, self.reader.dialect.parser(offered, reasoning)) for _ in self.choices]
         self._has_begun = [False] * len(self.choices)
+        # Of an answer that is told whole: what its text says, found as it comes.
+        self._parts: list[list[Delta]] = [[] for _ in self.choices]
+
+    def take(self, change: ChoiceDelta) -> None:
+        """See `Shape`."""
+        super().take(change)
+        self._parts[change.index] += self._deltas(change)
 
     def chunks(self, change: ChoiceDelta) -> list[dict[str, Any]]:
         """See `Shape`."""
@@ -215,7 +250,7 @@ class ChatShape(Shape):
         return self._chunk({"index": index, "delta": delta, "logprobs": None, **(more or {}), "finish_reason": finish})
 
     def _choice(self, at: int, changes: Sequence[ChoiceDelta]) -> dict[str, Any]:
-        message = message_of([delta for change in changes for delta in self._deltas(change)])
+        message = message_of(self._parts[at])
         tokens = [item for change in changes for item in change.tokens]
         return {
             "index": at, "message": {**message, "refusal": None}, "logprobs": None, **self._logprobs(tokens), **self._route(tokens),
@@ -225,12 +260,14 @@ class ChatShape(Shape):
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
         if self.request.logprobs is None:
             return {}
-        rows = []
+        rows = self._rows(len(tokens), lambda: self._scored(tokens))
+        return {"logprobs": {"content": rows, "refusal": None}}
+
+    def _scored(self, tokens: Sequence[TokenText]) -> Iterator[dict[str, Any]]:
         for item in tokens:
             if item.logprob is not None:
                 top = [self._entry(token, value) for token, value in item.logprob.top[: self.request.logprobs]]
-                rows.append({**self._entry(item.token, item.logprob.logprob), "top_logprobs": top})
-        return {"logprobs": {"content": rows, "refusal": None}}
+                yield {**self._entry(item.token, item.logprob.logprob), "top_logprobs": top}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text, raw = self.reader.token_name(token)
@@ -257,12 +294,16 @@ class CompletionShape(Shape):
         self._has_begun[change.index] = True
         return [self._chunk(self._part(change.index, text, change.tokens, change.finish, is_first=is_first))]
 
+    def is_long(self, change: ChoiceDelta) -> bool:
+        """See `Shape`; the first change brings the scores of the prompt."""
+        scores = None if self._has_begun[change.index] else self.choices[change.index].scores
+        return self._is_many(len(change.tokens) + (0 if scores is None else len(scores.rows)))
+
     def echoed(self) -> dict[str, Any]:
         """The answer where only the prompt was asked for (``echo`` with ``max_tokens`` 0)."""
-        changes = [
-            [ChoiceDelta(at, "", finish=Finish.LENGTH)] for at in range(len(self.choices) or self.request.num_choices)
-        ]
-        return self.whole(changes)
+        for at in range(self.request.num_choices):
+            self.take(ChoiceDelta(at, "", finish=Finish.LENGTH))
+        return self.whole()
 
     def _echo(self, index: int) -> str:
         return self.request.texts[index // self.request.n] if self.request.is_echo else ""
@@ -286,31 +327,36 @@ class CompletionShape(Shape):
     def _logprobs(self, index: int, tokens: Sequence[TokenText], *, is_first: bool) -> dict[str, Any] | None:
         if self.request.logprobs is None:
             return None
-        before = len(self._echo(index))
-        rows: list[_Row] = self._prompt_rows(index) if is_first else []
-        rows += [(item.token, item.logprob, before + item.start) for item in tokens if item.logprob is not None]
+        scores = self.choices[index].scores if is_first else None
+        items = [item for item in tokens if item.logprob is not None]
+        # Nothing comes before the first token of a prompt, so nothing is told of that.
+        scored = () if scores is None else (None, *scores.rows)
+        prompt = () if scores is None else self.request.prompts[index // self.request.n]
+        count, text = len(prompt) + len(items), self._echo(index)
+
+        def rows() -> Iterator[tuple[int, TokenLogprob | None]]:
+            yield from zip(prompt, scored, strict=True)
+            yield from ((item.token, item.logprob) for item in items)
+
+        def starts() -> Iterator[int]:
+            yield from self.reader.offsets(prompt, text)
+            yield from (len(text) + item.start for item in items)
+
         return {
-            "tokens": [self.reader.token_name(token)[0] for token, _, _ in rows],
-            "token_logprobs": [None if told is None else max(told.logprob, LEAST_LOGPROB) for _, told, _ in rows],
-            "top_logprobs": [None if told is None else self._top(told) for _, told, _ in rows],
-            "text_offset": [start for _, _, start in rows],
+            "tokens": self._rows(count, lambda: (self.reader.token_name(token)[0] for token, _ in rows())),
+            "token_logprobs": self._rows(count, lambda: (_own(told) for _, told in rows())),
+            "top_logprobs": self._rows(count, lambda: (self._top(told) for _, told in rows())),
+            "text_offset": self._rows(count, starts),
         }
 
-    def _prompt_rows(self, index: int) -> list["_Row"]:
-        """Rows of an echoed prompt; nothing comes before its first token, so nothing is told of that."""
-        scores = self.choices[index].scores
-        if scores is None:
-            return []
-        at = index // self.request.n
-        tokens = self.request.prompts[at]
-        return list(zip(tokens, [None, *scores.rows], self.reader.offsets(tokens, self.request.texts[at]), strict=True))
-
-    def _top(self, told: TokenLogprob) -> dict[str, float]:
+    def _top(self, told: TokenLogprob | None) -> dict[str, float] | None:
+        if told is None:
+            return None
         return {
             self.reader.token_name(token)[0]: max(value, LEAST_LOGPROB)
             for token, value in told.top[: self.request.logprobs]
         }
 
 
-# Of log probabilities: a token, what is told of it, the character it begins at.
-_Row = tuple[int, TokenLogprob | None, int]
+def _own(told: TokenLogprob | None) -> float | None:
+    return None if told is None else max(told.logprob, LEAST_LOGPROB)
