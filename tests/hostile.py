@@ -201,9 +201,29 @@ FORMS: dict[str, Callable[[Random], Attack]] = {
     "deep JSON": lambda random: Attack("/v1/completions", b'{"a": ' + b"[" * random.randrange(200_000)),
     "many stops": lambda random: completion(stop=[f"{n}" for n in range(random.choice((4, 5, 10_000)))]),
     "long text": lambda random: Attack(
-        "/tokenize", {"prompt": "x" * random.randrange(900_000), "return_token_strs": random.random() < 0.2}
+        "/tokenize",
+        {
+            "prompt": "x" * random.choice((*[random.randrange(900_000)] * 9, 8_000_000)),
+            "return_token_strs": random.random() < 0.2,
+        },
     ),
-    "long prompt": lambda random: completion(prompt="x" * random.randrange(4000), max_tokens=1, echo=True, logprobs=20),
+    # Each choice tells the scores of its prompt.
+    "long prompt": lambda random: completion(
+        prompt=["x" * random.randrange(4000)] * random.choice((1, 1, 1, 8)),
+        n=random.choice((1, 4, 16)),
+        max_tokens=random.choice((0, 1)),
+        echo=True,
+        logprobs=20,
+        stream=random.choice((False, True)),
+    ),
+    "many rivals": lambda random: chat(
+        n=random.choice((1, 16)),
+        max_tokens=random.choice((8, 200)),
+        logprobs=True,
+        top_logprobs=20,
+        routing=True,
+        stream=random.choice((False, True)),
+    ),
     "large body": lambda random: Attack(
         "/v1/completions", {"model": "small-moe", "prompt": ["x" * 100_000] * random.choice((10, 100))}
     ),

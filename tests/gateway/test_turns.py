@@ -6,6 +6,7 @@ import json
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import aiohttp
 import pytest
@@ -76,7 +77,7 @@ def test_the_loop_itself_does_one_piece_at_a_time_and_whatever_else_there_is_bet
 
     asyncio.run(main())
     assert [name for name in done if name != "turn"] == list("aabca")
-    assert all("turn" in (before, later) for before, later in zip(done, done[1:], strict=False))
+    assert all("turn" in (before, later) for before, later in pairwise(done))
 
 
 def test_nothing_stays_of_work_that_was_given_up_before_its_turn():

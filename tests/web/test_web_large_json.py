@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from anabranch.web import large_json
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import MOST_DEPTH, parse
+from anabranch.web.json_text import Rows, to_json
 from anabranch.web.large_json import (
     LARGE,
     dump_large,
@@ -23,7 +24,6 @@ from anabranch.web.large_json import (
     utf8_pieces,
     weight_of,
 )
-from anabranch.web.json_text import Rows, to_json
 
 
 @pytest.fixture(autouse=True)

@@ -188,7 +188,7 @@ def dump_parts(value: Any, *, allow_nan: bool = False) -> list[bytes]:
 
 
 def json_slices(value: Any, dump: Callable[[Any], bytes] = to_json) -> Iterator[bytes]:
-    """The JSON that ``dump`` makes of a value, made in slices, none of which takes long: who makes them on an event loop lets it turn between.
+    """The JSON that ``dump`` makes of a value, in slices that take about a millisecond: an event loop that makes them can turn between.
 
     A slice has what weighs `SLICE` (`weight_of`), twice that at most; of `Rows` no more is made than it has. Only an object's names are
     bounded by nothing.

@@ -1,4 +1,4 @@
-"""Work in one other thread, or in turns of the loop itself, sender by sender: who brings much waits for itself, others for one piece of it."""
+"""Work in one other thread, or on the loop itself, sender by sender: who brings much waits for itself, others for one piece of it."""
 
 import asyncio
 from collections import deque

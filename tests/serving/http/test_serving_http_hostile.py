@@ -30,6 +30,7 @@ QUICK = set(FORMS) - {
     "long text",
     "slow reader",
     "long prompt",
+    "many rivals",
 }
 # What a step beside others, and two busy processors, may take; grammars used to take 6 to 17 s, and the engine's death for ever.
 MOST_GAP_S = 4.0
@@ -120,21 +121,23 @@ def test_a_hostile_client_hurts_nobody():
         until(lambda: server.metrics()["streams"] == 0)
 
 
+SCORES = {"prompt": ["x" * 4_000] * 2, "n": 2, "echo": True, "logprobs": 20}
 LARGE = {
-    "scores": ("/v1/completions", {"prompt": ["x" * 4_000] * 2, "n": 4, "echo": True, "logprobs": 20, "max_tokens": 0}),
-    "scores in a stream": (
-        "/v1/completions",
-        {"prompt": ["x" * 4_000] * 2, "n": 4, "echo": True, "logprobs": 20, "max_tokens": 1, "stream": True},
+    "scores": ("/v1/completions", {**SCORES, "max_tokens": 0}),
+    "scores in a stream": ("/v1/completions", {**SCORES, "max_tokens": 1, "stream": True}),
+    "chat": (
+        "/v1/chat/completions",
+        {"max_tokens": 800, "n": 8, "logprobs": True, "top_logprobs": 20, "routing": True},
     ),
-    "chat": ("/v1/chat/completions", {"max_tokens": 1_000, "n": 16, "logprobs": True, "top_logprobs": 20, "routing": True}),
-    "vectors": ("/v1/embeddings", {"input": ["x"] * 1_024}),
+    "vectors": ("/v1/embeddings", {"input": ["x"] * 512}),
     "packed vectors": ("/v1/embeddings", {"input": ["x"] * 2_048, "encoding_format": "base64"}),
     "tokens": ("/tokenize", {"prompt": "x" * 8_000_000}),
     "named tokens": ("/tokenize", {"prompt": "x" * 600_000, "return_token_strs": True}),
     "text of tokens": ("/detokenize", {"tokens": [97] * 200_000}),
 }
-# Processor seconds that may pass between two turns of the loop. Each of these answers was made in one go, which took one to two.
-MOST_HELD_S = 0.3
+SLOW = {"chat", "tokens", "scores in a stream"}
+# Processor seconds that may pass between two turns of the loop. Each of these answers was made in one go, which took up to two.
+MOST_HELD_S = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +146,7 @@ def wide():
         yield running
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LARGE])
 def test_a_large_answer_is_made_and_written_while_others_are_answered(wide, name):
     path, fields = LARGE[name]
     messages = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {}
@@ -158,6 +161,18 @@ def test_a_large_answer_is_made_and_written_while_others_are_answered(wide, name
     assert answer.status == 200, told[:500]
     assert max(held) < MOST_HELD_S
     assert told.endswith((b"}", b"data: [DONE]\n\n"))
+
+
+def test_what_would_be_hundreds_of_megabytes_is_refused_before_it_is_made():
+    with serving(Script(width=8_192)) as server:
+        status, _, told = server.ask("/v1/embeddings", {"model": "fake", "input": ["x"] * 1_025})
+        assert (status, told["error"]["code"], told["error"]["param"]) == (400, "too_many_numbers", "input")
+        assert "1,024 may be at a time" in told["error"]["message"]
+        assert server.ask("/v1/embeddings", {"model": "fake", "input": ["x"] * 1_025, "dimensions": 9})[0] == 200
+        prompts = {"prompt": ["x" * 800] * 128, "max_tokens": 0, "echo": True}
+        status, _, told = server.complete(**prompts, logprobs=20)
+        assert (status, told["error"]["code"], told["error"]["param"]) == (400, "too_many_scores", "echo")
+        assert len(server.script.requests) == 1_025
 
 
 @pytest.mark.slow

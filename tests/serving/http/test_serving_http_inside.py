@@ -62,6 +62,27 @@ def same(answer):
 
 
 @pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("embeddings", {"input": ["x"] * 9}),
+        ("completions", {"prompt": "x" * 200, "echo": True, "logprobs": 20, "max_tokens": 1}),
+    ],
+)
+def test_a_long_answer_comes_in_slices_as_over_http(kind, fields):
+    async def work(made):
+        return await ask(made, kind, **fields)
+
+    status, headers, answer = run(Script(width=1_000), work)
+    assert (status, headers["content-type"]) == (200, "application/json; charset=utf-8")
+    with serving(Script(width=1_000)) as server:
+        code, theirs, other = server.ask(f"/v1/{kind}", {"model": "fake", **fields})
+    assert (code, theirs["content-type"], theirs["cache-control"]) == (200, headers["content-type"], "no-store")
+    # It is written as it is made.
+    assert theirs["content-length"] is None
+    assert same(answer) == same(other)
+
+
+@pytest.mark.parametrize(
     ("kind", "path", "fields"),
     [
         ("chat", "chat/completions", {"max_tokens": 5}),

@@ -150,7 +150,7 @@ class Generate:
     async def _events(
         self, context: Asked, shape: Shape, completion: Completion, end: float | None
     ) -> AsyncGenerator[bytes]:
-        """What is new at any time as one block of bytes: a reader who is slow gets more at once. What takes long to tell comes in slices."""
+        """What is new at any time as one block of bytes: who reads slowly gets more at once. What takes long to tell comes in slices."""
         beat_s = self._frontend.config.keep_alive_s
         while (taken := await _take(completion, end, beat_s)) is not None:
             # Each is of another choice.

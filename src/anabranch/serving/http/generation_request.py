@@ -207,7 +207,7 @@ def read_completion(
     if is_echo and logprobs is not None:
         told = sum(map(len, prompts)) * n * (1 + logprobs)
         if told > MOST_SCORES:
-            what = f"asks for {told:,} log probabilities of prompts, more than the {MOST_SCORES:,} there may be at a time"
+            what = f"asks for {told:,} log probabilities of prompts; there may be {MOST_SCORES:,} at a time"
             raise wrong_field("echo", f"{what}; send fewer prompts, or ask for fewer logprobs", "too_many_scores")
     if is_echo:
         shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)

@@ -12,6 +12,7 @@ from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.frontend import Frontend
 from anabranch.web.api_error import wrong
 from anabranch.web.body import is_int
+from anabranch.web.json_text import Rows
 
 _TOKENIZE = {
     "model": fields.text(256), "prompt": fields.text(2**30), "messages": (lambda value: isinstance(value, list), "a list"),
@@ -47,23 +48,26 @@ class Tokens:
             text = await apart(context.key, rendered, is_rendering=True)
             encode = reader.encode_chat
 
-        def made() -> web.Response:
-            tokens = encode(text) if text else ()
-            found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
-            if body.get("return_token_strs"):
-                found["token_strs"] = [reader.token_text(token)[0] for token in tokens]
-            return context.json(found)
-
-        return await self._maybe_apart(context, len(text or ""), made)
+        tokens = await self._maybe_apart(context, len(text or ""), encode, text) if text else ()
+        found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
+        if body.get("return_token_strs"):
+            found["token_strs"] = Rows(lambda: (reader.token_text(token)[0] for token in tokens))
+        return await context.give_json(found)
 
     async def detokenize(self, context: RequestContext) -> web.StreamResponse:
         """``{"tokens": [...]}`` as text."""
         info, reader = self._frontend.check_ready()
         body = await self._body(context, _DETOKENIZE, is_model_needed=False)
-        tokens = body.get("tokens")
-        if tokens is None or not all(is_int(token) and 0 <= token < info.vocab_size for token in tokens):
-            raise wrong("tokens", f"tokens must be a list of token ids from 0 to {info.vocab_size - 1:,}")
-        return await self._maybe_apart(context, len(tokens), lambda: context.json({"prompt": reader.decode(tokens)}))
+        tokens = body.get("tokens") or []
+
+        def decoded() -> str:
+            if body.get("tokens") is None or not all(
+                is_int(token) and 0 <= token < info.vocab_size for token in tokens
+            ):
+                raise wrong("tokens", f"tokens must be a list of token ids from 0 to {info.vocab_size - 1:,}")
+            return reader.decode(tokens)
+
+        return await context.give_json({"prompt": await self._maybe_apart(context, len(tokens), decoded)})
 
     async def _maybe_apart(self, context: RequestContext, length: int, function: Callable[..., T], *args: Any) -> T:
         """What a function returns, from a thread if it reads so much."""
