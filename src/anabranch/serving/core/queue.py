@@ -5,9 +5,13 @@ Among the keys (whose requests they are) of one priority it is deficit round rob
 turn gets a quantum of tokens and sends requests, oldest first, while their cost is covered; what is left over stays for its next turn.
 A key with many or long requests therefore cannot hold up one with few: in any time in which two keys both wait, what they were given
 differs by at most a quantum and twice the largest cost. With one key it is first come, first served.
+
+A request that ends early has used less than it cost, and its key gets the rest back (`WaitingQueue.refund`). Whoever waited already when
+the cost was charged was given way to by it, and gives way in turn; whoever came later was not, and does not. So from when on two keys both
+wait, one is given more than the bound above by no more than it gave back of what it was given since then.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar
@@ -50,6 +54,9 @@ class WaitingQueue(Generic[T]):
         self._order: list[int] = []
         # By serial number.
         self._where: dict[int, _Flow[T]] = {}
+        # How often a key has begun to wait; and by serial number, how often it had when an item was charged for.
+        self._joined = 0
+        self._charged: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._where)
@@ -66,6 +73,10 @@ class WaitingQueue(Generic[T]):
         if flow is None:
             flow = level.flows[item.key] = _Flow(item.key)
             level.active.append(flow)
+        if not flow.count:
+            self._joined += 1
+            flow.joined = self._joined
+            flow.credits.clear()
         self._put(item, flow, item.own_priority)
 
     def add_front(self, item: T) -> None:
@@ -83,8 +94,9 @@ class WaitingQueue(Generic[T]):
         if flow is None:
             raise IndexError("nothing waits")
         _, item = heappop(flow.heap)
-        # Of no account for those sent back.
-        flow.deficit -= item.cost
+        level = self._levels[item.rank[0]]
+        if flow is not level.front:
+            self._charge(level, flow, item)
         del self._where[item.rank[2]]
         flow.count -= 1
         return item
@@ -99,11 +111,37 @@ class WaitingQueue(Generic[T]):
             heapify(flow.heap)
 
     def refund(self, item: T, tokens: int) -> None:
-        """Give a key back ``tokens`` that it was charged with and did not use, if it still has items that wait."""
+        """An item has ended: give its key back the ``tokens`` that it paid and did not use, if that has waited ever since.
+
+        One that was never taken has been charged with nothing.
+        """
+        charged = self._charged.pop(item.rank[2], None)
         level = self._levels.get(item.rank[0])
         flow = None if level is None else level.flows.get(item.key)
-        if flow is not None:
-            flow.deficit += tokens
+        if charged is not None and flow is not None and flow.count and flow.joined <= charged:
+            flow.credits[charged] += tokens
+
+    def _charge(self, level: "_Level[T]", flow: "_Flow[T]", item: T) -> None:
+        """Of what a key has in its turn, and for the rest of what it was given back."""
+        left = item.cost - flow.deficit
+        flow.deficit = max(0, -left)
+        for charged in self._usable(level, flow):
+            used = min(max(0, left), flow.credits[charged])
+            flow.credits[charged] -= used
+            left -= used
+        # What is used up is let go of.
+        flow.credits = +flow.credits
+        self._charged[item.rank[2]] = self._joined
+
+    def _has(self, level: "_Level[T]", flow: "_Flow[T]") -> int:
+        return flow.deficit + sum(flow.credits[charged] for charged in self._usable(level, flow))
+
+    def _usable(self, level: "_Level[T]", flow: "_Flow[T]") -> list[int]:
+        """What a key was given back of charges that all who wait now have waited for."""
+        if not flow.credits:
+            return []
+        newest = max((other.joined for other in level.active if other.count and other is not flow), default=0)
+        return [charged for charged in flow.credits if charged >= newest]
 
     def _level(self, priority: int) -> "_Level[T]":
         level = self._levels.get(priority)
@@ -139,7 +177,7 @@ class WaitingQueue(Generic[T]):
                 active.popleft()
                 del level.flows[flow.key]
                 continue
-            if flow.deficit >= flow.heap[0][1].cost:
+            if self._has(level, flow) >= flow.heap[0][1].cost:
                 return flow
             # Its quantum is used up.
             if flow.has_turn:
@@ -148,7 +186,7 @@ class WaitingQueue(Generic[T]):
                 continue
             # A whole round without anyone covered: as many rounds as it takes, at once.
             if unserved >= len(active):
-                rounds = min(-(-(flow.heap[0][1].cost - flow.deficit) // self._quantum) for flow in active)
+                rounds = min(-(-(flow.heap[0][1].cost - self._has(level, flow)) // self._quantum) for flow in active)
                 for each in active:
                     each.deficit += (rounds - 1) * self._quantum
                 unserved = 0
@@ -167,7 +205,7 @@ class WaitingQueue(Generic[T]):
 class _Flow(Generic[T]):
     """Items of one key, or those sent back."""
 
-    __slots__ = ("count", "deficit", "has_turn", "heap", "key")
+    __slots__ = ("count", "credits", "deficit", "has_turn", "heap", "joined", "key")
 
     def __init__(self, key: str = "") -> None:
         self.key = key
@@ -177,6 +215,9 @@ class _Flow(Generic[T]):
         self.count = 0
         self.deficit = 0
         self.has_turn = False
+        # When it began to wait; and tokens given back, by when they were charged: numbers of `WaitingQueue._joined`.
+        self.joined = 0
+        self.credits: Counter[int] = Counter()
 
 
 class _Level(Generic[T]):

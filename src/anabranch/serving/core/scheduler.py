@@ -502,8 +502,8 @@ class Scheduler:
             self._waiting.remove(state)
             self._queued_tokens -= state.num_prompt
         self._paused.pop(state, None)
+        self._waiting.refund(state, state.most_tokens - len(state.tokens))
         if state.is_known:
-            self._waiting.refund(state, state.most_tokens - len(state.tokens))
             self._gone.append(state.request.id)
 
 
