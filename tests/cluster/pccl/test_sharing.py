@@ -1,11 +1,16 @@
 """Shared state: the same bits on every peer, only what differs is sent."""
 
+import pickle
+import threading
+
 import pytest
 import torch
 
-from anabranch.cluster.pccl import Kicked, Mismatch, RevisionError, SharedState
-from anabranch.cluster.pccl.elections import elect
+from anabranch.cluster.pccl import Kicked, Mismatch, PeerLost, RevisionError, SharedState
+from anabranch.cluster.pccl import communicator as module
+from anabranch.cluster.pccl.elections import RECEIVE, elect
 from anabranch.cluster.pccl.hashing import tensor_hash
+from anabranch.cluster.pccl.links import LinkError
 from anabranch.errors import InputError
 from pccl_peers import Peer, a_master, together
 
@@ -172,3 +177,131 @@ def test_elections_by_hand():
         1,
     )
     assert elect({0: vote("x", 5)}, 3).error == {"error": "revision", "expected": 4, "got": 5, "peer": 0}
+
+
+def test_where_nothing_was_shared_the_highest_revision_counts_first():
+    """One that begins anew is not what one that goes on with a run from step 1000 has to take."""
+    votes = {
+        0: vote("anew", 1, RECEIVE),
+        1: vote("anew", 1, RECEIVE),
+        2: vote("old", 101, RECEIVE),
+        3: vote("older", 100, RECEIVE),
+    }
+    votes = {peer: {**one, "is_default": True} for peer, one in votes.items()}
+    found = elect(votes, None)
+    assert found.revision == 101
+    assert {peer: source for peer, (source, _) in found.fetches.items()} == {0: 2, 1: 2, 3: 2}
+    # Of equal revisions the most frequent, then what the lowest peer has.
+    del votes[2], votes[3]
+    assert elect(votes | {4: {**vote("other", 1, RECEIVE), "is_default": True}}, None).fetches.keys() == {4}
+    # One that must win does so.
+    assert elect(votes | {5: vote("sent", 0, "send_only")}, None).revision == 0
+
+
+def test_newcomers_do_not_begin_again_where_there_was_a_state():
+    votes = {peer: {**vote("x", 1, RECEIVE), "is_default": True} for peer in range(2)}
+    assert elect(votes, 4).kicked.keys() == {0, 1}
+    assert elect(votes, None).error is None
+
+
+def test_who_has_another_form_than_what_is_shared_is_told_alone():
+    odd = {"revision": 0, "strategy": RECEIVE, "keys": [["w", "float32", [2], "h"]]}
+    found = elect({0: vote("x"), 1: vote("x"), 2: odd}, 0)
+    assert found.error is None
+    assert found.apart.keys() == {2}
+    assert "peer 2 float32 [2]" in found.apart[2]["why"]
+    # One of those who run, or where nothing was shared: nobody knows who is right.
+    assert (
+        elect({0: vote("x"), 1: {**odd, "strategy": "enforce_popular", "revision": 1}}, 0).error["error"] == "mismatch"
+    )
+    assert elect({0: vote("x"), 1: odd}, None).error["error"] == "mismatch"
+
+
+def test_another_source_is_taken_where_there_is_one():
+    votes = {0: vote("x"), 1: vote("x"), 2: vote("y", 0, RECEIVE)}
+    assert elect(votes, 0).fetches[2][0] == 0
+    assert elect(votes, 0, {2: [0]}).fetches[2][0] == 1
+    assert elect(votes, 0, {2: [0, 1]}).fetches[2][0] == 0
+
+
+def test_an_error_of_a_revision_outlives_a_pickle():
+    error = pickle.loads(pickle.dumps(RevisionError(3, 7, 2)))
+    assert (error.expected, error.got, error.peer) == (3, 7, 2)
+    assert "has revision 7" in str(error)
+
+
+def test_a_newcomer_with_another_model_is_sent_away_and_the_others_go_on(master):
+    def work(number, peers):
+        state, worlds = SharedState({"w": torch.zeros(3 if number < 9 else 4)}), []
+        while state.revision < 40 and 3 not in worlds[:-3]:
+            peers.admit()
+            state.revision += 1
+            peers.sync_shared_state(state)
+            worlds.append(peers.all_reduce(torch.ones(1)).world)
+            if state.revision == 2 and number == 0:
+                late.append(Peer(master.address, work, 9))
+            if number == 0 and state.revision == 6:
+                late.append(Peer(master.address, work, 8))
+        return state.revision
+
+    late = []
+    found = together(master.address, 2, work)
+    assert found[0] == found[1]
+    odd, fits = (peer.wait() for peer in late)
+    assert isinstance(odd.error, Mismatch)
+    assert "'w'" in str(odd.error)
+    assert fits.error is None
+
+
+@pytest.mark.parametrize("who", ["source", "newcomer"])
+def test_who_cannot_send_or_fetch_a_state_does_not_end_the_others(master, monkeypatch, who):
+    """Bad memory on one side, a firewall on the other."""
+    gate = threading.Event()
+    fetched = module.fetch
+
+    def fetches(place, *rest, **more):
+        if (who == "newcomer" and gate.is_set()) or (who == "source" and place.peer == sources[0]):
+            raise LinkError(f"peer {place.peer} sent another 'w' than was elected", place.peer)
+        return fetched(place, *rest, **more)
+
+    monkeypatch.setattr(module, "fetch", fetches)
+
+    def work(number, peers):
+        state = SharedState({"w": torch.full((3,), 1.0 if number < 9 else 2.0)})
+        while state.revision < 400 and peers.world_size < 3 and not (late and late[0].error):
+            peers.admit()
+            state.revision += 1
+            try:
+                peers.sync_shared_state(state)
+            except PeerLost:
+                state.revision -= 1
+                lost.append(number)
+                continue
+            told = torch.tensor([float(bool(late and late[0].error))])
+            peers.all_reduce(told, op="max")
+            if number == 0 and not late:
+                sources.append(peers.ring_order[0])
+                gate.set()
+                late.append(Peer(master.address, work, 9))
+            if told.item():
+                break
+        while peers.world_size > 2 or number == 9:
+            state.revision += 1
+            try:
+                peers.sync_shared_state(state)
+                return state.tensors["w"].tolist()
+            except PeerLost:
+                state.revision -= 1
+                lost.append(number)
+        return state.tensors["w"].tolist()
+
+    late, sources, lost = [], [], []
+    peers = [Peer(master.address, work, number, 2) for number in range(2)]
+    assert [(peer.wait().error, peer.value) for peer in peers] == [(None, [1.0] * 3)] * 2
+    late[0].wait()
+    if who == "source":
+        assert (late[0].error, late[0].value) == (None, [1.0] * 3)
+    else:
+        assert isinstance(late[0].error, Kicked)
+        assert "could not fetch" in str(late[0].error)
+    assert lost

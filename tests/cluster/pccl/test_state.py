@@ -19,8 +19,12 @@ STEPS = 3
 class Network:
     """Peers, a master, and messages between them in the order of their connections."""
 
-    def __init__(self, seed, peers, *, losses=0.03, restarts=0.0, failures=0.1, groups=1, gathered=1):
-        self.random, self.groups, self.gathered = random.Random(seed), groups, gathered
+    def __init__(
+        self, seed, peers, *, losses=0.03, restarts=0.0, failures=0.1, groups=1, gathered=1, steps=STEPS, odd=()
+    ):
+        self.random, self.groups, self.gathered, self.steps = random.Random(seed), groups, gathered, steps
+        # What is wrong with those that come when the first have run for a while: their model, their descriptions, or the way to a source.
+        self.odd_kinds, self.odd, self.refused = odd, {}, set()
         self.losses, self.restarts, self.failures = losses, restarts, failures
         self.state, self.now = MasterState(), 0.0
         self.to_master, self.to_peer = {}, {}
@@ -30,12 +34,15 @@ class Network:
         self.opened, self.broken, self.stuck = {}, set(), {}
         self.started, self.reasons, self.group_of = 0, {}, {}
         self.most = peers
-        self.start()
+        for _ in range(gathered if odd else 1):
+            self.start()
 
     def start(self):
         group = self.random.randrange(self.groups)
         peer = self.state.join(group=group, host="h", port=1, pool=1)
         self.group_of[peer] = group
+        if self.odd_kinds and self.started >= self.gathered:
+            self.odd[peer] = self.random.choice(self.odd_kinds)
         self.started += 1
         self.tokens[peer] = self.state.members[peer].token
         self.to_master[peer], self.to_peer[peer], self.aborts[peer] = deque(), deque(), set()
@@ -130,6 +137,12 @@ class Network:
                 self.to_master[peer].append(self.open[peer])
         self.collect()
 
+    def is_time(self):
+        """For another to come: odd ones come to those who have been through a round."""
+        return not self.odd_kinds or all(
+            member.is_proven for member in self.state.members.values() if member.id not in self.odd
+        )
+
     def run(self):
         for _ in range(20_000):
             chance = self.random.random()
@@ -137,7 +150,7 @@ class Network:
                 self.kill(self.random.choice(sorted(self.programs)))
             elif chance < self.losses + self.restarts:
                 self.restart()
-            elif self.started < self.most and self.random.random() < 0.05:
+            elif self.started < self.most and self.random.random() < 0.05 and self.is_time():
                 self.start()
                 self.collect()
             elif not self.deliver():
@@ -171,6 +184,7 @@ def program(network, peer):
         reply = yield {"what": "join"}
         if reply.get("establish"):
             reply = yield established(network, peer, reply)
+    odd = network.odd.get(peer, "")
     is_new, has_shared, revision, world = not reply["gathers"], False, 0, reply["world"]
     while not is_new and world < network.gathered:
         if network.started == network.most and len(network.programs) < network.gathered:
@@ -182,7 +196,7 @@ def program(network, peer):
             if reply.get("establish"):
                 reply = yield established(network, peer, reply)
             world = reply.get("world", world)
-    while revision < STEPS:
+    while revision < network.steps:
         if not is_new:
             reply = yield {"what": "pending"}
             if reply["pending"]:
@@ -195,10 +209,15 @@ def program(network, peer):
             "strategy": "enforce_popular" if has_shared else "receive_only",
             "is_default": True,
         }
-        reply = yield {"what": "sync", **state, "keys": [["w", "float32", [1], f"{revision if has_shared else -1}"]]}
+        form = [2] if odd == "model" else [1]
+        reply = yield {"what": "sync", **state, "keys": [["w", "float32", form, f"{revision if has_shared else -1}"]]}
+        if odd and "error" in reply:
+            network.refused.add(peer)
+            return
         assert "error" not in reply, reply
         revision_there = reply["revision"]
-        reply = yield {"what": "synced", "ok": "from" not in reply or reply["from"][0] in network.programs}
+        ok = "from" not in reply or (reply["from"][0] in network.programs and odd != "way")
+        reply = yield {"what": "synced", "ok": ok}
         if "error" in reply:
             assert reply["error"] == "lost"
             continue
@@ -211,7 +230,14 @@ def program(network, peer):
                 reply = yield established(network, peer, reply)
         is_aborted = True
         while is_aborted:
-            reply = yield {"what": "initiate", "tag": 7, "descriptor": {"count": revision}}
+            reply = yield {
+                "what": "initiate",
+                "tag": 7,
+                "descriptor": {"count": -1 if odd == "description" else revision},
+            }
+            if odd and "error" in reply:
+                network.refused.add(peer)
+                return
             assert "error" not in reply, reply
             seq, ring = reply["seq"], [row[0] for row in reply["ring"]]
             gone = [other for other in ring if other not in network.programs]
@@ -239,9 +265,10 @@ def check(seed, **settings):
         peer: why
         for peer, why in network.kicked.items()
         # Newcomers that all who had the state have left alone are rightly sent away, and those whom their neighbours did not reach twice.
-        if "nobody who is left" not in why and "could not reach" not in why
+        if "nobody who is left" not in why and "could not reach" not in why and peer not in network.odd
     }
     assert not honest, (seed, honest)
+    return network
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -254,11 +281,33 @@ def test_nor_where_the_master_is_restarted_again_and_again(seed):
     check(seed, peers=4, losses=0.01, restarts=0.03, groups=1 + seed % 2, gathered=1 + seed % 3)
 
 
+@pytest.mark.parametrize("odd", ["model", "description", "way"])
+def test_a_newcomer_that_does_not_fit_is_sent_away_alone(odd):
+    """Another model, another description of a collective, or no way to who has the state: those who run hear nothing of it."""
+    came = sent_away = 0
+    for seed in range(15):
+        network = check(seed, peers=5, losses=0.0, failures=0.0, gathered=3, steps=8, odd=(odd,))
+        assert network.finished >= {0, 1, 2}
+        came += len(network.odd)
+        sent_away += len(network.odd.keys() & (network.kicked.keys() | network.refused))
+    assert sent_away > came / 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(0, 1000, 100))
 def test_two_thousand_schedules(seed):
     for one in range(seed, seed + 100):
         check(one + 1000, peers=6, groups=1 + one % 3, gathered=1 + one % 4)
+        check(
+            one + 1000,
+            peers=6,
+            losses=0.0,
+            restarts=0.01,
+            failures=0.0,
+            gathered=3,
+            steps=8,
+            odd=("model", "description", "way"),
+        )
         check(one + 1000, peers=5, losses=0.02, restarts=0.03, groups=1 + one % 3, gathered=1 + one % 4)
 
 
@@ -390,3 +439,167 @@ def test_a_member_that_says_what_no_peer_says_is_dropped_and_nothing_else_happen
     assert "an illegal vote" in dict(state.dropped())[peer]
     # The other takes its place, or could.
     assert len(state.members) == 1
+
+
+def shares(state, votes, req, *, lost=()):
+    """A shared state: votes by peer (revision, strategy, hash); those in ``lost`` cannot fetch. Returns plans and verdicts by peer."""
+    for peer, (revision, strategy, digest) in votes.items():
+        body = {"revision": revision, "strategy": strategy, "keys": [["w", "float32", [1], digest]]}
+        state.vote(peer, {"what": "sync", "req": req, **body}, 0.0)
+    plans = {peer: body for peer, kind, body in state.take() if kind == "reply"}
+    for peer in votes:
+        state.vote(peer, {"what": "synced", "ok": peer not in lost, "req": req + 1}, 0.0)
+    return plans, {peer: body for peer, kind, body in state.take() if kind == "reply"}
+
+
+POPULAR, RECEIVE = "enforce_popular", "receive_only"
+
+
+def test_who_cannot_fetch_takes_another_source_and_is_then_sent_away_alone():
+    state, (first, second, late) = accepted(0, 0, 0)
+    votes = {first: (1, POPULAR, "x"), second: (1, POPULAR, "x"), late: (0, RECEIVE, "y")}
+    plans, told = shares(state, votes, 100, lost=[late])
+    assert plans[late]["from"][0] == first
+    assert {body["error"] for body in told.values()} == {"lost"}
+    # A restart forgets none of it.
+    table = json.loads(json.dumps(to_dict(state)))
+    state = MasterState()
+    from_dict(table, state)
+    plans, told = shares(state, votes, 110, lost=[late])
+    assert plans[late]["from"][0] == second
+    assert "could not fetch the shared state in 2 tries" in dict(state.dropped())[late]
+    plans, told = shares(state, {first: votes[first], second: votes[second]}, 120)
+    assert {peer: body["revision"] for peer, body in told.items()} == {first: 1, second: 1}
+    assert [member.id for member in state.accepted] == [first, second]
+
+
+def test_a_source_from_which_two_could_not_fetch_what_they_had_from_others_is_sent_away():
+    state, (bad, good, third, fourth) = accepted(0, 0, 0, 0)
+    votes = {bad: (1, POPULAR, "x"), good: (1, POPULAR, "x"), third: (0, RECEIVE, "y"), fourth: (0, RECEIVE, "z")}
+    plans, _ = shares(state, votes, 100, lost=[third])
+    assert (plans[third]["from"][0], plans[fourth]["from"][0]) == (bad, good)
+    plans, told = shares(state, votes, 110)
+    assert plans[third]["from"][0] == good
+    assert not any("error" in body for body in told.values())
+    # That round went well, and the next begins anew: the other one meets it.
+    votes = {
+        bad: (2, POPULAR, "x2"),
+        good: (2, POPULAR, "x2"),
+        third: (2, POPULAR, "x2"),
+        fourth: (2, POPULAR, "other"),
+    }
+    plans, _ = shares(state, votes, 120, lost=[fourth])
+    assert plans[fourth]["from"][0] == bad
+    plans, _ = shares(state, votes, 130)
+    assert plans[fourth]["from"][0] == good
+    assert "could not fetch the shared state from it" in dict(state.dropped())[bad]
+    assert [member.id for member in state.accepted] == [good, third, fourth]
+
+
+def test_a_source_that_goes_away_is_nobody_s_fault():
+    state, (first, second, late) = accepted(0, 0, 0)
+    votes = {first: (1, POPULAR, "x"), second: (1, POPULAR, "x"), late: (0, RECEIVE, "y")}
+    shares(state, votes, 100, lost=[late])
+    assert state.members[late].unfetched == [first]
+    state.lost(first, "killed", 0.0)
+    assert state.members[late].unfetched == []
+    _, told = shares(state, {second: votes[second], late: votes[late]}, 110)
+    assert not any("error" in body for body in told.values())
+
+
+def test_a_late_tour_leaves_alone_the_ring_of_those_who_came_since():
+    state, (first,) = accepted(0)
+    state.vote(first, {"what": "optimize", "req": 100}, 0.0)
+    state.vote(first, {"what": "measured", "rates": {}, "req": 101}, 0.0)
+    (job,) = state.jobs()
+    late = state.join(group=0, host="h", port=2, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    state.lost(first, "killed", 0.0)
+    assert state.forming.participants == [late]
+    state.solved(job, is_late=False, now=0.0)
+    state.vote(late, {"what": "established", "ok": True, "req": 2}, 0.0)
+    assert [member.id for member in state.accepted] == [late]
+
+
+def test_a_tour_found_in_the_background_goes_with_the_first_of_its_members():
+    state, (first, second, third) = accepted(0, 0, 0)
+    state.solved({0: [third, second, first]}, is_late=True, now=0.0)
+    state.lost(second, "killed", 0.0)
+    for peer in (first, third):
+        state.vote(peer, {"what": "accept", "req": 100}, 0.0)
+    (told, *_) = [body for _, kind, body in state.take() if kind == "reply"]
+    assert [row[0] for row in told["ring"]] == [first, third]
+
+
+def test_a_tour_found_in_the_background_is_taken_up_when_peers_are_next_let_in():
+    state, (first, second, third) = accepted(0, 0, 0)
+    state.solved({0: [third, second, first]}, is_late=True, now=0.0)
+    for peer in (first, second, third):
+        state.vote(peer, {"what": "accept", "req": 100}, 0.0)
+    for peer in (first, second, third):
+        state.vote(peer, {"what": "established", "ok": True, "req": 101}, 0.0)
+    assert state.order == {0: [third, second, first]}
+
+
+def test_who_comes_back_to_an_aborted_collective_hears_first_that_it_began_and_has_its_time():
+    state, (first, second, third) = accepted(0, 0, 0)
+    for peer in (first, second, third):
+        state.vote(peer, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 0.0)
+    # Killed when the journal was written, and before anybody heard of it.
+    table = json.loads(json.dumps(to_dict(state)))
+    state = MasterState(dead_s=5.0)
+    from_dict(table, state)
+    state.absent(10.0, 0.0)
+    tokens = {peer: member.token for peer, member in state.members.items()}
+    state.resume(first, tokens[first])
+    state.vote(first, {"what": "complete", "tag": 4, "seq": 0, "aborted": True, "req": 101}, 1.0)
+    state.resume(third, tokens[third])
+    state.take()
+    assert state.resume(second, tokens[second])
+    assert [(kind, body.get("seq"), body.get("tags")) for peer, kind, body in state.take() if peer == second] == [
+        ("reply", 0, None),
+        ("abort", None, [[4, 0]]),
+    ]
+    state.tick(5.9)
+    assert second in state.members
+    state.tick(6.0)
+    assert "did not answer an abort" in dict(state.dropped())[second]
+
+
+def test_an_older_collective_that_ends_late_leaves_alone_those_that_began_since():
+    state, (first, second, third) = accepted(0, 0, 0)
+    old = begin(state, [first, second, third], 100)
+    state.lost(third, "killed", 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "initiate", "tag": 2, "descriptor": {}, "req": 101}, 0.0)
+    state.take()
+    for peer in (first, second):
+        state.vote(peer, {"what": "complete", "tag": 1, "seq": old, "aborted": True, "req": 102}, 0.0)
+    assert not state.running[0, 2].is_aborted
+
+
+def test_newcomers_that_wait_for_something_else_are_told_when_it_is_known_who_is_odd():
+    state, (first, second) = accepted(0, 0)
+    for seq in range(2):
+        state.take()
+        begin(state, [first, second], 100 + 10 * seq)
+        for peer in (first, second):
+            state.vote(peer, {"what": "complete", "tag": 1, "seq": seq, "aborted": False, "req": 101 + 10 * seq}, 0.0)
+        for peer in (first, second):
+            state.vote(peer, {"what": "pending", "req": 102 + 10 * seq}, 0.0)
+    late = [state.join(group=0, host="h", port=1, pool=1) for _ in range(2)]
+    for peer in late:
+        state.vote(peer, {"what": "join", "req": 1}, 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "accept", "req": 130}, 0.0)
+    for peer in (first, second, *late):
+        state.vote(peer, {"what": "established", "ok": True, "req": 131}, 0.0)
+    state.take()
+    state.vote(late[0], {"what": "pending", "req": 140}, 0.0)
+    state.vote(late[1], {"what": "optimize", "req": 140}, 0.0)
+    # Either of them may be right.
+    assert state.take() == []
+    state.vote(first, {"what": "optimize", "req": 140}, 0.0)
+    told = [(peer, kind) for peer, kind, _ in state.take()]
+    assert told == [(late[0], "reply"), (late[0], "kick")]
+    assert "waits for" in dict(state.dropped())[late[0]]

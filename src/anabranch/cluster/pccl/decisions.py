@@ -96,12 +96,16 @@ class Decisions(Held):
     def _is_mixed(self) -> bool:
         """Whether peers wait for different things, none of which will come: within a group, or what all groups decide together."""
         everyone = [member for member in self.accepted if member.vote is not None and member.vote["what"] in GLOBAL]
-        if self._told_apart(everyone):
+        if self._told_apart(everyone, self.accepted):
             return True
-        return any(self._told_apart([self.members[peer] for peer in ring]) for ring in self.order.values())
+        rings = [[self.members[peer] for peer in ring] for ring in self.order.values()]
+        return any(self._told_apart(ring, ring) for ring in rings)
 
-    def _told_apart(self, members: list[Member]) -> bool:
-        """Tell members who wait that others of them wait for something else; False where they do not."""
+    def _told_apart(self, members: list[Member], all_of_them: list[Member]) -> bool:
+        """Tell members who wait that others of them wait for something else; False where they do not.
+
+        Newcomers that do otherwise than those who have run for a while are told alone; until one of those has voted, it is not known who.
+        """
         begun = {
             member.id: str(member.vote["what"])
             for member in members
@@ -113,6 +117,13 @@ class Decisions(Held):
         waiting = sorted((begun | began).items())
         first, second = waiting[0], next(one for one in waiting if one[1] != waiting[0][1])
         told = {"error": "mismatch", "why": f"peer {first[0]} waits for {first[1]}, peer {second[0]} for {second[1]}"}
+        if strangers := self._strangers(dict(waiting)):
+            self._send_away(dict.fromkeys(strangers, told))
+            return True
+        if any(member.is_proven for member in all_of_them) and not any(
+            self.members[peer].is_proven for peer, _ in waiting
+        ):
+            return False
         self._answer([member for member in members if member.id in begun], told)
         for member in members:
             for tag in list(member.initiates):
@@ -133,6 +144,8 @@ class Decisions(Held):
         if what not in GLOBAL or not all(waits_for(member, what) for member in accepted):
             return False
         if what == "pending":
+            for member in accepted:
+                member.is_proven |= member.has_reduced
             self._answer(accepted, {"pending": bool(waiting)})
         elif what == "accept":
             rings = _with(self.order | self.found, waiting)
@@ -164,12 +177,18 @@ class Decisions(Held):
             members = [self.members[peer] for peer in ring]
             if group in self.syncing or not all(waits_for(member, "sync") for member in members):
                 continue
-            found = elect({member.id: member.vote for member in members if member.vote}, self.revision.get(group))
+            found = elect(
+                {member.id: member.vote for member in members if member.vote},
+                self.revision.get(group),
+                {member.id: member.unfetched for member in members},
+            )
             if found.error is not None:
                 self._answer(members, found.error)
             elif found.kicked:
                 for peer, why in found.kicked.items():
                     self._remove(peer, why)
+            elif found.apart:
+                self._send_away(found.apart)
             else:
                 self._share(group, members, found.revision, found.fetches)
             return True
@@ -201,11 +220,50 @@ class Decisions(Held):
             if failed or syncing.is_lost:
                 whom = f"peer {failed[0].id} could not fetch it" if failed else "its source went away"
                 self._answer(members, {"error": "lost", "why": f"the shared state is as it was: {whom}"})
+                self._judge(syncing, members, failed)
             elif members:
                 self.revision[group] = syncing.revision
                 self._answer(members, {"revision": syncing.revision})
+                self._judge(syncing, members, [])
+                for member in members:
+                    member.unfetched = []
+                    member.is_proven |= member.has_reduced
             return True
         return False
+
+    def _judge(self, syncing: Syncing, members: list[Member], failed: list[Member]) -> None:
+        """Who could not fetch takes another source next time. One that fails with two is at fault, and so is a source that failed two."""
+        for member in members:
+            source = syncing.sources.get(member.id)
+            if member in failed:
+                # One that is gone is nobody's fault; who had nothing to fetch and says that it failed has itself to blame.
+                if source is None or source in self.members:
+                    member.unfetched.append(member.id if source is None else source)
+            elif source is not None:
+                for doubted in [self.members[other] for other in member.unfetched if other in self.members]:
+                    doubted.doubted = sorted({*doubted.doubted, member.id})
+        for member in members:
+            if len(member.unfetched) >= MOST_FAILURES:
+                self._remove(member.id, f"it could not fetch the shared state in {MOST_FAILURES} tries")
+            elif len(member.doubted) >= MOST_FAILURES:
+                self._remove(member.id, "peers could not fetch the shared state from it, and could from others")
+
+    def _send_away(self, told: dict[int, dict[str, Any]]) -> None:
+        """Members that do something else than the others: each hears why, and the others go on."""
+        for peer, body in told.items():
+            member = self.members[peer]
+            if member.vote is not None:
+                self._answer([member], body)
+            for vote in member.initiates.values():
+                self._reply(member, vote["req"], body)
+            self._remove(peer, str(body["why"]))
+
+    def _strangers(self, said: dict[int, Any]) -> list[int]:
+        """Who does otherwise than all those who have done a round with each other; nobody where there are none, or they do not agree."""
+        known = [said[peer] for peer in said if self.members[peer].is_proven]
+        if not known or any(one != known[0] for one in known):
+            return []
+        return [peer for peer in said if said[peer] != known[0]]
 
     def _all_begin(self) -> bool:
         for group, ring in self.order.items():
@@ -213,13 +271,21 @@ class Decisions(Held):
             for tag, vote in members[0].initiates.items():
                 if not all(tag in member.initiates for member in members):
                     continue
-                held = {member.id: member.initiates.pop(tag) for member in members}
+                held = {member.id: member.initiates[tag] for member in members}
                 other = next((peer for peer in ring if held[peer]["descriptor"] != vote["descriptor"]), None)
                 if other is not None:
-                    why = f"tag {tag}: {_in_words(ring[0], vote)}, {_in_words(other, held[other])}"
+                    told = {
+                        "error": "mismatch",
+                        "why": f"tag {tag}: {_in_words(ring[0], vote)}, {_in_words(other, held[other])}",
+                    }
+                    if strangers := self._strangers({peer: held[peer]["descriptor"] for peer in ring}):
+                        self._send_away(dict.fromkeys(strangers, told))
+                        return True
                     for member in members:
-                        self._reply(member, held[member.id]["req"], {"error": "mismatch", "why": why})
+                        self._reply(member, member.initiates.pop(tag)["req"], told)
                     return True
+                for member in members:
+                    del member.initiates[tag]
                 self._begin(group, tag, members, held)
                 return True
         return False
@@ -247,6 +313,7 @@ class Decisions(Held):
             else:
                 for peer in running.participants:
                     self.members[peer].failures = 0
+                    self.members[peer].has_reduced = True
             return True
         return False
 

@@ -6,7 +6,7 @@ Pure functions of what peers say they have: equal votes, equal plan.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,14 @@ class Election:
         revision: of what was elected.
         fetches: by peer that must fetch, its source and the entries ``[name, dtype, shape, hash]`` that it lacks.
         kicked: by peer that must leave, why.
+        apart: by newcomer whose state has another form than what is shared, what it is told before it must leave.
         error: what all are told instead; None where there is a winner.
     """
 
     revision: int = 0
     fetches: dict[int, tuple[int, list[list[Any]]]] = field(default_factory=dict)
     kicked: dict[int, str] = field(default_factory=dict)
+    apart: dict[int, dict[str, Any]] = field(default_factory=dict)
     error: dict[str, Any] | None = None
 
 
@@ -57,12 +59,17 @@ def check_vote(body: dict[str, Any]) -> None:
         raise WireError("two tensors of one name")
 
 
-def elect(votes: Mapping[int, dict[str, Any]], last: int | None) -> Election:
+def elect(
+    votes: Mapping[int, dict[str, Any]], last: int | None, unfetched: Mapping[int, Collection[int]] | None = None
+) -> Election:
     """Elect by popularity of the whole content; ties go to what the lowest peer has.
+
+    Where nothing was shared before, the highest revision counts first: who goes on with a run comes before who begins anew.
 
     Args:
         votes: by peer: ``revision``, ``strategy``, ``keys`` and whether the strategy ``is_default``.
         last: revision of what was shared before; None where nothing was.
+        unfetched: by peer, sources from which it could not fetch: others are taken where there are any.
     """
     senders = [peer for peer in sorted(votes) if votes[peer]["strategy"] == SEND]
     offers = senders or [peer for peer in sorted(votes) if votes[peer]["strategy"] == POPULAR]
@@ -72,6 +79,9 @@ def elect(votes: Mapping[int, dict[str, Any]], last: int | None) -> Election:
     if not offers:
         why = "nobody who is left has the shared state" + ("" if last is None else f" of revision {last}")
         return Election(kicked=dict.fromkeys(votes, why))
+    if last is None and not senders:
+        newest = max(votes[peer]["revision"] for peer in offers)
+        offers = [peer for peer in offers if votes[peer]["revision"] == newest]
     if wrong := _wrong_revision(votes, last):
         return Election(error=wrong)
     contents = {peer: _content(votes[peer]) for peer in votes}
@@ -80,12 +90,13 @@ def elect(votes: Mapping[int, dict[str, Any]], last: int | None) -> Election:
     counted = Counter(contents[peer] for peer in offers)
     most = max(counted.values())
     winner = next(peer for peer in offers if counted[contents[peer]] == most)
-    if other := next((peer for peer in sorted(votes) if _form(votes[peer]) != _form(votes[winner])), None):
-        return Election(error=_apart(votes, winner, other))
-    return Election(
-        revision=votes[winner]["revision"],
-        fetches=_fetches(votes, winner, [peer for peer in sorted(votes) if _keys(votes[peer]) == _keys(votes[winner])]),
-    )
+    if others := [peer for peer in sorted(votes) if _form(votes[peer]) != _form(votes[winner])]:
+        if last is not None and all(votes[peer]["strategy"] == RECEIVE for peer in others):
+            # It is they who do not fit to what the others have.
+            return Election(apart={peer: _apart(votes, winner, peer) for peer in others})
+        return Election(error=_apart(votes, winner, others[0]))
+    sources = [peer for peer in sorted(votes) if _keys(votes[peer]) == _keys(votes[winner])]
+    return Election(revision=votes[winner]["revision"], fetches=_fetches(votes, winner, sources, unfetched or {}))
 
 
 def _wrong_revision(votes: Mapping[int, dict[str, Any]], last: int | None) -> dict[str, Any] | None:
@@ -98,14 +109,15 @@ def _wrong_revision(votes: Mapping[int, dict[str, Any]], last: int | None) -> di
 
 
 def _fetches(
-    votes: Mapping[int, dict[str, Any]], winner: int, sources: list[int]
+    votes: Mapping[int, dict[str, Any]], winner: int, sources: list[int], unfetched: Mapping[int, Collection[int]]
 ) -> dict[int, tuple[int, list[list[Any]]]]:
     """Sources take turns, so that none serves more than its share."""
     found: dict[int, tuple[int, list[list[Any]]]] = {}
     for peer in sorted(votes):
         held = {entry[0]: entry[3] for entry in votes[peer]["keys"]}
         if lacking := [entry for entry in votes[winner]["keys"] if held[entry[0]] != entry[3]]:
-            found[peer] = (sources[len(found) % len(sources)], lacking)
+            others = [source for source in sources if source not in unfetched.get(peer, ())] or sources
+            found[peer] = (others[len(found) % len(others)], lacking)
     return found
 
 

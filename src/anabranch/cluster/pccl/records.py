@@ -33,6 +33,9 @@ class Member:
         initiates: by tag, its votes to begin a collective.
         answered: by number of the vote, what it was told and may not know yet.
         failures: times in a row in which others could not reach it.
+        unfetched: sources from which it could not fetch what is being shared.
+        doubted: members that could not fetch from it, and could from others.
+        has_reduced, is_proven: whether it has been through a collective, and through a vote of all after it: it runs what the others run.
     """
 
     id: int
@@ -47,6 +50,10 @@ class Member:
     initiates: dict[int, dict[str, Any]] = field(default_factory=dict)
     answered: dict[int, dict[str, Any]] = field(default_factory=dict)
     failures: int = 0
+    unfetched: list[int] = field(default_factory=list)
+    doubted: list[int] = field(default_factory=list)
+    has_reduced: bool = False
+    is_proven: bool = False
 
     @property
     def place(self) -> list[Any]:
@@ -166,6 +173,10 @@ class Held:
         self._dropped.append((peer, why))
         self._deadlines.pop(peer, None)
         self._asked_to_measure.discard(peer)
+        for left in self.members.values():
+            # Of one that is gone nobody could fetch; and what it said of others counts no more.
+            left.unfetched = [source for source in left.unfetched if source != peer]
+            left.doubted = [by for by in left.doubted if by != peer]
         self.is_changed = True
         if self.forming is not None and peer in self.forming.participants:
             self.forming.participants.remove(peer)

@@ -149,9 +149,11 @@ class MasterState(Decisions):
             self.found |= fitting
             return
         self.is_solving = False
-        self._asked_to_measure.clear()
-        waiting = [member for member in self.accepted if waits_for(member, "measured")]
-        self._form({**{group: list(ring) for group, ring in self.order.items()}, **fitting}, [], waiting)
+        waiting = [self.members[peer] for peer in sorted(self._asked_to_measure)]
+        # Those whom it was sought for may all be gone, and others be about something else.
+        if waiting and all(waits_for(member, "measured") for member in waiting):
+            self._asked_to_measure.clear()
+            self._form({**{group: list(ring) for group, ring in self.order.items()}, **fitting}, [], waiting)
         self._evaluate()
 
     def _vote(self, member: Member, body: dict[str, Any]) -> None:
