@@ -40,6 +40,12 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "consistency": (Bar(20, "SRP.*", "numpy, window by window"), Bar(50, "SCH.*", "Python, size by size")),
     "designs": (Bar(0.87, ".*, training .*"), Bar(0.91, ".*, decoding.*")),
     "duo_llm": (Bar(1.67, ".* 25% big d=(192|[2-9][0-9][0-9]|[0-9]{4,}) .*"),),
+    "elaswave": (
+        # Half of its time, and 0.3 of it.
+        Bar(2.0, "recovery, .*", "torchft"),
+        Bar(1 / 0.3, "edit, .*", "gloo groups"),
+        Bar(1.0, "a step after .*", "ReCycle|TorchFT"),
+    ),
     "elasticmoe": (Bar(5, "one device more.*"),),
     "expertflow": (Bar(1.5, peer="LRU per layer"), Bar(1.0, ".* 25% .*", "transformers")),
     "fastrp": (Bar(3, peer="published.*"), Bar(1.0, "(?!tuned).* columns, .*", r"fastrp \(pip\)"), Bar(100, "tuned, .*", "DeepWalk.*")),
@@ -141,6 +147,7 @@ AWAITED: dict[str, frozenset[Bar]] = {
     "served_depth": frozenset(BARS["served_depth"]),
     "routed_heads": frozenset(BARS["routed_heads"]),
     "gpipe": frozenset(BARS["gpipe"]),
+    "elaswave": frozenset(BARS["elaswave"]),
     "pccl": frozenset(BARS["pccl"]),
     "ring_attention": frozenset(BARS["ring_attention"]),
     "rl": frozenset(BARS["rl"]),

@@ -76,6 +76,7 @@ def steps_in(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_from_text_to_a_trained_model_through_a_kill_and_a_newcomer(begun, cli, tmp_path, tiny, data):
     """Two replicas of two stages; the process that writes is killed, and another one comes. The losses are those of one process."""
     told_often = ["--set=train.log_every=1", "--set=train.eval_every=5"]
@@ -118,6 +119,7 @@ def test_from_text_to_a_trained_model_through_a_kill_and_a_newcomer(begun, cli, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_run_that_lost_too_much_says_what_is_left_and_goes_on_alone(begun, cli, tmp_path, tiny, data):
     settings = ["dense", "--steps", 400, *tiny, *data, "--set=train.checkpoint_every=5", "--set=train.log_every=1"]
     host = begun("cluster", "coordinate", "--listen", "127.0.0.1:0", "--replicas", 2, "--json")

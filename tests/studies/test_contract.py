@@ -20,6 +20,7 @@ NOT_RUN = {
     "carl_highway",
     "dr_llm",
     "dynmole",
+    "elaswave",
     "ftp",
     "glider",
     "gpipe",

@@ -23,6 +23,7 @@ STUDIES = {
     "composition_of_experts": "anabranch.studies.composition_of_experts:make",
     "dr_llm": "anabranch.studies.dr_llm:make",
     "duo_llm": "anabranch.studies.duo_llm:make",
+    "elaswave": "anabranch.studies.elaswave:make",
     "elasticmoe": "anabranch.studies.elasticmoe:make",
     "fastrp": "anabranch.studies.fastrp:make",
     "expertflow": "anabranch.studies.expertflow:make",

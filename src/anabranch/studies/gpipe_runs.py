@@ -379,7 +379,7 @@ def run_transparency(config: Transparency, seed: int, progress: Progress) -> Met
     vocab = data.tokenizer.vocab_size
     model = nn.Sequential(
         nn.Embedding(vocab, config.width),
-        *(_Causal(config.width) for _ in range(config.layers)),
+        *(Causal(config.width) for _ in range(config.layers)),
         nn.LayerNorm(config.width),
         nn.Linear(config.width, vocab),
     )
@@ -402,7 +402,7 @@ def run_transparency(config: Transparency, seed: int, progress: Progress) -> Met
     return {"validation": total / count, "first": losses[0], "last": losses[-1]}
 
 
-class _Causal(nn.Module):
+class Causal(nn.Module):
     """A block of attention and feed-forward with dropout, which sees what came before."""
 
     def __init__(self, width: int) -> None:
@@ -410,6 +410,7 @@ class _Causal(nn.Module):
         self.layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, L, D]`` to the same."""
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
         made: Tensor = self.layer(x, src_mask=mask, is_causal=True)
         return made

@@ -359,6 +359,7 @@ class ElasticTrainer:
             "steps": self.steps,
             "stage": None if work is None else work.stage,
             "layers": None if work is None else [work.layers.start, work.layers.stop - 1],
+            "is_moving": self._member.stream is not None,
             "stages": None if work is None else [list(stage) for stage in work.layout.grid.stages],
             "links": self._links.count,
             "links_ever": self._links.opened,
