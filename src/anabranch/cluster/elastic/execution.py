@@ -25,9 +25,9 @@ from anabranch.cluster.elastic.timing import simulate_ranks
 from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.cluster.keyed_random import KeyedDropout, drawing, random_key
 from anabranch.cluster.schedules import FORWARD
-from anabranch.errors import ConfigError
+from anabranch.errors import ConfigError, InputError
 
-__all__ = ["Batch", "StageStep", "StepSettings", "Work", "draws_of"]
+__all__ = ["Batch", "StageStep", "StepSettings", "Work", "check_batch", "draws_of"]
 
 # The whole batch: inputs and targets, tensors of B samples (or tuples of such).
 Batch = tuple[Any, Any]
@@ -287,3 +287,14 @@ def _cut(value: Any, first: int, end: int) -> list[Tensor]:
     """The samples of a tensor, or of each of a tuple."""
     parts = value if isinstance(value, tuple | list) else (value,)
     return [part[first:end] for part in parts]
+
+
+def check_batch(batch: Batch, global_batch: int) -> None:
+    """Raise InputError for what is no whole batch."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise InputError(f"batch is a {type(batch).__name__}; give (inputs, targets)")
+    for name, part in zip(("inputs", "targets"), batch, strict=True):
+        for tensor in part if isinstance(part, tuple | list) else (part,):
+            if not isinstance(tensor, Tensor) or not tensor.ndim or len(tensor) != global_batch:
+                shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise InputError(f"{name} are {shape}, and global_batch is {global_batch}; give the whole batch")

@@ -1,12 +1,14 @@
-"""Ranks as the coordinator knows them, and who may be one."""
+"""Ranks as the coordinator knows them: who may be one, what their votes add up to, and which checkpoint all of them have written."""
 
 import hmac
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.cluster.elastic.wire import Channel, Header
 
-__all__ = ["Seat", "refusal"]
+__all__ = ["Checkpoints", "Seat", "counted", "refusal"]
 
 
 @dataclass
@@ -54,3 +56,48 @@ def refusal(hello: Header, signature: Header | None, mesh: tuple[int, int]) -> s
         if not hmac.compare_digest(json.dumps(mine), json.dumps(theirs.get(name))):
             return f"its {name} is {theirs.get(name)}, and those here have {mine}"
     return None
+
+
+def counted(seats: Collection[Seat]) -> dict[str, str]:
+    """By name, what votes told of the loss and its terms, added up; votes are then gone."""
+    sums: dict[str, TreeSum[float]] = {}
+    votes = [seat.vote or {} for seat in seats]
+    for vote in votes:
+        for name, level, place, value in vote["loss"]:
+            tree = sums.setdefault(name, TreeSum(int(votes[0]["blocks"])))
+            tree.add_node((level, place), float.fromhex(value))
+    for seat in seats:
+        seat.vote = None
+    return {name: tree.root().hex() for name, tree in sums.items()}
+
+
+class Checkpoints:
+    """What ranks have written.
+
+    Attributes:
+        newest: where, and of which step; None where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.newest: str | None = None
+        self._told: dict[int, Header] = {}
+
+    def wrote(self, where: str, version: int) -> None:
+        """One rank has written all."""
+        self.newest = f"{where} (step {version})"
+
+    def saved(self, rank: int, header: Header, ranks: Sequence[int]) -> Header | None:
+        """A rank has written its slices, or could not; what all are told when the last of ``ranks`` has."""
+        self._told[rank] = header
+        of = {one: self._told.get(one) for one in ranks}
+        if not all(told is not None and told["version"] == header["version"] for told in of.values()):
+            return None
+        self._told = {}
+        answer: Header = {"kind": "saved", "version": header["version"], "folder": header["folder"]}
+        failed = next((one for one, told in of.items() if told and told.get("why")), None)
+        if failed is None:
+            self.wrote(header["folder"], header["version"])
+            answer["files"] = {str(one): told["file"] for one, told in of.items() if told}
+        else:
+            answer["why"] = f"rank {failed}: {(of[failed] or {})['why']}"
+        return answer

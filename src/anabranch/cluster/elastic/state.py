@@ -27,6 +27,7 @@ __all__ = [
     "flat_of",
     "install",
     "snapshot_of",
+    "weights_digest",
 ]
 
 # Of parameters; or, where runs of numbers learn otherwise, of groups of them, as torch's optimizers take both.
@@ -348,3 +349,12 @@ def check_layers(layers: Sequence[nn.Module]) -> None:
                     f"layer {number} has running statistics ({name or type(module).__name__}), which depend on who saw which samples; "
                     "use a norm without them"
                 )
+
+
+def weights_digest(layers: Sequence[nn.Module]) -> str:
+    """A hash of what all begin with."""
+    found = hashlib.blake2b(digest_size=16)
+    for layer in layers:
+        flat = flat_of(layer).contiguous()
+        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return found.hexdigest()

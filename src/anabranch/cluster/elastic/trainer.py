@@ -9,23 +9,20 @@ Every rank runs this. A rank that comes later runs it too: the constructor waits
 what they had comes from neighbours, the step is done again by those who are left, with the same samples and the same random numbers.
 
 `anabranch.cluster.elastic.member` is a rank's standing in a layout, and how it comes to another; `control` its connection to the
-coordinator, `exchange` what ranks give each other in a step, `execution` the work of a stage.
+coordinator, `stepping` a step, of which `execution` is the work of a stage, and `exchange` what ranks give each other.
 """
 # Shapes: B samples, N numbers of a layer
 
-import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from anabranch.cluster.elastic.control import Control
-from anabranch.cluster.elastic.exchange import clipped, gathered, reduced, whole_slices, whole_weights
-from anabranch.cluster.elastic.execution import Batch, StageStep, StepSettings, draws_of
+from anabranch.cluster.elastic.exchange import whole_weights
+from anabranch.cluster.elastic.execution import Batch, StepSettings, check_batch, draws_of
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
 from anabranch.cluster.elastic.member import Member
 from anabranch.cluster.elastic.saving import read_slices, write_manifest, write_slices
@@ -35,32 +32,16 @@ from anabranch.cluster.elastic.state import (
     Groups,
     OptimizerFactory,
     Slice,
-    State,
     Updater,
     check_layers,
-    flat_of,
     install,
     learning,
+    weights_digest,
 )
-from anabranch.cluster.elastic.wire import Header
-from anabranch.errors import AnabranchError, CheckpointError, ConfigError, InputError, PeerError
+from anabranch.cluster.elastic.stepping import Step, Stepping
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError, PeerError
 
-__all__ = ["ElasticTrainer", "Step"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step gave, as all ranks have it.
-
-    Attributes:
-        loss: a mean over the batch.
-        terms: what else the loss told, likewise.
-        norm: of the gradient before it was clipped; None where nobody asked.
-    """
-
-    loss: float
-    terms: dict[str, float] = field(default_factory=dict)
-    norm: float | None = None
+__all__ = ["ElasticTrainer"]
 
 
 class ElasticTrainer:
@@ -100,8 +81,6 @@ class ElasticTrainer:
 
     Attributes:
         rank: its name among ranks; those who come later have new ones.
-        last: what the newest step gave.
-        gathered: (committed steps, each layer's slice whole) at the first rank after a step that gathers; None elsewhere.
 
     Raises ConfigError for what cannot be trained so, CheckpointError for a checkpoint that is none or damaged, PeerError where the
     coordinator is not there or refuses.
@@ -151,14 +130,7 @@ class ElasticTrainer:
         updater = Updater(optimizer_factory, learning_rate, groups)
         sizes = [sum(parameter.numel() for parameter in learning(layer)) for layer in self._layers]
         version, loaded = self._resumed(resume, sizes)
-        self._clip, self._skips_infinite = clip, skips_infinite
-        self._gathers = gathers or (lambda version: False)
         self._probe = probe or (lambda state: None)
-        self._batches: dict[int, Batch] = {}
-        self.last = Step(math.nan)
-        self.gathered: tuple[int, dict[int, Slice]] | None = None
-        # (committed steps, epoch of the layout) of what was gathered last.
-        self._gathered_at = (-1, 0)
         key = secret.encode()
         self._links = LinkPool(
             host,
@@ -173,6 +145,10 @@ class ElasticTrainer:
         self._member = Member(
             self._layers, sizes, updater, links=self._links, control=self._control, snapshots=self._snapshots, loaded=loaded,
             version=version, probe=self._probe, on_change=on_epoch_change,
+        )  # fmt: skip
+        self._stepping = Stepping(
+            self._member, self._links, self._control, self._snapshots, self._layers, clip=clip, skips_infinite=skips_infinite,
+            gathers=gathers, probe=self._probe,
         )  # fmt: skip
         try:
             self._control.connect(coordinator, key)
@@ -209,7 +185,7 @@ class ElasticTrainer:
         }
         welcome = self._control.ask(
             "hello", "welcome", "the coordinator does not answer", host=host, port=self._links.port, wish=wish,
-            mesh=None if mesh is None else list(mesh), version=self._member.version, weights=_weights_of(self._layers),
+            mesh=None if mesh is None else list(mesh), version=self._member.version, weights=weights_digest(self._layers),
             signature=signature,
         )  # fmt: skip
         self.rank = self._links.rank = int(welcome["rank"])
@@ -225,9 +201,19 @@ class ElasticTrainer:
         return self._member.version
 
     @property
+    def last(self) -> Step:
+        """What the newest step gave."""
+        return self._stepping.last
+
+    @property
+    def gathered(self) -> tuple[int, dict[int, Slice]] | None:
+        """(committed steps, each layer's slice whole) at the first rank after a step that gathers; None elsewhere."""
+        return self._stepping.gathered
+
+    @property
     def has_weights(self) -> bool:
         """Whether all layers here have the weights of the committed step."""
-        return self._gathered_at[0] == self.steps
+        return self._stepping.gathered_at[0] == self.steps
 
     @property
     def is_first(self) -> bool:
@@ -244,23 +230,23 @@ class ElasticTrainer:
         coordinator stopped or this rank was cast out; and what layers raise. That ends this rank, and the others go on, unless the same
         step ends another one in the same way.
         """
-        self._check_batch(batch)
+        check_batch(batch, self._settings.global_batch)
         version = self.steps
-        self._batches[version] = batch
-        self._batches = {step: one for step, one in self._batches.items() if step >= version - 1}
+        made = self._stepping
+        made.batches = {version: batch} | {step: one for step, one in made.batches.items() if step == version - 1}
         try:
             self._run_to(version + 1)
         except Exception as error:
             self._control.fail(error, self.steps)
             raise
-        return self.last.loss
+        return self._stepping.last.loss
 
     def _run_to(self, goal: int) -> None:
         """Make steps until so many are committed, also those that are taken back on the way."""
         while self.steps < goal:
             try:
                 self._control.raise_if_called()
-                self._one_step()
+                self._stepping.make()
             except CalledAwayError:
                 self._member.follow()
 
@@ -271,7 +257,7 @@ class ElasticTrainer:
                 self._control.raise_if_called()
                 member = self._member
                 assert member.work is not None
-                self._install(whole_weights(self._links, member.work, member.state.flat, f"s{self.steps}"))
+                self._stepping.install(whole_weights(self._links, member.work, member.state.flat, f"s{self.steps}"))
             except CalledAwayError:
                 version = self.steps
                 self._member.follow()
@@ -295,8 +281,8 @@ class ElasticTrainer:
                 try:
                     control.raise_if_called()
                     # After a change of ranks another one may be the first, and one that came has nothing.
-                    if self._gathered_at != (goal, self._member.layout_epoch):
-                        self._gather(self._member.state, goal, f"z{goal}")
+                    if self._stepping.gathered_at != (goal, self._member.layout_epoch):
+                        self._stepping.gather(self._member.state, goal, f"z{goal}")
                     if self.is_first:
                         self.wrote(write(), is_last=True)
                     control.wait_until(lambda: "finished" in control.answers, None)
@@ -394,100 +380,3 @@ class ElasticTrainer:
 
     def __exit__(self, kind: object, error: BaseException | None, *more: object) -> None:
         self.close(error)
-
-    # A step
-
-    def _one_step(self) -> None:
-        member, links = self._member, self._links
-        work, version = member.work, member.version
-        assert work is not None
-        member.take_live_news()
-        if version not in self._batches:
-            raise PeerError(f"step {version} was taken back, and this rank does not have its batch any more")
-        before, stream = member.state, member.stream
-        if stream is not None:
-            self._probe("stream")
-            stream.send_chunks(links, before.slices, version)
-        run = StageStep(work, member.settings, self._layers, links, version)
-        run.run(self._batches[version], self._probe)
-        self._probe("reduce")
-        gradients: dict[int, Tensor] | None = reduced(links, work, member.settings, member.sizes, run)
-        norm = None
-        if self._clip is not None or self._skips_infinite:
-            assert gradients is not None
-            gradients, norm = clipped(links, work, gradients, version, self._clip)
-            if self._skips_infinite and not math.isfinite(norm):
-                gradients = None
-        self._probe("update")
-        if stream is not None:
-            stream.send_gradients(links, before.slices, gradients, version)
-        shadow = before
-        if gradients is not None:
-            slices = member.updater.next_slices(before.slices, gradients, version)
-            shadow = State(gathered(links, work, member.sizes, slices, version), slices)
-        if stream is not None:
-            stream.take(links, version)
-        if self._gathers(version + 1):
-            self._gather(shadow, version + 1, f"g{version}")
-        self._snapshots.wait(self.rank, member.layout_epoch, work.layout, version)
-        self._probe("vote")
-        self._vote(run)
-        self._probe("voted")
-        self._commit(self._control.decided("commit", "the coordinator does not decide"), shadow, norm)
-
-    def _vote(self, run: StageStep) -> None:
-        member = self._member
-        work, settings = member.work, member.settings
-        assert work is not None
-        samples = sum(len(work.samples(column)) for column in range(settings.micro_batches))
-        # The backward takes about twice the forward.
-        costs = {str(layer): 3 * seconds / samples for layer, seconds in run.seconds.items()} if samples else {}
-        sums = {"": run.losses, **run.terms}
-        self._control.tell(
-            "vote",
-            epoch=self._control.epoch,
-            step=member.version,
-            blocks=settings.leaves(len(work.layout.grid.stages[-1])),
-            loss=[[name, *node, value.hex()] for name, tree in sums.items() for node, value in tree.nodes()],
-            costs=costs,
-        )
-
-    def _commit(self, news: Header, shadow: State, norm: float | None) -> None:
-        self._probe("commit")
-        self._member.commit(int(news["step"]), shadow)
-        told = {name: float.fromhex(value) for name, value in news["loss"].items()}
-        self.last = Step(told.pop(""), told, norm)
-
-    def _gather(self, state: State, version: int, tag: str) -> None:
-        """Weights of all layers here, and at the first rank all state of the optimizer."""
-        self._probe("gather")
-        work = self._member.work
-        assert work is not None
-        self._install(whole_weights(self._links, work, state.flat, f"{tag}w"))
-        whole = whole_slices(self._links, work, self._member.sizes, state.slices, f"{tag}s")
-        self.gathered = None if whole is None else (version, whole)
-        self._gathered_at = (version, self._member.layout_epoch)
-
-    def _install(self, flat: Mapping[int, Tensor]) -> None:
-        for layer, weights in flat.items():
-            install(self._layers[layer], weights)
-
-    def _check_batch(self, batch: Batch) -> None:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise InputError(f"batch is a {type(batch).__name__}; give (inputs, targets)")
-        for name, part in zip(("inputs", "targets"), batch, strict=True):
-            for tensor in part if isinstance(part, tuple | list) else (part,):
-                if not isinstance(tensor, Tensor) or not tensor.ndim or len(tensor) != self._settings.global_batch:
-                    shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                    raise InputError(
-                        f"{name} are {shape}, and global_batch is {self._settings.global_batch}; give the whole batch"
-                    )
-
-
-def _weights_of(layers: Sequence[nn.Module]) -> str:
-    """A hash of what all begin with."""
-    found = hashlib.blake2b(digest_size=16)
-    for layer in layers:
-        flat = flat_of(layer).contiguous()
-        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return found.hexdigest()
