@@ -1,5 +1,6 @@
 """Processes that share one run and may be lost and come: ``parallel.elastic`` of the trainer."""
 
+import math
 import os
 import signal
 import threading
@@ -125,6 +126,23 @@ def test_alone_it_is_the_plain_run(make_run, tmp_path, clip):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(make_run, tmp_path, monkeypatch):
+    def spoiled(output, target):
+        calls.append(1)
+        loss, terms = block_loss(output, target)
+        return (loss * math.inf if len(calls) == 9 else loss), terms
+
+    run, calls = make_run(dense(), steps=4, schedule=Constant.Config()), []
+    monkeypatch.setattr(elastic_module, "block_loss", spoiled)
+    with Coordinator(replicas=1, stages=1) as host:
+        result = Trainer(shared(run, host), tmp_path / "a").fit()
+    # The third step has the samples 8 to 11.
+    assert (result.status, result.skipped_steps) == ("finished", 1)
+    norms = [line["gradient_norm"] for line in read_metrics(tmp_path / "a") if line["kind"] == "train"]
+    assert [norm is None for norm in norms] == [False, False, True, False]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "a").values())
+
+
 def test_it_goes_on_from_a_plain_run_and_a_plain_run_from_it(make_run, tmp_path):
     run = make_run(dense(), steps=9, schedule=Constant.Config())
     Trainer(run, tmp_path / "plain").fit()
@@ -159,6 +177,8 @@ def test_what_does_not_go_together_is_told_before_training(make_run, tmp_path):
     beside = shared(run, "127.0.0.1:1").parallel
     with pytest.raises(ConfigError, match=r"parallel\.diloco\.master is set"):
         Trainer(run.replace(parallel=beside.replace(diloco=DiLoCoConfig(master="127.0.0.1:2"))), tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"parallel\.elastic\.host is '127\.0\.0\.1', where no other machine"):
+        Trainer(shared(run, "10.0.0.1:1"), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"train\.accumulation \(parallel\.elastic\.block"):
         Trainer(shared(run.replace(train=run.train.replace(accumulation=2)), "127.0.0.1:1"), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"BiasBalancer\) learns from the loads of each step"):

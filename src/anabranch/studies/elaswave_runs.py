@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -137,25 +138,40 @@ def _learn_elastic(config: Consistent, seed: int, events: list[tuple[int, str]])
     ):
         number_of = {rank: rank for rank in range(world)}
         for step, kind in events:
-            _until(host, lambda host, step=step: host.version >= step)
+            _until(host, partial(_has_made, step))
             before = set(host.ranks)
             if kind == "join":
                 process = ranks.join(elastic_rank, *arguments, host.address)
-                _until(host, lambda host, before=before: set(host.ranks) > before)
+                _until(host, partial(_has_more_than, before))
                 number_of[max(host.ranks)] = process
                 ranks.store.set(f"come-{step}", "")
-                _until(host, lambda host: host.layout is not None and set(host.layout.grid.ranks) == set(host.ranks))
             else:
                 victim = int(generator.choice(sorted(before)))
                 ranks.kill(number_of[victim])
-                _until(
-                    host, lambda host, victim=victim: host.layout is not None and victim not in host.layout.grid.ranks
-                )
+                _until(host, partial(_is_without, victim))
+            _until(host, _is_settled)
         told = ranks.wait()
     points: dict[int, float] = {}
     for one in told:
         points |= one
     return [points[step] for step in sorted(points)]
+
+
+def _has_made(step: int, host: Coordinator) -> bool:
+    return host.version >= step
+
+
+def _has_more_than(ranks: set[int], host: Coordinator) -> bool:
+    return set(host.ranks) > ranks
+
+
+def _is_without(rank: int, host: Coordinator) -> bool:
+    return rank not in host.ranks
+
+
+def _is_settled(host: Coordinator) -> bool:
+    """Whether all who are there are in the layout."""
+    return host.layout is not None and set(host.layout.grid.ranks) == set(host.ranks)
 
 
 def _until(host: Coordinator, holds: Callable[[Coordinator], bool]) -> None:
@@ -280,7 +296,8 @@ def contiguous(before: Layout, after: Layout, sizes: list[int]) -> int:
     places = [0, *accumulate(sizes)]
 
     def owners(layout: Layout) -> tuple[list[int], list[int]]:
-        edges, ranks = [0], []
+        edges: list[int] = [0]
+        ranks: list[int] = []
         for part, stage in zip(layout.parts, layout.grid.stages, strict=True):
             first = places[part.start]
             edges += [first + at for at in bounds(places[part.stop] - first, len(stage))[1:]]

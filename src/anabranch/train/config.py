@@ -158,7 +158,7 @@ class ElasticConfig(Config):
         micro_batches: M, into which a step is cut; None for twice the stages. Results do not depend on it.
         block: sequences that go through the layers together; what a loss takes over a micro-batch it takes over these.
         snapshot_copies: processes that keep a copy of what one has, so that as many may be lost at once.
-        host: where other processes reach this one.
+        host: where other processes reach this one; of several machines each has its own.
         timeout_s: seconds after which a wait for another process, or the coordinator, gives up.
     """
 

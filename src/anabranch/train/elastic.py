@@ -1,7 +1,7 @@
 """One training that several processes share, and that goes on when some are lost or come (``parallel.elastic``), as the trainer sees it.
 
-anabranch cluster coordinate --listen 0.0.0.0:48149 --replicas 2 --stages 2
-anabranch train dense --out runs/a --resume auto --set parallel.elastic.coordinator=10.0.0.1:48149        # in each process
+anabranch cluster coordinate --replicas 2 --stages 2
+anabranch train dense --out runs/a --resume auto --set parallel.elastic.coordinator=127.0.0.1:48149        # in each process
 
 A step is made by `anabranch.cluster.elastic.ElasticTrainer`: a call of `Elastic` as the model is the whole step with its update. All
 processes see the whole batch, evaluate all of the held-out data, and have all weights after steps that are evaluated or saved; the first
@@ -28,6 +28,7 @@ from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, ConfigError, PeerError
 from anabranch.lm.decoder import Decoder, DecoderOutput
 from anabranch.routing.balance import LoadCounter
+from anabranch.sockets import is_local
 from anabranch.train.config import ElasticConfig, RunConfig, TaskRunConfig
 from anabranch.train.elastic_layers import block_loss, elastic_layers
 from anabranch.train.optimizer import FACTOR
@@ -81,9 +82,11 @@ class Elastic:
     @classmethod
     def check(cls, config: RunConfig | TaskRunConfig) -> None:
         """Raise ConfigError where other settings do not go together with it."""
-        if config.parallel.elastic.coordinator is None:
-            return
         train, parallel = config.train, config.parallel
+        coordinator = parallel.elastic.coordinator
+        if coordinator is None:
+            return
+        _check_host(coordinator, parallel.elastic.host)
         beside = {
             "train.parallel": train.parallel != "none",
             "train.compile": train.compile,
@@ -98,7 +101,7 @@ class Elastic:
             "parallel.exact": parallel.exact is not None,
             "parallel.diloco.master": parallel.diloco.master is not None,
         }
-        said = f"parallel.elastic.coordinator is {parallel.elastic.coordinator!r}"
+        said = f"parallel.elastic.coordinator is {coordinator!r}"
         if refused := [name for name, is_set in beside.items() if is_set]:
             raise ConfigError(
                 f"{said}, and {refused[0]} is set; the coordinator says what replicas and stages there are"
@@ -354,6 +357,15 @@ class Elastic:
             scalars = {"step": torch.tensor(next(iter(steps)))} if steps else {}
             found[number] = Slice(0, len(flat), {PARAM: flat, **tensors}, scalars)
         return found
+
+
+def _check_host(coordinator: str, host: str) -> None:
+    """Raise ConfigError where processes of other machines would be told an address that is each one's own."""
+    if is_local(host) and not is_local(coordinator.rpartition(":")[0].strip("[]")):
+        raise ConfigError(
+            f"parallel.elastic.host is {host!r}, where no other machine reaches this one, and the coordinator is at {coordinator!r}; "
+            "set it to an address of this machine that they reach"
+        )
 
 
 def _tell_change(told: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from anabranch.cluster.elastic import UnrecoverableError
 from anabranch.errors import AnabranchError, ConfigError, DataError, NotFiniteError, PeerError
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
@@ -337,7 +338,13 @@ class Trainer(Generic[R]):
             is_logged = (progress.step + 1) % settings.log_every == 0
             if is_logged:
                 self._meter.reset()
-            gradient = self._step()
+            try:
+                gradient = self._step()
+            except (PeerError, UnrecoverableError):
+                if self._elastic is None or interrupts.received is None:
+                    raise
+                # The others were told to stop too, and have gone first.
+                break
             progress.step += 1
             if self._outer is not None:
                 self._outer.after()

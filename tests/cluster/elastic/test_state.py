@@ -50,6 +50,29 @@ def test_slices_are_stepped_as_torch_steps_the_whole(name, owners):
     assert torch.equal(Slice.joined(0, 101, [one[0] for one in slices]).tensors["param"], parameter.detach())
 
 
+@pytest.mark.parametrize("owners", [1, 2, 3])
+def test_runs_of_numbers_learn_as_groups_of_torch_do(owners):
+    """Numbers 0 to 4 decay, 4 to 10 do not, and 10 to 12 learn at half the rate, wherever the slices are cut."""
+    value, *gradients = flats(4, 12)
+    runs = [(0, 4, {"weight_decay": 0.5}), (4, 10, {"weight_decay": 0.0}), (10, 12, {"weight_decay": 0.5, "lr": 0.05})]
+
+    def factory(parameters):
+        return torch.optim.AdamW(parameters, lr=0.1)
+
+    parts = [nn.Parameter(value[a:b].clone()) for a, b, _ in runs]
+    optimizer = factory([{"params": [part], **options} for part, (_, _, options) in zip(parts, runs, strict=True)])
+    updater = Updater(factory, groups={7: runs})
+    slices = [{7: Slice(a, b, {"param": value[a:b]})} for a, b in pairwise(bounds(12, owners))]
+    for version, gradient in enumerate(gradients):
+        for part, (a, b, _) in zip(parts, runs, strict=True):
+            part.grad = gradient[a:b].clone()
+        optimizer.step()
+        slices = [updater.next_slices(one, {7: gradient[one[7].first : one[7].end]}, version) for one in slices]
+    joined = Slice.joined(0, 12, [one[7] for one in slices])
+    assert torch.equal(joined.tensors["param"], torch.cat([part.detach() for part in parts]))
+    assert joined.scalars["step"] == 3
+
+
 def test_the_learning_rate_is_a_function_of_the_step():
     updater = Updater(lambda p: torch.optim.SGD(p, lr=1.0), lambda version: 0.5**version)
     slices = {0: Slice(0, 2, {"param": torch.zeros(2)})}
