@@ -22,6 +22,7 @@ from anabranch.config import Config, configclass
 from anabranch.data import DataConfig
 from anabranch.data.config import Data
 from anabranch.errors import PeerError
+from anabranch.lm.generate import evaluating
 from anabranch.studies.gpipe_runs import Causal, token_loss
 from anabranch.studies.harness import Metrics, Progress
 
@@ -234,12 +235,11 @@ def _adam(parameters: list[Any]) -> torch.optim.Optimizer:
 @torch.no_grad()
 def validation(config: Consistent, model: nn.Module, data: Data) -> float:
     """Nats per token of held-out text."""
-    model.eval()
     total, count = 0.0, 0
-    for batch in data.validation(batch_size=config.batch, num_windows=4 * config.batch):
-        total += float(token_loss(model(batch.token_BL), batch.target_BL)) * len(batch.token_BL)
-        count += len(batch.token_BL)
-    model.train()
+    with evaluating(model):
+        for batch in data.validation(batch_size=config.batch, num_windows=4 * config.batch):
+            total += float(token_loss(model(batch.token_BL), batch.target_BL)) * len(batch.token_BL)
+            count += len(batch.token_BL)
     return total / count
 
 
