@@ -281,6 +281,35 @@ FRAMES = {
 }
 
 
+class Noted:
+    """A backend that notes how many characters it is given one text at a time, for which it holds Python's lock."""
+
+    def __init__(self, backend):
+        self._backend, self.alone = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def encode(self, text, **options):
+        self.alone.append(len(text))
+        return self._backend.encode(text, **options)
+
+
+@pytest.mark.parametrize("start", ["", " " * 5_000, "<bos>", "<bos><sep>"])
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_long_prompt_has_the_same_around_it_and_holds_up_no_other_thread(name, start):
+    """It was encoded twice, the second time with Python's lock: a prompt of two megabytes stopped a server for seconds."""
+    tokenizer, text = FRAMES[name](), start + "a long prompt " * 2_000
+    whole = tokenizer._backend.encode(text, add_special_tokens=True)
+    own = tokenizer._backend.encode(text, add_special_tokens=False).ids
+    tokenizer._backend = Noted(tokenizer._backend)
+    front = whole.ids[: whole.special_tokens_mask.index(0)]
+    wanted = whole.ids[len(front) :] if front and own[: len(front)] == front else whole.ids
+    assert tokenizer.encode_prompt(text) == wanted
+    assert tokenizer.encode_chat(text) == wanted[: len(wanted) - (len(whole.ids) - len(front) - len(own))]
+    assert tokenizer._backend.alone == []
+
+
 @pytest.mark.parametrize("name", FRAMES)
 def test_a_prompt_has_around_it_what_transformers_puts_there(name, tmp_path):
     transformers = pytest.importorskip("transformers")

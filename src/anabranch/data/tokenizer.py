@@ -39,6 +39,9 @@ _SENTENCE_PIECE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metasp
 _HARMONY_ENDS = ("<|return|>", "<|call|>")
 _END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
+# Characters of a text that tell what stands around it.
+_BEGINNING = 1 << 10
+
 
 class Tokenizer(Part, family="tokenizer"):
     """What every tokenizer does. Ids run from 0 to ``vocab_size - 1``; a special id is None where there is none."""
@@ -342,11 +345,16 @@ class HuggingFaceTokenizer(Tokenizer, kind="file"):
 
     def _framed(self, text: str) -> tuple[list[int], list[int], list[int]]:
         """(what the post-processor puts in front, the text, what it puts behind); nothing in front of a text that begins so already."""
-        ids = self.encode(text)
-        framed = self._backend.encode(utf8(text).decode("utf-8"), add_special_tokens=True)
+        # It puts the same around every text: the beginning of a long one will do, unless nothing is left of that.
+        ids, start = self.encode(text), text[:_BEGINNING]
+        start_ids = ids if len(start) == len(text) else self.encode(start)
+        if not start_ids:
+            start, start_ids = text, ids
+        # Of one text alone (`encode`) the package would hold Python's lock from its beginning to its end.
+        [framed] = self._backend.encode_batch([utf8(start).decode("utf-8")], add_special_tokens=True)
         # What the post-processor added; special tokens that are written in the text are not marked.
-        num_front = framed.special_tokens_mask.index(0) if ids else len(framed.ids)
-        front, back = framed.ids[:num_front], framed.ids[num_front + len(ids) :]
+        num_front = framed.special_tokens_mask.index(0) if start_ids else len(framed.ids)
+        front, back = framed.ids[:num_front], framed.ids[num_front + len(start_ids) :]
         return ([] if front and ids[:num_front] == front else front), ids, back
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = True) -> list[list[int]]:

@@ -22,6 +22,7 @@ from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.http.asked import LONG_CHARACTERS
 from anabranch.serving.http.embeddings import AT_ONCE, Vectors, read_inputs
 from anabranch.web.api_error import ApiError
+from fake_engine import Script
 from serving_models import serve_process, small_moe
 from serving_thread import serving, streamed, until
 
@@ -400,3 +401,14 @@ def test_a_server_process_makes_them(model):
         with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x") as client:
             answer = client.embeddings.create(model="small-moe", input=TEXTS)
     assert np.allclose(vectors(answer), [plain(text, "mean") for text in TEXTS], atol=1e-4)
+
+
+def test_the_ids_of_a_vector_and_of_an_answer_are_never_the_same():
+    """Another key's stream, if its sender had guessed the id, kept a text from getting its vector."""
+    with serving(Script(width=4)) as server:
+        server.complete(max_tokens=1)
+        for path, id in (("completions", "A-embed"), ("embeddings", "A"), ("embeddings", "A-1"), ("completions", "A")):
+            body = {"model": "fake", "prompt": "x"} if path == "completions" else {"model": "fake", "input": "x"}
+            assert server.ask(f"/v1/{path}", body, x_request_id=id)[0] == 200
+        ids = [request.id for request in server.script.requests]
+        assert ids[1:] == ["A-embed-2-0", "A-3-0", "A-1-4-0", "A-5-0"]

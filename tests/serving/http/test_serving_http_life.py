@@ -353,6 +353,23 @@ def test_a_drain_that_takes_too_long_tells_of_those_cut_short():
         link.close()
 
 
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_drain_tells_of_an_answer_that_is_made_and_not_written_to_its_end(is_read):
+    with serving(Script(width=1_000)) as running, socket.socket() as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.settimeout(10)
+        link.connect(("127.0.0.1", running.port))
+        raw = json.dumps({"model": "fake", "input": ["x"] * 300}).encode()
+        head = "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        link.sendall(f"{head}connection: close\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw)
+        assert link.recv(100).startswith(b"HTTP/1.1 200")
+        until(lambda: running.frontend.admission.in_flight == 0)
+        draining = drained(running, 10.0 if is_read else 0.05)
+        while is_read and link.recv(1 << 16):
+            pass
+        assert draining.result(10) is not is_read
+
+
 SHORTAGES = [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread"), BackendError("no")]
 
 

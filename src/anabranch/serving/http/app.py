@@ -40,8 +40,6 @@ class App:
     """Answers the requests of one listener.
 
     Attributes:
-        under_way: requests that are being answered.
-
     Args:
         frontend: whose engine answers.
         connections: that there may be; None for as many as the config says.
@@ -58,7 +56,7 @@ class App:
         refused = self.metrics.rejections.labels("bodies").inc
         self.room = BodyRoom(limits.bodies_bytes, admission.key_share, admission.status, refused)
         self._created = int(time.time())
-        self.under_way = 0
+        self._asked: set[RequestContext] = set()
         self._open: dict[str, dict[str, Answer]] = {
             "/health/live": {"GET": self._live},
             "/health/ready": {"GET": self._ready},
@@ -79,6 +77,16 @@ class App:
             "/detokenize": ("detokenize", {"POST": self._tokens.detokenize}),
         }
 
+    @property
+    def under_way(self) -> int:
+        """Requests that are being answered."""
+        return len(self._asked)
+
+    @property
+    def is_giving(self) -> bool:
+        """Whether an answer is being written."""
+        return any(context.is_giving for context in self._asked)
+
     def server(self) -> Server:
         """For `asyncio.loop.create_server`."""
         limits = self.config.limits
@@ -88,7 +96,7 @@ class App:
         """Answer one request."""
         frontend = self.frontend
         context = RequestContext(request, self.config, frontend.apart, frontend.writing, self.room)
-        self.under_way += 1
+        self._asked.add(context)
         try:
             what = f"{context.request.method} {context.request.path:.80}"
             response = await answered(context, self._answer(context), what)
@@ -104,7 +112,7 @@ class App:
             raise
         finally:
             context.let_go()
-            self.under_way -= 1
+            self._asked.discard(context)
             self.metrics.requests.labels(context.endpoint, str(context.code)).inc()
             self._log(context)
 

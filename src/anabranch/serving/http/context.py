@@ -1,8 +1,9 @@
 """`RequestContext`: one HTTP request as the routes see it: who asks, what for, until when, and what the log will say of it."""
 
+import contextlib
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -25,6 +26,7 @@ class RequestContext(Asked):
 
     Attributes:
         request: aiohttp's.
+        is_giving: its answer is being written.
 
     Args:
         request: see above.
@@ -40,6 +42,7 @@ class RequestContext(Asked):
         super().__init__(config, apart, writing, given if _ID.fullmatch(given) else new_id())
         self.request, self._room = request, room
         self._kept: Kept | None = None
+        self.is_giving = False
         self.headers |= self._cors()
 
     @property
@@ -88,12 +91,14 @@ class RequestContext(Asked):
 
     async def give(self, response: web.Response) -> None:
         """Write a whole answer."""
-        await write(response, self.request, self._config.limits.stall_s)
+        with self._giving():
+            await write(response, self.request, self._config.limits.stall_s)
 
     async def give_slices(self, slices: AsyncIterator[bytes]) -> web.StreamResponse:
         """Write JSON as it is made; see `send_json`."""
         headers = {**NOT_STORED, **self.headers}
-        return await send_json(self.request, headers, slices, self._config.limits.stall_s)
+        with self._giving():
+            return await send_json(self.request, headers, slices, self._config.limits.stall_s)
 
     async def give_events(
         self,
@@ -103,7 +108,16 @@ class RequestContext(Asked):
         ending: bytes,
     ) -> tuple[web.StreamResponse, ApiError | None]:
         """Write events as they come; see `send`."""
-        return await send(self.request, headers, events, self._config.limits.stall_s, failed, ending)
+        with self._giving():
+            return await send(self.request, headers, events, self._config.limits.stall_s, failed, ending)
+
+    @contextlib.contextmanager
+    def _giving(self) -> Iterator[None]:
+        self.is_giving = True
+        try:
+            yield
+        finally:
+            self.is_giving = False
 
     def refuse(self, error: ApiError) -> web.Response:
         """An answer that is an error."""

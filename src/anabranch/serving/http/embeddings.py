@@ -57,7 +57,6 @@ class Embeddings:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend, self._metrics = frontend, frontend.metrics
-        self._serial = 0
 
     async def answer(self, context: Asked) -> web.StreamResponse:
         """Vectors of texts. Raises ApiError: 501 for an engine that makes none."""
@@ -122,11 +121,11 @@ class Embeddings:
         """Vectors of prompts, and how many of their tokens were there; ``asked`` are the adapters and the task. Raises ApiError."""
         frontend, left_s, (adapters, task) = self._frontend, context.left_s(), asked
         [first] = frontend.admit([len(prompts[0])], context.key, left_s)
-        self._serial += 1
+        base = frontend.new_id(context.id)
         salt = frontend.salt_of(context.key, salt)
         requests = [
             Request(
-                id=f"{context.id}-embed-{self._serial}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
+                id=f"{base}-{at}", prompt=prompt, sampling=Sampling(max_tokens=0), key=context.key,
                 arrival=time.monotonic(), cache_salt=salt, pooling=info.pooling, stall_s=math.inf, adapters=adapters, task=task,
             )
             for at, prompt in enumerate(prompts)

@@ -237,13 +237,12 @@ class Frontend:
     ) -> AsyncIterator[Completion]:
         """The answer to a request while it is made; what is left of it is aborted at the end. Raises ApiError."""
         engine, reader = self.engine, self.check_ready()[1]
-        # Senders choose their ids, and may choose one twice.
-        self._serial += 1
+        base = self.new_id(id)
         is_scored = request.sampling.prompt_logprobs is not None
         scores = [PromptScores(len(prompt)) if is_scored else None for prompt in request.prompts]
         choices = [
             Choice(
-                at, self._engine_request(request, f"{id}-{self._serial}", key, at), request.text(reader), scores[at // request.n]
+                at, self._engine_request(request, base, key, at), request.text(reader), scores[at // request.n]
             )
             for at in range(request.num_choices)
         ]  # fmt: skip
@@ -251,6 +250,11 @@ class Frontend:
         with self.under_way(completion):
             async with completion:
                 yield completion
+
+    def new_id(self, id: str) -> str:
+        """What the ids of a request's sequences begin with, before their numbers: senders choose ``id``, and may choose one twice."""
+        self._serial += 1
+        return f"{id}-{self._serial}"
 
     @contextlib.contextmanager
     def under_way(self, one: UnderWay) -> Iterator[Callable[[Request], AsyncGenerator[Output]]]:

@@ -131,7 +131,8 @@ async def _drain(frontend: Frontend, app: App, signals: Signals, drain_s: float)
     while app.under_way and not signals.kill.is_set() and clock() < end and not frontend.failed.is_set():
         await asyncio.sleep(0.01)
     if not frontend.admission.in_flight:
-        return frontend.num_cut > cut_before
+        # All that was asked of the engine is made; who has not taken it yet gets no more of it.
+        return app.is_giving or frontend.num_cut > cut_before
     frontend.cut(ApiError(503, "shutting_down", "the server was stopped before the answer was complete"))
     end = clock() + TELL_S
     while app.under_way and clock() < end:
