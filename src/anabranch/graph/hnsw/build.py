@@ -28,7 +28,7 @@ from anabranch.graph.hnsw.layout import (
     links_of,
     touch,
 )
-from anabranch.graph.hnsw.raw import address, get_i32, helper, kernel, set_i32, set_u8
+from anabranch.graph.hnsw.raw import address, get_i32, helper, inlined, kernel, set_i32, set_u8
 from anabranch.graph.hnsw.search import INFINITY, PADDING, clear, descend, insert, is_equal, pool_search
 from anabranch.graph.hnsw.selecting import (
     extend,
@@ -55,44 +55,7 @@ from anabranch.graph.hnsw.suspects import (
 )
 
 
-@kernel
-def link_new(graph, visited, slot_B, begin, end):
-    """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have.
-
-    Returns how many of them lead to an equal.
-    """
-    num_copies = 0
-    ef = graph[EF]
-    found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
-    todo = np.empty(graph[CAP0] + 1, np.int32)
-    chosen = np.empty(graph[CAP] + 1, np.int32)
-    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
-    for number in range(begin, end):
-        base = np.int64(slot_B[number])
-        query, scale, norm = as_query(graph, base, address(own))
-        top = get_i32(graph[LEVEL], base)
-        entry, nearest, _, _, _ = descend(graph, query, scale, norm, min(top, graph[TOP]))
-        for level in range(min(top, graph[TOP]), -1, -1):
-            count, _, _ = pool_search(
-                graph, query, scale, norm, level, entry, nearest, INFINITY, ef, visited, found_d, found_i, todo
-            )
-            entry, nearest = np.int64(~found_i[0]), found_d[0]
-            count = live_candidates(graph, base, count, found_d, found_i)
-            if graph[EXTEND] != 0:
-                count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
-            if level == 0:
-                is_far = is_far_off(graph, found_d, found_i, count, address(other))
-                is_suspect = is_far or behind_gap(graph, found_d, count) < count
-                set_u8(graph[SUSPECT], base, np.uint8(FAR * is_far + (NOW | WATCHED) * is_suspect))
-                if is_suspect:
-                    mark_block(graph, base, NOW | WATCHED)
-            count = select(graph, base, count, graph[CAP], found_d, found_i, chosen, address(other))
-            write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
-            num_copies += level == 0 and leads_to_equal(graph, base, chosen, count)
-    return num_copies
-
-
-@helper
+@inlined
 def is_first_equal(graph, slot, level, other):
     """Whether ``other`` is the first in the list of ``slot`` that is equal to it."""
     links = links_of(graph, slot, level)
@@ -118,7 +81,7 @@ def put_last(links, cap, slot):
     return False
 
 
-@helper
+@inlined
 def stand_between(graph, level, target, links, source):
     """Bring ``source`` into the list at ``links`` of its equal ``target``; False where it comes among others, as less than half are equals.
 
@@ -281,7 +244,7 @@ def copy_links(links, into, cap):
         set_i32(into, place, get_i32(links, place))
 
 
-@helper
+@inlined
 def prepare(graph, slot_B, number, target_TP, list_TC):
     """See `prepare_singly`."""
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
@@ -301,7 +264,7 @@ def prepare(graph, slot_B, number, target_TP, list_TC):
     return done
 
 
-@helper
+@inlined
 def lead_to(graph, slot_B, number, target_TP, list_TC, count):
     """See `come_prepared`."""
     for done in range(count):
@@ -338,15 +301,54 @@ def come_prepared(graph, slot_B, number, target_TP, list_TC, count):
     lead_to(graph, slot_B, number, target_TP, list_TC, count)
 
 
+@inlined
+def find_links(graph, visited, base, found_d, found_i, todo, chosen, own, other):
+    """Write the links of a new element on every level that the graph has and it has; whether they lead to an equal."""
+    is_copy = False
+    query, scale, norm = as_query(graph, base, address(own))
+    top = get_i32(graph[LEVEL], base)
+    entry, nearest, _, _, _ = descend(graph, query, scale, norm, min(top, graph[TOP]))
+    for level in range(min(top, graph[TOP]), -1, -1):
+        count, _, _ = pool_search(
+            graph, query, scale, norm, level, entry, nearest, INFINITY, graph[EF], visited, found_d, found_i, todo
+        )
+        entry, nearest = np.int64(~found_i[0]), found_d[0]
+        count = live_candidates(graph, base, count, found_d, found_i)
+        if graph[EXTEND] != 0:
+            count = extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i)
+        if level == 0:
+            is_far = is_far_off(graph, found_d, found_i, count, address(other))
+            is_suspect = is_far or behind_gap(graph, found_d, count) < count
+            set_u8(graph[SUSPECT], base, np.uint8(FAR * is_far + (NOW | WATCHED) * is_suspect))
+            if is_suspect:
+                mark_block(graph, base, NOW | WATCHED)
+        count = select(graph, base, count, graph[CAP], found_d, found_i, chosen, address(other))
+        write_links(links_of(graph, base, level), cap_of(graph, level), chosen, count)
+        is_copy = level == 0 and leads_to_equal(graph, base, chosen, count)
+    return is_copy
+
+
 @kernel
-def insert_singly(graph, visited, slot_B, begin, end):
-    """Insert elements one after the other: batches of one. Returns as `link_new`."""
-    num_copies = 0
+def link_new(graph, visited, slot_B, begin, end, is_singly):
+    """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have.
+
+    ``is_singly``: let the graph lead to each before the next is looked at: batches of one. It is no kernel of its own, which would be the
+    same code compiled twice.
+
+    Returns how many of them lead to an equal.
+    """
+    num_copies, ef = 0, graph[EF]
+    found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
+    todo = np.empty(graph[CAP0] + 1, np.int32)
+    chosen = np.empty(graph[CAP] + 1, np.int32)
+    own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
     for number in range(begin, end):
         if graph[ENTRY] >= 0:
-            num_copies += link_new(graph, visited, slot_B, number, number + 1)
-        most = graph[CAP0] + graph[CAP] * max(graph[TOP], 0)
-        target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, graph[CAP0]), np.int32)
-        count = prepare(graph, slot_B, number, target_TP, list_TC)
-        lead_to(graph, slot_B, number, target_TP, list_TC, count)
+            base = np.int64(slot_B[number])
+            num_copies += find_links(graph, visited, base, found_d, found_i, todo, chosen, own, other)
+        if is_singly:
+            most = graph[CAP0] + graph[CAP] * max(graph[TOP], 0)
+            target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, graph[CAP0]), np.int32)
+            count = prepare(graph, slot_B, number, target_TP, list_TC)
+            lead_to(graph, slot_B, number, target_TP, list_TC, count)
     return num_copies

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.build import come_prepared, insert_singly, link_back, link_lost, link_new, prepare_singly
+from anabranch.graph.hnsw.build import come_prepared, link_back, link_lost, link_new, prepare_singly
 from anabranch.graph.hnsw.close import LEAST_TRIED, TRIED, find_close
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.mending import UNREACHED, bridge, find_ways, points_at, reach, repair_links
@@ -104,7 +104,7 @@ class Linker:
         """Insert some slots, one after the other, with nobody beside."""
         row = self._storage.linked_by()
         with Marks(self._storage) as marks:
-            self.num_copies += insert_singly(row, marks, slot_S, begin, end)
+            self.num_copies += link_new(row, marks, slot_S, begin, end, True)
         self._storage.take_entry(row)
 
     def prepare(self, slot_1: np.ndarray) -> Prepared:
@@ -113,7 +113,7 @@ class Linker:
         most = 2 * held.M + held.M * int(graph[layout.TOP])
         target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, 2 * held.M), np.int32)
         with Marks(held) as marks:
-            self.num_copies += link_new(graph, marks, slot_1, 0, 1)
+            self.num_copies += link_new(graph, marks, slot_1, 0, 1, False)
         return slot_1, target_TP, list_TC, int(prepare_singly(graph, slot_1, 0, target_TP, list_TC))
 
     def take(self, prepared: Prepared) -> None:
@@ -143,7 +143,8 @@ class Linker:
         # It writes the lists of the new elements alone, which nothing leads to yet.
         with self._lock.open_to_readers():
             first = TRIED if len(batch_B) >= LEAST_TRIED else 1
-            tried_B = batch_B[::first]
+            # A kernel that was given the view would be compiled once more.
+            tried_B = np.ascontiguousarray(batch_B[::first])
             copies = self._forward(tried_B, workers)
             find_close(graph, batch_B, 0, len(batch_B), first, is_close_B)
             if 2 * int(is_close_B.sum()) >= max(len(tried_B), 2):
@@ -170,7 +171,7 @@ class Linker:
 
         def forward(begin: int, end: int) -> None:
             with Marks(self._storage) as marks:
-                copies.append(link_new(graph, marks, slot_B, begin, end))
+                copies.append(link_new(graph, marks, slot_B, begin, end, False))
 
         workers.run(forward, len(slot_B), 4)
         return sum(copies)

@@ -26,6 +26,10 @@ kernel = jit(cache=True, nogil=True)
 # Called by kernels alone: half the time to compile.
 helper = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
+# A helper that is written into whoever calls it: for what is short, or has one caller. Each other helper is made machine code by itself
+# first, with all that it calls (distances of every kind), though nobody asks for that code.
+inlined = jit(inline="always", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 # Kinds of distance beyond those of whole numbers and floats (`layout`): half bytes, look-up by code, bits that differ.
 L2_I4, IP_I4, L2_PQ, IP_PQ, HAMMING = range(6, 11)
 

@@ -22,18 +22,18 @@ from anabranch.graph.hnsw.layout import (
     links_of,
 )
 from anabranch.graph.hnsw.measuring import distance
-from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, set_i32, set_u8
+from anabranch.graph.hnsw.raw import address, get_i32, get_u8, helper, inlined, set_i32, set_u8
 from anabranch.graph.hnsw.search import clear, insert, is_equal, next_tag
 
 
-@helper
+@inlined
 def measure(graph, query, scale, norm, slot):
     """From a query to a slot, of any kind (`raw.distance`)."""
     row = graph[ROWS] + slot * graph[STRIDE]
     return distance(graph[KIND], query, scale, norm, row, graph[AUX], slot, graph[WIDTH])
 
 
-@helper
+@inlined
 def most_equal(most):
     """How many links of so many may lead to equals of their element."""
     return max(most >> 1, 1)
@@ -106,7 +106,7 @@ def live_candidates(graph, base, count, found_d, found_i):
     return held
 
 
-@helper
+@inlined
 def extend(graph, base, level, query, scale, norm, count, visited, found_d, found_i):
     """Add the neighbours of candidates to them (paper, algorithm 4), up to ef_construction; how many there are."""
     marks, tag, most = address(visited), next_tag(visited), graph[EF]
@@ -131,7 +131,7 @@ def extend(graph, base, level, query, scale, norm, count, visited, found_d, foun
     return count
 
 
-@helper
+@inlined
 def leads_to_equal(graph, base, chosen, count):
     """Whether one of ``count`` slots is equal to the base."""
     for place in range(count):

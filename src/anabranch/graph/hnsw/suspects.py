@@ -44,7 +44,7 @@ from anabranch.graph.hnsw.layout import (
     links_of,
 )
 from anabranch.graph.hnsw.measuring import distance
-from anabranch.graph.hnsw.raw import HAMMING, address, get_i32, get_u8, helper, kernel, set_u8
+from anabranch.graph.hnsw.raw import HAMMING, address, get_i32, get_u8, helper, inlined, kernel, set_u8
 from anabranch.graph.hnsw.search import PADDING, clear, descend, insert, is_equal, pool_search
 
 # What a walk that looks for a suspect holds: half of what a search does unless told otherwise.
@@ -61,20 +61,20 @@ GAP, GAP_3, GAP_2, GAP_1 = 4.0, 8.0, 16.0, 64.0
 SCALE = 4
 
 
-@helper
+@inlined
 def has_gaps(graph):
     """Whether distances are such that one may be several times another: all but inner products of vectors of any length."""
     kind = graph[KIND]
     return graph[COSINE] != 0 or not (kind == IP_F32 or kind == IP_F16 or kind == IP_I8)
 
 
-@helper
+@inlined
 def is_marked(graph):
     """Whether what lies behind gaps is marked."""
     return graph[SIMPLE] == 0 and has_gaps(graph)
 
 
-@helper
+@inlined
 def by_kind(graph, times):
     """So many times as large, of squared distances, by the distances of an index: those of bits are not squared."""
     return math.sqrt(times) if graph[KIND] == HAMMING else times
@@ -96,13 +96,13 @@ def first_behind(graph, found_d, count):
     return count
 
 
-@helper
+@inlined
 def behind_gap(graph, found_d, count):
     """As `first_behind`; ``count`` where nothing is marked: how inner products compare as numbers says nothing."""
     return first_behind(graph, found_d, count) if is_marked(graph) else count
 
 
-@helper
+@inlined
 def mark_block(graph, slot, mark):
     """Let the block of a slot be looked through for a mark. Threads that do it at once all write the same."""
     block = slot >> BLOCK
@@ -151,7 +151,7 @@ def leads_to(links, cap, slot):
     return False
 
 
-@helper
+@inlined
 def mark_left_out(graph, links, cap, found_d, found_i, count, chosen, taken):
     """Suspect those of ``count`` candidates behind a gap that are in the list at ``links``, and not among the ``taken`` that were chosen
     for another."""
@@ -205,7 +205,7 @@ def watch_gaps(graph, begin, end):
             add_mark(graph, slot, WATCHED)
 
 
-@helper
+@inlined
 def is_far_off(graph, found_d, found_i, count, scratch):
     """Whether the nearest of ``count`` candidates is far, by what lies about that one."""
     if count == 0 or not is_marked(graph):
