@@ -109,6 +109,23 @@ def contestants() -> list[Contestant]:
     return found
 
 
+def compile_kernels() -> None:
+    """Compile what builds, single elements and a repair call, so that no row but that of the first call holds a compiler.
+
+    Groups far apart and few links: some elements are cut off, and linked again.
+    """
+    draw = np.random.default_rng(0)
+    middle_ND = np.repeat(50 * draw.standard_normal((30, 16), np.float32), 10, axis=0)
+    index = HNSW(16, M=2, ef_construction=4, workers=1)
+    index.add(middle_ND + draw.standard_normal(middle_ND.shape, np.float32))
+    for vector_D in middle_ND[:4]:
+        index.add(vector_D)
+    index.add(np.concatenate([middle_ND] * 4) + draw.standard_normal((1200, 16), np.float32))
+    index.repair()
+    index.search(middle_ND, K)
+    index.search(middle_ND[0], K)
+
+
 @contextlib.contextmanager
 def _file() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:

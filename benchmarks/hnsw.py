@@ -6,6 +6,7 @@ Everybody gets, of some settings of the graph, the one that is fastest on a quar
 recall of the 10 nearest. Rows have bytes per vector of the saved index, and how long it took to build. Recall against speed is drawn
 beside the record, from all efforts. Then searches with a filter (a share of ids), beside hnswlib's function and faiss' bitmap; packed bits,
 where found is what is as near as the tenth nearest; two threads, by the clock; the first call in a process; bytes beside their formula.
+All else is measured once kernels are compiled.
 
 Bars: one query at a time and many, at least 1.0 times each peer of the class, filters too; two threads at least 1.7 times one; the first
 call within 15 s with nothing compiled and 1.5 s else. Vectors of one's own: ``--vectors FILE.npy`` (rows; the last 1,000 are queries).
@@ -33,7 +34,7 @@ import numpy as np
 from _harness import arguments, finish, start
 from _vector_bits import bits_of, builds, score_of
 from _vector_filters import filtering
-from _vector_peers import KINDS, SETTINGS, Built, Contestant, K, Ours, contestants
+from _vector_peers import KINDS, SETTINGS, Built, Contestant, K, Ours, compile_kernels, contestants
 from _vector_picture import draw
 from _vector_sets import QUERIES, of_set, sets
 from anabranch.graph.hnsw import HNSW, brute_force
@@ -409,6 +410,7 @@ def main() -> None:
     curves: list[dict[str, Any]] = []
     if options.only in "first add and search":
         rows += first_call()
+    compile_kernels()
     people = contestants()
     for name, base_ND, query_QD in cases(options):
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numba import types
 
 from anabranch.graph import HNSW
 from anabranch.graph.hnsw import linking
@@ -106,3 +107,17 @@ def test_which_are_close_by_hand(monkeypatch):
             assert is_close_B[number] == (closest < least), (closest, least)
             marks.append(is_close_B[number])
     assert 0 < sum(marks) < len(marks)
+
+
+def test_batches_of_any_size_are_linked_by_kernels_that_were_compiled_once(monkeypatch):
+    """A view of every sixteenth of a batch of 256 was another type: the kernel was compiled again, in the midst of a build."""
+    monkeypatch.setattr(linking, "SHARE", 4)
+    index = HNSW(DIM, ef_construction=40, workers=1)
+    index.add(around(np.random.default_rng(0), 3000, 0))
+    index.add(around(np.random.default_rng(1), 1, 0))
+    for kernel in (linking.link_new, linking.link_back, linking.find_close):
+        assert kernel.signatures
+        arrays = [kind for signature in kernel.signatures for kind in signature if isinstance(kind, types.Array)]
+        assert {kind.layout for kind in arrays} == {"C"}
+    # One for arrays that are written, and one for such as may only be read.
+    assert len(linking.link_new.signatures) <= 2

@@ -54,6 +54,10 @@ from anabranch.graph.hnsw.suspects import (
     measure_links,
 )
 
+# How new elements come, see `link_new`.
+BESIDE, ONE_BY_ONE, PREPARED = range(3)
+NO_LISTS = np.empty((0, 2), np.int64), np.empty((0, 0), np.int32)
+
 
 @inlined
 def is_first_equal(graph, slot, level, other):
@@ -246,7 +250,20 @@ def copy_links(links, into, cap):
 
 @inlined
 def prepare(graph, slot_B, number, target_TP, list_TC):
-    """See `prepare_singly`."""
+    """Work out the lists that are to lead to element ``number``, whose own links are written: the second step of a batch of one.
+
+    Lists of other elements stay as they are, so searches may go on.
+
+    Args:
+        graph: the row that describes the index.
+        slot_B: int64 [B].
+        number: of the element in it.
+        target_TP: int64 [T, 2], written: level and slot of each list. T is at least 2 M, and M more for each level above 0.
+        list_TC: int32 [T, 2 M], written: the lists.
+
+    Returns:
+        How many they are.
+    """
     own, other = np.empty(graph[WIDTH], np.float32), np.empty(graph[WIDTH], np.float32)
     base, done = np.int64(slot_B[number]), 0
     for level in range(min(get_i32(graph[LEVEL], base), graph[TOP]) + 1):
@@ -277,27 +294,8 @@ def lead_to(graph, slot_B, number, target_TP, list_TC, count):
 
 
 @kernel
-def prepare_singly(graph, slot_B, number, target_TP, list_TC):
-    """Work out the lists that are to lead to element ``number``, whose own links are written: the second step of a batch of one.
-
-    Lists of other elements stay as they are, so searches may go on.
-
-    Args:
-        graph: the row that describes the index.
-        slot_B: int64 [B].
-        number: of the element in it.
-        target_TP: int64 [T, 2], written: level and slot of each list. T is at least 2 M, and M more for each level above 0.
-        list_TC: int32 [T, 2 M], written: the lists.
-
-    Returns:
-        How many they are.
-    """
-    return prepare(graph, slot_B, number, target_TP, list_TC)
-
-
-@kernel
 def come_prepared(graph, slot_B, number, target_TP, list_TC, count):
-    """Let the graph lead to element ``number`` by the lists that `prepare_singly` wrote: its last step, some microseconds."""
+    """Let the graph lead to element ``number`` by the lists that `prepare` wrote: its last step, some microseconds."""
     lead_to(graph, slot_B, number, target_TP, list_TC, count)
 
 
@@ -329,15 +327,24 @@ def find_links(graph, visited, base, found_d, found_i, todo, chosen, own, other)
 
 
 @kernel
-def link_new(graph, visited, slot_B, begin, end, is_singly):
+def link_new(graph, visited, slot_B, begin, end, way, target_TP, list_TC):
     """Write the links of new elements ``begin`` ... ``end`` of a batch on every level that the graph has and they have.
 
-    ``is_singly``: let the graph lead to each before the next is looked at: batches of one. It is no kernel of its own, which would be the
-    same code compiled twice.
+    It is one kernel for all ways in which they come, since others would be the same code compiled again.
 
-    Returns how many of them lead to an equal.
+    Args:
+        graph: the row that describes the index.
+        visited: marks of a search.
+        slot_B: int64 [B], the batch.
+        begin, end: numbers in it.
+        way: `BESIDE`: no more than that. `ONE_BY_ONE`: the graph leads to each before the next is looked at, batches of one. `PREPARED`:
+            the lists that are to lead to the last are worked out (`prepare`), and nothing leads to it yet.
+        target_TP, list_TC: as of `prepare`, where it is PREPARED; else not looked at (`NO_LISTS`).
+
+    Returns:
+        How many of them lead to an equal, and how many lists were worked out for the last.
     """
-    num_copies, ef = 0, graph[EF]
+    num_copies, count, ef = 0, 0, graph[EF]
     found_d, found_i = np.empty(ef + PADDING, np.float32), np.empty(ef + PADDING, np.int32)
     todo = np.empty(graph[CAP0] + 1, np.int32)
     chosen = np.empty(graph[CAP] + 1, np.int32)
@@ -346,9 +353,11 @@ def link_new(graph, visited, slot_B, begin, end, is_singly):
         if graph[ENTRY] >= 0:
             base = np.int64(slot_B[number])
             num_copies += find_links(graph, visited, base, found_d, found_i, todo, chosen, own, other)
-        if is_singly:
+        if way == ONE_BY_ONE:
             most = graph[CAP0] + graph[CAP] * max(graph[TOP], 0)
             target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, graph[CAP0]), np.int32)
+        if way != BESIDE:
             count = prepare(graph, slot_B, number, target_TP, list_TC)
+        if way == ONE_BY_ONE:
             lead_to(graph, slot_B, number, target_TP, list_TC, count)
-    return num_copies
+    return num_copies, count

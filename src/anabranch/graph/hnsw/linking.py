@@ -6,7 +6,16 @@ from collections.abc import Callable
 import numpy as np
 
 from anabranch.graph.hnsw import layout
-from anabranch.graph.hnsw.build import come_prepared, link_back, link_lost, link_new, prepare_singly
+from anabranch.graph.hnsw.build import (
+    BESIDE,
+    NO_LISTS,
+    ONE_BY_ONE,
+    PREPARED,
+    come_prepared,
+    link_back,
+    link_lost,
+    link_new,
+)
 from anabranch.graph.hnsw.close import LEAST_TRIED, TRIED, find_close
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.mending import UNREACHED, bridge, find_ways, points_at, reach, repair_links
@@ -104,7 +113,7 @@ class Linker:
         """Insert some slots, one after the other, with nobody beside."""
         row = self._storage.linked_by()
         with Marks(self._storage) as marks:
-            self.num_copies += link_new(row, marks, slot_S, begin, end, True)
+            self.num_copies += link_new(row, marks, slot_S, begin, end, ONE_BY_ONE, *NO_LISTS)[0]
         self._storage.take_entry(row)
 
     def prepare(self, slot_1: np.ndarray) -> Prepared:
@@ -113,8 +122,9 @@ class Linker:
         most = 2 * held.M + held.M * int(graph[layout.TOP])
         target_TP, list_TC = np.empty((most, 2), np.int64), np.empty((most, 2 * held.M), np.int32)
         with Marks(held) as marks:
-            self.num_copies += link_new(graph, marks, slot_1, 0, 1, False)
-        return slot_1, target_TP, list_TC, int(prepare_singly(graph, slot_1, 0, target_TP, list_TC))
+            copies, count = link_new(graph, marks, slot_1, 0, 1, PREPARED, target_TP, list_TC)
+        self.num_copies += copies
+        return slot_1, target_TP, list_TC, int(count)
 
     def take(self, prepared: Prepared) -> None:
         """Let the graph lead to an element by what `prepare` worked out, since which nothing has changed."""
@@ -171,7 +181,7 @@ class Linker:
 
         def forward(begin: int, end: int) -> None:
             with Marks(self._storage) as marks:
-                copies.append(link_new(graph, marks, slot_B, begin, end, False))
+                copies.append(link_new(graph, marks, slot_B, begin, end, BESIDE, *NO_LISTS)[0])
 
         workers.run(forward, len(slot_B), 4)
         return sum(copies)

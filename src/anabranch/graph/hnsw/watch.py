@@ -42,6 +42,9 @@ class Watch:
     def take(self) -> np.ndarray:
         """Those that are to be looked for now, int64 [S], rising; they are not any more."""
         held = self._storage
+        # As most of the time: then no kernel is called, nor compiled.
+        if not (held.blocks & NOW).any():
+            return np.empty(0, np.int64)
         slot_S = self._find(NOW, 0, held.count, held.count)
         held.suspect[slot_S] &= WATCHED
         held.blocks &= WATCHED
