@@ -53,7 +53,11 @@ def put_around(
     if ladder is not None:
         made: Any = config.block
         for number, context in enumerate(config.contexts(generator=generator, shared=model.shared)):
-            model.blocks[number] = Ladder(made, context, model.blocks[number]).to(device).train(model.training)
+            rung = Ladder(made, context, model.blocks[number]).train(model.training)
+            # What is the model's stays where it is, be it nowhere yet.
+            rung.rung.to(device)
+            rung.alpha.data = rung.alpha.data.to(device)
+            model.blocks[number] = rung
     model.config = config
     return model
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapter_models import make_adapter, make_base, make_kind
-from anabranch.adapters import load_peft
+from anabranch.adapters import catalogue, load_peft
 from anabranch.adapters.glider import GliderConfig, GliderPool
 from anabranch.adapters.own_folder import read_own, write_own
 from anabranch.adapters.put_on import put_on
@@ -489,6 +489,10 @@ def test_folders_that_cannot_be_served(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     other = with_layers("routed_low_rank", make_model(init_std=0.1))
     write_own(tmp_path / "other", other)
+    for id in ("lst", "mam"):
+        around = copy.deepcopy(model_of("compiled"))
+        catalogue.apply(around, id)
+        write_own(tmp_path / id, around)
     damaged = tmp_path / "damaged"
     make_pool(damaged)
     (damaged / "sql" / "adapter_model.safetensors").write_bytes(b"x" * 20)
@@ -498,6 +502,12 @@ def test_folders_that_cannot_be_served(folders, tmp_path):
         (f"arrow:{folders['a']}", ConfigError, "is one adapter, and arrow routes among several"),
         (str(tmp_path / "other"), CheckpointError, "was trained on another base"),
         (str(damaged), CheckpointError, "sql"),
+        (
+            str(tmp_path / "lst"),
+            ConfigError,
+            "a ladder along it, which no request can have for itself; .* adapters fuse",
+        ),
+        (str(tmp_path / "mam"), ConfigError, "has virtual tokens in front of the model"),
     ):
         with pytest.raises(error, match=what):
             shelf.load_now("x", folder)
