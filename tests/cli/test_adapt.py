@@ -401,6 +401,25 @@ def test_other_methods_take_the_same_way(here, base, method, options, form, merg
     assert json.loads(out)["nats_per_token"] == pytest.approx(nats, rel=1e-4)
 
 
+def test_the_card_of_a_folder_of_our_own(here, base, routed):
+    code, out, err = here("adapters", "card", routed, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["kinds"], told["tasks"]) == (["multi_head_routed"], ["one", "two"])
+    assert told["layers"] == {"*.q": "multi_head_routed", "*.down": "multi_head_routed"}
+    assert told["parameters"] == sum(value.size for value in load_file(routed / "adapter.safetensors").values())
+    code, out, err = here("adapters", "card", routed)
+    assert code == 0, err
+    assert "2: one, two" in out
+    damaged = base / "damaged"
+    shutil.copytree(routed, damaged)
+    (damaged / "adapter.json").write_text('{"format": "anabranch-adapter", "schema": 1}')
+    code, out, err = here("adapters", "card", damaged)
+    assert (code, out) == (2, "")
+    assert "describes an adapter of nothing" in err
+    shutil.rmtree(damaged)
+
+
 def test_what_trains_the_base_becomes_a_model(here, base):
     told = adapted(
         here, base / "base", base / "rows.jsonl", "--method", "ln-tuning", "--out", base / "norms", "--steps", 3

@@ -31,7 +31,7 @@ from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json, some
 from anabranch.nn import Linear
 
-__all__ = ["OWN", "is_own", "load_numbers", "read_own", "write_own"]
+__all__ = ["OWN", "described_in", "is_own", "load_numbers", "read_own", "write_own"]
 
 OWN, NUMBERS = "adapter.json", "adapter.safetensors"
 FORMAT, SCHEMA = "anabranch-adapter", 1
@@ -131,13 +131,7 @@ def read_own(
     model is then as it was. Of one whose matrices are quantized or elsewhere the content is looked at only where it is as it was.
     """
     place = Path(folder)
-    if not is_own(place):
-        raise CheckpointError(f"no adapter of anabranch's in {place} (looked for {OWN})")
-    table = read_json(place / OWN)
-    if table.get("format") != FORMAT or table.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{place / OWN} is of format {table.get('format')!r}, schema {table.get('schema')!r}; this version reads {FORMAT!r}, {SCHEMA}"
-        )
+    table = _table_of(place)
     for name, ours in (("dim", model.config.dim), ("num_layers", model.config.num_layers)):
         if table.get(name) != ours:
             raise CheckpointError(
@@ -145,12 +139,7 @@ def read_own(
             )
     if is_base_known:
         _check_base(place, table, model if base is None else base)
-    try:
-        parts = from_dict(_Parts, {name: table[name] for name in ("linears", "streams", "block") if name in table})
-    except ConfigError as error:
-        raise CheckpointError(f"{place / OWN} does not describe an adapter: {error}") from None
-    if parts == _Parts():
-        raise CheckpointError(f"{place / OWN} describes an adapter of nothing: it has no linears, streams or block")
+    parts = _parts_of(place, table)
     # A few words may ask for any number of numbers; far more than the file has are never made. What else is wrong is told by name below.
     asked = parts.config_on(model.config).count().parameters - model.config.count().parameters
     if asked > 16 * (held := _numbers_in(place / NUMBERS)) + 2**20:
@@ -169,6 +158,57 @@ def read_own(
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+def described_in(folder: str | Path) -> dict[str, Any]:
+    """What an adapter of ours is, by its files alone: ``base``, ``kinds``, ``layers`` (pattern: kind), ``tasks``, ``parameters`` and
+    ``size_bytes``.
+
+    All numbers are read. Raises CheckpointError where there is none, or it is damaged.
+    """
+    place = Path(folder)
+    table = _table_of(place)
+    parts, source = _parts_of(place, table), _opened(place / NUMBERS)
+    for name in source.names:
+        value = source.read(name)
+        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{name} in {place / NUMBERS} holds NaN or infinity; the adapter is damaged, or its training failed"
+            )
+    around = [part for part in (parts.streams, parts.block) if part is not None]
+    kinds = [config.owner.kind for config in (*parts.linears.values(), *around)]
+    tasks = dict.fromkeys(task for config in parts.linears.values() for task in getattr(config, "tasks", ()))
+    base = table.get("base")
+    return {
+        "base": base if isinstance(base, str) else None,
+        "kinds": list(dict.fromkeys(map(str, kinds))),
+        "layers": {pattern: str(config.owner.kind) for pattern, config in parts.linears.items()},
+        "tasks": list(tasks),
+        "parameters": sum(math.prod(source.shape(name)) for name in source.names),
+        "size_bytes": sum((place / name).stat().st_size for name in (OWN, NUMBERS)),
+    }
+
+
+def _table_of(place: Path) -> dict[str, Any]:
+    """adapter.json. Raises CheckpointError for none, or one of another format."""
+    if not is_own(place):
+        raise CheckpointError(f"no adapter of anabranch's in {place} (looked for {OWN})")
+    table = read_json(place / OWN)
+    if table.get("format") != FORMAT or table.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{place / OWN} is of format {table.get('format')!r}, schema {table.get('schema')!r}; this version reads {FORMAT!r}, {SCHEMA}"
+        )
+    return table
+
+
+def _parts_of(place: Path, table: dict[str, Any]) -> _Parts:
+    try:
+        parts = from_dict(_Parts, {name: table[name] for name in ("linears", "streams", "block") if name in table})
+    except ConfigError as error:
+        raise CheckpointError(f"{place / OWN} does not describe an adapter: {error}") from None
+    if parts == _Parts():
+        raise CheckpointError(f"{place / OWN} describes an adapter of nothing: it has no linears, streams or block")
+    return parts
 
 
 @torch.no_grad()

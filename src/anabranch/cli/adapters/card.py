@@ -8,7 +8,7 @@ import typer
 
 from anabranch.cli.adapters.catalogue import show_card
 from anabranch.cli.options import AsJson
-from anabranch.cli.output import fact, print_json, quantity, shell_word, size
+from anabranch.cli.output import fact, print_json, quantity, shell_word, size, visible
 from anabranch.extras import require
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ def card(
     adapter: Annotated[
         str,
         typer.Argument(
-            metavar="ADAPTER|METHOD", help="A folder of peft's with an adapter, or a method of anabranch adapters list."
+            metavar="ADAPTER|METHOD",
+            help="A folder of peft's or of anabranch adapt with an adapter, or a method of anabranch adapters list.",
         ),
     ],
     as_json: AsJson = False,
@@ -31,10 +32,14 @@ def card(
     require("lm", by="anabranch adapters card")
     from anabranch.adapters import read_peft
     from anabranch.adapters.catalogue import CARDS, find
+    from anabranch.adapters.own_folder import is_own
     from anabranch.lm.tensors import some
 
     if not Path(adapter).exists() and (adapter in CARDS or _is_word(adapter)):
         show_card(find(adapter), as_json)
+        return
+    if is_own(adapter):
+        _show_own(adapter, as_json)
         return
     found = read_peft(adapter)
     num_bytes = sum(path.stat().st_size for path in Path(adapter).glob("adapter_*") if path.is_file())
@@ -68,6 +73,28 @@ def card(
     if found.copies:
         fact("copies", f"{some(sorted(found.copies))}, of the base")
     fact("size", f"{quantity(found.num_parameters)} parameters, {size(num_bytes)}")
+
+
+def _show_own(adapter: str, as_json: bool) -> None:
+    """One of our own form, of which base and sizes stand in its own files."""
+    from anabranch.adapters.own_folder import described_in
+
+    found = described_in(adapter)
+    if as_json:
+        print_json({"adapter": adapter, **found})
+        return
+    base = shell_word(found["base"]) if found["base"] else "a base that it does not name"
+    fact("adapter", f"{visible(adapter)}   {', '.join(found['kinds'])} for {base}")
+    for pattern, kind in found["layers"].items():
+        fact("layers", f"{visible(pattern)}   {kind}")
+    if found["tasks"]:
+        fact("tasks", f"{len(found['tasks'])}: {_some_names(found['tasks'])}")
+    fact("size", f"{quantity(found['parameters'])} numbers, {size(found['size_bytes'])}")
+
+
+def _some_names(names: list[str]) -> str:
+    """The first of them, as a terminal may show them."""
+    return ", ".join(map(visible, names[:6])) + (", ..." if len(names) > 6 else "")
 
 
 def _is_word(adapter: str) -> bool:
