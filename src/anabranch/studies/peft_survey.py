@@ -24,8 +24,8 @@ least five seeds, and does not hold if in none.
 
 The table stands beside the runs as ``measurements.json``, which `anabranch adapters recommend --measurements` takes.
 
-Not run yet. It is planned for 5 seeds: by single steps that were timed, about 0.2 hours of one core for a method on the bench, 0.25 on SuperNI
-(70 and 35 runs: 23 CPU hours in all), and once half an hour for the base of the bench.
+Not run yet. It is planned for 5 seeds: by single steps that were timed, about 0.2 hours of one core for a method on the bench, 0.25 on
+SuperNI (70 and 35 runs: 23 CPU hours in all), and once half an hour for the base of the bench.
 """
 
 import tempfile
