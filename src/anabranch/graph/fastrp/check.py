@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import LARGEST_INT, is_whole, shown
 from anabranch.errors import InputError
 
 CHOICES = {
@@ -17,17 +18,23 @@ CHOICES = {
 }
 
 
+FLAGS = ("normalize", "standardize", "concatenate", "allow_negative", "keep_powers")
+
+
 def check(model: Any) -> None:
     """Raise InputError for the first argument of a `FastRP` that has a value it may not have."""
     for name, allowed in CHOICES.items():
         if getattr(model, name) not in allowed:
             raise InputError(f"{name} is {getattr(model, name)!r}; it must be one of {', '.join(map(repr, allowed))}")
+    for name in FLAGS:
+        if not isinstance(getattr(model, name), bool | np.bool_):
+            raise InputError(f"{name} is {shown(getattr(model, name))}; it must be True or False")
     for name in ("dim", "chunk", "threads", "workers", "partitions"):
         value = getattr(model, name)
         if value is None and name != "dim":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise InputError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if not is_whole(value) or not 1 <= value <= LARGEST_INT:
+            raise InputError(f"{name} is {shown(value)}; it must be a whole number, at least 1")
     if isinstance(model.seed, bool) or not isinstance(model.seed, int | np.integer):
         raise InputError(f"seed is {model.seed!r}; it must be a whole number")
     for name, low, high in (

@@ -4,6 +4,7 @@
 import math
 from typing import Any
 
+from anabranch.bounds import LARGEST_FLOAT, LARGEST_INT, MOST_REPEATS, is_whole, shown
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.graphvite.augmentation import auto_augmentation
 from anabranch.graph.graphvite.train import OPTIMIZERS
@@ -34,8 +35,9 @@ def check(given: dict[str, Any]) -> None:
     """Raise InputError for the first argument that has a value it may not have."""
     if given["workers"] is not None:
         _whole("workers", given["workers"], 1, ", or None")
-    for name, least in (("dim", 1), ("walk_length", 1), ("negatives", 0), ("samplers", 0)):
+    for name, least in (("dim", 1), ("negatives", 0), ("samplers", 0)):
         _whole(name, given[name], least)
+    _whole("walk_length", given["walk_length"], 1, most=MOST_REPEATS)
     for name, least in (
         ("augmentation", 1),
         ("partitions", 1),
@@ -146,17 +148,18 @@ def pool_of(pool_size: int | str, num_nodes: int, num_parts: int, total: int, ba
     return -(-found // base) * base
 
 
-def _whole(name: str, value: Any, least: int, also: str = "") -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}{also}")
+def _whole(name: str, value: Any, least: int, also: str = "", most: int = LARGEST_INT) -> None:
+    if not is_whole(value) or not least <= value <= most:
+        limit = "" if most == LARGEST_INT else f" and at most {most:,}"
+        raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}{limit}{also}")
 
 
 def _number(name: str, value: Any, zero: bool) -> None:
     try:
-        fits = not isinstance(value, (bool, str)) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+        fits = not isinstance(value, (bool, str)) and (0 <= value if zero else 0 < value) and value <= LARGEST_FLOAT
     except TypeError:
         fits = False
     if not fits:
         raise InputError(
-            f"{name} is {value!r}; it must be a finite number {'of at least' if zero else 'greater than'} 0"
+            f"{name} is {shown(value)}; it must be a finite number {'of at least' if zero else 'greater than'} 0"
         )

@@ -103,7 +103,7 @@ def train_block(
         The sum of the losses of the samples.
     """
     numbers = (
-        rule.lr,
+        float(rule.lr),
         rate.first,
         rate.total,
         np.float32(rule.weight_decay),
