@@ -135,6 +135,17 @@ def test_mistakes_about_a_model(trained, here, arguments, message):
     assert message in one_line(here(*arguments.split()))
 
 
+@pytest.mark.parametrize("command", ["train demo", "rl train cartpole", "rl train router-r1"])
+def test_a_folder_with_a_run_is_refused_with_what_its_command_has(here, work, command):
+    """``auto`` is of ``train`` alone; what a message says to do can be done."""
+    held = work / "held"
+    held.mkdir(exist_ok=True)
+    (held / "config.json").write_text("{}")
+    message = one_line(here(*command.split(), "--out", "held"))
+    assert "held already holds a run (config.json); resume it with --resume, or choose another folder" in message
+    assert ("--resume auto" in message) == (command == "train demo")
+
+
 def test_unreadable_text(trained, here, work):
     (work / "noise.bin").write_bytes(bytes(range(256)) * 50)
     message = one_line(here("eval", "trained", "--data", "noise.bin"))

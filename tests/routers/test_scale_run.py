@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import os
 import re
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anabranch import locks
 from anabranch.errors import BackendError, ConfigError, DataError, InputError, LimitError
 from anabranch.routers.contract.ask import Arm
 from anabranch.routers.scale import (
@@ -29,6 +31,8 @@ from anabranch.routers.scale import (
 )
 from anabranch.routers.scale.assess import Disagreement, Entropy
 from anabranch.routers.scale.calls import seed_of
+from anabranch.routers.scale.journal import Journal
+from anabranch.routers.scale.records import Tokens
 from anabranch.routers.scale.rules import Budgeted
 from scale_scripted import STEPS, Models, down, outline_of, step_of, usual
 
@@ -544,6 +548,72 @@ def test_a_file_without_a_line_is_left_as_it_is(tmp_path, data):
     with pytest.raises(DataError, match="is no journal, and is left as it is"):
         solve(Models(usual()), journal=path)
     assert path.read_bytes() == data
+
+
+def test_a_journal_is_one_run_s_at_a_time(tmp_path):
+    """A retry that begins while the first still hangs would write over what was paid."""
+    path, same = tmp_path / "run.jsonl", tmp_path / "same.jsonl"
+    same.symlink_to(path)
+
+    async def both():
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        class Slow(Models):
+            async def __call__(self, *given, **how):
+                entered.set()
+                await leave.wait()
+                return await super().__call__(*given, **how)
+
+        first = asyncio.create_task(reasoner().solve(QUESTION, Slow(usual()), journal=path))
+        await entered.wait()
+        for again in (path, same):
+            second = Models(usual())
+            with pytest.raises(DataError, match="is in use by another run; wait for its end, or take another file"):
+                await reasoner().solve(QUESTION, second, journal=again)
+            assert second.asked == []
+        leave.set()
+        return await first
+
+    whole = asyncio.run(both())
+    after = Models({})
+    assert (solve(after, journal=same).answer, after.asked) == (whole.answer, [])
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["run.jsonl", "same.jsonl"]
+
+
+def test_a_disk_that_was_full_once_leaves_a_journal_that_can_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    with Journal(path, "run") as journal:
+
+        def full(handle):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(DataError, match="cannot be written: No space left"):
+                journal.note_lost(Tokens(1, 2, 0.5, 1))
+        journal.note_lost(Tokens(2, 2, 0.5, 2))
+    with Journal(path, "run") as journal:
+        assert journal.lost == Tokens(2, 2, 0.5, 2)
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_what_another_wrote_into_a_journal_where_nothing_is_locked_is_left(tmp_path, monkeypatch, is_removed):
+    monkeypatch.setattr(locks, "fcntl", None)
+    path = tmp_path / "run.jsonl"
+    first, second = Journal(path, "run"), Journal(path, "run")
+    first.note_lost(Tokens(1, 2, 0.5, 1))
+    data = path.read_bytes()
+    if is_removed:
+        path.unlink()
+        with pytest.raises(DataError, match="cannot be written"):
+            second.note_failed("score/0/0/1", "d", "BackendError")
+        return
+    with pytest.raises(DataError, match="was written by another meanwhile, and is left as it is"):
+        second.note_failed("score/0/0/1", "d", "BackendError")
+    first.note_lost(Tokens(2, 2, 0.5, 2))
+    assert path.read_bytes().startswith(data)
+    assert Journal(path, "run").lost == Tokens(2, 2, 0.5, 2)
 
 
 def test_a_journal_that_cannot_be_kept_or_has_odd_numbers_is_told(tmp_path):

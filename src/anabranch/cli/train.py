@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 SAMPLE_TOKENS = 160
 _AUTO = "--resume-auto"
+_AUTO_HINT = (
+    "--resume auto is for a line that is to start a run or go on with it, such as one that torchrun starts anew"
+)
 
 
 class TrainCommand(TyperCommand):
@@ -133,9 +136,11 @@ def train(
     if goes_on:
         _check_source(source, config, out)
         given = resumed_parts(config, out)
-    elif source is not None:
+    elif source is None:
+        check_new(out, hint=_AUTO_HINT)
+    else:
         check_free(out)
-        check_new(out)
+        check_new(out, hint=_AUTO_HINT)
         fields = set_fields(config_file, settings)
         config, given = start_run(config, source, out, fields)
     # Under torchrun one process talks.

@@ -70,15 +70,14 @@ def _in_use(out: Path) -> DataError:
     return DataError(f"another process is training in {out}; wait for it, stop it, or choose another folder")
 
 
-def check_new(out: Path) -> None:
-    """Raise DataError if ``out`` is a file or holds a run."""
+def check_new(out: Path, *, hint: str = "") -> None:
+    """Raise DataError if ``out`` is a file or holds a run; ``hint`` says what else can be done of the latter."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file, and the run needs a folder; choose another name")
     held = [name for name in (CONFIG_FILE, METRICS_FILE, STEPS_FOLDER) if (out / name).exists()]
     if held:
         raise DataError(
-            f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder; --resume auto is for a line "
-            "that is to start a run or go on with it, such as one that torchrun starts anew"
+            f"{out} already holds a run ({held[0]}); resume it with --resume, or choose another folder{hint and f'; {hint}'}"
         )
 
 
@@ -126,7 +125,7 @@ def find_checkpoint(out: Path, config: RunConfig | TaskRunConfig) -> Path | None
     Raises DataError if there is no run, or its checkpoints are gone, ConfigError if ``config`` changes what a resumed run may not change.
     """
     if not holds_run(out):
-        raise DataError(f"no training run in {out} to resume; leave out --resume to start one, or say --resume auto")
+        raise DataError(f"no training run in {out} to resume; leave out --resume to start one")
     held = read_same_run(out, config)
     changed = {
         path: values

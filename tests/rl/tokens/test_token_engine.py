@@ -5,6 +5,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anabranch.errors import DataError
 from anabranch.lm.decoder import Decoder
@@ -177,12 +179,50 @@ class Hostile:
         return Outcome(0.0, {"steps": self.steps})
 
 
+class Saying:
+    """Says these, one after another, and then is done."""
+
+    def __init__(self, prompt, told):
+        self.prompt, self._told = (0,) * prompt, [(INFO,) * one for one in told]
+
+    def ends(self, turn):
+        return len(turn) >= 2
+
+    def step(self, turn):
+        told = self._told.pop(0)
+        return Told(told, is_done=not self._told)
+
+    def outcome(self):
+        return Outcome(0.0, {})
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 30), st.lists(st.integers(0, 30), min_size=1, max_size=4)), min_size=1, max_size=4
+    )
+)
+def test_no_episode_is_longer_than_the_model_has_positions(worlds):
+    """Whatever a world asks and says: policy, critic and reference have no places beyond, and room was counted for no more."""
+    engine = _SHORT.setdefault(0, PolicyEngine(decoder(max_positions=24), slots=2))
+    plays = [Saying(*world) for world in worlds]
+    for (prompt, told), each in zip(worlds, engine.play(plays, list(range(len(plays))), DRAWN), strict=True):
+        whole = prompt + sum(told) + 2 * len(told)
+        assert len(each.ids) == min(24, whole)
+        assert each.is_cut == (whole > 24)
+        assert len(each.own) == len(each.log_probs) == len(each.tokens)
+
+
+_SHORT = {}
+
+
 def test_a_world_that_never_ends_is_cut_where_there_is_no_room():
     engine = PolicyEngine(decoder(), slots=2, max_positions=40)
     endless, silent = engine.play([Hostile(), Hostile(told=())], [0, 1], DRAWN)
     assert endless.is_cut
-    assert len(endless.ids) == 3 + 4 + 30 + 3 + 30
-    assert endless.own[-30:] == [False] * 30
+    # What the world says beyond that is no part of it.
+    assert len(endless.ids) == 40
+    assert endless.own == [True] * 4 + [False] * 30 + [True] * 3
     assert silent.is_cut
     assert len(silent.ids) == 40
     # The engine is whole.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Those that think unasked, beside OpenAI's. What is left of them is charged by all its time.
 _UNASKED = re.compile(
     r"think|reason|nemotron|gemini-(?:2\.5|[3-9]|\d\d)|gpt-oss|deepseek-(?:r\d|v3\.[1-9]|v[4-9])|(?:^|[-/])r1(?:$|[-:])|qwq|qwen-?3|magistral"
-    r"|grok-(?:3-mini|[4-9]|code)|glm-(?:4\.[5-9]|[5-9])|kimi-k[2-9]|minimax-m|claude-(?:[a-z]+-)*(?:[5-9]|\d\d)(?!\d)"
+    r"|grok-(?:3-mini|[4-9]|code)|glm-(?:4\.[5-9]|[5-9])|kimi-k[2-9]|minimax-m|claude-(?:[a-z]{1,20}-){0,4}(?:[5-9]|\d\d)(?!\d)"
 )
 # Those that think when they are asked to, or never, whatever comes behind; dates and sizes among it. No other name says that of a model:
 # many are chosen by whoever deploys it (Azure, vLLM).

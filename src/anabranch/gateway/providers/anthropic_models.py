@@ -13,7 +13,7 @@ A name without a version (a proxy's own) is taken for a model that thinks by a b
 import re
 from dataclasses import dataclass
 
-_VERSION = re.compile(r"claude-(?:[a-z]+-)*(\d)(?:[-.](\d{1,2}))?(?!\d)")
+_VERSION = re.compile(r"claude-(?:[a-z]{1,20}-){0,4}(\d)(?:[-.](\d{1,2}))?(?!\d)")
 
 
 @dataclass(frozen=True, slots=True)

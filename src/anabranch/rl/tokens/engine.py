@@ -151,7 +151,7 @@ class PolicyEngine:
         """
         self._drawn, self._seeds = drawn, list(seeds)
         self._threads = ThreadPoolExecutor(_AT_A_TIME) if waits else None
-        episodes = [Trajectory(tuple(play.prompt)) for play in plays]
+        episodes = [Trajectory(tuple(play.prompt)[: self.max_positions]) for play in plays]
         try:
             with evaluating(self.model):
                 for number, (play, episode) in enumerate(zip(plays, episodes, strict=True)):
@@ -251,9 +251,13 @@ class PolicyEngine:
             self._waiting[self._threads.submit(turn.play.step, written)] = turn
 
     def _answered(self, turn: _Turn, told: Told) -> None:
-        turn.episode.told(told.tokens)
-        if not told.is_done:
-            self._begin(turn.number, turn.play, turn.episode)
+        """Go on with what the world says, as far as there is room for it: the model has no further places."""
+        episode, room = turn.episode, self.max_positions - len(turn.episode.ids)
+        episode.told(told.tokens[:room])
+        if len(told.tokens) > room:
+            episode.is_cut = True
+        elif not told.is_done:
+            self._begin(turn.number, turn.play, episode)
 
 
 def _keep_routes(kept: dict[int, Route], seen: dict[int, dict[Any, Any]]) -> None:

@@ -30,7 +30,7 @@ class Trajectory:
         log_probs: what the engine held each of its own for, 0 for the world's.
         routes: where the engine sent each token of prompt and response: {layer: experts} by place; none where that is not recorded.
         turns: that the policy has had.
-        is_cut: there was no room for a further turn.
+        is_cut: there was no room for a further turn, or for all that the world had to say.
         outcome: what became of it.
     """
 

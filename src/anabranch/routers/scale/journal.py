@@ -3,8 +3,9 @@
 A file of lines in JSON. The first says whose it is. Each further one holds a call that came, by its place in the run (stage, index,
 attempt), the digest of what was asked, and the answer; one that failed, with the name of its error; or what was lost in calls that failed,
 in all so far. A call that failed is asked again only where none that came was written after it: past others the run went on, and does so
-again. A last line that was not written to its end is dropped, and written over. Answers are texts of models: whoever keeps the file keeps
-those.
+again. A last line that was not written to its end is dropped, and written over. One run at a time has the file: a second one is refused
+before it writes, by a lock beside it, and what another wrote where there are no locks is never written over. Answers are texts of models:
+whoever keeps the file keeps those.
 """
 
 import hashlib
@@ -12,10 +13,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from anabranch.errors import DataError
+from anabranch.locks import locked
 from anabranch.routers.contract.ask import Answered
 from anabranch.routers.scale.records import Tokens
 
@@ -28,7 +31,7 @@ def digest_of(value: Any) -> str:
 
 
 class Journal:
-    """One run's.
+    """One run's, until it is closed; a context that closes it.
 
     Attributes:
         lost: tokens of calls that failed, of all runs so far.
@@ -37,7 +40,7 @@ class Journal:
         path: of the file; made where there is none, gone on with where there is one.
         run: digest of what tells this run from others: its problem, seed and systems.
 
-    Raises DataError for a file that is none, or of another run, and for one that cannot be read or written.
+    Raises DataError for a file that is none, of another run, or in use by one, and for one that cannot be read or written.
     """
 
     def __init__(self, path: str | Path, run: str) -> None:
@@ -47,9 +50,32 @@ class Journal:
         self._failed: dict[str, tuple[str, str, int]] = {}
         self.lost = Tokens()
         self._first = json.dumps({"version": VERSION, "run": run}).encode() + b"\n"
-        self._end = self._read(run)
-        if not self._end:
-            self._write(self._first)
+        # Bytes of the file as this run knows it.
+        self._size = 0
+        with ExitStack() as held:
+            self._lock(held)
+            self._end = self._read(run)
+            if not self._end:
+                self._write(self._first)
+            self._held = held.pop_all()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the file to other runs. Idempotent."""
+        self._held.close()
+
+    def _lock(self, held: ExitStack) -> None:
+        # By whatever name it is reached.
+        path = Path(os.path.realpath(self._path))
+        if path.parent.is_dir() and not held.enter_context(locked(path.with_name(f".{path.name}.lock"))):
+            raise DataError(
+                f"journal {str(self._path)!r} is in use by another run; wait for its end, or take another file"
+            )
 
     def find(self, key: str, digest: str) -> Answered | None:
         """The answer that a call had; None if none came. Raises DataError if something else was asked there."""
@@ -95,7 +121,7 @@ class Journal:
             data = self._path.read_bytes()
         except OSError as error:
             raise DataError(f"journal {str(self._path)!r} cannot be read: {error.strerror}") from None
-        end = data.rfind(b"\n") + 1
+        self._size, end = len(data), data.rfind(b"\n") + 1
         lines = data[:end].splitlines()
         if data and not end:
             # Not even the first line was written to its end, or it is somebody's file that is no journal.
@@ -133,15 +159,22 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         try:
-            with open(self._path, "r+b" if self._path.exists() else "wb") as file:
+            with open(self._path, "r+b" if self._size or self._path.exists() else "wb") as file:
+                if file.seek(0, os.SEEK_END) != self._size:
+                    raise DataError(
+                        f"journal {str(self._path)!r} was written by another meanwhile, and is left as it is"
+                    )
                 file.seek(self._end)
                 file.truncate()
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            # What was written of it is written over by what comes next.
+            with suppress(OSError):
+                self._size = self._path.stat().st_size
             raise DataError(f"journal {str(self._path)!r} cannot be written: {error.strerror}") from None
-        self._end += len(data)
+        self._end = self._size = self._end + len(data)
 
 
 def _written(found: Answered) -> dict[str, Any]:

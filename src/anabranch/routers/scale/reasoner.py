@@ -12,7 +12,7 @@ trace.answer, trace.totals.all.completion
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,20 +85,20 @@ class SelectiveReasoner:
         problem: Problem,
         ask: Ask,
         *,
-        journal: str | Path | None = None,
+        journal: Journal | None = None,
         sender: Mapping[str, Any] | None = None,
         streams: bool = False,
         is_plain: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> Running:
-        """A run, not yet begun: see `Running`. Raises DataError for a journal of another run."""
+        """A run, not yet begun: see `Running`. Whoever gives a journal closes it."""
         calls = Calls(
             ask,
             problem=problem.digest,
             seed=self.settings.seed,
             budget=self.budget,
             call_s=self.settings.call_s,
-            journal=None if journal is None else Journal(journal, self._run_digest(problem)),
+            journal=journal,
             clock=clock,
         )
         work = Work(problem, self.systems, self.settings, self.prompts, calls)
@@ -117,15 +117,16 @@ class SelectiveReasoner:
             journal: a file for its calls; where it is there, what it holds is not asked again.
 
         Raises InputError for a problem without words or too long for a system's window, what the calls failed with where neither system
-        answers, and DataError for a journal of another run.
+        answers, and DataError for a journal of another run, or one that another run is using.
         """
         found = problem if isinstance(problem, Problem) else Problem.of(problem)
-        running = self.begin(found, ask, journal=journal)
-        async with aclosing(running.events()) as events:
-            async for _ in events:
-                # All of it is in the trace.
-                pass
-        return running.trace
+        with nullcontext() if journal is None else Journal(journal, self._run_digest(found)) as kept:
+            running = self.begin(found, ask, journal=kept)
+            async with aclosing(running.events()) as events:
+                async for _ in events:
+                    # All of it is in the trace.
+                    pass
+            return running.trace
 
     def solve_sync(
         self, problem: "str | Sequence[Mapping[str, Any]] | Problem", ask: Ask, *, journal: str | Path | None = None
