@@ -304,14 +304,16 @@ def readme_figures() -> str:
     studies = [json.loads(path.read_text(encoding="utf-8")) for path in _records("studies")]
     verdicts = [{"study": recorded["name"], **_verdicts(recorded)} for recorded in studies]
     text = _table({"Study": "study"} | {name.capitalize(): name for name in VERDICTS}, verdicts) if verdicts else ""
+    # A benchmark may have several records, each of a file's name: of one peer, or of other settings.
     benchmarks = [
-        (json.loads(path.read_text(encoding="utf-8")), path.stem.partition(".")[2]) for path in _records("benchmarks")
+        (json.loads(path.read_text(encoding="utf-8")), *path.stem.partition(".")[::2])
+        for path in _records("benchmarks")
     ]
-    rows = [row for recorded, isa in benchmarks for row in _ratios(recorded, isa)]
+    rows = [row for one in benchmarks for row in _ratios(*one)]
     columns = ("Benchmark", "Against", "Cases", "Lowest", "Median", "Highest", "Bars met", "Measured")
     told = [
-        f"{MARGIN} {recorded['name']}{f' ({isa})' if isa else ''}: {' '.join(_told(recorded))}\n"
-        for recorded, isa in benchmarks
+        f"{MARGIN} {name}{f' ({isa})' if isa else ''}: {' '.join(_told(recorded))}\n"
+        for recorded, name, isa in benchmarks
         if _told(recorded)
     ]
     return (
@@ -336,10 +338,10 @@ def _verdicts(recorded: dict[str, Any]) -> dict[str, int]:
     return {verdict: found.count(verdict) for verdict in VERDICTS}
 
 
-def _ratios(recorded: dict[str, Any], isa: str) -> list[dict[str, Any]]:
-    """One row for each peer of a benchmark of time; ``isa`` are the processor's instructions where its record is named after them."""
+def _ratios(recorded: dict[str, Any], name: str, isa: str) -> list[dict[str, Any]]:
+    """One row for each peer of a benchmark of time, by its record's ``name``; ``isa`` are the instructions where that has them."""
     of_peer: dict[str, list[dict[str, Any]]] = {}
-    name = recorded["name"] + (f" ({isa})" if isa else "") + (f" {MARGIN}" if _told(recorded) else "")
+    name += (f" ({isa})" if isa else "") + (f" {MARGIN}" if _told(recorded) else "")
     for row in recorded["rows"]:
         # A row that ours failed has no ratio, and counts all the same where one was asked of it.
         has_failed = row.get("bar") is not None and row.get("missed")
