@@ -255,6 +255,20 @@ adapters merge text deep.json --weights nan,1 --out z
 adapters merge text --weights {HUGE}{"0" * 400} --out z
 adapters merge text --method ties --density nan --out z
 adapters merge text --method dare --seed {HUGE} --out z
+adapters fuse trained text --out z
+adapters fuse trained no --out z
+adapters fuse trained text --out z --task x
+adapters eval trained
+adapters eval trained --data text
+adapters eval trained --data deep.jsonl
+adapters eval trained --data cut.txt.gz
+adapters eval trained text --data deep.jsonl
+adapters eval trained --data deep.jsonl --answers {HUGE}
+adapters eval trained --data deep.jsonl --max-tokens {HUGE}
+adapters eval trained --data deep.jsonl --batch-size {HUGE}
+adapt trained deep.jsonl --out z --method vera
+adapt trained deep.jsonl --out z --method dora --set method.size=1
+adapt trained deep.jsonl --out z --method lst --set method.expansion={HUGE}
 adapters export trained text --out z
 adapters export trained --out z
 adapters export trained --rank 2 --out z
