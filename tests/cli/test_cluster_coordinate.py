@@ -84,9 +84,11 @@ def test_from_text_to_a_trained_model_through_a_kill_and_a_newcomer(begun, cli, 
     plain = cli("train", *settings, "--out", tmp_path / "plain", "--quiet")
     assert plain.returncode == 0, plain.stderr
     secret = {"ANABRANCH_CLUSTER_SECRET": "river"}
-    host = begun("cluster", "coordinate", "--listen", "127.0.0.1:0", "--replicas", 2, "--stages", 2, "--json", **secret)
+    sizes = ["--replicas", 2, "--stages", 2, "--dead-after", 900]
+    host = begun("cluster", "coordinate", "--listen", "127.0.0.1:0", *sizes, "--json", **secret)
     address = told(host)["address"]
-    line = ["train", *settings, "--out", "shared", "--resume", "auto", f"--set=parallel.elastic.coordinator={address}"]
+    where = [f"--set=parallel.elastic.coordinator={address}", "--set=parallel.elastic.timeout_s=900"]
+    line = ["train", *settings, "--out", "shared", "--resume", "auto", *where]
     runs = [begun(*line, **secret) for _ in range(4)]
     shared = tmp_path / "shared"
     until(lambda: steps_in(shared) >= 8)
@@ -94,7 +96,12 @@ def test_from_text_to_a_trained_model_through_a_kill_and_a_newcomer(begun, cli, 
     writer = next(run for run in runs if "held-out text:" in run.said.read_text())
     writer.kill()
     runs = [run for run in runs if run is not writer]
+    until(lambda: "is lost" in host.said.read_text())
+    # So that the end does not come before the newcomer, which takes a while to start.
+    runs[0].send_signal(signal.SIGSTOP)
     runs.append(begun(*line, **secret))
+    until(lambda: "rank 4 is here" in host.said.read_text())
+    runs[0].send_signal(signal.SIGCONT)
     found = []
     for run in runs:
         out, _ = run.communicate(timeout=400)
