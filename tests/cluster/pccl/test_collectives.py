@@ -18,10 +18,12 @@ from anabranch.cluster.pccl import (
     Reduction,
     SharedState,
     TagInUse,
+    part,
     ring,
 )
 from anabranch.cluster.pccl.communicator import DTYPES
-from anabranch.cluster.pccl.ring import HEAD, OPS, chunk_ranges
+from anabranch.cluster.pccl.links import LinkError, Links
+from anabranch.cluster.pccl.ring import HEAD, OPS, WIDER, chunk_ranges
 from anabranch.errors import InputError
 from pccl_peers import Peer, a_master, together
 
@@ -44,7 +46,9 @@ def drawn(rank, size, dtype):
 
 def naive(values, op):
     """In the order in which a ring reduces chunk c: ranks c, c + 1, ... ; every step in the type's own arithmetic."""
-    world, count = len(values), len(values[0])
+    world, count, dtype = len(values), len(values[0]), values[0].dtype
+    if op == "avg":
+        values = [value.to(WIDER.get(dtype, dtype)) for value in values]
     out = torch.empty_like(values[0])
     steps = {"sum": torch.add, "avg": torch.add, "prod": torch.mul, "max": torch.maximum, "min": torch.minimum}
     for chunk, (start, end) in enumerate(chunk_ranges(count, world)):
@@ -54,7 +58,7 @@ def naive(values, op):
         out[start:end] = held
     if op == "avg":
         out = out / world if out.is_floating_point() else torch.div(out, world, rounding_mode="floor")
-    return out.to(values[0].dtype)
+    return out.to(dtype)
 
 
 def bits(tensor):
@@ -283,6 +287,21 @@ def test_peers_that_want_different_things_are_all_told_at_once(master, first, se
         (lambda p: p.all_reduce(torch.ones(3), quantise="magic"), "'magic'"),
         (lambda p: Quantiser(bits=7), "bits is 7"),
         (lambda p: p.all_reduce_many([Reduction(torch.ones(1))] * 2), "its own"),
+        (lambda p: p.all_reduce(torch.ones(1).expand(3)), "expanded tensor"),
+        (lambda p: p.all_reduce(torch.ones(3), torch.ones(1).expand(3)), "expanded tensor"),
+        (lambda p: p.all_reduce(inferred()), "inference mode"),
+        (lambda p: p.all_reduce(torch.ones(3, device="meta")), "meta device"),
+        (lambda p: p.all_reduce(torch.ones(3), torch.ones(3).to_sparse()), "layout torch.sparse_coo"),
+        (lambda p: p.all_reduce(torch.ones(3), [0.0]), "in a list"),
+        (lambda p: p.all_reduce_many([Reduction(torch.ones(1))], attempts=0), "attempts is 0"),
+        (lambda p: p.all_reduce_many([Reduction(torch.ones(1)), Reduction(torch.ones(1), op="x", tag=1)]), "op is 'x'"),
+        (lambda p: p.sync_shared_state(shared({}, -1)), "revision is -1"),
+        (lambda p: p.sync_shared_state(shared({"w": torch.ones(2).to_sparse()})), "layout"),
+        (lambda p: p.sync_shared_state(shared({"w": torch.ones(2, dtype=torch.complex64).conj()})), "conjugate view"),
+        (lambda p: p.sync_shared_state(shared({"w": torch.ones(2, dtype=torch.complex64).conj().imag})), "negated"),
+        (lambda p: p.sync_shared_state(shared({"w": torch.ones(1).expand(2)})), "expanded tensor"),
+        (lambda p: p.sync_shared_state(shared({"w": torch.ones([1] * 17)})), "17 dimensions"),
+        (lambda p: p.sync_shared_state(shared({"\ud800": torch.ones(1)})), "is none"),
         (lambda p: p.optimize_topology(seconds=0), "seconds is 0"),
         (lambda p: p.sync_shared_state(None, "mine"), "strategy is 'mine'"),
     ],
@@ -291,8 +310,21 @@ def test_wrong_arguments_are_told_before_anyone_is_asked(master, call, told):
     def work(number, peers):
         with pytest.raises(InputError, match=told):
             call(peers)
+        return peers.all_reduce(torch.ones(1)).alone
 
-    together(master.address, 1, work)
+    assert together(master.address, 1, work) == [True]
+
+
+def inferred():
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+def shared(tensors, revision=1):
+    """A state whose parts are put there after it was made."""
+    state = SharedState({})
+    state.tensors, state.revision = tensors, revision
+    return state
 
 
 @pytest.mark.parametrize(
@@ -303,6 +335,9 @@ def test_wrong_arguments_are_told_before_anyone_is_asked(master, call, told):
         ({"group": -1}, "group is -1"),
         ({"idle_s": 0}, "idle_s is 0"),
         ({"wait_s": -1.0}, "wait_s is -1"),
+        ({"wait_s": 0}, "wait_s is 0"),
+        ({"idle_s": "1"}, "idle_s is '1'"),
+        ({"master_wait_s": float("nan")}, "master_wait_s is nan"),
         ({"master": "::1"}, "not clear"),
         ({"advertise": "host:port"}, "has no port"),
         ({"congestion": "none of that name"}, "congestion is"),
@@ -358,3 +393,145 @@ def test_who_comes_late_and_waits_for_others_goes_on_with_those_who_run(master, 
     assert revision == steps
     assert {peer.value[0] for peer in found} == {revision}
     assert all(peer.value[1] < steps for peer in late)
+
+
+@pytest.mark.parametrize(
+    ("values", "mean"),
+    [
+        ([torch.tensor([100, -128, 127], dtype=torch.int8)] * 3, [100, -128, 127]),
+        ([torch.tensor([200, 255, 0], dtype=torch.uint8)] * 3, [200, 255, 0]),
+        ([torch.tensor([2**31 - 1, -(2**31), -1], dtype=torch.int32)] * 3, [2**31 - 1, -(2**31), -1]),
+        ([torch.tensor([2**63 - 1, -(2**63), -1])] * 3, [2**63 - 1, -(2**63), -1]),
+        ([torch.tensor([value, -value]) for value in (2**62, 2**62 + 1, 2)], [(2**63 + 3) // 3, -(2**63 + 3) // 3]),
+        ([torch.tensor([40000.0, -60000.0], dtype=torch.float16)] * 3, [40000.0, -60000.0]),
+        ([torch.tensor([value], dtype=torch.int8) for value in (-1, 0, 0)], [-1]),
+        ([torch.empty(0, dtype=torch.int64)] * 3, []),
+    ],
+    ids=lambda one: str(one[0].dtype) if one and isinstance(one[0], torch.Tensor) else "",
+)
+def test_a_mean_is_right_where_the_sum_is_too_large(master, values, mean):
+    """They once wrapped: 100 and 100 in int8 had the mean -28."""
+
+    def work(number, peers):
+        given = values[peers.ring_order.index(peers.peer)]
+        own, kept = given.clone(), given.clone()
+        peers.all_reduce(own, op="avg")
+        into = torch.zeros_like(given)
+        peers.all_reduce(kept, into, op="avg")
+        assert torch.equal(kept, given)
+        return own.tolist(), into.tolist(), own.dtype == given.dtype
+
+    assert together(master.address, 3, work) == [(mean, mean, True)] * 3
+
+
+def test_a_view_of_negated_numbers_is_reduced(master):
+    def work(number, peers):
+        value = torch.tensor([1 + 2j, 3 + 4j]).conj().imag
+        assert value.is_neg()
+        peers.all_reduce(value)
+        return value.tolist()
+
+    assert together(master.address, 2, work) == [[-4.0, -8.0]] * 2
+
+
+def test_more_at_a_time_than_the_master_takes_wait_for_each_other(master):
+    """64 in threads and one beside them: legal, and it once had the peer dropped."""
+    gate = threading.Event()
+
+    def work(number, peers):
+        if number:
+            assert gate.wait(20)
+        handles = [peers.all_reduce_async(torch.ones(2), tag=tag) for tag in range(64)]
+        if not number:
+            while sum(len(member.initiates) for member in master.state.members.values()) < 64:
+                pass
+            gate.set()
+        peers.all_reduce(torch.ones(2), tag=99)
+        return sum(handle.result().world for handle in handles)
+
+    assert together(master.address, 2, work) == [128, 128]
+
+
+def test_one_that_is_not_connected_says_so_and_one_that_is_connects_once(master):
+    peers = Communicator(master.address)
+    for call in (lambda: peers.all_reduce(torch.ones(1)), peers.are_peers_pending, lambda: peers.wait_for(1)):
+        with pytest.raises(InputError, match="not connected"):
+            call()
+    with peers:
+        number = peers.peer
+        assert peers.connect() is peers
+        assert (peers.peer, peers.ring_order) == (number, [number])
+        assert peers.all_reduce(torch.ones(1)).alone
+    with pytest.raises(InputError, match="was closed"):
+        peers.connect()
+
+
+def test_buffers_of_earlier_calls_are_kept_up_to_a_bound(master, monkeypatch):
+    monkeypatch.setattr(part, "_MOST_KEPT", 100)
+
+    def work(number, peers):
+        for size in (5, 6, 7, 8, 9):
+            peers.all_reduce(torch.ones(size))
+        return [one.numel() for one in peers._kept]
+
+    assert together(master.address, 1, work) == [[7, 8, 9]]
+
+
+def test_what_an_older_verdict_says_of_the_ring_is_not_taken():
+    """Verdicts of several collectives come in the order of the master, and are read by threads in any."""
+    peers = part.Part(1.0, None, None, lambda name: None)
+    peers._topology = {"epoch": 5, "ring": [[1, "h", 1, 1]], "world": 1, "groups": 1, "largest": 1}
+    older = {
+        "aborted": False,
+        "epoch": 4,
+        "ring": [[1, "h", 1, 1], [2, "h", 1, 1]],
+        "world": 2,
+        "groups": 1,
+        "largest": 2,
+    }
+    peers._vote = lambda body: older
+    assert not peers._verdict(part._Op(0, 0, 4), None)
+    assert peers._topology["world"] == 1
+    peers._vote = lambda body: {**older, "epoch": 6}
+    peers._verdict(part._Op(0, 0, 4), None)
+    assert peers._topology["world"] == 2
+
+
+def test_who_does_not_take_what_it_is_sent_is_late_and_not_who_sent_before():
+    """Of the two neighbours, the one that is waited for."""
+    ours, previous = socket.socketpair()
+    out, following = socket.socketpair()
+    with ours, previous, out, following:
+        wires = ring.Wires(out, ours, 7, 8, 0, 0, 0.2, lambda: None)
+        value = torch.ones(4 << 20)
+        head = HEAD.pack(b"pccl", 2, 0, 0, value.numel())
+        done = threading.Event()
+
+        def send():
+            previous.sendall(head + bytes(value.numel() * 4))
+            done.set()
+
+        threading.Thread(target=send, daemon=True).start()
+        # All of the previous one comes; the next takes nothing.
+        with pytest.raises(LinkError, match="peer 7 did nothing") as told:
+            ring.ring_all_reduce(value, "sum", 0, 2, wires, None)
+        assert told.value.accused == 7
+        assert done.wait(20)
+    ours, previous = socket.socketpair()
+    out, following = socket.socketpair()
+    wires = ring.Wires(out, ours, 7, 8, 0, 0, 0.2, lambda: None)
+    with ours, previous, out, following, pytest.raises(LinkError, match="peer 8 did nothing") as told:
+        ring.ring_all_reduce(torch.ones(4), "sum", 0, 2, wires, None)
+    assert told.value.accused == 8
+
+
+def test_an_offer_of_the_ring_that_stands_is_closed():
+    """Its links are there; one more is of nobody."""
+    links = Links(b"", 1.0, None)
+    links.epoch = 5
+    for epoch, is_kept in ((4, False), (5, False), (6, True)):
+        mine, other = socket.socketpair()
+        with mine, other:
+            links.offer(mine, {"epoch": epoch, "from": 1, "index": 0})
+            assert (mine.fileno() >= 0) == is_kept
+    links.close()

@@ -79,3 +79,14 @@ def test_zero_stays_zero_in_zero_point():
         0.0,
         0.0,
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("quantiser", KINDS, ids=str)
+def test_ends_next_to_the_largest_number_are_read_as_numbers(quantiser, dtype):
+    """They are rounded, and a little more than the largest would be none."""
+    most, eps = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    for place in range(64):
+        for low in (0.0, 1.0, most / 2, most * (1 - 2**-8)):
+            value = torch.tensor([low, most * (1 - place * eps)], dtype=dtype)
+            assert quantiser.read(quantiser.write(value), dtype).isfinite().all()

@@ -295,7 +295,7 @@ def test_a_newcomer_that_does_not_fit_is_sent_away_alone(odd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(0, 1000, 100))
-def test_two_thousand_schedules(seed):
+def test_three_thousand_schedules(seed):
     for one in range(seed, seed + 100):
         check(one + 1000, peers=6, groups=1 + one % 3, gathered=1 + one % 4)
         check(

@@ -17,6 +17,7 @@ Calls come in the same order on every peer. A call waits until all have made it;
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ from anabranch.cluster.pccl.master import PORT
 from anabranch.cluster.pccl.part import Part, Reduced, Reduction, quantiser_of
 from anabranch.cluster.pccl.quantise import Quantiser
 from anabranch.cluster.pccl.ring import OPS
-from anabranch.cluster.pccl.sharing import Shared, SharedState, Sharing, fetch
+from anabranch.cluster.pccl.sharing import Shared, SharedState, Sharing, fetch, not_written
 from anabranch.errors import InputError
 
 __all__ = ["DTYPES", "Communicator", "Reduced", "Reduction"]
@@ -102,8 +103,9 @@ class Communicator(Part):
         for name, value, most in (("group", group, 2**16), ("pool", pool, MOST_POOL)):
             if type(value) is not int or not (name == "pool") <= value <= most:
                 raise InputError(f"{name} is {shown(value)}; use {int(name == 'pool')} to {most}")
-        for name, seconds in (("connect_s", connect_s), ("idle_s", idle_s), ("wait_s", wait_s or 1.0)):
-            if not 0 < seconds < 1e6:
+        waits = {"connect_s": connect_s, "idle_s": idle_s, "master_wait_s": master_wait_s}
+        for name, seconds in (waits if wait_s is None else {**waits, "wait_s": wait_s}).items():
+            if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
                 raise InputError(f"{name} is {shown(seconds)}; use a number of seconds above 0")
         # Port 0 stands for the one where it listens.
         self._advertised = parse_address(advertise, 0) if advertise else ("", 0)
@@ -129,14 +131,20 @@ class Communicator(Part):
         handlers = {"link": self._links.offer, "state": self._sharing.serve, "rate": self._rates.serve}
         self._listener = Listener(host, port or None, self._secret, handlers)
         self._has_shared = False
+        self._in_flight = threading.Semaphore(_MOST_IN_FLIGHT)
 
     # Who is there
 
     def connect(self) -> Communicator:
-        """Join the run; returns when those who are in it have let this peer in, at once where nobody is.
+        """Join the run; returns when those who are in it have let this peer in, at once where nobody is, and where it is in already.
 
-        Raises MasterLost where no master answers, Refused where it does not want this peer, Kicked where other peers cannot reach it.
+        Raises MasterLost where no master answers, Refused where it does not want this peer, Kicked where other peers cannot reach it,
+        InputError for one that was closed: make a new one.
         """
+        if self._line.has_begun and self._line.error is None:
+            return self
+        if self._line.has_begun or self._line.error is not None:
+            raise InputError("this communicator was closed; make a new one, which comes as another peer")
         try:
             self._line.open({**self._hello, "port": self._advertised[1] or self._listener.port})
             self._listener.run = self._line.run
@@ -282,10 +290,12 @@ class Communicator(Part):
             strategy: ``enforce_popular``: what most peers have counts; ``receive_only``: this peer's does not; ``send_only``: it must win.
                 By default a newcomer's first call is ``receive_only`` and all others ``enforce_popular``.
 
-        Raises PeerLost where a source went away (states are then as they were), RevisionError, Mismatch, Kicked.
+        Raises PeerLost where a source went away or somebody could not fetch (states are then as they were), RevisionError, Mismatch,
+        Kicked, and InputError for what cannot be shared.
         """
         if strategy is not None and strategy not in STRATEGIES:
             raise InputError(f"strategy is {shown(strategy)}; use {', '.join(STRATEGIES)}")
+        state.check()
         return self._alone_in_it(lambda: self._sync(state, strategy))
 
     def _sync(self, state: SharedState, strategy: str | None) -> Shared:
@@ -343,7 +353,8 @@ class Communicator(Part):
         Args:
             send: of any shape, the same number of elements and type on all peers. Without ``recv`` the result takes its place.
             recv: for the result; of the same type and number of elements.
-            op: ``sum``, ``avg``, ``prod``, ``max`` or ``min``; averages of whole numbers are rounded down.
+            op: ``sum``, ``avg``, ``prod``, ``max`` or ``min``; averages of whole numbers are rounded down. Those of whole numbers and of
+                float16 go around in a wider type, with two to four times the bytes, so that no sum on the way is too large.
             quantise: how floating-point numbers go over the wire: a `Quantiser`, ``min_max`` or ``zero_point`` (8 bits); None as they are.
             tag: of collectives at the same time each has its own.
 
@@ -402,6 +413,10 @@ class Communicator(Part):
             raise InputError(f"tags are {shown(tags)}; give each collective its own")
         if not 1 <= max_in_flight <= _MOST_IN_FLIGHT:
             raise InputError(f"max_in_flight is {shown(max_in_flight)}; use 1 to {_MOST_IN_FLIGHT}")
+        if type(attempts) is not int or attempts < 1:
+            raise InputError(f"attempts is {shown(attempts)}; use 1 or more")
+        for one in reductions:
+            _check(one)
         found: dict[int, Reduced | CollectiveError] = {}
         for attempt in range(attempts):
             left = [place for place in range(len(reductions)) if not isinstance(found.get(place), Reduced)]
@@ -441,10 +456,12 @@ class Communicator(Part):
             "op": one.op,
             "quantise": written,
         }
-        reply = self._vote({"what": "initiate", "tag": one.tag, "descriptor": descriptor})
-        op = self._ops[one.tag, int(reply["seq"])]
-        with torch.no_grad():
-            return self._carry_out(op, reply, one, target, quantiser)
+        # The master takes so many of a peer at a time; those of all threads together, and the rest wait here.
+        with self._in_flight:
+            reply = self._vote({"what": "initiate", "tag": one.tag, "descriptor": descriptor})
+            op = self._ops[one.tag, int(reply["seq"])]
+            with torch.no_grad():
+                return self._carry_out(op, reply, one, target, quantiser)
 
 
 def _check(one: Reduction) -> None:
@@ -456,6 +473,12 @@ def _check(one: Reduction) -> None:
     if not isinstance(one.send, Tensor) or one.send.dtype not in DTYPES or one.send.layout != torch.strided:
         given = one.send.dtype if isinstance(one.send, Tensor) else type(one.send).__name__
         raise InputError(f"a {given} cannot be reduced; use a dense tensor of {', '.join(sorted(map(str, DTYPES)))}")
+    if one.send.device.type == "meta":
+        raise InputError("a tensor on the meta device has no numbers; reduce one that has")
+    target = one.send if one.recv is None else one.recv
+    if not isinstance(target, Tensor) or (why := not_written(target)):
+        told = why if isinstance(target, Tensor) else f"a {type(target).__name__}"
+        raise InputError(f"the result has no place in {told}; give recv, or a clone")
     if one.recv is not None and (one.recv.dtype != one.send.dtype or one.recv.numel() != one.send.numel()):
         raise InputError(
             f"recv has {one.recv.numel()} elements of {one.recv.dtype}, and send {one.send.numel()} of {one.send.dtype}; they must agree"

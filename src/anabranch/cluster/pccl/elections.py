@@ -15,7 +15,7 @@ from anabranch.cluster.pccl.wire import WireError, number, word
 POPULAR, RECEIVE, SEND = "enforce_popular", "receive_only", "send_only"
 STRATEGIES = (POPULAR, RECEIVE, SEND)
 MOST_NAMES = 16_384
-_MOST_DIMS = 16
+MOST_DIMS = 16
 
 
 @dataclass
@@ -53,7 +53,7 @@ def check_vote(body: dict[str, Any]) -> None:
             word({"a text of a tensor": text}, "a text of a tensor")
         if not isinstance(shape, list):
             raise WireError("a tensor that is not [name, dtype, shape, hash]")
-        if len(shape) > _MOST_DIMS or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        if len(shape) > MOST_DIMS or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
             raise WireError(f"tensor {name!r} has a shape that is none")
     if len({entry[0] for entry in keys}) < len(keys):
         raise WireError("two tensors of one name")

@@ -19,6 +19,7 @@ from typing import Any
 from anabranch.cluster.pccl.faults import CollectiveError, Kicked, MasterLost, Refused
 from anabranch.cluster.pccl.handshake import HANDSHAKE_S, call
 from anabranch.cluster.pccl.wire import Frame, Kind, Reader, WireError, number, packed, word
+from anabranch.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class Line:
         self._before(str(body["what"]))
         with self._lock:
             self._check()
+            if not self.has_begun:
+                raise InputError("this communicator is not connected; call connect(), or use it in a with statement")
             req, self._next_req = self._next_req, self._next_req + 1
             low = min(self._open, default=req)
             vote = self._open[req] = _Open({**body, "req": req, "low": low})
@@ -116,6 +119,11 @@ class Line:
                 self._check()
                 raise MasterLost("the connection to the master is closed")
             return vote.reply
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was opened."""
+        return self._thread is not None
 
     def close(self) -> None:
         """Leave."""

@@ -20,7 +20,7 @@ from anabranch.cluster.pccl.faults import CollectiveError, Kicked, PeerLost, Tag
 from anabranch.cluster.pccl.line import Line
 from anabranch.cluster.pccl.links import AbortedError, LinkError, Links, Listener, Place
 from anabranch.cluster.pccl.quantise import Quantiser
-from anabranch.cluster.pccl.ring import Wires, ring_all_reduce
+from anabranch.cluster.pccl.ring import WIDER, Wires, narrowed, ring_all_reduce, widened
 from anabranch.errors import InputError
 
 # Buffers for what is restored after an abort are kept for the next call up to so many bytes in all.
@@ -117,9 +117,14 @@ class Part:
     def _carried_out(
         self, op: _Op, ring: list[Place], one: Reduction, target: Tensor, quantiser: Quantiser | None
     ) -> Reduced:
-        flat = target.detach().reshape(-1) if target.is_contiguous() and target.device.type == "cpu" else None
+        is_wide = one.op == "avg" and one.send.dtype in WIDER
+        is_plain = target.is_contiguous() and target.device.type == "cpu" and not target.is_neg()
+        flat = target.detach().reshape(-1) if is_plain and not is_wide else None
         kept = None if flat is None else self._backup(flat)
         work = _staged(one.send) if flat is None else flat
+        kind = one.op
+        if is_wide:
+            work, kind = widened(work, len(ring))
         failure: LinkError | None = None
         try:
             try:
@@ -127,7 +132,7 @@ class Part:
                     flat.copy_(one.send.detach().reshape(-1))
                 if len(ring) > 1:
                     self._over_links(
-                        op, ring, lambda wires, rank: ring_all_reduce(work, one.op, rank, len(ring), wires, quantiser)
+                        op, ring, lambda wires, rank: ring_all_reduce(work, kind, rank, len(ring), wires, quantiser)
                     )
             except LinkError as error:
                 failure = error
@@ -147,7 +152,8 @@ class Part:
                 self._keep(kept)
             raise PeerLost(f"collective of tag {op.tag}: {failure or 'another peer was lost'}")
         if flat is None:
-            target.copy_(work.reshape(target.shape))
+            whole = narrowed(work, len(ring), target.dtype) if is_wide else work
+            target.copy_(whole.reshape(target.shape))
         if kept is not None:
             self._keep(kept)
         return Reduced(len(ring), len(ring) == 1)
@@ -346,7 +352,7 @@ class Part:
 
 def _staged(send: Tensor) -> Tensor:
     """A flat copy on the CPU; pinned where it comes from a GPU, so that copies run at its link's speed."""
-    flat = send.detach().reshape(-1)
+    flat = send.detach().resolve_neg().reshape(-1)
     if flat.device.type == "cpu":
         return flat.clone()
     staged = torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=flat.device.type == "cuda")

@@ -46,6 +46,14 @@ _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "min": lambda held, came: torch.minimum(held, came, out=held),
 }
 OPS = tuple(_REDUCE)
+# Types whose means are smaller than the sums on their way to them: these are held and sent in a wider one.
+WIDER = {
+    torch.int8: torch.int32,
+    torch.uint8: torch.int32,
+    torch.int32: torch.int64,
+    torch.int64: torch.int64,
+    torch.float16: torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,25 @@ def chunk_ranges(count: int, world: int) -> list[tuple[int, int]]:
     base, longer = divmod(count, world)
     starts = [rank * base + min(rank, longer) for rank in range(world + 1)]
     return list(pairwise(starts))
+
+
+def widened(flat: Tensor, world: int) -> tuple[Tensor, str]:
+    """What goes around for a mean of a type in `WIDER`, and the operation.
+
+    There is nothing wider than int64: quotients by ``world`` and what is left of them go in its place, neither of which can be too large.
+    """
+    if flat.dtype != torch.int64:
+        return flat.to(WIDER[flat.dtype]), "avg"
+    quotient = torch.div(flat, world, rounding_mode="floor")
+    return torch.cat([quotient, flat - quotient * world]), "sum"
+
+
+def narrowed(work: Tensor, world: int, dtype: torch.dtype) -> Tensor:
+    """The mean, of what `widened` made and a ring reduced."""
+    if dtype != torch.int64:
+        return work.to(dtype)
+    quotient, rest = work.chunk(2) if work.numel() else (work, work)
+    return quotient + torch.div(rest, world, rounding_mode="floor")
 
 
 def ring_all_reduce(value_X: Tensor, op: str, rank: int, world: int, wires: Wires, quantiser: Quantiser | None) -> int:

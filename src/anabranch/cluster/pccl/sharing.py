@@ -21,10 +21,19 @@ import torch
 from torch import Tensor
 
 from anabranch.bounds import shown
-from anabranch.cluster.pccl.elections import MOST_NAMES
+from anabranch.cluster.pccl.elections import MOST_DIMS, MOST_NAMES
 from anabranch.cluster.pccl.hashing import bytes_of, tensor_hash
 from anabranch.cluster.pccl.links import LinkError, Place, call_peer
-from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, receive_exactly, receive_frame, send_all
+from anabranch.cluster.pccl.wire import (
+    Kind,
+    WireError,
+    is_plain,
+    number,
+    packed,
+    receive_exactly,
+    receive_frame,
+    send_all,
+)
 from anabranch.errors import InputError
 
 __all__ = ["Shared", "SharedState"]
@@ -66,17 +75,29 @@ class SharedState:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], revision: int = 0) -> None:
-        for name, tensor in tensors.items():
-            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME:
+        self.tensors, self.revision = dict(tensors), revision
+        self.check()
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be shared; asked again before it is, as its parts may have been put there since."""
+        if type(self.revision) is not int or not 0 <= self.revision < 2**62:
+            raise InputError(f"the revision is {shown(self.revision)}; use a whole number from 0")
+        for name, tensor in self.tensors.items():
+            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not is_plain(name):
                 raise InputError(f"the tensor's name {shown(name)} is none; use a text of 1 to {_LONGEST_NAME} letters")
             if not isinstance(tensor, Tensor):
                 raise InputError(f"{shown(name)} is a {type(tensor).__name__}; share tensors")
-        told = sum(len(json.dumps(name)) + 20 * tensor.dim() + _ENTRY_BYTES for name, tensor in tensors.items())
-        if len(tensors) > MOST_NAMES or told > _MOST_TOLD:
+            why = not_written(tensor) or ("a view of negated numbers" if tensor.is_neg() else "")
+            if not why and tensor.dim() > MOST_DIMS:
+                why = f"a tensor of {tensor.dim()} dimensions"
+            if why:
+                raise InputError(f"{shown(name)} is {why}, which cannot be shared; share a dense clone")
+        told = sum(len(json.dumps(name)) + 20 * tensor.dim() + _ENTRY_BYTES for name, tensor in self.tensors.items())
+        if len(self.tensors) > MOST_NAMES or told > _MOST_TOLD:
             raise InputError(
-                f"a state of {len(tensors)} tensors is more than a message holds; share up to {MOST_NAMES} with short names, or join some"
+                f"a state of {len(self.tensors)} tensors is more than a message holds; share up to {MOST_NAMES} with short names, "
+                "or join some"
             )
-        self.tensors, self.revision = dict(tensors), revision
 
     def entries(self) -> list[list[Any]]:
         """``[name, dtype, shape, hash]`` of each, in order of names."""
@@ -89,6 +110,23 @@ class SharedState:
         """Of all names, forms and bytes."""
         text = repr(self.entries()).encode()
         return tensor_hash(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
+def not_written(tensor: Tensor) -> str:
+    """Why nothing can be written into a tensor in place, byte by byte; nothing where it can."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return (
+            f"a tensor of layout {tensor.layout}" if tensor.layout != torch.strided else f"a tensor of {tensor.dtype}"
+        )
+    if tensor.device.type == "meta":
+        return "a tensor on the meta device"
+    if tensor.is_conj():
+        return "a conjugate view"
+    if tensor.is_inference():
+        return "a tensor of inference mode"
+    if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "an expanded tensor, whose elements share their memory"
+    return ""
 
 
 class Sharing:

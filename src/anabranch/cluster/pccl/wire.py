@@ -118,7 +118,9 @@ def _is_deep(body: dict[str, Any]) -> bool:
     for _ in range(_MOST_DEPTH):
         within = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
         level = [part for part in within if isinstance(part, (dict, list))]
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 
 def number(body: dict[str, Any], name: str, most: int = 2**62, default: int | None = None) -> int:
@@ -132,10 +134,14 @@ def number(body: dict[str, Any], name: str, most: int = 2**62, default: int | No
 def word(body: dict[str, Any], name: str, most: int = 256) -> str:
     """A text of a frame, at most ``most`` letters. Raises WireError if it is none."""
     value = body.get(name)
-    # Half of a pair of UTF-16 is a letter of JSON, and of nothing else.
-    if not isinstance(value, str) or len(value) > most or any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+    if not isinstance(value, str) or len(value) > most or not is_plain(value):
         raise WireError(f"{name} is no text of at most {most} letters")
     return value
+
+
+def is_plain(text: str) -> bool:
+    """Whether it has no half of a pair of UTF-16, which is a letter of JSON and of nothing else."""
+    return not any(0xD800 <= ord(letter) < 0xE000 for letter in text)
 
 
 def receive_exactly(sock: socket.socket, view: memoryview, deadline: float) -> None:
