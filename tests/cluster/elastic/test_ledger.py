@@ -50,6 +50,16 @@ def test_a_word_that_comes_late_takes_nothing_back():
     assert ledger.way_back({1, 2, 3}, 3).version == 3
 
 
+def test_a_word_that_is_said_twice_is_one():
+    # Rank 2 has told of version 1 alone.
+    ledger = held()
+    tell(ledger, 1)
+    tell(ledger, 2, [0])
+    tell(ledger, 2, [0])
+    assert ledger.way_back({1, 3}, 2).holders == {0: (1,), 2: (3,)}
+    assert ledger.way_back({1, 3}, 2).version == 1
+
+
 def test_a_second_copy_that_is_older_is_not_asked_for_the_newer():
     ledger = held(copies=2)
     first, second = LAYOUT.holders(0, 2)
