@@ -80,6 +80,24 @@ def told_to_stop(event):
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
+def test_what_is_saved_and_told_at_the_end_is_the_trained_model(make_run, tmp_path):
+    """The last outer step of an asynchronous run comes before the last evaluation and checkpoint, also where these are due."""
+    with a_master() as master:
+        run = make_run(steps=4, checkpoint_every=2)
+        late = with_peers(run, master=master.address, every=2, asynchronous=True)
+        trainer = Trainer(late, tmp_path / "a")
+        trainer.fit()
+    held = dict(trainer.model.named_parameters())
+    assert all(torch.equal(value, held[name].detach()) for name, value in weights(tmp_path / "a").items())
+    told = [line for line in read_metrics(tmp_path / "a") if line["kind"] == "validation"]
+    assert [line["step"] for line in told].count(4) == 1
+    trainer._write = lambda record: None
+    trainer._evaluate()
+    again = trainer._progress.evaluation
+    measured = trainer.task.evaluate(trainer.model, trainer._held_out, trainer._context)
+    assert {name: told[-1][name] for name in measured} == {name: again[name] for name in measured}
+
+
 def test_told_to_stop_it_waits_for_nobody(make_run, tmp_path):
     with a_master() as master:
         waiting = with_peers(make_run(steps=4), master=master.address, every=2, peers=2)

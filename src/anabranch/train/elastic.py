@@ -187,7 +187,7 @@ class Elastic:
             return self._trainer.steps
         return step
 
-    def after(self) -> None:
+    def after(self, *, is_last: bool = False) -> None:
         """After a step: nothing, it is committed."""
 
     def finish(self) -> None:

@@ -85,15 +85,17 @@ class Outer:
                 return None
             raise
 
-    def after(self) -> None:
-        """After a step."""
+    def after(self, *, is_last: bool = False) -> None:
+        """After a step; the last takes what is still on its way, so that what is evaluated and saved is what was trained."""
         assert self._rounds is not None
         told = self._rounds.end_step()
+        if is_last:
+            told = self._rounds.finish() or told
         if told is not None:
             log.info("round %d: %d peers, delta %.3g", told.number, told.peers, told.delta_norm)
 
     def finish(self) -> None:
-        """At the end of the training: take what is still on its way."""
+        """At the end of the training, also where it ended with the others' last step: take what is still on its way."""
         if self._rounds is not None:
             self._rounds.finish()
 

@@ -347,7 +347,7 @@ class Trainer(Generic[R]):
                 break
             progress.step += 1
             if self._outer is not None:
-                self._outer.after()
+                self._outer.after(is_last=progress.step == settings.steps)
             self._count_skipped(gradient)
             if gradient.is_finite:
                 self._checkpoints.prune()

@@ -19,9 +19,14 @@ def master():
         yield found
 
 
+# Peers are threads here, and draw from one generator.
+DRAWING = threading.Lock()
+
+
 def made(seed=0, width=4):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    with DRAWING:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 1)).double()
 
 
 def inner_step(model, optimizer, number, step):
@@ -140,6 +145,59 @@ def test_one_dies_and_one_comes_and_all_end_with_the_same_bits(master, asynchron
     assert newcomer.received_bytes == 2 * 8 * sum(value.numel() for value in weights[0])
     assert newcomer.steps == peers[0].value[2].steps == 8 * EVERY
     assert {one.peers for one in peers[0].value[1]} >= {2, 3}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_who_is_left_when_the_last_other_dies_in_a_reduction_goes_on(asynchronous):
+    """Its own deltas are then the mean."""
+
+    def dies_in_the_second_ring(number, peers, outer):
+        if number == 1 and outer.steps == EVERY + 1:
+
+            def before(name):
+                if name == "ring":
+                    peers._die()
+                    raise Killed
+
+            peers._before = before
+
+    work = trained(4, after=dies_in_the_second_ring, asynchronous=asynchronous)
+    with a_master() as master:
+        first, second = (Peer(master.address, work, number, 2) for number in range(2))
+        first.wait()
+        assert first.error is None, first.error
+    assert second.value is None
+    weights, told, outer = first.value
+    assert outer.steps == 4 * EVERY
+    assert [one.number for one in told] == [1, 2, 3, 4]
+    # A reduction under way may have been the one.
+    assert [one.peers for one in told] in ([[0, 2, 1, 1], [0, 1, 1, 1]] if asynchronous else [[2, 1, 1, 1]])
+    assert all(value.isfinite().all() for value in weights)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_loop_by_steps_does_as_many_and_ends_with_a_round(master, asynchronous):
+    """As the page has it: ``while outer.steps < N``."""
+
+    def work(number, peers):
+        model = made()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        outer = DiLoCo(model, peers, every=EVERY, asynchronous=asynchronous, rounds=5)
+        counted, begun = [outer.steps], []
+        while outer.steps < 7 * EVERY:
+            begun.append(outer.begin_step())
+            inner_step(model, optimizer, number, outer.steps)
+            outer.end_step()
+            counted.append(outer.steps)
+        outer.finish()
+        outer.close()
+        return counted, begun, [value.detach().clone() for value in model.parameters()]
+
+    first, second = together(master.address, 2, work)
+    assert first[0] == second[0] == list(range(5 * EVERY, 7 * EVERY + 1))
+    if not asynchronous:
+        assert first[1] == [True, False, False] * 2
+    assert all(torch.equal(one, other) for one, other in zip(first[2], second[2], strict=True))
 
 
 def test_quantised_deltas_are_near(master):

@@ -127,7 +127,8 @@ class DiLoCo:
     @property
     def steps(self) -> int:
         """Inner steps that the group has done: those of a newcomer are counted from where the others were."""
-        return max(self.state.revision - 1, 0) * self.every + self._done
+        # Meetings so far; the last began the round that is under way.
+        return (self.state.revision - self._has_met) * self.every + self._done
 
     def begin_step(self) -> bool:
         """Before an inner step; at the beginning of a round all peers meet here. Whether this is one.
@@ -227,11 +228,13 @@ class DiLoCo:
         self._deltas = {name: self._outer[name] - value for name, value in self._local.items()}
 
     def _reduce(self) -> list[Reduced]:
-        """The mean of all peers' deltas, in the place of this peer's."""
+        """The mean of all peers' deltas, in the place of this peer's, which stay where nobody is left; what came of those reduced."""
         buckets = list(_buckets(self._deltas, self.quantise))
         outcomes = self.peers.all_reduce_many([one for one, _ in buckets], attempts=_TRIES)
         for outcome in outcomes:
-            if isinstance(outcome, CollectiveError):
+            # With nobody left there is nothing to reduce with: what was not is this peer's own.
+            is_alone = isinstance(outcome, PeerLost) and self.peers.group_size < 2
+            if isinstance(outcome, CollectiveError) and not is_alone:
                 raise outcome
         for one, parts in buckets:
             if parts:
@@ -246,7 +249,7 @@ class DiLoCo:
             squares += float(self._deltas[name].double().square().sum())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Round(number, min(outcome.world for outcome in outcomes), squares**0.5)
+        return Round(number, min((outcome.world for outcome in outcomes), default=1), squares**0.5)
 
 
 def _buckets(deltas: dict[str, Tensor], quantise: Quantiser | str | None) -> Iterable[tuple[Reduction, list[Tensor]]]:
