@@ -11,11 +11,13 @@ from anabranch.errors import ConfigError
 from anabranch.gateway.config import AdminConfig, DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.config.secret import Secret
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.http import admin
 from anabranch.gateway.http.app import App
 from anabranch.gateway.http.cors import SENT
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import open_store
 from anabranch.routers.money import Price
+from anabranch.web.turns import Turns
 
 ADMIN = "the-admin-key"
 JSON = {"content-type": "application/json"}
@@ -58,6 +60,29 @@ def served(tmp_path, work, given=None, **fields):
                 await server.shutdown(0.1)
 
     return asyncio.run(main())
+
+
+def test_long_lists_are_told_some_rows_at_a_time(tmp_path, monkeypatch):
+    """They were made and written in one go, while no request went on."""
+    slices, run = [], Turns.run
+
+    async def noted(self, whose, work):
+        slices.append(await run(self, whose, work))
+        return slices[-1]
+
+    monkeypatch.setattr(admin.Turns, "run", noted)
+
+    async def work(call):
+        made = [(await call("POST", "/admin/keys", {"name": f"key {number}"}))[1]["key"] for number in range(130)]
+        assert not slices
+        return made, await call("GET", "/admin/keys")
+
+    made, (status, told) = served(tmp_path, work)
+    assert status == 200
+    assert sorted(told["keys"], key=lambda key: key["id"]) == sorted(made, key=lambda key: key["id"])
+    assert slices.pop() is None
+    assert len(slices) > 1
+    assert max(map(len, slices)) < 100_000
 
 
 def test_the_config_is_shown_without_the_password_of_the_store(tmp_path):

@@ -6,9 +6,11 @@
     api_error   `ApiError`, an answer that is an error
     body        JSON that is checked, and how an error shows a value
     json_text   JSON of whatever a client sent
+    large_json  JSON of megabytes, in steps
+    slices      answers of any size, made and written while all else goes on
     sse         server-sent events
     responses   /v1/responses as chat, and chat as /v1/responses
     ids         of requests
 
-`server` and `answers` need aiohttp (extras ``gateway`` and ``serve``).
+`server`, `answers` and `slices` need aiohttp (extras ``gateway`` and ``serve``).
 """

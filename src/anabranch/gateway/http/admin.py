@@ -1,9 +1,10 @@
 """``/admin/*``: what operators do. Every route needs the admin key, or a key of the store that is an admin's."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -26,14 +27,22 @@ from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.data.jsonl import row_of
 from anabranch.routers.data.table import gather
 from anabranch.routers.money import dollars, nano_dollars
-from anabranch.web.answers import json_response, read_body
+from anabranch.web.answers import NOT_STORED, json_response, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
+from anabranch.web.json_text import Rows
+from anabranch.web.large_json import is_light, json_slices
+from anabranch.web.slices import send_json, sliced
+from anabranch.web.turns import Turns
 
 T = TypeVar("T")
 Work = Callable[["_Call"], Awaitable[Any]]
 MOST_ROWS = 1000
+# Rows that are told at once; more are made and written some at a time, while requests go on.
+AT_ONCE = 50
+# Longest that a write may wait for its reader.
+STALL_S = 30.0
 DIGITS = 20
 
 # Of a key, beside its fields: the most it may spend, and in which period.
@@ -79,7 +88,7 @@ class AdminRoutes:
     def __init__(
         self, gateway: Gateway, on_reload: Callable[[], Awaitable[None]] | None, peers: Peers | None = None
     ) -> None:
-        self._gateway, self._on_reload, self._peers = gateway, on_reload, peers
+        self._gateway, self._on_reload, self._peers, self._writing = gateway, on_reload, peers, Turns()
         self._table: dict[str, dict[str, Work]] = {
             "keys": {
                 "GET": self._keys,
@@ -121,12 +130,16 @@ class AdminRoutes:
             check_json_size(raw, MOST_VALUES, MOST_PARTS)
             body = parse(raw)
         try:
-            return json_response(await work(_Call(request, unquote(name), body)))
+            told = await work(_Call(request, unquote(name), body))
         except UnknownKeyError as error:
             raise ApiError(404, "unknown_key", str(error)) from None
+        if is_light(told):
+            return json_response(told)
+        async with contextlib.aclosing(sliced(self._writing, "", json_slices(told))) as slices:
+            return await send_json(request, NOT_STORED, slices, STALL_S)
 
     async def _keys(self, call: _Call) -> Any:
-        return {"keys": [dataclasses.asdict(key) for key in await self._gateway.store.keys()]}
+        return {"keys": _rows(await self._gateway.store.keys(), dataclasses.asdict)}
 
     async def _create_or_rotate_key(self, call: _Call) -> Any:
         """``POST /admin/keys`` makes one, ``POST /admin/keys/ID/rotate`` gives one another secret."""
@@ -223,14 +236,14 @@ class AdminRoutes:
         rows = await self._gateway.store.decisions(call.name or None, call.number("limit", 100))
         if call.name and not rows:
             raise ApiError(404, "unknown_request", f"no decision is kept for {call.name[:80]!r}")
-        return {"decisions": [dataclasses.asdict(row) for row in rows]}
+        return {"decisions": _rows(rows, dataclasses.asdict)}
 
     async def _feedback(self, call: _Call) -> Any:
         rows = await self._gateway.store.feedbacks(call.name or None, call.number("limit", 100))
         compared = await self._gateway.store.preferences(call.name or None, call.number("limit", 100))
         return {
-            "feedback": [dataclasses.asdict(row) for row in rows],
-            "preferences": [dataclasses.asdict(row) for row in compared],
+            "feedback": _rows(rows, dataclasses.asdict),
+            "preferences": _rows(compared, dataclasses.asdict),
         }
 
     async def _ledger(self, call: _Call) -> Any:
@@ -241,7 +254,7 @@ class AdminRoutes:
         if "calls" in call.query:
             wanted["calls"] = call.flag("calls")
         rows = await self._gateway.store.ledger(LedgerQuery(limit=call.number("limit", 100), **wanted))
-        return {"rows": [dataclasses.asdict(row) for row in rows]}
+        return {"rows": _rows(rows, dataclasses.asdict)}
 
     async def _spend(self, call: _Call) -> Any:
         by = call.query.get("by", "model").split(",")
@@ -249,7 +262,7 @@ class AdminRoutes:
             raise wrong("by", f"by is {unknown[0][:40]!r}; it takes {', '.join(GROUPS)}")
         since = call.number("days", 30, 36_500) * 86_400
         rows = await self._gateway.store.spend(by, since_s=self._gateway.now_s() - since)
-        return {"spend": [{**dataclasses.asdict(row), "cost_usd": dollars(row.cost_nano)} for row in rows]}
+        return {"spend": _rows(rows, lambda row: {**dataclasses.asdict(row), "cost_usd": dollars(row.cost_nano)})}
 
     async def _clear(self, call: _Call) -> Any:
         try:
@@ -324,6 +337,11 @@ class AdminRoutes:
         except AnabranchError as error:
             raise ApiError(409, "reload_failed", f"the old config stays: {error}") from None
         return {"status": "reloaded", "models": len(self._gateway.config.models)}
+
+
+def _rows(rows: Sequence[T], told: Callable[[T], dict[str, Any]]) -> Rows | list[dict[str, Any]]:
+    """What is told of each; many are made while they are written."""
+    return [told(row) for row in rows] if len(rows) <= AT_ONCE else Rows(lambda: map(told, rows))
 
 
 def _outcomes(rows: Any) -> Recorded | None:

@@ -8,7 +8,6 @@ import re
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -20,6 +19,7 @@ from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
 from anabranch.web.json_size import check_json_size
 from anabranch.web.large_json import is_light, json_slices
+from anabranch.web.slices import sliced
 from anabranch.web.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -137,10 +137,9 @@ class Asked:
         async with contextlib.aclosing(self.sliced(json_slices(value))) as slices:
             return await self.give_slices(slices)
 
-    async def sliced(self, slices: Iterator[bytes]) -> AsyncGenerator[bytes]:
-        """The slices of an answer, each made in a turn of the loop of its own, which those of other keys, and all else, come between."""
-        while (one := await self._writing.run(self.key, partial(next, slices, None))) is not None:
-            yield one
+    def sliced(self, slices: Iterator[bytes]) -> AsyncGenerator[bytes]:
+        """The slices of an answer, in turn with those of other keys."""
+        return sliced(self._writing, self.key, slices)
 
     def refuse(self, error: ApiError) -> web.Response:
         """An answer that is an error."""

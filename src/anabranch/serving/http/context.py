@@ -10,11 +10,12 @@ from aiohttp import web
 
 from anabranch.serving.http.asked import PLAIN, Apart, Asked
 from anabranch.serving.http.config import HttpConfig
-from anabranch.serving.http.stream import send, send_json, write
+from anabranch.serving.http.stream import send, write
 from anabranch.web.answers import JSON, NOT_STORED, bearer, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body_room import BodyRoom, Kept
 from anabranch.web.ids import new_id
+from anabranch.web.slices import send_json
 from anabranch.web.turns import Turns
 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
