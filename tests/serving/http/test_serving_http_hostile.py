@@ -135,7 +135,7 @@ LARGE = {
     "named tokens": ("/tokenize", {"prompt": "x" * 600_000, "return_token_strs": True}),
     "text of tokens": ("/detokenize", {"tokens": [97] * 200_000}),
 }
-SLOW = {"chat", "tokens", "scores in a stream"}
+SLOW = {"chat", "tokens", "named tokens", "packed vectors", "scores in a stream"}
 # Processor seconds that may pass between two turns of the loop. Each of these answers was made in one go, which took up to two.
 MOST_HELD_S = 0.2
 
