@@ -17,16 +17,24 @@ clean() {
     left=$(jobs -p)
     [ -z "$left" ] || kill $left 2>/dev/null || true
     wait 2>/dev/null || true
-    ip netns delete "$first" 2>/dev/null || true
-    ip netns delete "$second" 2>/dev/null || true
+    for host in "$first" "$second"; do
+        ip netns delete "$host" 2>/dev/null || true
+        rm -rf "/etc/netns/$host"
+    done
 }
 trap clean EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 ip netns add "$first"
 ip netns add "$second"
 ip link add link0 netns "$first" type veth peer name link0 netns "$second"
 number=1
 for host in "$first" "$second"; do
+    # Names of its own, and no server to ask for others, which would be waited for in vain at every connection.
+    mkdir -p "/etc/netns/$host"
+    printf '%s\n' "127.0.0.1 localhost" "10.79.0.$number $(uname -n)" "10.79.0.1 host-a" "10.79.0.2 host-b" >"/etc/netns/$host/hosts"
+    : >"/etc/netns/$host/resolv.conf"
     ip netns exec "$host" ip link set lo up
     ip netns exec "$host" ip address add "10.79.0.$number/24" dev link0
     ip netns exec "$host" ip link set link0 up
@@ -40,6 +48,9 @@ start() {
     ip netns exec "$1" "$python" -m torch.distributed.run --nnodes 2 --node-rank "$2" --nproc-per-node "$processes" \
         --master-addr 10.79.0.1 --master-port 29400 -m anabranch "${@:3}"
 }
+# A job would have no standard input.
+start "$first" 0 "$@" <&0 &
 start "$second" 1 "$@" &
-start "$first" 0 "$@"
-wait
+# A host that fails ends both.
+wait -n
+wait -n
