@@ -138,6 +138,73 @@ def test_what_all_processes_find_wrong_is_told_once(cli, work, tiny, data):
     assert f": {said}" in done.stderr.partition("Root Cause")[2]
 
 
+@pytest.fixture(scope="module")
+def long_text(work):
+    """More tokens than processes run one by one, and no multiple of them."""
+    (work / "long.txt").write_text("class Alpha3:\n    name = 'thing'\n\ndef add(a, b):\n" * 4)
+    return work / "long.txt"
+
+
+@pytest.mark.slow
+def test_two_processes_continue_a_text_over_a_cache_that_is_cut(cli, torchrun, trained, long_text):
+    line = ["generate", trained[0], "--prompt", long_text.read_text(), "--max-tokens", "12", "--temperature", "0"]
+    alone = json.loads(cli(*line, "--json").stdout)
+    cut = json.loads(torchrun(*line, "--context", "2", "--json").stdout)
+    assert (cut["token_ids"], cut["prompt_token_ids"]) == (alone["token_ids"], alone["prompt_token_ids"])
+    assert len(cut["token_ids"]) == 12
+    # What is piped in comes to the first process, and the first process talks.
+    with open(long_text) as piped:
+        done = cli(
+            "generate", trained[0], *line[4:], "--prompt", "-", "--context", "2", before=started_by(2), stdin=piped
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == long_text.read_text() + alone["text"] + "\n"
+
+
+@pytest.mark.slow
+def test_what_two_processes_draw_is_the_same_for_a_seed(torchrun, trained, long_text):
+    line = ["generate", trained[0], "--prompt", long_text.read_text(), "--max-tokens", "12", "--temperature", "1.5"]
+    drawn = [*line, "--top-k", "20", "--seed", "3", "--context", "2", "--json"]
+    assert json.loads(torchrun(*drawn).stdout)["token_ids"] == json.loads(torchrun(*drawn).stdout)["token_ids"]
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_cut_is_told_once(cli, trained):
+    line = ["generate", trained[0], "--prompt", "a", "--context"]
+    for beside, said in (
+        (["3"], "--context is 3, and there are 2 processes; start it with torchrun --nproc-per-node 3"),
+        (["2", "--memory", "1GiB"], "--memory does not go with --context; leave one of them out"),
+    ):
+        done = cli(*line, *beside, before=started_by(2))
+        assert done.returncode != 0
+        assert done.stdout == ""
+        assert done.stderr.count(f"error: {said}") == 1
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        (
+            ["--context", "2"],
+            "--context is 2, and there is 1 process; start it with torchrun --nproc-per-node 2 -m anabranch generate",
+        ),
+        (["--context", "1", "--min-p", "0.1"], "--min-p does not go with --context; leave one of them out"),
+        (["--context", "1", "--rewire"], "--context does not go with --rewire; leave one of them out"),
+    ],
+)
+def test_what_does_not_go_with_a_cut_cache_is_one_line(here, trained, beside, said):
+    code, out, told = here("generate", trained[0], "--prompt", "a", *beside)
+    assert (code, out) == (2, "")
+    assert told.startswith(f"error: {said}")
+
+
+def test_one_process_has_the_whole_cache(here, trained):
+    line = ["generate", trained[0], "--prompt", "class Al", "--max-tokens", "4", "--temperature", "0", "--json"]
+    (_, alone, _), (code, cut, _) = here(*line), here(*line, "--context", "1")
+    assert code == 0
+    assert json.loads(cut)["token_ids"] == json.loads(alone)["token_ids"]
+
+
 def test_the_module_is_the_command(cli):
     done = cli("--version", before=[sys.executable, "-m", "anabranch"])
     assert (done.returncode, done.stdout.split()[0]) == (0, "anabranch"), done.stderr

@@ -180,6 +180,12 @@ generate trained -p x --top-p nan
 generate trained -p x --seed {HUGE}
 generate trained -p x --rewire-set steps=3
 generate trained -p x --rewire --streams 2
+generate trained -p x --rewire --context 1
+generate trained -p x --context 0
+generate trained -p x --context 2
+generate trained -p x --context {HUGE}
+generate trained -p x --context 1 --min-p 0.1
+generate trained -p x --context 1 --streams 2
 generate trained -p x --rewire --min-p 0.1
 generate trained -p x --rewire --quantize int8
 generate trained -p x --rewire --rewire-set

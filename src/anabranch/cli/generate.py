@@ -3,6 +3,7 @@
 import itertools
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Annotated, Any
 
@@ -33,7 +34,8 @@ from anabranch.cli.options import (
     load_parts,
 )
 from anabranch.cli.output import print_json, say, visible
-from anabranch.cli.rewired import Rewire, Rewired, RewireSet, rewired_fields, rewiring_of
+from anabranch.cli.over_ranks import Context, over_ranks
+from anabranch.cli.rewired import Rewire, Rewired, RewireSet, library_fields, rewiring_of
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 
@@ -57,6 +59,7 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = 0,
     streams: Streams = None,
+    context: Context = None,
     rewire: Rewire = False,
     rewire_set: RewireSet = None,
     depth: Depth = None,
@@ -77,58 +80,60 @@ def generate(
     With --depth (Dr.LLM) or --skipper (FTP) the prompt decides which blocks run, or which of its tokens each block computes. With --json
     there is depth then: path, the blocks of new tokens, and computed, how many tokens of the prompt each block computed.
 
+    With --context N, under torchrun --nproc-per-node N -m anabranch generate, the text may be longer than any of the processes has room
+    for keys and values: each keeps its share of them, and all weights.
+
     With --rewire the model must have routers of experts; --json then has rewiring too: what each turn of them did. See the page Rewiring.
     """
     require("lm", by="anabranch generate")
     from anabranch.serving.load import check_depth
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text:
-        raise ConfigError("--prompt is empty; give at least one character")
     apart: dict[str, Any] = {
         "--min-p": min_p,
         "--repetition-penalty": repetition_penalty,
         "--streams": streams,
         "--memory": memory,
     }
-    apart |= {"--quantize": quantize, "--expert-budget": expert_budget, "--depth": depth, "--skipper": skipper}
+    apart |= {"--expert-budget": expert_budget, "--depth": depth, "--skipper": skipper}
     deep = depth_of(depth, depth_control, skipper)
-    rewiring = rewiring_of(rewire, rewire_set, apart)
-    said = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    fields = {**sampling_fields(model, said, {"temperature": 0.8}), "max_tokens": max_tokens, "seed": seed}
-    fields = fields if rewiring is None else rewired_fields(fields)
-    check_depth(deep, model)
-    loaded = load_parts(model, dtype, device, quantize, expert_budget, memory)
-    tokenizer: Any = loaded.tokenizer
-    used = loaded.model.streams_of(streams)[0]
-    prompt_ids = tokenizer.encode_prompt(text)
-    rewired = None if rewiring is None else Rewired(loaded.model, rewiring)
-    # A file gets what the model said, a terminal what it can bear.
-    show = visible if sys.stdout.isatty() else str
+    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **apart, "--quantize": quantize})
     ran: dict[str, Any] = {}
-    decoder, ids, started = tokenizer.stream(), [], time.perf_counter()
     with ExitStack() as stack:
-        if rewired is None:
+        ranks = stack.enter_context(over_ranks(context, device, apart))
+        talks = ranks is None or ranks.is_first
+        text = ranks.text(prompt) if ranks else sys.stdin.read() if prompt == "-" else prompt
+        if not text:
+            raise ConfigError("--prompt is empty; give at least one character")
+        said = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        fields = {**sampling_fields(model, said, {"temperature": 0.8}), "max_tokens": max_tokens, "seed": seed}
+        if ranks or rewiring:
+            fields = library_fields(fields, "--context" if ranks else "--rewire", talks=talks)
+        check_depth(deep, model)
+        loaded = load_parts(model, dtype, ranks.device if ranks else device, quantize, expert_budget, memory)
+        tokenizer: Any = loaded.tokenizer
+        used = loaded.model.streams_of(streams)[0]
+        prompt_ids = tokenizer.encode_prompt(text)
+        rewired = None if rewiring is None else Rewired(loaded.model, rewiring)
+        started = time.perf_counter()
+        stop = {"stop": tuple(tokenizer.stop_ids)}
+        if ranks is not None:
+            tokens = ranks.tokens(loaded.model, prompt_ids, {**fields, **stop})
+        elif rewired is not None:
+            tokens = rewired.tokens(prompt_ids, {**fields, **stop})
+        else:
             engine = stack.enter_context(running(loaded, len(prompt_ids) + max_tokens, streams=streams, depth=deep))
             if engine.info.max_positions < len(prompt_ids) + max_tokens:
                 say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
             tokens = tokens_of(engine, prompt_ids, fields, streams=streams, depth=engine.info.depth, told=ran)
-        else:
-            tokens = rewired.tokens(prompt_ids, {**fields, "stop": tuple(tokenizer.stop_ids)})
-        # What cannot be continued is refused here, with nothing printed.
-        first = list(itertools.islice(tokens, 1))
-        if not as_json:
-            print(text, end="", flush=True)
-        for token in itertools.chain(first, tokens):
-            ids.append(token)
-            if not as_json:
-                print(show(decoder.push(token)), end="", flush=True)
+        ids = _shown(text, tokens, tokenizer, talks=talks and not as_json)
+    if not talks:
+        return
     seconds = time.perf_counter() - started
     for note in () if rewired is None else rewired.notes():
         say(note)
@@ -146,6 +151,24 @@ def generate(
             }
         )
         return
-    print(decoder.flush())
     if sys.stderr.isatty():
         say(f"\n{len(ids)} tokens, {len(ids) / max(seconds, 1e-9):.1f} tokens/s")
+
+
+def _shown(text: str, tokens: Iterator[int], tokenizer: Any, *, talks: bool) -> list[int]:
+    """The new tokens; with ``talks`` the prompt and they are printed as they come."""
+    # A file gets what the model said, a terminal what it can bear.
+    show = visible if sys.stdout.isatty() else str
+    decoder = tokenizer.stream()
+    # What cannot be continued is refused here, with nothing printed.
+    ids = list(itertools.islice(tokens, 1))
+    if not talks:
+        return [*ids, *tokens]
+    print(text, end="", flush=True)
+    for token in ids:
+        print(show(decoder.push(token)), end="", flush=True)
+    for token in tokens:
+        ids.append(token)
+        print(show(decoder.push(token)), end="", flush=True)
+    print(decoder.flush())
+    return ids

@@ -51,12 +51,12 @@ def rewiring_of(wanted: bool, assignments: Sequence[str] | None, others: dict[st
     return from_dict(Rewiring, dict(parse_assignment(text) for text in assignments or ()))
 
 
-def rewired_fields(fields: dict[str, Any]) -> dict[str, Any]:
+def library_fields(fields: dict[str, Any], option: str, *, talks: bool) -> dict[str, Any]:
     """Fields of `anabranch.lm.SamplingConfig`: those of an engine without what is not known there; a note says what makers asked for."""
     neutral = {"min_p": 0.0, "repetition_penalty": 1.0}
     asked = [name for name, value in neutral.items() if fields.get(name, value) != value]
-    if asked:
-        say(f"note: the model's generation_config.json has {' and '.join(asked)}, which --rewire leaves out")
+    if asked and talks:
+        say(f"note: the model's generation_config.json has {' and '.join(asked)}, which {option} leaves out")
     return {name: value for name, value in fields.items() if name not in neutral}
 
 

@@ -1,7 +1,7 @@
 """Batched generation with a key-value cache: greedy, temperature, top-k, top-p, stop tokens, and a seed."""
 # Shapes: B batch, L positions, V vocabulary
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,6 +87,10 @@ def stream(
         with evaluating(model):
             logits_BV = model(token_BL, cache=cache, token_mask_BL=mask_BL, last_only=True, **chosen).logits_BLV[:, -1]
         next_B = sample(logits_BV, config, generator)
+        # Of a model that several processes run together.
+        agreed: Callable[[Tensor], Tensor] | None = getattr(model, "agreed", None)
+        if agreed is not None:
+            next_B = agreed(next_B)
         going = [token not in config.stop for token in next_B.tolist()]
         if not all(going):
             keep_B = torch.tensor(going, device=device)

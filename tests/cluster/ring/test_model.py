@@ -75,6 +75,24 @@ def test_sampling_with_stops_is_the_decoders():
     assert generate(ContextParallel(plain), prompts, config) == expected
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_a_prompt_in_pieces_is_the_prompt(chunk):
+    """Of a model that is sampled from as any other."""
+    plain, prompts = decoder(), tokens(5).tolist()
+    config = SamplingConfig(max_tokens=6, temperature=1.0, seed=1)
+    cut, seen = ContextParallel(plain, chunk=chunk), []
+    plain.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    made = generate(cut, prompts, config)
+    assert max(seen) == chunk
+    assert sum(seen) == 5 + 5
+    assert made == generate(plain, prompts, config)
+
+
+def test_pieces_of_nothing_are_refused():
+    with pytest.raises(InputError, match="chunk is 0; use at least 1"):
+        ContextParallel(decoder(), chunk=0)
+
+
 def test_nats_of_tokens_are_those_of_the_logits():
     plain, token = decoder(), tokens()
     target = token.roll(-1, 1)

@@ -105,13 +105,19 @@ class ContextParallel(nn.Module):
             then on. All ranks must have equal weights.
         group: of processes, or a mesh of one dimension; None for all processes.
         layout: see `anabranch.cluster.ring.layout`; ``zigzag`` balances causal work.
+        chunk: tokens that are run at a time over a cache, which bounds what a long prompt takes beside it; None for all of them.
         options: see `RingOptions`, apart from the mask, which is the model's.
 
     Raises ConfigError for a model that looks at other positions elsewhere than in attention.
     """
 
-    def __init__(self, model: nn.Module, group: Group = None, *, layout: str = "zigzag", **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, group: Group = None, *, layout: str = "zigzag", chunk: int | None = None, **options: Any
+    ) -> None:
         super().__init__()
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk is {chunk}; use at least 1")
+        self.chunk = chunk
         if layout not in KINDS:
             raise InputError(f"layout is {layout!r}; use {', '.join(KINDS)}")
         self.model = model
@@ -163,7 +169,7 @@ class ContextParallel(nn.Module):
                 raise ConfigError(
                     "a pass with a cache that is cut over ranks gives the last position's logits; set last_only"
                 )
-            return ContextOutput(self.extend(token_BS, cache)[:, None])
+            return ContextOutput(self._extend_by(token_BS, cache, self.chunk)[:, None])
         if token_BS.dim() != 2 or (target_BS is not None and target_BS.shape != token_BS.shape):
             beside = "" if target_BS is None else f" and targets {list(target_BS.shape)}"
             raise InputError(f"tokens are {list(token_BS.shape)}{beside}; they must be [B, S], both the same")
@@ -258,6 +264,19 @@ class ContextParallel(nn.Module):
             dist.broadcast(logits_BV, dist.get_global_rank(self.group, keeper), group=self.group)
         return logits_BV
 
+    def _extend_by(self, token_BS: Tensor, cache: ShardedCache, chunk: int | None) -> Tensor:
+        """`extend`, so many tokens at a time."""
+        *before, last = token_BS.split(chunk or max(1, token_BS.shape[1]), 1)
+        for part_BS in before:
+            self.extend(part_BS, cache)
+        return self.extend(last, cache)
+
+    def agreed(self, token_B: Tensor) -> Tensor:
+        """The tokens that the first rank has chosen: ranks on machines of several makes may round to others."""
+        if self.group is not None:
+            dist.broadcast(token_B, dist.get_global_rank(self.group, 0), group=self.group)
+        return token_B
+
     @torch.no_grad()
     def generate(self, token_BS: Tensor, max_new_tokens: int, *, chunk: int | None = None) -> Tensor:
         """The likeliest next tokens one after another, ``[B, max_new_tokens]``, equal on all ranks.
@@ -267,11 +286,9 @@ class ContextParallel(nn.Module):
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; use at least 1")
         cache = self.new_cache()
-        for part_BS in token_BS.split(chunk or max(1, token_BS.shape[1]), 1):
-            logits_BV = self.extend(part_BS, cache)
-        made = [logits_BV.argmax(-1)]
+        made = [self.agreed(self._extend_by(token_BS, cache, chunk or self.chunk).argmax(-1))]
         while len(made) < max_new_tokens:
-            made.append(self.extend(made[-1][:, None], cache).argmax(-1))
+            made.append(self.agreed(self.extend(made[-1][:, None], cache).argmax(-1)))
         return torch.stack(made, 1)
 
     def _own(self, layout: Layout, token_BS: Tensor) -> Tensor:
