@@ -102,7 +102,11 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "ring_attention": (Bar(1.54, "link-bound, .*"), Bar(0.91, "crossover, .*"), Bar(3.33, "pass-Q, .*")),
     "rl": (Bar(50, "world"), Bar(1.5, "ppo")),
     "rl_tokens": (Bar(1.0, "grpo, .*", "TRL.*"),),
-    "routed_heads": (Bar(0.91, "all on, .*"), Bar(1.18, "(half|head) off, .*")),
+    "routed_heads": (
+        Bar(0.91, "(served, )?all on, .*"),
+        Bar(1.18, "(half|head) off, .*"),
+        Bar(1.0, "served, a third off, .*"),
+    ),
     "routing_decisions": (Bar(1.0, peer="bar of .*"),),
     "scale": (Bar(1.0, peer="bar of .*"),),
     "serving_engine": (

@@ -4,7 +4,8 @@ One decoder, one engine: tokens of requests at full depth against tokens of requ
 Peers: all blocks; and requests of different paths one after the other, as they run where they cannot share blocks. Bars: time at most
 the share of blocks plus 0.02 of the time of all of them, for one request; sixteen of different paths together in at most half the time
 that they take in turns (all blocks are still read, so time does not fall with the share); what routers take of a routed prompt at most
-1 %: its time against the same path without them.
+1 %: its time against the same path without them. Before they are timed, requests together are held against each by itself, and a
+routed prompt against the same path: the tokens must be the same.
 
     python benchmarks/served_depth.py --json benchmarks/results/served_depth.avx512_bf16.json  # or of what instructions yours are
 """
@@ -85,34 +86,40 @@ class Decoding:
             for name, table in zip(ids, tables, strict=True)
         ]
 
-    def _run(self, chunks: Sequence[Chunk], new: tuple[Request, ...] = ()) -> None:
+    def _run(self, chunks: Sequence[Chunk], new: tuple[Request, ...] = ()) -> list[int]:
         self._step += 1
-        self._runner.run(Batch(step=self._step, chunks=tuple(chunks), new=new))
+        return [made.token for made in self._runner.run(Batch(step=self._step, chunks=tuple(chunks), new=new))]
 
-    def together(self) -> None:
+    def together(self) -> list[int]:
         """One more token of each, at the same place again."""
-        self._run(self._chunks)
+        return self._run(self._chunks)
 
-    def in_turns(self) -> None:
+    def in_turns(self) -> list[int]:
         """The same, each by itself."""
-        for chunk in self._chunks:
-            self._run([chunk])
+        return [token for chunk in self._chunks for token in self._run([chunk])]
 
 
-def prefilling(engine: Engine, path: Path | None, *, routes: bool) -> Callable[[], None]:
+def prefilling(engine: Engine, path: Path | None, *, routes: bool) -> Callable[[], int]:
     """A prompt that is routed, or runs along the path that it would have."""
     prompt, blocks = tuple(range(1, PROMPT + 1)), tuple(range(-(-PROMPT // BLOCK)))
     sampling, step = Sampling(temperature=0.0, max_tokens=1), [0]
 
-    def work() -> None:
+    def work() -> int:
         step[0] += 1
         name = f"prompt {routes} {step[0]}"
         request = Request(id=name, prompt=prompt, sampling=sampling, path=path, routes_depth=routes)
         chunk = Chunk(id=name, tokens=prompt, start=0, blocks=blocks, samples=True)
-        engine.runner.run(Batch(step=step[0], chunks=(chunk,), new=(request,)))
+        [made] = engine.runner.run(Batch(step=step[0], chunks=(chunk,), new=(request,)))
         engine.runner.run(Batch(step=step[0], chunks=(), gone=(name,)))
+        return made.token
 
     return work
+
+
+def check(case: str, found: object, wanted: object) -> None:
+    """End where results differ."""
+    if found != wanted:
+        raise SystemExit(f"{case}: the tokens are {found}, and should be {wanted}")
 
 
 class Asked(RouterBank):
@@ -147,12 +154,15 @@ def main() -> None:
             share = f"{LAYERS - left_out} of {LAYERS} blocks"
             add(f"decode {count}, {share}", few.together, {"all blocks": whole.together})
             if count > 1:
+                check(f"{count} requests, {share}", few.together(), few.in_turns())
                 add(f"decode {count}, {share}, together", few.together, {"in turns": few.in_turns})
         mixed = Decoding(engine, [None, *paths_of(count - 1, 6, 2)]) if count > 1 else None
         if mixed is not None:
+            check(f"{count} requests, mixed", mixed.together(), mixed.in_turns())
             add(f"decode {count}, one of them full, others of 20 runs", mixed.together, {"in turns": mixed.in_turns})
     bank.path = paths_of(1, 6, 0)[0]
     routed, fixed = prefilling(engine, None, routes=True), prefilling(engine, bank.path, routes=False)
+    check("a routed prompt", routed(), fixed())
     add(f"prompt of {PROMPT} tokens, routed", routed, {"the same path, not routed": fixed})
     finish("served_depth", rows, options, ("torch", "anabranch"))
 

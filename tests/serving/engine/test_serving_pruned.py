@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from adapter_models import make_adapter
 from anabranch.adapters import load_peft
 from anabranch.data import ByteTokenizer
+from anabranch.depth import path_of
 from anabranch.depth.ftp import FactorConfig, RouterConfig, TokenSkipper
 from anabranch.errors import CheckpointError, ConfigError, InputError
 from anabranch.lm import Decoder, save_model
@@ -161,11 +162,25 @@ def test_pruned_beside_every_depth_is_each_request_alone(skips, name, kernel, li
     llm.close()
 
 
+class ByLength:
+    """Depth routers that look at how long a prompt is: nothing that rounding could change."""
+
+    def decide(self, layer, x_BLD, mask_BL, control):
+        decision_B = (mask_BL.sum(1) + layer) % 3
+        return decision_B, torch.nn.functional.one_hot(decision_B, 3).float()
+
+
+def routed(prompt):
+    """The path that they choose."""
+    return path_of([(len(prompt) + layer) % 3 for layer in range(LAYERS)])
+
+
 @functools.cache
 def engine_of(skips, size):
     """An engine that lives on, so that each example comes after others, with what they left in memory and in the prefix cache."""
     model = model_of("dense")
-    return LLM(model, skipper=SKIPPERS[skips](model), **{"plenty": PLENTY, "scarce": SCARCE}[size])
+    limits = {"plenty": PLENTY, "scarce": SCARCE}[size]
+    return LLM(model, skipper=SKIPPERS[skips](model), depth_bank=ByLength(), **limits)
 
 
 @functools.cache
@@ -181,12 +196,14 @@ def whole_of(prompt, path):
 PROMPT = st.lists(st.integers(0, 30), min_size=1, max_size=16).map(tuple)
 # Prompts of few beginnings, so that neighbours begin alike and would share what they must not.
 ALIKE = st.tuples(st.sampled_from([(1, 2, 3, 4, 5, 6, 7, 8), (9,) * 8]), PROMPT).map(lambda parts: parts[0] + parts[1])
-DEPTH = st.sampled_from(["pruned", "pruned", "full", "path"])
-FIELDS = {"pruned": {"skips_tokens": True}, "full": {}, "path": {"path": (0, 1, 1, 4)}}
+DEPTH = st.sampled_from(["pruned", "pruned", "routed", "full", "path"])
+FIELDS = {
+    "pruned": {"skips_tokens": True}, "routed": {"routes_depth": True}, "full": {}, "path": {"path": (0, 1, 1, 4)},
+}  # fmt: skip
 SAME = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     skips=st.sampled_from(["places", "learned"]),
     size=st.sampled_from(["plenty", "scarce"]),
@@ -195,16 +212,18 @@ SAME = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 @example(
     skips="learned", size="plenty", rounds=[[("full", SAME)], [("pruned", SAME)], [("full", SAME), ("pruned", SAME)]]
 )
-@example(skips="learned", size="scarce", rounds=[[("pruned", SAME)] * 4 + [("full", SAME)]])
+@example(skips="learned", size="scarce", rounds=[[("pruned", SAME)] * 3 + [("full", SAME), ("routed", SAME)]])
 def test_whoever_is_there_or_was_changes_nothing(skips, size, rounds):
     """Neighbours with the same beginning, in the same step or before, who run all blocks, some, or what they pass over."""
     llm = engine_of(skips, size)
     for asked in rounds:
         found = run(llm, [(f"{number}", prompt, FIELDS[depth]) for number, (depth, prompt) in enumerate(asked)])
         for number, (depth, prompt) in enumerate(asked):
-            tokens, _, computed = found[f"{number}"]
+            tokens, path, computed = found[f"{number}"]
             if depth == "pruned":
                 assert (tokens, computed) == alone_of(skips, prompt)
+            elif depth == "routed":
+                assert (tokens, path) == (whole_of(prompt, routed(prompt)), routed(prompt) or None)
             else:
                 assert tokens == whole_of(prompt, FIELDS[depth].get("path"))
 
