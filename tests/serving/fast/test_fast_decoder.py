@@ -103,7 +103,6 @@ MODELS = {
     "routed heads": {"attention": routed(2, num_heads=6, num_kv_heads=2, head_dim=32, qk_norm="head", qkv_bias=True)},
     "routed heads, as many": {
         "attention": routed(1, num_heads=4, qk_norm="full", routing="topk", top_k=2),
-        "feed_forward": moe(),
     },
     "routed heads, all of them": {"attention": routed(0, num_heads=4, num_kv_heads=1, clip_qkv=0.8, init="released")},
     "routed heads, most": {"attention": routed(1, num_heads=8, head_dim=16, routing="topk", top_k=7)},
@@ -336,6 +335,25 @@ def test_greedy_streams_are_those_of_generate(name):
     for tokens, stream in zip(given, streams, strict=True):
         wanted = generate(model, [tokens], SamplingConfig(max_tokens=25, temperature=0))[0]
         assert stream[len(tokens) :] == list(wanted)[-25:]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("routed heads")])
+def test_heads_are_weighed_as_by_the_modules(name):
+    """Prompts in runs, short ones, and token by token; some heads are off for some tokens."""
+    model, given = build(name), prompts(9, 1, 70)
+    store = Sequences(model)
+    logits = torch.cat([store.run([(id, tokens[:-3])])[0] for id, tokens in enumerate(given) if len(tokens) > 3])
+    for _ in range(3):
+        rows = [(id, [tokens[store.length.get(id, 0)]]) for id, tokens in enumerate(given) if len(tokens) > 3]
+        logits = torch.cat((logits, store.run(rows)[0]))
+    whole = [ordinary(model, tokens) for tokens in given if len(tokens) > 3]
+    wanted = [*(one[:-3] for one in whole), *(torch.stack([one[at] for one in whole]) for at in (-3, -2, -1))]
+    assert torch.allclose(logits, torch.cat(wanted), atol=1e-4)
+    with record_routing(model) as recorder:
+        ordinary(model, given[2])
+    on = torch.as_tensor(recorder.trace().decisions(0).index_NK >= 0)
+    assert on.any()
+    assert not on.all() or "as many" in name or "most" in name
 
 
 @pytest.mark.parametrize("threads", [1, 3])
