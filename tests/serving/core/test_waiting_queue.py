@@ -201,6 +201,33 @@ def test_what_was_given_back_waits_for_those_who_came_later_and_is_not_lost():
     assert [queue.pop().key for _ in range(2)] == ["a", "b"]
 
 
+def test_what_was_charged_before_a_key_had_nothing_that_waits_is_not_given_back():
+    queue = WaitingQueue(100)
+    a, b = ([Item((0, float(i), i + 20 * (key == "b")), key, 100) for i in range(4)] for key in "ab")
+    for item in (a[0], *b):
+        queue.add(item)
+    assert queue.pop() is a[0]
+    queue.add(a[1])
+    queue.add(a[2])
+    queue.refund(a[0], 100)
+    assert [queue.pop() for _ in range(4)] == [b[0], a[1], b[1], a[2]]
+
+
+def test_what_was_given_back_is_gone_once_nothing_waits():
+    queue = WaitingQueue(100)
+    b = [Item((0, 0.0, 20 + i), "b", 100) for i in range(4)]
+    first, second, third, fourth = (Item((0, 0.0, at), "a", cost) for at, cost in enumerate((100, 40, 60, 100)))
+    for item in (first, second, *b):
+        queue.add(item)
+    assert [queue.pop() for _ in range(2)] == [first, b[0]]
+    queue.refund(first, 100)
+    assert queue.pop() is second
+    queue.add(third)
+    queue.add(fourth)
+    # Its turn has begun, with a quantum: enough for one of the two.
+    assert [queue.pop() for _ in range(3)] == [third, b[1], fourth]
+
+
 @settings(deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 1500), st.integers(1, 12))
 def test_beyond_the_bound_a_key_is_given_only_what_it_gave_back_since_both_wait(random, quantum, seats):
