@@ -603,3 +603,18 @@ def test_newcomers_that_wait_for_something_else_are_told_when_it_is_known_who_is
     told = [(peer, kind) for peer, kind, _ in state.take()]
     assert told == [(late[0], "reply"), (late[0], "kick")]
     assert "waits for" in dict(state.dropped())[late[0]]
+
+
+def test_nor_does_it_miss_an_end_that_comes_between_its_return_and_its_vote():
+    state, (first, second) = accepted(0, 0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 0.0)
+    table = json.loads(json.dumps(to_dict(state)))
+    state = MasterState(dead_s=5.0)
+    from_dict(table, state)
+    state.absent(10.0, 0.0)
+    for peer, member in list(state.members.items()):
+        state.resume(peer, member.token)
+    state.vote(first, {"what": "complete", "tag": 4, "seq": 0, "aborted": True, "req": 101}, 1.0)
+    state.vote(second, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 1.0)
+    assert [kind for peer, kind, _ in state.take() if peer == second][:2] == ["reply", "abort"]

@@ -75,17 +75,17 @@ class MasterState(Decisions):
         self._deadlines.pop(peer, None)
         # All it waits for, it says again.
         member.vote, member.initiates = None, {}
-        tags = []
-        for running in self._of_member(peer):
+        tags, under_way = [], self._of_member(peer)
+        for told in member.answered.values():
+            # It may not have heard that they began; of an end that comes before, now or later, it would know nothing.
+            if any((told.get("tag"), told.get("seq")) == (running.tag, running.seq) for running in under_way):
+                self._outbox.append((peer, "reply", told))
+        for running in under_way:
             running.votes.pop(peer, None)
             if running.is_aborted:
                 tags.append([running.tag, running.seq])
                 self._deadlines[peer] = self._now + self.dead_s
         if tags:
-            # It may not have heard that they began, and knows of no end before.
-            for told in member.answered.values():
-                if [told.get("tag"), told.get("seq")] in tags:
-                    self._outbox.append((peer, "reply", told))
             self._outbox.append((peer, "abort", {"tags": tags}))
         if self.forming is not None and self.forming.is_lost and peer in self.forming.participants:
             self._outbox.append((peer, "abort", {"epoch": self.forming.epoch}))
