@@ -228,7 +228,7 @@ def test_a_config_that_would_run_code_without_walls_is_refused(tmp_path, monkeyp
     said = capsys.readouterr().err
     assert "strategies.code: verifier is 'examples', and code of others is run " in said
     if sys.platform.startswith("linux"):
-        assert "install bubblewrap (apt install bubblewrap, dnf install bubblewrap)" in said
+        assert "install bubblewrap 0.5 or newer (apt install bubblewrap, dnf install bubblewrap)" in said
     # Of the line where it stands.
     assert "gateway.toml:7" in said
 

@@ -207,8 +207,8 @@ def trained(rank, world, place, name, die=None, waits_at=None, resumes=False):
     trainer = Trainer(run, f"{place}/{name}", resume=resumes and os.path.exists(f"{place}/{name}/config.json"))
     after = trainer._elastic.after
 
-    def between():
-        after()
+    def between(**how):
+        after(**how)
         end = time.monotonic() + 60
         while trainer._progress.step == waits_at and not os.path.exists(f"{place}/come") and time.monotonic() < end:
             time.sleep(0.02)

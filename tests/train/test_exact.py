@@ -19,7 +19,7 @@ from anabranch.routing import BiasBalancer, SwitchLoss, ZLoss
 from anabranch.train import Trainer, checkpoints, read_metrics
 from anabranch.train.config import Parallel
 from anabranch.train.exact import Terms, norm_in_order, weighted_means
-from anabranch.train.pipeline import _check
+from anabranch.train.pipeline import check_cut
 from exact_ranks import train
 from ranks import _with_kernels
 
@@ -128,7 +128,7 @@ def test_a_preset_that_is_not_cut_says_so(make_run, tmp_path):
     with pytest.raises(ConfigError, match=r"parallel\.exact is 4, and the model runs parallel streams"):
         Trainer(run, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"parallel\.pipeline is 2, and the model runs parallel streams"):
-        _check(run.model.build(seed=0), "parallel.pipeline is 2")
+        check_cut(run.model.build(seed=0), "parallel.pipeline is 2")
 
 
 @pytest.mark.parametrize(

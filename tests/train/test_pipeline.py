@@ -143,7 +143,7 @@ def test_what_does_not_go_together_is_told(tmp_path, config, parallel, train, me
 
 
 def test_models_that_cannot_be_cut_are_told(config):
-    from anabranch.train.pipeline import _check
+    from anabranch.train.pipeline import check_cut
     from anabranch.train.pipeline_layers import layers_of
 
     model = config.model.build(seed=0)
@@ -153,7 +153,7 @@ def test_models_that_cannot_be_cut_are_told(config):
         router=config.model.feed_forward.router.replace(balance=(SwitchLoss.Config(scope="global_batch"),))
     )
     with pytest.raises(ConfigError, match="over the global batch"):
-        _check(config.model.replace(feed_forward=whole).build(seed=0), 2)
+        check_cut(config.model.replace(feed_forward=whole).build(seed=0), "parallel.pipeline is 2")
 
 
 def test_read_back(tmp_path, config):

@@ -161,5 +161,6 @@ def _number(name: str, value: Any, zero: bool) -> None:
         fits = False
     if not fits:
         raise InputError(
-            f"{name} is {shown(value)}; it must be a finite number {'of at least' if zero else 'greater than'} 0"
+            f"{name} is {shown(value)}; it must be a finite number {'of at least' if zero else 'greater than'} 0, "
+            f"and at most {LARGEST_FLOAT:g}"
         )
