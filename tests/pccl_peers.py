@@ -57,3 +57,23 @@ def together(address, world, work, **settings):
         if peer.error is not None:
             raise peer.error
     return [peer.value for peer in peers]
+
+
+def in_time(work):
+    """What ``work`` returns or raises; fails where it hangs."""
+    found = []
+
+    def run():
+        try:
+            found.append((work(), None))
+        except BaseException as error:
+            found.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(BOUND_S)
+    assert found, "it hangs"
+    value, error = found[0]
+    if error is not None:
+        raise error
+    return value

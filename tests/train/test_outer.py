@@ -13,7 +13,8 @@ from anabranch.lm import load_model
 from anabranch.testing import run_ranks
 from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
 from anabranch.train.config import DiLoCoConfig, Parallel
-from pccl_peers import a_master
+from anabranch.train.outer import Outer
+from pccl_peers import BOUND_S, a_master, in_time
 
 
 def with_peers(run, **settings):
@@ -108,6 +109,63 @@ def test_told_to_stop_it_waits_for_nobody(make_run, tmp_path):
         late = with_peers(make_run(steps=4), master=master.address, every=2)
         result = Trainer(late, tmp_path / "b", on_event=told_to_stop).fit()
     assert (result.status, result.step) == ("interrupted", 0)
+
+
+def test_told_to_stop_at_the_end_of_a_round_it_keeps_its_own_weights():
+    """Another still trains that round."""
+    is_gone, told = threading.Event(), []
+
+    def trains_on(config, model):
+        outer = Outer(config, model)
+        outer.before(0)
+        assert is_gone.wait(BOUND_S)
+        outer.after(is_last=True)
+        outer.close()
+        told.append("done")
+
+    with a_master() as master:
+        config = DiLoCoConfig(master=master.address, every=1, peers=2)
+        model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        thread = threading.Thread(target=trains_on, args=(config, other), daemon=True)
+        thread.start()
+        outer = Outer(config, model)
+        assert in_time(lambda: outer.before(0)) == 0
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        own = model.weight.detach().clone()
+        outer.is_stopped = lambda: True
+        in_time(lambda: outer.after(is_last=True))
+        outer.finish()
+        outer.close()
+        assert not told
+        assert torch.equal(model.weight, own)
+        is_gone.set()
+        thread.join(BOUND_S)
+    assert told == ["done"]
+
+
+class Killed(BaseException):
+    """As by kill -9: nothing is saved."""
+
+
+def test_a_run_that_resumes_in_the_midst_of_a_round_does_no_step_twice(make_run, tmp_path):
+    seen = []
+
+    def killed_once(event):
+        if event.kind == "step":
+            seen.append(event.step)
+            if seen == [1, 2, 3, 4, 5, 6, 7]:
+                raise Killed
+
+    with a_master() as master:
+        run = with_peers(make_run(steps=8, checkpoint_every=3), master=master.address, every=4)
+        with pytest.raises(Killed):
+            Trainer(run, tmp_path / "a", on_event=killed_once).fit()
+        # From the checkpoint of step 6.
+        result = Trainer(run, tmp_path / "a", resume=True, on_event=killed_once).fit()
+    assert result.step == 8
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 8]
+    assert [line["step"] for line in read_metrics(tmp_path / "a") if line["kind"] == "train"] == list(range(1, 9))
 
 
 def test_what_does_not_fit_is_told_before_training(make_run, tmp_path):

@@ -6,9 +6,10 @@ anabranch train demo --out runs/a --set parallel.diloco.master=10.0.0.1:48148 --
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Self
 
@@ -86,18 +87,34 @@ class Outer:
             raise
 
     def after(self, *, is_last: bool = False) -> None:
-        """After a step; the last takes what is still on its way, so that what is evaluated and saved is what was trained."""
+        """After a step; the last takes what is still on its way, so that what is evaluated and saved is what was trained.
+
+        Where the run was told to stop while it waited for others at the end of a round, its weights stay those that it has trained itself.
+        """
         assert self._rounds is not None
-        told = self._rounds.end_step()
-        if is_last:
-            told = self._rounds.finish() or told
-        if told is not None:
-            log.info("round %d: %d peers, delta %.3g", told.number, told.peers, told.delta_norm)
+        with self._own_if_stopped():
+            told = self._rounds.end_step()
+            if is_last:
+                told = self._rounds.finish() or told
+            if told is not None:
+                log.info("round %d: %d peers, delta %.3g", told.number, told.peers, told.delta_norm)
 
     def finish(self) -> None:
         """At the end of the training, also where it ended with the others' last step: take what is still on its way."""
         if self._rounds is not None:
-            self._rounds.finish()
+            with self._own_if_stopped():
+                self._rounds.finish()
+
+    @contextlib.contextmanager
+    def _own_if_stopped(self) -> Iterator[None]:
+        try:
+            yield
+        except PeerLost:
+            if not self.is_stopped():
+                raise
+            log.warning(
+                "told to stop while others still trained this round: its weights are its own, not the mean of all"
+            )
 
     def close(self) -> None:
         """Leave the others, who go on."""
@@ -130,6 +147,7 @@ class Outer:
             quantise=config.quantise,
             asynchronous=config.asynchronous,
             rounds=step // config.every,
+            done=step % config.every,
         )
 
     def _join(self, config: DiLoCoConfig, master: str) -> None:

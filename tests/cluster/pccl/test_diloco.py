@@ -1,14 +1,15 @@
 """DiLoCo: rounds apart and steps together, against a plain loop that knows no network."""
 
+import re
 import threading
 
 import pytest
 import torch
 from torch import nn
 
-from anabranch.cluster.pccl import DiLoCo
+from anabranch.cluster.pccl import DiLoCo, Mismatch, PeerLost
 from anabranch.errors import InputError
-from pccl_peers import Killed, Peer, a_master, together
+from pccl_peers import BOUND_S, Killed, Peer, a_master, together
 
 EVERY = 3
 
@@ -84,7 +85,7 @@ def trained(rounds, *, after=None, **settings):
         if number in (0, 1, 2):
             model = made()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        outer = DiLoCo(model, peers, every=EVERY, **settings)
+        outer = DiLoCo(model, peers, **{"every": EVERY, **settings})
         told = []
         while True:
             outer.begin_step()
@@ -200,6 +201,102 @@ def test_a_loop_by_steps_does_as_many_and_ends_with_a_round(master, asynchronous
     assert all(torch.equal(one, other) for one, other in zip(first[2], second[2], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"every": 6}, r"'every': peer \d+ has 3, peer \d+ 6"),
+        ({"learning_rate": 0.1}, r"'learning_rate': peer \d+ has 0\.7, peer \d+ 0\.1"),
+        ({"momentum": 0.5}, r"'momentum': peer \d+ has 0\.9, peer \d+ 0\.5"),
+        ({"nesterov": False}, r"'nesterov': peer \d+ has True, peer \d+ False"),
+        ({"asynchronous": True}, r"'asynchronous': peer \d+ has False, peer \d+ True"),
+        ({"quantise": "min_max"}, r"'quantise': peer \d+ has None, peer \d+ min_max of 8 bits"),
+    ],
+)
+def test_a_newcomer_with_other_settings_is_told_which_and_the_others_go_on(other, told):
+    late = []
+
+    def after(number, peers, outer):
+        if outer.steps == 1:
+            late.append(Peer(master.address, trained(3, **{"every": EVERY, **other}), 2))
+            while not any(not member.is_accepted and member.vote for member in list(master.state.members.values())):
+                pass
+
+    with a_master() as master:
+        first = Peer(master.address, trained(3, after=after)).wait()
+        newcomer = late[0].wait()
+    assert first.error is None, first.error
+    assert first.value[2].steps == 3 * EVERY
+    assert isinstance(newcomer.error, Mismatch)
+    assert re.search(told, str(newcomer.error)), newcomer.error
+
+
+def test_peers_that_begin_with_different_settings_are_told_which(master):
+    def work(number, peers):
+        outer = DiLoCo(made(), peers, every=EVERY + number)
+        with pytest.raises(Mismatch, match=r"'every': peer .* has [34], peer .* [34]"):
+            outer.begin_step()
+        return True
+
+    assert together(master.address, 2, work) == [True, True]
+
+
+def test_who_is_told_to_stop_waits_for_nobody_at_the_end_of_a_round():
+    """One still trains its round; the other gives up, with what it has learned, and leaves."""
+    stop, gone = threading.Event(), threading.Event()
+
+    def stops(number, peers):
+        model = made()
+        outer = DiLoCo(model, peers, every=1)
+        outer.begin_step()
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(1.0)
+        own = [value.detach().clone() for value in model.parameters()]
+        stop.set()
+        with pytest.raises(PeerLost):
+            outer.end_step()
+        return all(torch.equal(one, value) for one, value in zip(own, model.parameters(), strict=True))
+
+    def trains_on(number, peers):
+        outer = DiLoCo(made(), peers, every=1)
+        outer.begin_step()
+        assert gone.wait(BOUND_S)
+        return outer.end_step().peers
+
+    with a_master() as master:
+        first = Peer(master.address, stops, 0, 2, gives_up=stop.is_set)
+        second = Peer(master.address, trains_on, 1, 2)
+        first.wait(BOUND_S / 2)
+        gone.set()
+        second.wait()
+    assert first.error is None, first.error
+    assert first.value
+    assert second.error is None, second.error
+    assert second.value == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_it_goes_on_in_the_midst_of_a_round(master, asynchronous):
+    def work(number, peers):
+        model = made()
+        # Of two that go on from different steps all take those of one.
+        outer = DiLoCo(model, peers, every=EVERY, asynchronous=asynchronous, rounds=1, done=2 * (number == 0))
+        begun = outer.begin_step() and outer.steps
+        counted = []
+        while outer.steps < 3 * EVERY:
+            outer.begin_step()
+            outer.end_step()
+            counted.append(outer.steps)
+        outer.finish()
+        outer.close()
+        return begun, counted
+
+    assert together(master.address, 1, work) == [(5, [6, 7, 8, 9])]
+    first, second = together(master.address, 2, work)
+    assert first == second
+    assert first in [(5, [6, 7, 8, 9]), (3, [4, 5, 6, 7, 8, 9])]
+
+
 def test_quantised_deltas_are_near(master):
     def work(number, peers):
         model = made(width=400)
@@ -229,6 +326,8 @@ def test_quantised_deltas_are_near(master):
     ("settings", "told"),
     [
         ({"every": 0}, "every is 0"),
+        ({"every": 3, "done": 3}, "done is 3; use 0 to 2"),
+        ({"done": -1}, "done is -1"),
         ({"momentum": 1.0}, "momentum 1.0"),
         ({"momentum": 0.0}, "nesterov is True"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),

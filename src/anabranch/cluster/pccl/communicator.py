@@ -77,8 +77,8 @@ class Communicator(Part):
         idle_s: after which a neighbour that does nothing in the midst of a collective is given up.
         wait_s: after which a call gives up waiting for the others, with `PeerLost`; None for never, as long as they show signs of life.
         master_wait_s: for so long a master may be gone.
-        gives_up: asked now and then while a call waits to be let in, to let in, or to share; where it says True, the call ends with
-            `PeerLost`. For programs that are told to stop.
+        gives_up: asked now and then while a call waits to be let in, to let in, to share, or for others to begin a collective; where it
+            says True, the call ends with `PeerLost`. For programs that are told to stop. What has begun comes to its end.
 
     Raises InputError for values that are none.
     """
@@ -234,7 +234,7 @@ class Communicator(Part):
         if type(world) is not int or world < 1:
             raise InputError(f"world is {shown(world)}; use 1 or more")
         while not self._is_new and self.world_size < world:
-            if self._gives_up is not None and self._gives_up():
+            if self.is_given_up:
                 raise PeerLost(f"it was given up with {self.world_size} of {world} peers there")
             try:
                 has_changed = self._admitted(gathers=True)
@@ -420,7 +420,7 @@ class Communicator(Part):
         found: dict[int, Reduced | CollectiveError] = {}
         for attempt in range(attempts):
             left = [place for place in range(len(reductions)) if not isinstance(found.get(place), Reduced)]
-            if not left or (attempt and self.group_size < 2):
+            if not left or (attempt and (self.group_size < 2 or self.is_given_up)):
                 break
             self._round(reductions, left, max_in_flight, found)
             errors = [error for error in found.values() if isinstance(error, CollectiveError)]

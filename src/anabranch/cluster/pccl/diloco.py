@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from anabranch.bounds import shown
 from anabranch.cluster.pccl.communicator import Communicator
 from anabranch.cluster.pccl.faults import CollectiveError, PeerLost, TopologyFailed
-from anabranch.cluster.pccl.part import Reduced, Reduction
+from anabranch.cluster.pccl.part import Reduced, Reduction, quantiser_of
 from anabranch.cluster.pccl.quantise import Quantiser
 from anabranch.cluster.pccl.sharing import Shared, SharedState
 from anabranch.errors import InputError
@@ -70,10 +70,13 @@ class DiLoCo:
         quantise: how deltas go over the wire, as of `Communicator.all_reduce`; each larger tensor has ranges of its own.
         asynchronous: take each outer step a round late.
         rounds: that were done before, where this goes on with what was trained; a newcomer learns them from the others.
+        done: inner steps of the round after these that were done before; likewise.
 
     Attributes:
         state: the shared state; its revision counts rounds.
         received_bytes: of shared state, since the beginning: a newcomer's first round, and nothing where all compute the same.
+
+    Peers whose settings are others than those of the group get `Mismatch`, by name, when they meet.
 
     Raises InputError for values that are none and for a model without floating-point parameters.
     """
@@ -90,9 +93,12 @@ class DiLoCo:
         quantise: Quantiser | str | None = None,
         asynchronous: bool = False,
         rounds: int = 0,
+        done: int = 0,
     ) -> None:
         if type(every) is not int or every < 1:
             raise InputError(f"every is {shown(every)}; use 1 step or more")
+        if type(done) is not int or not 0 <= done < every:
+            raise InputError(f"done is {shown(done)}; use 0 to {every - 1}, as a round has {every} steps")
         if not 0 <= learning_rate < 1e6 or not 0 <= momentum < 1:
             raise InputError(
                 f"learning_rate is {shown(learning_rate)} and momentum {shown(momentum)}; use at least 0, and 0 to below 1"
@@ -115,9 +121,20 @@ class DiLoCo:
                 # There from the beginning, so that all peers share the same tensors.
                 moments[f"momentum.{name}"] = self._optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
         outer = {f"outer.{name}": value.detach() for name, value in self._outer.items()}
-        self.state = SharedState(outer | moments, revision=rounds)
+        # Inner steps of the round that is under way, as of a meeting: 0, but where a group goes on in the midst of one.
+        self._met_at = torch.zeros(1, dtype=torch.int64)
+        quantiser = quantiser_of(quantise)
+        settings = {
+            "every": str(every),
+            "learning_rate": repr(float(learning_rate)),
+            "momentum": repr(float(momentum)),
+            "nesterov": str(bool(nesterov)),
+            "quantise": "None" if quantiser is None else f"{quantiser.kind} of {quantiser.bits} bits",
+            "asynchronous": str(bool(asynchronous)),
+        }
+        self.state = SharedState({**outer, **moments, "done": self._met_at}, revision=rounds, settings=settings)
         self.received_bytes = 0
-        self._done, self._has_met = 0, False
+        self._done, self._has_met = done, False
         self._pending: Future[list[Reduced]] | None = None
         self._deltas: dict[str, Tensor] = {}
         # Weights with which an asynchronous round began.
@@ -161,8 +178,7 @@ class DiLoCo:
         told = Round(number, 0, 0.0)
         mine = {name: (self._begun[name] - value).detach() for name, value in self._local.items()}
         if self._pending is not None:
-            told = self._applied(number, self._pending.result())
-            self._pending = None
+            told = self._applied(number, self._arrived())
         self._meet()
         self._go_ahead(mine)
         self._launch(mine)
@@ -185,10 +201,15 @@ class DiLoCo:
         """Take the outer step that is still on its way, where there is one."""
         if self._pending is None:
             return None
-        told = self._applied(self.state.revision, self._pending.result())
-        self._pending = None
+        told = self._applied(self.state.revision, self._arrived())
         self._take()
         return told
+
+    def _arrived(self) -> list[Reduced]:
+        """What is on its way, once it has come or failed, and is on its way no more."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        return pending.result()
 
     def close(self) -> None:
         """Wait for what is on its way, and take no step more. The communicator stays open."""
@@ -197,7 +218,9 @@ class DiLoCo:
 
     def _meet(self) -> bool:
         """Let in who waits, share the state, and have its weights. Whether nothing was shared before."""
+        self._met_at.fill_(self._done)
         shared = self._shared()
+        self._done = int(self._met_at)
         self.received_bytes += shared.received_bytes
         self._take()
         self._has_met = True
@@ -216,6 +239,8 @@ class DiLoCo:
                 return self.peers.sync_shared_state(self.state)
             except PeerLost:
                 self.state.revision -= 1
+                if self.peers.is_given_up:
+                    raise
         raise PeerLost(f"the shared state was not shared in {_TRIES} tries")
 
     @torch.no_grad()

@@ -143,4 +143,8 @@ def _apart(votes: Mapping[int, dict[str, Any]], winner: int, other: int) -> dict
 
 
 def _row(entries: dict[str, Any], name: str) -> str:
-    return f"{entries[name][1]} {entries[name][2]}" if name in entries else "none of that name"
+    if name not in entries:
+        return "none of that name"
+    _, kind, shape, digest = entries[name]
+    # A setting has a value where tensors have a type, and no bytes.
+    return f"{kind} {shape}" if digest else str(kind)

@@ -107,6 +107,11 @@ class Part:
         """Name of the run, that of the master's first start."""
         return self._line.run
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether ``gives_up`` says that this peer waits for nobody any more."""
+        return self._gives_up is not None and self._gives_up()
+
     def _carry_out(
         self, op: _Op, reply: dict[str, Any], one: Reduction, target: Tensor, quantiser: Quantiser | None
     ) -> Reduced:
@@ -239,7 +244,7 @@ class Part:
         reply = self._line.request(
             body,
             timeout_s=None if is_short or body["what"] == "join" else self._wait_s,
-            gives_up=None if is_short or body["what"] == "initiate" else self._gives_up,
+            gives_up=None if is_short else self._gives_up,
         )
         if (error := told(reply)) is not None:
             raise error

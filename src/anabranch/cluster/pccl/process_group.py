@@ -7,15 +7,18 @@
 A process group of torch has a fixed size, so a peer that is lost ends it: every survivor's next wait raises `PeerLost` at once, whatever
 `timeout` says, with tensors as they were, and torchrun starts the workers anew. What outlives losses is `Communicator` itself.
 
-The master is the one that ANABRANCH_CLUSTER_MASTER names; without it rank 0 has one in a thread. Broadcasts and gathers are sums of bytes
-of which all but one are zero: exact, and twice the bytes of what a ring of their own would send.
+The master of the default group is the one that ANABRANCH_CLUSTER_MASTER names, for one job at a time. Without it, and for every further
+group (`new_group`, `DeviceMesh`), the first rank of the group has one in a thread, since all peers of a master are one run. Broadcasts and
+gathers are sums of bytes of which all but one are zero: exact, and twice the bytes of what a ring of their own would send.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -26,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.cluster.pccl.communicator import Communicator
+from anabranch.cluster.pccl.faults import PeerLost
 from anabranch.cluster.pccl.master import Master
 from anabranch.cluster.pccl.part import Reduced
 from anabranch.errors import InputError
@@ -68,8 +72,13 @@ class _Work(dist._Work):
             self._finish()
 
     def _finish(self) -> None:
-        self._done()
-        self._future.set_result(self._result)
+        try:
+            self._done()
+        except Exception as error:
+            # Such as a result that does not fit where it should go: in a thread of the communicator nobody else would hear of it.
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(self._result)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Until it is done; raises what went wrong. Peers that are lost are found without ``timeout``."""
@@ -234,21 +243,70 @@ def _op_of(opts: Any) -> str:
 
 
 def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """What ``init_process_group("pccl")`` calls."""
-    address, master = os.environ.get("ANABRANCH_CLUSTER_MASTER", ""), None
-    secret = None
+    """What ``init_process_group("pccl")`` and ``new_group`` call. Raises PeerLost where not all ranks come in ``timeout``."""
+    # The default group is made before torch says that it is initialised, on every rank.
+    is_default = not dist.is_initialized()
+    address = os.environ.get("ANABRANCH_CLUSTER_MASTER", "") if is_default else ""
+    secret, master = None, None
     if not address:
         if rank == 0:
-            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
             # Known to those who share the store.
             made = secrets.token_hex(16)
-            master = Master("0.0.0.0:0", secret=made).start()
-            store.set("pccl", f"{host}:{master.address.rpartition(':')[2]} {made}")
+            master = Master(":0", secret=made).start()
+            store.set("pccl", f"{_own_host(store, is_default)}:{master.address.rpartition(':')[2]} {made}")
         address, _, secret = store.get("pccl").decode().partition(" ")
-    wait_s = min(timeout.total_seconds(), _WAIT_S)
-    peers = Communicator(address, secret=secret, master_wait_s=wait_s).connect()
-    peers.wait_for(size)
-    return PCCLGroup(rank, size, peers, master)
+    try:
+        return PCCLGroup(rank, size, _joined(address, secret, size, timeout.total_seconds()), master)
+    except BaseException:
+        if master is not None:
+            master.stop()
+        raise
+
+
+def _joined(address: str, secret: str | None, size: int, timeout_s: float) -> Communicator:
+    """A peer among ``size``; those that are late get the rest of ``timeout_s``."""
+    deadline, is_whole = time.monotonic() + timeout_s, threading.Event()
+    peers = Communicator(
+        address,
+        secret=secret,
+        master_wait_s=min(timeout_s, _WAIT_S),
+        gives_up=lambda: not is_whole.is_set() and time.monotonic() > deadline,
+    )
+    try:
+        peers.connect().wait_for(size)
+    except BaseException as error:
+        there = peers.world_size
+        peers.close()
+        if isinstance(error, PeerLost) and time.monotonic() > deadline:
+            told = (
+                f"{there} of {size} ranks were there after {timeout_s:g} s"
+                if there
+                else f"who runs at {address} lets nobody in"
+            )
+            raise PeerLost(
+                f"{told}; start the others, give a longer timeout, or give each job a master of its own"
+            ) from None
+        raise
+    is_whole.set()
+    return peers
+
+
+def _own_host(store: dist.Store, is_default: bool) -> str:
+    """Where other ranks reach this process, as the host of an address.
+
+    Rank 0 of the job is where its store is; the first rank of another group is on any machine, and names the address by which it
+    reaches the store.
+    """
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    host = store.host if isinstance(store, dist.TCPStore) else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    if not is_default and dist.get_rank() != 0:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            # Of datagrams it sends nothing, and finds the way.
+            sock.connect(place)
+            host = str(sock.getsockname()[0])
+    return f"[{host}]" if ":" in host else host
 
 
 if NAME not in dist.Backend.backend_list:

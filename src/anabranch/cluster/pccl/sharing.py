@@ -70,20 +70,29 @@ class SharedState:
     Args:
         tensors: by name; they are written in place.
         revision: counts calls of `Communicator.sync_shared_state`: one more before each.
+        settings: texts by name that must be the same on all peers and are not fetched: who has others gets `Mismatch`, which names them.
 
     Raises InputError for names that are too long, values that are no tensors, and more of both than a message holds.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], revision: int = 0) -> None:
-        self.tensors, self.revision = dict(tensors), revision
+    def __init__(
+        self, tensors: Mapping[str, Tensor], revision: int = 0, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self.tensors, self.revision, self.settings = dict(tensors), revision, dict(settings or {})
         self.check()
 
     def check(self) -> None:
         """Raises InputError for what cannot be shared; asked again before it is, as its parts may have been put there since."""
         if type(self.revision) is not int or not 0 <= self.revision < 2**62:
             raise InputError(f"the revision is {shown(self.revision)}; use a whole number from 0")
+        for name, value in self.settings.items():
+            if not _is_word(name) or not _is_word(value) or name in self.tensors:
+                raise InputError(
+                    f"the setting {shown(name)} with value {shown(value)} is none; use texts of 1 to {_LONGEST_NAME} letters, and a name "
+                    "that no tensor has"
+                )
         for name, tensor in self.tensors.items():
-            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not is_plain(name):
+            if not _is_word(name):
                 raise InputError(f"the tensor's name {shown(name)} is none; use a text of 1 to {_LONGEST_NAME} letters")
             if not isinstance(tensor, Tensor):
                 raise InputError(f"{shown(name)} is a {type(tensor).__name__}; share tensors")
@@ -93,23 +102,29 @@ class SharedState:
             if why:
                 raise InputError(f"{shown(name)} is {why}, which cannot be shared; share a dense clone")
         told = sum(len(json.dumps(name)) + 20 * tensor.dim() + _ENTRY_BYTES for name, tensor in self.tensors.items())
-        if len(self.tensors) > MOST_NAMES or told > _MOST_TOLD:
+        told += sum(len(json.dumps([name, value])) + _ENTRY_BYTES for name, value in self.settings.items())
+        if len(self.tensors) + len(self.settings) > MOST_NAMES or told > _MOST_TOLD:
             raise InputError(
                 f"a state of {len(self.tensors)} tensors is more than a message holds; share up to {MOST_NAMES} with short names, "
                 "or join some"
             )
 
     def entries(self) -> list[list[Any]]:
-        """``[name, dtype, shape, hash]`` of each, in order of names."""
-        return [
+        """``[name, dtype, shape, hash]`` of each, in order of names; of settings ``[name, value, [], ""]``, so that no bytes differ."""
+        tensors = [
             [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), tensor_hash(tensor)]
-            for name, tensor in sorted(self.tensors.items())
+            for name, tensor in self.tensors.items()
         ]
+        return sorted(tensors + [[name, value, [], ""] for name, value in self.settings.items()])
 
     def digest(self) -> str:
         """Of all names, forms and bytes."""
         text = repr(self.entries()).encode()
         return tensor_hash(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
+def _is_word(text: Any) -> bool:
+    return isinstance(text, str) and 0 < len(text) <= _LONGEST_NAME and is_plain(text)
 
 
 def not_written(tensor: Tensor) -> str:
