@@ -248,14 +248,14 @@ def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.P
     is_default = not dist.is_initialized()
     address = os.environ.get("ANABRANCH_CLUSTER_MASTER", "") if is_default else ""
     secret, master = None, None
-    if not address:
-        if rank == 0:
-            # Known to those who share the store.
-            made = secrets.token_hex(16)
-            master = Master(":0", secret=made).start()
-            store.set("pccl", f"{_own_host(store, is_default)}:{master.address.rpartition(':')[2]} {made}")
-        address, _, secret = store.get("pccl").decode().partition(" ")
     try:
+        if not address:
+            if rank == 0:
+                # Known to those who share the store.
+                made = secrets.token_hex(16)
+                master = Master(":0", secret=made).start()
+                store.set("pccl", f"{_own_host(store, is_default)}:{master.address.rpartition(':')[2]} {made}")
+            address, _, secret = store.get("pccl").decode().partition(" ")
         return PCCLGroup(rank, size, _joined(address, secret, size, timeout.total_seconds()), master)
     except BaseException:
         if master is not None:
