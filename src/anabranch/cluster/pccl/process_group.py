@@ -102,11 +102,24 @@ class PCCLGroup(dist.ProcessGroup):
     def __init__(self, rank: int, size: int, peers: Communicator, master: Master | None = None) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # its stubs know a group with a store only
         self._peers, self._master, self._number_of_ranks = peers, master, size
-        self._rank, self._next = rank, 0
+        self._rank, self._next, self._name = rank, 0, ""
 
     def getBackendName(self) -> str:  # torch's name
         """``pccl``."""
         return NAME
+
+    # What torch keeps in a backend of a group, and this group has none.
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    def getGroupName(self) -> str:  # torch's name
+        """By which `DeviceMesh` and others find the group."""
+        return self._name
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]  # a property of torch's that cannot be set
+        """As ``getGroupName``."""
+        return self._name
 
     def shutdown(self) -> None:
         """Leave."""
