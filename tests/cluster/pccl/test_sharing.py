@@ -305,3 +305,20 @@ def test_who_cannot_send_or_fetch_a_state_does_not_end_the_others(master, monkey
         assert isinstance(late[0].error, Kicked)
         assert "could not fetch" in str(late[0].error)
     assert lost
+
+
+@pytest.mark.parametrize("settings", [{"w": "1"}, {"a": ""}, {"a": 1}, {"": "1"}, {"a": "\ud800"}, {"a": "x" * 257}])
+def test_settings_that_cannot_be_shared_are_told(settings):
+    with pytest.raises(InputError, match=r"the setting .* is none"):
+        SharedState({"w": torch.zeros(2)}, settings=settings)
+
+
+def test_settings_count_in_what_is_shared_and_nothing_of_them_is_fetched(master):
+    def work(number, peers):
+        state = SharedState({"w": torch.full((2,), float(number))}, revision=1, settings={"v": "7", "x": "8"})
+        return peers.sync_shared_state(state), state.tensors["w"].tolist(), state.digest()
+
+    (first, one, digest), (second, other, same) = together(master.address, 2, work)
+    assert one == other
+    assert digest == same != SharedState({"w": torch.tensor(one)}).digest()
+    assert sorted([first.fetched, second.fetched]) == [(), ("w",)]
