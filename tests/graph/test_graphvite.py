@@ -419,6 +419,15 @@ def test_damaged_and_foreign_archives_are_refused(tmp_path, graph):
         ({"executor": "spark"}, "executor is 'spark'"),
         ({"isolated": "drop"}, "isolated is 'drop'; known: keep, zero"),
         ({"epochs": 0}, "epochs is 0; it must be a finite number greater than 0"),
+        (
+            {"lr": 10**400},
+            "lr is an integer of about 401 digits; it must be a finite number greater than 0, and at most 1e",
+        ),
+        ({"negatives": 65_537}, "negatives is 65537; it must be a whole number of at least 0 and at most 65,536"),
+        (
+            {"walk_length": 2**70},
+            "walk_length is 1180591620717411303424; it must be a whole number of at least 1 and at most",
+        ),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": "fast"}, "lr is 'fast'"),

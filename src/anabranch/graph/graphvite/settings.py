@@ -35,9 +35,11 @@ def check(given: dict[str, Any]) -> None:
     """Raise InputError for the first argument that has a value it may not have."""
     if given["workers"] is not None:
         _whole("workers", given["workers"], 1, ", or None")
-    for name, least in (("dim", 1), ("negatives", 0), ("samplers", 0)):
+    for name, least in (("dim", 1), ("samplers", 0)):
         _whole(name, given[name], least)
-    _whole("walk_length", given["walk_length"], 1, most=MOST_REPEATS)
+    # What is done one by one for each sample, in compiled code that nothing breaks off.
+    for name, least in (("walk_length", 1), ("negatives", 0)):
+        _whole(name, given[name], least, most=MOST_REPEATS)
     for name, least in (
         ("augmentation", 1),
         ("partitions", 1),
