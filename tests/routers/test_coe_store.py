@@ -365,6 +365,23 @@ def test_works_on_an_event_loop(tmp_path):
         assert not any(resident.pins for resident in store._top.residents.values())
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_a_lease_given_back_is_the_last_pin(tmp_path, device):
+    """Whoever gives the only lease back may remove the expert at once, even where the loading thread still runs."""
+    tiers = {"to_device": bytes.upper, "device_bytes": 20} if device else {}
+    removed = []
+
+    def leave(future):
+        future.result().release()
+        store.remove("a")
+        removed.append("a")
+
+    with opened(tmp_path, ABC, 20, **tiers) as store:
+        # The callback runs on the loading thread, right where it hands the expert out.
+        store.request("a").add_done_callback(leave)
+        until(lambda: removed == ["a"])
+
+
 @pytest.mark.parametrize("comes", ["before", "after"])
 def test_cancelled_waiters_leave_no_pin(tmp_path, comes):
     """The expert may be handed out before the loop tells the waiter that it was cancelled."""

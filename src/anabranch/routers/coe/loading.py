@@ -59,28 +59,31 @@ class Loading(Shelf):
     def _run(self, job: Job) -> None:
         """Bring an expert up tier by tier, then hand it to all that wait."""
         expert = self._experts[job.name]
+        held: list[Resident] = []
         with self._changed:
             below = self._tiers["host"].ready(job.name)
             if below is not None:
                 below.pins += 1
+                held.append(below)
         try:
             if below is None:
-                below = self._bring(job, self._tiers["host"], lambda: self._whole(expert, job.name))
+                below = self._bring(job, self._tiers["host"], lambda: self._whole(expert, job.name), held)
+            found = below
             if below is not None and self._copy is not None:
                 value, copy = below.value, self._copy
-                above = self._bring(job, self._top, lambda: copy(value))
+                found = self._bring(job, self._top, lambda: copy(value), held)
                 value = None
-                self._hand_out(job, above)
-                if above is not None:
-                    self._unpin(above)
-            else:
-                self._hand_out(job, below)
+            self._hand_out(job, found, held)
         finally:
-            if below is not None:
-                self._unpin(below)
+            self._let_go(held)
 
-    def _bring(self, job: Job, tier: Tier, make: Callable[[], Any]) -> Resident | None:
-        """Load into a tier; the resident comes back pinned. None if nobody waits and there is no room."""
+    def _let_go(self, held: list[Resident]) -> None:
+        """Take the loading thread's own pins back."""
+        while held:
+            self._unpin(held.pop())
+
+    def _bring(self, job: Job, tier: Tier, make: Callable[[], Any], held: list[Resident]) -> Resident | None:
+        """Load into a tier; the resident is pinned, and noted in ``held``. None if nobody waits and there is no room."""
         num_bytes = self._experts[job.name].bytes_in[tier.name]
         with self._changed:
             while (gone := tier.victims(num_bytes, self._usage(), self._clock())) is None:
@@ -102,6 +105,7 @@ class Loading(Shelf):
             now_s = self._clock()
             resident.value, resident.load_s, resident.since_s = value, now_s - started, now_s
             resident.is_ready, resident.pins = True, 1
+            held.append(resident)
             self._moved[tier.name]["bytes"] += num_bytes
             self._moved[tier.name]["loads"] += 1
         return resident
@@ -116,8 +120,11 @@ class Loading(Shelf):
             )
         return value
 
-    def _hand_out(self, job: Job, resident: Resident | None) -> None:
-        """Give leases to all that wait. None: nobody waited and there was no room; if somebody came since, try again."""
+    def _hand_out(self, job: Job, resident: Resident | None, held: list[Resident]) -> None:
+        """Give leases to all that wait. None: nobody waited and there was no room; if somebody came since, try again.
+
+        The thread's own pins (``held``) go in the same breath: whoever gives a lease back may remove the expert at once.
+        """
         leases: list[tuple[Future[Lease], Lease]] = []
         with self._changed:
             if resident is None and job.is_wanted() and self._is_open:
@@ -136,6 +143,7 @@ class Loading(Shelf):
                     resident.spare_until_s = now_s + self._grace_s
                 self._switch_s.extend(now_s - since for _, since in live)
                 leases = [(future, self._leased(job.name, resident)) for future, _ in live]
+            self._let_go(held)
         for future, lease in leases:
             future.set_result(lease)
         job.finish_ahead()
