@@ -57,6 +57,8 @@ check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@# Told, and no failure: benchmarks are run again when a machine is quiet.
+	$(BIN)/python benchmarks/_sources.py
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow -rs tests/nn/test_compilers.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

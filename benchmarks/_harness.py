@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from _bars import with_bars
 from _machine import here, processor
+from _records import write_record
 from anabranch import native
 from anabranch.native import NATIVE
 from anabranch.nn.kernels.memory import release
@@ -213,9 +213,8 @@ def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespac
         **now,
         **device,
         "kernels": kernels(),
-        "rows": with_bars(name, rows),
+        "rows": rows,
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_record(options.json, result)

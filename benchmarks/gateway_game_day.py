@@ -17,10 +17,8 @@ how often that breaker opened at all; where it did not, the period is that of a 
 
 import argparse
 import asyncio
-import datetime
 import platform
 import random
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -28,7 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from anabranch.files import atomic_write_json
+from _machine import here
+from _records import write_record
 from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.dispatch.virtual_time import run_virtual, virtual_clock
 from anabranch.gateway.providers.mock import Mock
@@ -200,11 +199,9 @@ def main() -> None:
             "rows": rows,
             "bars": BARS,
             "versions": {"python": platform.python_version(), **versions},
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            **{name: here()[name] for name in ("commit", "date", "command")},
         }
-        atomic_write_json(options.json, result)
+        write_record(options.json, result)
 
 
 def say(row: dict[str, Any], cpu_s: float) -> None:
@@ -216,17 +213,6 @@ def say(row: dict[str, Any], cpu_s: float) -> None:
         f"  {'missed: ' + ', '.join(missed) if missed else 'holds' if row['tells'] else 'holds, and could not fail'}  [{cpu_s:.0f} s]",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

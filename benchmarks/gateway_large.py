@@ -28,9 +28,8 @@ from typing import Any
 
 from aiohttp import web
 
-from _bars import with_bars
 from _gateway import free_port, machine
-from anabranch.files import atomic_write_json
+from _records import write_record
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
@@ -209,10 +208,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['case']}: {row['ours']} ms ({row['spread'][0]} to {row['spread'][1]}; idle {row['idle_ms']})")
     if options.json:
-        atomic_write_json(
-            options.json,
-            {"name": "gateway_large", "rows": with_bars("gateway_large", rows), "rounds": options.rounds, **machine()},
-        )
+        write_record(options.json, {"name": "gateway_large", "rows": rows, "rounds": options.rounds, **machine()})
     return None
 
 

@@ -9,7 +9,6 @@ Bars: growth after warm-up below 5 MiB; sockets and tasks back where they were.
 import argparse
 import asyncio
 import contextlib
-import json
 import random
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _gateway import Contestant, Link, free_port, machine, running, upstream_command
+from _records import write_record
 from gateway_overhead import litellm, ours
 
 FAIL_EVERY, CONCURRENCY = 10, 16
@@ -136,8 +136,7 @@ def main() -> None:
             + (f", {row['peer_name']} {row['peer']}" if row["peer_name"] else "")
         )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(options.json, result)
 
 
 if __name__ == "__main__":

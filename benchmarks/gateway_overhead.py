@@ -31,8 +31,8 @@ from typing import Any
 
 import psutil
 
-from _bars import with_bars
 from _gateway import CHUNKS, Contestant, Load, free_port, load, machine, paced, relay_command, running, upstream_command
+from _records import write_record
 from anabranch.gateway.store import open_store
 from anabranch.routers.money import nano_dollars
 
@@ -349,7 +349,7 @@ def main() -> None:
         idle = {one.name: round(one.rss_mib(), 1) for one in contestants if one.process}
         rows = asyncio.run(measure(contestants, options))
         result = {
-            "name": "gateway_overhead", "rows": with_bars("gateway_overhead", ratios(rows)),
+            "name": "gateway_overhead", "rows": ratios(rows),
             "measured": rows, "chunks": CHUNKS, "idle_rss_mib": idle,
             "rss_after_mib": {one.name: round(one.rss_mib(), 1) for one in contestants if one.process},
             "ready_s": {one.name: round(one.ready_s, 2) for one in contestants if one.process}, "versions": versions(options),
@@ -357,8 +357,7 @@ def main() -> None:
         }  # fmt: skip
     print(json.dumps({name: result[name] for name in ("idle_rss_mib", "rss_after_mib", "ready_s")}), file=sys.stderr)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(options.json, result)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,18 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from _machine import here
+from _records import write_record
 from anabranch.adapters.glider import Matcher
 
 FILES = ("flan_instruction.json", "flan_instruction-v2.json", "bb_instruction.json")
 
 
-def measured(folder: Path) -> dict[str, object]:
+def measured(folder: Path) -> dict[str, Any]:
     """Shares of tasks that are among the first, and the area under the curve of the best cosine. Raises SystemExit without the files."""
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -47,6 +50,12 @@ def measured(folder: Path) -> dict[str, object]:
     }
 
 
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the record."""
+    shares = [{"case": f"among the first {k}", "ours": found[f"top_{k}"], "unit": "share of tasks"} for k in (1, 2, 5)]
+    return [*shares, {"case": "told from what is foreign", "ours": found["auroc"], "unit": "AUROC"}]
+
+
 def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +64,8 @@ def main() -> None:
     given = parser.parse_args()
     found = measured(given.folder)
     if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        more = {key: found[key] for key in ("tasks", "foreign", "calibration", "sha256")}
+        write_record(given.json, {"name": "glider_matching", **here(), "rows": rows(found), **more})
     shares = "  ".join(f"top {k}: {found[f'top_{k}']:.1%}" for k in (1, 2, 5))
     sys.stdout.write(
         f"{found['tasks']} tasks  {shares}  AUROC against {found['foreign']} others {found['auroc']:.3f}\n"

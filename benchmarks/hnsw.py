@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from _harness import arguments, finish, start
+from _records import write_record
 from _vector_bits import bits_of, builds, score_of
 from _vector_filters import filtering
 from _vector_peers import KINDS, SETTINGS, Built, Contestant, K, Ours, compile_kernels, contestants
@@ -427,7 +428,7 @@ def main() -> None:
     finish("hnsw", rows, options, ("numpy", "numba", "anabranch", *peers))
     if options.json:
         record = {**json.loads(options.json.read_text()), "curves": curves}
-        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_record(options.json, record)
         draw(record, options.json.with_suffix(".svg"))
 
 

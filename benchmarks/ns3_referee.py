@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from _machine import here
+from _records import write_record
 from anabranch.cluster.fabric import PacketConfig, Plan, Topology, collective_flows, plan, simulate_packets
 
 SEGMENT, HEADER, ACK = 8960, 42, 54
@@ -108,9 +109,7 @@ def main() -> None:
         said = "within" if off <= 0.15 else "beyond"
         print(f"{scheme:<10} {card:<6} mean {statistics.fmean(ratios):.3f}, at most {off:.1%} off: {said} 15%")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"name": "ns3_referee", **here(1), "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.json, {"name": "ns3_referee", **here(1), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import aiohttp
 
 from _gateway import machine
+from _records import write_record
 from _serving_http import Result, Server, ask, ours, resident_bytes, save_small_moe
 
 NAME = "small-moe"
@@ -212,7 +213,7 @@ def main() -> None:
     report |= {"name": "serving_drills", "rows": rows(report), "note": note(report), **where}
     print(json.dumps(report, indent=1))
     if given.json is not None:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_record(given.json, report)
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:

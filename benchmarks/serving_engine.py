@@ -44,7 +44,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import random
 import shlex
 import subprocess
@@ -62,6 +61,7 @@ from _bars import with_bars
 from _engine_rows import FIRST, Measured, Starts, show, streams_told, table
 from _gateway import free_port, machine, running
 from _harness import kernels
+from _records import write_record
 from _serving import Answer, Prompts, Server, Work, Worker, agreement, lengths, summary
 from _system_info import last_error, llama_instructions, vllm_instructions, without_paths
 from _vllm import SPIN_S, TCMALLOC, environment, platform_of, told_preloads
@@ -356,10 +356,7 @@ def write(options: argparse.Namespace, so_far: Measured, starts: Starts, isa: di
         },
     }  # fmt: skip
     if options.json:
-        # Beside it first: a run that ends while it writes leaves the record of the round before.
-        beside = options.json.with_suffix(".part")
-        beside.write_text(json.dumps(result, indent=1, default=str) + "\n")
-        beside.replace(options.json)
+        write_record(options.json, result)
     return rows
 
 

@@ -37,6 +37,7 @@ import aiohttp
 from _bars import is_met, with_bars
 from _gateway import free_port, machine
 from _harness import kernels
+from _records import write_record
 from _serving_http import Result, Server, ask, ours, save_small_moe
 from _system_info import last_error_told, vllm_instructions, without_paths
 from _vllm import SPIN_S, environment, platform_of, told_preloads
@@ -379,7 +380,7 @@ def main() -> None:
     if given.json is not None:
         preloaded = told_preloads(given.vllm) if given.vllm else []
         result = {"name": "serving_goodput", "rows": rows, **report, "preloaded": preloaded, **machine()}
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import Any
 
 import aiohttp
 
-from _bars import with_bars
 from _gateway import machine
+from _records import write_record
 from _serving_http import Server, ours
 from anabranch.studies.small_model import find_weights
 
@@ -162,11 +162,11 @@ def main() -> None:
         result = {
             "name": "serving_latency",
             "bars": {"ratio": 3},
-            "rows": with_bars("serving_latency", rows),
+            "rows": rows,
             "options": {**vars(given), "json": None},
             **machine(),
         }
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
 
 
 if __name__ == "__main__":

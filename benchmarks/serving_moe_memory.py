@@ -55,6 +55,7 @@ from _gateway import free_port, machine, running
 from _harness import kernels
 from _memory_limit import Group, Way, anonymous_bytes, best_way, forget_pages, limited, read_ahead_kb, resident_bytes
 from _moe_models import Written, written
+from _records import write_record
 from _serving import Answer, Server, Work, Worker, agreement, summary
 from _system_info import last_error, llama_instructions, system_info
 from anabranch.serving.config import parse_bytes
@@ -471,9 +472,7 @@ def main() -> None:
                 print(f"{row['case']} / {row['peer_name']}: {row['ratio']}{told_bar}")
             # After each model: a machine does not last as long as all of them may take.
             if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                record = {"name": "serving_moe_memory", "rows": rows, **settings, "models": models}
-                options.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+                write_record(options.json, {"name": "serving_moe_memory", "rows": rows, **settings, "models": models})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ import json
 import os
 import re
 import statistics
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from _bars import is_met  # noqa: E402
+from _sources import age  # noqa: E402
+
 PACKAGE = ROOT / "src" / "anabranch"
 MARKER = re.compile(r"<!-- results: (benchmarks|studies)(?:/(\w+))? -->")
 COMMAND_LINE = "command-line.md"
@@ -243,7 +249,10 @@ def benchmark_table(recorded: dict[str, Any]) -> str:
         for row in recorded["rows"]
     ]
     withdrawn = sorted({f"Withdrawn: {row['withdrawn']}." for row in rows if row.get("withdrawn")})
-    told = " ".join([*withdrawn, *([recorded["note"]] if recorded.get("note") else [])])
+    said = age(recorded).told()
+    told = " ".join(
+        [*withdrawn, *([recorded["note"]] if recorded.get("note") else []), *([f"{said}."] if said else [])]
+    )
     again = f"Repeat it with `python benchmarks/{recorded['name']}.py --json FILE`."
     return (
         _table(columns, rows)
@@ -257,11 +266,6 @@ def _bar_told(row: dict[str, Any]) -> str | None:
         return None
     why = f" ({row['missed']})" if row.get("missed") else ""
     return f"{_cell(row['bar'])}, {'met' if is_met(row) else 'missed'}{why}"
-
-
-def is_met(row: dict[str, Any]) -> bool:
-    """Whether the ratio reaches what was asked of it; never where the record says why it is ``missed``, as where ours failed."""
-    return not row.get("missed") and row["ratio"] >= row["bar"]
 
 
 def _measured(recorded: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src" / "anabranch"
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -253,6 +254,106 @@ def test_a_record_says_what_was_asked_where_and_when(path, benchmark):
     assert not re.findall(r"""(?:^|[\s"'=:])(?:~|/[\w.-]+)/[\w.-]+""", text), "a path of somebody's machine"
     instructions = path.stem.partition(".")[2]
     assert not instructions or instructions in record["device"]
+    assert benchmark("_records").wrong(record) == []
+
+
+def test_what_is_wrong_with_a_record_is_told(benchmark, tmp_path):
+    records = benchmark("_records")
+    row = {"case": "a", "ours": 1.0, "peer": 2, "peer_name": "p", "ratio": 2.0, "spread": [1.9, 2.1], "unit": ""}
+    good = {"name": "x", "device": "d", "commit": "c", "date": "2026-11-29", "command": "python x.py", "rows": [row]}
+    assert records.wrong(good) == []
+    assert records.wrong({**good, "rows": [{"case": "a", "ours": None, "failed": "ours: killed"}]}) == []
+    for change, told in (
+        ({"commit": None}, "commit is None, no text"),
+        ({"date": "29.11.2026"}, "date is '29.11.2026', not YYYY-MM-DD"),
+        ({"rows": {}}, "rows is dict, no list"),
+        ({"rows": [row, {**row, "case": ""}]}, "row 1: case is '', no text"),
+        ({"rows": [{**row, "ratio": "2"}]}, "row 0: ratio is '2', no number"),
+        ({"rows": [{**row, "ours": True}]}, "row 0: ours is True, no number"),
+        ({"rows": [{**row, "spread": [1.0]}]}, "row 0: spread is [1.0], neither a number nor [low, high]"),
+        ({"rows": [{**row, "peer_name": None}]}, "row 0: it has a ratio and no peer_name"),
+        ({"rows": [{**row, "withdrawn": 1}]}, "row 0: withdrawn is 1, no text"),
+    ):
+        assert records.wrong({**good, **change}) == [told]
+    # What was measured is kept all the same.
+    path = tmp_path / "new" / "x.json"
+    with pytest.raises(SystemExit, match=r"x\.json is no record: commit is None"):
+        records.write_record(path, {**good, "commit": None})
+    assert json.loads(path.read_text())["rows"] == [row]
+    records.write_record(path, {**good, "name": "moe_layer", "rows": [{**row, "case": "T=16 E=8 training"}]})
+    assert json.loads(path.read_text())["rows"][0]["bar"] == 3.0
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+# What a benchmark uses and does not measure: where its text, models and tables come from.
+BESIDE = {"cli", "config", "data", "errors", "files", "machine", "native", "presets", "studies", "testing"}
+BY_THE_WAY = {"expertflow": {"train"}, "gateway_overhead": {"routers"}}
+
+
+def test_every_benchmark_says_what_code_it_measures(benchmark):
+    sources, folder = benchmark("_sources"), ROOT / "benchmarks"
+    measuring = {path.stem for path in folder.glob("[a-z]*.py")} - {"cuda", "make_price_table"}
+    assert set(sources.SOURCES) == measuring
+    assert {name for name in sources.SOURCES for path in sources.SOURCES[name] if not (SRC / path).exists()} == set()
+    for name, paths in sources.SOURCES.items():
+        used = set(
+            re.findall(r"^\s*(?:from|import) anabranch\.(\w+)", (folder / f"{name}.py").read_text(), re.MULTILINE)
+        )
+        missing = used - {path.partition("/")[0].removesuffix(".py") for path in paths} - BESIDE
+        assert missing <= BY_THE_WAY.get(name, set()), name
+
+
+def test_a_record_is_stale_once_the_code_it_measures_is_another(benchmark, tmp_path, monkeypatch):
+    sources = benchmark("_sources")
+    monkeypatch.setitem(sources.SOURCES, "x", ("a", "b.py"))
+
+    def git(*words):
+        done = subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            cwd=tmp_path, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    def commit(path, text):
+        file = tmp_path / "src" / "anabranch" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        git("add", "-A")
+        git("commit", "-m", path)
+        return git("rev-parse", "--short=10", "HEAD")
+
+    def age(measured):
+        # Asked anew after each commit.
+        sources._age.cache_clear()
+        return sources.age({"name": "x", "commit": measured}, tmp_path)
+
+    git("init")
+    commit("b.py", "x = 1\n")
+    first = commit("a/one.py", "def f():\n    return 1\n")
+    assert age(first) == ((), "")
+    assert age(first).told() is None
+    commit("elsewhere.py", "y = 1\n")
+    commit("a/one.py", '"""What it is."""\n\n\ndef f():\n    """One."""\n    # Why.\n    return 1\n')
+    assert age(first).changed == age(f"{first}-dirty").changed == ()
+    second = commit("a/one.py", "def f():\n    return 2\n")
+    assert age(first).changed == ("a/one.py",)
+    assert second[:7] in age(first).told()
+    assert "`a/one.py`" in age(first).told()
+    assert age(second).changed == ()
+    # Changed and changed back.
+    commit("a/one.py", "def f():\n    return 1\n")
+    assert age(first).changed == ()
+    commit("a/step.cpp", "int x;")
+    assert age(first).changed == ("a/step.cpp",)
+    commit("b.py", "def (")
+    assert age(first).changed == ("a/step.cpp", "b.py")
+    # Where git does not know the commit, or there is none.
+    for unknown in ("0123456789", "HEAD", "", "--help"):
+        assert age(unknown).changed is None
+        assert "not known" in age(unknown).told()
+    assert sources.age({"name": "of nobody", "commit": first}, tmp_path).changed is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert age(first).changed is None
 
 
 def test_every_bar_is_of_a_recorded_case_or_awaited(benchmark):

@@ -422,7 +422,7 @@ def test_benchmark_table_by_hand():
         "| none | theirs | 1 | 1.4 | withdrawn | - | - |\n"
         "\nMeasured on a laptop, 2026-11-24, at commit abc. Ratio above 1: ours is better. "
         "Repeat it with `python benchmarks/moe_layer.py --json FILE`.\n"
-        "\nWithdrawn: unequal. Older.\n"
+        "\nWithdrawn: unequal. Older. Whether the code has changed since is not known here, where there is no history of it.\n"
     )
 
 
