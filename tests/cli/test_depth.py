@@ -1,9 +1,11 @@
 """``anabranch depth``: from questions and a model to paths, routers, measures and a picture."""
 
+import io
 import json
 
 import pytest
 
+from anabranch.cli.output import visible
 from anabranch.data import ByteTokenizer
 from anabranch.depth.dr_llm import RouterBank, read_paths
 from anabranch.lm import Decoder, load_model, save_model
@@ -15,7 +17,7 @@ def deep(work):
     """A folder of a model with 4 blocks that matter."""
     config = Decoder.Config(
         dim=16, num_layers=4, attention=SelfAttention.Config(num_heads=2), feed_forward=SwiGLU.Config(hidden_dim=24),
-        max_positions=64, init_std=0.3,
+        max_positions=256, init_std=0.3,
     )  # fmt: skip
     save_model(work / "deep", config.build(seed=0), ByteTokenizer())
     return "deep"
@@ -242,16 +244,22 @@ def test_duo_llm_is_in_the_family(here):
         assert name in out
 
 
-def test_generate_runs_what_routers_choose(here, work, deep):
+def attached(work, deep):
+    """(the model, its tokenizer, a depth router with numbers of chance, which is in ``random-routers``)."""
     from anabranch.depth import DepthRouter, stack_of
     from anabranch.depth.dr_llm import BankConfig
-    from anabranch.lm import SamplingConfig
 
     model, tokenizer = load_model(work / deep)
     stack = stack_of(model.eval())
     config = BankConfig(num_blocks=stack.num_blocks, width=stack.width, fingerprint=stack.fingerprint())
     RouterBank(config, seed=1).save(work / "random-routers")
-    router = DepthRouter.attach(model, work / "random-routers")
+    return tokenizer, DepthRouter.attach(model, work / "random-routers")
+
+
+def test_generate_runs_what_routers_choose(here, work, deep):
+    from anabranch.lm import SamplingConfig
+
+    tokenizer, router = attached(work, deep)
     prompt = tokenizer.encode_prompt("3 plus 4 is")
     options = ("-p", "3 plus 4 is", "--max-tokens", 6, "--temperature", 0, "--dtype", "float32", "--json")
     paths = set()
@@ -271,5 +279,48 @@ def test_generate_runs_what_routers_choose(here, work, deep):
         (("--depth", "random-routers", "--skipper", "x"), "--depth and --skipper both say what of the model runs"),
     ):
         code, out, err = here("generate", deep, *options, *more)
+        assert (code, out) == (2, ""), more
+        assert says in err
+
+
+def test_chat_runs_what_routers_choose_about_the_conversation(here, work, deep, monkeypatch):
+    from anabranch.lm import SamplingConfig
+
+    tokenizer, router = attached(work, deep)
+    greedy = SamplingConfig(temperature=0, max_tokens=6)
+    options = ("--max-tokens", 6, "--temperature", 0, "--dtype", "float32")
+
+    def alone(messages, control):
+        router.reset()
+        prompt = tokenizer.encode_chat(tokenizer.apply_chat_template(messages))
+        return router.generate(prompt, greedy, control=control)
+
+    paths, answers = set(), []
+    for control in (-0.6, -0.5, 1):
+        more = ("--depth", "random-routers", "--depth-control", control)
+        found = told(here("chat", deep, "-m", "3 plus 4?", "--json", *options, *more))
+        wanted = alone([{"role": "user", "content": "3 plus 4?"}], control)
+        assert found["token_ids"] == wanted[: len(found["token_ids"])]
+        answers.append(found["token_ids"])
+        assert (found["depth"]["num_layers"], len(found["depth"]["path"])) == (4, router.report().layers_per_token)
+        paths.add(tuple(found["depth"]["path"]))
+    assert len(paths) > 1
+    assert all(answers)
+    # A second message is answered as the whole conversation, on which what was stored for the first has no say.
+    monkeypatch.setattr("sys.stdin", io.StringIO("3 plus 4?\nand 5?\n"))
+    code, out, err = here("chat", deep, *options, *more)
+    assert (code, err) == (0, "")
+    first = tokenizer.decode(wanted)
+    talk = [{"role": "user", "content": "3 plus 4?"}, {"role": "assistant", "content": first}]
+    second = tokenizer.decode(alone([*talk, {"role": "user", "content": "and 5?"}], 1))
+    assert out == f"{visible(first)}\n{visible(second)}\n"
+    assert "depth" not in told(here("chat", deep, "-m", "3", "--json", *options))
+    for more, says in (
+        (("--depth", "none"), "no routers in none"),
+        (("--depth-control", 0), "--depth-control is 0, and there are no depth routers"),
+        (("--depth", "random-routers", "--depth-control", 2), "control"),
+        (("--depth", "random-routers", "--skipper", "x"), "--depth and --skipper both say what of the model runs"),
+    ):
+        code, out, err = here("chat", deep, "-m", "x", *options, *more)
         assert (code, out) == (2, ""), more
         assert says in err

@@ -1,11 +1,14 @@
 """``anabranch depth prune``, ``prune-eval`` and ``redundancy``: from questions and a model to a skipper and what it costs."""
 
+import io
+import itertools
 import json
 
 import pytest
 import torch
 
 from anabranch.cli.depth.prune import UNFINISHED
+from anabranch.cli.output import visible
 from anabranch.data import ByteTokenizer
 from anabranch.depth.ftp import TokenSkipper, evaluate_items, evaluate_path
 from anabranch.depth.stack import stack_of
@@ -198,5 +201,36 @@ def test_generate_passes_over_what_a_skipper_says(here, work, pruned, rows, fitt
     assert found["depth"]["computed"] == computed
     assert sum(computed) < 4 * len(prompt)
     code, out, err = here("generate", pruned, *options, "--skipper", "none")
+    assert (code, out) == (2, "")
+    assert "none is not there; anabranch depth prune makes one" in err
+
+
+def test_chat_passes_over_what_a_skipper_says_of_the_conversation(here, work, pruned, rows, fitted, monkeypatch):
+    model, tokenizer = load_model(work / pruned)
+    skipper = TokenSkipper.load(work / "skipper", model.eval())
+    options = ("--max-tokens", 6, "--temperature", 0, "--dtype", "float32", "--skipper", "skipper")
+
+    def prompt_of(*texts):
+        names = itertools.cycle(("user", "assistant"))
+        messages = [{"role": name, "content": text} for name, text in zip(names, texts, strict=False)]
+        return tokenizer.encode_chat(tokenizer.apply_chat_template(messages))
+
+    def answered(*texts):
+        """The tokens of the skipper's answer, up to what ends it."""
+        made = skipper.generate(prompt_of(*texts), 6)
+        return list(itertools.takewhile(lambda token: token not in tokenizer.stop_ids, made))
+
+    asked = next(text for text in map(str, range(50)) if len(answered(text)) > 3)
+    text = tokenizer.decode(answered(asked))
+    more = next(other for other in map(str, range(50)) if len(answered(asked, text, other)) > 3)
+    found = told(here("chat", pruned, "-m", asked, "--json", *options))
+    prompt = prompt_of(asked)
+    assert (found["token_ids"], found["text"]) == (answered(asked), text)
+    assert found["depth"]["computed"] == skipper.prefill(prompt).keep_IBL[:, 0].sum(1).tolist()
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{asked}\n{more}\n"))
+    code, out, err = here("chat", pruned, *options)
+    assert (code, err) == (0, "")
+    assert out == f"{visible(text)}\n{visible(tokenizer.decode(answered(asked, text, more)))}\n"
+    code, out, err = here("chat", pruned, "-m", "x", *options[:-1], "none")
     assert (code, out) == (2, "")
     assert "none is not there; anabranch depth prune makes one" in err

@@ -138,7 +138,7 @@ READ = {
     "rl train",
     "compare", "convert", "eval adapter", "study", "train", "heads train",  # see tests/lm/test_conversion.py, tests/train/test_resume.py
     "eval data", "train config_file", "serve config_files", "serve adapter_root", "gateway serve config_files", "gateway serve store",
-    "serve depth", "serve skipper", "generate depth", "generate skipper",
+    "serve depth", "serve skipper", "generate depth", "generate skipper", "chat depth", "chat skipper",
     "gateway replay router", "gateway replay prices", "gateway route router", "gateway serve router", "gateway add-model config_files",
     "adapt config_files",
     "gateway coe frontier router", "gateway coe report router", "routers coe frontier router", "routers coe report router",

@@ -200,6 +200,16 @@ generate trained -p x --rewire --rewire-set stepz=3
 generate no.gguf -p x
 chat trained -m x --temperature nan
 chat trained -m x --seed {HUGE}
+chat trained -m x --depth nowhere
+chat trained -m x --depth text
+chat trained -m x --depth-control nan --depth nowhere
+chat trained -m x --depth-control 0.5
+chat trained -m x --skipper text
+chat trained -m x --skipper nowhere --depth nowhere
+generate trained -p x --depth text
+generate trained -p x --depth-control nan --depth nowhere
+generate trained -p x --skipper text
+generate trained -p x --skipper holes.parquet
 report text.parquet --out z
 report holes.parquet --out z
 report text --out z

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cli.boundary import USER_ERROR
-from anabranch.cli.continuing import MinP, RepetitionPenalty, TopK, running, sampling_fields, tokens_of
-from anabranch.cli.options import (
-    AsJson,
-    Device,
-    Dtype,
-    ExpertBudget,
-    Memory,
-    Model,
-    Quantize,
-    Seed,
-    Streams,
-    load_parts,
-)
+from anabranch.cli.continuing import AS_MODEL_SAYS, AS_STORED, WHOLE, Deep, Loading, Sampled, running, tokens_of
+from anabranch.cli.option_sets import takes_sets
+from anabranch.cli.options import AsJson, Model, Seed, Streams
 from anabranch.cli.output import print_json, say, visible
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.extras import require
@@ -30,6 +21,11 @@ if TYPE_CHECKING:
     from anabranch.serving.engine.background import Background
 
 
+# What neither the user nor the model says.
+_USUAL = {"temperature": 0.2, "top_p": 0.9}
+
+
+@takes_sets(temperature="0.2", top_p="0.9")
 def chat(
     model: Model,
     message: Annotated[
@@ -39,52 +35,38 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[
-        float | None,
-        typer.Option(metavar="T", min=0, help="0 takes the likeliest token. Default: as the model says, else 0.2."),
-    ] = None,
-    top_k: TopK = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P", help="Sample among the likeliest that make up P. Default: as the model says, else 0.9."
-        ),
-    ] = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
+    sampled: Sampled = AS_MODEL_SAYS,
     seed: Seed = 0,
     streams: Streams = None,
-    memory: Memory = None,
-    quantize: Quantize = None,
-    expert_budget: ExpertBudget = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    deep: Deep = WHOLE,
+    loading: Loading = AS_STORED,
     as_json: AsJson = False,
 ) -> None:
     """Talk with a model, using its own chat template.
 
     A line is a message; /reset begins again, /quit or Ctrl-D leaves. A message that cannot be answered is told and left out.
+
+    With --depth (Dr.LLM) or --skipper (FTP) the conversation so far decides, at each message anew, which blocks run, or which of its tokens
+    each block computes. With --json there is depth then, as generate tells it.
     """
     require("lm", by="anabranch chat")
+    from anabranch.serving.load import check_depth
+
     if as_json and message is None:
         raise ConfigError("--json answers one message; give it with --message")
-    said = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    fields = {**sampling_fields(model, said, {"temperature": 0.2, "top_p": 0.9}), "max_tokens": max_tokens}
-    loaded = load_parts(model, dtype, device, quantize, expert_budget, memory)
+    depth = deep.config()
+    fields = {**sampled.of(model, _USUAL), "max_tokens": max_tokens}
+    check_depth(depth, model)
+    loaded = loading.load(model)
     # A number that cannot be is no matter of a message.
     loaded.model.streams_of(streams)
-    with running(loaded, loaded.model.config.max_positions, streams=streams, prefix_cache=True) as engine:
+    with running(loaded, loaded.model.config.max_positions, streams=streams, prefix_cache=True, depth=depth) as engine:
         talk = Conversation(engine, loaded.tokenizer, system, fields, num_streams=streams)
         if message is not None:
             ids, answer = talk.answer(message, seed, show=not as_json)
             if as_json:
-                print_json({"text": answer, "token_ids": ids, "messages": talk.messages})
+                ran = {"depth": {"num_layers": len(loaded.model.blocks), **talk.ran}} if talk.ran else {}
+                print_json({"text": answer, "token_ids": ids, "messages": talk.messages, **ran})
             return
         _talk(model, talk, seed)
 
@@ -118,7 +100,11 @@ def _try(talk: Conversation, line: str, seed: int) -> bool:
 
 
 class Conversation:
-    """Messages so far, and the engine that answers them. ``sampling`` are fields of `anabranch.serving.Sampling`."""
+    """Messages so far, and the engine that answers them. ``sampling`` are fields of `anabranch.serving.Sampling`.
+
+    Attributes:
+        ran: what routers of depth, or a skipper, chose for the last message, see `tokens_of`; empty without them.
+    """
 
     def __init__(
         self,
@@ -131,6 +117,7 @@ class Conversation:
     ) -> None:
         self._engine, self._tokenizer, self._system, self._sampling = engine, tokenizer, system, sampling
         self._num_streams = num_streams
+        self.ran: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -150,7 +137,7 @@ class Conversation:
         fields = {**self._sampling, "max_tokens": min(self._sampling["max_tokens"], room), "seed": seed}
         decoder, ids, pieces = self._tokenizer.stream(), [], []
         try:
-            for token in tokens_of(self._engine, prompt, fields, streams=self._num_streams):
+            for token in self._tokens(prompt, fields):
                 ids.append(token)
                 pieces.append(decoder.push(token))
                 if show:
@@ -165,6 +152,12 @@ class Conversation:
         answer = "".join(pieces)
         self.messages.append({"role": "assistant", "content": answer})
         return ids, answer
+
+    def _tokens(self, prompt: Sequence[int], fields: dict[str, Any]) -> Iterator[int]:
+        """The answer's tokens as they come."""
+        self.ran = {}
+        depth = self._engine.info.depth
+        return tokens_of(self._engine, prompt, fields, streams=self._num_streams, depth=depth, told=self.ran)
 
 
 def _read_line(interactive: bool) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.options import sampling_of
+from anabranch.cli.option_sets import OptionSet
+from anabranch.cli.options import Device, Dtype, ExpertBudget, Memory, Quantize, load_parts, sampling_of
 from anabranch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,49 +19,117 @@ if TYPE_CHECKING:
     from anabranch.serving.engine.background import Background
     from anabranch.serving.load import Loaded
 
-TopK = Annotated[
-    int | None,
-    typer.Option(metavar="K", min=1, help="Sample among the K likeliest. Default: as the model says, else all."),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        metavar="P",
-        help="Leave out tokens less likely than P times the likeliest. Default: as the model says, else 0.",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        metavar="R",
-        help="Divide positive and multiply negative logits of tokens that were there by R. Default: as the model says, else 1.",
-    ),
-]
-Depth = Annotated[
-    Path | None,
-    typer.Option(
-        "--depth",
-        metavar="DIR",
-        help="Depth routers that anabranch depth train made of this model; they choose which blocks run.",
-    ),
-]
-DepthControl = Annotated[
-    float | None,
-    typer.Option(
-        "--depth-control",
-        metavar="P",
-        help="From -1, no block, by -0.5, what the routers say, and 0.5, all blocks, to 1, all twice. Default: -0.5.",
-    ),
-]
-Skipper = Annotated[
-    Path | None,
-    typer.Option(
-        "--skipper",
-        metavar="FILE",
-        help="What anabranch depth prune made of this model: blocks pass over tokens of the prompt.",
-    ),
-]
+
+@dataclass(frozen=True)
+class Sampled(OptionSet):
+    """How tokens are drawn. Commands tell what they do where neither the user nor the model says it: ``{temperature}``, ``{top_p}``."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T", min=0, help="0 takes the likeliest token. Default: as the model says, else {temperature}."
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Sample among the K likeliest. Default: as the model says, else all."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", help="Sample among the likeliest that make up P. Default: as the model says, else {top_p}."
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p",
+            metavar="P",
+            help="Leave out tokens less likely than P times the likeliest. Default: as the model says, else 0.",
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Divide positive and multiply negative logits of tokens that were there by R. Default: as the model says, else 1.",
+        ),
+    ] = None
+
+    def of(self, model: str, usual: dict[str, Any]) -> dict[str, Any]:
+        """Fields of `anabranch.serving.Sampling`: what the user said, else what the model's makers do, else the ``usual``.
+
+        Raises ConfigError for a number that cannot be.
+        """
+        from anabranch.serving.core.request import Sampling
+
+        found = sampling_of(model, asdict(self), usual)
+        # Before the model is loaded.
+        Sampling(**found)
+        return found
+
+
+@dataclass(frozen=True)
+class Deep(OptionSet):
+    """Which blocks run, and on which tokens, where the prompt decides it."""
+
+    depth: Annotated[
+        Path | None,
+        typer.Option(
+            "--depth",
+            metavar="DIR",
+            help="Depth routers that anabranch depth train made of this model; they choose which blocks run.",
+        ),
+    ] = None
+    depth_control: Annotated[
+        float | None,
+        typer.Option(
+            "--depth-control",
+            metavar="P",
+            help="From -1, no block, by -0.5, what the routers say, and 0.5, all blocks, to 1, all twice. Default: -0.5.",
+        ),
+    ] = None
+    skipper: Annotated[
+        Path | None,
+        typer.Option(
+            "--skipper",
+            metavar="FILE",
+            help="What anabranch depth prune made of this model: blocks pass over tokens of the prompt.",
+        ),
+    ] = None
+
+    def config(self) -> DepthConfig:
+        """What the options mean. Raises ConfigError for ones that do not go together, or a control that cannot be."""
+        from anabranch.serving.depth import DepthConfig
+
+        if self.depth is not None and self.skipper is not None:
+            raise ConfigError("--depth and --skipper both say what of the model runs; give one of them")
+        if self.depth_control is not None and self.depth is None:
+            raise ConfigError(
+                f"--depth-control is {self.depth_control:g}, and there are no depth routers; name their folder with --depth"
+            )
+        said: dict[str, Any] = {"routers": self.depth, "control": self.depth_control, "skipper": self.skipper}
+        told: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
+        return DepthConfig(**{name: value for name, value in told.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Loading(OptionSet):
+    """How a model is held."""
+
+    memory: Memory = None
+    quantize: Quantize = None
+    expert_budget: ExpertBudget = None
+    dtype: Dtype = None
+    device: Device = None
+
+    def load(self, model: str, device: str | None = None) -> Loaded:
+        """See `load_parts`; on ``device`` where one is named."""
+        return load_parts(model, self.dtype, device or self.device, self.quantize, self.expert_budget, self.memory)
+
+
+# Where nothing is said.
+AS_MODEL_SAYS, WHOLE, AS_STORED = Sampled(), Deep(), Loading()
 BLOCK = 16
 # Bytes of keys and values that a conversation may take.
 MOST_BYTES = 4 * 2**30
@@ -106,20 +176,6 @@ def running(
         engine.close()
 
 
-def sampling_fields(model: str, said: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `anabranch.serving.Sampling`: what the user ``said``, else what the model's makers do, else the ``usual``.
-
-    Raises ConfigError for a number that cannot be.
-    """
-    from anabranch.serving.core.request import Sampling
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    found = sampling_of(model, {name: said.get(name) for name in names}, usual)
-    # Before the model is loaded.
-    Sampling(**found)
-    return found
-
-
 def tokens_of(
     engine: Background,
     prompt: Sequence[int],
@@ -141,18 +197,3 @@ def tokens_of(
         if told is not None:
             told |= {name: value for name in ("path", "computed") if (value := getattr(output, name)) is not None}
         yield from output.tokens
-
-
-def depth_of(routers: Path | None, control: float | None, skipper: Path | None) -> DepthConfig:
-    """What the options on depth mean. Raises ConfigError for ones that do not go together, or a control that cannot be."""
-    from anabranch.serving.depth import DepthConfig
-
-    if routers is not None and skipper is not None:
-        raise ConfigError("--depth and --skipper both say what of the model runs; give one of them")
-    if control is not None and routers is None:
-        raise ConfigError(
-            f"--depth-control is {control:g}, and there are no depth routers; name their folder with --depth"
-        )
-    said: dict[str, Any] = {"routers": routers, "control": control, "skipper": skipper}
-    told: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in said.items()}
-    return DepthConfig(**{name: value for name, value in told.items() if value is not None})

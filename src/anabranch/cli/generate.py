@@ -9,67 +9,32 @@ from typing import Annotated, Any
 
 import typer
 
-from anabranch.cli.continuing import (
-    Depth,
-    DepthControl,
-    MinP,
-    RepetitionPenalty,
-    Skipper,
-    TopK,
-    depth_of,
-    running,
-    sampling_fields,
-    tokens_of,
-)
-from anabranch.cli.options import (
-    AsJson,
-    Device,
-    Dtype,
-    ExpertBudget,
-    Memory,
-    Model,
-    Quantize,
-    Seed,
-    Streams,
-    load_parts,
-)
+from anabranch.cli.continuing import AS_MODEL_SAYS, AS_STORED, WHOLE, Deep, Loading, Sampled, running, tokens_of
+from anabranch.cli.option_sets import takes_sets
+from anabranch.cli.options import AsJson, Model, Seed, Streams
 from anabranch.cli.output import print_json, say, visible
 from anabranch.cli.over_ranks import Context, over_ranks
 from anabranch.cli.rewired import Rewire, Rewired, RewireSet, library_fields, rewiring_of
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 
+# What neither the user nor the model says.
+_USUAL = {"temperature": 0.8}
 
+
+@takes_sets(temperature="0.8", top_p="1")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; - reads stdin.")],
     max_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Most new tokens.")] = 128,
-    temperature: Annotated[
-        float | None,
-        typer.Option(metavar="T", min=0, help="0 takes the likeliest token. Default: as the model says, else 0.8."),
-    ] = None,
-    top_k: TopK = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P", help="Sample among the likeliest that make up P. Default: as the model says, else 1."
-        ),
-    ] = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
+    sampled: Sampled = AS_MODEL_SAYS,
     seed: Seed = 0,
     streams: Streams = None,
     context: Context = None,
     rewire: Rewire = False,
     rewire_set: RewireSet = None,
-    depth: Depth = None,
-    depth_control: DepthControl = None,
-    skipper: Skipper = None,
-    memory: Memory = None,
-    quantize: Quantize = None,
-    expert_budget: ExpertBudget = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    deep: Deep = WHOLE,
+    loading: Loading = AS_STORED,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt.
@@ -89,33 +54,28 @@ def generate(
     from anabranch.serving.load import check_depth
 
     apart: dict[str, Any] = {
-        "--min-p": min_p,
-        "--repetition-penalty": repetition_penalty,
+        "--min-p": sampled.min_p,
+        "--repetition-penalty": sampled.repetition_penalty,
         "--streams": streams,
-        "--memory": memory,
+        "--memory": loading.memory,
+        "--expert-budget": loading.expert_budget,
+        "--depth": deep.depth,
+        "--skipper": deep.skipper,
     }
-    apart |= {"--expert-budget": expert_budget, "--depth": depth, "--skipper": skipper}
-    deep = depth_of(depth, depth_control, skipper)
-    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **apart, "--quantize": quantize})
+    depth = deep.config()
+    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **apart, "--quantize": loading.quantize})
     ran: dict[str, Any] = {}
     with ExitStack() as stack:
-        ranks = stack.enter_context(over_ranks(context, device, apart))
+        ranks = stack.enter_context(over_ranks(context, loading.device, apart))
         talks = ranks is None or ranks.is_first
         text = ranks.text(prompt) if ranks else sys.stdin.read() if prompt == "-" else prompt
         if not text:
             raise ConfigError("--prompt is empty; give at least one character")
-        said = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        fields = {**sampling_fields(model, said, {"temperature": 0.8}), "max_tokens": max_tokens, "seed": seed}
+        fields = {**sampled.of(model, _USUAL), "max_tokens": max_tokens, "seed": seed}
         if ranks or rewiring:
             fields = library_fields(fields, "--context" if ranks else "--rewire", talks=talks)
-        check_depth(deep, model)
-        loaded = load_parts(model, dtype, ranks.device if ranks else device, quantize, expert_budget, memory)
+        check_depth(depth, model)
+        loaded = loading.load(model, ranks.device if ranks else None)
         tokenizer: Any = loaded.tokenizer
         used = loaded.model.streams_of(streams)[0]
         prompt_ids = tokenizer.encode_prompt(text)
@@ -127,7 +87,7 @@ def generate(
         elif rewired is not None:
             tokens = rewired.tokens(prompt_ids, {**fields, **stop})
         else:
-            engine = stack.enter_context(running(loaded, len(prompt_ids) + max_tokens, streams=streams, depth=deep))
+            engine = stack.enter_context(running(loaded, len(prompt_ids) + max_tokens, streams=streams, depth=depth))
             if engine.info.max_positions < len(prompt_ids) + max_tokens:
                 say(f"note: keys and values have room for {engine.info.max_positions} tokens, so the text ends there")
             tokens = tokens_of(engine, prompt_ids, fields, streams=streams, depth=engine.info.depth, told=ran)

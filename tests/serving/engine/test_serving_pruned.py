@@ -1,9 +1,7 @@
 """Prompts that blocks pass over in parts (FTP), in one continuous batch with others: each request gets what its skipper gives alone."""
 
 import functools
-import itertools
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -26,7 +24,6 @@ from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.messages import Add
 from anabranch.serving.engine.runner import ModelRunner
-from anabranch.serving.engine.skips import Kept
 from depth_banks import ByState
 from served_adapters import Runs, layers_of, make_model
 from skipped_models import router
@@ -463,16 +460,3 @@ def test_wrong_configs(fields, message):
 def test_what_a_request_that_says_nothing_runs(fields, usually):
     config = DepthConfig(**fields)
     assert config.usually(routes="routers" in fields, prunes="skipper" in fields) == usually
-
-
-def test_what_is_kept_by_hand():
-    """Two blocks, a prompt of four; the second passes over tokens 1 and 2, and over all behind the prompt."""
-    kept = Kept(np.array([[1, 1, 1, 1], [1, 0, 0, 1]], np.bool_), np.array([True, False]))
-    assert [kept.stored(0, at) for at in range(7)] == [0, 1, 2, 3, 4, 5, 6]
-    assert [kept.stored(1, at) for at in range(7)] == [0, 1, 1, 1, 2, 2, 2]
-    assert [kept.places(1, start, 3).tolist() for start in (0, 1, 2, 3, 4)] == [[0], [2], [1], [0], []]
-    assert [kept.places(0, start, 3).tolist() for start in (0, 3, 5)] == [[0, 1, 2]] * 3
-    assert (kept.computed, kept.path, kept.num_prompt) == ((4, 2), (0,), 4)
-    for layer, (start, count) in itertools.product((0, 1), ((0, 3), (2, 4), (4, 2))):
-        grown = kept.stored(layer, start + count) - kept.stored(layer, start)
-        assert grown == len(kept.places(layer, start, count))

@@ -9,8 +9,9 @@ import typer
 
 from anabranch.cli.graph.inputs import Opened, example_node, is_own
 from anabranch.cli.graph.options import check_extra, check_picture
-from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading
 from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, size, table, wrote
 from anabranch.files import check_apart
@@ -26,7 +27,7 @@ DATA_SETS = {
 }
 
 
-@takes_reading
+@takes_sets()
 def info(
     source: Annotated[
         str | None,

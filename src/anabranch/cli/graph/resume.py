@@ -11,14 +11,15 @@ import typer
 from anabranch.cli.graph.embed import train_with_progress
 from anabranch.cli.graph.models import MODEL, check_saved, open_model
 from anabranch.cli.graph.options import GraphSource, Workers
-from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading
+from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import duration, fact, print_json, wrote
 from anabranch.errors import InputError
 from anabranch.files import check_apart
 
 
-@takes_reading
+@takes_sets()
 def resume(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     source: GraphSource,

@@ -11,8 +11,9 @@ import typer
 
 from anabranch.cli.graph.inputs import read_table
 from anabranch.cli.graph.options import GraphSource, Workers
-from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading
 from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import duration, fact, print_json, size, wrote
 from anabranch.errors import DataError, InputError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from anabranch.graph import Graph
 
 
-@takes_reading
+@takes_sets()
 def rewalk(
     index: Annotated[
         str, typer.Argument(metavar="INDEX", help="An index of walks (anabranch graph index GRAPH --walks N).")

@@ -10,9 +10,10 @@ import typer
 
 from anabranch.cli.graph.embed import labels_of, made_of
 from anabranch.cli.graph.options import GraphSource, Workers
-from anabranch.cli.graph.reading import AS_IT_SAYS, Reading, takes_reading
+from anabranch.cli.graph.reading import AS_IT_SAYS, Reading
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.graph.waiting import waiting
+from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, table, wrote
 from anabranch.errors import InputError
@@ -21,7 +22,7 @@ from anabranch.files import check_apart
 SHOWN = 5
 
 
-@takes_reading
+@takes_sets()
 def tune(
     source: GraphSource,
     labels: Annotated[
