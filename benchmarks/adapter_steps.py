@@ -90,7 +90,7 @@ def poly_row(inputs: int, outputs: int, length: int, heads: int, *, with_matrix:
 
     def run_ours() -> Tensor:
         context = RoutingContext(state=told_tasks(task_B, length), training=ours.training)
-        product = Product(x, base, lambda: (matrix.weight, None))
+        product = Product(x, base, lambda: (matrix.weight, None), base)
         return ours.around(Rows(product), context)
 
     def run_theirs() -> Tensor:

@@ -12,7 +12,7 @@ from anabranch.errors import ConfigError
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder
 from anabranch.nn import BuildContext, Count, Dense, Linear, MoE, SelfAttention, SwiGLU
-from anabranch.nn.linear import Added, Projection, Split, check_patterns, is_plain, takes_context
+from anabranch.nn.linear import Added, Product, Projection, Rows, Split, check_patterns, is_plain, takes_context
 from anabranch.nn.quantize import quantize
 from anabranch.registry import kinds, resolve
 from linears import LowRank
@@ -309,3 +309,23 @@ def test_what_is_plain():
     assert not is_plain(LowRank.Config().build(context.projection("a", 8, 8), context))
     layer.register_forward_hook(lambda *_: None)
     assert not is_plain(layer)
+
+
+def test_a_product_may_be_made_by_others_only_of_a_whole_frozen_matrix_that_nobody_watches():
+    x, matrix = torch.randn(2, 4), nn.Linear(4, 6).requires_grad_(False)
+
+    def rows(layer: Any, *part: int) -> Rows:
+        return Rows(Product(x, layer, lambda: (matrix.weight, None), layer), *part)
+
+    assert rows(matrix).frozen() == (matrix.weight, matrix.bias)
+    assert rows(matrix, 0, 3).frozen() is None
+    assert rows(nn.Sequential(matrix)).frozen() is None
+    assert Rows(Product(x, matrix, lambda: (matrix.weight, None))).frozen() is None
+    matrix.bias.requires_grad_()
+    assert rows(matrix).frozen() is None
+    with torch.no_grad():
+        assert rows(matrix).frozen() is not None
+    handle = matrix.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        assert rows(matrix).frozen() is None
+    handle.remove()

@@ -133,12 +133,17 @@ class Product:
         x: what goes in.
         run: makes y of an x.
         numbers: gives ``(weight_RC, bias_R)``, see `numbers_of`.
+        matrix: the layer that ``run`` calls; None where it is not that alone.
     """
 
     def __init__(
-        self, x: Tensor, run: Callable[[Tensor], Tensor], numbers: Callable[[], tuple[Tensor, Tensor | None]]
+        self,
+        x: Tensor,
+        run: Callable[[Tensor], Tensor],
+        numbers: Callable[[], tuple[Tensor, Tensor | None]],
+        matrix: nn.Module | None = None,
     ) -> None:
-        self.x, self.run, self.numbers = x, run, numbers
+        self.x, self.run, self.numbers, self.matrix = x, run, numbers, matrix
         self._y: Tensor | None = None
 
     @property
@@ -178,6 +183,17 @@ class Rows:
             return weight, bias
         own = slice(self.first, self.first + self.size)
         return weight[own], None if bias is None else bias[own]
+
+    def frozen(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight_RC, bias_R) where these are all rows of a plain matrix, in which nothing learns and whose y nobody watches: whoever adds
+        to the product may make it itself. None for any other.
+        """
+        matrix = self.product.matrix
+        if self.first is not None or not isinstance(matrix, nn.Linear) or not is_plain(matrix):
+            return None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in matrix.parameters()):
+            return None
+        return matrix.weight, matrix.bias
 
     def _of(self, y: Tensor) -> Tensor:
         return y if self.first is None or self.size is None else y.narrow(-1, self.first, self.size)
@@ -236,7 +252,9 @@ class Added(Linear):
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """y."""
-        product = Product(x, lambda x: call_linear(self.matrix, x, context), lambda: numbers_of(self.matrix))
+        product = Product(
+            x, lambda x: call_linear(self.matrix, x, context), lambda: numbers_of(self.matrix), self.matrix
+        )
         return add_beside(product, self.beside, self.rows, context)
 
 

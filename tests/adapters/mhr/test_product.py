@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anabranch.adapters.mhr import MultiHeadRouted
-from anabranch.adapters.mhr.product import add_rows, can_add_rows
+from anabranch.adapters.mhr.product import add_rows, can_add_rows, rows_through
 from anabranch.adapters.tasks import told_tasks
 from anabranch.nn import BuildContext
 from anabranch.nn.linear import Product, Projection, Rows
@@ -35,10 +35,12 @@ def naive(y, x, alpha, a, b, place):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the second by the kernel, where there is one
+# Short rows are gathered by task; long ones are taken as they lie, in several pieces where there are many.
+@pytest.mark.parametrize("length", [1, 3, 40, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_values_and_gradients_are_those_of_a_loop(heads, dtype):
-    tensors, place = made(heads=heads, in_dim=40, out_dim=70)
+def test_values_and_gradients_are_those_of_a_loop(heads, dtype, length):
+    tensors, place = made(heads=heads, in_dim=40, out_dim=70, length=length)
     dy = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = []
     for run, kind in (
@@ -48,9 +50,52 @@ def test_values_and_gradients_are_those_of_a_loop(heads, dtype):
         leaves = [value.to(kind).requires_grad_() for value in tensors]
         y = run(*leaves)
         found.append([y, *torch.autograd.grad(y, leaves, dy.to(kind))])
-    limit = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-3}
+    # Sums of some hundred products of numbers of some tens.
+    limit = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-2}
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), theirs, **limit)
+
+
+@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_with_a_frozen_matrix_it_is_what_the_matrix_makes_and_that_added(has_bias, length):
+    (y, *tensors), place = made(length=length)
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((6, 4), (6,)))
+    found = []
+    for run in (
+        lambda x, *skills: rows_through(weight, bias if has_bias else None, x, *skills, place, SCALE),
+        lambda x, *skills: naive(x @ weight.T + (bias if has_bias else 0), x, *skills, place),
+    ):
+        leaves = [value.clone().requires_grad_() for value in tensors]
+        made_y = run(*leaves)
+        found.append([made_y, *torch.autograd.grad(made_y, leaves, y)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("has_matrix", [False, True])
+def test_skills_of_a_wider_type_are_multiplied_in_it_and_rounded_once(has_matrix, length):
+    """As a base in bfloat16 has them, whose adapters stay in float32."""
+    (y, x, *skills), place = made(length=length, in_dim=16, out_dim=8)
+    y, x = y.bfloat16(), x.bfloat16()
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    leaves = [x.requires_grad_(), *(value.float().requires_grad_() for value in skills)]
+    run = (lambda *given: rows_through(weight, None, *given)) if has_matrix else (lambda *given: add_rows(y, *given))
+    found = run(*leaves, place, SCALE)
+    base = torch.nn.functional.linear(x, weight) if has_matrix else y
+    wanted = naive(base.double(), *(leaf.double() for leaf in leaves), place)
+    assert found.dtype == torch.bfloat16
+    # The exact sum rounded to the nearest is at most half a step of 2^-7 away; another 2^-16 or so is float32's.
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8 + 1e-5, atol=1e-4)
+    dy = torch.randn(found.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    ours = torch.autograd.grad(found, leaves, dy)
+    theirs = torch.autograd.grad(wanted, leaves, dy.double())
+    assert [gradient.dtype for gradient in ours] == [leaf.dtype for leaf in leaves]
+    torch.testing.assert_close(ours[0].double(), theirs[0].double(), rtol=2**-6, atol=5e-2)
+    for own, other in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(own.double(), other.double(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -67,8 +112,13 @@ def test_each_gradient_alone(number):
 def test_gradients_of_any_order():
     tensors, place = made(rows=3, length=2)
     leaves = [value.requires_grad_() for value in tensors]
-    assert torch.autograd.gradcheck(lambda *given: add_rows(*given, place, SCALE), leaves)
-    assert torch.autograd.gradgradcheck(lambda *given: add_rows(*given, place, SCALE), leaves)
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for run, inputs in (
+        (lambda *given: add_rows(*given, place, SCALE), leaves),
+        (lambda *given: rows_through(weight, None, *given, place, SCALE), leaves[1:]),
+    ):
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradgradcheck(run, inputs)
 
 
 def test_what_it_takes():
@@ -76,6 +126,8 @@ def test_what_it_takes():
     assert can_add_rows(x, y, a)
     assert not can_add_rows(x.float(), y, a)
     assert not can_add_rows(x, y.float(), a)
+    assert can_add_rows(x.float(), y.float(), a)
+    assert not can_add_rows(x, y, a.float())
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_add_rows(x, y, a)
     seen = []
@@ -97,7 +149,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_layer_around_a_matrix_adds_what_it_says_it_adds(case):
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_layer_around_a_matrix_adds_what_it_says_it_adds(case, is_frozen):
     """`around`, which multiplies and adds at once, against y and what `forward` gives; and their gradients."""
     tasks, length, more = CASES[case]
     config = MultiHeadRouted.Config(tasks=("a", "b", "c"), **{"skills": 3, "heads": 2, "rank": 2, "alpha": 3.0, **more})
@@ -106,14 +159,21 @@ def test_a_layer_around_a_matrix_adds_what_it_says_it_adds(case):
     layer.inventory.b.data.normal_(generator=generator)
     x = torch.randn(4 if tasks is None else len(tasks), length, 4, generator=generator).requires_grad_()
     matrix = torch.randn(6, 4, generator=generator)
-    # Of a fused matrix, in whose rows other parts stand, too.
-    product = Product(x, lambda x: torch.nn.functional.linear(x, torch.cat([matrix, matrix])), lambda: (matrix, None))
+    # Of a fused matrix, in whose rows other parts stand, too; or a plain one in which nothing learns, whose product it makes itself.
+    rows = Rows(
+        Product(x, lambda x: torch.nn.functional.linear(x, torch.cat([matrix, matrix])), lambda: (matrix, None)), 6, 6
+    )
+    if is_frozen:
+        plain = torch.nn.Linear(4, 6, bias=False).requires_grad_(False)
+        plain.weight.copy_(matrix)
+        rows = Rows(Product(x, plain, lambda: (matrix, None), plain))
+        assert rows.frozen() == (plain.weight, None)
 
     def context():
         state = {} if tasks is None else told_tasks(torch.tensor(tasks, dtype=torch.int64), length)
         return RoutingContext(state=state, training=True)
 
-    found = layer.around(Rows(product, 6, 6), context())
+    found = layer.around(rows, context())
     wanted = x @ matrix.T + layer(x, context())
     torch.testing.assert_close(found, wanted)
     learns = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]

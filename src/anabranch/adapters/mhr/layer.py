@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.mhr.inventory import AdapterInventory, check_heads
 from anabranch.adapters.mhr.penalties import Penalties
-from anabranch.adapters.mhr.product import add_rows, can_add_rows
+from anabranch.adapters.mhr.product import add_rows, can_add_rows, rows_through
 from anabranch.adapters.mhr.table import Granularity, RoutingTable, bin_of
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.tasks import AVERAGE, TASK, Unknown, numbers_of
@@ -160,17 +160,20 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
 
     def around(self, rows: Rows, context: Any = None) -> Tensor:
         """y, with what is added to it in one product (`anabranch.adapters.mhr.product`) where one task is that of a whole row."""
-        x, y = rows.x, rows.y
+        x, inventory = rows.x, self.inventory
         task_BL = self._begun(x, context)
-        if self.config.mixes == "weights" and can_add_rows(x, y, self.inventory.a):
+        frozen = rows.frozen()
+        if self.config.mixes == "weights" and can_add_rows(x, rows.y if frozen is None else frozen[0], inventory.a):
             found = self._by_row(x, task_BL, context)
             if found is not None:
                 alpha_UqK, place_B, shape = found
-                inventory = self.inventory
-                x_BLC, y_BLO = x.reshape(*shape, -1), y.reshape(*shape, -1)
-                return add_rows(y_BLO, x_BLC, alpha_UqK, inventory.a, inventory.b, place_B, inventory.scale).view(
-                    y.shape
-                )
+                x_BLC = x.reshape(*shape, -1)
+                mixed = x_BLC, alpha_UqK, inventory.a, inventory.b, place_B, inventory.scale
+                if frozen is None:
+                    return add_rows(rows.y.reshape(*shape, -1), *mixed).view(rows.y.shape)
+                weight_OC, bias_O = frozen
+                return rows_through(weight_OC, bias_O, *mixed).view(*x.shape[:-1], self.out_dim)
+        y = rows.y
         return y + self._added(x, task_BL, context).to(y.dtype)
 
     @classmethod

@@ -1,27 +1,33 @@
 """The product of rows with the adapters of their tasks: skills mixed once for each task, and a backward pass written by hand.
 
     A_u = sum_k alpha_uk A_k,  B_u = sum_k alpha_uk B_k        once for each of the U tasks of a pass, head by head
-    z_b = x_b A_u(b),  y_b + scale z_b B_u(b)                  for each row b
+    z_b = x_b A_u(b),  y_b + scale z_b B_u(b)                  for each row b, where y is given, or W x_b + bias of a frozen matrix
 
-    dz = scale dy B^T;  dx = dz A^T;  dA_u = sum_b x_b^T dz_b;  dB_u = scale sum_b z_b^T dy_b
+    dz = dy B^T;  dx = W^T dy + scale dz A^T;  dA_u = scale sum_b x_b^T dz_b;  dB_u = scale sum_b z_b^T dy_b
     dalpha_uk = <dA_u, A_k> + <dB_u, B_k>;  dA_k = sum_u alpha_uk dA_u;  dB_k = sum_u alpha_uk dB_u
 
-What is kept for it is what is as narrow as a rank, and the inputs; scaling, adding to y, and gathering of adapters by row cost no pass
-over anything as large as y.
+What is kept for it is what is as narrow as a rank, and the inputs. What a frozen matrix makes is added to where it lies, and so is the
+gradient that goes back through it: nothing as large as x or y is written twice. Some hundred items are gone through at a time, so that
+what is read twice is in the cache the second time, and a type wider than the model's is never that of all items.
 """
-# Shapes: B rows, L positions, U tasks, q heads, K skills, C inputs, O outputs, R rank
+# Shapes: B rows, L positions, N = B L items, U tasks, q heads, K skills, C inputs, O outputs, R rank
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients
-from anabranch.nn.kernels.low_rank import can_add, low_rank
-from anabranch.nn.kernels.operands import is_transformed
+from anabranch.nn.kernels.operands import PLAIN, is_transformed
 from anabranch.precision import autocast_dtype
 
-__all__ = ["add_rows", "can_add_rows", "merged_halves"]
+__all__ = ["add_rows", "can_add_rows", "merged_halves", "rows_through"]
+
+# Items that are gone through at a time: some hundred KiB of them.
+_ITEMS = 256
+# Rows as long as this are taken as they lie; shorter ones of a task are gathered.
+_LONG = 32
 
 
 def merged_halves(alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +41,16 @@ def merged_halves(alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor) -> tuple[Te
     return a_UCR, b_URO
 
 
-def can_add_rows(x_BLC: Tensor, y_BLO: Tensor, a_qKCR: Tensor) -> bool:
-    """Whether `add_rows` takes these: eagerly, in one type, without autocast."""
+def can_add_rows(x_BLC: Tensor, weight: Tensor, a_qKCR: Tensor) -> bool:
+    """Whether `add_rows` takes these, with y, or `rows_through` with a matrix: eagerly on a CPU, without autocast, x and that in one type.
+
+    Skills may be of a wider type, in which the product is then made.
+    """
     if torch.compiler.is_compiling() or is_transformed() or autocast_dtype(x_BLC.device.type) is not None:
         return False
-    return x_BLC.dtype == y_BLO.dtype == a_qKCR.dtype
+    if not x_BLC.is_cpu or type(weight) not in PLAIN:
+        return False
+    return x_BLC.dtype == weight.dtype and torch.promote_types(x_BLC.dtype, a_qKCR.dtype) == a_qKCR.dtype
 
 
 def add_rows(
@@ -55,14 +66,23 @@ def add_rows(
         place_B: int64, the task of each row among the U.
         scale: see above.
     """
-    made: Tensor = _AddRows.apply(y_BLO, x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, scale)
+    made: Tensor = _AddRows.apply(y_BLO, x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, scale, None, None)
     return made
 
 
-def _plain(x_BLC: Tensor, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor, place_B: Tensor, scale: float) -> Tensor:
-    """What is added to y, by operators that autograd differentiates."""
-    a_UCR, b_URO = merged_halves(alpha_UqK, a_qKCR, b_qKRO)
-    return torch.bmm(torch.bmm(x_BLC, a_UCR[place_B]), b_URO[place_B]) * scale
+def rows_through(
+    weight_OC: Tensor,
+    bias_O: Tensor | None,
+    x_BLC: Tensor,
+    alpha_UqK: Tensor,
+    a_qKCR: Tensor,
+    b_qKRO: Tensor,
+    place_B: Tensor,
+    scale: float,
+) -> Tensor:
+    """`add_rows` to what a matrix makes of x, that gets no gradient itself."""
+    made: Tensor = _AddRows.apply(None, x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, scale, weight_OC, bias_O)
+    return made
 
 
 class _AddRows(torch.autograd.Function):
@@ -71,85 +91,125 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        y_BLO: Tensor,
+        y_BLO: Tensor | None,
         x_BLC: Tensor,
         alpha_UqK: Tensor,
         a_qKCR: Tensor,
         b_qKRO: Tensor,
         place_B: Tensor,
         scale: float,
+        weight_OC: Tensor | None,
+        bias_O: Tensor | None,
     ) -> Tensor:
         a_UCR, b_URO = merged_halves(alpha_UqK, a_qKCR, b_qKRO)
-        made_BLO, z_BLR = _through(x_BLC, a_UCR.transpose(1, 2), b_URO.transpose(1, 2), place_B, scale, y_BLO)
-        ctx.save_for_backward(x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, a_UCR, b_URO, z_BLR)
+        if weight_OC is not None:
+            made_BLO = F.linear(x_BLC, weight_OC, bias_O)
+        else:
+            assert y_BLO is not None, "there is either a matrix or what it made"
+            made_BLO = y_BLO.clone(memory_format=torch.contiguous_format)
+        x_NC, y_NO = x_BLC.flatten(0, 1), made_BLO.view(-1, made_BLO.shape[-1])
+        z_NR = a_UCR.new_empty(len(x_NC), a_UCR.shape[2])
+        ctx.pieces = _pieces(place_B, x_BLC.shape[1])
+        for task, items in ctx.pieces:
+            z = torch.mm(x_NC[items].to(a_UCR.dtype), a_UCR[task])
+            z_NR[items] = z
+            _add_product(y_NO, items, z, b_URO[task], scale)
+        ctx.save_for_backward(x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, a_UCR, b_URO, z_NR, weight_OC)
         ctx.scale = scale
         return made_BLO
 
     @staticmethod
     def backward(ctx: Any, dy_BLO: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, place_B, a_UCR, b_URO, z_BLR = ctx.saved_tensors
+        x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, a_UCR, b_URO, z_NR, weight_OC = ctx.saved_tensors
         needs_y, needs_x, needs_alpha, needs_a, needs_b, *_ = ctx.needs_input_grad
         dy = dy_BLO if needs_y else None
         if asks_for_plain(dy_BLO):
 
             def plain(x_BLC: Tensor, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor) -> Tensor:
-                return _plain(x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, ctx.scale)
+                added_BLO = _plain(x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, ctx.scale)
+                return added_BLO if weight_OC is None else F.linear(x_BLC, weight_OC) + added_BLO
 
-            return dy, *plain_gradients(plain, inputs, dy_BLO, ctx.needs_input_grad[1:5]), None, None
-        x_BLC, alpha_UqK, a_qKCR, b_qKRO = inputs
-        dalpha_UqK = da_qKCR = db_qKRO = None
-        # The same product from the other side; dz is without the scale.
-        dx_BLC, dz_BLR = _through(dy_BLO, b_URO, a_UCR, place_B, ctx.scale)
-        alpha_qKU = alpha_UqK.to(a_qKCR.dtype).permute(1, 2, 0)
-        parts = []
-        if needs_alpha or needs_a:
-            # [B, C, R] -> [U, q C, R] -> [q, U, C R]
-            da_UCR = _summed(torch.bmm(x_BLC.transpose(1, 2), dz_BLR), place_B, len(a_UCR)) * ctx.scale
-            da_qUX = da_UCR.unflatten(1, (len(a_qKCR), -1)).flatten(2).transpose(0, 1)
-            da_qKCR = torch.bmm(alpha_qKU, da_qUX).view_as(a_qKCR) if needs_a else None
-            parts.append((da_qUX, a_qKCR))
-        if needs_alpha or needs_b:
-            db_URO = _summed(torch.bmm(z_BLR.transpose(1, 2), dy_BLO), place_B, len(b_URO)) * ctx.scale
-            db_qUX = db_URO.unflatten(2, (len(b_qKRO), -1)).permute(2, 0, 1, 3).flatten(2)
-            db_qKRO = torch.bmm(alpha_qKU, db_qUX).view_as(b_qKRO) if needs_b else None
-            parts.append((db_qUX, b_qKRO))
-        if needs_alpha:
-            dalpha_qUK = sum(torch.bmm(d_qUX, skill.flatten(2).transpose(1, 2)) for d_qUX, skill in parts)
-            assert isinstance(dalpha_qUK, Tensor), "there are two of them"
-            dalpha_UqK = dalpha_qUK.transpose(0, 1).to(alpha_UqK.dtype)
-        return dy, dx_BLC if needs_x else None, dalpha_UqK, da_qKCR, db_qKRO, None, None
-
-
-def _through(
-    x_BLC: Tensor, down_URC: Tensor, up_UOR: Tensor, place_B: Tensor, scale: float, into_BLO: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(into + scale z up^T, z = x down^T) of each row with the halves of its task; by the compiled kernel where there is one.
-
-    The kernel takes all rows of a task together, where they lie.
-    """
-    down_URC, up_UOR = down_URC.contiguous(), up_UOR.contiguous()
-    rows, length, _ = x_BLC.shape
-    x_NC, out_dim = x_BLC.reshape(rows * length, -1), up_UOR.shape[1]
-    if x_NC.dtype == torch.float32 and can_add(x_NC, down_URC, up_UOR):
-        order_B = place_B.argsort(stable=True)
-        item_N = (order_B.unsqueeze(1) * length + torch.arange(length)).flatten()
-        end_U = torch.bincount(place_B, minlength=len(down_URC)).cumsum(0) * length
-        into_NO = (
-            None if into_BLO is None else into_BLO.reshape(-1, out_dim).clone(memory_format=torch.contiguous_format)
-        )
-        weight_N = torch.full((len(item_N),), scale)
-        y_NO, z_NR = low_rank(x_NC, down_URC, up_UOR, end_U, item_N, weight_N, keep=True, into=into_NO)
-        assert z_NR is not None, "it is kept"
-        # In the order of the items again.
-        z_NR = torch.empty_like(z_NR).index_copy_(0, item_N, z_NR)
-        return y_NO.view(rows, length, out_dim), z_NR.view(rows, length, -1)
-    z_BLR = torch.bmm(x_BLC, down_URC.index_select(0, place_B).transpose(1, 2))
-    up_BRO = up_UOR.index_select(0, place_B).transpose(1, 2)
-    if into_BLO is None:
-        return torch.bmm(z_BLR * scale, up_BRO), z_BLR
-    return torch.baddbmm(into_BLO, z_BLR * scale, up_BRO), z_BLR
+            inputs = x_BLC, alpha_UqK, a_qKCR, b_qKRO
+            return dy, *plain_gradients(plain, inputs, dy_BLO, ctx.needs_input_grad[1:5]), None, None, None, None
+        x_NC, dy_NO = x_BLC.flatten(0, 1), dy_BLO.flatten(0, 1)
+        dx_NC = None
+        if needs_x:
+            dx_NC = torch.empty_like(x_NC) if weight_OC is None else torch.mm(dy_NO, weight_OC)
+        da_URC = torch.zeros_like(a_UCR.transpose(1, 2)) if needs_alpha or needs_a else None
+        db_URO = torch.zeros_like(b_URO) if needs_alpha or needs_b else None
+        for task, items in ctx.pieces:
+            dy_part = dy_NO[items].to(b_URO.dtype)
+            dz_part = torch.mm(dy_part, b_URO[task].t()) * ctx.scale
+            if db_URO is not None:
+                db_URO[task].addmm_(z_NR[items].t(), dy_part, alpha=ctx.scale)
+            if da_URC is not None:
+                da_URC[task].addmm_(dz_part.t(), x_NC[items].to(a_UCR.dtype))
+            if dx_NC is not None and weight_OC is None and isinstance(items, slice) and dx_NC.dtype == dz_part.dtype:
+                torch.mm(dz_part, a_UCR[task].t(), out=dx_NC[items])
+            elif dx_NC is not None and weight_OC is None:
+                dx_NC[items] = torch.mm(dz_part, a_UCR[task].t()).to(dx_NC.dtype)
+            elif dx_NC is not None:
+                _add_product(dx_NC, items, dz_part, a_UCR[task].t(), 1.0)
+        dx_BLC = None if dx_NC is None else dx_NC.view_as(x_BLC)
+        return dy, dx_BLC, *_unmixed(ctx, alpha_UqK, a_qKCR, b_qKRO, da_URC, db_URO), None, None, None, None
 
 
-def _summed(of_rows_BXY: Tensor, place_B: Tensor, tasks: int) -> Tensor:
-    """What the rows of each task add up to."""
-    return of_rows_BXY.new_zeros(tasks, *of_rows_BXY.shape[1:]).index_add_(0, place_B, of_rows_BXY)
+def _unmixed(
+    ctx: Any, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor, da_URC: Tensor | None, db_URO: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (alpha, a, b) from those of the halves that they are mixed to."""
+    _, _, needs_alpha, needs_a, needs_b, *_ = ctx.needs_input_grad
+    alpha_qKU = alpha_UqK.to(a_qKCR.dtype).permute(1, 2, 0)
+    heads, da_qKCR, db_qKRO, parts = len(a_qKCR), None, None, []
+    if da_URC is not None:
+        # [U, R, q C] -> [q, U, C R]
+        da_qUX = da_URC.unflatten(2, (heads, -1)).permute(2, 0, 3, 1).flatten(2)
+        da_qKCR = torch.bmm(alpha_qKU, da_qUX).view_as(a_qKCR) if needs_a else None
+        parts.append((da_qUX, a_qKCR))
+    if db_URO is not None:
+        db_qUX = db_URO.unflatten(2, (heads, -1)).permute(2, 0, 1, 3).flatten(2)
+        db_qKRO = torch.bmm(alpha_qKU, db_qUX).view_as(b_qKRO) if needs_b else None
+        parts.append((db_qUX, b_qKRO))
+    if not needs_alpha:
+        return None, da_qKCR, db_qKRO
+    dalpha_qUK = sum(torch.bmm(d_qUX, skill.flatten(2).transpose(1, 2)) for d_qUX, skill in parts)
+    assert isinstance(dalpha_qUK, Tensor), "there are two of them"
+    return dalpha_qUK.transpose(0, 1).to(alpha_UqK.dtype), da_qKCR, db_qKRO
+
+
+def _plain(x_BLC: Tensor, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor, place_B: Tensor, scale: float) -> Tensor:
+    """What is added to y, by operators that autograd differentiates."""
+    a_UCR, b_URO = merged_halves(alpha_UqK, a_qKCR, b_qKRO)
+    z_BLR = torch.bmm(x_BLC.to(a_UCR.dtype), a_UCR[place_B])
+    return (torch.bmm(z_BLR, b_URO[place_B]) * scale).to(x_BLC.dtype)
+
+
+def _add_product(y_NO: Tensor, items: slice | Tensor, z: Tensor, b_RO: Tensor, scale: float) -> None:
+    """y += scale z b, of these items, in the wider type of both, and rounded once."""
+    if isinstance(items, slice) and y_NO.dtype == z.dtype:
+        y_NO[items].addmm_(z, b_RO, alpha=scale)
+    elif isinstance(items, slice):
+        y_NO[items].add_(torch.mm(z, b_RO), alpha=scale)
+    else:
+        y_NO[items] = torch.add(y_NO[items], torch.mm(z, b_RO), alpha=scale).to(y_NO.dtype)
+
+
+def _pieces(place_B: Tensor, length: int) -> list[tuple[int, slice | Tensor]]:
+    """(task, items of it) of all items, some hundred at a time: as rows lie where they are long, else those of a task together."""
+    if length >= _LONG:
+        made: list[tuple[int, slice | Tensor]] = []
+        first, tasks = 0, place_B.tolist()
+        for row, task in enumerate(tasks):
+            if row + 1 == len(tasks) or tasks[row + 1] != task:
+                end = (row + 1) * length
+                made += [(task, slice(begin, min(begin + _ITEMS, end))) for begin in range(first, end, _ITEMS)]
+                first = end
+        return made
+    order_B, count_U = place_B.argsort(stable=True), torch.bincount(place_B) * length
+    item_N = (order_B.unsqueeze(1) * length + torch.arange(length)).flatten()
+    return [
+        (task, items)
+        for task, of_task in enumerate(item_N.split(count_U.tolist()))
+        for items in of_task.split(_ITEMS)
+        if len(items)
+    ]
