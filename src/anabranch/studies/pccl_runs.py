@@ -253,7 +253,7 @@ def _learn_in_rounds(
     number: int,
     gone: threading.Event,
 ) -> None:
-    """DiLoCo; of ``churned`` the last worker dies half-way, and a newcomer takes its place."""
+    """DiLoCo; of ``churned`` the last worker dies half-way, and the others go on once a newcomer has taken its place."""
     outer = DiLoCo(
         model,
         peers,
@@ -261,6 +261,7 @@ def _learn_in_rounds(
         quantise="min_max" if config.way == "quantised" else None,
         asynchronous=config.way == "asynchronous",
     )
+    churn = config.way == "churned" and number < config.workers
     while outer.steps < config.steps:
         outer.begin_step()
         if outer.steps >= config.steps:
@@ -268,9 +269,14 @@ def _learn_in_rounds(
         gradient()
         optimizer.step()
         outer.end_step()
-        if config.way == "churned" and number == config.workers - 1 and outer.steps > config.steps // 2:
-            gone.set()
-            raise _Gone
+        if churn and outer.steps > config.steps // 2:
+            if number == config.workers - 1:
+                raise _Gone
+            gone.wait(_BOUND_S)
+            # It hears here that one left: until then it takes the dead one for there.
+            peers.update_topology()
+            peers.wait_for(config.workers)
+            churn = False
     outer.finish()
     outer.close()
 
@@ -354,6 +360,8 @@ def _together(
                     found[number] = work(number, peers)
             except _Gone:
                 communicator.close()
+                if gone is not None:
+                    gone.set()
             except (PeerError, PeerLost) as error:
                 errors.append(error)
 
