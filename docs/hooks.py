@@ -173,7 +173,7 @@ def study_table(recorded: dict[str, Any]) -> str:
     rows = [
         claim
         | {"difference": _marked(claim["difference"], MARGIN if claim.get("margin") else "")}
-        | {"verdict": _marked(claim["verdict"], NOT_BY_INTERVAL if is_judged_otherwise(claim) else "")}
+        | {"verdict": _marked(_verdict_told(claim), NOT_BY_INTERVAL if is_judged_otherwise(claim) else "")}
         for claim in recorded["claims"]
     ]
     told = [
@@ -185,10 +185,28 @@ def study_table(recorded: dict[str, Any]) -> str:
         told.append(
             f"{NOT_BY_INTERVAL} The interval contains zero, and the verdict goes by another rule of the study, such as a limit."
         )
+    told += _frozen_told(recorded)
     idle = arms_not_run(recorded)
     if idle:
         told.append(f"Arms that have not run: {', '.join(idle)}.")
     return _table(columns, rows) + "".join(f"\n{line}\n" for line in [*told, f"Seeds {seeds}. {versions}. {again}"])
+
+
+def _verdict_told(claim: dict[str, Any]) -> str:
+    return f"{claim['verdict']}, exact" if claim.get("exact") else claim["verdict"]
+
+
+def _frozen_told(recorded: dict[str, Any]) -> list[str]:
+    """When the plan was frozen, and why claims are void."""
+    history = (recorded.get("frozen") or {}).get("history", [])
+    told = []
+    if history:
+        entry = history[-1]
+        told.append(f"Plan and rule frozen on {entry['date']} ({entry['hash']}), {entry['why'].partition('. ')[0]}.")
+    if any(claim["verdict"] == "void" for claim in recorded["claims"]):
+        reasons = [entry["why"].partition(". ")[2] or entry["why"] for entry in history if entry["voids"]]
+        told += [f"Void until the arms have run again. {reason}." for reason in reasons]
+    return told
 
 
 def is_judged_otherwise(claim: dict[str, Any]) -> bool:
@@ -295,7 +313,7 @@ def _cell(value: Any) -> str:
 
 
 README_MARK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
-VERDICTS = ("holds", "does not hold", "not resolved", "not run")
+VERDICTS = ("holds", "does not hold", "not resolved", "void", "not run")
 
 
 def readme_with_figures(text: str) -> str:
@@ -338,7 +356,8 @@ def _told(recorded: dict[str, Any]) -> list[str]:
 
 
 def _verdicts(recorded: dict[str, Any]) -> dict[str, int]:
-    found = [claim["verdict"] for claim in recorded["claims"]]
+    # What is exact is a test, and no evidence for a claim of a paper.
+    found = [claim["verdict"] for claim in recorded["claims"] if not claim.get("exact")]
     return {verdict: found.count(verdict) for verdict in VERDICTS}
 
 

@@ -360,6 +360,16 @@ def test_study_table_by_hand():
     assert "\n\\* Not ours - baseline. Reuse lowers loss | bits: limit - ours.\n" in shown
     assert "\n\u2020 The interval contains zero" in shown
     assert "\u2020" not in hooks.study_table({**recorded, "claims": [{**other, "verdict": "not resolved"}]})
+    # What is exact says so, and what is void says why.
+    exact = {**claim, "interval": None, "exact": True}
+    history = [{"date": "2026-11-30", "hash": "ab", "why": "after its runs. The grid was cut", "voids": ["all"]}]
+    shown = hooks.study_table(
+        {**recorded, "claims": [exact, {**claim, "verdict": "void"}], "frozen": {"hash": "ab", "history": history}}
+    )
+    assert "| holds, exact |" in shown
+    assert "\nPlan and rule frozen on 2026-11-30 (ab), after its runs.\n" in shown
+    assert "\nVoid until the arms have run again. The grid was cut.\n" in shown
+    assert hooks._verdicts({"claims": [exact, claim]})["holds"] == 1
 
 
 def test_every_verdict_over_zero_is_marked():
@@ -370,7 +380,7 @@ def test_every_verdict_over_zero_is_marked():
             for claim in recorded["claims"]
             if claim["interval"] and claim["interval"][0] <= 0 <= claim["interval"][1]
         ]
-        decided = [claim for claim in over if claim["verdict"] != "not resolved"]
+        decided = [claim for claim in over if claim["verdict"] in ("holds", "does not hold")]
         assert hooks.study_table(recorded).count("holds \u2020") + hooks.study_table(recorded).count(
             "hold \u2020"
         ) == len(decided)
@@ -513,7 +523,7 @@ def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
     of_processor.write_text(json.dumps({"name": "b", "device": "d", "rows": [{**rows[0], "ratio": 0.75}]}))
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
-    assert "| s | 1 | 0 | 0 | 0 |" in shown
+    assert "| s | 1 | 0 | 0 | 0 | 0 |" in shown
     assert "| b \\* | p | 3 | 0.5 | 1.5 | 3 | 1 of 2 | c |" in shown
     assert "| b (avx2) | p | 1 | 0.75 | 0.75 | 0.75 | 0 of 1 | d |" in shown
     assert "\n\\* b: 1 cases are withdrawn: they did less.\n" in shown

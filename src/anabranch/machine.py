@@ -2,11 +2,21 @@
 
 import ctypes
 import os
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limits", "Memory", "affinity", "cgroup_limits", "give_back_freed", "memory", "usable_cores"]
+__all__ = [
+    "Limits",
+    "Memory",
+    "affinity",
+    "cgroup_limits",
+    "give_back_freed",
+    "memory",
+    "processor_name",
+    "usable_cores",
+]
 
 _UNLIMITED = 1 << 60  # bytes; cgroups of version 1 write a number near 2^63 for "no limit"
 
@@ -107,6 +117,12 @@ def whole_bytes(root: Path = Path("/")) -> int:
     """
     usable = memory(root).usable_bytes
     return min([*([] if usable is None else [usable]), *(limit for _, limit in _rlimits())], default=2**63 - 1)
+
+
+def processor_name() -> str:
+    """As the system calls it; its family where it does not say."""
+    named = re.search(r"^model name\s*: *(.+)$", _read(Path("/proc/cpuinfo")) or "", re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _rlimits() -> list[tuple[str, int]]:

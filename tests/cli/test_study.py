@@ -42,7 +42,7 @@ def test_table_verdict_and_files(here, work):
     assert code == 0
     assert "new against old" in out
     assert "new beats old" in out
-    assert "holds" in out
+    assert "not resolved" in out
     assert "absent" not in out  # nothing measured it
     assert "old seed 0 (1 of 4): half way" in err
     assert (work / "studied" / "made_up.json").is_file()

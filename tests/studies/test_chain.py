@@ -121,7 +121,7 @@ def test_arms_differ_as_they_are_named():
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     assert full.settings["tokens_per_run"] == 800 * 2048
     assert full.default_arms == MAIN
     for arm in full.arms:

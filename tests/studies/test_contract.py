@@ -10,7 +10,9 @@ import pytest
 
 from anabranch import studies
 from anabranch.errors import ConfigError
-from anabranch.studies.harness import Claim, Results, read_results
+from anabranch.studies.frozen import read
+from anabranch.studies.harness import Claim, Results, _read, void
+from anabranch.studies.paired import SEEDS_NEEDED
 
 RECORDED = Path(__file__).parents[2] / "studies" / "results"
 BUILT_IN = sorted(studies.STUDIES)
@@ -51,13 +53,19 @@ def test_nothing_that_is_planned_vanishes(name, full):
     assert len(set(told)) == len(told)
 
 
+def summarized(study):
+    """Claims as the harness judges the recorded runs, and writes nothing."""
+    results, _, origins = _read(study, RECORDED)
+    return void(study.judged(results), read(RECORDED, study.name).voided(origin.frozen for origin in origins))
+
+
 @pytest.mark.parametrize("name", RAN)
 def test_as_many_claims_are_recorded_as_were_planned(name):
     """Their words may name what was found, such as the baseline that came out best."""
     study = studies.find(name)(full=True)
     recorded = json.loads((RECORDED / f"{name}.json").read_text())["claims"]
     assert len(recorded) == len(study.judge(Results({})))
-    judged = study.judge(read_results(study, RECORDED))
+    judged = summarized(study)
     assert [(claim["claim"], claim["verdict"]) for claim in recorded] == [(one.claim, one.verdict) for one in judged]
 
 
@@ -131,3 +139,17 @@ def means_of(values):
     """Of more than six values only the mean of all."""
     sizes = [len(values)] if len(values) > 6 else range(1, len(values) + 1)
     return [statistics.fmean(some) for size in sizes for some in itertools.combinations(values, size)]
+
+
+@pytest.mark.parametrize("name", RAN)
+def test_no_verdict_stands_on_fewer_than_five_repetitions(name):
+    recorded = json.loads((RECORDED / f"{name}.json").read_text())
+    seeds = max(len(of) for group in recorded["runs"] for of in group["runs"].values())
+    for claim in recorded["claims"]:
+        if claim["verdict"] in ("holds", "does not hold") and not claim["exact"]:
+            assert (claim["count"] or seeds) >= SEEDS_NEEDED, claim["claim"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_full_size_has_seeds_enough_for_a_verdict(name):
+    assert len(set(studies.find(name)(full=True).seeds)) >= SEEDS_NEEDED

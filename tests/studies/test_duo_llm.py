@@ -120,7 +120,7 @@ def test_arms_share_one_budget():
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     assert full.settings["tokens_per_model"] == 400 * 24 * 64
     assert make(full=True, steps=3).settings["tokens_per_model"] == 3 * 24 * 64
     for arm in full.arms:

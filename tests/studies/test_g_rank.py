@@ -114,7 +114,7 @@ def test_sizes_and_names():
     assert "g_rank" in names()
     assert make().settings["num_nodes"] == SMOKE.num_nodes
     full = make(full=True)
-    assert (full.settings["num_nodes"], full.settings["ticks"], full.seeds) == (100, 10_000, (0, 1, 2))
+    assert (full.settings["num_nodes"], full.settings["ticks"], full.seeds) == (100, 10_000, (0, 1, 2, 3, 4))
     for arm in full.arms:
         assert from_dict(type(arm.config), json.loads(json.dumps(to_dict(arm.config)))) == arm.config
 

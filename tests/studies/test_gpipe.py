@@ -61,7 +61,7 @@ def test_learning_is_compared_seed_by_seed():
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0,), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0,), (0, 1, 2, 3, 4))
     assert len(full.arms) == 10
     for arm in full.arms:
         assert from_dict(type(arm.config), json.loads(json.dumps(to_dict(arm.config)))) == arm.config

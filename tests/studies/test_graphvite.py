@@ -98,7 +98,7 @@ def test_arms_differ_in_what_they_are_named_after():
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     assert full.settings["long"] == 500
     for arm in full.arms:
         assert from_dict(Trial, json.loads(json.dumps(to_dict(arm.config)))) == arm.config

@@ -16,6 +16,7 @@ from anabranch.studies.harness import (
     Study,
     read_records,
     run_study,
+    settled,
     summarize,
     summary_rows,
 )
@@ -75,7 +76,7 @@ def test_result_file_has_exactly_the_promised_form(tmp_path):
     outcome = run_study(make(), tmp_path)
     written = json.loads(outcome.path.read_text())
     assert outcome.path == tmp_path / "made_up.json"
-    assert list(written) == ["name", "seeds", "claims", "config", "versions", "runs", "notes", "judged_with"]
+    assert list(written) == ["name", "seeds", "claims", "config", "versions", "runs", "notes", "judged_with", "frozen"]
     assert written["seeds"] == [0, 1]
     assert written["config"] == {"steps": 3, "arms": {"plain": "the baseline", "better": "ours"}}
     assert written["versions"].keys() >= {"python", "torch", "anabranch"}
@@ -93,11 +94,38 @@ def test_result_file_has_exactly_the_promised_form(tmp_path):
             "ours": 1.55,
             "difference": -0.5,
             "interval": [-0.5, -0.5],
-            "verdict": "holds",
+            "verdict": "not resolved",
             "margin": None,
             "limit": None,
+            "exact": False,
+            "count": 2,
         }
     ]
+
+
+@pytest.mark.parametrize(("seeds", "verdict"), [(4, "not resolved"), (5, "holds")])
+def test_nothing_is_decided_below_five_seeds(tmp_path, seeds, verdict):
+    outcome = run_study(make(seeds=range(seeds)), tmp_path)
+    # What the study's own rule says, and what stands in the result.
+    assert [claim.verdict for claim in make().judge(outcome.results)] == ["holds"]
+    assert [claim.verdict for claim in outcome.claims] == [verdict]
+    assert json.loads(outcome.path.read_text())["claims"][0]["verdict"] == verdict
+
+
+def test_repetitions_other_than_seeds_count_and_what_is_exact_needs_none():
+    results = Results({"a": {0: {}, 1: {}}, "b": {0: {}}})
+
+    def verdict(said, **more):
+        return settled(Claim.against(1.0, "a", "b", 2.0, said, **more), results).verdict
+
+    assert verdict("holds") == verdict("does not hold") == "not resolved"
+    assert verdict("holds", exact=True) == "holds"
+    assert verdict("holds", count=5) == "holds"
+    assert verdict("holds", count=4) == "not resolved"
+    assert verdict("not run") == "not run"
+    many = Results({"a": {seed: {} for seed in range(5)}})
+    assert settled(Claim.against(1.0, "a", "b", 2.0, "holds"), many).verdict == "holds"
+    assert settled(Claim.against(1.0, "a", "b", 2.0, "holds", count=2), many).verdict == "not resolved"
 
 
 def test_every_run_is_one_file_and_is_not_run_again(tmp_path):

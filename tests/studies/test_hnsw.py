@@ -116,7 +116,7 @@ def test_arms_differ_as_they_are_named():
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     for arm in full.arms:
         assert from_dict(Case, json.loads(json.dumps(to_dict(arm.config)))) == arm.config
     assert "hnsw" in names()

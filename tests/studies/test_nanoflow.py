@@ -68,7 +68,7 @@ def test_seeds_move_the_known_points_a_little():
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     assert len(full.arms) == 7
     for arm in full.arms:
         assert from_dict(type(arm.config), json.loads(json.dumps(to_dict(arm.config)))) == arm.config

@@ -87,7 +87,7 @@ def test_sizes_and_name():
     smoke, full = make(), make(full=True)
     assert full.settings["tokens_per_run"] == 320 * 2048
     assert smoke.settings["tokens_per_run"] == 40 * 2048
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     assert make(full=True, steps=3).settings["steps"] == 3
     assert "parscale" in names()
     assert find("parscale") is make

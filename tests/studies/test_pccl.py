@@ -58,7 +58,7 @@ def test_ways_to_learn_are_compared_seed_by_seed(metric, ours, baseline, limit):
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0,), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0,), (0, 1, 2, 3, 4))
     assert len(full.arms) == 4 + len(WAYS)
     for arm in full.arms:
         assert from_dict(type(arm.config), json.loads(json.dumps(to_dict(arm.config)))) == arm.config

@@ -59,7 +59,7 @@ def test_overlap_lets_equal_scores_stand_for_each_other():
 
 def test_sizes_and_configs():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     assert len({arm.name for arm in full.arms}) == 15
     for arm in full.arms:
         assert from_dict(type(arm.config), json.loads(json.dumps(to_dict(arm.config)))) == arm.config

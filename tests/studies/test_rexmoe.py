@@ -113,7 +113,7 @@ def test_arms_differ_as_they_are_named():
 def test_sizes():
     smoke, full = make(), make(full=True)
     assert smoke.seeds == (0, 1)
-    assert full.seeds == (0, 1, 2)
+    assert full.seeds == (0, 1, 2, 3, 4)
     assert full.settings["tokens_per_run"] == 800 * 2048
     assert make(full=True, steps=3).settings["tokens_per_run"] == 3 * 2048
     assert full.default_arms == MAIN

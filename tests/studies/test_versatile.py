@@ -124,7 +124,7 @@ def test_configs_of_arms_read_back_equal():
 
 def test_sizes_and_name():
     smoke, full = make(), make(full=True)
-    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2))
+    assert (smoke.seeds, full.seeds) == ((0, 1), (0, 1, 2, 3, 4))
     assert full.settings["tokens_per_run"] == 400 * 2048
     assert make(full=True, steps=3).settings["tokens_per_run"] == 3 * 2048
     assert full.default_arms == MAIN

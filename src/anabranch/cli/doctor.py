@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +16,7 @@ from anabranch import __version__
 from anabranch.cli.options import FLAG, AsJson
 from anabranch.cli.output import fact_table, print_json, size, table
 from anabranch.errors import AnabranchError
+from anabranch.machine import processor_name
 
 if TYPE_CHECKING:
     from anabranch.native import Status
@@ -87,20 +86,11 @@ def _isa(status: Status) -> dict[str, Any]:
     used = status.library.isa if status.is_ready and status.library is not None else None
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "features": [name for name in _TELLING if name in features],
         "found": None if level is None else level.name,
         "used": used,
     }
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        text = ""
-    named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
-    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _compiler() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from anabranch.cli.output import fact, is_wide, print_json, say, table, wrote
 from anabranch.extras import explain
 
 if TYPE_CHECKING:
-    from anabranch.studies.harness import Column, Outcome
+    from anabranch.studies.harness import Column, Outcome, Study
 
 RECORDED, TRIED = Path("studies/results"), Path("runs/studies")
 
@@ -44,6 +44,13 @@ def study(
             help="Run nothing, fit the law that is studied to published losses and runs that are there.",
         ),
     ] = False,
+    refreeze: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHY",
+            help="Run nothing, freeze the plan and rule of --full anew; verdicts are void until the arms have run again.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -64,6 +71,9 @@ def study(
     if fit:
         _print_fit(chosen.name, fitted(chosen, folder), as_json)
         return
+    if refreeze is not None:
+        _refreeze(chosen, folder, refreeze, as_json)
+        return
     if judge_only:
         outcome = summarize(chosen, folder)
     else:
@@ -73,6 +83,7 @@ def study(
             arms=None if arms is None else [arm.strip() for arm in arms.split(",")],
             seeds=None if seeds is None else read_seeds(seeds),
             progress=(lambda text: None) if quiet else (lambda text: say(f"{time.strftime('%H:%M:%S')}  {text}")),
+            freezes=full,
         )
     if as_json:
         print_json(outcome.to_dict())
@@ -96,6 +107,20 @@ def _list(as_json: bool) -> None:
         print_json({"studies": found})
         return
     table(["study", "about"], [[name, title] for name, title in found.items()], text_columns=2)
+
+
+def _refreeze(study: Study, folder: Path, why: str, as_json: bool) -> None:
+    from anabranch.studies.frozen import path_of
+    from anabranch.studies.harness import refreeze
+
+    made = refreeze(study, folder, why)
+    if as_json:
+        print_json({"study": study.name, **made.history[-1]})
+        return
+    fact("frozen", f"{study.name}   {made.hash}")
+    for what in made.history[-1]["changed"]:
+        fact("changed", what)
+    wrote(str(path_of(folder, study.name)), f"anabranch study {study.name} --full")
 
 
 def _print_fit(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:

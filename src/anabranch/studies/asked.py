@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from anabranch.studies.harness import Claim, Results
-from anabranch.studies.paired import SIGNS_NEEDED, Verdict, estimate, t_probability
+from anabranch.studies.paired import SEEDS_NEEDED, Verdict, estimate, t_probability
 
 LEVEL = 0.05
 
@@ -34,12 +34,14 @@ def _claim(results: Results, asked: Asked, verdict: Verdict) -> Claim:
     difference = estimate([left[seed] - right[seed] for seed in common])
     baseline, mean = (sum(values[seed] for seed in common) / len(common) for values in (right, left))
     limit = baseline + margin if margin else None
-    return Claim(claim, paper, baseline, mean, difference.mean, difference.interval, verdict, limit=limit)
+    return Claim(
+        claim, paper, baseline, mean, difference.mean, difference.interval, verdict, limit=limit, count=len(common)
+    )
 
 
 def holm(differences: Mapping[int, list[float]]) -> dict[int, Verdict]:
     """A verdict for each list of paired differences: two-sided t-tests against 0, corrected by Holm's rule over all of them."""
-    enough = {name: values for name, values in differences.items() if len(values) >= SIGNS_NEEDED}
+    enough = {name: values for name, values in differences.items() if len(values) >= SEEDS_NEEDED}
     found: dict[int, Verdict] = dict.fromkeys(differences, "not resolved")
     in_order = sorted(enough, key=lambda name: p_value(enough[name]))
     for place, name in enumerate(in_order):

@@ -119,7 +119,7 @@ def make(full: bool = False, **changes: Any) -> Study:
             "tokens_per_model": size.steps * size.batch_size * size.sequence_length,
         },
         arms=arms(size),
-        seeds=(0, 1, 2) if full else (0, 1),
+        seeds=(0, 1, 2, 3, 4) if full else (0, 1),
         run=run,
         judge=judge,
         columns=COLUMNS,

@@ -61,7 +61,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
-        seeds=(0, 1, 2) if full else (0,),
+        seeds=(0, 1, 2, 3, 4) if full else (0,),
     )
 
 

@@ -93,7 +93,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         settings={"size": "full" if full else "smoke", **to_dict(base)},
         arms=made,
         default_arms=tuple(arm.name for arm in made if arm.name != "graphvite"),
-        seeds=(0, 1, 2) if full else (0, 1),
+        seeds=(0, 1, 2, 3, 4) if full else (0, 1),
         run=run,
         judge=judge,
         columns=COLUMNS,

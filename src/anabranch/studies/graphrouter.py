@@ -271,7 +271,8 @@ def _reward(results: Results, scenario: str, ours: str, baseline: str, by: float
     verdict = _verdict(found.low - by, found.high - by)
     means = [float(value.mean()) for value in value_2Q]
     limit = means[1] + by if by else None
-    return Claim(claim, paper, means[1], means[0], found.mean, [found.low, found.high], verdict, limit=limit)
+    interval = [found.low, found.high]
+    return Claim(claim, paper, means[1], means[0], found.mean, interval, verdict, limit=limit, count=len(questions))
 
 
 def _verdict(low: float, high: float) -> Verdict:
@@ -317,7 +318,7 @@ def _paired(ours: dict[int, float], baseline: dict[int, float], by: float, claim
     verdict: Verdict = _verdict(found.low - by, found.high - by)
     means = [estimate([values[seed] for seed in common]).mean for values in (ours, baseline)]
     limit = means[1] + by if by else None
-    return Claim(claim, paper, means[1], means[0], found.mean, found.interval, verdict, limit=limit)
+    return Claim(claim, paper, means[1], means[0], found.mean, found.interval, verdict, limit=limit, count=len(common))
 
 
 def _third(results: Results) -> Claim:

@@ -5,6 +5,7 @@ is missing and writes each (arm, seed) as a small JSON as soon as it is finished
 on where it was, and grows over sessions. Two processes may work on one study: a pair that one has under way is left to it.
 
     FOLDER/NAME.json                    claims with verdicts (`Claim`), config, where the runs come from
+    FOLDER/NAME/frozen.json             the plan and the rule, signed before the first run: see `anabranch.studies.frozen`
     FOLDER/NAME/summary.json            one row per arm: mean and interval of every number
     FOLDER/NAME/ARM-seed0.json          one run
     FOLDER/NAME.png, NAME.svg           the picture
@@ -12,16 +13,29 @@ on where it was, and grows over sessions. Two processes may work on one study: a
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json
 from anabranch.locks import locked
-from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference
-from anabranch.studies.provenance import Digests, Origin, device_kind, groups, joined_versions, notes, readers, versions
+from anabranch.studies.frozen import ALL, Frozen, check, differing, freeze, plan_of
+from anabranch.studies.frozen import read as read_frozen
+from anabranch.studies.paired import SEEDS_NEEDED, Estimate, Verdict, estimate, paired_difference
+from anabranch.studies.provenance import (
+    Digests,
+    Origin,
+    device_kind,
+    groups,
+    here,
+    joined_versions,
+    listed,
+    notes,
+    readers,
+    versions,
+)
 from anabranch.studies.records import Metrics, RunRecord, recorded_seeds
 
 Progress = Callable[[str], None]
@@ -58,6 +72,8 @@ class Claim:
         margin: what ``difference`` is where it is neither of these; None where it is.
         limit: what ours must keep to or reach, a number or ``(low, high)``: of the claim itself, or made of the baseline ("0.2x": 0.2 of
             it); None where any difference decides.
+        exact: whether chance has no part in it: a theorem, equal bits. It is a test, needs no seeds, and is no claim of the paper's.
+        count: repetitions that the verdict rests on, such as seeds, splits or questions; None: the seeds of the study.
 
     Raises ConfigError where a claim that has run has neither baseline nor limit, or a difference that is not what it should be.
     """
@@ -71,6 +87,8 @@ class Claim:
     verdict: Verdict
     margin: str | None = None
     limit: float | tuple[float, float] | None = None
+    exact: bool = False
+    count: int | None = None
 
     def __post_init__(self) -> None:
         if self.ours is None or self.margin is not None:
@@ -96,12 +114,15 @@ class Claim:
         ours: float,
         verdict: Verdict,
         interval: list[float] | None = None,
+        *,
+        exact: bool = False,
+        count: int | None = None,
     ) -> Self:
         """A claim of ours against ``limit`` alone; ``interval`` of ours, not of the difference."""
         if isinstance(limit, tuple):
-            return cls(claim, paper, None, ours, None, None, verdict, limit=limit)
+            return cls(claim, paper, None, ours, None, None, verdict, limit=limit, exact=exact, count=count)
         off = None if interval is None else [end - limit for end in interval]
-        return cls(claim, paper, None, ours, ours - limit, off, verdict, limit=float(limit))
+        return cls(claim, paper, None, ours, ours - limit, off, verdict, limit=float(limit), exact=exact, count=count)
 
     @classmethod
     def not_run(cls, claim: str, paper: str) -> Self:
@@ -169,6 +190,7 @@ class Results:
             difference.interval,
             verdict(difference),
             limit=limit(mean) if limit else None,
+            count=len(common),
         )
 
 
@@ -192,6 +214,7 @@ class Study:
             the config say they read, see `anabranch.studies.provenance`. A run counts for the same digest only.
         noted_only: whether records do not count that say nothing of what they read, as those of older versions. Otherwise they count,
             and are named in the result.
+        primary: the words of the claim that stands for the paper's headline; None: the first.
     """
 
     name: str
@@ -204,10 +227,26 @@ class Study:
     draw: Callable[[Results, Path], None] | None = None
     default_arms: Sequence[str] | None = None
     revision: int = 1
-    seeds: Sequence[int] = (0, 1, 2)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
     fit: Callable[[Results], list[dict[str, Any]]] | None = None
     inputs: Callable[[Any], str | None] | None = None
     noted_only: bool = False
+    primary: str | None = None
+
+    def judged(self, results: Results) -> list[Claim]:
+        """What ``judge`` says, as far as there are runs enough to say it: see `settled`."""
+        return [settled(claim, results) for claim in self.judge(results)]
+
+    def plan(self) -> dict[str, Any]:
+        """What is frozen of it; see `anabranch.studies.frozen`."""
+        return plan_of(self, self.judge(Results({})))
+
+
+def settled(claim: Claim, results: Results) -> Claim:
+    """``claim``, not resolved where its verdict would rest on fewer than `SEEDS_NEEDED` repetitions and chance has a part in it."""
+    count = max(map(len, results.runs.values()), default=0) if claim.count is None else claim.count
+    is_decided = claim.verdict in ("holds", "does not hold")
+    return claim if claim.exact or not is_decided or count >= SEEDS_NEEDED else replace(claim, verdict="not resolved")
 
 
 @dataclass
@@ -222,6 +261,7 @@ class Outcome:
         missing: pairs that have not run (not asked for, or under way elsewhere).
         outdated: arm, seed and reason of each record that lies there and does not count.
         origins: where the numbers of each run that counts come from.
+        frozen: the plan that was frozen; None for a study that has none, as those of the small size.
     """
 
     study: Study
@@ -231,11 +271,12 @@ class Outcome:
     missing: list[tuple[str, int]] = field(default_factory=list)
     outdated: list[tuple[str, int, str]] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
+    frozen: Frozen | None = None
 
     @property
     def notes(self) -> list[str]:
         """In what the runs of one table are not alike, or not like this process, and which runs: see `anabranch.studies.provenance`."""
-        return notes(self.origins, versions())
+        return [*notes(self.origins, versions()), *(_frozen_notes(self.frozen, self.origins) if self.frozen else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the result file: ``versions`` are those that the runs were made with, ``judged_with`` those of this process."""
@@ -249,6 +290,7 @@ class Outcome:
             "runs": groups(self.origins),
             "notes": self.notes,
             "judged_with": versions(),
+            "frozen": None if self.frozen is None else {"hash": self.frozen.hash, "history": list(self.frozen.history)},
         }
 
 
@@ -259,13 +301,19 @@ def run_study(
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     progress: Progress = lambda text: None,
+    freezes: bool = False,
 ) -> Outcome:
     """Run what is missing of ``arms`` x ``seeds`` (default: those of the study), seed by seed, then judge and write everything there is.
 
-    Raises ConfigError for an unknown arm.
+    With ``freezes`` its plan is frozen before the first run, where it is not yet. Raises ConfigError for an unknown arm, and for a study
+    that is not the one that was frozen.
     """
     folder = Path(folder)
     chosen = pick_arms(study, arms)
+    frozen = _checked(study, folder)
+    if frozen is None and freezes:
+        has_run = any(recorded_seeds(folder / study.name, arm.name) for arm in study.arms)
+        frozen = freeze(folder, study.plan(), "after runs were recorded" if has_run else "before the first run")
     digests = Digests(study.inputs)
     inputs = {arm.name: digests.of(arm.config) for arm in chosen}
     pairs = [(arm, seed) for seed in (study.seeds if seeds is None else seeds) for arm in chosen]
@@ -283,24 +331,67 @@ def run_study(
                 missing.append((arm.name, seed))
             elif place.read() is None:
                 # Nobody finished it since we looked.
-                _run_one(study, place, label, progress)
+                _run_one(study, place, label, progress, frozen)
     return summarize(study, folder, missing=missing)
 
 
 def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, int]] = ()) -> Outcome:
     """Judge the runs that lie in ``folder`` and write the result file, the summary and the picture."""
     folder = Path(folder)
+    frozen = _checked(study, folder)
     results, outdated, origins = _read(study, folder)
     if not results.runs:
         told = "".join(f"; that of {arm} seed {seed} {reason}" for arm, seed, reason in outdated[:1])
         raise DataError(f"no finished run of study {study.name!r} in {folder / study.name}; run it first{told}")
     path = folder / f"{study.name}.json"
-    outcome = Outcome(study, results, study.judge(results), path, list(missing), outdated, origins)
+    claims = study.judged(results)
+    if frozen is not None:
+        claims = void(claims, frozen.voided(origin.frozen for origin in origins))
+    outcome = Outcome(study, results, claims, path, list(missing), outdated, origins, frozen)
     atomic_write_json(folder / study.name / "summary.json", summary_rows(study, results))
     if study.draw is not None:
         study.draw(results, folder / study.name)
     atomic_write_json(outcome.path, outcome.to_dict())
     return outcome
+
+
+def refreeze(study: Study, folder: str | Path, why: str) -> Frozen:
+    """Freeze the plan of a study anew; its verdicts are void until its arms have run again.
+
+    Raises ConfigError if nothing has changed, or no reason is given.
+    """
+    folder = Path(folder)
+    before, plan = read_frozen(folder, study.name), study.plan()
+    changed = differing(before.plan, plan) if before is not None else []
+    if not why.strip():
+        raise ConfigError("a plan is frozen anew for a reason, which stands on the page of the study; give it")
+    if before is not None and not changed:
+        raise ConfigError(f"study {study.name!r} is what was frozen ({before.hash}); there is nothing to freeze anew")
+    return freeze(folder, plan, why, changed=changed, voids=[ALL])
+
+
+def void(claims: Sequence[Claim], words: Collection[str]) -> list[Claim]:
+    """``claims``, void where they stand in ``words``, all where `ALL` does; what has not run has no verdict to be void."""
+    return [
+        replace(claim, verdict="void") if claim.verdict != "not run" and {ALL, claim.claim} & set(words) else claim
+        for claim in claims
+    ]
+
+
+def _checked(study: Study, folder: Path) -> Frozen | None:
+    """The frozen plan of a study, which is still its own; None if there is none."""
+    frozen = read_frozen(folder, study.name)
+    if frozen is not None:
+        check(frozen, study.plan())
+    return frozen
+
+
+def _frozen_notes(frozen: Frozen, origins: Sequence[Origin]) -> list[str]:
+    older = [origin for origin in origins if origin.frozen is None]
+    told = [f"frozen anew on {entry['date']}: {entry['why']}" for entry in frozen.history if entry["voids"]]
+    if older:
+        told.append(f"ran before its plan was frozen ({frozen.history[0]['date']}): {listed(older)}")
+    return told
 
 
 def read_results(study: Study, folder: str | Path) -> Results:
@@ -387,7 +478,7 @@ def pick_arms(study: Study, names: Sequence[str] | None) -> list[Arm]:
     return list(study.arms) if names is None else [known[name] for name in names]
 
 
-def _run_one(study: Study, place: RunRecord, label: str, progress: Progress) -> None:
+def _run_one(study: Study, place: RunRecord, label: str, progress: Progress, frozen: Frozen | None) -> None:
     reason = place.why_not()
     progress(f"{label}: started" if reason is None else f"{label}: run again, since the run there {reason}")
     _check_inputs(study, place)
@@ -395,7 +486,13 @@ def _run_one(study: Study, place: RunRecord, label: str, progress: Progress) -> 
     metrics = study.run(place.config, place.seed, lambda text: progress(f"{label}: {text}"))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     _check_inputs(study, place)
-    kept = place.write(metrics, seconds=round(seconds, 1), cpu_seconds=round(cpu_seconds, 1), versions=versions())
+    facts = {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "versions": versions(),
+        "where": here(),
+    }
+    kept = place.write(metrics, **facts, **({} if frozen is None else {"frozen": frozen.hash}))
     progress(f"{label}: finished in {seconds:.0f} s" + (f"; the run before is kept in {kept}" if kept else ""))
 
 

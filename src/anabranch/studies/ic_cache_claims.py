@@ -153,7 +153,8 @@ def _answers(
     interval = list(bootstrap(pair_R2[:, 0] - pair_R2[:, 1]))
     mine, theirs = map(float, mean)
     limit = None if (times, above) == (1.0, 0.0) else times * theirs + above
-    return Claim(claim, paper, theirs, mine, mine - theirs, interval, _verdict(low, high), limit=limit)
+    verdict, count = _verdict(low, high), len(pair_R2)
+    return Claim(claim, paper, theirs, mine, mine - theirs, interval, verdict, limit=limit, count=count)
 
 
 def _share(results: Results, arm: str, claim: str, *, above: float | None) -> Claim:
@@ -165,7 +166,7 @@ def _share(results: Results, arm: str, claim: str, *, above: float | None) -> Cl
     low, high = bootstrap(np.array(values, np.float64))
     verdict = _verdict(limit - high, limit - low) if above is None else _verdict(low - limit, high - limit)
     mean = float(np.mean(values))
-    return Claim.against(limit, claim, "open issue 694 of GPTCache", mean, verdict, [low, high])
+    return Claim.against(limit, claim, "open issue 694 of GPTCache", mean, verdict, [low, high], count=len(values))
 
 
 def _correlations(results: Results) -> list[Claim]:
@@ -185,7 +186,16 @@ def _means(claim: str, paper: str, ours: dict[int, float], theirs: dict[int, flo
     """Ours is larger, paired over seeds."""
     difference = paired_difference(ours, theirs)
     baseline, mean = (float(np.mean(list(values.values()))) for values in (theirs, ours))
-    return Claim(claim, paper, baseline, mean, difference.mean, difference.interval, above_zero(difference))
+    return Claim(
+        claim,
+        paper,
+        baseline,
+        mean,
+        difference.mean,
+        difference.interval,
+        above_zero(difference),
+        count=difference.count,
+    )
 
 
 def above_zero(difference: Estimate) -> Verdict:
@@ -252,7 +262,17 @@ class _Loads:
         if not self.seeds:
             return Claim.not_run(claim, paper)
         baseline, mean = float(np.mean(theirs)), float(np.mean(ours))
-        return Claim(claim, paper, baseline, mean, mean - baseline, None, every_seed(seen), limit=limit(baseline))
+        return Claim(
+            claim,
+            paper,
+            baseline,
+            mean,
+            mean - baseline,
+            None,
+            every_seed(seen),
+            limit=limit(baseline),
+            count=len(seen),
+        )
 
 
 def _load(results: Results, policies: Collection[str], loads: Sequence[float]) -> list[Claim]:

@@ -82,7 +82,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
-        seeds=(0, 1, 2) if full else (0, 1),
+        seeds=(0, 1, 2, 3, 4) if full else (0, 1),
     )
 
 
@@ -176,7 +176,7 @@ def _limited(values: dict[int, float], limit: float, claim: str, paper: str, *, 
     worst = max(values.values()) if is_most else min(values.values())
     holds = worst < limit if is_most else worst >= limit
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if holds else "does not hold"
-    return Claim.against(limit, claim, paper, worst, verdict)
+    return Claim.against(limit, claim, paper, worst, verdict, count=len(values))
 
 
 def _within(values: dict[int, float], low: float, high: float, claim: str, paper: str) -> Claim:
@@ -185,7 +185,7 @@ def _within(values: dict[int, float], low: float, high: float, claim: str, paper
         return Claim.not_run(claim, paper)
     worst = max(values.values(), key=lambda value: abs(value - (low + high) / 2))
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if low <= worst <= high else "does not hold"
-    return Claim.against((low, high), claim, paper, worst, verdict)
+    return Claim.against((low, high), claim, paper, worst, verdict, count=len(values))
 
 
 def draw(results: Results, path: Path) -> None:

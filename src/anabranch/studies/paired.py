@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["holds", "does not hold", "not resolved", "not run"]
+Verdict = Literal["holds", "does not hold", "not resolved", "not run", "void"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def every_seed(seen: Sequence[bool]) -> Verdict:
     return "holds" if seen[0] else "does not hold"
 
 
-# Fewer than five alike come about by chance more often than once in sixteen.
-SIGNS_NEEDED = 5
+# Below this nothing is decided where chance has a part: fewer than five alike come about by it more often than once in sixteen.
+SEEDS_NEEDED = 5
 
 
 def same_sign(differences: Sequence[float]) -> Verdict:
@@ -79,7 +79,7 @@ def same_sign(differences: Sequence[float]) -> Verdict:
 
     Where there is no difference two seeds agree every other time, five once in sixteen; `every_seed` is for what has to be so in each run.
     """
-    return every_seed([value > 0 for value in differences]) if len(differences) >= SIGNS_NEEDED else "not resolved"
+    return every_seed([value > 0 for value in differences]) if len(differences) >= SEEDS_NEEDED else "not resolved"
 
 
 def t_quantile(probability: float, degrees: int) -> float:

@@ -46,7 +46,7 @@ from anabranch.lm.generate import evaluating
 from anabranch.studies.adapter_bench import LEARNED, Bench, BenchSize, accuracy, bench_words, pair_rows, write_rows
 from anabranch.studies.asked import Asked, judged
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
-from anabranch.studies.paired import SIGNS_NEEDED, Verdict, every_seed
+from anabranch.studies.paired import SEEDS_NEEDED, Verdict, every_seed
 from anabranch.train import TaskRunConfig, TrainConfig, Trainer
 
 # By method: its options, such that at most 5% of the parameters learn.
@@ -333,4 +333,4 @@ def _formulas(results: Results) -> Claim:
 
 
 def _each(seen: Sequence[bool]) -> Verdict:
-    return every_seed(seen) if len(seen) >= SIGNS_NEEDED else "not resolved"
+    return every_seed(seen) if len(seen) >= SEEDS_NEEDED else "not resolved"

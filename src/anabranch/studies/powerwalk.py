@@ -117,7 +117,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=partial(judge, graphs=size.graphs),
         columns=COLUMNS,
         draw=draw,
-        seeds=(0, 1, 2) if full else (0, 1),
+        seeds=(0, 1, 2, 3, 4) if full else (0, 1),
     )
 
 
@@ -269,7 +269,7 @@ def judge(results: Results, graphs: Sequence[str] = GRAPHS) -> list[Claim]:
             ),
             _limited(
                 results.values(f"decompose-{graph}", "over_limit"), 1.0,
-                f"{graph}: the error is within (1 - alpha)^T of the index's worst", "not given",
+                f"{graph}: the error is within (1 - alpha)^T of the index's worst", "not given", exact=True,
             ),
         ]  # fmt: skip
         if graph not in NO_BATCH:
@@ -291,14 +291,16 @@ def _walks_needed(results: Results, graph: str) -> dict[int, float]:
     return found
 
 
-def _limited(values: dict[int, float], limit: float, claim: str, paper: str, at_least: bool = False) -> Claim:
+def _limited(
+    values: dict[int, float], limit: float, claim: str, paper: str, *, at_least: bool = False, exact: bool = False
+) -> Claim:
     """At most (or at least) ``limit`` in every seed; the worst stands in the claim."""
     if not values:
         return Claim.not_run(claim, paper)
     better: Callable[[float], bool] = (lambda value: value >= limit) if at_least else (lambda value: value <= limit)
     worst = min(values.values()) if at_least else max(values.values())
     verdict: Verdict = "not resolved" if len(values) < 2 else "holds" if better(worst) else "does not hold"
-    return Claim.against(limit, claim, paper, worst, verdict)
+    return Claim.against(limit, claim, paper, worst, verdict, exact=exact, count=len(values))
 
 
 def draw(results: Results, path: Path) -> None:

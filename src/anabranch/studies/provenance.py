@@ -6,12 +6,19 @@ is found, wherever it stands, so that no study has to think of it.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
+import os
 import platform
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+from anabranch.machine import processor_name, usable_cores
+from anabranch.native import best_level
 
 UNKNOWN = "not noted"
 PACKAGES = ("anabranch", "torch", "numpy")
@@ -98,6 +105,34 @@ def versions() -> dict[str, str]:
     return found
 
 
+def here() -> dict[str, Any]:
+    """Where a run takes place: commit of the source (None where it is no work tree of git), processor, its instructions, and threads."""
+    level = best_level()
+    return {
+        "commit": _commit(),
+        "cpu": processor_name(),
+        "isa": None if level is None else level.name,
+        "threads": usable_cores() if (told := os.environ.get("OMP_NUM_THREADS")) is None else told,
+    }
+
+
+@functools.cache
+def _commit() -> str | None:
+    """When it is first asked for, of the work tree that this package lies in, "-dirty" behind it where the package differs from it."""
+    package = Path(__file__).parents[1]
+
+    def said(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        name = said("rev-parse", "--short=10", "HEAD")
+        # A package that is installed may lie in the work tree of something else.
+        is_tracked = said("ls-files", "--", "errors.py")
+        return f"{name}-dirty" if said("status", "--porcelain", "-uno", "--", ".") else name if is_tracked else None
+    except OSError:
+        return None
+
+
 def recorded_device(record: Mapping[str, Any]) -> str | None:
     """The device that a record notes; older ones do not, but a build of PyTorch for CPUs runs on nothing else. None: not known."""
     if "device" in record:
@@ -116,6 +151,7 @@ class Origin:
         inputs: digest of what it read; None if it is not noted.
         reads: whether a run of this arm reads anything that would be noted now.
         unchecked: why what it read could not be compared with what lies here; None if it was, or there is nothing to compare.
+        frozen: hash of the frozen plan that it ran under; None if it notes none.
     """
 
     arm: str
@@ -125,6 +161,7 @@ class Origin:
     inputs: str | None
     reads: bool
     unchecked: str | None = None
+    frozen: str | None = None
 
     @property
     def is_unnoted(self) -> bool:
@@ -168,14 +205,14 @@ def notes(origins: Iterable[Origin], now: Mapping[str, str]) -> list[str]:
             told.setdefault("written before runs noted what text they read", []).append(origin)
         if origin.unchecked is not None:
             told.setdefault(f"text not compared with that of here ({origin.unchecked})", []).append(origin)
-    found = [f"{what}: {_listed(runs)}" for what, runs in told.items()]
+    found = [f"{what}: {listed(runs)}" for what, runs in told.items()]
     devices: dict[str, list[Origin]] = {}
     for origin in origins:
         # The others, numbers drawn and counted, choose none.
         if origin.reads:
             devices.setdefault(origin.device or UNKNOWN, []).append(origin)
     if len(devices) > 1:
-        found.append("not all on one device: " + "; ".join(f"{name}: {_listed(of)}" for name, of in devices.items()))
+        found.append("not all on one device: " + "; ".join(f"{name}: {listed(of)}" for name, of in devices.items()))
     mixed = sorted(_seeds(origins, noted=True) & _seeds(origins, noted=False))
     if mixed:
         found.append(
@@ -189,7 +226,8 @@ def _seeds(origins: Iterable[Origin], *, noted: bool) -> set[int]:
     return {origin.seed for origin in origins if origin.reads and origin.is_unnoted is not noted}
 
 
-def _listed(origins: Iterable[Origin]) -> str:
+def listed(origins: Iterable[Origin]) -> str:
+    """Runs, arm by arm."""
     seeds: dict[str, list[int]] = {}
     for origin in origins:
         seeds.setdefault(origin.arm, []).append(origin.seed)

@@ -63,12 +63,13 @@ class RunRecord:
         return None if record is None or self._reason(record) is not None else record["metrics"]
 
     def origin(self) -> dict[str, Any]:
-        """What the record notes of where its numbers come from: ``versions``, ``device``, ``inputs``; absent or None if not noted."""
+        """What the record notes of where its numbers come from: ``versions``, ``device``, ``inputs``, ``frozen``; None if not noted."""
         record = self._record() or {}
         return {
             "versions": record.get("versions") or {},
             "device": recorded_device(record),
             "inputs": record.get("inputs"),
+            "frozen": record.get("frozen"),
         }
 
     def why_not(self) -> str | None:
