@@ -25,6 +25,8 @@ import numpy as np
 from anabranch.graph.hnsw import HNSW
 
 K = 10
+# Candidates of a search beyond which nobody is asked.
+MOST = 1280
 FLOAT, BESIDE, BYTES, HALVES, CODES = "float32", "int8 + float32", "int8", "int4 + float32", "codes + float32"
 KINDS = (FLOAT, BESIDE, BYTES, HALVES, CODES)
 
@@ -50,6 +52,19 @@ SETTINGS = {
     "M 16, 100 candidates, filled": Setting(16, 100, True),
     "M 32, 200 candidates, filled": Setting(32, 200, True),
 }
+
+
+def least(reaches: Callable[[int], bool]) -> int | None:
+    """The smallest effort that reaches something (which comes nearer with it but for noise); None where it is out of reach."""
+    low, high = K - 1, K
+    while not reaches(high):
+        low, high = high, 2 * high
+        if high > MOST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
 
 
 class Built(Protocol):
@@ -243,13 +258,12 @@ def _faiss() -> list[Contestant]:
 
 
 class Usearch(Built):
-    """usearch's Index; its bytes are of numbers from -1 to 1, so all vectors are scaled to that alike."""
+    """usearch's Index. It scales each vector by its own length before it rounds to bytes, which L2 does not bear: it is given bytes."""
 
     def __init__(self, base_ND: np.ndarray, setting: Setting, kind: str) -> None:
         from usearch.index import Index
 
-        self._scale = np.float32(1 / np.abs(base_ND).max()) if kind == BYTES else np.float32(1)
-        self._is_scaled = kind == BYTES
+        self._scale = np.float32(127 / np.abs(base_ND).max()) if kind == BYTES else None
         dtype = "i8" if kind == BYTES else "f32"
         self.index = Index(
             ndim=base_ND.shape[1], metric="l2sq", dtype=dtype, connectivity=setting.M, expansion_add=setting.candidates
@@ -257,7 +271,9 @@ class Usearch(Built):
         self.index.add(np.arange(len(base_ND)), self._scaled(base_ND), threads=1)
 
     def _scaled(self, vector_ND: np.ndarray) -> np.ndarray:
-        return vector_ND * self._scale if self._is_scaled else vector_ND
+        if self._scale is None:
+            return vector_ND
+        return np.rint(vector_ND * self._scale).clip(-127, 127).astype(np.int8)
 
     def aim(self, effort: int) -> None:
         self.index.expansion_search = effort

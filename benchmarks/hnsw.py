@@ -35,14 +35,13 @@ from _harness import arguments, finish, start
 from _records import write_record
 from _vector_bits import bits_of, builds, score_of
 from _vector_filters import filtering
-from _vector_peers import KINDS, SETTINGS, Built, Contestant, K, Ours, compile_kernels, contestants
+from _vector_peers import KINDS, MOST, SETTINGS, Built, Contestant, K, Ours, compile_kernels, contestants, least
 from _vector_picture import draw
 from _vector_sets import QUERIES, of_set, sets
 from anabranch.graph.hnsw import HNSW, brute_force
 
 TARGETS = (0.95, 0.9, 0.8)
 EFFORTS = (10, 16, 25, 40, 63, 100, 160, 250, 400)
-MOST = 1280
 ENOUGH = 0.998
 SHARES = (0.5, 0.1)
 
@@ -88,19 +87,6 @@ def least_effort(index: Built, query_QD: np.ndarray, truth_QK: np.ndarray, targe
         return recall(index.batch(query_QD), truth_QK) >= target
 
     return least(reaches)
-
-
-def least(reaches: Callable[[int], bool]) -> int | None:
-    """The smallest effort that reaches something (which comes nearer with it but for noise); None where it is out of reach."""
-    low, high = K - 1, K
-    while not reaches(high):
-        low, high = high, 2 * high
-        if high > MOST:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    return high
 
 
 def best_setting(one: Contestant, base_ND: np.ndarray, query_QD: np.ndarray) -> str:
@@ -289,11 +275,17 @@ def filtered(base_ND: np.ndarray, query_QD: np.ndarray, options: Any) -> list[di
         }
         facts, works = {}, {}
         for name, search in searches.items():
-            for ef in EFFORTS:
+
+            def reached(
+                ef: int, search: Callable[[np.ndarray, int], np.ndarray] = search, truth_QK: np.ndarray = truth_QK
+            ) -> float:
                 found_QK = np.concatenate([np.reshape(search(query_D, ef), (1, K)) for query_D in few_QD])
-                if recall(found_QK.astype(np.int64), truth_QK) >= TARGETS[0]:
-                    break
-            facts[name] = {"ef": ef, "recall": round(recall(found_QK.astype(np.int64), truth_QK), 4)}
+                return recall(found_QK.astype(np.int64), truth_QK)
+
+            ef = least(lambda ef, reached=reached: reached(ef) >= TARGETS[0])  # type: ignore[misc]
+            if ef is None:
+                raise RuntimeError(f"{name} does not reach a recall of {TARGETS[0]} among {share:.0%} of the ids")
+            facts[name] = {"ef": ef, "recall": round(reached(ef), 4)}
             works[name] = lambda search=search, ef=ef: [search(query_D, ef) for query_D in few_QD]
         rows += race(f"filter, {share:.0%} of {len(base_ND):,} ids, one at a time", works, len(few_QD), options, facts)
     return rows

@@ -3,7 +3,9 @@
 One index of 20,000 vectors of 128 numbers (M = 16, ef_construction 100). One thread asks for the 10 nearest of one vector after another,
 at the ef that reaches recall 0.95 in the index at rest. Beside it another thread adds nothing; an element for every ten searches; one for
 every search; one after another, as fast as it can; or 20,000 in one call. Everybody adds by one thread. Contestants take turns in every
-round, each in its own turn with an index of its own. Ours is compiled before.
+round, each in its own turn with an index of its own. Ours is compiled before. A turn ends when its time is over, or where its writer has
+added another 20,000; rates are over the time that it lasted, and what is found afterwards is measured again (``recall``, of the index as it
+is then). ``failed`` are searches that raised, in all turns: hnswlib's, where it finds fewer than asked for beside a writer.
 
 Bars: p50 and p99 of a search beside a writer at most twice those without (a ratio of at least 0.5 to itself at rest), and at least 1,000
 searches a second beside one that adds flat out.
@@ -22,11 +24,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from _harness import arguments, finish, start
-from _vector_peers import compile_kernels
+from _vector_peers import MOST, compile_kernels, least
 from anabranch.graph.hnsw import HNSW, brute_force
 
 K, M, EF_CONSTRUCTION, TARGET = 10, 16, 100, 0.95
-EFS = (10, 20, 40, 80, 160, 320)
 WAYS = ("at rest", "1 add in 10", "1 add for 1", "flat out", "bulk")
 
 
@@ -72,7 +73,7 @@ class Hnswlib:
 
 
 class Usearch:
-    """It is told how many threads there are at once."""
+    """It locks single lists, too."""
 
     def __init__(self, dim: int, room: int) -> None:
         from usearch.index import Index as Made
@@ -102,31 +103,36 @@ def drawn(count: int, dim: int, seed: int) -> np.ndarray:
     return (centre[generator.integers(0, 64, count)] + 0.7 * generator.standard_normal((count, dim))).astype(np.float32)
 
 
-def least_ef(index: Index, base_ND: np.ndarray, query_QD: np.ndarray) -> int:
-    """The smallest that reaches the recall."""
+def reached(index: Index, base_ND: np.ndarray, query_QD: np.ndarray, ef: int) -> float:
+    """The recall."""
     truth = brute_force(base_ND, query_QD, K)[0]
-    for ef in EFS:
-        hits = sum(
-            len(set(index.search(query, ef).tolist()) & set(row))
-            for query, row in zip(query_QD, truth.tolist(), strict=True)
-        )
-        if hits >= TARGET * truth.size:
-            return ef
-    return EFS[-1]
+    hits = sum(
+        len(set(index.search(query, ef).tolist()) & set(row))
+        for query, row in zip(query_QD, truth.tolist(), strict=True)
+    )
+    return hits / truth.size
+
+
+def least_ef(name: str, index: Index, base_ND: np.ndarray, query_QD: np.ndarray) -> int:
+    """The smallest that reaches the recall."""
+    ef = least(lambda ef: reached(index, base_ND, query_QD, ef) >= TARGET)
+    if ef is None:
+        raise RuntimeError(f"{name} does not reach a recall of {TARGET} with an ef of {MOST}")
+    return ef
 
 
 def turn(
-    index: Index, way: str, ef: int, query_QD: np.ndarray, more_ND: np.ndarray, first: int, seconds: float
+    index: Index, way: str, ef: int, query_QD: np.ndarray, base_ND: np.ndarray, more_ND: np.ndarray, seconds: float
 ) -> dict[str, float]:
-    """Searches for so long beside a writer: their latencies, and how many elements came."""
-    done, added, searches = threading.Event(), [0], [0]
+    """Searches for so long beside a writer: their latencies, and how many elements came to those of ``base_ND``."""
+    done, added, searches, first = threading.Event(), [0], [0], len(base_ND)
 
     def write() -> None:
         if way == "bulk":
             index.add(more_ND, first)
             added[0] = len(more_ND)
             return
-        while not done.is_set() and added[0] < len(more_ND):
+        while not done.is_set() and (way == "at rest" or added[0] < len(more_ND)):
             wanted = {"at rest": 0.0, "1 add in 10": searches[0] / 10, "1 add for 1": searches[0], "flat out": 1e18}[
                 way
             ]
@@ -141,8 +147,8 @@ def turn(
     failed = 0
     begin = time.perf_counter()
     writer.start()
-    # Of a bulk call: as long as it lasts.
-    while (writer.is_alive() if way == "bulk" else time.perf_counter() < begin + seconds) or not taken:
+    # Beside a writer that has nothing more to add, searches are those of an index at rest.
+    while (writer.is_alive() and (way == "bulk" or time.perf_counter() < begin + seconds)) or not taken:
         before = time.perf_counter()
         try:
             index.search(query_QD[searches[0] % len(query_QD)], ef)
@@ -155,7 +161,9 @@ def turn(
     done.set()
     writer.join()
     cuts = statistics.quantiles(taken, n=100, method="inclusive") if len(taken) > 1 else taken * 99
+    now_ND = np.concatenate([base_ND, more_ND[: added[0]]])
     return {
+        "recall": reached(index, now_ND, query_QD, ef),
         "p50_us": 1e6 * cuts[49], "p99_us": 1e6 * cuts[98], "searches_s": len(taken) / wall, "added_s": added[0] / wall,
         "failed": failed,
     }  # fmt: skip
@@ -180,12 +188,12 @@ def main() -> None:
                 index = made[name](dim, 2 * size)
                 index.add(base_ND, 0)
                 if name not in ef_of:
-                    ef_of[name] = least_ef(index, base_ND, query_QD)
+                    ef_of[name] = least_ef(name, index, base_ND, query_QD)
                 found.setdefault((name, way), []).append(
-                    turn(index, way, ef_of[name], query_QD, more_ND, size, seconds)
+                    turn(index, way, ef_of[name], query_QD, base_ND, more_ND, seconds)
                 )
                 print(
-                    number, way, name, {key: round(value, 1) for key, value in found[name, way][-1].items()}, flush=True
+                    number, way, name, {key: round(value, 3) for key, value in found[name, way][-1].items()}, flush=True
                 )
     for row in measured(found):
         print(row)
@@ -201,7 +209,7 @@ def measured(found: dict[tuple[str, str], list[dict[str, float]]]) -> list[dict[
         for field in turns[0]:
             values = [one[field] for one in turns]
             row |= {
-                field: round(statistics.median(values), 1),
+                field: round(statistics.median(values), 3),
                 f"{field}_range": [round(min(values), 1), round(max(values), 1)],
             }
         rows.append(row)
@@ -213,7 +221,14 @@ def rows(found: dict[tuple[str, str], list[dict[str, float]]], made: dict[str, A
     rows = []
 
     def row(
-        case: str, unit: str, ours: list[float], peer: list[float], name: str, *, more_is_better: bool = False
+        case: str,
+        unit: str,
+        ours: list[float],
+        peer: list[float],
+        name: str,
+        *,
+        more_is_better: bool = False,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         ratios = sorted(a / b if more_is_better else b / a for a, b in zip(ours, peer, strict=True))
         middle = statistics.median(ratios)
@@ -221,6 +236,7 @@ def rows(found: dict[tuple[str, str], list[dict[str, float]]], made: dict[str, A
             {
                 "case": case, "ours": round(statistics.median(ours), 2), "peer": round(statistics.median(peer), 2), "unit": unit,
                 "ratio": round(middle, 3), "spread": [round(ratios[0], 3), round(ratios[-1], 3)], "peer_name": name,
+                **(facts or {}),
             }
         )  # fmt: skip
 
@@ -238,7 +254,20 @@ def rows(found: dict[tuple[str, str], list[dict[str, float]]], made: dict[str, A
                 )
             for name in made:
                 if name != "ours":
-                    row(f"{field[:3]} of a search, {way}", "us", values, [one[field] for one in found[name, way]], name)
+                    theirs = found[name, way]
+                    facts = {
+                        "recall_ours": round(statistics.median(one["recall"] for one in mine), 4),
+                        "recall_peer": round(statistics.median(one["recall"] for one in theirs), 4),
+                        "failed_searches_peer": sum(int(one["failed"]) for one in theirs),
+                    }
+                    row(
+                        f"{field[:3]} of a search, {way}",
+                        "us",
+                        values,
+                        [one[field] for one in theirs],
+                        name,
+                        facts=facts,
+                    )
         if way == "flat out":
             speed = [one["searches_s"] for one in mine]
             row(
