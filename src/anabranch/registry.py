@@ -201,6 +201,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "lora_mixer": "anabranch.adapters:MixtureTask",
         "adapt": "anabranch.adapters.adapt:AdaptTask",
         "pvchat": "anabranch.heads.pvchat.training:ClipTask",
+        "speech": "anabranch.heads.whisper.task:SpeechTask",
         "ppo": "anabranch.rl:PPO",
         "grpo": "anabranch.rl:GRPO",
         "token_ppo": "anabranch.rl:TokenPPO",

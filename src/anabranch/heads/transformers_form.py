@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import ConfigError, InputError
 from anabranch.heads.form import Decision, Form, Shape, argument
+from anabranch.heads.padding import said_real
 from anabranch.heads.routed_heads import RoutedHeads
 from anabranch.nn.some_heads import attention_of_some
 
@@ -88,6 +89,8 @@ class TransformersForm(Form):
             raise InputError(f"hidden_states is {found}; it must be [sequences, positions, width]")
         crosses = any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
         real_BL = None if crosses else _real(kwargs.get("attention_mask"), hidden)
+        if real_BL is None:
+            real_BL = said_real(*hidden.shape[:2])
         position_BL = kwargs.get("position_ids")
         decision = heads.decide(hidden, real_BL=real_BL, position_BL=position_BL)
         told = _Told(heads, decision, kwargs.get("key_value_states", kwargs.get("encoder_hidden_states")))

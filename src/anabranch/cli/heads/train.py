@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from anabranch.cli.heads.speech import conclude, introduce, is_speech_run, new_run, resumed_run, shown
 from anabranch.cli.options import AsJson, Assignments, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
@@ -17,7 +18,7 @@ from anabranch.errors import ConfigError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
-    from anabranch.train import Event, RunConfig, Trainer, TrainResult
+    from anabranch.train import Event, RunConfig, TaskRunConfig, Trainer, TrainResult
 
 # What a model that is there already goes on with unless somebody says otherwise.
 _TRAIN: dict[str, Any] = {
@@ -37,12 +38,15 @@ def train(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="What gets routed heads: a training run, a saved model, a Hugging Face folder or a .gguf file.",
+            help="What gets routed heads: a training run, a saved model, a Hugging Face folder or a .gguf file; or a Whisper.",
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Argument(metavar="TEXT", help="Text to learn from. Default: the source of Python's standard library."),
+        typer.Argument(
+            metavar="TEXT",
+            help="Text to learn from. Default: the source of Python's standard library. Of a Whisper: a folder of speech.",
+        ),
     ] = None,
     shared: Annotated[
         int | None,
@@ -86,9 +90,13 @@ def train(
     At the start nothing changes; training then turns heads off where they are not missed, down to the share that is wanted. What learns and
     for how long is any field of a run: --set train.learning_rate=1e-4, --set data.sequence_length=512.
 
+    Of a Whisper (a folder of transformers or CTranslate2) the decoder's cross-attention is routed, and TEXT is a folder of .wav files, each
+    with what is said in it in a .txt of the same name. Folders in it are domains for heads report. The model is DIR/model then.
+
     Example: anabranch heads train SmolLM2-135M my/texts --shared 6 --target 0.5 --out runs/heads
     """
     require("lm", by="anabranch heads train")
+    from anabranch.heads.whisper import is_whisper
     from anabranch.train import Trainer
     from anabranch.train.run import check_free, check_new
     from anabranch.train.start import keep_tokenizer, resumed_parts, start_run
@@ -99,6 +107,15 @@ def train(
     heads = {"num_shared": shared, "routing": routing, "top_k": top_k, "target": target, "init": init}
     said = {name: value for name, value in heads.items() if value is not None}
     given: dict[str, Any]
+    if is_speech_run(out) if resume else model is not None and is_whisper(model):
+        if resume:
+            _check_resumed(out, {"MODEL": model, "TEXT": data, "--learn": learn, **_options(said)})
+            run = resumed_run(out, settings)
+        else:
+            assert model is not None
+            run = new_run(model, data, out, said, learn, settings, _TRAIN)
+        _train_speech(run, out, resume=resume, quiet=quiet, as_json=as_json)
+        return
     if resume:
         config = _resumed(out, {"MODEL": model, "TEXT": data, "--learn": learn, **_options(said)}, settings)
         given = resumed_parts(config, out)
@@ -122,6 +139,28 @@ def train(
         result = trainer.fit()
     if first:
         _conclude(trainer, result, out, as_json=as_json)
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
+
+
+def _train_speech(run: TaskRunConfig, out: Path, *, resume: bool, quiet: bool, as_json: bool) -> None:
+    """Of a Whisper."""
+    require("huggingface", by="anabranch heads train WHISPER")
+    from anabranch.train import Trainer
+
+    with Progress(run.train.steps, "step", quiet=quiet) as progress:
+
+        def show(event: Event) -> None:
+            told = shown(event)
+            if told is not None:
+                progress.update(event.step, told)
+
+        trainer = Trainer(run, out, resume=resume, on_event=show)
+        if not quiet:
+            introduce(trainer)
+        result = trainer.fit()
+    if trainer.workers.rank == 0:
+        conclude(trainer, result, out, as_json=as_json)
     if result.status == "interrupted":
         raise typer.Exit(INTERRUPTED.get(result.signal or "", 130))
 
@@ -171,17 +210,22 @@ def _config(model: str, data: str | None, said: dict[str, Any], settings: dict[s
     return config
 
 
+def _check_resumed(out: Path, said: dict[str, Any]) -> None:
+    """Raise ConfigError for what a run that goes on is not asked again."""
+    given = next((name for name, value in said.items() if value is not None), None)
+    if given is not None:
+        raise ConfigError(
+            f"{given} is given with --resume, which goes on with the run in {out} as it began; leave it out"
+        )
+
+
 def _resumed(out: Path, said: dict[str, Any], settings: dict[str, Any]) -> RunConfig:
     """That of the run in ``out``, with what is set anew."""
     from anabranch.config import override
     from anabranch.heads import RoutedAttention
     from anabranch.train import read_run_config
 
-    given = next((name for name, value in said.items() if value is not None), None)
-    if given is not None:
-        raise ConfigError(
-            f"{given} is given with --resume, which goes on with the run in {out} as it began; leave it out"
-        )
+    _check_resumed(out, said)
     config = read_run_config(out)
     if not isinstance(config.model.attention, RoutedAttention.Config):
         raise ConfigError(f"the run in {out} has no routed heads; go on with it by anabranch train --resume")
