@@ -95,8 +95,7 @@ def open_whisper(path: str | Path) -> tuple[Any, Words]:
         raise CheckpointError(
             f"{path} holds no Whisper: neither a config.json of model_type whisper nor {WEIGHTS} of CTranslate2"
         )
-    model = _of_ctranslate2(place) if is_ctranslate2(place) else _of_transformers(place)
-    words = Words.of(place / TOKENIZER, model.config.vocab_size)
+    model, words = _of_ctranslate2(place) if is_ctranslate2(place) else _of_transformers(place)
     if (place / HEADS).is_dir():
         load_heads(place / HEADS, model)
     return model.eval(), words
@@ -130,7 +129,7 @@ def _place(path: Path) -> Path:
     return inner if (inner / CONFIG).is_file() and not (path / WEIGHTS).is_file() else path
 
 
-def _of_transformers(place: Path) -> nn.Module:
+def _of_transformers(place: Path) -> tuple[nn.Module, Words]:
     from transformers import GenerationConfig, WhisperConfig
 
     try:
@@ -146,10 +145,10 @@ def _of_transformers(place: Path) -> nn.Module:
     model = _filled(config, tensors, place)
     if generation is not None:
         model.generation_config = generation
-    return model
+    return model, Words.of(place / TOKENIZER, config.vocab_size)
 
 
-def _of_ctranslate2(place: Path) -> nn.Module:
+def _of_ctranslate2(place: Path) -> tuple[nn.Module, Words]:
     from transformers import WhisperConfig
 
     variables = read_variables(place / WEIGHTS)
@@ -157,12 +156,15 @@ def _of_ctranslate2(place: Path) -> nn.Module:
         sizes, tensors = whisper_sizes(variables), whisper_tensors(variables)
     except CheckpointError as error:
         raise CheckpointError(f"{place / WEIGHTS}: {error}") from None
+    words = Words.of(place / TOKENIZER, sizes["vocab_size"])
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), words.end)
+    config = WhisperConfig(**sizes, **ends, decoder_start_token_id=words.start[0])
+    model = _filled(config, tensors, place / WEIGHTS)
     # What must not be said, which CTranslate2 keeps in a file of its own.
     said = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
-    model = _filled(WhisperConfig(**sizes), tensors, place / WEIGHTS)
     for name, theirs in (("suppress_tokens", "suppress_ids"), ("begin_suppress_tokens", "suppress_ids_begin")):
         setattr(model.generation_config, name, [int(each) for each in said.get(theirs, ())])
-    return model
+    return model, words
 
 
 def _filled(config: Any, tensors: dict[str, Tensor], where: Path) -> Any:
