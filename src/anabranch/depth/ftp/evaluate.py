@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "evaluate_items",
     "evaluate_path",
+    "evaluate_shortened",
     "evaluate_truncated",
     "kl_loss",
     "perplexity",
@@ -169,8 +170,13 @@ def evaluate_truncated(stack: BlockStack, items: Sequence[Any], sparsity: float)
     for item in kept:
         gone = skip_count(sparsity, len(item.prompt))
         shorter.append(Item(item.prompt[:1] + item.prompt[1 + gone :], item.continuation))
+    return evaluate_shortened(stack, kept, shorter)
+
+
+def evaluate_shortened(stack: BlockStack, items: Sequence[Any], shorter: Sequence[Any]) -> Evaluation:
+    """Likelihood of continuations behind other prompts, ``shorter``, than those of ``items``, whose work is that of the dense model."""
     found = evaluate_path(stack, shorter)
-    dense = sum(dense_work(stack, len(item.tokens) - 1) for item in kept)
+    dense = sum(dense_work(stack, len(item.tokens) - 1) for item in items_of(items, stack))
     return Evaluation(found.nats, found.tokens, found.work, dense, found.following, None, found.item_nats)
 
 
