@@ -82,6 +82,7 @@ NEEDS = {  # a command as it is given, and the extras it names
     "pvchat learn x y --name <a> --bank z --out w": "lm,images,graph",
     "pvchat ask x y z": "lm,images",
     "pvchat eval x y --name <a> --subject z": "lm,images,graph",
+    "pvchat ways x y --bank z --out w": "lm,images,graph",
     "pvchat compose x --out y": "lm,images",
     "convert x y --to native": "lm",
     "oracle x --out x": "lm,plots",

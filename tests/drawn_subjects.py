@@ -40,3 +40,19 @@ def made_subjects(count=6, hands=3):
         pictures = [torch.from_numpy(np.array(picture(number, hand))) / 255 for hand in range(hands)]
         found.append(Subject(f"s{number}", torch.stack([ink_of(each) for each in pictures])))
     return found
+
+
+def write_runs(place, runs=2, ways=3):
+    """A folder as Omniglot's: the tests of a run are its subjects in another order."""
+    for run in range(runs):
+        folder = place / f"run{run + 1:02}"
+        (folder / "training").mkdir(parents=True)
+        (folder / "test").mkdir()
+        lines = []
+        for number in range(ways):
+            answer = (number + 1 + run) % ways
+            picture(100 * run + number, 0).save(folder / f"training/class{number + 1:02}.png")
+            picture(100 * run + answer, 1).save(folder / f"test/item{number + 1:02}.png")
+            lines.append(f"{folder.name}/test/item{number + 1:02}.png {folder.name}/training/class{answer + 1:02}.png")
+        (folder / "class_labels.txt").write_text("\n".join(lines) + "\n")
+    return place

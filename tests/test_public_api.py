@@ -121,8 +121,11 @@ PUBLIC = {
     """,
     "anabranch.heads.pvchat": """
         Actor Balance Clip ClipTask Composed Composer Embedder Generator InkEmbedder KindScore Learned Learning OneShotSet PVChat Part
-        Portrait Pretraining Questions Rates Row Score Subject Vocabulary Warped ask_all exam fitted learn look_alikes measure nearest
-        portraits pretrain read_clip read_drawing read_drawings rows_learning write_clip
+        Portrait Pretraining Questions Rates Row Score Subject Trial Vocabulary Warped Ways ask_all exam fitted learn look_alikes measure
+        nearest odds portraits pretrain read_clip read_drawing read_drawings read_trials rows_learning ways write_clip
+    """,
+    "anabranch.heads.whisper": """
+        CROSS Speech SpeechTask Utterance Words is_whisper measure open_whisper read_speech save_whisper transcribe
     """,
     "anabranch.depth.dr_llm": """
         BankConfig ExactMatch Features FitConfig FitReport FlipReport Labels Measured NextToken OptionLikelihood PathRow PathRun
@@ -134,8 +137,8 @@ PUBLIC = {
     "anabranch.depth.ftp": """
         BlockCache Contestant Evaluation FactorConfig FitConfig Fitted Item Prefilled Redundancy RouterConfig Schedule
         ScheduleConfig Searched SkipCache SkipReport TokenRouter TokenSkipper TrainingConfig calibration_loss column_means compare
-        equal_work_path evaluate evaluate_items evaluate_path evaluate_truncated factors_of finetune_schedule fit_skipper kl_loss
-        perplexity project random_keep redundancy_report search_schedule skip_count sparsity_loss static_keep train_router
+        equal_work_path evaluate evaluate_items evaluate_path evaluate_shortened evaluate_truncated factors_of finetune_schedule
+        fit_skipper kl_loss perplexity project random_keep redundancy_report search_schedule skip_count sparsity_loss static_keep train_router
         uniform_schedule
     """,
     "anabranch.lm": """

@@ -113,6 +113,11 @@ COMMANDS = {
         {"model": "m/config.json", "drawings": "m/a.png", "bank": "m/d.zip"},
         {"OUT": "m"},
     ),
+    "pvchat ways": (
+        "{model} {trials} --bank {bank} --out {OUT}",
+        {"model": "m/config.json", "trials": "m/r.zip", "bank": "m/d.zip"},
+        {"OUT": "m/ways.json"},
+    ),
     "pvchat compose": ("{drawings} --out {OUT}", {"drawings": "m/d.zip"}, {"OUT": "m"}),
     "adapters report": (
         "{model} {adapter} --data {data} --out {OUT}",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from drawn_subjects import picture, write_drawings
+from drawn_subjects import picture, write_drawings, write_runs
 
 TINY = [
     "--set=model.dim=32", "--set=model.frames=4", "--set=model.num_queries=4", "--set=model.personal_tokens=2", "--set=batch_size=4",
@@ -186,3 +186,29 @@ def test_what_is_wrong_is_told_in_a_line(here, drawings, base, tmp_path, line, m
     assert len(err.strip().splitlines()) == 1, err
     assert re.search(match, err), err
     assert not (tmp_path / "x" / "model").exists()
+
+
+def test_of_several_subjects_which_is_it(here, drawings, base, tmp_path):
+    runs, out = write_runs(tmp_path / "runs", runs=2), tmp_path / "out"
+    line = ["pvchat", "ways", base, runs, "--bank", drawings, "--out", out, "--clips", 1, "--set=batch_size=4", *FEW]
+    code, told, err = here(*line, "--json", "--quiet")
+    assert code == 0, err
+    told = json.loads(told)
+    assert told == json.loads((out / "ways.json").read_text())
+    assert [each["name"] for each in told["runs"]] == ["run01", "run02"]
+    assert told["chance"] == pytest.approx(1 / 3)
+    assert told["right"] == pytest.approx(sum(each["right"] for each in told["runs"]) / 2)
+    for each in told["runs"]:
+        pairs = list(zip(each["chosen"], each["answers"], strict=True))
+        assert each["right"] == pytest.approx(sum(one == other for one, other in pairs) / 3)
+    # Nothing is learned anew.
+    code, again, err = here(*line, "--resume", "--quiet")
+    assert code == 0, err
+    assert "run02" in again
+    assert json.loads((out / "ways.json").read_text()) == told
+    code, _, err = here(*line, "--only", "run07")
+    assert code == 2
+    assert "has no run 'run07'; it has run01, run02" in err
+    code, _, err = here(*line, "--only", ",")
+    assert code == 2
+    assert "--only is ','; write names with commas between them" in err

@@ -252,6 +252,12 @@ pvchat ask trained text "where is <a> ?"
 pvchat ask nowhere nowhere x
 pvchat eval trained text --name x --subject y
 pvchat eval nowhere text --name x --subject y --clips {HUGE}
+pvchat ways nowhere text --bank text --out z
+pvchat ways trained no.zip --bank text --out z
+pvchat ways trained text --bank text --out z --clips {HUGE}
+pvchat ways trained text --bank text --out z --only ,
+pvchat ways trained text --bank text --out z --seed {HUGE}
+pvchat ways trained text --bank text --out z --set learning_rate=nan
 pvchat compose no.zip --out z
 pvchat compose nowhere --out z
 pvchat compose text --out z --frames {HUGE}

@@ -5,12 +5,14 @@ import math
 import pytest
 
 from anabranch.studies.harness import Results
-from anabranch.studies.pvchat import ARMS, ArmConfig, Drawings, Size, judge, make, run
-from drawn_subjects import write_drawings
+from anabranch.studies.provenance import readers
+from anabranch.studies.pvchat import ARMS, WAYS, ArmConfig, Drawings, Size, judge, make, run
+from drawn_subjects import write_drawings, write_runs
 
 
 def test_arms_differ_in_one_thing():
-    found = {name: ArmConfig(arm=name) for name in ARMS}
+    found = {name: ArmConfig(arm=name) for name in ARMS if name not in WAYS}
+    assert {ArmConfig(arm=name).heads().routing for name in WAYS} == {"none", "topk", "relu"}
     assert {name: each.heads().routing for name, each in found.items() if not name.startswith("dead")} == {
         "none": "none", "moh": "topk", "remoh": "relu", "positives": "relu", "easy": "relu", "hard": "relu", "videos": "relu",
     }  # fmt: skip
@@ -93,6 +95,25 @@ def test_an_arm_runs(tmp_path):
     before = drawings.content_digest()
     (folder / "two" / "a" / "0.png").unlink()
     assert drawings.content_digest() != before
+
+
+def test_the_arms_of_the_twenty_way_task(tmp_path):
+    drawings = Drawings(place=str(write_drawings(tmp_path / "d", subjects=4)), known=("one",), new=("two",))
+    quick = make().arms[-1].config.runs
+    runs = quick.replace(place=str(write_runs(tmp_path / "runs", runs=2)), names=("run01", "run02"))
+    study = make(runs=runs, drawings=drawings, steps=2, clips=8, dim=16)
+    assert not set(study.default_arms) & set(WAYS)
+    read = {arm.name: len(readers(arm.config)) for arm in study.arms}
+    assert {name: count for name, count in read.items() if count == 2}.keys() == set(WAYS)
+    for arm in study.arms:
+        if arm.name in WAYS:
+            found = study.run(arm.config, 0, lambda text: None)
+            assert found["ways_chance"] == pytest.approx(1 / 3)
+            assert 0 <= found["ways"] <= 1
+            assert found["ways_by_ink"] == 1
+    before = runs.content_digest()
+    (tmp_path / "runs/run02/class_labels.txt").write_text("")
+    assert runs.content_digest() != before
 
 
 def test_both_sizes_are_made():

@@ -41,7 +41,7 @@ def llmlingua(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def kvpress(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Keys and values dropped behind a dense prefill, by the attention that later queries are expected to give them: kvpress's own press."""
+    """Keys and values dropped behind a dense prefill, by what attention later queries are expected to give them: kvpress's own press."""
     import torch
     from kvpress import ExpectedAttentionPress  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM, DynamicCache

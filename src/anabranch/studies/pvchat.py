@@ -26,15 +26,22 @@ Arms:
     dead-spr     likewise, SPR
     dead-released   likewise, SPR and HAE as released
     dead-ours    likewise, SPR and HAE with a gradient
+    ways-none    plain heads; of 20 subjects of evaluation alphabets, learned at once from one drawing each, which is it?
+    ways-moh     the same with a mixture of heads
+    ways-remoh   the same with ReLU-routed heads
+
+The last three run if they are asked for: Omniglot's twenty-way task (its ``all_runs.zip``), the first 4 of its 20 runs, as clips of 4 a
+drawing that is to be told. 600 steps of 32 clips for all 20 subjects of a run.
 
 The rule, fixed before any run. PRIMARY: existence, balanced, is higher with remoh than with none. A claim is about a paired difference over
 seeds, ours - baseline - margin; it holds where that is above 0 by a two-sided paired t-test at 5% after Holm's correction over all such
 claims that have run, does not hold where it is below 0 by the same test, and is not resolved otherwise or with fewer than five seeds. The
 three claims about dead heads are of each run, which is deterministic: they hold if so in every seed, and do not hold if in none.
 
-What is reported and judged by nobody: all four kinds of questions, and images first against videos alone.
+What is reported and judged by nobody: all four kinds of questions, images first against videos alone, and in the twenty-way task what the
+nearest drawing says by `InkEmbedder`, which learns nothing.
 
-Not run yet. It is planned for 5 seeds.
+Not run yet. The three arms of the twenty-way task, and the claims on them, were added before any run. It is planned for 5 seeds.
 """
 
 from __future__ import annotations
@@ -67,7 +74,10 @@ from anabranch.heads.pvchat import (
     portraits,
     pretrain,
     read_drawings,
+    read_trials,
+    ways,
 )
+from anabranch.heads.pvchat.trials import LEARNING
 from anabranch.heads.routed_heads import RoutedHeads
 from anabranch.places import data_file
 from anabranch.routing import RateBalance
@@ -77,8 +87,11 @@ from anabranch.studies.paired import every_seed
 from anabranch.train import follow_steps
 
 ArmName = Literal[
-    "none", "moh", "remoh", "positives", "easy", "hard", "videos", "dead-none", "dead-spr", "dead-released", "dead-ours"
-]
+    "none", "moh", "remoh", "positives", "easy", "hard", "videos", "dead-none", "dead-spr", "dead-released", "dead-ours",
+    "ways-none", "ways-moh", "ways-remoh",
+]  # fmt: skip
+# Those of Omniglot's twenty-way task, which is a file of its own.
+WAYS: tuple[ArmName, ...] = ("ways-none", "ways-moh", "ways-remoh")
 ARMS: dict[ArmName, str] = {
     "none": "plain heads",
     "moh": "mixture of heads, top 2 of 3",
@@ -91,6 +104,9 @@ ARMS: dict[ArmName, str] = {
     "dead-spr": "dead heads, SPR",
     "dead-released": "dead heads, SPR and HAE as released",
     "dead-ours": "dead heads, SPR and HAE with a gradient",
+    "ways-none": "of twenty, plain heads",
+    "ways-moh": "of twenty, mixture of heads",
+    "ways-remoh": "of twenty, ReLU-routed heads",
 }
 COLUMNS = (
     Column("balanced", "existence\nbalanced", ".3f"),
@@ -99,12 +115,16 @@ COLUMNS = (
     Column("action", "action\nexact", ".3f"),
     Column("location", "location\nexact", ".3f"),
     Column("activation", "routed\nheads on", ".3f"),
+    Column("ways", "of twenty\nright", ".3f"),
+    Column("ways_by_ink", "nearest\ndrawing", ".3f"),
 )
 TARGET = 0.5
 # |activation - target| that counts as reached.
 NEAR = 0.1
 _DRAWINGS = "images/omniglot_background_small1.zip"
 _SOURCE = "github.com/brendenlake/omniglot, python/images_background_small1.zip"
+_RUNS = "images/omniglot_all_runs.zip"
+_RUNS_SOURCE = "github.com/brendenlake/omniglot, python/one-shot-classification/all_runs.zip"
 
 
 @configclass
@@ -127,13 +147,42 @@ class Drawings(Config):
 
     def content_digest(self) -> str:
         """Of the file, or of all pictures of the folder."""
-        path = self.path()
-        if path.is_file():
-            return sha256_of(path)[:16]
-        files = sorted(each for each in path.rglob("*") if each.is_file())
-        if not files:
-            raise DataError(f"there are no drawings in {path}")
-        return "-".join(sha256_of(each)[:8] for each in files[:64])
+        return _digest(self.path())
+
+
+def _digest(path: Path) -> str:
+    """Names a file, or the files of a folder, by content."""
+    if path.is_file():
+        return sha256_of(path)[:16]
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    if not files:
+        raise DataError(f"there are no drawings in {path}")
+    return "-".join(sha256_of(each)[:8] for each in files[:64])
+
+
+@configclass
+class Runs(Config):
+    """The twenty-way task.
+
+    Attributes:
+        place: a folder or a zip; None for Omniglot's in the data folder.
+        names: of the runs.
+        clips: of each drawing that is to be told.
+        learning: how the subjects of a run are learned; its seed is the study's.
+    """
+
+    place: str | None = None
+    names: tuple[str, ...] = ("run01", "run02", "run03", "run04")
+    clips: int = Field(default=4, ge=1)
+    learning: Learning = LEARNING
+
+    def path(self) -> Path:
+        """Of the runs. Raises DataError if they are not there."""
+        return data_file(_RUNS, _RUNS_SOURCE) if self.place is None else Path(self.place)
+
+    def content_digest(self) -> str:
+        """Of the file, or of all files of the folder."""
+        return _digest(self.path())
 
 
 @configclass
@@ -168,14 +217,16 @@ class Size(Config):
 
 @configclass
 class ArmConfig(Config):
-    """One arm, and the size."""
+    """One arm, and the size; ``runs`` of the arms of the twenty-way task."""
 
     arm: ArmName
     size: Size = Size()
+    runs: Runs | None = None
 
     def heads(self) -> HeadRouting:
         """Those of this arm."""
-        routing: Literal["relu", "topk", "none"] = {"none": "none", "moh": "topk"}.get(self.arm, "relu")  # type: ignore[assignment]
+        kinds: dict[str, Literal["topk", "none"]] = {"none": "none", "moh": "topk"}
+        routing: Literal["relu", "topk", "none"] = kinds.get(self.arm.removeprefix("ways-"), "relu")
         # As the papers' codes begin is an option; here all arms begin as the model was pretrained.
         return HeadRouting(num_shared=5, routing=routing, top_k=2, target=TARGET if routing == "relu" else None)
 
@@ -211,7 +262,7 @@ class ArmConfig(Config):
         return RateBalance.Config(target=TARGET, pressure=pressure, floor=floor)
 
 
-def make(full: bool = False, **changes: Any) -> Study:
+def make(full: bool = False, runs: Runs | None = None, **changes: Any) -> Study:
     """The study in one of its two sizes; ``changes`` are fields of `Size`."""
     tiny = Size(
         dim=32,
@@ -225,11 +276,20 @@ def make(full: bool = False, **changes: Any) -> Study:
         dead_steps=20,
     )
     size = (Size() if full else tiny).replace(**changes)
+    few = OneShotSet.Config(positives=1, augmented=1, hard_negatives=1, easy_negatives=1, wordings=1)
+    quick = Runs(
+        names=("run01",), clips=1, learning=LEARNING.replace(data=few, image_steps=1, video_steps=1, batch_size=4)
+    )
+    runs = runs or (Runs() if full else quick)
     return Study(
         name="pvchat",
         title="learning to know a drawn subject from one drawing, with routed heads",
         settings={"size": "full" if full else "smoke", **to_dict(size)},
-        arms=[Arm(name, about, ArmConfig(arm=name, size=size)) for name, about in ARMS.items()],
+        arms=[
+            Arm(name, about, ArmConfig(arm=name, size=size, runs=runs if name in WAYS else None))
+            for name, about in ARMS.items()
+        ],
+        default_arms=tuple(name for name in ARMS if name not in WAYS),
         seeds=(0, 1, 2, 3, 4) if full else (0, 1),
         run=run,
         judge=judge,
@@ -239,7 +299,9 @@ def make(full: bool = False, **changes: Any) -> Study:
 
 def run(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
     """One arm: numbers over its subjects, or those of dead heads."""
-    return _dead_heads(config, seed) if config.arm.startswith("dead") else _personal(config, seed, progress)
+    if config.arm.startswith("dead"):
+        return _dead_heads(config, seed)
+    return _of_twenty(config, seed, progress) if config.arm in WAYS else _personal(config, seed, progress)
 
 
 def _personal(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
@@ -267,6 +329,31 @@ def _personal(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
         scores.append(measure(model, questions))
         activations += [module.report()["activation"] for module in model.routed()]
     return {**_means(scores), "activation": sum(activations) / len(activations) if activations else None, "zero": 0.0}
+
+
+def _of_twenty(config: ArmConfig, seed: int, progress: Progress) -> Metrics:
+    """The twenty-way task: shares over the tests of its runs."""
+    size, runs = config.size, config.runs
+    assert runs is not None, "its arms have runs"
+    trials = read_trials(runs.path(), only=runs.names)
+    progress("pretraining")
+    base = copy.deepcopy(_base(json.dumps(to_dict(size), sort_keys=True), seed)).with_heads(config.heads(), seed=seed)
+    bank = portraits(read_drawings(size.drawings.path(), groups=size.drawings.known))
+    learning = runs.learning.replace(seed=seed, data=runs.learning.data.replace(seed=seed))
+    found = []
+    for number, trial in enumerate(trials):
+        progress(f"run {number + 1} of {len(trials)}")
+        with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
+            made = ways(base, trial, bank, folder, learning, clips=runs.clips, device="cpu")
+        if made is None:
+            raise KeyboardInterrupt
+        found.append(made)
+    return {
+        "ways": sum(each.right for each in found) / len(found),
+        "ways_by_ink": sum(each.right_by_ink for each in found) / len(found),
+        "ways_chance": sum(1 / each.ways for each in found) / len(found),
+        "zero": 0.0,
+    }
 
 
 def _means(scores: list[Score]) -> Metrics:
@@ -381,6 +468,17 @@ _CLAIMS: tuple[Asked, ...] = (
         f"{_RISES} with drawings made anew (within a point)",
         ".584 to .901",
     ),
+    (
+        "ways",
+        "ways-remoh",
+        "ways_chance",
+        "ways-remoh",
+        0.0,
+        "of twenty, ReMoH chooses right more often than chance",
+        "-",
+    ),
+    ("ways", "ways-remoh", "ways", "ways-none", 0.0, "of twenty, ReMoH chooses right more often than plain heads", "-"),
+    ("ways", "ways-remoh", "ways", "ways-moh", -0.01, "of twenty, ReMoH is at most a point behind MoH", "-"),
 )
 
 

@@ -7,6 +7,7 @@ from anabranch.cli.pvchat.compose import compose
 from anabranch.cli.pvchat.evaluate import evaluate
 from anabranch.cli.pvchat.learn import learn
 from anabranch.cli.pvchat.pretrain import pretrain
+from anabranch.cli.pvchat.ways import ways
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,11 +15,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="""Let a small model learn to know a drawn subject from one drawing, and ask it about clips.
 
-    pretrain makes a model of a folder of drawings, learn adds a subject, ask and eval use it; compose makes clips to ask about.""",
+    pretrain makes a model of a folder of drawings, learn adds a subject, ask and eval use it, ways lets it choose among twenty; compose
+    makes clips to ask about.""",
 )
 
 app.command("pretrain")(pretrain)
 app.command("learn")(learn)
 app.command("ask")(ask)
 app.command("eval")(evaluate)
+app.command("ways")(ways)
 app.command("compose")(compose)

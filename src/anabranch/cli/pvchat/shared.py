@@ -39,13 +39,13 @@ AnyDevice = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:
 Name = Annotated[str, typer.Option(metavar="NAME", help="The subject's name, in angle brackets: '<Ab>'.")]
 
 
-def read_groups(text: str | None) -> list[str] | None:
+def read_groups(text: str | None, option: str = "--groups") -> list[str] | None:
     """The names in ``A,B``. Raises ConfigError for an empty one."""
     if text is None:
         return None
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise ConfigError(f"--groups is {text!r}; write names with commas between them, such as Greek,Latin")
+        raise ConfigError(f"{option} is {text!r}; write names with commas between them, such as Greek,Latin")
     return names
 
 

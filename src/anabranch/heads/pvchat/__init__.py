@@ -14,6 +14,7 @@ from anabranch.heads.pvchat.measure import KindScore, Score, measure
 from anabranch.heads.pvchat.model import PVChat
 from anabranch.heads.pvchat.one_shot import Balance, OneShotSet, Part, Row, ask_all, look_alikes
 from anabranch.heads.pvchat.training import ClipTask, Questions, Rates, rows_learning
+from anabranch.heads.pvchat.trials import Trial, Ways, odds, read_trials, ways
 from anabranch.heads.pvchat.vocabulary import Vocabulary
 
 __all__ = [
@@ -39,8 +40,10 @@ __all__ = [
     "Row",
     "Score",
     "Subject",
+    "Trial",
     "Vocabulary",
     "Warped",
+    "Ways",
     "ask_all",
     "exam",
     "fitted",
@@ -48,11 +51,14 @@ __all__ = [
     "look_alikes",
     "measure",
     "nearest",
+    "odds",
     "portraits",
     "pretrain",
     "read_clip",
     "read_drawing",
     "read_drawings",
+    "read_trials",
     "rows_learning",
+    "ways",
     "write_clip",
 ]

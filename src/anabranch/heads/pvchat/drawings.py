@@ -27,7 +27,19 @@ from anabranch.bounds import shown
 from anabranch.errors import DataError
 from anabranch.extras import require
 
-__all__ = ["SIDE", "Portrait", "Subject", "ink_of", "portraits", "read_drawing", "read_drawings", "read_pictures"]
+__all__ = [
+    "SIDE",
+    "Opened",
+    "Portrait",
+    "Subject",
+    "ink_of",
+    "is_picture",
+    "portraits",
+    "read_drawing",
+    "read_drawings",
+    "read_ink",
+    "read_pictures",
+]
 
 # Of a drawing as it is kept, with an empty border so that it can be turned and widened.
 SIDE = 32
@@ -98,7 +110,7 @@ def read_drawings(
     require("pillow", by="reading drawings", of="images")
     place = Path(place)
     found: dict[str, list[tuple[str, Callable[[], bytes]]]] = {}
-    with _Opened(place) as files:
+    with Opened(place) as files:
         for path, read in files:
             subject = str(path.parent)
             found.setdefault(subject, []).append((path.name, read))
@@ -119,7 +131,7 @@ def read_drawings(
                 f"{place} has no folder{enough}; put the drawings of each subject into a folder of its own, as {', '.join(_ENDINGS[:4])}"
             )
         return [
-            Subject(name, torch.stack([_read(data(), f"{place}: {name}/{file}") for file, data in pictures]))
+            Subject(name, torch.stack([read_ink(data(), f"{place}: {name}/{file}") for file, data in pictures]))
             for name, pictures in chosen.items()
         ]
 
@@ -128,7 +140,7 @@ def read_drawing(path: str | Path, name: str | None = None) -> Portrait:
     """One picture as a portrait of ``name`` (default: the file's name). Raises DataError as `read_drawings`."""
     require("pillow", by="reading drawings", of="images")
     path = Path(path)
-    return Portrait(path.stem if name is None else name, _read(_bytes_of(path), str(path)))
+    return Portrait(path.stem if name is None else name, read_ink(_bytes_of(path), str(path)))
 
 
 def read_pictures(path: Path, most: int) -> list[Any]:
@@ -178,7 +190,9 @@ def ink_of(gray_HW: Tensor) -> Tensor:
     return F.pad(small, (left, SIDE - width - left, above, SIDE - height - above)).contiguous()
 
 
-def _read(data: bytes, where: str) -> Tensor:
+def read_ink(data: bytes, where: str) -> Tensor:
+    """A picture file's content as ink [S, S], see `ink_of`; ``where`` it lies, for messages. Raises DataError as `read_drawings`."""
+
     def gray(image: Any) -> Tensor:
         from PIL import Image
 
@@ -231,11 +245,18 @@ def _bytes_of(path: Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-class _Opened:
-    """Path and content of every picture in a folder or a zip."""
+class Opened:
+    """Path and content of every picture in a folder or a zip.
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    Args:
+        place: of them.
+        takes: which files, by their paths in it; None for pictures.
+
+    Raises DataError where there is nothing, or something that is neither.
+    """
+
+    def __init__(self, place: Path, *, takes: Callable[[PurePosixPath], bool] | None = None) -> None:
+        self.place, self._takes = place, takes or is_picture
         self._zip: zipfile.ZipFile | None = None
 
     def __enter__(self) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
@@ -258,7 +279,7 @@ class _Opened:
         try:
             for path in sorted(self.place.rglob("*")):
                 inside = PurePosixPath(path.relative_to(self.place).as_posix())
-                if _is_picture(inside) and path.is_file():
+                if self._takes(inside) and path.is_file():
                     count = _counted(count, self.place)
                     yield inside, lambda path=path: _bytes_of(path)  # type: ignore[misc]
         except OSError as error:
@@ -268,7 +289,7 @@ class _Opened:
         count = 0
         for entry in held.infolist():
             inside = PurePosixPath(entry.filename)
-            if not entry.is_dir() and _is_picture(inside):
+            if not entry.is_dir() and self._takes(inside):
                 if entry.file_size > _MOST_BYTES:
                     raise DataError(f"{inside} in {self.place} has {entry.file_size:,} bytes; at most {_MOST_BYTES:,}")
                 count = _counted(count, self.place)
@@ -296,7 +317,8 @@ def _counted(count: int, place: Path) -> int:
     return count + 1
 
 
-def _is_picture(path: PurePosixPath) -> bool:
+def is_picture(path: PurePosixPath) -> bool:
+    """Whether a file in a folder of drawings is one, by its name."""
     hidden = any(part.startswith((".", "__")) for part in path.parts)
     return not hidden and len(path.parts) > 1 and path.suffix.lower() in _ENDINGS
 
