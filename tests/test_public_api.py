@@ -138,8 +138,8 @@ PUBLIC = {
         BlockCache Contestant Evaluation FactorConfig FitConfig Fitted Item Prefilled Redundancy RouterConfig Schedule
         ScheduleConfig Searched SkipCache SkipReport TokenRouter TokenSkipper TrainingConfig calibration_loss column_means compare
         equal_work_path evaluate evaluate_items evaluate_path evaluate_shortened evaluate_truncated factors_of finetune_schedule
-        fit_skipper kl_loss perplexity project random_keep redundancy_report search_schedule skip_count sparsity_loss static_keep train_router
-        uniform_schedule
+        fit_skipper kl_loss perplexity project random_keep redundancy_report search_schedule skip_count sparsity_loss static_keep
+        train_router uniform_schedule
     """,
     "anabranch.lm": """
         Decoder DecoderOutput KeyValueCache SamplingConfig average convert export_huggingface generate load_config

@@ -422,6 +422,14 @@ def test_a_run_that_stopped_is_the_run_that_went_on(base, tones, tmp_path, learn
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=0, msg=name)
 
 
+def test_gates_of_another_whisper_are_not_taken_up(tones, tmp_path):
+    whispers.folder(tmp_path / "base")
+    run_of(tmp_path / "base", tones, tmp_path / "run", steps=2)
+    whispers.folder(tmp_path / "base", whispers.drawn(init_std=0.2))
+    with pytest.raises(CheckpointError, match="are of another Whisper than .*base is now"):
+        run_of(tmp_path / "base", tones, tmp_path / "run", steps=4, resume=True)
+
+
 def test_what_is_saved_is_the_model_with_its_heads(base, tones, tmp_path):
     trainer, _ = run_of(base, tones, tmp_path / "run")
     task = trainer.task

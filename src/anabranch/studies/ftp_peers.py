@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,12 +54,10 @@ class Peer:
     def ask(self, **asked: Any) -> dict[str, Any]:
         """Its answer. Raises BackendError where it ended instead."""
         assert self._process.stdin is not None
-        try:
+        # Where it has ended nobody reads this, and that it has is told below.
+        with suppress(OSError):
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            # What it said at its end is read below.
-            pass
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

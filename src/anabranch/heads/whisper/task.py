@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.config import Field, configclass
-from anabranch.errors import DataError
+from anabranch.errors import CheckpointError, DataError
 from anabranch.files import atomic_write_json
 from anabranch.heads.config import HeadRouting
 from anabranch.heads.padding import real_queries
-from anabranch.heads.put_on import head_losses, put_heads, routed_heads_of
+from anabranch.heads.put_on import fingerprint, head_losses, put_heads, routed_heads_of
 from anabranch.heads.whisper.folder import Words, open_whisper
 from anabranch.heads.whisper.sound import Utterance, features_of, read_speech
 from anabranch.lm.shards import write_file
-from anabranch.lm.tensors import Piece, open_tensors, overwrite, state_once
+from anabranch.lm.tensors import Piece, open_tensors, overwrite, read_json, state_once
 from anabranch.train.examples import Examples
 from anabranch.train.task import Losses, Task, TaskContext
 
@@ -201,6 +201,7 @@ class SpeechTask(Task, kind="speech"):
     def __init__(self, config: Config, *, model: nn.Module | None = None) -> None:
         super().__init__(config, model=model)
         self.whisper, self.words = open_whisper(config.model)
+        self._base = fingerprint(self.whisper)
         learned, held = split(read_speech(config.speech), config.validation_fraction)
         self.learned = Speech.of(learned, self.whisper, self.words)
         self.held_out = Speech.of(held, self.whisper, self.words) if held else None
@@ -274,13 +275,16 @@ class SpeechTask(Task, kind="speech"):
         """What learns: the gates, or all."""
         kept = dict(tensors) if self.config.learns == "all" else {n: t for n, t in tensors.items() if GATES in n}
         write_file(folder / "model.safetensors", kept)
-        atomic_write_json(folder / "config.json", {"schema": 1, "format": _FORMAT})
+        atomic_write_json(folder / "config.json", {"schema": 1, "format": _FORMAT, "base": self._base})
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        """Put back what `save` wrote."""
+        """Put back what `save` wrote. Raises CheckpointError for gates of another Whisper than the config names now."""
         if self.config.learns == "all":
             overwrite(model, open_tensors(folder), {name: [Piece(name)] for name in state_once(model)}, where=folder)
             return
+        base = read_json(folder / "config.json").get("base")
+        if base != self._base:
+            raise CheckpointError(f"the gates in {folder} are of another Whisper than {self.config.model} is now")
         gates = {name: heads.gate for name, heads in routed_heads_of(self.whisper).items() if heads.gate is not None}
         held = nn.ModuleList(gates.values())
         layout = {
