@@ -426,7 +426,7 @@ def test_gates_of_another_whisper_are_not_taken_up(tones, tmp_path):
     whispers.folder(tmp_path / "base")
     run_of(tmp_path / "base", tones, tmp_path / "run", steps=2)
     whispers.folder(tmp_path / "base", whispers.drawn(init_std=0.2))
-    with pytest.raises(CheckpointError, match="are of another Whisper than .*base is now"):
+    with pytest.raises(CheckpointError, match=r"are of another Whisper than .*base is now"):
         run_of(tmp_path / "base", tones, tmp_path / "run", steps=4, resume=True)
 
 

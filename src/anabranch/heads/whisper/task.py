@@ -35,7 +35,7 @@ __all__ = ["CROSS", "Speech", "SpeechTask", "listened", "measure", "transcribe"]
 
 # Names of what listens.
 CROSS = "model.decoder.layers.*.encoder_attn"
-GATES = ".gate."
+GATES, _DECODER = ".gate.", "model.decoder."
 IGNORED = -100
 _FORMAT = "anabranch-speech-heads"
 
@@ -217,9 +217,13 @@ class SpeechTask(Task, kind="speech"):
         fields = {name: getattr(heads, name) for name in type(heads).__dataclass_fields__ if name != "num_shared"}
         put_heads(self.whisper, heads.num_shared, where=self.config.where, seed=context.settings.seed, **fields)
         self.whisper.to(context.device)
+        found = routed_heads_of(self.whisper)
         if self.held_out is not None:
             self.before = measure(self.whisper, self.held_out)
-        if self.config.learns == "gates" and all("decoder" in pattern for pattern in self.config.where):
+            # What is reported is of learning.
+            for each in found.values():
+                each.forget()
+        if self.config.learns == "gates" and all(name.startswith(_DECODER) for name in found):
             self._state_NSD = listened(self.whisper, self.learned.feature_NMF.to(context.device))
         model: nn.Module = self.whisper
         return model
