@@ -23,6 +23,7 @@ from anabranch.heads import (
     save_heads,
     take_off_heads,
 )
+from anabranch.heads.padding import real_queries, said_real
 from anabranch.routing import record_routing
 from foreign_models import VOCAB, build_theirs
 
@@ -337,3 +338,34 @@ def test_bad_calls():
         heads()
     with pytest.raises(InputError, match=r"hidden_states is shape \[3, 32\]"):
         heads(torch.zeros(3, 32))
+
+
+REAL = torch.ones(2, 9, dtype=torch.bool)
+REAL[0, 5:] = False
+
+
+def test_it_holds_within_and_for_its_shape_alone():
+    assert said_real(2, 9) is None
+    with real_queries(REAL):
+        assert said_real(2, 9) is REAL
+        assert said_real(2, 8) is None
+        with real_queries(REAL[:1]):
+            assert said_real(2, 9) is None
+        assert said_real(2, 9) is REAL
+    assert said_real(2, 9) is None
+
+
+@torch.no_grad()
+def test_padding_of_a_text_that_listens_counts_for_nothing_and_changes_nothing():
+    model = put_heads(whisper(), 1, where="model.decoder.layers.*.encoder_attn")
+    open_up(model)
+    call = {"input_features": sound(), "decoder_input_ids": tokens()}
+    whole = model(**call).logits
+    assert [told["tokens"] for told in head_report(model)] == [18, 18]
+    for name, module in model.named_modules():
+        if name.endswith("encoder_attn"):
+            module.forget()
+    with real_queries(REAL):
+        found = model(**call).logits
+    assert [told["tokens"] for told in head_report(model)] == [14, 14]
+    torch.testing.assert_close(found[REAL], whole[REAL], atol=1e-5, rtol=1e-5)

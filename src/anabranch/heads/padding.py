@@ -13,7 +13,7 @@ _REAL: ContextVar[Tensor | None] = ContextVar("real_queries", default=None)
 
 @contextmanager
 def real_queries(real_BL: Tensor) -> Iterator[None]:
-    """Within it, routed heads of attentions of ``[B, L]`` queries leave out those that are False, unless a mask says which are padding."""
+    """Within it, routed heads of transformers' attentions of ``[B, L]`` queries leave out those that are False, unless a mask says it."""
     token = _REAL.set(real_BL)
     try:
         yield
