@@ -23,13 +23,13 @@ PIECE = 10
 
 def llmlingua(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Prompts without the tokens that its model finds likeliest (arXiv 2310.05736), by the same model that is then asked."""
-    import tiktoken  # type: ignore[import-not-found]
+    import tiktoken
     from transformers import AutoTokenizer
 
     # It counts tokens for its own report by OpenAI's tokenizer, which it would download; nothing that is kept depends on it.
     words = AutoTokenizer.from_pretrained(folder)
     tiktoken.encoding_for_model = lambda name: words
-    from llmlingua import PromptCompressor  # type: ignore[import-not-found]
+    from llmlingua import PromptCompressor
 
     made = PromptCompressor(folder, device_map="cpu")
 
@@ -43,7 +43,7 @@ def llmlingua(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 def kvpress(folder: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Keys and values dropped behind a dense prefill, by what attention later queries are expected to give them: kvpress's own press."""
     import torch
-    from kvpress import ExpectedAttentionPress  # type: ignore[import-not-found]
+    from kvpress import ExpectedAttentionPress
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from anabranch.cli.output import duration, fact, print_json, quantity, shell_word, wrote
 from anabranch.cli.progress import Progress
@@ -12,7 +12,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.extras import require
 
 if TYPE_CHECKING:
-    from anabranch.heads.whisper import Speech, SpeechTask, Words
+    from anabranch.heads.whisper import Speech, Words
     from anabranch.train import Event, TaskRunConfig, Trainer, TrainResult
 
 MODEL = "model"
@@ -28,7 +28,8 @@ def is_speech_run(out: Path) -> bool:
 
 
 def new_run(
-    model: str, speech: str | None, out: Path, heads: dict[str, Any], learn: str | None, settings: dict[str, Any], usual: dict[str, Any]
+    model: str, speech: str | None, out: Path, heads: dict[str, Any], learn: Literal["all", "gates"] | None,
+    settings: dict[str, Any], usual: dict[str, Any],
 ) -> TaskRunConfig:  # fmt: skip
     """The config of a new run; ``heads`` are fields of `HeadRouting`, ``usual`` of `TrainConfig`. Raises ConfigError, DataError."""
     from anabranch.config import override
@@ -81,8 +82,8 @@ def _heads_of(model: str) -> int:
 
 def introduce(trainer: Trainer[Any]) -> None:
     """Say what learns on what."""
-    task: SpeechTask = trainer.task
-    config: Any = task.config
+    task: Any = trainer.task
+    config = task.config
     heads, number = config.heads, task.whisper.config.decoder_attention_heads
     wanted = f"target {heads.rate(number):.2f}" if heads.routing == "relu" else f"top {heads.top_k}"
     learns = sum(each.numel() for name, each in task.whisper.named_parameters() if task.learns(name, each))
@@ -116,8 +117,8 @@ def conclude(trainer: Trainer[Any], result: TrainResult, out: Path, *, as_json: 
     from anabranch.heads.whisper import save_whisper
     from anabranch.heads.whisper.folder import tokenizer_of
 
-    task: SpeechTask = trainer.task
-    config: Any = task.config
+    task: Any = trainer.task
+    config = task.config
     rates = [layer["activation"] for layer in head_report(task.whisper) if layer["activation"] is not None]
     told: dict[str, Any] = {
         "folder": str(out),

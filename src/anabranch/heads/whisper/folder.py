@@ -58,8 +58,9 @@ class Words:
                 f"cannot read {path}: {error}; put Whisper's tokenizer.json beside its weights"
             ) from None
         names = [START] if vocab_size <= _ENGLISH else [START, f"<|{language}|>", TRANSCRIBE]
-        ids = {name: made.token_to_id(name) for name in (*names, PLAIN, END)}
-        missing = [name for name, id in ids.items() if id is None or id >= vocab_size]
+        found = {name: made.token_to_id(name) for name in (*names, PLAIN, END)}
+        ids = {name: id for name, id in found.items() if id is not None and id < vocab_size}
+        missing = [name for name in found if name not in ids]
         if missing:
             raise TokenizerError(f"{path} has no {missing[0]} that the model knows; is it another model's tokenizer?")
         return cls(made, tuple(ids[name] for name in (*names, PLAIN)), ids[END])
@@ -157,7 +158,7 @@ def _of_ctranslate2(place: Path) -> tuple[nn.Module, Words]:
     except CheckpointError as error:
         raise CheckpointError(f"{place / WEIGHTS}: {error}") from None
     words = Words.of(place / TOKENIZER, sizes["vocab_size"])
-    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), words.end)
+    ends: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), words.end)
     config = WhisperConfig(**sizes, **ends, decoder_start_token_id=words.start[0])
     model = _filled(config, tensors, place / WEIGHTS)
     # What must not be said, which CTranslate2 keeps in a file of its own.
