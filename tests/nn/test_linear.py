@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from anabranch.adapters import RoutedLowRank
+from anabranch.adapters.low_rank import LowRank as PlainLoRA
+from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.config import configclass, from_dict, to_dict
 from anabranch.depth.duo_llm import DuoFFN
 from anabranch.errors import ConfigError
@@ -15,6 +18,7 @@ from anabranch.nn import BuildContext, Count, Dense, Linear, MoE, SelfAttention,
 from anabranch.nn.linear import Added, Product, Projection, Rows, Split, check_patterns, is_plain, takes_context
 from anabranch.nn.quantize import quantize
 from anabranch.registry import kinds, resolve
+from anabranch.routing import RoutingContext
 from linears import LowRank
 
 
@@ -329,3 +333,60 @@ def test_a_product_may_be_made_by_others_only_of_a_whole_frozen_matrix_that_nobo
     with torch.no_grad():
         assert rows(matrix).frozen() is None
     handle.remove()
+
+
+PARTS = {"q": 6, "k": 3, "v": 4}
+
+
+def beside_qkv(kind: Any, dtype: torch.dtype = torch.float32) -> Added:
+    """A fused matrix of three parts with layers beside the first and the last."""
+    generator = torch.Generator().manual_seed(0)
+    context = BuildContext(8, generator=generator)
+    projection = Projection("blocks.0.attention.qkv", 8, sum(PARTS.values()), parts=PARTS)
+    layers = {part: kind.build(projection.part(part), context) for part in ("q", "v")}
+    for layer in layers.values():
+        for name, parameter in layer.named_parameters():
+            if name.endswith("b"):
+                parameter.data.normal_(generator=generator)
+    return Added(Dense(Dense.Config(), projection, context), layers, PARTS).to(dtype)
+
+
+KINDS = {
+    "low rank": PlainLoRA.Config(rank=2, alpha=3.0),
+    "routed": RoutedLowRank.Config(ranks=(2, 3)),
+    "by task": MultiHeadRouted.Config(heads=1, skills=3, rank=2, unknown="average"),
+    "of a test": LowRank.Config(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients_what_is_added_is_added_in_place_and_is_the_same(kind, dtype):
+    layer = beside_qkv(KINDS[kind], dtype)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    wanted = layer(x, RoutingContext())
+    with torch.no_grad():
+        found = layer(x, RoutingContext())
+        matrix = layer.matrix(x)
+    torch.testing.assert_close(found, wanted.detach())
+    # The part that nothing stands beside is the matrix's, to the bit, and the others are not.
+    assert torch.equal(found[..., 6:9], matrix[..., 6:9])
+    for part in (slice(0, 6), slice(9, 13)):
+        assert float((found - matrix)[..., part].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_somebody_listens_to_is_called_without_gradients_too(kind):
+    layer, calls = beside_qkv(KINDS[kind]), []
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        plain = layer(x, RoutingContext())
+        handle = layer.beside["q"].register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(layer(x, RoutingContext()), plain)
+        assert calls == [1]
+        handle.remove()
+        # What listens to the matrix is given what the matrix made, and keeps it.
+        kept = []
+        layer.matrix.register_forward_hook(lambda module, args, y: kept.append((y, y.clone())))
+        torch.testing.assert_close(layer(x, RoutingContext()), plain)
+    assert torch.equal(*kept[0])

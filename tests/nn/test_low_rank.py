@@ -66,6 +66,31 @@ def test_shapes_of_serving(dtype, ranks, uses, num_items, in_dim, out_dim):
     check(made(ranks, uses, num_items, in_dim, out_dim, dtype), ranks)
 
 
+@pytest.mark.parametrize("rank", [64, 21])  # whole vectors, and not
+def test_adding_to_some_columns_of_wider_rows_leaves_the_others(rank):
+    ranks = [8, rank, 16]
+    given = made(ranks, [2, 3, 4], 6, 48, 70, rank=rank)
+    wide = torch.randn(6, 200, generator=torch.Generator().manual_seed(1))
+    before = wide.clone()
+    y, _ = low_rank(*given, ranks=ranks, into=wide[:, 50:120])
+    assert y.data_ptr() == wide[:, 50:].data_ptr()
+    wanted = before.double()
+    wanted[:, 50:120] += naive(*given, ranks)[0]
+    torch.testing.assert_close(wide.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert torch.equal(wide[:, :50], before[:, :50])
+    assert torch.equal(wide[:, 120:], before[:, 120:])
+    # The same numbers, to the bit, as in a tensor of its own.
+    assert torch.equal(low_rank(*given, ranks=ranks, into=before[:, 50:120].clone())[0], wide[:, 50:120])
+
+
+def test_what_is_beyond_a_rank_is_not_asked():
+    """As a pool of several ranks keeps zeros there, whatever stands there changes nothing."""
+    given = made([8, 64], [3, 40], 40, 32, 64, rank=64)
+    plain, _ = low_rank(*given, ranks=[8, 64])
+    given[1][0, 8:], given[2][0, :, 8:] = torch.nan, torch.nan
+    assert torch.equal(low_rank(*given, ranks=[8, 64])[0], plain)
+
+
 @given(
     ranks=st.lists(st.integers(1, 21), min_size=1, max_size=5),
     in_dim=st.integers(1, 70),

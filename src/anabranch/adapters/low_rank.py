@@ -20,7 +20,7 @@ from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, Count, Linear
-from anabranch.nn.linear import Projection
+from anabranch.nn.linear import Projection, is_hooked
 
 __all__ = ["LowRank", "Pair", "draw_a", "scale_of"]
 
@@ -137,6 +137,13 @@ class LowRank(Linear, kind="low_rank"):
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """What is added to y. It is computed in the adapter's type, which may be wider than that of ``x``."""
         return self.product(self.dropped(x))
+
+    def add_to(self, y: Tensor, x: Tensor, context: Any = None) -> None:
+        """See `Linear.add_to`: in one type by one product, which adds to what is there."""
+        if y.dtype != self.a.dtype or is_hooked(self) or type(self) is not LowRank:
+            return super().add_to(y, x, context)
+        low_NR = F.linear(self.dropped(x), self.a).flatten(0, -2)
+        y.view(len(low_NR), -1).addmm_(low_NR, self.b.t(), alpha=self.scale)
 
     def dropped(self, x: Tensor) -> Tensor:
         """What goes into A, in the adapter's type: x, of which a share is left out while it learns."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.adapters.low_rank import Pair, draw_a, scale_of
-from anabranch.adapters.segmented import can_segment, segmented
+from anabranch.adapters.segmented import add_segmented, can_add_segmented, can_segment, segmented
 from anabranch.adapters.side_by_side import is_mostly_used, side_by_side
 from anabranch.errors import ConfigError
 from anabranch.nn.expert_call import WeightOn
@@ -179,6 +179,22 @@ class LowRankPool(nn.Module):
             recompute=self.recompute,
             activation="identity",
         )
+
+    def add_to(
+        self,
+        y_NO: Tensor,
+        x_NC: Tensor,
+        routing: Routing,
+        *,
+        context: RoutingContext | None = None,
+        plan: DispatchPlan | None = None,
+    ) -> None:
+        """Add to ``y_NO``, in place and without a gradient, what the call makes. Its rows may be parts of wider ones."""
+        if self.backend == "auto" and can_add_segmented(y_NO, x_NC, routing.weight_NK, self.a, self.b):
+            if not is_mostly_used(routing, is_compiled=True):
+                weight_NK = routing.weight_NK * self._scales_of(routing)
+                return add_segmented(y_NO, x_NC, plan or plan_dispatch(routing), weight_NK, self.a, self.b, self.ranks)
+        y_NO.add_(self(x_NC, routing, context=context, plan=plan))
 
     def _scales_of(self, routing: Routing) -> Tensor:
         """scale_NK of each choice; one that names nobody has some scale, and weight 0."""

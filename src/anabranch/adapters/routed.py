@@ -21,7 +21,7 @@ from anabranch.adapters.pool import LowRankPool
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.nn import BuildContext, Count, Linear
-from anabranch.nn.linear import Projection
+from anabranch.nn.linear import Projection, is_hooked
 from anabranch.routing import DispatchPlan, Router, Routing, TopK, plan_dispatch
 
 __all__ = ["RoutedLowRank", "chosen_rows"]
@@ -160,12 +160,29 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
         routing = self.route(x, context)
         if routing is None:
             return x.new_zeros(*x.shape[:-1], self.pool.out_dim)
+        y_NO = self.pool(self._dropped(x), routing, context=context, plan=self._plan(routing, context))
+        return y_NO.view(*x.shape[:-1], self.pool.out_dim)
+
+    def add_to(self, y: Tensor, x: Tensor, context: Any = None) -> None:
+        """See `Linear.add_to`: row by row into y, without a tensor of what is added where the pool can."""
+        if is_hooked(self):
+            return super().add_to(y, x, context)
+        routing = self.route(x, context)
+        if routing is not None:
+            plan = self._plan(routing, context)
+            y_NO = y.view(-1, self.pool.out_dim)
+            self.pool.add_to(y_NO, self._dropped(x), routing, context=context, plan=plan)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """What goes into A: x_NC in the pool's type."""
         x_NC = x.flatten(0, -2)
         if self.training and self.config.dropout > 0:
             x_NC = F.dropout(x_NC, self.config.dropout)
-        plan = _plan_of(routing, context) if self.router is None else None
-        y_NO = self.pool(x_NC.to(self.pool.a.dtype), routing, context=context, plan=plan)
-        return y_NO.view(*x.shape[:-1], self.pool.out_dim)
+        return x_NC.to(self.pool.a.dtype)
+
+    def _plan(self, routing: Routing, context: Any) -> DispatchPlan | None:
+        """That of a routing which all layers are told; None where this one chose."""
+        return _plan_of(routing, context) if self.router is None else None
 
     def route(self, x: Tensor, context: Any) -> Routing | None:
         """Who uses which adapters, of the items of ``x``; None where nobody uses any."""

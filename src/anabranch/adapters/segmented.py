@@ -17,11 +17,11 @@ from torch import Tensor
 
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels.low_rank import can_add, low_rank
-from anabranch.nn.kernels.operands import is_transformed
+from anabranch.nn.kernels.operands import is_transformed, takes
 from anabranch.precision import autocast_dtype
 from anabranch.routing.dispatch import DispatchPlan
 
-__all__ = ["can_segment", "segmented"]
+__all__ = ["add_segmented", "can_add_segmented", "can_segment", "segmented"]
 
 
 def can_segment(x_NC: Tensor, weight_NK: Tensor, a_EQC: Tensor, b_EOQ: Tensor) -> bool:
@@ -50,6 +50,30 @@ def segmented(
     ``ranks`` are of each adapter where A and B are zero beyond, which need not be looked at then.
     """
     return _Segmented.apply(x_NC, weight_NK, a_EQC, b_EOQ, plan, ranks)
+
+
+def can_add_segmented(y_NO: Tensor, x_NC: Tensor, weight_NK: Tensor, a_EQC: Tensor, b_EOQ: Tensor) -> bool:
+    """Whether `add_segmented` takes these: as `can_segment`, by the kernel and without gradients."""
+    if torch.is_grad_enabled() or not can_segment(x_NC, weight_NK, a_EQC, b_EOQ) or not can_add(x_NC, a_EQC, b_EOQ):
+        return False
+    return takes(y_NO) and y_NO.dtype in (torch.float32, x_NC.dtype)
+
+
+def add_segmented(
+    y_NO: Tensor,
+    x_NC: Tensor,
+    plan: DispatchPlan,
+    weight_NK: Tensor,
+    a_EQC: Tensor,
+    b_EOQ: Tensor,
+    ranks: Sequence[int] | None = None,
+) -> None:
+    """Add what `segmented` makes to ``y_NO`` in place, whose rows may be parts of wider ones; in float32 it is written nowhere else."""
+    into_NO = y_NO if y_NO.dtype == torch.float32 else None
+    made_NO, _ = _sums(x_NC, weight_NK, a_EQC, b_EOQ, plan, ranks, keep=False, into=into_NO)
+    if into_NO is None:
+        # Rounded once, with what is there already.
+        y_NO.add_(made_NO)
 
 
 class _Segmented(torch.autograd.Function):
@@ -117,11 +141,26 @@ def _compiled(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(y_NO, z_RQ) by the kernel; z is None unless it is kept."""
+    y_NO, z_RQ = _sums(x_NC, weight_NK, a_EQC, b_EOQ, plan, ranks, keep=keep)
+    return y_NO.to(x_NC.dtype), z_RQ
+
+
+def _sums(
+    x_NC: Tensor,
+    weight_NK: Tensor,
+    a_EQC: Tensor,
+    b_EOQ: Tensor,
+    plan: DispatchPlan,
+    ranks: Sequence[int] | None,
+    *,
+    keep: bool,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`_compiled`, in float32, and added to ``into`` where it is given."""
     choice_R = plan.choice_R[: int(plan.offset_E[-1])]
     item_R = choice_R if plan.num_choices == 1 else choice_R // plan.num_choices
     weight_R = weight_NK.reshape(-1)[choice_R]
-    y_NO, z_RQ = low_rank(x_NC, a_EQC, b_EOQ, plan.offset_E, item_R, weight_R, ranks=ranks, keep=keep)
-    return y_NO.to(x_NC.dtype), z_RQ
+    return low_rank(x_NC, a_EQC, b_EOQ, plan.offset_E, item_R, weight_R, ranks=ranks, keep=keep, into=into)
 
 
 def _by_adapter(

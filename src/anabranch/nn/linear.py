@@ -22,6 +22,7 @@ from anabranch.config import Config as BaseConfig
 from anabranch.config import Part, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn.count import Count
+from anabranch.nn.kernels.operands import is_transformed
 
 if TYPE_CHECKING:
     from anabranch.nn.context import BuildContext
@@ -38,6 +39,7 @@ __all__ = [
     "build_linear",
     "call_linear",
     "count_linear",
+    "is_hooked",
     "is_plain",
     "numbers_of",
     "takes_context",
@@ -116,6 +118,10 @@ class Linear(Part, nn.Module, family="linear", default="dense"):
         A layer that does not add says here what it does instead.
         """
         return rows.y + self(rows.x, context).to(rows.y.dtype)
+
+    def add_to(self, y: Tensor, x: Tensor, context: Any = None) -> None:
+        """Add to ``y``, in place, what the layer makes of x: `around`, where no gradient is asked for and y is nobody else's."""
+        y.add_(self(x, context))
 
     @classmethod
     def only_adds(cls) -> bool:
@@ -260,6 +266,13 @@ class Added(Linear):
 
 def add_beside(product: Product, beside: Any, rows: Mapping[str, int], context: Any) -> Tensor:
     """y of a matrix with the layers ``beside`` some of its parts; ``rows`` are of each part."""
+    if _is_added_in_place(product, beside):
+        first, y = 0, product.y
+        for name, size in rows.items():
+            if name in beside:
+                beside[name].add_to(y.narrow(-1, first, size), product.x, context)
+            first += size
+        return y
     if len(rows) == 1:
         return _around(next(iter(beside.values())), Rows(product), context)
     made, first = [], 0
@@ -268,6 +281,15 @@ def add_beside(product: Product, beside: Any, rows: Mapping[str, int], context: 
         made.append(_around(beside[name], part, context) if name in beside else part.y)
         first += size
     return torch.cat(made, dim=-1)
+
+
+def _is_added_in_place(product: Product, beside: Any) -> bool:
+    """Whether what layers make may be added to what the matrix made where it lies, which saves passes over numbers as wide as y."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        return False
+    if product.matrix is None or not is_plain(product.matrix):
+        return False
+    return all(isinstance(layer, Linear) and layer.only_adds() for layer in beside.values())
 
 
 def _around(layer: nn.Module, rows: Rows, context: Any) -> Tensor:
@@ -397,6 +419,12 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether it is one dense matrix and nothing else, which compiled paths may read instead of calling it."""
-    if type(layer) not in (Dense, nn.Linear) or "forward" in vars(layer):
-        return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    return type(layer) in (Dense, nn.Linear) and not is_hooked(layer)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody listens to it, or took the place of what it computes, so that it must be called as a module."""
+    if "forward" in vars(layer):
+        return True
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(hooks)

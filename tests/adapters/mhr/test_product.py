@@ -176,6 +176,11 @@ def test_a_layer_around_a_matrix_adds_what_it_says_it_adds(case, is_frozen):
     found = layer.around(rows, context())
     wanted = x @ matrix.T + layer(x, context())
     torch.testing.assert_close(found, wanted)
+    if is_frozen:
+        with torch.no_grad():
+            y = x @ matrix.T
+            layer.add_to(y, x, context())
+        torch.testing.assert_close(y, wanted.detach())
     learns = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     gradients = (torch.autograd.grad(y.square().sum(), learns, allow_unused=True) for y in (found, wanted))
     for ours, theirs in zip(*gradients, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.mhr.inventory import AdapterInventory, check_heads
 from anabranch.adapters.mhr.penalties import Penalties
-from anabranch.adapters.mhr.product import add_rows, can_add_rows, rows_through
+from anabranch.adapters.mhr.product import add_rows, add_to_rows, can_add_rows, rows_through
 from anabranch.adapters.mhr.table import Granularity, RoutingTable, bin_of
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.tasks import AVERAGE, TASK, Unknown, numbers_of
@@ -25,7 +25,7 @@ from anabranch.errors import ConfigError, InputError
 from anabranch.nn import BuildContext, Count, Linear
 from anabranch.nn.context import set_unregistered
 from anabranch.nn.grouped import expert_mlp
-from anabranch.nn.linear import Projection, Rows
+from anabranch.nn.linear import Projection, Rows, is_hooked
 from anabranch.routing.decision import Routing
 from anabranch.routing.dispatch import plan_dispatch
 
@@ -175,6 +175,20 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
                 return rows_through(weight_OC, bias_O, *mixed).view(*x.shape[:-1], self.out_dim)
         y = rows.y
         return y + self._added(x, task_BL, context).to(y.dtype)
+
+    def add_to(self, y: Tensor, x: Tensor, context: Any = None) -> None:
+        """See `Linear.add_to`: as `around`."""
+        inventory = self.inventory
+        if is_hooked(self) or self.config.mixes != "weights" or not can_add_rows(x, y, inventory.a):
+            return super().add_to(y, x, context)
+        task_BL = self._begun(x, context)
+        found = self._by_row(x, task_BL, context)
+        if found is None:
+            y.add_(self._added(x, task_BL, context))
+        else:
+            alpha_UqK, place_B, shape = found
+            y_BLO, x_BLC = y.view(*shape, -1), x.reshape(*shape, -1)
+            add_to_rows(y_BLO, x_BLC, alpha_UqK, inventory.a, inventory.b, place_B, inventory.scale)
 
     @classmethod
     def only_adds(cls) -> bool:

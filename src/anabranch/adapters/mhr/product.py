@@ -12,6 +12,7 @@ what is read twice is in the cache the second time, and a type wider than the mo
 """
 # Shapes: B rows, L positions, N = B L items, U tasks, q heads, K skills, C inputs, O outputs, R rank
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from anabranch.nn.derivatives import asks_for_plain, plain_gradients
 from anabranch.nn.kernels.operands import PLAIN, is_transformed
 from anabranch.precision import autocast_dtype
 
-__all__ = ["add_rows", "can_add_rows", "merged_halves", "rows_through"]
+__all__ = ["add_rows", "add_to_rows", "can_add_rows", "merged_halves", "rows_through"]
 
 # Items that are gone through at a time: some hundred KiB of them.
 _ITEMS = 256
@@ -85,6 +86,14 @@ def rows_through(
     return made
 
 
+def add_to_rows(
+    y_BLO: Tensor, x_BLC: Tensor, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor, place_B: Tensor, scale: float
+) -> None:
+    """`add_rows` in place, without a gradient; rows of y may be parts of wider ones."""
+    a_UCR, b_URO = merged_halves(alpha_UqK, a_qKCR, b_qKRO)
+    _add(y_BLO, x_BLC, a_UCR, b_URO, _pieces(place_B, x_BLC.shape[1]), scale)
+
+
 class _AddRows(torch.autograd.Function):
     """Keeps its inputs but y, what they are mixed to, and z."""
 
@@ -107,13 +116,9 @@ class _AddRows(torch.autograd.Function):
         else:
             assert y_BLO is not None, "there is either a matrix or what it made"
             made_BLO = y_BLO.clone(memory_format=torch.contiguous_format)
-        x_NC, y_NO = x_BLC.flatten(0, 1), made_BLO.view(-1, made_BLO.shape[-1])
-        z_NR = a_UCR.new_empty(len(x_NC), a_UCR.shape[2])
         ctx.pieces = _pieces(place_B, x_BLC.shape[1])
-        for task, items in ctx.pieces:
-            z = torch.mm(x_NC[items].to(a_UCR.dtype), a_UCR[task])
-            z_NR[items] = z
-            _add_product(y_NO, items, z, b_URO[task], scale)
+        z_NR = a_UCR.new_empty(x_BLC.shape[0] * x_BLC.shape[1], a_UCR.shape[2])
+        _add(made_BLO, x_BLC, a_UCR, b_URO, ctx.pieces, scale, z_NR)
         ctx.save_for_backward(x_BLC, alpha_UqK, a_qKCR, b_qKRO, place_B, a_UCR, b_URO, z_NR, weight_OC)
         ctx.scale = scale
         return made_BLO
@@ -182,6 +187,24 @@ def _plain(x_BLC: Tensor, alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor, pla
     a_UCR, b_URO = merged_halves(alpha_UqK, a_qKCR, b_qKRO)
     z_BLR = torch.bmm(x_BLC.to(a_UCR.dtype), a_UCR[place_B])
     return (torch.bmm(z_BLR, b_URO[place_B]) * scale).to(x_BLC.dtype)
+
+
+def _add(
+    y_BLO: Tensor,
+    x_BLC: Tensor,
+    a_UCR: Tensor,
+    b_URO: Tensor,
+    pieces: Sequence[tuple[int, slice | Tensor]],
+    scale: float,
+    z_NR: Tensor | None = None,
+) -> None:
+    """y += scale (x A) B in place; x A is left in ``z_NR`` where it is given."""
+    x_NC, y_NO = x_BLC.flatten(0, 1), y_BLO.view(-1, y_BLO.shape[-1])
+    for task, items in pieces:
+        z = torch.mm(x_NC[items].to(a_UCR.dtype), a_UCR[task])
+        if z_NR is not None:
+            z_NR[items] = z
+        _add_product(y_NO, items, z, b_URO[task], scale)
 
 
 def _add_product(y_NO: Tensor, items: slice | Tensor, z: Tensor, b_RO: Tensor, scale: float) -> None:

@@ -15,8 +15,8 @@ struct Uses {
   const int64_t *end, *rank, *item;  // [E], [E], [U]
   const float* weight;               // [U]
   float *low, *kept;                 // [U, R]: A x times the weight, and without it; the second may be null
-  float* y;                          // [N, O]
-  int64_t N, C, E, R, O, U;
+  float* y;                          // [N, O], rows S apart
+  int64_t N, C, E, R, O, U, S;
 
   bool is_in_range() const {
     int64_t begin = 0;
@@ -57,11 +57,12 @@ void first_product(const Uses& s, const X* x, const W* a, int thread, int thread
   });
 }
 
-// panel[r][NR] of `width` rows of b.
+// panel[r][NR] of `width` rows of b. What is beyond the ranks of an adapter, which may have few of R, is not read but to fill a vector.
 template <class W>
 void turn(const W* b, int64_t R, int64_t ranks, int64_t width, float* panel, float* spare) {
   if (width == NR && R % VL == 0) {
-    for (int v = 0; v < 2; ++v) pack_rows_as_columns<Plain>(b + v * VL * R, R, panel + v * VL, spare, R);
+    const int64_t depth = (ranks + VL - 1) / VL * VL;
+    for (int v = 0; v < 2; ++v) pack_rows_as_columns<Plain>(b + v * VL * R, depth, panel + v * VL, spare, R);
     return;
   }
   for (int64_t c = 0; c < width; ++c)
@@ -78,7 +79,7 @@ void second_product(const Uses& s, const W* b, Scratch& scratch, int thread, int
       const int64_t column = j * NR, width = std::min<int64_t>(NR, s.O - column);
       turn(b + (e * s.O + column) * s.R, s.R, ranks, width, panel, spare);
       auto low = [&](int64_t i) { return s.low + (begin + i) * s.R; };
-      auto to = [&](int64_t i) { return s.y + s.item[begin + i] * s.O + column; };
+      auto to = [&](int64_t i) { return s.y + s.item[begin + i] * s.S + column; };
       if (width < NR) {
         for (int64_t i = 0; i < count; ++i) high_product(panel, ranks, NR, width, 1, [&](int64_t) { return low(i); }, [&](int64_t) { return to(i); });
         continue;
@@ -124,11 +125,12 @@ int low_rank(const Uses& s, const T* x, const T* a, const T* b, int threads) {
 
 }  // namespace
 
-// end: of each adapter behind its last use; item and weight: of each use, sorted by adapter and then by item.
+// end: of each adapter behind its last use; item and weight: of each use, sorted by adapter and then by item. y may be some columns of
+// wider rows, as far apart as `strides` says.
 extern "C" int anabranch_low_rank(int half, const void* x, const void* a, const void* b, const int64_t* end, const int64_t* rank,
-                                  const int64_t* item, const float* weight, float* low, float* kept, float* y, int64_t N, int64_t C,
-                                  int64_t E, int64_t R, int64_t O, int64_t U, int threads) {
-  const Uses uses{end, rank, item, weight, low, kept, y, N, C, E, R, O, U};
+                                  const int64_t* item, const float* weight, float* low, float* kept, float* y, const int64_t* strides,
+                                  int64_t N, int64_t C, int64_t E, int64_t R, int64_t O, int64_t U, int threads) {
+  const Uses uses{end, rank, item, weight, low, kept, y, N, C, E, R, O, U, strides[0]};
   return half ? low_rank(uses, (const bf16*)x, (const bf16*)a, (const bf16*)b, threads)
               : low_rank(uses, (const float*)x, (const float*)a, (const float*)b, threads);
 }

@@ -15,7 +15,7 @@ __all__ = ["can_add", "low_rank"]
 LOW_RANK = Kernel(
     "anabranch_low_rank",
     """types, x: item[N, C], a: item[E, R, C], b: item[E, O, R], end: int64[E], rank: int64[E], item: int64[U], weight: float32[U],
-    low: float32[U, R] out, kept: float32[U, R]? out, y: float32[N, O] out, N, C, E, R, O, U, threads""",
+    low: float32[U, R] out, kept: float32[U, R]? out, y: float32[N, O] rows out, strides(y), N, C, E, R, O, U, threads""",
     types={("float32",): 0, ("bfloat16",): 1},
     result="status",
 )
@@ -52,7 +52,7 @@ def low_rank(
         weight_U: of each use.
         ranks: of each adapter; what is beyond is not looked at. None for R each.
         keep: whether z is wanted, which is None otherwise.
-        into: what is added to, in place, float32 ``[N, O]``; zeros if None.
+        into: what is added to, in place, float32 ``[N, O]``, whose rows may be parts of wider ones; zeros if None.
 
     Raises InputError for operands that do not fit.
     """
