@@ -463,3 +463,18 @@ def test_their_mistakes_in_one_line(here, base, routed, command, told):
     assert len(err.strip().splitlines()) == 1
     assert re.search(told, err), err
     assert not (base / "never").exists()
+
+
+def test_wrong_choices_of_rows_are_learned_from_and_told(here, base):
+    words = ["ab", "cde", "fghi", "jk", "lmnop", "qr", "stu"]
+    rows = [
+        {"task": "one", "input": word, "output": word.upper(), "choices": [other.upper() for other in words[:3]]}
+        for word in words
+    ]
+    (base / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--set=task.unlikelihood=1", "--set=task.length_normalized=1", "--steps", 2]
+    told = adapted(here, base / "base", base / "choices.jsonl", "--out", base / "choices", *given)
+    assert 0 <= told["after"]["choice_accuracy"] <= 1
+    code, _, err = here("adapt", base / "base", base / "rows.jsonl", "--out", base / "none", *given, *QUICK)
+    assert code == 2
+    assert "has wrong choices" in err

@@ -309,8 +309,10 @@ def _save_report(path: Path, told: Mapping[str, Any]) -> None:
 
 def _measured(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What of an evaluation is told; None where there was none."""
-    names = ("nats_per_token", "tokens", "by_task")
-    return {name: values[name] for name in names} if values and "nats_per_token" in values else None
+    names = ("nats_per_token", "tokens", "by_task", "choice_accuracy")
+    if not values or "nats_per_token" not in values:
+        return None
+    return {name: values[name] for name in names if name in values}
 
 
 def _tell(told: Mapping[str, Any], note: str) -> None:
@@ -331,6 +333,9 @@ def _tell(told: Mapping[str, Any], note: str) -> None:
     ]
     rows.append(["all", *_change(before, after), str(sum(found["rows"] for found in after["by_task"].values()) or "")])
     table(["held-out answers, nats/token", "before", "after", "change", "rows"], rows)
+    if "choice_accuracy" in before and "choice_accuracy" in after:
+        was, now = 100 * before["choice_accuracy"], 100 * after["choice_accuracy"]
+        fact("choices", f"{now:.1f} % of held-out rows prefer their answer to all wrong choices; {was:.1f} % before")
 
 
 def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:

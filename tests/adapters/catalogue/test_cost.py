@@ -16,7 +16,7 @@ from anabranch.adapters.catalogue.applied import WEIGHTS
 from anabranch.adapters.tasks import task_rows
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
-from anabranch.nn import MoE, SelfAttention, SwiGLU
+from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
 from anabranch.routing import Router, TopK
 from with_peft import needs_peft
 
@@ -252,3 +252,64 @@ def test_an_estimate_is_json():
 def test_what_cannot_be_estimated(id, options, more, message):
     with pytest.raises(ConfigError, match=message):
         catalogue.estimate(catalogue.find(id), SHAPE, options, **more)
+
+
+def kept(model, batch=BATCH, length=LENGTH):
+    """Bytes that a step keeps for its backward pass, each storage once; without parameters."""
+    own = {value.untyped_storage().data_ptr() for value in [*model.parameters(), *model.buffers()]}
+    found = {}
+
+    def pack(value):
+        storage = value.untyped_storage()
+        # Integers are plans and ids, not activations.
+        if value.is_floating_point() and storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage
+        return value
+
+    token_BL = torch.randint(96, (batch, length), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        loss = model.train()(token_BL, target_BL=token_BL, **told(model, batch, length)).loss
+    # All are alive, so that no address was given twice.
+    made = sum(storage.nbytes() for storage in found.values())
+    loss.backward()
+    return made
+
+
+KEPT = {
+    "lora": {"rank": 16},
+    "rslora": {"rank": 16, "targets": ("all",)},
+    "lora-fa": {"rank": 16},
+    "adapter-drop": {"rank": 16, "drop": 2},
+    "adapter-houlsby": {"width": 16},
+    "adapter-parallel": {"width": 16},
+    "dora": {"rank": 8},
+    "ia3": {},
+    "ssf": {},
+    "bitfit": {},
+    "ln-tuning": {},
+    "attention-tuning": {},
+    "full": {},
+    "lst": {},
+    "prompt-tuning": {"tokens": 6},
+}
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="without kernels more is kept")
+@pytest.mark.parametrize("id", KEPT)
+def test_activations_that_a_step_keeps(id, base):
+    model = copy.deepcopy(base)
+    catalogue.apply(model, id, **KEPT[id])
+    assert estimated(id, KEPT[id]).activation_bytes == pytest.approx(kept(model), rel=0.15)
+
+
+def test_activations_of_what_goes_along_the_model_or_takes_no_gradient_below():
+    """LST keeps at most half of what LoRA does; what learns in the last layers alone keeps nothing of those below."""
+    lora, ladder = (estimated(id, {"targets": ("all",)} if id == "lora" else {}) for id in ("lora", "lst"))
+    assert ladder.activation_bytes <= lora.activation_bytes / 2
+    dropped = [estimated("adapter-drop", {"rank": 16, "drop": drop}).activation_bytes for drop in range(3)]
+    assert dropped == sorted(dropped, reverse=True)
+    assert dropped[2] < 0.6 * dropped[0]
+    twice = catalogue.estimate(catalogue.find("lora"), SHAPE, {}, batch=2 * BATCH, length=LENGTH)
+    assert twice.activation_bytes == 2 * estimated("lora", {}).activation_bytes
+    half = catalogue.estimate(catalogue.find("lora"), SHAPE, {}, batch=BATCH, length=LENGTH, base_width=2)
+    assert estimated("lora", {}).activation_bytes / 2 < half.activation_bytes < estimated("lora", {}).activation_bytes

@@ -4,12 +4,13 @@ config = TaskRunConfig(task=AdaptTask.Config(model="SmolLM2-135M", data="rows.js
 Trainer(config, "runs/mine").fit()
 """
 
+from anabranch.adapters.adapt.answers import Answers
 from anabranch.adapters.adapt.catalogued import Catalogued, method_named, method_names
 from anabranch.adapters.adapt.lora import Lora
 from anabranch.adapters.adapt.measuring import Score, Scores, measure_rows, rouge_l
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.rows import Row, read_rows
-from anabranch.adapters.adapt.task import AdaptTask, Answers
+from anabranch.adapters.adapt.task import AdaptTask
 
 __all__ = [
     "AdaptTask",

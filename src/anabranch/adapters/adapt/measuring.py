@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from anabranch.adapters.adapt.answers import IGNORED, Answers, batch_of
 from anabranch.adapters.adapt.rows import Row, encoded
-from anabranch.adapters.adapt.task import Answers, batch_of
 from anabranch.data import Tokenizer
 from anabranch.errors import ConfigError, DataError
 from anabranch.lm.decoder import Decoder
@@ -126,7 +126,7 @@ def _likelihoods(
     given = batch_of(*(tensor.to(device) for tensor in data))
     given["task_B"] = None
     nats_M, *_ = Answers(model)(**given)
-    row_M = (given["target_BL"] != -100).nonzero()[:, 0]
+    row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
     for row, value in zip(row_M.tolist(), nats_M.tolist(), strict=True):
         nats[places[row]] += value
         counts[places[row]] += 1

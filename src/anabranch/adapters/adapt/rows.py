@@ -4,7 +4,8 @@
 
 What is asked may be called ``input``, ``prompt``, ``question`` or ``instruction``, the answer ``output``, ``target``, ``completion`` or
 ``answer``; a ``definition`` or ``instruction`` beside an input stands before it. Of several answers the first that is not empty is
-learned. Rows whose ``split`` is test, validation, dev or eval are held out, others learned; where no row says so, a share of each task is
+learned. ``choices`` may list what else could be said, the answer among it or not: what is no answer is a wrong choice, see `choices`. Rows
+whose ``split`` is test, validation, dev or eval are held out, others learned; where no row says so, a share of each task is
 held out, by what the rows say, so that it stays so when others are added.
 """
 
@@ -45,6 +46,7 @@ class Row:
         split: as the row says; empty where it says nothing.
         where: its file and line, for messages.
         others: answers that are as good, which are not learned.
+        wrong: choices that are no answers.
     """
 
     task: str
@@ -53,6 +55,7 @@ class Row:
     split: str = ""
     where: str = field(default="", compare=False)
     others: tuple[str, ...] = field(default=(), compare=False)
+    wrong: tuple[str, ...] = ()
 
     @property
     def is_held_out(self) -> bool:
@@ -108,7 +111,20 @@ def _row(line: str, where: str, needs_task: bool) -> Row:
     if needs_task and not task:
         raise DataError(f"{where}: the row names no task, by which this method routes; give each row a task")
     others = tuple(dict.fromkeys(one for one in _texts_of(table) if one != answers[0]))
-    return Row(task, prompt, answers[0], _text(table, "split", where).lower(), where, others)
+    wrong = tuple(one for one in _choices(table, where) if one != answers[0] and one not in others)
+    return Row(task, prompt, answers[0], _text(table, "split", where).lower(), where, others, wrong)
+
+
+def _choices(table: dict[str, Any], where: str) -> list[str]:
+    """All that could be said, each once; none where the row lists nothing."""
+    found = table.get("choices")
+    # As tables of multiple choice have them, letters beside.
+    found = found.get("text") if isinstance(found, dict) else found
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, str | int | float) and one != "" for one in found):
+        raise DataError(f"{where}: choices is {shown(found)}; it must be a list of texts")
+    return list(dict.fromkeys(str(one) for one in found))
 
 
 def _texts_of(table: dict[str, Any]) -> list[str]:
@@ -163,7 +179,7 @@ def digest_of(rows: Sequence[Row]) -> str:
     """Names rows by their content, in their order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.task, row.prompt, row.answer]).encode())
+        digest.update(json.dumps([row.task, row.prompt, row.answer, *row.wrong]).encode())
     return digest.hexdigest()[:16]
 
 

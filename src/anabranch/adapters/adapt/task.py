@@ -4,7 +4,7 @@
 
 Only what was put on learns and is kept in checkpoints; the base is read again from where it lies, and looked at whether it is the same.
 """
-# Shapes: B rows, L positions, M tokens of answers, V vocabulary
+# Shapes: B rows, L positions, M tokens of answers, R rows of a pass, X wrong choices
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from anabranch.adapters.adapt.answers import IGNORED, Answers, batch_of, joined, mean_of_rows
+from anabranch.adapters.adapt.choices import Wrong, encoded_choices, likeliest, wrong_choices
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
-from anabranch.adapters.by_row import check_told, told_rows
 from anabranch.adapters.own_folder import load_numbers
-from anabranch.adapters.tasks import numbers_of, told_tasks
+from anabranch.adapters.tasks import numbers_of
 from anabranch.config import Field, Size, configclass, to_dict
 from anabranch.data import Tokenizer
 from anabranch.errors import ConfigError, DataError, InputError, TokenizerError
@@ -28,77 +29,17 @@ from anabranch.files import atomic_write_json
 from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
-from anabranch.nn.linear import takes_context
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.examples import Examples
 from anabranch.train.language_model import decoder_parts
 from anabranch.train.optimizer import Speed
 from anabranch.train.task import FORMAT, Losses, Task, TaskContext
 
-__all__ = ["AdaptTask", "Answers", "batch_of"]
+__all__ = ["AdaptTask"]
 
 NUMBERS = "adapter.safetensors"
-_IGNORED = -100
 # Numbers of each tensor by which a base is known again.
 _SAMPLED = 512
-
-
-class Answers(nn.Module):
-    """A decoder that is asked for the likelihood of answers alone: the head sees no other position.
-
-    Args:
-        decoder: the adapted model.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    @property
-    def recompute(self) -> bool:
-        """As of the decoder."""
-        return self.decoder.recompute
-
-    @recompute.setter
-    def recompute(self, value: bool) -> None:
-        self.decoder.recompute = value
-
-    def forward(
-        self,
-        token_BL: Tensor,
-        target_BL: Tensor,
-        *,
-        mask_BL: Tensor | None = None,
-        task_B: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """(nats_M, spread_M, losses that layers add, what they measure) of the tokens of answers, row by row.
-
-        Args:
-            token_BL: int64 ids.
-            target_BL: int64 ids of answers, one position early; -100 where there is none.
-            mask_BL: bool, False for padding, which stands on the left.
-            task_B: the number of each row's task; None where nobody routes by it.
-
-        ``spread_M`` is the mean over the vocabulary of -log p, for smoothed labels.
-        """
-        decoder = self.decoder
-        # A pass that is made of its parts asks what blocks around it tell its rows.
-        check_told(decoder, len(token_BL), "a pass over answers")
-        state = told_rows(decoder, range(len(token_BL)), token_BL.shape[1])
-        state |= {} if task_B is None else told_tasks(task_B, token_BL.shape[1])
-        context = decoder.context(token_BL, token_mask_BL=mask_BL, state=state)
-        x_BLD = decoder.hidden(token_BL, context)
-        if decoder.streams is not None:
-            x_BLD = decoder.streams.merge(x_BLD, context)
-        is_asked_BL = target_BL != _IGNORED
-        if decoder.head is not None and takes_context(decoder.head):
-            logits_MV = decoder.logits(x_BLD, context)[is_asked_BL]
-        else:
-            logits_MV = decoder.logits(x_BLD[is_asked_BL])
-        context.commit()
-        log_p_MV = logits_MV.float().log_softmax(-1)
-        nats_M = -log_p_MV.gather(1, target_BL[is_asked_BL].unsqueeze(1)).squeeze(1)
-        return nats_M, -log_p_MV.mean(-1), context.mean_losses(), context.mean_metrics()
 
 
 class AdaptTask(Task, kind="adapt"):
@@ -137,6 +78,9 @@ class AdaptTask(Task, kind="adapt"):
             template: what is written around a prompt.
             held_out: share of each task's rows that is held out where they do not say; 0 for none.
             label_smoothing: weight of the uniform distribution in what is learned.
+            unlikelihood: factor of the loss that makes wrong choices of a row unlikely, see `choices`; T-Few's is 1.
+            length_normalized: factor of the loss that prefers the answer to its wrong choices; T-Few's is 1.
+            most_choices: wrong ones of a row, at most, of which each costs as much as the row itself.
             dtype: type of the base's weights; None as stored. The adapter is float32.
         """
 
@@ -148,11 +92,19 @@ class AdaptTask(Task, kind="adapt"):
         template: str = "{prompt}\n"
         held_out: float = Field(default=0.1, ge=0, lt=1)
         label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+        unlikelihood: float = Field(default=0.0, ge=0)
+        length_normalized: float = Field(default=0.0, ge=0)
+        most_choices: Size = Field(default=8, ge=1)
         dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
         def __post_init__(self) -> None:
             if "{prompt}" not in self.template:
                 raise ConfigError(f"template is {self.template!r}; {{prompt}} in it stands for what is asked")
+
+        @property
+        def learns_choices(self) -> bool:
+            """Whether wrong choices of rows are looked at."""
+            return self.unlikelihood > 0 or self.length_normalized > 0
 
     config: Config
 
@@ -178,6 +130,7 @@ class AdaptTask(Task, kind="adapt"):
         self.most_tokens = min(config.sequence_length, model.config.max_positions)
         self.learned = self._encoded(learned)
         self.held_out = self._encoded(held_out) if held_out else None
+        self.choices = self._choices(learned), self._choices(held_out)
         self.num_cut = self.learned.num_cut + (self.held_out.num_cut if self.held_out else 0)
         self.before: dict[str, Any] | None = None
         # Told how many of how many rows an evaluation has gone over.
@@ -188,6 +141,11 @@ class AdaptTask(Task, kind="adapt"):
     def _rows(self) -> tuple[list[Row], list[Row]]:
         config, needs = self.config, self.method.needs_task
         rows = read_rows(config.data, needs_task=needs)
+        if config.learns_choices and not any(row.wrong for row in rows):
+            raise DataError(
+                f"no row of {config.data} has wrong choices, of which task.unlikelihood and task.length_normalized are losses; give rows "
+                '"choices": [...], or leave both 0'
+            )
         if config.evaluation is not None:
             return rows, read_rows(config.evaluation, needs_task=needs)
         return parted(rows, config.held_out)
@@ -200,6 +158,13 @@ class AdaptTask(Task, kind="adapt"):
             except InputError as error:
                 raise DataError(f"{row.where}: {error}") from None
         return encoded(rows, numbers, self.tokenizer, self.config.template, self.most_tokens)
+
+    def _choices(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+        """The tensors of the wrong choices of ``rows``; none where nothing is learned of them."""
+        config = self.config
+        if not config.learns_choices or not rows:
+            return ()
+        return encoded_choices(rows, self.tokenizer, self.most_tokens, config.most_choices).tensors
 
     # What it learns
 
@@ -223,7 +188,7 @@ class AdaptTask(Task, kind="adapt"):
     def training_data(self, context: TaskContext) -> Examples:
         """Rows, each once an epoch."""
         place = {"rank": context.rank, "world_size": context.world_size}
-        return Examples(*self.learned.tensors, seed=context.settings.seed, **place)
+        return Examples(*self.learned.tensors, *self.choices[0], seed=context.settings.seed, **place)
 
     def validation_data(self, context: TaskContext) -> tuple[Tensor, ...] | None:
         """Rows that are held out, about ``train.eval_tokens`` of them spread over the tasks, in every process."""
@@ -231,7 +196,7 @@ class AdaptTask(Task, kind="adapt"):
         if self.held_out is None:
             return None
         row_N = spread_rows(self.held_out, context.settings.eval_tokens)
-        return tuple(tensor[row_N] for tensor in self.held_out.tensors)
+        return tuple(tensor[row_N] for tensor in (*self.held_out.tensors, *self.choices[1]))
 
     def units_per_item(self, context: TaskContext) -> int:
         """Tokens of a row, on average."""
@@ -245,46 +210,77 @@ class AdaptTask(Task, kind="adapt"):
 
     def step(self, model: nn.Module, batch: tuple[Tensor, ...], context: TaskContext) -> Losses:
         """The loss of the answers, what layers add, and what the method punishes."""
-        given = batch_of(*batch)
+        token_BL, start_B, length_B, task_B, *choices = batch
         weight = self.method.unlikelihood() if self.method.needs_task else 0.0
-        task_B: Any = given.pop("task_B")
-        task_B = task_B if self.method.needs_task else None
-        rows = len(given["token_BL"])
+        rows, parts = len(token_BL), [(token_BL, start_B, length_B, task_B)]
         if weight:
             # The same rows again, each under the task of another, in the one call that a step may make.
-            given = {name: None if value is None else torch.cat([value, value]) for name, value in given.items()}
-            task_B = torch.cat([task_B, task_B.roll(1)])
-        nats_M, spread_M, added, metrics = model(**given, task_B=task_B)
-        row_M = (given["target_BL"] != _IGNORED).nonzero()[:, 0]
-        smooth = self.config.label_smoothing
-        loss_M = nats_M if not smooth else (1 - smooth) * nats_M + smooth * spread_M
-        loss_B = _mean_of_rows(loss_M, row_M, len(given["token_BL"]))
-        terms = {"answer": loss_B[:rows].mean(), **added}
+            parts.append((token_BL, start_B, length_B, task_B.roll(1)))
+        wrong = wrong_choices(token_BL, start_B, *choices, self.most_tokens) if choices else None
+        if wrong is not None:
+            parts.append((wrong.token_XL, wrong.start_X, wrong.length_X, task_B[wrong.row_X]))
+        given = batch_of(*joined(parts))
+        told_R = given.pop("task_B")
+        nats_M, spread_M, added, metrics = model(**given, task_B=told_R if self.method.needs_task else None)
+        row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
+        nats_R = mean_of_rows(nats_M, row_M, len(told_R))
+        answer_B, smooth = nats_R[:rows], self.config.label_smoothing
+        if smooth:
+            answer_B = (1 - smooth) * answer_B + smooth * mean_of_rows(spread_M, row_M, len(told_R))[:rows]
+        terms = {"answer": answer_B.mean(), **added}
         if weight:
             # -log(1 - p), where another task is told than the row's own.
             punished_M = -torch.log1p(-(-nats_M).exp().clamp_max(1 - 1e-6))
-            is_other_B = (task_B[rows:] != task_B[:rows]).float()
-            punished_B = _mean_of_rows(punished_M, row_M, 2 * rows)[rows:]
+            is_other_B = (told_R[rows : 2 * rows] != task_B).float()
+            punished_B = mean_of_rows(punished_M, row_M, len(told_R))[rows : 2 * rows]
             terms["unlikelihood"] = weight * (punished_B * is_other_B).mean()
+        if choices:
+            terms |= self._of_choices(wrong, nats_M, row_M, nats_R, rows)
         return Losses.of(metrics=metrics, mean_of=dict.fromkeys([*added, *metrics], "tokens"), **terms)
+
+    def _of_choices(
+        self, wrong: Wrong | None, nats_M: Tensor, row_M: Tensor, nats_R: Tensor, rows: int
+    ) -> dict[str, Tensor]:
+        """The losses of wrong choices, means over all rows of the batch."""
+        config = self.config
+        unlikely_B = preferred_B = nats_R.new_zeros(rows)
+        if wrong is not None:
+            unlikely_B, preferred_B = wrong.losses(nats_M, row_M, nats_R, rows, config.most_choices)
+        factors = {
+            "wrong_choices": (config.unlikelihood, unlikely_B),
+            "preference": (config.length_normalized, preferred_B),
+        }
+        return {name: factor * loss_B.mean() for name, (factor, loss_B) in factors.items() if factor}
 
     def counts(self, batch: tuple[Tensor, ...], context: TaskContext) -> dict[str, float]:
         """The tokens that layers see, of which losses that they add are means; rows differ in length."""
-        length_B = batch[2]
-        return {"tokens": float((length_B - 1).sum())}
+        _, start_B, length_B, _, *choices = batch
+        tokens = (length_B - 1).sum()
+        if choices:
+            said_BW = choices[1]
+            tokens = tokens + ((said_BW + start_B[:, None]).clamp_max(self.most_tokens) - 1)[said_BW > 0].sum()
+        return {"tokens": float(tokens)}
 
     def evaluate(self, model: Any, data: tuple[Tensor, ...], context: TaskContext) -> dict[str, Any]:
-        """Nats per token of answers: of all, and of each task (``by_task``: nats_per_token, tokens, rows)."""
+        """Nats per token of answers: of all, and of each task (``by_task``: nats_per_token, tokens, rows).
+
+        Where wrong choices are learned, ``choice_accuracy`` too: of the rows that have some, the share whose answer is likelier, token by
+        token on average, than all of them.
+        """
         # Rows of tasks that are not learned stand behind all others.
         totals = torch.zeros(3, len(self.names) + 1, dtype=torch.float64)
-        done = 0
+        done, preferred = 0, []
         for row_B in data[2].argsort(stable=True).split(context.batch_size):
             self.on_rows(done, len(data[2]))
             done += len(row_B)
-            given = batch_of(*(tensor[row_B] for tensor in data))
+            batch = tuple(tensor[row_B] for tensor in data)
+            given = batch_of(*batch[:4])
             task_B = given.pop("task_B")
             nats_M, *_ = model(**given, task_B=task_B if self.method.needs_task else None)
-            row_M = (given["target_BL"] != _IGNORED).nonzero()[:, 0].cpu()
+            row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
+            if len(batch) > 4:
+                preferred.append(self._preferred(model, batch, mean_of_rows(nats_M, row_M, len(row_B)), context))
+            row_M = row_M.cpu()
             own_B = task_B.cpu() % totals.shape[1]
             totals[0].index_add_(0, own_B[row_M], nats_M.double().cpu())
             totals[1].index_add_(0, own_B[row_M], torch.ones(len(row_M), dtype=torch.float64))
@@ -295,7 +291,26 @@ class AdaptTask(Task, kind="adapt"):
             for name, (nats, tokens, rows) in zip(self.names, totals.T.tolist(), strict=False)
             if tokens and name
         }
-        return {"nats_per_token": nats / max(tokens, 1), "tokens": int(tokens), "by_task": by_task}
+        measured = {"nats_per_token": nats / max(tokens, 1), "tokens": int(tokens), "by_task": by_task}
+        is_right_X = torch.cat(preferred) if preferred else torch.zeros(0)
+        return measured | ({"choice_accuracy": float(is_right_X.double().mean())} if len(is_right_X) else {})
+
+    def _preferred(self, model: Any, batch: tuple[Tensor, ...], right_B: Tensor, context: TaskContext) -> Tensor:
+        """bool: of the rows that have wrong choices, whether the answer is preferred; ``right_B`` are its nats per token."""
+        token_BL, start_B, _, task_B, *choices = batch
+        wrong = wrong_choices(token_BL, start_B, *choices, self.most_tokens)
+        if wrong is None:
+            return torch.zeros(0, dtype=torch.bool)
+        found = []
+        for some_X in torch.arange(len(wrong.row_X), device=token_BL.device).split(context.batch_size):
+            rows = wrong.token_XL[some_X], wrong.start_X[some_X], wrong.length_X[some_X], task_B[wrong.row_X[some_X]]
+            given = batch_of(*rows)
+            told = given.pop("task_B")
+            nats_M, *_ = model(**given, task_B=told if self.method.needs_task else None)
+            row_M = (given["target_BL"] != IGNORED).nonzero()[:, 0]
+            found.append(mean_of_rows(nats_M, row_M, len(some_X)))
+        is_right_B = likeliest(right_B, torch.cat(found), wrong.row_X)
+        return is_right_B[wrong.row_X.unique()].cpu()
 
     def on_step(self, step: int, fraction: float) -> None:
         """Measure the held-out rows before the first step, when nothing is added yet."""
@@ -341,23 +356,6 @@ class AdaptTask(Task, kind="adapt"):
             save_model(folder, self.base, self.tokenizer)
             return Written(folder, "model", "parameters of the base have learned, so this is a model of its own")
         return self.method.write(folder, self.base, self.config.model)
-
-
-def batch_of(token_BL: Tensor, start_B: Tensor, length_B: Tensor, task_B: Tensor) -> dict[str, Any]:
-    """What `Answers` is called with, of rows that are padded on the right: as long as the longest, padded on the left."""
-    longest = int(length_B.max())
-    place_BL = torch.arange(longest, device=token_BL.device) - (longest - length_B)[:, None]
-    is_real_BL = place_BL >= 0
-    id_BL = token_BL.long().gather(1, place_BL.clamp_min(0))
-    target_BL = id_BL.masked_fill(place_BL < start_B[:, None], _IGNORED)
-    mask_BL = None if bool(is_real_BL.all()) else is_real_BL[:, :-1]
-    return {"token_BL": id_BL[:, :-1], "target_BL": target_BL[:, 1:], "mask_BL": mask_BL, "task_B": task_B}
-
-
-def _mean_of_rows(value_M: Tensor, row_M: Tensor, rows: int) -> Tensor:
-    """mean_B of the values of each row."""
-    count_B = torch.bincount(row_M, minlength=rows).clamp_min(1)
-    return value_M.new_zeros(rows).index_add(0, row_M, value_M) / count_B
 
 
 def _digest_of_model(model: Decoder) -> str:

@@ -66,8 +66,9 @@ class Card:
         work: what it adds to a matrix; None where nobody has counted that.
         added_tokens: tokens that it puts in front of every sequence.
         prefix_positions: positions that every layer's attention sees besides.
-        along: FLOPs of a token, forward, of a network that stands along the whole model: (all, those of what the model's hidden states go
-            through, behind which nothing learns). No gradient goes through the model then, but through its head.
+        along: of a network that stands along the whole model, per token: (FLOPs forward, those of what the model's hidden states go
+            through, behind which nothing learns, numbers that a training step keeps). No gradient goes through the model then, but through
+            its head.
         starts_as_base: whether a new adapter leaves the model's outputs as they were.
         merges: whether a trained adapter can become part of the matrices.
         mixed: how rows of a batch have adapters of their own: in our pool, by peft's ``adapter_names``, or not.
@@ -92,7 +93,7 @@ class Card:
     work: Work | None = None
     added_tokens: Callable[[Options], int] | None = None
     prefix_positions: Callable[[Options], int] | None = None
-    along: Callable[[Shape, Options], tuple[float, float]] | None = None
+    along: Callable[[Shape, Options], tuple[float, float, float]] | None = None
     starts_as_base: bool = True
     merges: Literal["yes", "no", "per task", "is the base"] = "no"
     mixed: Literal["pool", "peft", "no"] = "no"

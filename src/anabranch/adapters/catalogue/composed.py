@@ -199,6 +199,13 @@ def _fed(shape: Shape, options: Options) -> int:
     return (shape.num_layers + 1) * shape.dim * max(1, shape.dim // options["reduction"])
 
 
+def _kept(shape: Shape, options: Options) -> int:
+    """Numbers of a token that a step keeps: what is taken of the model, and of each rung's four narrow sums and its gated layer."""
+    width = max(1, shape.dim // options["reduction"])
+    rung = (4 + 4 * options["expansion"]) * width
+    return shape.num_layers * (shape.dim + rung) + shape.dim + 2 * width
+
+
 _HYBRID = (
     Card(
         "mam",
@@ -340,7 +347,7 @@ _CHEAPER = (
         backend="own",
         options={"reduction": 8, "expansion": 4},
         count=lambda matrices, shape, options: sum(_rungs(shape, options)),
-        along=lambda shape, options: (2 * _products(shape, options), 2 * _fed(shape, options)),
+        along=lambda shape, options: (2 * _products(shape, options), 2 * _fed(shape, options), _kept(shape, options)),
         memory="no backward pass through the base: side activations alone are kept",
         limits="a side block is a feed-forward layer of the narrow width, the paper's a narrow transformer block",
     ),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.adapters.catalogue.card import Card, Op
+from anabranch.adapters.catalogue.kept import kept_bytes
 from anabranch.adapters.catalogue.shape import Matrix, Shape
 from anabranch.bounds import MOST_SIZE, shown
 from anabranch.errors import ConfigError
@@ -30,6 +31,8 @@ class Estimate:
         gradient_bytes, optimizer_bytes: of training with AdamW.
         file_bytes: of the adapter's file.
         base_bytes: of the model's weights in the type that was asked for.
+        activation_bytes: that a training step keeps of its forward pass, by the formula of `anabranch.adapters.catalogue.kept`; without
+            recomputation. None where nobody has counted what the method computes.
         base_flops, added_flops: of a token in a forward pass: the model's, and what the adapter adds.
         training_flops: of a token, forward and backward.
         full_flops: the same of full fine-tuning.
@@ -47,6 +50,7 @@ class Estimate:
     optimizer_bytes: int
     file_bytes: int
     base_bytes: int
+    activation_bytes: int | None
     base_flops: float
     added_flops: float | None
     training_flops: float | None
@@ -77,6 +81,7 @@ class Estimate:
                 "file": self.file_bytes,
                 "base": self.base_bytes,
                 "training": self.training_bytes,
+                "activations": self.activation_bytes,
             },
             "flops_per_token": {
                 "base_forward": self.base_flops,
@@ -171,6 +176,7 @@ def estimate(
         optimizer_bytes=_MOMENTS * trainable,
         file_bytes=_FLOAT * (trainable + frozen),
         base_bytes=round(shape.parameters * base_width),
+        activation_bytes=None if added is None else flow.kept(base_width),
         base_flops=forward,
         added_flops=added,
         training_flops=None if added is None else flow.training(),
@@ -232,6 +238,12 @@ class _Flow:
             for op in self.ops(matrix)
         )
         return self.total, added + self.prefix * self.shape.num_layers
+
+    def kept(self, base_width: float) -> int:
+        """Bytes of activations of a step; numbers are computed in 16 bits at least, whatever weights are stored in."""
+        tokens, width = self.tokens * self.longer, max(2.0, base_width)
+        chosen = list(self.chosen.values())
+        return kept_bytes(self.card, self.shape, chosen, self.options, self.ops, width=width, tokens=tokens)
 
     def training(self) -> float:
         """Forward and backward: gradients of inputs wherever something below learns, and of what learns."""

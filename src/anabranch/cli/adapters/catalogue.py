@@ -139,10 +139,16 @@ def estimate(
         "memory",
         f"{binary_size(found.training_bytes)} to train: base {binary_size(found.base_bytes)} ({dtype}), adapter "
         f"{binary_size(found.adapter_bytes)}, gradients {binary_size(found.gradient_bytes)}, AdamW {binary_size(found.optimizer_bytes)}; "
-        "activations not counted",
+        f"{_activations_told(found.activation_bytes, batch, length)}",
     )
     fact("file", size(found.file_bytes))
     fact("FLOPs", _flops_told(found))
+
+
+def _activations_told(num_bytes: int | None, batch: int, length: int) -> str:
+    if num_bytes is None:
+        return "activations not counted"
+    return f"and {binary_size(num_bytes)} of activations in a step of {batch} x {length} tokens"
 
 
 def recommend(
