@@ -3,6 +3,9 @@
     poly       forward and backward of one layer whose rows are of several tasks: skills mixed by task (`MultiHeadRouted`) against peft's
                Poly with the same numbers, whose outputs are compared first. Once what is added alone, once with the frozen matrix on both
                sides, which is most of the work. bar of all rows: 2 times
+    lora       forward and backward of queries, keys and values with LoRA beside each, in float32 and beside a frozen matrix in bfloat16, whose
+               adapters are float32 as peft keeps them: ours with the fused matrix, against peft's three layers with the same numbers,
+               whose outputs are compared first. no bar
     select     the adapter for a query among 10,000, by its instruction: from the query's vector (`GliderPool.retrieve` keeps vectors of
                queries that it has seen), and from a text that it has not. bar of the first: 0.4 ms
     rewire     phase 1 of Rewiring with 5 steps, against 5 times 2.2 forward passes of the context, with the guard and without. bar: 1
@@ -12,7 +15,7 @@ layers of 8 experts, width 256, 512 tokens. With one thread all is in the proces
 
     python benchmarks/adapter_steps.py --threads 1 --json benchmarks/results/adapter_steps.json
 
-peft must be installed for the rows of ``poly``; without it these are left out, and said to be.
+peft must be installed for the rows of ``poly`` and ``lora``; without it these are left out, and said to be.
 """
 # Shapes: B rows, L tokens, C inputs, O outputs
 
@@ -29,15 +32,17 @@ import torch
 from torch import Tensor, nn
 
 from _harness import arguments, compare, finish, start
+from anabranch.adapters import LowRank
 from anabranch.adapters.glider.matcher import Matcher
 from anabranch.adapters.mhr import MultiHeadRouted
 from anabranch.adapters.rewiring import Rerouter, Rewiring
 from anabranch.adapters.tasks import told_tasks
 from anabranch.lm import Decoder
-from anabranch.nn import BuildContext, MoE
-from anabranch.nn.linear import Product, Projection, Rows
+from anabranch.nn import BuildContext, Dense, MoE
+from anabranch.nn.linear import Added, Product, Projection, Rows
 from anabranch.routing import RoutingContext
 
+DIM, QKV = 576, {"q": 576, "k": 192, "v": 192}
 ROWS, TASKS, USED, SKILLS, HEADS, RANK = 16, 48, 4, 8, 8, 16
 TOLERANCE = 1e-5
 ADAPTERS, LEAST_MS = 10_000, 0.4
@@ -117,6 +122,56 @@ def poly_row(inputs: int, outputs: int, length: int, heads: int, *, with_matrix:
 
     peers = {"peft Poly": step(run_theirs, theirs)}
     return compare(case, step(run_ours, ours), peers, rounds=rounds, clock=clock())
+
+
+# ---- training LoRA ----
+
+
+def lora_row(length: int, dtype: torch.dtype, *, rounds: int) -> dict[str, Any]:
+    """Against peft's layers."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({name: nn.Linear(DIM, size, bias=False) for name, size in QKV.items()}).to(dtype)
+    # A model of peft's has a config.
+    holder.config = {}  # type: ignore[assignment]
+    settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(QKV))
+    theirs: Any = get_peft_model(holder, settings).base_model.model
+    context = BuildContext(DIM)
+    projection = Projection("blocks.0.attention.qkv", DIM, sum(QKV.values()), parts=QKV)
+    layers = {name: LowRank.Config(rank=RANK, alpha=2.0 * RANK).build(projection.part(name), context) for name in QKV}
+    matrix = Dense(Dense.Config(), projection, context).requires_grad_(False).to(dtype)
+    with torch.no_grad():
+        matrix.weight.copy_(torch.cat([theirs[name].base_layer.weight for name in QKV]))
+        for name, layer in layers.items():
+            layer.b.normal_(std=0.05)
+            theirs[name].lora_A["default"].weight.copy_(layer.a)
+            theirs[name].lora_B["default"].weight.copy_(layer.b)
+    ours = Added(matrix, layers, QKV)
+    x = torch.randn(ROWS, length, DIM, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    dy = torch.randn(ROWS, length, sum(QKV.values()), generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    def run_theirs() -> Tensor:
+        return torch.cat([theirs[name](x) for name in QKV], -1)
+
+    kind = str(dtype).removeprefix("torch.")
+    case = f"lora, beside queries, keys and values in {kind}, {ROWS} rows, L={length} r={RANK} {DIM} -> {sum(QKV.values())}"
+    with torch.enable_grad():
+        found, wanted = ours(x), run_theirs()
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    if not error <= {torch.float32: TOLERANCE, torch.bfloat16: 2**-7}[dtype]:
+        raise SystemExit(f"{case}: outputs differ by {error:.1e} of the greatest")
+
+    def step(run: Callable[[], Tensor], layer: nn.Module) -> Callable[[], None]:
+        def work() -> None:
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+            run().backward(dy)
+
+        return work
+
+    peers = {"peft LoRA": step(run_theirs, theirs)}
+    return compare(case, step(lambda: ours(x), ours), peers, rounds=rounds, clock=clock())
 
 
 # ---- choosing an adapter ----
@@ -199,7 +254,7 @@ def main() -> None:
     start(options)
     has_peft = importlib.util.find_spec("peft") is not None
     if not has_peft:
-        print("peft is not installed: the rows of Poly are left out", file=sys.stderr)
+        print("peft is not installed: the rows of Poly and LoRA are left out", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     shapes = [(576, 576, 64), (576, 1536, 64), (576, 1536, 256), (1536, 576, 256)]
     if has_peft and options.only in "poly":
@@ -208,6 +263,12 @@ def main() -> None:
             for shape in shapes[: 1 if options.quick else None]
             for heads in (1, HEADS)
             for with_matrix in (False, True)
+        ]
+    if has_peft and options.only in "lora":
+        rows += [
+            lora_row(length, dtype, rounds=options.rounds)
+            for length in (64, 256)[: 1 if options.quick else None]
+            for dtype in (torch.float32, torch.bfloat16)
         ]
     if options.only in "select":
         rows += selection_rows(options.rounds)

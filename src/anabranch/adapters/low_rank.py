@@ -7,7 +7,7 @@ The scale is alpha / rank, or alpha / sqrt(rank) where it is rank-stabilised (rs
 # Shapes: C inputs, O outputs, R rank; x is [..., C], y is [..., O]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.adapters.numbers import Numbers, frozen_as
+from anabranch.adapters.together import Adapted, can_go_together, together
 from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, Count, Linear
-from anabranch.nn.linear import Projection, is_hooked
+from anabranch.nn.linear import Product, Projection, Rows, is_hooked
 
 __all__ = ["LowRank", "Pair", "draw_a", "scale_of"]
 
@@ -144,6 +145,29 @@ class LowRank(Linear, kind="low_rank"):
             return super().add_to(y, x, context)
         low_NR = F.linear(self.dropped(x), self.a).flatten(0, -2)
         y.view(len(low_NR), -1).addmm_(low_NR, self.b.t(), alpha=self.scale)
+
+    @classmethod
+    def together(
+        cls, product: Product, beside: Mapping[str, nn.Module], rows: Mapping[str, int], context: Any
+    ) -> Tensor | None:
+        """See `Linear.together`: with a frozen matrix, where nothing is left out of x (`anabranch.adapters.together`)."""
+        frozen, layers = Rows(product).frozen(), dict(beside.items())
+        if cls is not LowRank or frozen is None or product.x.dim() < 2 or any(map(is_hooked, layers.values())):
+            return None
+        own = [layer for layer in layers.values() if isinstance(layer, LowRank)]
+        if any(layer.training and layer.config.dropout > 0 for layer in own) or len({one.a.dtype for one in own}) > 1:
+            return None
+        weight_OC, bias_O = frozen
+        if not can_go_together(product.x, weight_OC, own[0].a):
+            return None
+        parts, halves, first = [], [], 0
+        for name, size in rows.items():
+            layer = layers.get(name)
+            if isinstance(layer, LowRank):
+                parts.append(Adapted(first, size, layer.scale, layer.config.rank))
+                halves.append((layer.a, layer.b))
+            first += size
+        return together(product.x, weight_OC, bias_O, parts, halves)
 
     def dropped(self, x: Tensor) -> Tensor:
         """What goes into A, in the adapter's type: x, of which a share is left out while it learns."""

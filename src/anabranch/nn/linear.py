@@ -124,6 +124,13 @@ class Linear(Part, nn.Module, family="linear", default="dense"):
         y.add_(self(x, context))
 
     @classmethod
+    def together(
+        cls, product: "Product", beside: Mapping[str, nn.Module], rows: Mapping[str, int], context: Any
+    ) -> Tensor | None:
+        """y of a matrix with layers of this class ``beside`` some of its parts, all in one; None where each adds for itself."""
+        return None
+
+    @classmethod
     def only_adds(cls) -> bool:
         """Whether `around` gives what the matrix makes of x and added to it `forward` of x, of each row by itself; it may be faster."""
         return cls.around is Linear.around and cls.start is Linear.start
@@ -273,6 +280,11 @@ def add_beside(product: Product, beside: Any, rows: Mapping[str, int], context: 
                 beside[name].add_to(y.narrow(-1, first, size), product.x, context)
             first += size
         return y
+    kinds = {type(layer) for layer in beside.values()}
+    if len(kinds) == 1 and issubclass(kind := kinds.pop(), Linear):
+        y_or_none = kind.together(product, beside, rows, context)
+        if y_or_none is not None:
+            return y_or_none
     if len(rows) == 1:
         return _around(next(iter(beside.values())), Rows(product), context)
     made, first = [], 0

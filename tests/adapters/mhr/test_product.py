@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anabranch.adapters.mhr import MultiHeadRouted
-from anabranch.adapters.mhr.product import add_rows, can_add_rows, rows_through
+from anabranch.adapters.mhr.product import add_rows, rows_through
 from anabranch.adapters.tasks import told_tasks
 from anabranch.nn import BuildContext
 from anabranch.nn.linear import Product, Projection, Rows
@@ -119,20 +119,6 @@ def test_gradients_of_any_order():
     ):
         assert torch.autograd.gradcheck(run, inputs)
         assert torch.autograd.gradgradcheck(run, inputs)
-
-
-def test_what_it_takes():
-    (y, x, _, a, _), _ = made()
-    assert can_add_rows(x, y, a)
-    assert not can_add_rows(x.float(), y, a)
-    assert not can_add_rows(x, y.float(), a)
-    assert can_add_rows(x.float(), y.float(), a)
-    assert not can_add_rows(x, y, a.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not can_add_rows(x, y, a)
-    seen = []
-    torch.func.vmap(lambda row: seen.append(can_add_rows(row, y, a)) or row)(x)
-    assert seen == [False]
 
 
 CASES = {

@@ -2,10 +2,10 @@
 
 Wherever a gradient goes on through a block, that is: what goes into its norms (2 d); queries, keys and values before their positions and
 after, and what attention makes of them (3 d_q + 3 d_kv); gate and up of a gated feed-forward layer (2 F), with what goes into it (d) where
-the kernels do it at once, or with the gate's activation (F) where something stands beside its matrices. Whatever learns keeps what goes into
-it, once for all that take the same, and what is between its own matrices; behind the last block stand the last norm's input and a
+the kernels do it at once, or with the gate's activation (F) where something stands beside its matrices. Whatever learns keeps what goes
+into it, once for all that take the same, and what is between its own matrices; behind the last block stand the last norm's input and a
 probability for each token of the vocabulary. A network along the model keeps what it takes of each block, and its own: no gradient goes
-through the model then. With recomputation (``recompute``) blocks keep their inputs alone, which is not what is counted here.
+through the model then. With recomputation blocks keep their inputs alone, which is not what is counted here.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class _Pass:
 
     def takes(self, matrix: Matrix) -> bool:
         """Whether what goes into a matrix is kept for something that learns by it."""
-        return self.trains(matrix) or any(op.trains and op.takes_x for op in self.ops(matrix)) and not self.is_behind
+        return self.trains(matrix) or (any(op.trains and op.takes_x for op in self.ops(matrix)) and not self.is_behind)
 
     @property
     def is_behind(self) -> bool:

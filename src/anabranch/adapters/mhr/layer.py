@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from anabranch.adapters.low_rank import Pair
 from anabranch.adapters.mhr.inventory import AdapterInventory, check_heads
 from anabranch.adapters.mhr.penalties import Penalties
-from anabranch.adapters.mhr.product import add_rows, add_to_rows, can_add_rows, rows_through
+from anabranch.adapters.mhr.product import add_rows, add_to_rows, rows_through
 from anabranch.adapters.mhr.table import Granularity, RoutingTable, bin_of
 from anabranch.adapters.mhr.weights import Weights
 from anabranch.adapters.tasks import AVERAGE, TASK, Unknown, numbers_of
+from anabranch.adapters.together import can_go_together
 from anabranch.config import Field, Size, configclass
 from anabranch.errors import ConfigError, InputError
 from anabranch.nn import BuildContext, Count, Linear
@@ -163,7 +164,7 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
         x, inventory = rows.x, self.inventory
         task_BL = self._begun(x, context)
         frozen = rows.frozen()
-        if self.config.mixes == "weights" and can_add_rows(x, rows.y if frozen is None else frozen[0], inventory.a):
+        if self.config.mixes == "weights" and can_go_together(x, rows.y if frozen is None else frozen[0], inventory.a):
             found = self._by_row(x, task_BL, context)
             if found is not None:
                 alpha_UqK, place_B, shape = found
@@ -179,7 +180,7 @@ class MultiHeadRouted(Linear, kind="multi_head_routed"):
     def add_to(self, y: Tensor, x: Tensor, context: Any = None) -> None:
         """See `Linear.add_to`: as `around`."""
         inventory = self.inventory
-        if is_hooked(self) or self.config.mixes != "weights" or not can_add_rows(x, y, inventory.a):
+        if is_hooked(self) or self.config.mixes != "weights" or not can_go_together(x, y, inventory.a):
             return super().add_to(y, x, context)
         task_BL = self._begun(x, context)
         found = self._by_row(x, task_BL, context)

@@ -19,14 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anabranch.adapters.together import ITEMS, add_product
 from anabranch.nn.derivatives import asks_for_plain, plain_gradients
-from anabranch.nn.kernels.operands import PLAIN, is_transformed
-from anabranch.precision import autocast_dtype
 
-__all__ = ["add_rows", "add_to_rows", "can_add_rows", "merged_halves", "rows_through"]
+__all__ = ["add_rows", "add_to_rows", "merged_halves", "rows_through"]
 
-# Items that are gone through at a time: some hundred KiB of them.
-_ITEMS = 256
 # Rows as long as this are taken as they lie; shorter ones of a task are gathered.
 _LONG = 32
 
@@ -40,18 +37,6 @@ def merged_halves(alpha_UqK: Tensor, a_qKCR: Tensor, b_qKRO: Tensor) -> tuple[Te
     a_UCR = a_qUX.unflatten(2, (-1, rank)).transpose(0, 1).flatten(1, 2)
     b_URO = b_qUX.unflatten(2, (rank, -1)).permute(1, 2, 0, 3).flatten(2)
     return a_UCR, b_URO
-
-
-def can_add_rows(x_BLC: Tensor, weight: Tensor, a_qKCR: Tensor) -> bool:
-    """Whether `add_rows` takes these, with y, or `rows_through` with a matrix: eagerly on a CPU, without autocast, x and that in one type.
-
-    Skills may be of a wider type, in which the product is then made.
-    """
-    if torch.compiler.is_compiling() or is_transformed() or autocast_dtype(x_BLC.device.type) is not None:
-        return False
-    if not x_BLC.is_cpu or type(weight) not in PLAIN:
-        return False
-    return x_BLC.dtype == weight.dtype and torch.promote_types(x_BLC.dtype, a_qKCR.dtype) == a_qKCR.dtype
 
 
 def add_rows(
@@ -208,11 +193,9 @@ def _add(
 
 
 def _add_product(y_NO: Tensor, items: slice | Tensor, z: Tensor, b_RO: Tensor, scale: float) -> None:
-    """y += scale z b, of these items, in the wider type of both, and rounded once."""
-    if isinstance(items, slice) and y_NO.dtype == z.dtype:
-        y_NO[items].addmm_(z, b_RO, alpha=scale)
-    elif isinstance(items, slice):
-        y_NO[items].add_(torch.mm(z, b_RO), alpha=scale)
+    """`add_product` of these items."""
+    if isinstance(items, slice):
+        add_product(y_NO[items], z, b_RO, scale)
     else:
         y_NO[items] = torch.add(y_NO[items], torch.mm(z, b_RO), alpha=scale).to(y_NO.dtype)
 
@@ -225,7 +208,7 @@ def _pieces(place_B: Tensor, length: int) -> list[tuple[int, slice | Tensor]]:
         for row, task in enumerate(tasks):
             if row + 1 == len(tasks) or tasks[row + 1] != task:
                 end = (row + 1) * length
-                made += [(task, slice(begin, min(begin + _ITEMS, end))) for begin in range(first, end, _ITEMS)]
+                made += [(task, slice(begin, min(begin + ITEMS, end))) for begin in range(first, end, ITEMS)]
                 first = end
         return made
     order_B, count_U = place_B.argsort(stable=True), torch.bincount(place_B) * length
@@ -233,6 +216,6 @@ def _pieces(place_B: Tensor, length: int) -> list[tuple[int, slice | Tensor]]:
     return [
         (task, items)
         for task, of_task in enumerate(item_N.split(count_U.tolist()))
-        for items in of_task.split(_ITEMS)
+        for items in of_task.split(ITEMS)
         if len(items)
     ]
