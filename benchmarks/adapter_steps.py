@@ -3,9 +3,9 @@
     poly       forward and backward of one layer whose rows are of several tasks: skills mixed by task (`MultiHeadRouted`) against peft's
                Poly with the same numbers, whose outputs are compared first. Once what is added alone, once with the frozen matrix on both
                sides, which is most of the work. bar of all rows: 2 times
-    lora       forward and backward of queries, keys and values with LoRA beside each, in float32 and beside a frozen matrix in bfloat16, whose
-               adapters are float32 as peft keeps them: ours with the fused matrix, against peft's three layers with the same numbers,
-               whose outputs are compared first. no bar
+    lora       forward and backward of queries, keys and values with LoRA beside each, in float32, and beside a frozen matrix in bfloat16,
+               whose adapters are float32 as peft keeps them: ours with the fused matrix, against peft's three layers with the same
+               numbers, whose outputs are compared first. no bar
     select     the adapter for a query among 10,000, by its instruction: from the query's vector (`GliderPool.retrieve` keeps vectors of
                queries that it has seen), and from a text that it has not. bar of the first: 0.4 ms
     rewire     phase 1 of Rewiring with 5 steps, against 5 times 2.2 forward passes of the context, with the guard and without. bar: 1

@@ -67,18 +67,24 @@ def test_values_and_gradients_are_those_of_the_layers_one_by_one(names, shape):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_some_gradients_alone():
-    layer, x = added(), inputs(2, 3)
-    layer.beside["q"].requires_grad_(False)
-    layer.beside["v"].a.requires_grad_(False)
-    found, wanted = layer(x), one_by_one(layer, x)
-    b = layer.beside["v"].b
-    gradients = [torch.autograd.grad(y.square().sum(), b)[0] for y in (found, wanted)]
-    torch.testing.assert_close(*gradients)
-    layer.requires_grad_(False)
-    x.requires_grad_()
-    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (layer(x), one_by_one(layer, x))]
-    torch.testing.assert_close(*gradients)
+@pytest.mark.parametrize("learns", [("x",), ("b1",), ("a2",), ("a1", "b2"), ("x", "b1", "b2")])
+def test_some_gradients_alone(learns):
+    layer = added()
+    halves = [half.detach() for name in ("q", "v") for half in (layer.beside[name].a, layer.beside[name].b)]
+    given = dict(zip(("x", "a1", "b1", "a2", "b2"), [inputs(2, 3), *halves], strict=True))
+    leaves = [given[name].requires_grad_() for name in learns]
+    parts = [Adapted(0, 6, 1.5, 2), Adapted(9, 4, 1.0, 3)]
+    x, a1, b1, a2, b2 = given.values()
+    weight, bias = layer.matrix.weight, layer.matrix.bias
+    found = together(x, weight, bias, parts, [(a1, b1), (a2, b2)])
+    wanted = x @ weight.T + bias + torch.cat([1.5 * (x @ a1.T @ b1.T), x.new_zeros(2, 3, 3), x @ a2.T @ b2.T], -1)
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), leaves),
+        torch.autograd.grad(wanted.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_gradients_of_any_order():
@@ -142,6 +148,10 @@ def test_what_is_left_to_the_layers():
     learns = added()
     learns.matrix.weight.requires_grad_()
     check(learns)
+    # Of an A that does not learn x is not kept.
+    fixed = added()
+    fixed.beside["v"].a.requires_grad_(False)
+    check(fixed)
     heard, calls = added(), []
     heard.beside["v"].register_forward_hook(lambda *_: calls.append(1))
     check(heard)

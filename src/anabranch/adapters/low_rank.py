@@ -141,10 +141,14 @@ class LowRank(Linear, kind="low_rank"):
 
     def add_to(self, y: Tensor, x: Tensor, context: Any = None) -> None:
         """See `Linear.add_to`: in one type by one product, which adds to what is there."""
-        if y.dtype != self.a.dtype or is_hooked(self) or type(self) is not LowRank:
+        if y.dtype != self.a.dtype or x.dim() < 2 or is_hooked(self) or type(self) is not LowRank:
             return super().add_to(y, x, context)
-        low_NR = F.linear(self.dropped(x), self.a).flatten(0, -2)
-        y.view(len(low_NR), -1).addmm_(low_NR, self.b.t(), alpha=self.scale)
+        low = F.linear(self.dropped(x), self.a)
+        if low.dtype != y.dtype:
+            # Under autocast.
+            y.add_(F.linear(low, self.b) * self.scale)
+        else:
+            y.view(-1, len(self.b)).addmm_(low.flatten(0, -2), self.b.t(), alpha=self.scale)
 
     @classmethod
     def together(
@@ -158,7 +162,8 @@ class LowRank(Linear, kind="low_rank"):
         if any(layer.training and layer.config.dropout > 0 for layer in own) or len({one.a.dtype for one in own}) > 1:
             return None
         weight_OC, bias_O = frozen
-        if not can_go_together(product.x, weight_OC, own[0].a):
+        # Where an A does not learn (LoRA-FA), x need not be kept for it.
+        if not all(layer.a.requires_grad for layer in own) or not can_go_together(product.x, weight_OC, own[0].a):
             return None
         parts, halves, first = [], [], 0
         for name, size in rows.items():

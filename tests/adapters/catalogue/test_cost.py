@@ -282,7 +282,6 @@ KEPT = {
     "adapter-drop": {"rank": 16, "drop": 2},
     "adapter-houlsby": {"width": 16},
     "adapter-parallel": {"width": 16},
-    "dora": {"rank": 8},
     "ia3": {},
     "ssf": {},
     "bitfit": {},

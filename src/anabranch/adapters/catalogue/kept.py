@@ -117,11 +117,12 @@ def kept_bytes(
     ops: Callable[[Matrix], list[Op]],
     *,
     width: float,
-    tokens: float,
+    tokens: int,
+    longer: float = 1.0,
 ) -> int:
     """Bytes that a step of ``tokens`` tokens keeps, of which a number of the model has ``width`` and a probability 4.
 
-    ``ops`` says what is added to a matrix.
+    ``ops`` says what is added to a matrix, ``longer`` how many times as many tokens the blocks see.
     """
     if card.along is not None:
         blocks = card.along(shape, options)[2]
@@ -129,4 +130,4 @@ def kept_bytes(
         blocks = _Pass(card, shape, frozenset(matrix.part for matrix in chosen), options, ops).blocks()
     head = next((matrix for matrix in shape.matrices if matrix.word == "head"), None)
     vocabulary = shape.config.vocab_size if head is None else head.out_dim
-    return round(tokens * (width * (blocks + shape.dim) + _WIDE * vocabulary))
+    return round(tokens * (width * longer * (blocks + shape.dim) + _WIDE * vocabulary))
