@@ -478,3 +478,22 @@ def test_wrong_choices_of_rows_are_learned_from_and_told(here, base):
     code, _, err = here("adapt", base / "base", base / "rows.jsonl", "--out", base / "none", *given, *QUICK)
     assert code == 2
     assert "has wrong choices" in err
+
+
+def test_adapters_are_weighed_by_rows(here, base):
+    adapted(here, base / "base", base / "rows.jsonl", "--out", base / "one", "--steps", 3, "--rank", 2)
+    adapted(here, base / "base", base / "rows.jsonl", "--out", base / "two", "--steps", 6, "--rank", 2, "--seed", 1)
+    given = ["--model", base / "base", "--data", base / "rows.jsonl", "--steps", 6]
+    folders = [base / "one" / "adapter", base / "two" / "adapter"]
+    code, out, err = here(
+        "adapters", "merge", *folders, "--out", base / "weighed", *given, "--method", "linear", "--json"
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["tried"] == 6
+    assert told["loss"] <= told["base_loss"]
+    assert len(told["weights"]) == 2
+    assert (base / "weighed" / "adapter_config.json").exists()
+    code, out, err = here("adapters", "merge", *folders, "--out", base / "weighed2", *given)
+    assert code == 0, err
+    assert "6 weights were tried" in " ".join(out.split())

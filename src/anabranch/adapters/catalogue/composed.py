@@ -108,7 +108,7 @@ _ROUTED = (
         count=lambda matrices, shape, options: options["number"],
         merges="yes",
         mixed="pool",
-        limits="its sum is `adapters merge --method linear`",
+        limits="`adapters merge --method linear --model MODEL --data ROWS` finds the weights by a few rows",
     ),
     _routed(
         "molora",

@@ -1,17 +1,25 @@
 """``anabranch adapters merge``: one adapter out of several."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from anabranch.bounds import MOST_SEED
-from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.options import AsJson, Quiet, load
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
+from anabranch.cli.progress import Progress
 from anabranch.errors import ConfigError
 from anabranch.extras import require
 from anabranch.files import check_apart
+
+if TYPE_CHECKING:
+    from anabranch.adapters import Adapter
+    from anabranch.adapters.lorahub import Found
 
 
 def merge(
@@ -67,6 +75,18 @@ def merge(
         Literal["total", "frequency"] | None,
         typer.Option(help="Of TIES: the sign of the total of numbers wins, or the more frequent one. Default: total."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Find the weights, without gradients, that make the answers of these few rows likeliest on --model (LoRAHub; its way of "
+            "mixing is --method linear).",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="With --data, the base of the adapters.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --data, how many weights are tried. Default: 40.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -78,9 +98,16 @@ def merge(
     from anabranch.adapters import combine, read_peft, write_peft
 
     numbers = [1.0] * len(adapters) if weights is None else read_weights(weights, len(adapters))
-    check_apart([out], adapters)
+    _check_search(weights, data, model, steps)
+    check_apart([out], [*adapters, *(path for path in (data, model) if path is not None)])
     options: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "majority": majority}
-    made = combine([read_peft(folder) for folder in adapters], numbers, method, **options)
+    parts, found = [read_peft(folder) for folder in adapters], None
+    if data is not None and model is not None:
+        # What is wrong with them is said before anything is searched for.
+        combine(parts, numbers, method, **options)
+        found = _found(parts, model, data, method, options, steps or 40, quiet=quiet or as_json)
+        numbers = list(found.weights)
+    made = combine(parts, numbers, method, **options)
     write_peft(out, made.adapter)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
     ranks = sorted({pair.rank for pair in made.adapter.pairs.values()})
@@ -90,6 +117,7 @@ def merge(
                 "folder": out,
                 "adapters": adapters,
                 "weights": numbers,
+                **({} if found is None else {"loss": found.loss, "base_loss": found.base_loss, "tried": found.tried}),
                 "method": method,
                 **{name: value for name, value in options.items() if value is not None},
                 "error": made.error,
@@ -106,11 +134,55 @@ def merge(
             "adapter",
             f"{len(made.adapter.pairs)} layers, {of_rank}, {quantity(made.adapter.num_parameters)} parameters",
         )
+        if found is not None:
+            fact("weights", ", ".join(f"{weight:.3g}" for weight in numbers))
+            fact(
+                "rows",
+                f"{found.loss:.3f} nats/token; {found.base_loss:.3f} without adapters; {found.tried} weights were tried",
+            )
         told = "none, this is the sum" if not made.error else f"{made.error:.3g} of the sum"
         fact("error", told)
         if method.endswith("_svd"):
             fact("cut", f"{made.cut_off:.3g} of what {method.removesuffix('_svd')} made, which the rank could not hold")
         wrote(f"{out}   {size(num_bytes)}", f"anabranch eval MODEL --adapter {shell_word(out)}")
+
+
+def _check_search(weights: str | None, data: str | None, model: str | None, steps: int | None) -> None:
+    """Raise ConfigError for options of which one makes no sense with, or without, another."""
+    if data is None:
+        for name, value in (("--model", model), ("--steps", steps)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is {value}, which is for weights that are found; give rows with --data, or leave it out"
+                )
+        return
+    if weights is not None:
+        raise ConfigError(f"--weights is {weights!r}, and --data has them found; leave one out")
+    if model is None:
+        raise ConfigError("--data has weights found on the base of the adapters; name it with --model")
+
+
+def _found(
+    parts: Sequence[Adapter], model: str, data: str, method: Any, options: Mapping[str, Any], steps: int, *, quiet: bool
+) -> Found:
+    """The weights that make the answers of the rows likeliest."""
+    from anabranch.adapters.adapt import read_rows
+    from anabranch.adapters.lorahub import lorahub_weights
+
+    rows = read_rows(data)
+    base, tokenizer = load(model, None, None)
+    with Progress(steps, "step", quiet=quiet) as progress:
+        return lorahub_weights(
+            parts,
+            base,
+            tokenizer,
+            rows,
+            method=method,
+            steps=steps,
+            search_seed=options["seed"] or 0,
+            on_step=lambda step, best: progress.update(step, f"{best:.3f} nats/token"),
+            **options,
+        )
 
 
 def read_weights(text: str, number: int) -> list[float]:
