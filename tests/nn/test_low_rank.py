@@ -48,6 +48,10 @@ def check(given, ranks):
     again, kept = low_rank(*given, ranks=ranks)
     assert kept is None
     assert torch.equal(again, y)
+    x, a, b, *others = given
+    turned = b.transpose(1, 2).contiguous().transpose(1, 2)
+    assert can_add(x, a, turned)
+    assert torch.equal(low_rank(x, a, turned, *others, ranks=ranks)[0], y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,6 +93,9 @@ def test_what_is_beyond_a_rank_is_not_asked():
     plain, _ = low_rank(*given, ranks=[8, 64])
     given[1][0, 8:], given[2][0, :, 8:] = torch.nan, torch.nan
     assert torch.equal(low_rank(*given, ranks=[8, 64])[0], plain)
+    x, a, b, *others = given
+    turned = b.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(low_rank(x, a, turned, *others, ranks=[8, 64])[0], plain)
 
 
 @given(

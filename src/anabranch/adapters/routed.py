@@ -145,10 +145,11 @@ class RoutedLowRank(Linear, kind="routed_low_rank"):
         """Take over the numbers of the pairs that `config_of` was given, on ``device``, frozen, in ``dtype``: float32 at least if None."""
         kinds = [half.dtype for pair in pairs if pair is not None for half in (pair.a_RC, pair.b_OR)]
         kind = dtype or functools.reduce(torch.promote_types, kinds, torch.float32)
-        for name, stack in (("a", self.pool.a), ("b", self.pool.b)):
-            setattr(
-                self.pool, name, nn.Parameter(torch.zeros(stack.shape, dtype=kind, device=device), requires_grad=False)
-            )
+        num_adapters, rank, inputs = self.pool.a.shape
+        a_ERC = torch.zeros(num_adapters, rank, inputs, dtype=kind, device=device)
+        # Turned in memory: of an adapter of few ranks it lies in one piece, and no product turns it each time.
+        b_EOR = torch.zeros(num_adapters, rank, self.pool.out_dim, dtype=kind, device=device).transpose(1, 2)
+        self.pool.a, self.pool.b = (nn.Parameter(stack, requires_grad=False) for stack in (a_ERC, b_EOR))
         with torch.no_grad():
             for number, pair in enumerate(pairs):
                 if pair is not None:

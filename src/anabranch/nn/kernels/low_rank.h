@@ -90,13 +90,13 @@ void high_block(const float* const* h, const W* b, int64_t size, int64_t width, 
       for (int j = 0; j < N; ++j) y[i][c] = fused(h[i][j], number(b + j * size + c), y[i][c]);
 }
 
-// y_i += sum_r h_i[r] panel[r][NR], of M rows.
+// y_i += sum_r h_i[r] panel[r], of M rows and NR columns; rows of the panel are `stride` apart.
 template <int M>
-void panel_block(const float* const* h, const float* panel, int64_t ranks, float* const* y) {
+void panel_block(const float* const* h, const float* panel, int64_t stride, int64_t ranks, float* const* y) {
   vec sum[M][2];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) sum[i][0] = load(y[i]), sum[i][1] = load(y[i] + VL);
-  for (int64_t r = 0; r < ranks; ++r, panel += NR) {
+  for (int64_t r = 0; r < ranks; ++r, panel += stride) {
     vec first = load(panel), second = load(panel + VL);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
