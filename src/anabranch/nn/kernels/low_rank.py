@@ -15,7 +15,8 @@ __all__ = ["can_add", "low_rank"]
 LOW_RANK = Kernel(
     "anabranch_low_rank",
     """types, turned: int, x: item[N, C], a: item[E, R, C], b: item[E*O*R], end: int64[E], rank: int64[E], item: int64[U],
-    weight: float32[U], low: float32[U, R] out, kept: float32[U, R]? out, y: float32[N, O] rows out, strides(y), N, C, E, R, O, U, threads""",
+    weight: float32[U], low: float32[U, R] out, kept: float32[U, R]? out, y: float32[N, O] rows out, strides(y), N, C, E, R, O, U,
+    threads""",
     types={("float32",): 0, ("bfloat16",): 1},
     result="status",
 )
