@@ -216,7 +216,7 @@ class AdaptTask(Task, kind="adapt"):
         if weight:
             # The same rows again, each under the task of another, in the one call that a step may make.
             parts.append((token_BL, start_B, length_B, task_B.roll(1)))
-        wrong = wrong_choices(token_BL, start_B, *choices, self.most_tokens) if choices else None
+        wrong = wrong_choices(token_BL, start_B, choices[0], choices[1], self.most_tokens) if choices else None
         if wrong is not None:
             parts.append((wrong.token_XL, wrong.start_X, wrong.length_X, task_B[wrong.row_X]))
         given = batch_of(*joined(parts))
@@ -298,7 +298,7 @@ class AdaptTask(Task, kind="adapt"):
     def _preferred(self, model: Any, batch: tuple[Tensor, ...], right_B: Tensor, context: TaskContext) -> Tensor:
         """bool: of the rows that have wrong choices, whether the answer is preferred; ``right_B`` are its nats per token."""
         token_BL, start_B, _, task_B, *choices = batch
-        wrong = wrong_choices(token_BL, start_B, *choices, self.most_tokens)
+        wrong = wrong_choices(token_BL, start_B, choices[0], choices[1], self.most_tokens)
         if wrong is None:
             return torch.zeros(0, dtype=torch.bool)
         found = []

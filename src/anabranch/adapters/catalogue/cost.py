@@ -241,8 +241,11 @@ class _Flow:
 
     def kept(self, base_width: float) -> int:
         """Bytes of activations of a step; numbers are computed in 16 bits at least, whatever weights are stored in."""
-        chosen, sizes = list(self.chosen.values()), {"width": max(2.0, base_width), "longer": self.longer}
-        return kept_bytes(self.card, self.shape, chosen, self.options, self.ops, tokens=self.tokens, **sizes)
+        chosen, width = list(self.chosen.values()), max(2.0, base_width)
+        batch = self.tokens // self.length
+        return kept_bytes(
+            self.card, self.shape, chosen, self.options, self.ops, width=width, batch=batch, length=self.length
+        )
 
     def training(self) -> float:
         """Forward and backward: gradients of inputs wherever something below learns, and of what learns."""

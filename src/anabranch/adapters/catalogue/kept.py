@@ -1,11 +1,12 @@
 """What a training step keeps of its forward pass for the backward one: activations, of a token, by formula.
 
 Wherever a gradient goes on through a block, that is: what goes into its norms (2 d); queries, keys and values before their positions and
-after, and what attention makes of them (3 d_q + 3 d_kv); gate and up of a gated feed-forward layer (2 F), with what goes into it (d) where
-the kernels do it at once, or with the gate's activation (F) where something stands beside its matrices. Whatever learns keeps what goes
-into it, once for all that take the same, and what is between its own matrices; behind the last block stand the last norm's input and a
-probability for each token of the vocabulary. A network along the model keeps what it takes of each block, and its own: no gradient goes
-through the model then. With recomputation blocks keep their inputs alone, which is not what is counted here.
+after, and what attention makes of them (3 d_q + 3 d_kv; behind virtual tokens 2 d_q + 2 d_kv, with theirs); gate and up of a gated
+feed-forward layer (2 F), with what goes into it (d) where the kernels do it at once, or with the gate's activation (F) where something
+stands beside its matrices. Whatever learns keeps what goes into it, once for all that take the same, and what is between its own matrices;
+behind the last block stand the last norm's input and a probability for each token of the vocabulary. A network along the model keeps what
+it takes of each block, and its own: no gradient goes through the model then. With recomputation blocks keep their inputs alone, which is
+not what is counted here.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +30,13 @@ class _Pass:
     chosen: frozenset[str]
     options: Options
     ops: Callable[[Matrix], list[Op]]
+    length: int
+
+    @property
+    def front(self) -> int:
+        """Virtual positions that attention meets in front of a sequence."""
+        counts = self.card.added_tokens, self.card.prefix_positions
+        return sum(count(self.options) for count in counts if count is not None)
 
     @property
     def learns_norms(self) -> bool:
@@ -67,13 +75,16 @@ class _Pass:
         kept = float(self.shape.dim) * (stream or self.learns_norms)
         inner = stream or self.learns_norms or any(self.learns(matrix) for matrix in first)
         is_attention = last == "o"
-        inner = inner or (is_attention and self.card.prefix_positions is not None)
+        inner = inner or (is_attention and self.front > 0)
         hidden = sum(matrix.out_dim * matrix.share for matrix in first)
         is_plain = not any(matrix.part in self.chosen and not self.card.trains_base for matrix in matrices)
         takes = any(self.takes(matrix) for matrix in first)
         if is_attention:
             kept += self.shape.dim * takes
-            if inner:
+            if inner and self.front:
+                # Keys and values are copied behind those in front.
+                kept += 2 * (self.shape.query_width + self.shape.kv_width * (1 + self.front / self.length))
+            elif inner:
                 kept += 3 * (self.shape.query_width + self.shape.kv_width)
             elif any(self.takes(matrix) for matrix in final):
                 kept += self.shape.query_width
@@ -97,7 +108,7 @@ class _Pass:
 
     def blocks(self) -> float:
         """What all blocks keep."""
-        stream = self.card.added_tokens is not None or self.card.id == "full"
+        stream = self.card.id == "full"
         total = 0.0
         for layer in range(self.shape.num_layers):
             inside = [matrix for matrix in self.shape.matrices if matrix.layer == layer]
@@ -117,17 +128,18 @@ def kept_bytes(
     ops: Callable[[Matrix], list[Op]],
     *,
     width: float,
-    tokens: int,
-    longer: float = 1.0,
+    batch: int,
+    length: int,
 ) -> int:
-    """Bytes that a step of ``tokens`` tokens keeps, of which a number of the model has ``width`` and a probability 4.
+    """Bytes that a step of ``batch`` sequences of ``length`` tokens keeps; a number of the model has ``width`` of them, a probability 4.
 
-    ``ops`` says what is added to a matrix, ``longer`` how many times as many tokens the blocks see.
+    ``ops`` says what is added to a matrix. Virtual tokens go through the model once for all sequences.
     """
+    tokens, virtual = batch * length, 0 if card.added_tokens is None else card.added_tokens(options)
     if card.along is not None:
         blocks = card.along(shape, options)[2]
     else:
-        blocks = _Pass(card, shape, frozenset(matrix.part for matrix in chosen), options, ops).blocks()
+        blocks = _Pass(card, shape, frozenset(matrix.part for matrix in chosen), options, ops, length).blocks()
     head = next((matrix for matrix in shape.matrices if matrix.word == "head"), None)
     vocabulary = shape.config.vocab_size if head is None else head.out_dim
-    return round(tokens * (width * longer * (blocks + shape.dim) + _WIDE * vocabulary))
+    return round(width * (blocks * (tokens + virtual) + shape.dim * tokens) + _WIDE * vocabulary * tokens)
