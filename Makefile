@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2# processes that share the tests
 
+# Says whose a folder is.
+DEMO := runs/demo/.made-by-make-demo
+
 # Every process of a parallel test run computes on one thread, or they would fight over the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -18,7 +21,12 @@ help: ## list the commands
 
 .PHONY: demo
 demo: $(VENV)/.installed ## train a small ReXMoE on text this machine has, sample from it, draw how it routes (5 minutes)
+	@# Only what this command made is made anew.
+	@if [ -e runs/demo ] && [ ! -e $(DEMO) ]; then \
+	  echo "runs/demo is there, and make demo did not make it; move it away" >&2; exit 2; \
+	fi
 	rm -rf runs/demo
+	mkdir -p runs/demo && touch $(DEMO)
 	$(BIN)/anabranch train demo --out runs/demo
 	$(BIN)/anabranch generate runs/demo --prompt "def " --max-tokens 120 --temperature 0.8 --seed 1
 	$(BIN)/anabranch report runs/demo --out runs/demo/report

@@ -176,9 +176,17 @@ def test_an_exit_code_is_kept(failing, capsys, error):
 
 
 def test_a_group_without_a_command_shows_its_help(capsys):
-    for arguments in ([], ["graph"], ["gateway"], ["gateway", "keys"]):
+    for arguments in (["graph"], ["gateway"], ["gateway", "keys"]):
         assert main(arguments) == 2
         assert capsys.readouterr().err == f"error: name a command (see {' '.join(['anabranch', *arguments])} --help)\n"
+
+
+def test_the_name_alone_shows_the_help(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr()
+    assert main([]) == 0
+    assert capsys.readouterr() == told
+    assert "train" in told.out
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, read_assignments, read_seeds
+from anabranch.cli.options import (
+    AsJson,
+    Assignments,
+    Quiet,
+    Texts,
+    read_assignments,
+    read_seeds,
+    read_texts,
+    use_granted_cores,
+)
 from anabranch.cli.output import fact, print_json, quantity, say, size, table, wrote
 from anabranch.cli.study import print_left_out
 from anabranch.errors import ConfigError
@@ -21,7 +30,10 @@ if TYPE_CHECKING:
 def compare(
     designs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DESIGN...", help="Presets or TOML files; the first is the baseline."),
+        typer.Argument(
+            metavar="DESIGN...",
+            help='Presets, or TOML files that name theirs (preset = "moe"); the first is the baseline.',
+        ),
     ] = None,
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of results; the same command goes on there.")],
@@ -29,6 +41,7 @@ def compare(
         str | None,
         typer.Option("--preset", metavar="GROUP", help="A ready list of designs: family (all that route tokens)."),
     ] = None,
+    data: Texts = None,
     seeds: Annotated[str, typer.Option(metavar="S", help="Paired seeds, e.g. 0,1 or 0-4.")] = "0,1,2",
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of each run.")] = None,
     size_dial: Annotated[
@@ -43,16 +56,23 @@ def compare(
     For one seed all designs see the same text in the same order. Differences are paired over seeds, with 95% intervals.
 
     Example: anabranch compare moe rexmoe-open dense --out runs/compare --steps 300
+
+    Text of your own, instead of the source of Python's standard library: --data my/texts
     """
     require("lm", "plots", by="anabranch compare")
     from anabranch import presets
-    from anabranch.cli.runs import build_config
+    from anabranch.cli.runs import build_config, names_preset
     from anabranch.studies.compare import compare as run
 
-    settings = read_assignments(assignments) | ({} if steps is None else {"train.steps": steps})
+    use_granted_cores()
+    settings = read_texts(data) | read_assignments(assignments) | ({} if steps is None else {"train.steps": steps})
     configs = {}
     for design in [*(presets.group(group) if group else ()), *(designs or ())]:
         file = Path(design) if design.endswith(".toml") else None
+        if file and not names_preset(file):
+            raise ConfigError(
+                f'{file} names no preset, so what it is compared with is not said; put preset = "moe", or another, at its top'
+            )
         name = file.stem if file else design
         if name in configs:
             raise ConfigError(f"design {name!r} is named twice; give the second another file name")

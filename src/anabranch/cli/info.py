@@ -44,10 +44,24 @@ def info(
         return
     config, length = config_of(model, size_dial)
     facts = describe(config, sequence_length or length, dtype)
+    if is_stored(model):
+        facts |= _stored(model)
     if as_json:
         print_json({"model": model, **facts})
         return
     _print(model, config, facts)
+
+
+def is_stored(model: str) -> bool:
+    """Whether it is a model, and no preset's name."""
+    return Path(model).exists()
+
+
+def _stored(model: str) -> dict[str, Any]:
+    from anabranch.lm.checkpoint import stored_form
+
+    architecture, types = stored_form(model)
+    return {"architecture": architecture, "stored": types}
 
 
 def describe(config: Decoder.Config, length: int, dtype: str) -> dict[str, Any]:
@@ -101,6 +115,12 @@ def _print(model: str, config: Decoder.Config, facts: dict[str, Any]) -> None:
     shape = f"{config.num_layers} layers, width {config.dim}, {config.vocab_size:,} tokens"
     kinds = sorted({config.feed_forward_of(layer).owner.kind or "" for layer in range(config.num_layers)})
     fact("model", f"{model}   {shape}   {' and '.join(kinds)}")
+    if "architecture" in facts:
+        types = facts["stored"]
+        shares = ", ".join(f"{name} {count / sum(types.values()):.0%}" for name, count in types.items())
+        fact(
+            "stored", f"{facts['architecture']}   " + (next(iter(types)) if len(types) == 1 else shares or "no weights")
+        )
     if routed:
         feed_forward = config.feed_forward_of(routed[0])
         experts, places = getattr(feed_forward, "num_experts", None), getattr(feed_forward, "num_choices", None)

@@ -40,7 +40,6 @@ from anabranch.cli.train import TrainCommand, train
 from anabranch.extras import explain
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -113,11 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _quiet_libraries()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # Whoever has typed the name alone wants to know what there is.
+    arguments = arguments or ["--help"]
     asked = {"debug": debug_wanted()}
 
     def run() -> int | None:
         # Not app(...): that turns an EOFError of a reader's and an interrupt into other things.
         command: Any = typer.main.get_command(app)
+        # A shell that completes a line asks by a variable, and wants nothing else.
+        command._main_shell_completion({}, "anabranch")
         try:
             with command.make_context("anabranch", list(arguments), obj=asked) as context:
                 code = command.invoke(context)
@@ -128,6 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(run, misuse=lambda error: _misuse(error, arguments), debug=lambda: asked["debug"])
 
 
+# What other programs call it, or one might.
+_MEANT = dict.fromkeys(
+    ("anabranch train", "anabranch compare", "anabranch eval", "anabranch report"), {"--text": "--data PATH"}
+)
 # Options of other servers of models, as settings of ours.
 _SERVE_SETTINGS = {
     "--threads": "engine.threads=N", "--ctx-size": "engine.max_positions=N", "--max-model-len": "engine.max_positions=N",
@@ -145,6 +152,8 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
         known = [name for parameter in context.command.params for name in parameter.opts]
         near = difflib.get_close_matches(option, known, n=1)
         message += f"; did you mean {near[0]}?" if near else ""
+        if option in _MEANT.get(context.command_path, {}):
+            message = f"No such option: {option}; text is read from files here: {_MEANT[context.command_path][option]}"
         if context.command_path == "anabranch serve" and option in _SERVE_SETTINGS:
             message = f"No such option: {option}; it is --set {_SERVE_SETTINGS[option]} here"
     invalid = re.fullmatch(r"Invalid value for '(.*?)'(?: / '.*?')*: (?:Value error, )?(.*)", message, re.DOTALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,10 +78,42 @@ Assignments = Annotated[
         help="Set any field of the config, e.g. --set model.feed_forward.reuse=4. May be repeated.",
     ),
 ]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="Text to learn from: a file, a folder, a pattern in quotes ('notes/*.md'), or Parquet or JSON lines. May be repeated. "
+        "Default: the source of Python's standard library.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar=FLAG, help="Show no progress.")]
 
 _MOST_SEEDS = 10_000
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def read_texts(paths: list[str] | None) -> dict[str, Any]:
+    """The fields that make a run read ``paths``; none for None. Raises DataError for what is not there."""
+    if not paths:
+        return {}
+    from anabranch.data import corpus_at
+
+    corpus: Any = corpus_at(*paths)
+    return {"data.corpus.kind": corpus.owner.kind, "data.corpus.paths": list(corpus.paths)}
+
+
+def use_granted_cores() -> None:
+    """Let PyTorch compute on no more threads than this process may use cores, which it does not see where a container limits them.
+
+    What OMP_NUM_THREADS says stays.
+    """
+    import torch
+
+    from anabranch.machine import usable_cores
+
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())
 
 
 def finite_number(value: float | None) -> float | None:

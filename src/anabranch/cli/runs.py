@@ -28,8 +28,17 @@ def build_config(
     for field, value in (("preset", name), ("size", wanted)):
         if not isinstance(value, str):
             raise ConfigError(f"{field} in {config_file} is {shown(value)}; it must be a name")
+    if name not in presets.names() and Path(name).exists():
+        raise ConfigError(
+            f"{name!r} is a file or folder and no preset; text is given by --data, a pattern of a shell in quotes"
+        )
     config = presets.find(name)(wanted)
     return name, override(config, {**flatten(table), **assignments})
+
+
+def names_preset(config_file: Path) -> bool:
+    """Whether a TOML file says what it starts from."""
+    return "preset" in read_toml(config_file)
 
 
 def set_fields(config_file: Path | None, assignments: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from anabranch.cli.options import AsJson, Assignments, Quiet, only_file, read_assignments
-from anabranch.cli.output import duration, fact, print_json, quantity, sample, shell_word, size, wrote
+from anabranch.cli.options import (
+    AsJson,
+    Assignments,
+    Quiet,
+    Texts,
+    only_file,
+    read_assignments,
+    read_texts,
+    use_granted_cores,
+)
+from anabranch.cli.output import duration, fact, print_json, quantity, sample, say, shell_word, size, wrote
 from anabranch.cli.progress import Progress
 from anabranch.cli.train_routes import holds_routes, train_routes
 from anabranch.errors import ConfigError
@@ -54,6 +63,7 @@ def train(
             help="demo, dense, moe, rexmoe, ...: anabranch info lists them; a size (tiny) is the demo of that size. Default: demo.",
         ),
     ] = None,
+    data: Texts = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps (train.steps).")] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Of weights and data order (train.seed).")] = None,
     size_dial: Annotated[
@@ -97,16 +107,17 @@ def train(
     With --from a trained model becomes the preset's design: a dense one versatile or a mixture; a mixture one with reuse, a chain or
     recurrent routers; any one parallel streams. With --labels too, routers of a duo model learn the routes of an oracle.
 
-    Text of your own: --set data.corpus.kind=files --set 'data.corpus.paths=["my/texts"]'
+    Text of your own: anabranch train --data my/texts --out runs/mine
     """
     require("lm", by="anabranch train")
-    from anabranch.cli.runs import build_config, set_fields
+    from anabranch.cli.runs import DEFAULT_PRESET, build_config, names_preset, set_fields
     from anabranch.train import Trainer
     from anabranch.train.run import check_free, check_new, holds_run, is_restart
     from anabranch.train.start import keep_tokenizer, resumed_parts, start_run
 
+    use_granted_cores()
     config_file = only_file(config_files)
-    settings = read_assignments(assignments)
+    settings = read_texts(data) | read_assignments(assignments)
     settings |= {} if steps is None else {"train.steps": steps}
     settings |= {} if seed is None else {"train.seed": seed}
     goes_on = resume or (holds_run(out) and (resume_auto or is_restart(out)))
@@ -131,6 +142,8 @@ def train(
         name, config = _held_config(out, preset, size_dial, settings)
     else:
         name, config = build_config(preset, config_file, size_dial, settings)
+        if config_file is not None and preset is None and not names_preset(config_file):
+            say(f"note: {config_file} names no preset; what it does not set is that of {DEFAULT_PRESET}")
     wanted = config.model
     given: dict[str, Any] = {}
     if goes_on:

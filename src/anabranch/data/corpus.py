@@ -6,6 +6,7 @@ Kinds: ``stdlib`` (the default: Python's own library, real text on every machine
 """
 
 import codecs
+import glob
 import json
 import sys
 import sysconfig
@@ -279,11 +280,36 @@ class Mixture(Corpus, kind="mixture"):
                 yield Document(document.key, document.text, name)
 
 
-def corpus_at(path: str | Path) -> Corpus.Config:
-    """The config that reads ``path``: a table if it is Parquet or JSON lines, else text files. Raises DataError if it is absent."""
-    path = expanded(path)
-    list_files(path)
-    return Table.Config(paths=(str(path),)) if is_table(path) else Files.Config(paths=(str(path),))
+def corpus_at(*paths: str | Path) -> Corpus.Config:
+    """The config that reads ``paths``: tables if they are Parquet or JSON lines, else text files.
+
+    Args:
+        paths: files, folders, and patterns of a shell (``notes/*.md``; ``**`` spans folders), which stand for what they match.
+
+    Raises DataError if one is absent or matches nothing, and if some are tables and others are not.
+    """
+    found = [path for given in paths for path in _matched(given)]
+    for path in found:
+        list_files(path)
+    tables = [path for path in found if is_table(path)]
+    if tables and len(tables) < len(found):
+        other = next(path for path in found if path not in tables)
+        raise DataError(
+            f"{tables[0]} is a table and {other} is not; give tables alone, or files and folders of text, or mix them as domains "
+            "(data.corpus.kind=mixture)"
+        )
+    return (Table if tables else Files).Config(paths=tuple(map(str, found)))
+
+
+def _matched(path: str | Path) -> list[Path]:
+    """What a path or pattern stands for, in order. What is there is no pattern, whatever its name."""
+    place = expanded(path)
+    if place.exists() or not glob.has_magic(str(place)):
+        return [place]
+    found = sorted(map(Path, glob.glob(str(place), recursive=True)))
+    if not found:
+        raise DataError(f"nothing matches {str(path)!r}")
+    return found
 
 
 def _check_encoding(name: str) -> None:

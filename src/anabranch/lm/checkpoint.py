@@ -11,6 +11,9 @@ Foreign formats are in `anabranch.lm.formats` (Hugging Face) and `anabranch.lm.g
 """
 
 import logging
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +153,7 @@ def find_model(path: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(
             f"no model at {path}; give a folder saved by anabranch or transformers, a training run, or a .gguf file "
-            "(nothing is downloaded)"
+            f"(nothing is downloaded){_of_the_hub(path)}"
         )
     # First: the folder of a run has a config.json as well.
     steps = [step for step in run_steps(path) if (step / "config.json").is_file()]
@@ -164,6 +167,35 @@ def find_model(path: str | Path) -> Path:
         f"; did you mean {gguf[0]}?" if gguf else " (looked for config.json and checkpoints/step-NNNNNNNN/config.json)"
     )
     raise CheckpointError(f"no model in {path}{hint}")
+
+
+def _of_the_hub(path: Path) -> str:
+    """How to get a model that is named as the Hugging Face Hub names its own; empty for a path that is none of its names."""
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not path.parent.exists()
+    return (
+        f"; if it is one of the Hugging Face Hub, fetch it: hf download {path} --local-dir {path.name}"
+        if is_name
+        else ""
+    )
+
+
+def stored_form(path: str | Path) -> tuple[str, dict[str, int]]:
+    """What a model says it is (as ``OlmoeForCausalLM``, ``llama`` or ``anabranch``), and how many numbers are stored in each type, most
+    first; none of a folder without weights. ``path`` and errors as for `load_config`."""
+    found, types = find_model(path), Counter[str]()
+    if found.is_file():
+        file = gguf.GgufFile(found)
+        for name in file.names:
+            types[file.kind(name)] += math.prod(file.shape(name))
+        return str(file.fields.get("general.architecture")), dict(types.most_common())
+    table = read_json(found / "config.json")
+    if has_weights(found):
+        source = open_tensors(found)
+        for name in source.names:
+            types[str(source.dtype(name)).removeprefix("torch.")] += math.prod(source.shape(name))
+    named = table.get("architectures")
+    first = named[0] if isinstance(named, list) and named else table.get("model_type")
+    return str(first) if is_foreign(table) else "anabranch", dict(types.most_common())
 
 
 def load_config(path: str | Path) -> Decoder.Config:
