@@ -1,16 +1,13 @@
 """The path of somebody who tries an idea: text of one's own, a design in a file, a model that is not there, questions to the shell."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from anabranch.cli import options
 from anabranch.cli.options import read_texts, use_granted_cores
 from anabranch.cli.runs import build_config, names_preset
 from anabranch.data import Files, Table, corpus_at
@@ -78,9 +75,9 @@ def test_fields_that_are_set_are_over_the_text(texts):
     assert (config.data.corpus.paths, config.data.corpus.pattern) == (("notes",), "*.md")
 
 
-def test_a_pattern_without_quotes_is_told_so(texts, here, monkeypatch):
-    with pytest.raises(ConfigError, match=r"'notes/b\.md' is a file or folder and no preset; text is given by --data"):
-        build_config("notes/b.md", None, None, {})
+def test_a_pattern_without_quotes_is_told_so(texts, here):
+    with pytest.raises(ConfigError, match="is a file or folder and no preset; text is given by --data"):
+        build_config(str(texts / "notes" / "b.md"), None, None, {})
     code, _, err = here("train", "--data", texts / "notes", "--out", "x", texts / "notes" / "b.md")
     assert code == 2
     assert "text is given by --data" in err
@@ -90,7 +87,8 @@ def test_train_and_compare_read_it(here, work, tiny):
     (work / "half").mkdir(exist_ok=True)
     for number in range(12):
         shutil.copy(work / "text" / "alpha" / f"{number}.py", work / "half")
-    code, out, err = here("train", "demo", "--data", "half/*.py", "--out", "of-half", "--steps", 2, "--json", *tiny, "--set=data.validation_fraction=0.3")  # fmt: skip
+    options = ["--steps", 2, "--json", *tiny, "--set=data.validation_fraction=0.3"]
+    code, _, err = here("train", "demo", "--data", "half/*.py", "--out", "of-half", *options)
     assert code == 0, err
     held = json.loads((work / "of-half" / "config.json").read_text())
     corpus = held["data"]["corpus"]
@@ -121,7 +119,7 @@ def test_train_says_whose_what_a_file_leaves_open_is(here, work, tiny, data):
     assert code == 0, err
     assert "note: margin.toml names no preset; what it does not set is that of demo" in err
     json.loads(out)
-    code, _, err = here("train", "moe", "--config", "margin.toml", "--out", "of-moe", "--steps", 0, "--json", *tiny[3:], *data)  # fmt: skip
+    code, _, err = here("train", "moe", "--config", "margin.toml", "--out", "of-moe", "--steps", 0, *tiny[3:], *data)
     assert code == 0, err
     assert "names no preset" not in err
 
@@ -201,7 +199,6 @@ def test_no_more_threads_than_cores_that_may_be_used(monkeypatch, cores, told, t
         assert torch.get_num_threads() == (threads or 2)
     finally:
         torch.set_num_threads(before)
-    assert options.os is os
 
 
 # The demo
@@ -234,4 +231,3 @@ def test_make_demo_deletes_only_what_it_made(tmp_path, is_ours):
         assert done.returncode != 0
         assert "make demo did not make it; move it away" in done.stderr
         assert "anabranch train" not in done.stdout
-    assert sys.platform

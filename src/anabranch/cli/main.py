@@ -131,10 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(run, misuse=lambda error: _misuse(error, arguments), debug=lambda: asked["debug"])
 
 
-# What other programs call it, or one might.
-_MEANT = dict.fromkeys(
-    ("anabranch train", "anabranch compare", "anabranch eval", "anabranch report"), {"--text": "--data PATH"}
-)
+# Which read text from files.
+_READERS = ("anabranch train", "anabranch compare", "anabranch eval", "anabranch report")
 # Options of other servers of models, as settings of ours.
 _SERVE_SETTINGS = {
     "--threads": "engine.threads=N", "--ctx-size": "engine.max_positions=N", "--max-model-len": "engine.max_positions=N",
@@ -152,8 +150,8 @@ def _misuse(error: Exception, arguments: Sequence[str]) -> str:
         known = [name for parameter in context.command.params for name in parameter.opts]
         near = difflib.get_close_matches(option, known, n=1)
         message += f"; did you mean {near[0]}?" if near else ""
-        if option in _MEANT.get(context.command_path, {}):
-            message = f"No such option: {option}; text is read from files here: {_MEANT[context.command_path][option]}"
+        if context.command_path in _READERS and option == "--text":
+            message = f"No such option: {option}; text is read from files here: --data PATH"
         if context.command_path == "anabranch serve" and option in _SERVE_SETTINGS:
             message = f"No such option: {option}; it is --set {_SERVE_SETTINGS[option]} here"
     invalid = re.fullmatch(r"Invalid value for '(.*?)'(?: / '.*?')*: (?:Value error, )?(.*)", message, re.DOTALL)
