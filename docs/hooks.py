@@ -1,16 +1,16 @@
 """What MkDocs makes while it builds, so that none of it is typed by hand or goes stale.
 
 - one API page per package, from its docstrings;
-- the command line page, from ``--help``;
+- the command line, from ``--help``: a page of all commands and one for each;
 - tables of recorded results, where a page says ``<!-- results: studies/rexmoe -->`` (or ``benchmarks/moe_layer``, or
-  ``studies`` or ``benchmarks`` for all).
+  ``studies`` or ``benchmarks`` for all);
+- what came out of all studies, one row each (``<!-- results: headlines -->``), and all bars (``<!-- results: bars -->``).
 """
 
 import ast
 import json
 import os
 import re
-import statistics
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from _bars import is_met  # noqa: E402
+from _bars import AWAITED, Bar, asked_of, is_met  # noqa: E402
 from _sources import age  # noqa: E402
 
 PACKAGE = ROOT / "src" / "anabranch"
 MARKER = re.compile(r"<!-- results: (benchmarks|studies)(?:/(\w+))? -->")
+TABLES = re.compile(r"<!-- results: (headlines|bars) -->")
 COMMAND_LINE = "command-line.md"
 MARGIN, NOT_BY_INTERVAL = "\\*", "\u2020"  # beside a difference, beside a verdict
 FENCE_WORDS = re.compile(
@@ -32,7 +33,7 @@ FENCE_WORDS = re.compile(
 
 
 def generated_pages() -> dict[str, str]:
-    """Path below docs/ and text of each page that no file holds, the command line's left empty (it takes a second)."""
+    """Path below docs/ and text of each page that no file holds, the command line's first left empty (it takes a second)."""
     return {f"api/{name}.md": _api_page(name) for name in api_names()} | {COMMAND_LINE: ""}
 
 
@@ -47,8 +48,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages and the plots of studies."""
     from mkdocs.structure.files import File
 
-    for path, text in generated_pages().items():
-        text = command_line_page() if path == COMMAND_LINE else text
+    for path, text in (generated_pages() | command_line_pages()).items():
         files.append(File.generated(config, path, content=text))
     for record in (*_records("studies"), *_records("benchmarks")):
         for plot in _plots(record):
@@ -60,6 +60,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put the recorded results in the place of their markers, and leave fences only the word that MkDocs knows: the language."""
     markdown = FENCE_WORDS.sub(r"\1", markdown)
     up = "../" * page.file.src_uri.count("/")
+    markdown = TABLES.sub(lambda found: (headlines if found[1] == "headlines" else bars)(up), markdown)
     return MARKER.sub(lambda found: results(found[1], found[2], up), markdown)
 
 
@@ -95,8 +96,8 @@ def _public_names(file: Path) -> list[str]:
 # Command line
 
 
-def command_line_page() -> str:
-    """Every command with its help, as a terminal of 100 columns shows it."""
+def command_line_pages() -> dict[str, str]:
+    """The page of all commands, and one for each with its help and that of the commands below it, as a terminal of 100 columns shows it."""
     from typer.main import get_command
     from typer.testing import CliRunner
 
@@ -111,20 +112,27 @@ def command_line_page() -> str:
         lines = "\n".join(line.rstrip() for line in shown.output.strip("\n").splitlines())
         return f"```text\n$ anabranch {' '.join([*words, '--help'])}\n{lines}\n```\n\n"
 
-    def below(group: Any, prefix: str = "") -> list[str]:
+    def below(group: Any, prefix: str) -> list[str]:
         """Commands of a group and, after each that is a group itself, its own."""
         found = []
         for name, command in group.commands.items():
             found += [prefix + name, *(below(command, f"{prefix}{name} ") if hasattr(command, "commands") else [])]
         return found
 
-    names = below(get_command(app))
+    root = get_command(app)
     intro = (
         "# Command line\n\nEvery command takes `--help`. Commands that print results take `--json`: one object on standard "
         "output and nothing else there.\nProgress goes to standard error. A mistake gives one line and exit code 2; the kinds "
-        "of mistakes are on [Errors](errors.md).\n\n"
+        "of mistakes are on [Errors](errors.md).\n`anabranch --install-completion` lets your shell complete commands and options.\n\n"
     )
-    return intro + help_of() + "".join(f"## {name}\n\n{help_of(*name.split())}" for name in names)
+    rows, pages = [], {}
+    for name, command in root.commands.items():
+        inner = below(command, f"{name} ") if hasattr(command, "commands") else []
+        about = (command.help or "").strip().partition("\n\n")[0].replace("\n", " ")
+        rows.append({"command": f"[anabranch {name}](command-line/{name}.md)", "about": about})
+        parts = "".join(f"## {one}\n\n{help_of(*one.split())}" for one in inner)
+        pages[f"command-line/{name}.md"] = f"# anabranch {name}\n\n{help_of(name)}{parts}"
+    return {COMMAND_LINE: intro + _table({"Command": "command", "About": "about"}, rows)} | pages
 
 
 # Results
@@ -309,128 +317,161 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-# README
-
-
-README_MARK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
-VERDICTS = ("holds", "does not hold", "not resolved", "void", "not run")
-
-
-def readme_with_figures(text: str) -> str:
-    """The README with its figures taken from the records. ``python docs/hooks.py`` writes it; a test finds it stale."""
-    return README_MARK.sub(lambda found: found[1] + readme_figures() + found[2], text)
-
-
-def readme_figures() -> str:
-    """How many claims of each study came out how, and the ratios of each benchmark against each peer, as two tables."""
-    studies = [json.loads(path.read_text(encoding="utf-8")) for path in _records("studies")]
-    verdicts = [{"study": recorded["name"], **_verdicts(recorded)} for recorded in studies]
-    text = _table({"Study": "study"} | {name.capitalize(): name for name in VERDICTS}, verdicts) if verdicts else ""
-    # A benchmark may have several records, each of a file's name: of one peer, or of other settings.
-    benchmarks = [
-        (json.loads(path.read_text(encoding="utf-8")), *path.stem.partition(".")[::2])
-        for path in _records("benchmarks")
-    ]
-    rows = [row for one in benchmarks for row in _ratios(*one)]
-    columns = ("Benchmark", "Against", "Cases", "Lowest", "Median", "Highest", "Bars met", "Measured")
-    told = [
-        f"{MARGIN} {name}{f' ({isa})' if isa else ''}: {' '.join(_told(recorded))}\n"
-        for recorded, name, isa in benchmarks
-        if _told(recorded)
-    ]
-    return (
-        text
-        + ("\n" + _table({name: name.lower() for name in columns}, rows) if rows else "")
-        + "".join(f"\n{line}" for line in told)
-    )
-
-
-def _told(recorded: dict[str, Any]) -> list[str]:
-    """What is to be known of a record beside its figures: rows that are withdrawn, and its note."""
-    reasons: dict[str, int] = {}
-    for row in recorded["rows"]:
-        if row.get("withdrawn"):
-            reasons[row["withdrawn"]] = reasons.get(row["withdrawn"], 0) + 1
-    withdrawn = [f"{count} cases are withdrawn: {reason}." for reason, count in reasons.items()]
-    return [*withdrawn, *([recorded["note"]] if recorded.get("note") else [])]
-
-
-def _verdicts(recorded: dict[str, Any]) -> dict[str, int]:
-    # What is exact is a test, and no evidence for a claim of a paper.
-    found = [claim["verdict"] for claim in recorded["claims"] if not claim.get("exact")]
-    return {verdict: found.count(verdict) for verdict in VERDICTS}
-
-
-def _ratios(recorded: dict[str, Any], name: str, isa: str) -> list[dict[str, Any]]:
-    """One row for each peer of a benchmark of time, by its record's ``name``; ``isa`` are the instructions where that has them."""
-    of_peer: dict[str, list[dict[str, Any]]] = {}
-    name += (f" ({isa})" if isa else "") + (f" {MARGIN}" if _told(recorded) else "")
-    for row in recorded["rows"]:
-        # A row that ours failed has no ratio, and counts all the same where one was asked of it.
-        has_failed = row.get("bar") is not None and row.get("missed")
-        shown = row.get("peer_name") and (row.get("ratio") is not None or has_failed) and not row.get("withdrawn")
-        if shown and row.get("unit") not in ("MB", "% answered"):
-            of_peer.setdefault(row["peer_name"], []).append(row)
-    return [
-        {
-            "benchmark": name, "against": peer, "cases": len(found),
-            **_range([row["ratio"] for row in found if row.get("ratio") is not None]),
-            "bars met": _bars_met(found), "measured": _measured(recorded),
-        }
-        for peer, found in of_peer.items()
-    ]  # fmt: skip
-
-
-def _range(ratios: list[float]) -> dict[str, float]:
-    if not ratios:
-        return {}
-    return {"lowest": min(ratios), "median": statistics.median(ratios), "highest": max(ratios)}
-
-
-def _bars_met(rows: list[dict[str, Any]]) -> str | None:
-    """How many of the rows of which a ratio was asked reach it; None if none was asked of any."""
-    asked = [row for row in rows if row.get("bar") is not None]
-    return f"{sum(map(is_met, asked))} of {len(asked)}" if asked else None
-
-
 def _records(folder: str) -> list[Path]:
     return sorted((ROOT / folder / "results").glob("*.json"))
 
 
+# What came out: one row a study, one row a bar
+
+OUTCOMES = {
+    "holds": "reproduced",
+    "does not hold": "contradicted",
+    "not resolved": "undecided",
+    "void": "void",
+    "not run": "not run",
+}
+
+
+def headline(name: str) -> dict[str, Any] | None:
+    """The primary claim of a study and what came out of it; None for a study that has no frozen plan."""
+    place = ROOT / "studies" / "results" / name / "frozen.json"
+    if not place.exists():
+        return None
+    plan = json.loads(place.read_text(encoding="utf-8"))["plan"]
+    planned = [claim for claim, _ in plan["claims"]]
+    claim, paper = plan["claims"][planned.index(plan["primary"])]
+    found = {"study": name, "claim": claim, "paper": paper, "outcome": OUTCOMES["not run"]}
+    record = place.parents[1] / f"{name}.json"
+    if not record.exists():
+        return found
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    # Its words may name what was found, such as the baseline that came out best; its place does not change.
+    judged = recorded["claims"][planned.index(plan["primary"])]
+    count = judged["count"] or max((len(of) for group in recorded["runs"] for of in group["runs"].values()), default=0)
+    told = {
+        "claim": judged["claim"],
+        "ours": _ours_told(judged),
+        "count": count if judged["ours"] is not None else None,
+    }
+    return found | told | {"outcome": OUTCOMES[judged["verdict"]]}
+
+
+def _ours_told(claim: dict[str, Any]) -> str | None:
+    """What was measured, beside what, and the interval of their difference."""
+    if claim["ours"] is None:
+        return None
+    beside = f"; baseline {_cell(claim['baseline'])}" if claim["baseline"] is not None else ""
+    limit = f"; limit {_cell(claim['limit'])}" if claim["limit"] is not None else ""
+    interval = claim["interval"]
+    spread = f"; difference {_cell(claim['difference'])} ({_cell(interval)})" if interval else ""
+    return f"{_cell(claim['ours'])}{beside}{limit}{spread}"
+
+
+def headlines(up: str = "") -> str:
+    """A row for each study: what came out of its primary claim."""
+    frozen = sorted((ROOT / "studies" / "results").glob("*/frozen.json"))
+    rows = [found for path in frozen if (found := headline(path.parent.name)) is not None]
+    order = list(OUTCOMES.values())
+    rows.sort(key=lambda row: order.index(row["outcome"]))
+    columns = {
+        "Study": "page",
+        "Primary claim": "claim",
+        "Paper": "paper",
+        "Ours": "ours",
+        "n": "count",
+        "Outcome": "outcome",
+    }
+    made = _table(columns, [row | {"page": _linked(row["study"], up)} for row in rows])
+    counts = ", ".join(f"{sum(row['outcome'] == name for row in rows)} {name}" for name in order)
+    return f"{made}\n{len(rows)} studies: {counts}.\n"
+
+
+def _linked(study: str, up: str) -> str:
+    page = page_of(study)
+    return f"[{study}]({up}systems/{page}.md)" if page else study
+
+
+def page_of(study: str) -> str | None:
+    """The page that a study's result is on: of its name, or of the system whose second study it is; None if there is none."""
+    words = study.split("_")
+    names = ("-".join(words[:last]) for last in range(len(words), 0, -1))
+    return next((name for name in names if (ROOT / "docs" / "systems" / f"{name}.md").exists()), None)
+
+
+def bars(up: str = "") -> str:
+    """A row for each bar: its worst case, missed ones first, and those of which nothing is recorded."""
+    found: dict[tuple[str, Bar], list[dict[str, Any]]] = {}
+    stale: set[str] = set()
+    for path in _records("benchmarks"):
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if age(recorded).changed:
+            stale.add(recorded["name"])
+        for row in recorded["rows"]:
+            bar = asked_of(recorded["name"], row)
+            if bar is not None and not row.get("withdrawn"):
+                found.setdefault((recorded["name"], bar), []).append(row | {"bar": bar.ratio})
+    rows = [_bar_row(name, of, name in stale) for (name, _), of in found.items()]
+    rows.sort(key=lambda row: (row["is_met"], row["figure"] / row["bar"]))
+    columns = {
+        "Benchmark": "name",
+        "Worst case": "case",
+        "Against": "peer_name",
+        "Asked": "bar",
+        "Figure": "figure",
+        "Met": "met",
+    }
+    missing = sorted(name for name, asked in AWAITED.items() if asked)
+    met = sum(row["is_met"] for row in rows)
+    return (
+        _table(columns, rows)
+        + f"\n{met} of {len(rows)} bars are met in all of their cases. A figure is a ratio: above 1, ours is better. "
+        f"{MARGIN} The record is stale.\n"
+        + (f"\nAsked, and not recorded yet: {', '.join(missing)}.\n" if missing else "")
+    )
+
+
+def _bar_row(name: str, rows: list[dict[str, Any]], is_stale: bool) -> dict[str, Any]:
+    """Of rows with one bar."""
+    met = sum(map(is_met, rows))
+    # One that ours failed has no ratio.
+    worst = min(rows, key=lambda row: (is_met(row), row["ratio"] or 0.0))
+    return {
+        "name": _marked(name, MARGIN if is_stale else ""),
+        "case": worst["case"],
+        "peer_name": worst["peer_name"],
+        "bar": worst["bar"],
+        "figure": worst["ratio"] or 0.0,
+        "met": f"{'yes' if met == len(rows) else 'no'}, {met} of {len(rows)}",
+        "is_met": met == len(rows),
+    }
+
+
 # Systems
 
-
 SYSTEMS_MARK = re.compile(r"(<!-- systems -->\n).*?(<!-- /systems -->)", re.DOTALL)
-SYSTEM_ROW = re.compile(r"^\| (?P<name>[^|(]+?) (?:\([^|]*\) )?\| (?P<cells>[^\n]*) \|$", re.MULTILINE)
-CODE_LINK = re.compile(r"\[[^\]]*\]\(src/([^)]*)\)")
+SYSTEM_ROW = re.compile(r"^\| \[(?P<name>[^\]]+)\]\((?P<page>[\w-]+)\.md\) \| (?P<routes>[^|]*) \|", re.MULTILINE)
 
 
-def index_with_systems(index: str, readme: str) -> str:
-    """docs/systems/index.md with its table taken from the README's. ``python docs/hooks.py`` writes it; a test finds it stale."""
-    return SYSTEMS_MARK.sub(lambda found: found[1] + systems_table(readme) + found[2], index)
+def readme_with_systems(readme: str, index: str) -> str:
+    """The README with its table of systems taken from docs/systems/index.md and from the records. ``python docs/hooks.py`` writes it;
+    a test finds it stale."""
+    return SYSTEMS_MARK.sub(lambda found: found[1] + systems_table(index) + found[2], readme)
 
 
-def systems_table(readme: str) -> str:
-    """The README's systems as rows of docs/systems/index.md: links from there, modules in place of files."""
-    table = readme.partition("| System |")[2].partition("\n\n")[0].split("\n", 2)[2]
+def systems_table(index: str) -> str:
+    """The systems of docs/systems/index.md: what each routes, and what came out of its study."""
     rows = []
-    for found in SYSTEM_ROW.finditer(table):
-        routes, page, code, evidence, state = found["cells"].split(" | ", 4)
-        rows.append([
-            page.replace("[page]", f"[{found['name']}]"), routes,
-            CODE_LINK.sub(lambda link: f"`{link[1].removesuffix('.py').strip('/').replace('/', '.')}`", code), evidence, state,
-        ])  # fmt: skip
-    header = [["System", "Routes", "Module", "Evidence", "State"], ["---"] * 5]
-    text = "".join("| " + " | ".join(row) + " |\n" for row in header + rows)
-    return text.replace("](docs/systems/", "](").replace("](docs/", "](../")
+    for found in SYSTEM_ROW.finditer(index):
+        studied = headline(found["page"].replace("-", "_"))
+        told = None if studied is None else studied["outcome"]
+        if studied is not None and studied.get("count"):
+            told = f"{told} (n = {studied['count']})"
+        rows.append(
+            {"name": f"[{found['name']}](docs/systems/{found['page']}.md)", "routes": found["routes"], "told": told}
+        )
+    return _table({"System": "name", "Routes": "routes", "Evidence": "told"}, rows)
 
 
 if __name__ == "__main__":
-    for page, written in (
-        (ROOT / "README.md", readme_with_figures),
-        (
-            ROOT / "docs" / "systems" / "index.md",
-            lambda text: index_with_systems(text, (ROOT / "README.md").read_text()),
-        ),
-    ):
-        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
+    page, index = ROOT / "README.md", ROOT / "docs" / "systems" / "index.md"
+    page.write_text(readme_with_systems(page.read_text("utf-8"), index.read_text("utf-8")), encoding="utf-8")

@@ -47,6 +47,7 @@ def load_hooks() -> Any:
 
 hooks = load_hooks()
 
+from _sources import Age  # noqa: E402  (hooks has put benchmarks/ on the path)
 
 # Examples
 
@@ -369,7 +370,6 @@ def test_study_table_by_hand():
     assert "| holds, exact |" in shown
     assert "\nPlan and rule frozen on 2026-11-30 (ab), after its runs.\n" in shown
     assert "\nVoid until the arms have run again. The grid was cut.\n" in shown
-    assert hooks._verdicts({"claims": [exact, claim]})["holds"] == 1
 
 
 def test_every_verdict_over_zero_is_marked():
@@ -470,29 +470,98 @@ def test_api_pages_cover_the_package():
     assert not [path for path in pages if "_" in path.removeprefix("api/")[:1]]
 
 
-def test_readme_shows_the_recorded_figures():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert hooks.readme_with_figures(text) == text, "the README is stale: run python docs/hooks.py"
+def test_every_record_is_shown_on_a_page():
+    shown = {found for page in PAGES for found in hooks.MARKER.findall(page.read_text(encoding="utf-8"))}
+    for folder in ("studies", "benchmarks"):
+        for path in (ROOT / folder / "results").glob("*.json"):
+            assert (folder, path.name.partition(".")[0]) in shown, path.name
 
 
-def test_the_index_of_systems_says_what_the_readme_does():
+def test_the_readme_says_what_came_out():
     index, readme = (DOCS / "systems" / "index.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
-    assert hooks.index_with_systems(index, readme) == index, "the index is stale: run python docs/hooks.py"
-    pages = set(re.findall(r"\]\(docs/systems/([\w-]+\.md)\)", readme.partition("## Systems")[2].partition("\n## ")[0]))
-    assert pages == set(re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\)", index, re.MULTILINE))
-    assert len(pages) > 15
+    assert hooks.readme_with_systems(readme, index) == readme, "the README is stale: run python docs/hooks.py"
+    systems = {path.stem for path in (DOCS / "systems").glob("*.md")}
+    listed = set(re.findall(r"\]\(docs/systems/([\w-]+)\.md\)", readme))
+    assert listed <= systems
+    assert listed == set(re.findall(r"^\| \[[^]]+\]\(([\w-]+)\.md\)", index, re.MULTILINE))
+    assert len(listed) > 30
 
 
-def test_systems_table_by_hand():
-    readme = (
-        "## Systems\n\n| System | Routes | Page | Code | Evidence | State |\n|---|---|---|---|---|---|\n"
-        "| A ([arXiv 1](https://arxiv.org/abs/1), [2](https://x.org)) | tokens | [page](docs/systems/a.md) | [b.py](src/p/b.py), "
-        "[c/](src/p/c) | [study](docs/evidence.md#studies) | done (two seeds) |\n\nMore.\n"
+def test_systems_table_by_hand(tmp_path, monkeypatch):
+    recorded_study(tmp_path, "a_b", verdict="holds", count=5)
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    index = (
+        "# Systems\n\n| System | Routes | Module | Evidence | State |\n| --- | --- | --- | --- | --- |\n"
+        "| [A](a-b.md) | tokens | `p.b` | [study](a-b.md#evidence) | done |\n| [C](c.md) | walks | `p.c` | - | done |\n\nMore.\n"
     )
-    assert hooks.systems_table(readme) == (
-        "| System | Routes | Module | Evidence | State |\n| --- | --- | --- | --- | --- |\n"
-        "| [A](a.md) | tokens | `p.b`, `p.c` | [study](../evidence.md#studies) | done (two seeds) |\n"
+    assert hooks.systems_table(index) == (
+        "| System | Routes | Evidence |\n| :-- | :-- | :-- |\n"
+        "| [A](docs/systems/a-b.md) | tokens | reproduced (n = 5) |\n| [C](docs/systems/c.md) | walks | - |\n"
     )
+
+
+def recorded_study(root, name, *, verdict=None, count=None, seeds=(0, 1, 2)):
+    """A study with a frozen plan of two claims, of which the second is the primary one, and a record if there is a verdict."""
+    folder = root / "studies" / "results" / name
+    folder.mkdir(parents=True)
+    plan = {"claims": [["first", "-"], ["second", "at least 2"]], "primary": "second"}
+    (folder / "frozen.json").write_text(json.dumps({"plan": plan}))
+    if verdict is not None:
+        claim = {"claim": "first", "ours": 9.0, "verdict": "holds", "count": None}
+        second = {
+            "claim": "second (of kmeans)", "baseline": 2.0, "ours": 2.5, "difference": 0.5, "interval": [0.25, 0.75],
+            "limit": None, "verdict": verdict, "count": count,
+        }  # fmt: skip
+        record = {"claims": [claim, second], "runs": [{"runs": {"x": list(seeds)}}]}
+        folder.with_suffix(".json").write_text(json.dumps(record))
+
+
+def test_headlines_by_hand(tmp_path, monkeypatch):
+    recorded_study(tmp_path, "undecided", verdict="not resolved")
+    recorded_study(tmp_path, "shown", verdict="holds", count=7)
+    recorded_study(tmp_path, "waiting")
+    (tmp_path / "docs" / "systems").mkdir(parents=True)
+    (tmp_path / "docs" / "systems" / "shown.md").touch()
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    table = hooks.headlines("../")
+    assert table.splitlines()[0] == "| Study | Primary claim | Paper | Ours | n | Outcome |"
+    assert table.splitlines()[2:] == [
+        "| [shown](../systems/shown.md) | second (of kmeans) | at least 2 | "
+        "2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 7 | reproduced |",
+        "| undecided | second (of kmeans) | at least 2 | 2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 3 | undecided |",
+        "| waiting | second | at least 2 | - | - | not run |",
+        "",
+        "3 studies: 1 reproduced, 0 contradicted, 1 undecided, 0 void, 1 not run.",
+    ]
+    assert hooks.headline("nothing") is None
+
+
+def test_bars_by_hand(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    of = {"peer_name": "OLMoE", "ours": 1.0, "peer": 1.0}
+    rows = [
+        {**of, "case": "T=1 E=64 forward", "ratio": 1.3},
+        {**of, "case": "T=1 E=8 forward", "ratio": 1.25},
+        {**of, "case": "T=16 E=64 training", "ratio": 3.5},
+        {**of, "case": "T=16 E=8 training", "ratio": 2.9},
+        {**of, "case": "T=2048 E=8 training", "ratio": 0.1, "withdrawn": "unequal"},
+        {**of, "case": "T=2048 E=64 K=8 training", "ratio": None, "failed": "ours: killed"},
+        {**of, "case": "nothing was asked", "ratio": 0.1},
+    ]
+    record = {"name": "moe_layer", "device": "d", "commit": "abc", "rows": rows}
+    (tmp_path / "benchmarks" / "results" / "moe_layer.json").write_text(json.dumps(record))
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    monkeypatch.setattr(hooks, "AWAITED", {"ring": frozenset({1}), "hnsw": frozenset()})
+    table = hooks.bars()
+    assert table.splitlines()[2:5] == [
+        "| moe_layer | T=2048 E=64 K=8 training | OLMoE | 1.3 | 0 | no, 0 of 1 |",
+        "| moe_layer | T=16 E=8 training | OLMoE | 3 | 2.9 | no, 1 of 2 |",
+        "| moe_layer | T=1 E=8 forward | OLMoE | 1.2 | 1.25 | yes, 2 of 2 |",
+    ]
+    assert "\n1 of 3 bars are met in all of their cases." in table
+    assert "\nAsked, and not recorded yet: ring.\n" in table
+    monkeypatch.setattr(hooks, "age", lambda record: Age(("nn/moe.py",)))
+    assert "| moe_layer \\* |" in hooks.bars()
 
 
 def test_a_benchmark_is_shown_on_every_processor_that_it_ran_on(tmp_path, monkeypatch):
@@ -504,28 +573,3 @@ def test_a_benchmark_is_shown_on_every_processor_that_it_ran_on(tmp_path, monkey
     shown = hooks.results("benchmarks", "b")
     assert shown.index("the machine of b.amx_bf16") < shown.index("the machine of b.avx2")
     assert "other" not in shown
-
-
-def test_readme_figures_come_from_the_records(tmp_path, monkeypatch):
-    for folder in ("studies", "benchmarks"):
-        (tmp_path / folder / "results").mkdir(parents=True)
-    claim = {"claim": "a beats b", "difference": -0.0123, "interval": [-0.02, -0.01], "verdict": "holds"}
-    (tmp_path / "studies" / "results" / "s.json").write_text(json.dumps({"name": "s", "claims": [claim]}))
-    rows = [{"case": "x", "peer_name": "p", "ratio": ratio, "unit": "ms"} for ratio in (1.5, 0.5, 3.0)]
-    rows[0]["bar"], rows[1]["bar"] = 1.5, 1.0
-    rows += [
-        {"case": "memory", "peer_name": "formula", "ratio": 9.0, "unit": "MB"},
-        {"case": "growth", "peer_name": None},
-        {"case": "unequal", "peer_name": "p", "ratio": 99.0, "unit": "ms", "withdrawn": "they did less"},
-    ]
-    (tmp_path / "benchmarks" / "results" / "b.json").write_text(json.dumps({"name": "b", "device": "c", "rows": rows}))
-    of_processor = tmp_path / "benchmarks" / "results" / "b.avx2.json"
-    of_processor.write_text(json.dumps({"name": "b", "device": "d", "rows": [{**rows[0], "ratio": 0.75}]}))
-    monkeypatch.setattr(hooks, "ROOT", tmp_path)
-    shown = hooks.readme_with_figures("x\n<!-- figures -->\nstale\n<!-- /figures -->\n")
-    assert "| s | 1 | 0 | 0 | 0 | 0 |" in shown
-    assert "| b \\* | p | 3 | 0.5 | 1.5 | 3 | 1 of 2 | c |" in shown
-    assert "| b (avx2) | p | 1 | 0.75 | 0.75 | 0.75 | 0 of 1 | d |" in shown
-    assert "\n\\* b: 1 cases are withdrawn: they did less.\n" in shown
-    assert "formula" not in shown
-    assert "stale" not in shown

@@ -119,7 +119,7 @@ def test_train_says_whose_what_a_file_leaves_open_is(here, work, tiny, data):
     assert code == 0, err
     assert "note: margin.toml names no preset; what it does not set is that of demo" in err
     json.loads(out)
-    code, _, err = here("train", "moe", "--config", "margin.toml", "--out", "of-moe", "--steps", 0, *tiny[3:], *data)
+    code, _, err = here("train", "moe", "--config", "margin.toml", "--out", "of-moe", "--steps", 0, *tiny, *data)
     assert code == 0, err
     assert "names no preset" not in err
 
