@@ -1,6 +1,8 @@
 """The path of somebody who tries an idea: text of one's own, a design in a file, a model that is not there, questions to the shell."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.cli.options import read_texts, use_granted_cores
+from anabranch.cli.options import read_assignments, read_texts, use_granted_cores
 from anabranch.cli.runs import build_config, names_preset
+from anabranch.config import differences
 from anabranch.data import Files, Table, corpus_at
 from anabranch.errors import ConfigError, DataError
 
@@ -132,6 +135,16 @@ def test_text_on_the_line_is_answered_by_the_option_for_files(here, command):
     code, out, err = here(*command.split(), "--text", "hello")
     assert (code, out) == (2, "")
     assert "no such option: --text; text is read from files here: --data PATH" in err
+
+
+def test_the_cures_on_the_page_of_errors_work():
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    lines = [shlex.split(found) for found in re.findall(r"`(--set [^`]*)`", page)]
+    assert len(lines) >= 2
+    for words in lines:
+        settings = read_assignments([word for word in words if word != "--set"])
+        _, config = build_config(None, None, None, settings)
+        assert differences(build_config(None, None, None, {})[1], config)
 
 
 def test_a_name_of_the_hub_is_answered_by_the_command_that_fetches_it(here, work):

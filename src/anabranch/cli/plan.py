@@ -366,7 +366,11 @@ def _print(found: Estimate) -> None:
     table(headers, rows, text_columns=2)
     if not found.pays:
         print()
-        fact("advice", f"T_R is {found.t_r:.2f}, above 1: nano-batches will not pay, asynchronous scheduling does")
+        fact(
+            "advice",
+            f"memory is the bottleneck (its time is {found.t_r:.2f} times that of computing), so splitting batches gains nothing; "
+            "asynchronous scheduling does",
+        )
 
 
 def _print_pipeline(pipeline: Pipeline, found: Estimate) -> None:

@@ -175,7 +175,9 @@ def serve(
     if not quiet and (advice := advice_of(planned.engine)) is not None:
         fact("experts", advice, to=sys.stderr)
     if check:
-        say(f"the config is right: {config.engine.model} at {config.http.host}, port {config.http.port}")
+        say(
+            f"no mistake found; nothing was started. It would serve {config.engine.model} at {config.http.host}, port {config.http.port}"
+        )
         return
     config = planned
 

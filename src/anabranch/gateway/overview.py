@@ -22,7 +22,7 @@ SPEND_S = 86_400.0
 # How long what was read of weeks is shown.
 STALE_S = 60.0
 WEEKS_S = 8 * 7 * 86_400.0
-NAMED = "named by the sender"
+NAMED = "no strategy: the request named its model"
 
 # Requests that can be looked into.
 SHOWN = 60

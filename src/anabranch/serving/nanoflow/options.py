@@ -42,7 +42,7 @@ def find_pipeline(
     workload = Workload(prompt=PROMPT, output=OUTPUT, dense_batch=config.max_batched_tokens)
     why = _why_not(shape, hardware, workload)
     if why is not None:
-        logger.warning("%s on %s, so nano-batches will not pay; steps run whole", why, hardware.name)
+        logger.warning("%s on %s, so splitting batches gains nothing; steps run whole", why, hardware.name)
         return None
     made = search(shape, hardware, workload, budget_s=budget_s)
     if path is not None:
