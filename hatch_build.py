@@ -1,4 +1,6 @@
-"""Wheels that carry compiled kernels: ``ANABRANCH_BUILD_KERNELS=1 python -m build --wheel``.
+"""What hatchling does beside packing: the README of a package index, and wheels that carry compiled kernels.
+
+Wheels that carry compiled kernels: ``ANABRANCH_BUILD_KERNELS=1 python -m build --wheel``.
 
 Otherwise, and for editable installs, the wheel is pure Python and kernels are compiled where they run. What compiles them is the
 package's own code, of which this part needs nothing but Python.
@@ -6,6 +8,7 @@ package's own code, of which this part needs nothing but Python.
 
 import os
 import platform
+import re
 import sys
 import sysconfig
 import tempfile
@@ -13,8 +16,36 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 SWITCH = "ANABRANCH_BUILD_KERNELS"
+LINK = re.compile(r"(?P<before>!?\[(?P<text>[^\]]*)\]\()(?P<target>[^)\s]+)\)")
+
+
+def readme_of_an_index(text: str, site: str) -> str:
+    """The README as a package index shows it, where no file lies beside it: links into docs/ lead to ``site``, others are their text."""
+
+    def linked(found: re.Match[str]) -> str:
+        target, _, anchor = found["target"].partition("#")
+        if "://" in target or not target:
+            return found[0]
+        if not target.startswith("docs/"):
+            return found["text"]
+        page = target.removeprefix("docs/")
+        page = f"{page.removesuffix('.md')}/" if page.endswith(".md") else page
+        return f"{found['before']}{site}/{page}{f'#{anchor}' if anchor else ''})"
+
+    return LINK.sub(linked, text)
+
+
+class Readme(MetadataHookInterface):
+    """The README of what is built."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Called by hatchling for the fields that are dynamic."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        site = f"{metadata['urls']['Documentation']}/en/latest"
+        metadata["readme"] = {"content-type": "text/markdown", "text": readme_of_an_index(text, site)}
 
 
 class Kernels(BuildHookInterface):

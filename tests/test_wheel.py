@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import urllib.request
 import venv
+import zipfile
 
 import numpy as np
 import pytest
@@ -132,3 +134,14 @@ def test_a_gateway_learns_and_judges_without_torch(gateway):
     gateway.anabranch("gateway", "fit", "outcomes.jsonl", "--out", "routers", "--quiet")
     gateway.anabranch("gateway", "eval", "outcomes.jsonl", "--router", "routers", "--allow-leak", "--quiet")
     assert "small" in gateway.anabranch("gateway", "route", "question about cats", "--router", "routers")
+
+
+def test_the_readme_of_an_index_leads_to_the_documentation(wheel):
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        text = files.read(name).decode()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text.partition("\n\n")[2])
+    assert len(targets) > 30
+    assert [target for target in targets if not target.startswith("https://")] == []
+    assert "https://anabranch.readthedocs.io/en/latest/systems/rexmoe/" in targets
+    assert "https://anabranch.readthedocs.io/en/latest/images/serving-chat.png" in targets

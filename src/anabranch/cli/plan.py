@@ -368,8 +368,8 @@ def _print(found: Estimate) -> None:
         print()
         fact(
             "advice",
-            f"memory is the bottleneck (its time is {found.t_r:.2f} times that of computing), so splitting batches gains nothing; "
-            "asynchronous scheduling does",
+            f"memory is the bottleneck (T_R, its time over that of computing, is {found.t_r:.2f}), so splitting batches gains "
+            "nothing; asynchronous scheduling does",
         )
 
 

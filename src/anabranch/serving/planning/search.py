@@ -236,7 +236,7 @@ def search(
         return sequential
     if not found.pays:
         logger.warning(
-            "T_R is %.2f: memory is the bottleneck of %s on %s at %d tokens, so splitting batches gains nothing; asynchronous scheduling does",
+            "T_R is %.2f: memory bounds %s on %s at %d tokens, so splitting batches gains nothing; asynchronous scheduling does",
             found.t_r, model.name, hardware.name, workload.dense_batch,
         )  # fmt: skip
     state = _Search(table, LEVELS, evaluations, budget_s)
