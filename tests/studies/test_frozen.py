@@ -9,8 +9,8 @@ import pytest
 
 from anabranch import studies
 from anabranch.errors import ConfigError, DataError
-from anabranch.studies import frozen, harness
-from anabranch.studies.harness import Arm, Claim, Results, Study, refreeze, run_study, summarize
+from anabranch.studies import frozen, harness, paired
+from anabranch.studies.harness import Arm, Claim, Study, refreeze, run_study, summarize
 from anabranch.studies.paired import Verdict, every_seed, verdict_below
 
 RECORDED = Path(__file__).parents[2] / "studies" / "results"
@@ -231,6 +231,16 @@ def test_the_rule_is_what_it_uses_and_nothing_else():
     assert frozen.of_rule(lambda results: [])
 
 
+def by_module(results):
+    return paired.every_seed([True])
+
+
+def test_what_is_taken_from_a_module_is_of_the_rule():
+    found = {}
+    frozen._follow(__name__, "by_module", "anabranch", found)
+    assert {key.split()[0] for key in found} == {"by_module", "every_seed"}
+
+
 @pytest.mark.parametrize("name", sorted(studies.STUDIES))
 def test_every_study_is_what_was_frozen(name):
     """Where this fails: undo it, or ``anabranch study NAME --full --refreeze REASON``, and say on its page what changed and why."""
@@ -239,4 +249,3 @@ def test_every_study_is_what_was_frozen(name):
     assert plan is not None, f"anabranch study {name} --full --refreeze REASON freezes it"
     assert frozen.differing(plan.plan, study.plan()) == []
     assert study.plan()["primary"] in [claim for claim, _ in plan.plan["claims"]]
-    assert Results

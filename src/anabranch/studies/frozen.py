@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch.config import to_dict
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json, parse_json
-from anabranch.studies.fingerprint import of_tree
+from anabranch.studies.fingerprint import bare, of_tree
 from anabranch.studies.records import changes
 
 if TYPE_CHECKING:
@@ -197,8 +197,30 @@ def _follow(module: str, name: str, package: str, found: dict[str, str]) -> None
     if not nodes or key in found:
         return
     found[key] = ""
-    for used in {part.id for node in nodes for part in ast.walk(node) if isinstance(part, ast.Name)}:
-        _follow(module, used, package, found)
+    for used in {used for node in nodes for used in _used(bare(node))}:
+        # Of a module that was imported, what is taken from it.
+        origin, own = imported.get(used[0], ("", ""))
+        inner = f"{origin}.{own}"
+        if len(used) > 1 and inner.startswith(f"{package}.") and inner != SHARED and _is_module(inner):
+            _follow(inner, used[1], package, found)
+        else:
+            _follow(module, used[0], package, found)
+
+
+def _used(node: ast.AST) -> Iterator[tuple[str, ...]]:
+    """Names that a piece of code reads, with the attribute that is taken of each, where one is."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+            yield part.value.id, part.attr
+        elif isinstance(part, ast.Name):
+            yield (part.id,)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @functools.cache
