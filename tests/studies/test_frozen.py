@@ -84,6 +84,11 @@ def test_a_plan_is_frozen_before_the_first_run_and_every_run_notes_it(folder):
     assert not [note for note in outcome.notes if "frozen" in note]
 
 
+def test_seeds_beyond_the_plan_are_told(folder):
+    outcome = run_study(make(), folder, seeds=[7], arms=["plain"])
+    assert [note for note in outcome.notes if "seeds beyond those of the frozen plan: plain seed 7" in note]
+
+
 def test_a_run_notes_where_it_took_place(folder):
     where = json.loads((folder / "made_up" / "plain-seed0.json").read_text())["where"]
     assert set(where) == {"commit", "cpu", "isa", "threads"}

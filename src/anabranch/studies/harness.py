@@ -391,6 +391,9 @@ def _frozen_notes(frozen: Frozen, origins: Sequence[Origin]) -> list[str]:
     told = [f"frozen anew on {entry['date']}: {entry['why']}" for entry in frozen.history if entry["voids"]]
     if older:
         told.append(f"ran before its plan was frozen ({frozen.history[0]['date']}): {listed(older)}")
+    more = [origin for origin in origins if origin.seed not in frozen.plan["seeds"]]
+    if more:
+        told.append(f"seeds beyond those of the frozen plan: {listed(more)}")
     return told
 
 
