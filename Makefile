@@ -60,14 +60,14 @@ same: $(VENV)/.installed-dev ## train all presets by this work tree and by BASE 
 	$(BIN)/python tests/side_by_side.py $(or $(BASE),main)
 
 .PHONY: check
-check: $(VENV)/.installed-dev ## lint, types, import layers, examples and links in the docs, whether they build, and both compilers
+check: $(VENV)/.installed-dev ## lint, types, import layers, docs (examples, links, whether they build), frozen studies, stale records, both compilers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@# Told, and no failure: benchmarks are run again when a machine is quiet.
 	$(BIN)/python benchmarks/_sources.py
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py tests/studies/test_frozen.py tests/studies/test_contract.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow -rs tests/nn/test_compilers.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
