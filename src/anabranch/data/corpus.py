@@ -108,13 +108,14 @@ class Stdlib(Corpus, kind="stdlib"):
 
     def sources(self) -> list[Path]:
         """See `Corpus`."""
-        return [file for _, file, _ in self._files()]
+        return [file for _, file, _ in self.files()]
 
     def describe(self) -> str:
         """See `Corpus`."""
         return f"the standard library at {sysconfig.get_paths()['stdlib']}"
 
-    def _files(self) -> list[tuple[str, Path, str]]:
+    def files(self) -> list[tuple[str, Path, str]]:
+        """(key, file, label) of each."""
         root = Path(sysconfig.get_paths()["stdlib"])
         outside = {"site-packages", "dist-packages"} | (
             set() if self.config.include_tests else {"test", "tests", "idle_test"}
@@ -127,7 +128,7 @@ class Stdlib(Corpus, kind="stdlib"):
         return found
 
     def _read(self) -> Iterator[Document]:
-        for key, file, label in self._files():
+        for key, file, label in self.files():
             for _, text in read_texts(file):
                 yield Document(key, text, label)
 

@@ -24,6 +24,7 @@ from anabranch.locks import locked
 from anabranch.studies.frozen import ALL, Frozen, check, differing, freeze, plan_of
 from anabranch.studies.frozen import read as read_frozen
 from anabranch.studies.paired import SEEDS_NEEDED, Estimate, Verdict, estimate, paired_difference
+from anabranch.studies.pinned import check_corpus
 from anabranch.studies.provenance import (
     Digests,
     Origin,
@@ -305,8 +306,8 @@ def run_study(
 ) -> Outcome:
     """Run what is missing of ``arms`` x ``seeds`` (default: those of the study), seed by seed, then judge and write everything there is.
 
-    With ``freezes`` its plan is frozen before the first run, where it is not yet. Raises ConfigError for an unknown arm, and for a study
-    that is not the one that was frozen.
+    With ``freezes`` its plan is frozen before the first run, and the standard library that it reads is pinned, where they are not yet.
+    Raises ConfigError for an unknown arm, and for a study that is not the one that was frozen; DataError for another standard library.
     """
     folder = Path(folder)
     chosen = pick_arms(study, arms)
@@ -314,6 +315,8 @@ def run_study(
     if frozen is None and freezes:
         has_run = any(recorded_seeds(folder / study.name, arm.name) for arm in study.arms)
         frozen = freeze(folder, study.plan(), "after runs were recorded" if has_run else "before the first run")
+    if freezes:
+        check_corpus([arm.config for arm in chosen], folder)
     digests = Digests(study.inputs)
     inputs = {arm.name: digests.of(arm.config) for arm in chosen}
     pairs = [(arm, seed) for seed in (study.seeds if seeds is None else seeds) for arm in chosen]
