@@ -220,6 +220,8 @@ def _frozen_told(recorded: dict[str, Any]) -> list[str]:
 def is_judged_otherwise(claim: dict[str, Any]) -> bool:
     """Whether a verdict was given although the interval contains zero: it is of a rule about each seed, or of another limit than zero."""
     interval = claim["interval"]
+    if claim.get("exact"):
+        return False
     return bool(interval) and interval[0] <= 0 <= interval[1] and claim["verdict"] in ("holds", "does not hold")
 
 

@@ -152,7 +152,7 @@ def test_a_name_of_the_hub_is_answered_by_the_command_that_fetches_it(here, work
         code, _, err = here(command, "allenai/OLMoE-1B-7B-0924", *(["--prompt", "x"] if command == "generate" else []))
         assert code == 2
         assert "hf download allenai/OLMoE-1B-7B-0924 --local-dir OLMoE-1B-7B-0924" in err
-    for other in ("text/gone", "./a/b", "a/b/c", "/a/b", "../a"):
+    for other in ("text/gone", "a/b/c", "/a/b", "../a"):
         assert "hf download" not in here("info", other)[2]
 
 

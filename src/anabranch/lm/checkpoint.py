@@ -180,8 +180,8 @@ def _of_the_hub(path: Path) -> str:
 
 
 def stored_form(path: str | Path) -> tuple[str, dict[str, int]]:
-    """What a model says it is (as ``OlmoeForCausalLM``, ``llama`` or ``anabranch``), and how many numbers are stored in each type, most
-    first; none of a folder without weights. ``path`` and errors as for `load_config`."""
+    """What a model says it is (as ``OlmoeForCausalLM``, ``llama`` or ``anabranch``), and how many numbers of its weights are stored in each
+    type, most first; none of a folder without weights. ``path`` and errors as for `load_config`."""
     found, types = find_model(path), Counter[str]()
     if found.is_file():
         file = gguf.GgufFile(found)
@@ -192,7 +192,10 @@ def stored_form(path: str | Path) -> tuple[str, dict[str, int]]:
     if has_weights(found):
         source = open_tensors(found)
         for name in source.names:
-            types[str(source.dtype(name)).removeprefix("torch.")] += math.prod(source.shape(name))
+            kind = str(source.dtype(name)).removeprefix("torch.")
+            # What a module notes beside its weights.
+            if kind not in ("bool", "int64"):
+                types[kind] += math.prod(source.shape(name))
     named = table.get("architectures")
     first = named[0] if isinstance(named, list) and named else table.get("model_type")
     return str(first) if is_foreign(table) else "anabranch", dict(types.most_common())

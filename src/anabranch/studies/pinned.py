@@ -1,6 +1,6 @@
 """The text of evidence, pinned: the files of Python's standard library that studies read, with the hash of each.
 
-    FOLDER/corpus.json     ``python``, and ``files``: their keys in the corpus, with label and hash
+    FOLDER/corpus/stdlib.json     ``python``, and ``files``: their keys in the corpus, with label and hash
 
 What the standard library is depends on the Python that runs. Recorded runs of language models are to be of one text, so a study at its
 recorded size is refused where that of here is another. Other texts have files of their own; each run notes what it read by content.
@@ -21,7 +21,7 @@ Files = dict[str, tuple[str, str]]
 
 def path_of(folder: Path) -> Path:
     """Where the list lies in a folder of results."""
-    return folder / "corpus.json"
+    return folder / "corpus" / "stdlib.json"
 
 
 def check_corpus(configs: Iterable[Any], folder: Path) -> None:
