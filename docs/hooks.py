@@ -209,8 +209,8 @@ def _frozen_told(recorded: dict[str, Any]) -> list[str]:
     history = (recorded.get("frozen") or {}).get("history", [])
     told = []
     if history:
-        entry = history[-1]
-        told.append(f"Plan and rule frozen on {entry['date']} ({entry['hash']}), {entry['why'].partition('. ')[0]}.")
+        first, last = history[0], history[-1]
+        told.append(f"Plan and rule frozen on {first['date']} ({last['hash']}), {first['why'].partition('. ')[0]}.")
     if any(claim["verdict"] == "void" for claim in recorded["claims"]):
         reasons = [entry["why"].partition(". ")[2] or entry["why"] for entry in history if entry["voids"]]
         told += [f"Void until the arms have run again. {reason}." for reason in reasons]
