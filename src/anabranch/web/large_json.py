@@ -213,6 +213,20 @@ def json_slices(value: Any, dump: Callable[[Any], bytes] = to_json) -> Iterator[
         yield b"".join(held)
 
 
+def together(slices: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer slices: small ones together, until there are `SLICE` of them."""
+    held: list[bytes] = []
+    size = 0
+    for piece in slices:
+        held.append(piece)
+        size += len(piece)
+        if size >= SLICE:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
+
+
 def is_light(value: Any) -> bool:
     """Whether the JSON of a value is but one slice, which can as well be made at once."""
     return weight_of(value, SLICE) <= SLICE

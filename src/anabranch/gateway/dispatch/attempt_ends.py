@@ -128,7 +128,7 @@ class AttemptEnds:
 
         if call is not None and most is not None and live.provider.makes_on and live.bill(most, most):
             attempt.is_late = (
-                late.take(exchange, len(call.body), known, sender=self.plan.sender)
+                late.take(exchange, attempt.held_bytes, known, sender=self.plan.sender)
                 if call.is_sent
                 else late.stop(exchange, known)
             )

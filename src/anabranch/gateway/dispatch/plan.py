@@ -114,6 +114,11 @@ class Attempt:
     place: str = ""
     time_s: float = 0.0
 
+    @property
+    def held_bytes(self) -> int:
+        """Of what was asked while it is under way: the bytes that were sent, what they were written from, and what that was read from."""
+        return 0 if self.call is None else 3 * len(self.call.body)
+
 
 @dataclass(slots=True, kw_only=True)
 class Report:

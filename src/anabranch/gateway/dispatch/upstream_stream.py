@@ -177,9 +177,7 @@ class Opened:
             self.run.dispatcher.linger(self.reply)
             self.run.report.now_known()
 
-        # What was asked is held until then: its bytes, what they were read from, and what that was read to.
-        held = 3 * len(attempt.call.body) if attempt.call is not None else 0
-        size = held + len(self.first) + AHEAD_BYTES
+        size = attempt.held_bytes + len(self.first) + AHEAD_BYTES
         attempt.is_late = self.run.dispatcher.late.take(reading, size, known, seconds, self.run.plan.sender)
         if not attempt.is_late:
             reading.cancel()

@@ -39,7 +39,7 @@ from anabranch.web.turns import Turns
 T = TypeVar("T")
 Work = Callable[["_Call"], Awaitable[Any]]
 MOST_ROWS = 1000
-# Rows that are told at once; more are made and written some at a time, while requests go on.
+# Rows that are made at once, and told so if they weigh little; more are made and written some at a time, while requests go on.
 AT_ONCE = 50
 # Longest that a write may wait for its reader.
 STALL_S = 30.0
@@ -139,7 +139,7 @@ class AdminRoutes:
             return await send_json(request, NOT_STORED, slices, STALL_S)
 
     async def _keys(self, call: _Call) -> Any:
-        return {"keys": _rows(await self._gateway.store.keys(), dataclasses.asdict)}
+        return {"keys": _rows(await self._gateway.store.keys())}
 
     async def _create_or_rotate_key(self, call: _Call) -> Any:
         """``POST /admin/keys`` makes one, ``POST /admin/keys/ID/rotate`` gives one another secret."""
@@ -151,7 +151,7 @@ class AdminRoutes:
         fields, limit = _key_fields(call.body)
         made = self._gateway.store.rotate_key(id) if call.name else self._gateway.store.create_key(**fields)
         secret, record = await _told(made)
-        return {"secret": secret, "key": dataclasses.asdict(record), **await self._limit(record, limit)}
+        return {"secret": secret, "key": _fields(record), **await self._limit(record, limit)}
 
     async def _edit_key(self, call: _Call) -> Any:
         if not call.body:
@@ -160,7 +160,7 @@ class AdminRoutes:
             )
         fields, limit = _key_fields(call.body)
         record = await _told(self._gateway.store.edit_key(call.name, **fields))
-        return {"key": dataclasses.asdict(record), **await self._limit(record, limit)}
+        return {"key": _fields(record), **await self._limit(record, limit)}
 
     async def _limit(self, key: KeyRecord, limit: tuple[int, str] | None) -> dict[str, Any]:
         """Set what a key may spend, where that is given."""
@@ -169,10 +169,10 @@ class AdminRoutes:
         )
 
     async def _revoke_key(self, call: _Call) -> Any:
-        return {"key": dataclasses.asdict(await self._gateway.store.revoke_key(call.name))}
+        return {"key": _fields(await self._gateway.store.revoke_key(call.name))}
 
     async def _budgets(self, call: _Call) -> Any:
-        return {"budgets": [_budget(budget) for budget in await self._gateway.store.budgets()]}
+        return {"budgets": _rows(await self._gateway.store.budgets(), _budget)}
 
     async def _set_budget(self, call: _Call) -> Any:
         nano, period = _limit_of("limit_usd", call.body.get("limit_usd")), call.text("period", "total")
@@ -221,7 +221,7 @@ class AdminRoutes:
             await self._gateway.reload(self._gateway.config)
         else:
             await self._reload(call)
-        return {"model": call.name, **dataclasses.asdict(done)}
+        return {"model": call.name, **_fields(done)}
 
     async def _explain(self, call: _Call) -> Any:
         """Why a request would go where it would; the body is one of chat."""
@@ -229,22 +229,18 @@ class AdminRoutes:
             decision = await self._gateway.explain(call.body)
         except BypassError as error:
             raise ApiError(409, "bypassed", str(error)) from None
-        candidates = [dataclasses.asdict(candidate) for candidate in decision.candidates]
-        return {**dataclasses.asdict(decision), "candidates": candidates, "details": dict(decision.details)}
+        return {**_fields(decision), "candidates": _rows(decision.candidates), "details": dict(decision.details)}
 
     async def _decisions(self, call: _Call) -> Any:
         rows = await self._gateway.store.decisions(call.name or None, call.number("limit", 100))
         if call.name and not rows:
             raise ApiError(404, "unknown_request", f"no decision is kept for {call.name[:80]!r}")
-        return {"decisions": _rows(rows, dataclasses.asdict)}
+        return {"decisions": _rows(rows)}
 
     async def _feedback(self, call: _Call) -> Any:
         rows = await self._gateway.store.feedbacks(call.name or None, call.number("limit", 100))
         compared = await self._gateway.store.preferences(call.name or None, call.number("limit", 100))
-        return {
-            "feedback": _rows(rows, dataclasses.asdict),
-            "preferences": _rows(compared, dataclasses.asdict),
-        }
+        return {"feedback": _rows(rows), "preferences": _rows(compared)}
 
     async def _ledger(self, call: _Call) -> Any:
         names = ("request_id", "key_id", "user", "team", "tag", "model", "strategy", "status", "parent_id")
@@ -254,7 +250,7 @@ class AdminRoutes:
         if "calls" in call.query:
             wanted["calls"] = call.flag("calls")
         rows = await self._gateway.store.ledger(LedgerQuery(limit=call.number("limit", 100), **wanted))
-        return {"rows": _rows(rows, dataclasses.asdict)}
+        return {"rows": _rows(rows)}
 
     async def _spend(self, call: _Call) -> Any:
         by = call.query.get("by", "model").split(",")
@@ -262,7 +258,7 @@ class AdminRoutes:
             raise wrong("by", f"by is {unknown[0][:40]!r}; it takes {', '.join(GROUPS)}")
         since = call.number("days", 30, 36_500) * 86_400
         rows = await self._gateway.store.spend(by, since_s=self._gateway.now_s() - since)
-        return {"spend": _rows(rows, lambda row: {**dataclasses.asdict(row), "cost_usd": dollars(row.cost_nano)})}
+        return {"spend": _rows(rows, lambda row: {**_fields(row), "cost_usd": dollars(row.cost_nano)})}
 
     async def _clear(self, call: _Call) -> Any:
         try:
@@ -339,7 +335,13 @@ class AdminRoutes:
         return {"status": "reloaded", "models": len(self._gateway.config.models)}
 
 
-def _rows(rows: Sequence[T], told: Callable[[T], dict[str, Any]]) -> Rows | list[dict[str, Any]]:
+def _fields(record: Any) -> dict[str, Any]:
+    """A record as JSON has it. `dataclasses.asdict` copies all that is in it, which may be much, in one go."""
+    found = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return {name: _fields(value) if dataclasses.is_dataclass(value) else value for name, value in found.items()}
+
+
+def _rows(rows: Sequence[T], told: Callable[[T], dict[str, Any]] = _fields) -> Rows | list[dict[str, Any]]:
     """What is told of each; many are made while they are written."""
     return [told(row) for row in rows] if len(rows) <= AT_ONCE else Rows(lambda: map(told, rows))
 
@@ -361,7 +363,7 @@ def _outcomes(rows: Any) -> Recorded | None:
 
 def _budget(budget: Budget) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(budget),
+        **_fields(budget),
         "remaining_nano": budget.remaining_nano,
         "limit_usd": dollars(budget.limit_nano),
         "spent_usd": dollars(budget.spent_nano),

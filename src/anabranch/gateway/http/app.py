@@ -1,4 +1,4 @@
-"""Routes of a gateway, and what is the same for all of them: errors in OpenAI's form, and nothing unforeseen reaching a client.
+"""Routes of a gateway, and what is the same for all of them: errors in the form of its API, and nothing unforeseen reaching a client.
 
 The routes for requests and those for operators are two tables, served on one port or on two.
 """
@@ -19,7 +19,7 @@ from anabranch.gateway.http.access import IS_EARLY, KEY_ID, check_operator
 from anabranch.gateway.http.admin import AdminRoutes
 from anabranch.gateway.http.cors import for_origin, preflight
 from anabranch.gateway.http.exchange import Exchange
-from anabranch.gateway.http.messages import MessagesRoutes
+from anabranch.gateway.http.messages import MessagesRoutes, messages_error
 from anabranch.gateway.http.openai import OpenAIRoutes
 from anabranch.gateway.http.openapi import describe
 from anabranch.gateway.http.page import PageRoutes
@@ -37,6 +37,9 @@ from anabranch.web.server import Connection, Server, check_place, is_beyond
 logger = logging.getLogger(__name__)
 
 MODEL, RESPONSE = "/v1/models/", "/v1/responses/"
+
+# Where errors have Anthropic's form, on paths that there are not too.
+MESSAGES = "/v1/messages/"
 
 # What machines ask, whatever they call this one.
 PROBES = frozenset({"/health", "/ready"})
@@ -168,10 +171,13 @@ class App:
         return response
 
     async def _of_route(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = self._known(request.path)
+        # Of what is refused before its route is asked too.
+        refused = messages_error if f"{path}/".startswith(MESSAGES) else error_response
         try:
             self._check_place(request)
             self._check_sender(request)
-            methods = self._table.get(self._known(request.path))
+            methods = self._table.get(path)
             if methods is not None:
                 # A look at the headers alone: of its answer nothing else is sent.
                 route = methods.get("GET" if request.method == "HEAD" else request.method)
@@ -180,23 +186,23 @@ class App:
                 return await route(request)
             return await self._longer(request)
         except ApiError as error:
-            response = error_response(error)
+            response = refused(error)
             # No request of a model has begun: that would have given it an id.
             response[IS_EARLY] = "x-request-id" not in error.headers
             if error.headers.get("connection") == "close":
                 response.force_close()
             return response
         except CapacityError as error:
-            return _early(unavailable(error))
+            return _early(refused(unavailable(error)))
         except AnabranchError as error:
             # An argument that the store or the config refuses.
-            return _early(ApiError(400, "invalid_value", str(error)))
+            return _early(refused(ApiError(400, "invalid_value", str(error))))
         except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
             # A bug of ours: the log says what, the client only that.
             logger.error("a bug: %s %.80s: %s", request.method, request.path, type(error).__name__, exc_info=error)
-            return error_response(ApiError(500, "internal_error", "the gateway failed; its log says how"))
+            return refused(ApiError(500, "internal_error", "the gateway failed; its log says how"))
 
     def _known(self, path: str) -> str:
         """A path as the table has it: without a slash at the end, and with the ``/v1`` that a client may leave out of its base URL."""
@@ -255,8 +261,7 @@ class App:
         return json_response(self._description)
 
 
-def _early(error: ApiError) -> web.Response:
+def _early(response: web.Response) -> web.Response:
     """The answer to what is no request of a model, or none yet."""
-    response = error_response(error)
     response[IS_EARLY] = True
     return response

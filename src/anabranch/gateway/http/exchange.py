@@ -26,7 +26,7 @@ from anabranch.web.body import parse
 from anabranch.web.body_beside import TAKEN
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.json_text import to_json
-from anabranch.web.large_json import LARGE, load_large, parse_large
+from anabranch.web.large_json import LARGE, json_slices, load_large, parse_large
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -226,7 +226,10 @@ class Exchange:
 
 def _told(whole: Callable[[dict[str, Any]], dict[str, Any]], raw: bytes) -> bytes:
     """A chat's answer in another form."""
-    return to_json(whole(load_large(raw) if len(raw) > LARGE else json.loads(raw)))
+    if len(raw) <= LARGE:
+        return to_json(whole(json.loads(raw)))
+    # In another thread, which holds Python's lock no longer than one slice takes.
+    return b"".join(json_slices(whole(load_large(raw))))
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

@@ -5,14 +5,11 @@ from typing import Any
 
 from aiohttp import web
 
-from anabranch.errors import AnabranchError, CapacityError
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.http.access import IS_EARLY
 from anabranch.gateway.http.chat_form import ChatForm
 from anabranch.gateway.http.counting import counted
 from anabranch.gateway.http.exchange import Exchange
 from anabranch.gateway.providers.provider import Native
-from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.validate import check_depth
 from anabranch.web.answers import JSON, SAFE, Route, json_response
 from anabranch.web.api_error import ApiError
@@ -36,8 +33,8 @@ class MessagesRoutes:
     def table(self) -> dict[str, dict[str, Route]]:
         """Route by path and method."""
         return {
-            "/v1/messages": {"POST": _in_form(self._messages)},
-            "/v1/messages/count_tokens": {"POST": _in_form(self._count)},
+            "/v1/messages": {"POST": self._messages},
+            "/v1/messages/count_tokens": {"POST": self._count},
         }
 
     async def _messages(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -76,29 +73,8 @@ class MessageForm(ChatForm):
         super().__init__(MessageEvents(body))
 
 
-def _in_form(route: Route) -> Route:
-    """A route whose errors have Anthropic's form."""
-
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        try:
-            return await route(request)
-        except ApiError as error:
-            return _error_response(error)
-        except CapacityError as error:
-            return _error_response(unavailable(error))
-        except AnabranchError as error:
-            return _error_response(ApiError(400, "invalid_value", str(error)))
-
-    return answer
-
-
-def _error_response(error: ApiError) -> web.Response:
-    is_early = "x-request-id" not in error.headers
-    id = error.headers.setdefault("x-request-id", new_id())
-    headers = {**SAFE, **error.headers, "request-id": id}
-    response = web.Response(status=error.status, body=to_json(to_error(error)), content_type=JSON, headers=headers)
-    # For the access log, which knows the others by their ids.
-    response[IS_EARLY] = is_early
-    if error.headers.get("connection") == "close":
-        response.force_close()
-    return response
+def messages_error(error: ApiError) -> web.Response:
+    """Anthropic's form of an error, which all those of its routes have."""
+    id = error.headers.get("x-request-id") or new_id()
+    headers = {**SAFE, **error.headers, "x-request-id": id, "request-id": id}
+    return web.Response(status=error.status, body=to_json(to_error(error, id)), content_type=JSON, headers=headers)

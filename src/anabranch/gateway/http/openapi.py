@@ -3,6 +3,9 @@
 from typing import Any
 
 _TEXT = {"type": "string"}
+# What a request with a body may be refused with, and beside that one that is to be answered once (Idempotency-Key).
+_OF_BODY = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "502", "503", "504")
+_OF_MODEL = ("409", "422")
 # In the form of Anthropic's Messages API.
 _MESSAGES_ERROR = {
     "type": "object",
@@ -144,6 +147,20 @@ def _bodies(most_tokens: int) -> dict[str, dict[str, Any]]:
                 "tools": {"type": ["array", "null"], "items": {"type": "object"}},
             },
         },
+        "MessagesCount": {
+            "type": "object",
+            "required": ["model", "messages"],
+            "properties": {
+                "model": _MODEL,
+                "messages": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"type": "object", "required": ["role", "content"]},
+                },
+                "system": {"type": ["string", "array", "null"]},
+                "tools": {"type": ["array", "null"], "items": {"type": "object"}},
+            },
+        },
         "Feedback": {
             "type": "object",
             "required": ["request_id"],
@@ -187,47 +204,50 @@ def describe(version: str, most_tokens: int) -> dict[str, Any]:
         content: dict[str, Any] = {kind: {"schema": {"type": "object"} if kind == "application/json" else _TEXT}}
         if stream:
             content["text/event-stream"] = {"schema": _TEXT}
-        return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(more, error(form))}
+        return {"200": {"description": "the answer", "content": content}, **dict.fromkeys(sorted(more), error(form))}
 
-    def post(schema: str, summary: str, stream: bool = False, *more: str, id: str = "") -> dict[str, Any]:
+    def post(schema: str, summary: str, *more: str, stream: bool = False, id: str = "") -> dict[str, Any]:
         body = {
             "required": True,
             "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
         }
-        form = "MessagesError" if schema == "Messages" else "Error"
-        statuses = ("400", "401", "403", "404", "408", "413", "429", "500", "502", "503", "504", *more)
+        form = "MessagesError" if schema.startswith("Messages") else "Error"
         return {
             "post": {
                 "summary": summary,
                 "operationId": id or schema.lower(),
                 "security": [{}, {"key": []}],
                 "requestBody": body,
-                "responses": answers("application/json", *statuses, stream=stream, form=form),
+                "responses": answers("application/json", *_OF_BODY, *more, stream=stream, form=form),
             }
         }
 
     def get(summary: str, kind: str = "application/json", *more: str) -> dict[str, Any]:
-        return {"get": {"summary": summary, "responses": answers(kind, *more)}}
+        return {"get": {"summary": summary, "responses": answers(kind, *more, "500")}}
 
     return {
         "openapi": "3.1.0",
         "info": {"title": "anabranch gateway", "version": version},
         "paths": {
-            "/v1/chat/completions": post("Chat", "Answer a conversation", True),
-            "/v1/completions": post("Completion", "Go on with a text", True),
-            "/v1/embeddings": post("Embeddings", "Turn texts into vectors"),
-            "/v1/responses": post("Responses", "Answer, in the form of the Responses API", True),
-            "/v1/responses/input_tokens": post("Responses", "Count the tokens of a prompt", False, id="input_tokens"),
-            "/v1/messages": post("Messages", "Answer, in the form of Anthropic's Messages API, errors too", True),
-            "/v1/messages/count_tokens": post("Messages", "Count the tokens of a prompt", False, id="count_tokens"),
-            "/v1/feedback": post(
-                "Feedback", "Score an answer, from 0 to 1, by a thumb, or against another; once", False, "409"
+            "/v1/chat/completions": post("Chat", "Answer a conversation", *_OF_MODEL, stream=True),
+            "/v1/completions": post("Completion", "Go on with a text", *_OF_MODEL, stream=True),
+            "/v1/embeddings": post("Embeddings", "Turn texts into vectors", *_OF_MODEL),
+            "/v1/responses": post("Responses", "Answer, in the form of the Responses API", *_OF_MODEL, stream=True),
+            "/v1/responses/input_tokens": post("Responses", "Count the tokens of a prompt", id="input_tokens"),
+            "/v1/messages": post(
+                "Messages", "Answer, in the form of Anthropic's Messages API, errors too", *_OF_MODEL, stream=True
             ),
-            "/v1/models": get("Models and strategies", "application/json", "401", "503"),
-            "/v1/key": get("Limits, budgets and spend of the key that asks", "application/json", "401", "429", "503"),
+            "/v1/messages/count_tokens": post("MessagesCount", "Count the tokens of a prompt", id="count_tokens"),
+            "/v1/feedback": post(
+                "Feedback", "Score an answer, from 0 to 1, by a thumb, or against another; once", "409"
+            ),
+            "/v1/models": get("Models and strategies", "application/json", "401", "403", "503"),
+            "/v1/key": get(
+                "Limits, budgets and spend of the key that asks", "application/json", "401", "403", "429", "503"
+            ),
             "/health": get("The process is alive"),
             "/ready": get("It takes requests", "application/json", "503"),
-            "/metrics": get("For Prometheus", "text/plain"),
+            "/metrics": get("For Prometheus", "text/plain", "401", "403", "503"),
         },
         "components": {
             "schemas": _bodies(most_tokens),

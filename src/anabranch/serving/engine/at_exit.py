@@ -6,6 +6,7 @@ A thread that comes back from native code into an interpreter that is going away
 import atexit
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -33,5 +34,6 @@ def _end_all() -> None:
     running = [(thread, end) for thread, end in _THREADS.items() if thread.is_alive()]
     for _, end in running:
         end()
+    end_s = time.monotonic() + END_S
     for thread, _ in running:
-        thread.join(END_S / len(running))
+        thread.join(max(0.0, end_s - time.monotonic()))

@@ -153,13 +153,12 @@ class Generate:
         """What is new at any time as one block of bytes: who reads slowly gets more at once. What takes long to tell comes in slices."""
         beat_s = self._frontend.config.keep_alive_s
         while (taken := await _take(completion, end, beat_s)) is not None:
-            # Each is of another choice.
-            long = {change.index for change in taken if shape.is_long(change)}
-            for change in taken if long else ():
-                if change.index in long:
-                    async for piece in context.sliced(shape.long_events(change)):
-                        yield piece
-            block = b"".join(shape.events(change) for change in taken if change.index not in long)
+            # Each is of another choice: many short ones are as long as a long one.
+            if shape.is_long(taken):
+                async for piece in context.sliced(shape.long_events(taken)):
+                    yield piece
+                continue
+            block = b"".join(map(shape.events, taken))
             if block or not taken:
                 yield block or HEARTBEAT
         if last := shape.last_events():

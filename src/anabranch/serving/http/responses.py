@@ -1,5 +1,6 @@
 """``/v1/responses``: read as a chat and answered as one, in the form of OpenAI's Responses API (`anabranch.web.responses`)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +62,7 @@ class ResponseShape(ChatShape):
         """See `Shape`."""
         return to_response(self._body, {**super().whole(), "choices": list(self._choices())})
 
-    def is_long(self, change: ChoiceDelta) -> bool:
+    def is_long(self, changes: Sequence[ChoiceDelta]) -> bool:
         """See `Shape`; no log probabilities are told, nor routes."""
         return False
 

@@ -16,12 +16,15 @@ from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
 from anabranch.web.json_text import Rows
+from anabranch.web.large_json import together
 from anabranch.web.sse import DONE, event, event_slices
 
 # Told for a token that cannot be, as OpenAI does: JSON has no infinity.
 LEAST_LOGPROB = -9999.0
 # Values, tokens and their rivals, that are told at once; it takes a millisecond or two.
 MOST_AT_ONCE = 1000
+# Characters of a text that take no longer than a value.
+VALUE_CHARACTERS = 64
 
 
 def fingerprint(info: EngineInfo) -> str:
@@ -59,14 +62,14 @@ class Shape:
         """The events of a stream for what is new of a choice, and not long."""
         return b"".join(map(event, self.chunks(change)))
 
-    def is_long(self, change: ChoiceDelta) -> bool:
-        """Whether there is so much to tell of what is new that it is told by `long_events`."""
-        return self._is_many(len(change.tokens))
+    def is_long(self, changes: Sequence[ChoiceDelta]) -> bool:
+        """Whether there is so much to tell of what is new of some choices, each once, that it is told by `long_events`."""
+        return self._num_values(changes) > MOST_AT_ONCE
 
-    def long_events(self, change: ChoiceDelta) -> Iterator[bytes]:
-        """`events` in slices, none of which takes long to make."""
-        for chunk in self.chunks(change):
-            yield from event_slices(chunk)
+    def long_events(self, changes: Iterable[ChoiceDelta]) -> Iterator[bytes]:
+        """`events` of changes in slices, none of which takes long to make."""
+        chunks = (chunk for change in changes for chunk in self.chunks(change))
+        return together(piece for chunk in chunks for piece in event_slices(chunk))
 
     def last_events(self) -> bytes:
         """Those after every choice has ended."""
@@ -97,8 +100,7 @@ class Shape:
 
     def whole(self) -> dict[str, Any]:
         """The answer in one, of all that was taken; what is long of it is made while it is written."""
-        size = sum(map(len, self._taken))
-        made = {**self._head, "object": self.object_name, "choices": self._rows(size, self._choices)}
+        made = {**self._head, "object": self.object_name, "choices": self._rows(self._num_taken(), self._choices)}
         made["usage"] = self.usage()
         if self.request.is_routing:
             made["routing"] = self.routing()
@@ -170,13 +172,27 @@ class Shape:
     def _choice(self, at: int, changes: Sequence[ChoiceDelta]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _is_many(self, tokens: int) -> bool:
-        """Whether to tell of so many tokens, each with its rivals, takes long."""
-        return tokens * (1 + (self.request.logprobs or 0)) > MOST_AT_ONCE
+    def _num_taken(self) -> int:
+        """Values that the answer in one tells."""
+        return sum(map(self._num_values, self._taken))
 
-    def _rows(self, tokens: int, make: Callable[[], Iterable[Any]]) -> Rows | list[Any]:
-        """What is told of so many tokens: made while it is written, where that takes long."""
-        return Rows(make) if self._is_many(tokens) else list(make())
+    def _num_values(self, changes: Iterable[ChoiceDelta]) -> int:
+        """Values that are told of changes."""
+        return sum(1 + len(one.text) // VALUE_CHARACTERS + self._of_tokens(one.tokens) for one in changes)
+
+    def _of_tokens(self, tokens: Sequence[TokenText]) -> int:
+        """Values that are told of tokens: themselves with their rivals, and where they went."""
+        sides = sum(len(token.route or ()) for token in tokens) if self.request.is_routing else 0
+        return len(tokens) * self._each + sides
+
+    @property
+    def _each(self) -> int:
+        """Values of a token with its rivals."""
+        return 1 + (self.request.logprobs or 0)
+
+    def _rows(self, values: int, make: Callable[[], Iterable[Any]]) -> Rows | list[Any]:
+        """What has so many values: made while it is written, where that takes long."""
+        return Rows(make) if values > MOST_AT_ONCE else list(make())
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         made = {**self._head, "object": self.chunk_name, "choices": [choice]}
@@ -186,7 +202,7 @@ class Shape:
         """Tokens with the experts they went to, where asked for."""
         if not self.request.is_routing:
             return {}
-        return {"routing": {"tokens": self._rows(len(tokens), lambda: map(self._routed, tokens))}}
+        return {"routing": {"tokens": self._rows(self._of_tokens(tokens), lambda: map(self._routed, tokens))}}
 
     def _routed(self, item: TokenText) -> dict[str, Any]:
         experts, adapters = sides_of(item.route or {})
@@ -260,7 +276,7 @@ class ChatShape(Shape):
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
         if self.request.logprobs is None:
             return {}
-        rows = self._rows(len(tokens), lambda: self._scored(tokens))
+        rows = self._rows(self._of_tokens(tokens), lambda: self._scored(tokens))
         return {"logprobs": {"content": rows, "refusal": None}}
 
     def _scored(self, tokens: Sequence[TokenText]) -> Iterator[dict[str, Any]]:
@@ -294,16 +310,25 @@ class CompletionShape(Shape):
         self._has_begun[change.index] = True
         return [self._chunk(self._part(change.index, text, change.tokens, change.finish, is_first=is_first))]
 
-    def is_long(self, change: ChoiceDelta) -> bool:
-        """See `Shape`; the first change brings the scores of the prompt."""
-        scores = None if self._has_begun[change.index] else self.choices[change.index].scores
-        return self._is_many(len(change.tokens) + (0 if scores is None else len(scores.rows)))
+    def is_long(self, changes: Sequence[ChoiceDelta]) -> bool:
+        """See `Shape`; the first change of a choice brings its prompt."""
+        begin = [change.index for change in changes if not self._has_begun[change.index]]
+        return self._num_values(changes) + sum(map(self._of_prompt, begin)) > MOST_AT_ONCE
 
     def echoed(self) -> dict[str, Any]:
         """The answer where only the prompt was asked for (``echo`` with ``max_tokens`` 0)."""
         for at in range(self.request.num_choices):
             self.take(ChoiceDelta(at, "", finish=Finish.LENGTH))
         return self.whole()
+
+    def _num_taken(self) -> int:
+        """See `Shape`; each choice brings its prompt."""
+        return super()._num_taken() + sum(map(self._of_prompt, range(self.request.num_choices)))
+
+    def _of_prompt(self, index: int) -> int:
+        """Values that are told of the prompt of a choice: its text, and its scores."""
+        scores = None if self.request.logprobs is None else self.choices[index].scores
+        return len(self._echo(index)) // VALUE_CHARACTERS + (0 if scores is None else len(scores.rows) * self._each)
 
     def _echo(self, index: int) -> str:
         return self.request.texts[index // self.request.n] if self.request.is_echo else ""
@@ -332,7 +357,7 @@ class CompletionShape(Shape):
         # Nothing comes before the first token of a prompt, so nothing is told of that.
         scored = () if scores is None else (None, *scores.rows)
         prompt = () if scores is None else self.request.prompts[index // self.request.n]
-        count, text = len(prompt) + len(items), self._echo(index)
+        count, text = (len(prompt) + len(items)) * self._each, self._echo(index)
 
         def rows() -> Iterator[tuple[int, TokenLogprob | None]]:
             yield from zip(prompt, scored, strict=True)

@@ -18,12 +18,10 @@ _TYPES = {
 }
 
 
-def to_error(error: ApiError) -> dict[str, Any]:
-    """The body of an answer that is an error."""
+def to_error(error: ApiError, request_id: str) -> dict[str, Any]:
+    """The body of an answer to this request that is an error."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    made = {"type": "error", "error": {"type": kind, "message": str(error)}}
-    request_id = error.headers.get("x-request-id")
-    return made if request_id is None else {**made, "request_id": request_id}
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": request_id}
 
 
 # Of an error inside a stream, which has no status: by its code.
