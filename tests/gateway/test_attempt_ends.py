@@ -315,6 +315,24 @@ def test_what_was_sent_is_read_on_for_what_it_costs(result, cost, is_guess):
     asyncio.run(main())
 
 
+def test_what_is_read_on_counts_as_all_that_is_held_of_it_whole_or_not(monkeypatch):
+    """Of what was asked its bytes are held, what they were written from, and what that was read from; a whole answer counted once."""
+
+    async def main():
+        case, taken = Case(), []
+        monkeypatch.setattr(case.dispatcher.late, "take", lambda reading, size, *_, **__: taken.append(size))
+        attempt = case.attempt(is_whole=True)
+        attempt.call.body = b"x" * 1000
+        exchange = asyncio.ensure_future(exchanged(asyncio.Event(), body()))
+        case.ends.leave(case.live, case.request, attempt, exchange)
+        assert taken == [attempt.held_bytes] == [3000]
+        attempt.call = None
+        assert attempt.held_bytes == 0
+        await asyncio.wait([exchange])
+
+    asyncio.run(main())
+
+
 def test_what_is_read_on_and_given_up_stays_charged_the_most():
     async def main():
         case, gate = Case(), asyncio.Event()

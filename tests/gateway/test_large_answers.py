@@ -17,7 +17,7 @@ from anabranch.gateway.http import counting, exchange, messages, responses
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery
-from anabranch.web.large_json import LARGE
+from anabranch.web.large_json import LARGE, SLICE
 
 VECTORS = {
     "object": "list",
@@ -124,6 +124,28 @@ def test_a_long_answer_in_another_form_is_made_beside_the_loop(tmp_path, monkeyp
     text = said["content"][0]["text"] if path == "messages" else said["output"][0]["content"][0]["text"]
     assert text == LONG["choices"][0]["message"]["content"]
     assert seen == [(name, False)]
+
+
+@pytest.mark.parametrize("path", ["messages", "responses"])
+def test_a_large_answer_in_another_form_is_written_in_short_steps(tmp_path, monkeypatch, path):
+    """It was in one: in another thread, but with Python's lock, so that nobody else went on either."""
+    written, dumps = [], json.dumps
+
+    def noted(*given, **named):
+        written.append(dumps(*given, **named))
+        return written[-1]
+
+    large = {**LONG, "choices": [{**LONG["choices"][0], "message": {"role": "assistant", "content": "naïve " * 200_000}}]}
+    body = {"model": "small", "input": "hi"} if path == "responses" else CHAT
+    raw = dumps(large).encode()
+
+    async def work(gateway, post):
+        monkeypatch.setattr(json, "dumps", noted)
+        return await post(path, body)
+
+    status, made = against(tmp_path, raw, work)
+    assert (status, len(made) > 1_200_000) == (200, True)
+    assert max(map(len, written)) <= 2 * SLICE
 
 
 def test_a_stream_that_is_answered_whole_is_read_beside_the_loop(tmp_path, monkeypatch):

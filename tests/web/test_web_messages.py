@@ -55,7 +55,7 @@ def test_a_request_of_another_shape_is_refused_with_the_fields_name(fields, para
     with pytest.raises(ApiError) as caught:
         to_chat({**ASK, **fields})
     assert (caught.value.status, caught.value.param) == (400, param)
-    assert to_error(caught.value)["error"]["type"] == "invalid_request_error"
+    assert to_error(caught.value, "r")["error"]["type"] == "invalid_request_error"
 
 
 JSON = st.recursive(
@@ -102,7 +102,7 @@ def test_tokens_are_counted_of_a_request_without_an_end():
 )
 def test_errors_have_anthropics_form(status, kind):
     error = ApiError(status, "x", "no", headers={"x-request-id": "r"})
-    assert to_error(error) == {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "r"}
+    assert to_error(error, "r") == {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "r"}
 
 
 def test_an_answer():

@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from anabranch.serving.engine import at_exit
 
 SOURCE = str(Path(__file__).parents[3] / "src")
 HEAD = """
@@ -67,3 +71,27 @@ def test_threads_that_compute_end_before_the_interpreter(body, status, said):
     )
     assert (ended.returncode, ended.stdout.split("\n")) == (status, [said, ""]), ended.stderr
     assert ended.stderr == ""
+
+
+def test_what_one_thread_leaves_of_their_time_is_for_the_others(monkeypatch):
+    """Each had its part, and no more, also where the others ended at once."""
+    now, waited, ended = [50.0], [], []
+
+    class Thread:
+        def __init__(self, lasts_s):
+            self.lasts_s = lasts_s
+
+        def is_alive(self):
+            return True
+
+        def join(self, timeout):
+            waited.append(timeout)
+            now[0] += min(timeout, self.lasts_s)
+
+    threads = [Thread(2.0), Thread(0.5 * at_exit.END_S), Thread(1e9), Thread(1.0)]
+    monkeypatch.setattr(at_exit, "_THREADS", {thread: partial(ended.append, thread) for thread in threads})
+    monkeypatch.setattr(at_exit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    at_exit._end_all()
+    assert ended == threads
+    most = at_exit.END_S
+    assert waited == [most, most - 2.0, 0.5 * most - 2.0, 0.0]

@@ -176,6 +176,20 @@ def test_a_whole_answer_that_nobody_reads_is_not_kept():
         assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
 
 
+@pytest.mark.parametrize("choices", [1, 3])
+def test_a_whole_answer_that_is_read_slowly_keeps_no_place_of_the_engine(choices):
+    """All of it has been generated: whoever reads it as slowly as they may keeps nobody out."""
+    with serving(Script(say="x" * 4000), admission=AdmissionConfig(max_in_flight=choices)) as running:
+        asked = {"max_tokens": 4000, "n": choices, "logprobs": True, "top_logprobs": 20}
+        link = Link(running, asked, buffer=4096)
+        until(lambda: running.app.under_way and running.script.requests and not running.engine.running, 30)
+        until(lambda: running.frontend.admission.in_flight == 0)
+        assert running.chat(max_tokens=1, n=choices)[0] == 200
+        # It is being written all the while.
+        assert running.app.under_way
+        link.close()
+
+
 def test_a_reader_may_stand_still_for_as_long_as_the_config_says(monkeypatch):
     """The engine's own patience is for those who use it without a server."""
     monkeypatch.setattr(stream, "STALL_S", 0.01)
