@@ -41,7 +41,8 @@ def key(at):
 
 
 def ledger_row(at):
-    return LedgerRow(request_id=f"r{at}", candidates=("small",), price=Price(input=1, output=2), tags=("a",))
+    price = Price(input=1, output=2, tiers={"priority": Price(input=2, output=4)})
+    return LedgerRow(request_id=f"r{at}", candidates=("small",), price=price, tags=("a",))
 
 
 # By path: the methods of the store that it asks, and a row of each.

@@ -77,7 +77,8 @@ def test_what_breaks_before_anything_is_written_is_an_error_as_any():
         return raw
 
     raw = asyncio.run(served(handler, work))
-    assert raw.startswith(b"HTTP/1.1 500") and raw.endswith(b"none")
+    assert raw.startswith(b"HTTP/1.1 500")
+    assert raw.endswith(b"none")
 
 
 async def _json(request, stall_s):

@@ -1,5 +1,6 @@
 """No answer holds up the loop while it is made, however its values are spread over choices, prompts, tokens and changes."""
 
+import asyncio
 import types
 
 import pytest
@@ -9,11 +10,14 @@ from hypothesis import strategies as st
 from anabranch.data import ByteTokenizer
 from anabranch.serving.core.request import Finish, TokenLogprob
 from anabranch.serving.http.choice import ChoiceDelta, TokenText
+from anabranch.serving.http.generate import Generate
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import MOST_AT_ONCE, ChatShape, CompletionShape
 from anabranch.web.json_text import Rows, to_json
 from anabranch.web.large_json import SLICE, is_light, json_slices
+from anabranch.web.slices import sliced
+from anabranch.web.turns import Turns
 
 INFO = types.SimpleNamespace(
     model="m", vocab_size=257, max_positions=4096, routed_layers={1: 4}, num_layers=2, max_depth=None, skips_tokens=False
@@ -55,7 +59,11 @@ class Asked:
             kind="chat" if kind is ChatShape else "completions", model="m", prompts=prompts, texts=("A" * length,) * num_choices,
             logprobs=logprobs, is_echo=is_echo, is_routing=is_routing,
         )  # fmt: skip
-        self.row = None if logprobs is None else TokenLogprob(token=65, logprob=-1.0, top=tuple((66 + at, -2.0) for at in range(logprobs)))
+        self.row = (
+            None
+            if logprobs is None
+            else TokenLogprob(token=65, logprob=-1.0, top=tuple((66 + at, -2.0) for at in range(logprobs)))
+        )
         scores = types.SimpleNamespace(rows=[self.row] * (length - 1)) if is_echo and logprobs is not None else None
         self.choices = [
             types.SimpleNamespace(
@@ -155,6 +163,30 @@ def test_many_choices_that_are_each_short_are_long_together(kind, fields):
         assert not shape.is_long([change])
         shape.take(change)
     assert isinstance(shape.whole()["choices"], Rows)
+
+
+def test_a_stream_tells_many_short_changes_that_came_together_in_turns():
+    one, most = Asked(CompletionShape, **MANY_PROMPTS), []
+    coming, turns = [one.changes(), None], Turns()
+
+    async def take(timeout_s):
+        return coming.pop(0)
+
+    frontend = types.SimpleNamespace(metrics=None, config=types.SimpleNamespace(keep_alive_s=1.0))
+    context = types.SimpleNamespace(sliced=lambda slices: sliced(turns, "", slices))
+
+    async def main():
+        blocks = []
+        events = Generate(frontend)._events(context, one.shape(), types.SimpleNamespace(take=take), None)
+        async for block in events:
+            blocks.append(block)
+            most.append(one.reader.told)
+            one.reader.told = 0
+        return b"".join(blocks)
+
+    raw, again = asyncio.run(main()), one.shape()
+    assert max(most) <= MOST_TOLD
+    assert raw == b"".join(map(again.events, one.changes()))
 
 
 def test_long_texts_are_long():

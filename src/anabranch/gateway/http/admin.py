@@ -336,9 +336,16 @@ class AdminRoutes:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    """A record as JSON has it. `dataclasses.asdict` copies all that is in it, which may be much, in one go."""
+    """A record as JSON has it, whose own fields may hold another (a price), and much that is JSON already.
+
+    `dataclasses.asdict` copies all of that in one go.
+    """
     found = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {name: _fields(value) if dataclasses.is_dataclass(value) else value for name, value in found.items()}
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _rows(rows: Sequence[T], told: Callable[[T], dict[str, Any]] = _fields) -> Rows | list[dict[str, Any]]:
