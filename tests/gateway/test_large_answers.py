@@ -135,7 +135,10 @@ def test_a_large_answer_in_another_form_is_written_in_short_steps(tmp_path, monk
         written.append(dumps(*given, **named))
         return written[-1]
 
-    large = {**LONG, "choices": [{**LONG["choices"][0], "message": {"role": "assistant", "content": "naïve " * 200_000}}]}
+    large = {
+        **LONG,
+        "choices": [{**LONG["choices"][0], "message": {"role": "assistant", "content": "naïve " * 200_000}}],
+    }
     body = {"model": "small", "input": "hi"} if path == "responses" else CHAT
     raw = dumps(large).encode()
 
