@@ -176,6 +176,7 @@ def test_a_whole_answer_that_nobody_reads_is_not_kept():
         assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", [1, 3])
 def test_a_whole_answer_that_is_read_slowly_keeps_no_place_of_the_engine(choices):
     """All of it has been generated: whoever reads it as slowly as they may keeps nobody out."""
