@@ -12,7 +12,7 @@ OPEN = "require_key = false\n"
 
 
 def send(url, headers, path="/v1/chat/completions", body=BODY, method="POST"):
-    """Status, and the code of the error; a Host that is given takes the place of the usual one."""
+    """Status, and the error's code, or its type in the Messages API's form; a Host that is given takes the place of the usual one."""
     link = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
     try:
         raw = None if body is None else json.dumps(body).encode()
@@ -23,7 +23,7 @@ def send(url, headers, path="/v1/chat/completions", body=BODY, method="POST"):
         answer = link.getresponse()
         found = answer.read()
         error = json.loads(found).get("error", {}) if answer.status >= 400 else {}
-        return answer.status, error.get("code")
+        return answer.status, error.get("code", error.get("type"))
     finally:
         link.close()
 
@@ -86,7 +86,8 @@ def test_no_web_page_spends_money(server, headers, code):
     ],
 )
 def test_no_route_of_clients_is_open_to_pages(server, method, path, body):
-    assert send(server.url, {"host": "page.example"}, path, body, method) == (403, "forbidden_host")
+    told = "permission_error" if path == "/v1/messages" else "forbidden_host"
+    assert send(server.url, {"host": "page.example"}, path, body, method) == (403, told)
     assert send(server.url, {"origin": "http://page.example"}, path, body, method) == (403, "forbidden_origin")
 
 

@@ -76,7 +76,7 @@ def ask(url, text="hello", model="small", **options):
 def test_it_starts_small_quick_and_without_torch():
     with served(environment={"PYTHONPROFILEIMPORTTIME": "1"}) as running:
         process = psutil.Process(running.process.pid)
-        assert sum(process.cpu_times()[:2]) < 3  # 0.8 s where nothing else runs and imports are not timed
+        assert sum(process.cpu_times()[:2]) < 5  # 0.8 s where nothing else runs and imports are not timed
         assert call(running.url, "GET", "/ready")[0] == 200
         assert process.memory_info().rss < 120 * 2**20
         for model in ("auto", "auto/cheapest", "small"):

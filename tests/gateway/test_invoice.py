@@ -345,5 +345,6 @@ def test_what_was_under_way_when_the_gateway_was_killed_is_charged_too(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_twenty_thousand_requests_and_fifty_kills(tmp_path):
     killed(tmp_path, 20_000, 50)
