@@ -238,8 +238,10 @@ class Drive:
         """Form a step if there is one."""
         scheduler = self.scheduler
         first = next((state for state in scheduler._running if state.request.id not in self.paused), None)
+        seats = scheduler._seats
+        makes_way = first is not None and seats.is_shared and seats.had_run(first, scheduler._step)
         batch = scheduler.schedule()
-        if first is not None:
+        if first is not None and not makes_way:
             assert first in scheduler._running, "the first in rank was sent back"
         if batch is None:
             return False
@@ -337,6 +339,8 @@ class Drive:
         assert not scheduler.has_work
         for name in ("_states", "_running", "_paused", "_under_way", "_queued_tokens"):
             assert not getattr(scheduler, name), f"{name} is left"
+        assert not scheduler._seats._keys
+        assert not scheduler._waiting._charged, "what was not used was not given back"
         for name in ("_coming", "_held"):
             assert not getattr(scheduler._tables, name), f"{name} is left"
         assert not len(scheduler._waiting)
@@ -361,6 +365,7 @@ def random_config(rng: random.Random, **changes: object) -> SchedulerConfig:
         "quantum": rng.choice([1, 16, 200]),
         "max_decodes": rng.choice([None, None, 1, 2]),
     }
+    values["min_run"] = (1, 2, 6, 128)[int(str(values["max_positions"])) % 4]
     return SchedulerConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 

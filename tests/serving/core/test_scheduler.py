@@ -81,15 +81,16 @@ def test_a_key_with_many_requests_does_not_hold_up_one_with_few():
 
 
 def test_a_key_is_charged_for_what_it_uses_and_not_for_what_it_might():
-    driven = drive(max_seqs=1, quantum=10)
+    driven = drive(max_seqs=8, quantum=10)
     for number in range(60):  # each ends with its first token, whatever that is
         for key, max_tokens in (("modest", 5), ("cautious", 150)):
             sampling = Sampling(max_tokens=max_tokens, stop_tokens=tuple(range(7)))
             driven.add(request(f"{key}{number}", 6, key=key, sampling=sampling))
     to_end(driven)
-    # The first one's reserve has to be saved up; what it did not use pays for those that follow.
+    # For each that runs beside another of its key a reserve has to be saved up; what it did not use pays for those that follow. By what
+    # they might use it would be one of fourteen.
     some = [id.startswith("cautious") for id in driven.started[30:70]]
-    assert 16 <= sum(some) <= 24
+    assert 12 <= sum(some) <= 24
 
 
 def test_the_last_in_rank_is_sent_back_and_goes_on_first():

@@ -270,3 +270,62 @@ def test_beyond_the_bound_a_key_is_given_only_what_it_gave_back_since_both_wait(
             waiting[item.key] -= 1
             check()
     assert len(queue._charged) == len(running)
+
+
+# Out of turn
+
+
+def test_a_key_is_passed_over_and_keeps_what_its_turn_has_left():
+    queue = WaitingQueue(100)
+    a, b = ([Item((0, 0.0, i + 10 * (key == "b")), key, 40) for i in range(4)] for key in "ab")
+    for item in (*a, *b):
+        queue.add(item)
+    assert queue.pop() is a[0]
+    assert queue.peek({"a"}) is b[0]
+    queue.take(b[0])
+    assert queue.peek({"a", "b"}) is None
+    assert len(queue) == 6
+    # Of their hundred both have sixty left.
+    assert sorted(queue.pop().key for _ in range(2)) == ["a", "b"]
+
+
+def test_the_first_of_a_key_is_one_that_was_sent_back():
+    queue = WaitingQueue(100)
+    first, second, third, other = (Item((0, 0.0, at), key, 40) for at, key in enumerate("aaab"))
+    for item in (first, second, third, other):
+        queue.add(item)
+    queue.take(second)
+    assert queue.keys() == {"a", "b"}
+    assert queue.first_of("a") is first
+    queue.add_front(second)
+    assert queue.first_of("a") is second
+    assert queue.peek({"a"}) is other
+    queue.take(queue.first_of("b"))
+    assert queue.keys() == {"a"}
+    assert drain(queue) == [second, first, third]
+
+
+def test_what_is_taken_out_of_turn_is_owed():
+    queue = WaitingQueue(100)
+    a, b = ([Item((0, 0.0, i + 20 * (key == "b")), key, 100) for i in range(9)] for key in "ab")
+    for item in (*a, *b):
+        queue.add(item)
+    for item in b[:2]:
+        queue.take(item)
+    # Not more than one of them, so the next turns of the other are two.
+    assert "".join(queue.pop().key for _ in range(6)) == "aababa"
+
+
+def test_one_may_begin_to_wait_again_where_others_wait():
+    queue = WaitingQueue(10)
+    items_of_a = [Item((0, 0.0, at), "a", 10) for at in range(3)]
+    for item in items_of_a:
+        queue.add(item)
+    first = queue.pop()
+    queue.refund(first, 5)
+    first.cost = 5
+    queue.add(first)
+    queue.remove(first)
+    queue.add_front(first)
+    assert sorted(item.rank for item in queue) == [item.rank for item in items_of_a]
+    assert drain(queue) == items_of_a

@@ -12,6 +12,7 @@ from anabranch.serving.core.batch import Chunk
 from anabranch.serving.core.lookup import PromptLookup
 from anabranch.serving.core.state import RequestState
 from anabranch.serving.core.tables import BlockTables
+from anabranch.sharing import even_shares
 
 # Places of texts that are read in a step, about two milliseconds: who has a longer prompt begins to guess some steps later.
 MOST_READ = 4096
@@ -44,7 +45,7 @@ class Drafts:
         first = self._turn % len(decodes)
         self._turn += 1
         guesses = self._guesses([*decodes[first:], *decodes[:first]], room)
-        counts = _shares([len(guess) for _, _, guess in guesses], room)
+        counts = even_shares([len(guess) for _, _, guess in guesses], room)
         for (state, chunk, guess), count in zip(guesses, counts, strict=True):
             budget -= self._put(state, chunk, guess[:count])
         return budget
@@ -91,14 +92,3 @@ class Drafts:
         if state.lookup is not None:
             state.lookup.learn(chunk.drafts, right)
         self._tables.shrink(state, state.computed)
-
-
-def _shares(wanted: Sequence[int], room: int) -> list[int]:
-    """``room`` shared out evenly, to nobody more than is wanted; what is over goes to the first."""
-    shares = [0] * len(wanted)
-    while room > 0 and shares != list(wanted):
-        for place, most in enumerate(wanted):
-            if shares[place] < most and room > 0:
-                shares[place] += 1
-                room -= 1
-    return shares

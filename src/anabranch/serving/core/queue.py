@@ -3,8 +3,14 @@ Within a key an item's own priority goes before its arrival.
 
 Among the keys (whose requests they are) of one priority it is deficit round robin (Shreedhar and Varghese, SIGCOMM 1995): a key in its
 turn gets a quantum of tokens and sends requests, oldest first, while their cost is covered; what is left over stays for its next turn.
-A key with many or long requests therefore cannot hold up one with few: in any time in which two keys both wait, what they were given
-differs by at most a quantum and twice the largest cost. With one key it is first come, first served.
+In any time in which two keys both wait, what they were given differs by at most a quantum and twice the largest cost, but for what is
+taken out of turn. With one key it is first come, first served.
+
+That is the order of those that wait, and holds up nobody as long as those that run end soon: a key whose requests have taken all places
+of a step keeps them while they last. Who then goes before whom, and which of those that run makes room, is decided by the places that
+each key has and by the work that was done for it (`anabranch.serving.core.seats`): a key that has none goes first and is given one
+within a bounded number of steps; keys that have many more than another that waits are passed over. A key that is given one out of its
+turn is charged for it, and lacks that in its next turns, but never more than the request itself costs.
 
 A request that ends early has used less than it cost, and its key gets the rest back (`WaitingQueue.refund`). Whoever waited already when
 the cost was charged was given way to by it, and gives way in turn; whoever came later was not, and does not. So from when on two keys both
@@ -12,7 +18,7 @@ wait, one is given more than the bound above by no more than it gave back of wha
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar
 
@@ -38,6 +44,8 @@ class Waiting(Protocol):
 
 
 T = TypeVar("T", bound=Waiting)
+# Own priority and rank, item.
+_Entry = tuple[tuple[int, int, float, int], T]
 
 
 class WaitingQueue(Generic[T]):
@@ -64,7 +72,7 @@ class WaitingQueue(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         for level in self._levels.values():
             for flow in (level.front, *level.flows.values()):
-                yield from (item for order, item in flow.heap if order[-1] in self._where)
+                yield from (item for order, item in flow.heap if self._where.get(order[-1]) is flow)
 
     def add(self, item: T) -> None:
         """A new item, to the end of its key's of its own priority."""
@@ -83,23 +91,55 @@ class WaitingQueue(Generic[T]):
         """An item that was taken before and was sent back: before all others of its priority, and not charged again."""
         self._put(item, self._level(item.rank[0]).front)
 
-    def peek(self) -> T | None:
-        """The next item, None if there is none."""
-        flow = self._next_flow()
+    def keys(self) -> set[str]:
+        """Those with items of the priority that is next."""
+        level = self._first_level()
+        if level is None:
+            return set()
+        return {flow.key for flow in level.flows.values() if flow.count} | {item.key for _, item in self._front(level)}
+
+    def first_of(self, key: str) -> T:
+        """The next item of one of `keys`, whoever's turn it is."""
+        level = self._first_level()
+        assert level is not None, "keys() has it"
+        sent_back = [entry for entry in self._front(level) if entry[1].key == key]
+        if sent_back:
+            return min(sent_back)[1]
+        flow = level.flows[key]
+        self._trim(flow)
+        return flow.heap[0][1]
+
+    def peek(self, passed: Container[str] = ()) -> T | None:
+        """The next item, None if there is none. Keys in ``passed`` are passed over, and what their turn has left stays theirs."""
+        level = self._first_level()
+        if level is None:
+            return None
+        if level.front.count:
+            sent_back = [entry for entry in self._front(level) if entry[1].key not in passed]
+            if sent_back:
+                return min(sent_back)[1]
+        flow = self._turn(level, passed)
         return None if flow is None else flow.heap[0][1]
 
     def pop(self) -> T:
         """Take the item that `peek` shows. Raises IndexError if there is none."""
-        flow = self._next_flow()
-        if flow is None:
+        item = self.peek()
+        if item is None:
             raise IndexError("nothing waits")
-        _, item = heappop(flow.heap)
+        self.take(item)
+        return item
+
+    def take(self, item: T) -> None:
+        """Take the item that `peek` or `first_of` shows."""
+        flow = self._where.pop(item.rank[2])
+        flow.count -= 1
+        if flow.heap[0][1] is item:
+            heappop(flow.heap)
+        else:
+            self._rebuild(flow)
         level = self._levels[item.rank[0]]
         if flow is not level.front:
             self._charge(level, flow, item)
-        del self._where[item.rank[2]]
-        flow.count -= 1
-        return item
 
     def remove(self, item: T) -> None:
         """Take an item out, wherever it is. Raises KeyError if it is not there."""
@@ -107,8 +147,7 @@ class WaitingQueue(Generic[T]):
         flow.count -= 1
         # Mostly removed ones: let go of them.
         if len(flow.heap) > 2 * flow.count + 32:
-            flow.heap = [entry for entry in flow.heap if entry[0][-1] in self._where]
-            heapify(flow.heap)
+            self._rebuild(flow)
 
     def refund(self, item: T, tokens: int) -> None:
         """An item has ended: give its key back the ``tokens`` that it paid and did not use, if that has waited ever since.
@@ -122,13 +161,13 @@ class WaitingQueue(Generic[T]):
             flow.credits[charged] += tokens
 
     def _charge(self, level: "_Level[T]", flow: "_Flow[T]", item: T) -> None:
-        """Of what a key has in its turn, and for the rest of what it was given back."""
+        """Of what a key has in its turn, and for the rest of what it was given back; what that lacks it owes."""
         left = item.cost - flow.deficit
-        flow.deficit = max(0, -left)
         for charged in self._usable(level, flow):
             used = min(max(0, left), flow.credits[charged])
             flow.credits[charged] -= used
             left -= used
+        flow.deficit = max(-left, -item.cost)
         # What is used up is let go of.
         flow.credits = +flow.credits
         self._charged[item.rank[2]] = self._joined
@@ -155,27 +194,32 @@ class WaitingQueue(Generic[T]):
         flow.count += 1
         self._where[item.rank[2]] = flow
 
-    def _next_flow(self) -> "_Flow[T] | None":
-        """The flow whose first item is next, with no removed item before it."""
+    def _first_level(self) -> "_Level[T] | None":
+        """That of the lowest number that has items."""
         while self._order:
             level = self._levels[self._order[0]]
-            if self._trim(level.front):
-                return level.front
-            flow = self._turn(level)
-            if flow is not None:
-                return flow
+            if level.front.count or any(flow.count for flow in level.flows.values()):
+                return level
             del self._levels[heappop(self._order)]
         return None
 
-    def _turn(self, level: "_Level[T]") -> "_Flow[T] | None":
-        """The key whose turn it is and whose deficit covers its first item."""
+    def _front(self, level: "_Level[T]") -> "list[_Entry[T]]":
+        """Those that were sent back, in no order."""
+        front = level.front
+        return [entry for entry in front.heap if self._where.get(entry[0][-1]) is front] if front.count else []
+
+    def _turn(self, level: "_Level[T]", passed: Container[str]) -> "_Flow[T] | None":
+        """The key whose turn it is, but for those that are passed over, and whose deficit covers its first item."""
         active, unserved = level.active, 0
-        while active:
+        # Who waits for nothing keeps nothing.
+        for flow in [flow for flow in active if not self._trim(flow)]:
+            active.remove(flow)
+            del level.flows[flow.key]
+        able = [flow for flow in active if flow.key not in passed]
+        while able:
             flow = active[0]
-            # It waits for nothing: it keeps nothing.
-            if not self._trim(flow):
-                active.popleft()
-                del level.flows[flow.key]
+            if flow.key in passed:
+                active.rotate(-1)
                 continue
             if self._has(level, flow) >= flow.heap[0][1].cost:
                 return flow
@@ -185,9 +229,9 @@ class WaitingQueue(Generic[T]):
                 active.rotate(-1)
                 continue
             # A whole round without anyone covered: as many rounds as it takes, at once.
-            if unserved >= len(active):
-                rounds = min(-(-(flow.heap[0][1].cost - self._has(level, flow)) // self._quantum) for flow in active)
-                for each in active:
+            if unserved >= len(able):
+                rounds = min(-(-(each.heap[0][1].cost - self._has(level, each)) // self._quantum) for each in able)
+                for each in able:
                     each.deficit += (rounds - 1) * self._quantum
                 unserved = 0
             flow.deficit += self._quantum
@@ -196,10 +240,15 @@ class WaitingQueue(Generic[T]):
         return None
 
     def _trim(self, flow: "_Flow[T]") -> bool:
+        """Whether it has items; then the first of its heap is one."""
         heap = flow.heap
-        while heap and heap[0][0][-1] not in self._where:
+        while heap and self._where.get(heap[0][0][-1]) is not flow:
             heappop(heap)
         return bool(heap)
+
+    def _rebuild(self, flow: "_Flow[T]") -> None:
+        flow.heap = [entry for entry in flow.heap if self._where.get(entry[0][-1]) is flow]
+        heapify(flow.heap)
 
 
 class _Flow(Generic[T]):
@@ -209,8 +258,7 @@ class _Flow(Generic[T]):
 
     def __init__(self, key: str = "") -> None:
         self.key = key
-        # Own priority and rank, item.
-        self.heap: list[tuple[tuple[int, int, float, int], T]] = []
+        self.heap: list[_Entry[T]] = []
         # Items that were not removed.
         self.count = 0
         self.deficit = 0

@@ -3,9 +3,10 @@
 Each request has tokens and a count of those computed; a step brings the counts nearer to the lengths, within a budget of tokens.
 One that decodes lacks one token, one that starts lacks its prompt, one that was preempted lacks prompt and output; all are the same.
 
-1. Running requests in order of rank (priority, arrival). A prompt takes what the decodes of the step leave. Without a free block the
-   last in rank is sent back to the front of the queue, so the first in rank is never sent back, and every request ends.
-2. If no block was short: waiting requests (`WaitingQueue`), each with what the prefix cache has of it.
+1. Running requests in order of rank (priority, arrival). A prompt takes what the decodes of the step leave; prompts of several keys share
+   that evenly. Without a free block the last in rank is sent back to the front of the queue, never the first in rank.
+2. If no block was short: waiting requests (`WaitingQueue`), each with what the prefix cache has of it. Where other keys have more than
+   their share of the places, one of theirs makes room first (`Seats`); each time it runs it gets on, so every request ends.
 3. With ``prompt_lookup``: of what is left of the budget, guesses for those that decode (`Drafts`).
 4. The batch. A chunk samples if it ends with the last token; of a prompt that is to be scored, each token is by the row before it.
 
@@ -20,7 +21,8 @@ decodes, NanoFlow (Zhu et al., arXiv 2408.12757) for the step that is formed ahe
 import time
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from typing import Literal
 
 from anabranch.config import Config, Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError, InputError
@@ -31,9 +33,11 @@ from anabranch.serving.core.dual_batches import DualBatches, Order
 from anabranch.serving.core.kinds import most_new
 from anabranch.serving.core.queue import WaitingQueue
 from anabranch.serving.core.request import Finish, Output, Request
+from anabranch.serving.core.seats import Lack, Seats
 from anabranch.serving.core.state import RequestState
 from anabranch.serving.core.tables import BlockTables
 from anabranch.serving.core.tier import KVTier, Memory
+from anabranch.sharing import even_shares
 
 COUNTERS = (
     "prompt_tokens", "cached_prompt_tokens", "generation_tokens", "discarded_tokens", "preemptions", "steps",
@@ -61,6 +65,7 @@ class SchedulerConfig(Config):
         is_async: a step may be formed while the one before runs.
         stop_tokens: the model's own ends of text.
         quantum: tokens that a key gets in its turn, see `WaitingQueue`.
+        min_run: steps that a request runs on, from when it is where it was, before it makes room for another key's, see `Seats`.
         max_decodes: most requests that decode in a step, the others in the next; None for all. See `DualBatches`.
         prompt_lookup: most tokens guessed for a request in a step, see `anabranch.serving.core.drafts`; 0 for none. A guess needs the
             tokens that come before it, so ``is_async`` must be false.
@@ -82,6 +87,7 @@ class SchedulerConfig(Config):
     is_async: bool = False
     stop_tokens: tuple[int, ...] = ()
     quantum: int = Field(default=512, ge=1)
+    min_run: Size = Field(default=128, ge=1)
     max_decodes: int | None = Field(default=None, ge=1)
     prompt_lookup: int = Field(default=0, ge=0, le=64)
     prompt_lookup_ngram: int = Field(default=3, ge=1, le=64)
@@ -165,6 +171,9 @@ class Scheduler:
         self._stop_tokens = frozenset(config.stop_tokens)
         self._states: dict[str, RequestState] = {}
         self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
+        self._seats = Seats(config.min_run)
+        # One that waits, for which there is a way.
+        self._invited: RequestState | None = None
         self._running: list[RequestState] = []  # by rank
         # Those without blocks are neither running nor waiting.
         self._paused: dict[RequestState, None] = {}
@@ -183,6 +192,10 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any request has not ended, or a step is under way."""
         return bool(self._states or self._under_way)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._running) >= self._most_running
 
     @property
     def is_between_steps(self) -> bool:
@@ -216,6 +229,7 @@ class Scheduler:
         # What raises here leaves nothing behind.
         self._waiting.add(state)
         self._states[request.id] = state
+        self._seats.come(state.key)
         self._queued_tokens += state.num_prompt
         return state
 
@@ -285,15 +299,21 @@ class Scheduler:
         self._is_short = False
         parts: list[Part] = []
         able = self._running if not self._paused else self._set_aside()
+        self._invite()
+        # But for those who made room.
+        able = [state for state in able if state.blocks]
         turn = None if self._dual_batches is None else self._dual_batches.take(able)
         budget = self._continue_running(able, parts, self.config.max_batched_tokens, turn)
         # None of them has a block for its token; the first in rank always gets one.
         if not parts and turn is not None:
             budget = self._continue_running(able, parts, budget, None)
-        if not self._is_short and budget and len(self._waiting) and len(self._running) < self._most_running:
+        if not self._is_short and budget and len(self._waiting) and not self._is_full:
             budget = self._admit_waiting(parts, budget)
         if not parts:
             return None
+        if self._seats.is_shared:
+            for state, _, chunk in parts:
+                self._seats.computed(state.key, len(chunk.tokens))
         if self._drafts is not None:
             budget = self._drafts.extend(parts, budget)
         tables = self._tables
@@ -323,6 +343,77 @@ class Scheduler:
                 self._send_back(state)
         return [state for state in self._running if state not in self._paused]
 
+    def _next(self, passed: Collection[str] = ()) -> RequestState | None:
+        """The next that waits, but for those of the keys in ``passed``; None if there is none."""
+        waiting = self._waiting
+        if not self._seats.is_shared:
+            return waiting.peek()
+        keys = waiting.keys().difference(passed)
+        first = self._seats.longest_without(keys)
+        if first is not None:
+            return waiting.first_of(first)
+        return waiting.peek(self._seats.passed_over(keys).union(passed))
+
+    def _invite(self) -> None:
+        """Find the next that waits and for which there is a way, and have others make room if it takes that, see `Seats`."""
+        self._invited = None
+        if not self._seats.is_shared or not len(self._waiting):
+            return
+        if self._is_full and not any(self._seats.had_run(state, self._step) for state in self._running):
+            return
+        passed: set[str] = set()
+        while (state := self._next(passed)) is not None:
+            lack = self._clear_way(state)
+            if lack is None:
+                self._invited = state
+            # What becomes free is for this one: smaller ones that took it would keep a large one out for ever.
+            if lack is None or lack == "room":
+                return
+            passed.add(state.key)
+
+    def _clear_way(self, state: RequestState) -> Lack | Literal["step"] | None:
+        """What one that waits lacks to start when the steps under way have run, after others have made room for it if they have to.
+
+        None for nothing; ``step`` where another computes its beginning just now.
+        """
+        while True:
+            lack: Lack = "seat"
+            if not self._is_full:
+                cached = self._tables.look_up(state)
+                if cached is None:
+                    return "step"
+                if not self._lacks_room(state, cached):
+                    return None
+                lack = "room"
+            other = self._seats.who_rises(lack, state, self._running, self._step)
+            if other is None:
+                return lack
+            self._make_way(other)
+
+    def _lacks_room(self, state: RequestState, cached: Sequence[list[int]]) -> bool:
+        memory, running = self._memory, self._running
+        if not self._tables.fits(state, cached, self._tables.promised(running), is_later=True):
+            return True
+        if memory is None or not running:
+            return False
+        return not memory.admits([self._expected(each, memory) for each in running], self._expected(state, memory))
+
+    def _prompt_shares(
+        self, running: Sequence[RequestState], counts: Sequence[int], budget: int
+    ) -> dict[str, int] | None:
+        """Tokens for the prompts of each key, of those that decodes leave, the one that is invited among them; None for one key alone."""
+        if not self._seats.is_shared:
+            return None
+        wanted: Counter[str] = Counter()
+        for state, count in zip(running, counts, strict=True):
+            if count > 1:
+                wanted[state.key] += self._portion(count, budget)
+        if self._invited is not None:
+            wanted[self._invited.key] += self._portion(len(self._invited.tokens), budget)
+        if len(wanted) < 2:
+            return None
+        return dict(zip(wanted, even_shares(list(wanted.values()), budget), strict=True))
+
     def _continue_running(
         self, running: list[RequestState], parts: list[Part], budget: int, turn: Container[RequestState] | None
     ) -> int:
@@ -330,6 +421,7 @@ class Scheduler:
         block_tokens = self.config.block_tokens
         counts = [len(state.tokens) - state.computed for state in running]
         reserved = counts.count(1)
+        shares = self._prompt_shares(running, counts, budget - reserved)
         for state, count in zip(list(running), counts, strict=True):
             # Sent back by one before it, and so are all behind it.
             if not state.blocks:
@@ -341,8 +433,11 @@ class Scheduler:
                 ):
                     # The step under way gives its last token, or the next one is its turn.
                     continue
-            else:
+            elif shares is None or not count:
                 count = self._portion(count, budget - reserved)
+            else:
+                count = self._portion(count, min(budget - reserved, shares[state.key]))
+                shares[state.key] -= count
             if len(state.blocks) * block_tokens < state.computed + count:
                 count = self._make_room(state, count)
             if count > 0:
@@ -370,12 +465,26 @@ class Scheduler:
 
     def _send_back(self, state: RequestState) -> None:
         """Preempt: the blocks go, the tokens stay."""
-        self._running.remove(state)
-        self._tables.release(state, self._under_way)
+        self._take_seat(state)
         self._counts["preemptions"] += 1
         if state not in self._paused:
             self._waiting.add_front(state)
             self._queued_tokens += state.num_prompt
+
+    def _make_way(self, state: RequestState) -> None:
+        """Preempt for another key: as one that comes anew, with what it has left to do."""
+        self._take_seat(state)
+        self._counts["preemptions"] += 1
+        left = state.most_tokens - len(state.tokens)
+        self._waiting.refund(state, left)
+        state.cost = max(1, left)
+        self._waiting.add(state)
+        self._queued_tokens += state.num_prompt
+
+    def _take_seat(self, state: RequestState) -> None:
+        self._running.remove(state)
+        self._seats.rise(state.key)
+        self._tables.release(state, self._under_way)
 
     def _admit_waiting(self, parts: list[Part], budget: int) -> int:
         """First chunks of waiting requests, in order, until one does not fit; the budget that is left."""
@@ -383,13 +492,14 @@ class Scheduler:
         promised = tables.promised(self._running)
         expected = None if self._memory is None else [self._expected(each, self._memory) for each in self._running]
         later: list[RequestState] = []
-        while budget and len(self._running) < self._most_running and len(later) <= self.config.max_seqs:
-            state = waiting.peek()
+        while budget and not self._is_full and len(later) <= self.config.max_seqs:
+            state, self._invited = self._invited or self._next(), None
             if state is None:
                 break
             cached = tables.look_up(state)
             if cached is None:
-                later.append(waiting.pop())
+                waiting.take(state)
+                later.append(state)
                 continue
             if not tables.fits(state, cached, promised):
                 break
@@ -398,7 +508,7 @@ class Scheduler:
                 if expected and not self._memory.admits(expected, candidate):
                     break
                 expected.append(candidate)
-            waiting.pop()
+            waiting.take(state)
             count = self._start(state, cached, budget)
             tables.promise(promised, state)
             budget -= count
@@ -419,6 +529,7 @@ class Scheduler:
         assert has_room, "blocks for the whole request were counted"
         assert count > 0, "what its windows need was counted"
         insort(self._running, state, key=_rank)
+        self._seats.sit(state.key)
         self._queued_tokens -= state.num_prompt
         if not state.is_known:
             state.is_known = True
@@ -496,11 +607,11 @@ class Scheduler:
         self._counts[f"finished_{finish.value}"] += 1
         del self._states[state.request.id]
         if state.blocks:
-            self._running.remove(state)
-            self._tables.release(state, self._under_way)
+            self._take_seat(state)
         elif state not in self._paused:
             self._waiting.remove(state)
             self._queued_tokens -= state.num_prompt
+        self._seats.go(state.key)
         self._paused.pop(state, None)
         self._waiting.refund(state, state.most_tokens - len(state.tokens))
         if state.is_known:

@@ -14,7 +14,7 @@ class RequestState:
         request: what was asked.
         rank: (priority, arrival, serial number): order of service.
         own_priority: goes before it among those of one key that wait.
-        key, cost: for fairness, see `WaitingQueue`.
+        key, cost: for fairness, see `WaitingQueue`; ``cost`` is what it has left when it begins to wait.
         tokens: prompt and output; the last ``num_pending`` are `PENDING`, since the steps that sample them are under way.
         computed: tokens whose keys and values are stored, or will be when the steps under way have run.
         blocks: in order; ``table`` is the same as a tuple.
@@ -24,6 +24,8 @@ class RequestState:
         num_published: how many of ``blocks`` have been given theirs.
         epoch: how often it was sent back; what a step computed for an earlier one is of no account.
         last_step: the last step that it is in; -1 for none.
+        furthest: as ``computed`` was when its blocks went, at most; 0 if they never did.
+        ahead_since: the step that computed more than that since it runs; -1 for none, see `Seats`.
         stop_tokens: what ends it.
         most_tokens: length at which it ends.
         num_scored: tokens of the prompt after the first whose log probabilities the steps formed so far give, or that nobody asked for.
@@ -33,9 +35,9 @@ class RequestState:
     """
 
     __slots__ = (
-        "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "is_known", "kept", "key", "keys", "last_step", "local",
-        "local_table", "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored", "own_priority", "path",
-        "prompt_logprobs", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
+        "ahead_since", "blocks", "cached_tokens", "computed", "cost", "epoch", "finish", "furthest", "is_known", "kept", "key", "keys",
+        "last_step", "local", "local_table", "lookup", "most_tokens", "num_pending", "num_prompt", "num_published", "num_scored",
+        "own_priority", "path", "prompt_logprobs", "queue_s", "rank", "request", "root", "stop_tokens", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +64,7 @@ class RequestState:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.epoch = 0
         self.last_step = -1
+        self.furthest, self.ahead_since = 0, -1
         self.lookup: PromptLookup | None = None
         self.stop_tokens = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else stop_tokens)
         self.is_known = False
@@ -114,6 +117,8 @@ class RequestState:
             is_whole=end == len(tokens),
         )
         self.last_step = step
+        if self.ahead_since < 0 and end > self.furthest:
+            self.ahead_since = step
         if chunk.samples:
             self.expect()
         return chunk
@@ -131,6 +136,7 @@ class RequestState:
         """Its blocks are no longer its own; should it go on, all is to be computed again."""
         self.blocks, self.local = [], []
         self.renew_tables()
+        self.furthest, self.ahead_since = max(self.furthest, self.computed), -1
         self.computed = self.num_published = 0
         self.epoch += 1
 

@@ -85,12 +85,17 @@ class BlockTables:
         own_streams = None if request.num_streams == self._num_streams else request.num_streams
         return self.prefixes.root(request.cache_salt, request.options, num_streams=own_streams, path=request.path)
 
-    def fits(self, state: RequestState, cached: Sequence[Sequence[int]], promised: Sequence[int]) -> bool:
-        """Whether there is room for a waiting request as long as it is now, beside ``promised`` blocks of others, by kind."""
+    def fits(
+        self, state: RequestState, cached: Sequence[Sequence[int]], promised: Sequence[int], *, is_later: bool = False
+    ) -> bool:
+        """Whether there is room for a waiting request as long as it is now, beside ``promised`` blocks of others, by kind.
+
+        ``is_later``: when the steps under way have run.
+        """
         for kind, table, others in zip(self.kinds, cached, promised, strict=True):
             new, pool = kind.missing(table, len(state.tokens)), kind.pool
             revived = sum([pool.holders(block) == 0 for block in table[kind.num_gone(table) :]])
-            if new + revived + others > pool.num_free:
+            if new + revived + others > pool.num_free + is_later * kind.num_held:
                 return False
         return True
 
