@@ -282,6 +282,24 @@ def test_a_prompt_in_pieces_runs_once(monkeypatch):
     llm.close()
 
 
+def test_of_prompts_in_pieces_what_was_computed_is_kept_for_one():
+    """Others run again, piece by piece, and give the same: so many prompts' keys beside the cache are in no plan of memory."""
+    model = model_of("dense")
+    skipper = SKIPPERS["learned"](model)
+    # Each prompt gets a few tokens of a step, so all are under way at a time.
+    llm = LLM(model, skipper=skipper, **{**PLENTY, "max_batched_tokens": 16, "long_prefill_chunk": 4})
+    runner, most = llm.engine.runner, []
+    was = runner._pruned.hidden
+    runner._pruned.hidden = lambda *given, **more: most.append(len(runner._ahead)) or was(*given, **more)
+    prompts = [tuple((number + 3 * place) % 29 for place in range(20)) for number in range(3)]
+    answers = llm.generate(prompts, SAMPLING, skips_tokens=True)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert (answer.tokens, answer.output.computed) == alone(skipper, prompt)
+    assert max(most) == 1
+    assert not runner._ahead
+    llm.close()
+
+
 def test_guesses_that_do_not_hold_leave_nothing():
     """Prompt lookup writes behind the prompt what may not come true."""
     model = model_of("dense")

@@ -6,10 +6,12 @@ import torch
 from anabranch.lm import Decoder
 from anabranch.nn import MoE, SelfAttention, SwiGLU, kernels
 from anabranch.serving.config import ServingConfig
+from anabranch.serving.depth import DepthConfig
 from anabranch.serving.engine.paged import PagedPool, PagedShape
 from anabranch.serving.experts import ExpertsConfig
 from anabranch.serving.fast import FastDecoder
 from anabranch.serving.fast.layout import BYTES
+from anabranch.serving.load import dtype_of
 from anabranch.serving.memory.forms import Form
 from anabranch.serving.memory.plan import Ladder
 from anabranch.serving.memory.work import load_bytes, step_bytes
@@ -92,6 +94,28 @@ def test_a_plan_counts_the_threads_that_are_asked_for_where_experts_are_on_disk(
 
     assert work(256, expert_budget="16MiB") - work(3, expert_budget="16MiB") == 253 * 4 * MIB
     assert work(256) == work(3) == work(3, expert_budget="16MiB") - 4 * 4 * MIB
+
+
+def test_a_plan_counts_prompts_that_run_whole_before_their_pieces():
+    """One legal prompt went past the plan: the look-ahead of a skipper computes all of it in one step, with keys of its own."""
+
+    shape = SHAPES["dense"].replace(max_positions=1 << 18)
+
+    def work(positions, tokens=64, **depth):
+        config = ServingConfig(
+            model="m", memory="1TiB", max_batched_tokens=tokens, max_positions=positions, depth=DepthConfig(**depth)
+        )
+        return Ladder(config, shape, measure=lambda model, processes: 0).plan(1 << 40).work
+
+    long = 1 << 17
+    routed, pruned = work(long, routers="r"), work(long, skipper="s")
+    # As if a step had as many tokens as the longest prompt.
+    assert routed == work(long, tokens=long)
+    # Keys and values of two heads of 64 in one layer, and states, of two prompts.
+    kept = dtype_of(ServingConfig(model="m")).itemsize
+    assert pruned - routed == 2 * long * (2 * 2 * 64 * kept + 256 * 4)
+    assert work(long) < routed
+    assert work(64, tokens=long, routers="r") == work(64, tokens=long)
 
 
 def test_loading_by_hand():

@@ -487,8 +487,9 @@ class ModelRunner:
         whole = replace(chunk, tokens=prompt, start=0)
         ahead = self._pruned.ahead(whole, skips.choosing(chunk.id), is_compiled=self._prunes_compiled(chunk))
         skips.chosen(chunk.id, ahead.kept)
-        if self._is_watched:
-            # Recorders inside the model are told of tokens where their pieces run, so these run again.
+        if self._is_watched or self._ahead:
+            # Recorders inside the model are told of tokens where their pieces run, so these run again; and what was computed is kept for
+            # one prompt at a time, which is what memory is planned for.
             self._variants.decided(chunk.id)
         else:
             self._ahead[chunk.id] = ahead

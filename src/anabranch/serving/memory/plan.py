@@ -27,7 +27,7 @@ from anabranch.serving.load import dtype_of
 from anabranch.serving.memory.adapters import adapter_bytes
 from anabranch.serving.memory.forms import Form, Quantize
 from anabranch.serving.memory.program import program_bytes
-from anabranch.serving.memory.work import load_bytes, step_bytes
+from anabranch.serving.memory.work import FLOAT, load_bytes, step_bytes
 from anabranch.sizes import parse_bytes
 
 __all__ = ["LEAST_POSITIONS", "Ladder", "MemoryPlan", "plan_memory"]
@@ -271,12 +271,18 @@ class Ladder:
         )  # fmt: skip
 
     def _step(self, form: Form, *, on_disk: bool) -> int:
-        """What a step takes."""
-        config = self.config
-        return step_bytes(
-            form, config.max_batched_tokens, config.max_seqs, self._positions(form), prompt_lookup=config.prompt_lookup,
-            workers=config.experts.workers if on_disk else 0, is_adapted=bool(self.adapters.held),
+        """What a step takes. Routers and skippers see a prompt whole before its first piece, however many tokens a step has."""
+        config, positions = self.config, self._positions(form)
+        sees_whole = config.depth.routers is not None or config.depth.skipper is not None
+        step = step_bytes(
+            form, max(config.max_batched_tokens, positions * sees_whole), config.max_seqs, positions,
+            prompt_lookup=config.prompt_lookup, workers=config.experts.workers if on_disk else 0, is_adapted=bool(self.adapters.held),
         )  # fmt: skip
+        if config.depth.skipper is None:
+            return step
+        # What it computes is kept until the last piece, of one prompt at a time, and there is the one that runs.
+        kinds = form.kinds(config)
+        return step + 2 * (kinds.bytes_of(kinds.needed(positions)) + FLOAT * form.model.config.dim * positions)
 
     def _left(self, made: MemoryPlan, form: Form, *, on_disk: bool) -> int:
         """Bytes that slots, or keys and values, can have beside what they have in a plan; 0 for one that does not fit.
