@@ -6,7 +6,7 @@ import socket
 import pytest
 from aiohttp import web
 
-from anabranch.web.slices import SlowReaderError, send_json, write_within
+from anabranch.web.slices import SlowReaderError, Writing, send_json
 
 NUM_PARTS = 5
 
@@ -92,8 +92,9 @@ async def _json(request, stall_s):
 async def _stream(request, stall_s):
     response = web.StreamResponse()
     await response.prepare(request)
+    writing = Writing(response, stall_s)
     while True:
-        await write_within(response, b" " * (1 << 20), stall_s)
+        await writing.write(b" " * (1 << 20))
 
 
 @pytest.mark.parametrize("write", [_json, _stream])
@@ -117,3 +118,43 @@ def test_a_reader_who_stands_still_is_given_up(write):
         return await served(handler, work)
 
     assert isinstance(asyncio.run(main()), SlowReaderError)
+
+
+class Slow:
+    """A response whose reader takes a hundredth of a second for each write."""
+
+    async def write(self, data):
+        await asyncio.sleep(0.01)
+
+
+def written(slowest, stall_s=0.2, most=200):
+    """Writes of ten bytes until the reader is given up."""
+
+    async def main():
+        writing = Writing(Slow(), stall_s, slowest)
+        for number in range(most):
+            try:
+                await writing.write(b"0123456789")
+            except SlowReaderError:
+                return number
+        return most
+
+    return asyncio.run(main())
+
+
+def test_a_reader_of_a_whole_answer_has_to_keep_up():
+    """It took a slice within the time that one may take, over and over, and kept all that the answer was made of for hours."""
+    assert written(10_000) < 25
+    # At a byte a second each write brings ten seconds more.
+    assert written(1, stall_s=5.0, most=30) == 30
+    assert written(None, stall_s=5.0, most=30) == 30
+
+
+def test_what_waits_for_something_else_does_not_count():
+    async def main():
+        writing = Writing(Slow(), 0.2, 1_000_000)
+        for _ in range(3):
+            await asyncio.sleep(0.15)
+            await writing.write(b"0")
+
+    asyncio.run(main())

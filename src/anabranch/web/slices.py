@@ -3,7 +3,8 @@
     slices = sliced(turns, key, json_slices({"data": Rows(make)}))
     response = await send_json(request, headers, slices, stall_s)
 
-No more of an answer is there at any time than its reader takes, and nobody waits for more than a slice of it (`anabranch.web.large_json`).
+No more of its JSON is there at any time than its reader takes, and nobody waits for more than a slice of it (`anabranch.web.large_json`).
+What it is made of is there until its end, so a reader has to keep up (`Writing`): the time that writing may take grows with the length.
 """
 
 import asyncio
@@ -15,7 +16,10 @@ from aiohttp import web
 from anabranch.web.answers import JSON
 from anabranch.web.turns import Turns
 
-__all__ = ["SlowReaderError", "send_json", "sliced", "write_within"]
+__all__ = ["SLOWEST", "SlowReaderError", "Writing", "send_json", "sliced"]
+
+# Bytes a second that a reader of a whole answer has to take; a phone on a bad line does.
+SLOWEST = 32 << 10
 
 
 class SlowReaderError(ConnectionError):
@@ -43,7 +47,7 @@ async def send_json(
         request: answered.
         headers: of the response.
         slices: of the answer's JSON; what making the first raises comes before anything is written.
-        stall_s: longest a write may wait for the reader.
+        stall_s: longest a write may wait for the reader; and all together that and a second for each `SLOWEST` bytes.
 
     Raises SlowReaderError, ConnectionError when the reader has gone, and what making a slice raises; the connection is cut then.
     """
@@ -52,9 +56,10 @@ async def send_json(
     response.content_type, response.charset = JSON, "utf-8"
     await response.prepare(request)
     try:
-        await write_within(response, first, stall_s)
+        writing = Writing(response, stall_s, SLOWEST)
+        await writing.write(first)
         async for data in slices:
-            await write_within(response, data, stall_s)
+            await writing.write(data)
     except BaseException:
         # Half an answer must not look like one.
         if request.transport is not None:
@@ -64,10 +69,30 @@ async def send_json(
     return response
 
 
-async def write_within(response: web.StreamResponse, data: bytes, stall_s: float) -> None:
-    """Write to a reader. Raises SlowReaderError for one that stands still for so long."""
-    try:
-        async with asyncio.timeout(stall_s):
-            await response.write(data)
-    except TimeoutError:
-        raise SlowReaderError("the reader of an answer stood still") from None
+class Writing:
+    """Writes to a reader who has to keep up. What waits for anything else does not count.
+
+    Args:
+        response: prepared.
+        stall_s: longest that a write may wait.
+        slowest: bytes a second: all writes together may wait for ``stall_s`` and as long as their bytes take at this rate; None for no end.
+    """
+
+    def __init__(self, response: web.StreamResponse, stall_s: float, slowest: int | None = None) -> None:
+        self._response, self._stall_s, self._slowest = response, stall_s, slowest
+        self._num_bytes, self._waited_s = 0, 0.0
+
+    async def write(self, data: bytes) -> None:
+        """Raises SlowReaderError for a reader who stands still, or is too slow."""
+        self._num_bytes += len(data)
+        left_s = self._stall_s
+        if self._slowest is not None:
+            left_s = min(left_s, self._stall_s + self._num_bytes / self._slowest - self._waited_s)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(left_s):
+                await self._response.write(data)
+        except TimeoutError:
+            raise SlowReaderError("the reader of an answer stood still, or is too slow") from None
+        self._waited_s += loop.time() - began

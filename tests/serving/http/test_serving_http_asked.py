@@ -10,6 +10,7 @@ from aiohttp import web
 from anabranch.errors import InputError
 from anabranch.serving.http.asked import LONG_CHARACTERS, Asked, answered
 from anabranch.serving.http.config import HttpConfig, Limits
+from anabranch.web.answer_room import AnswerRoom
 from anabranch.web.api_error import ApiError
 from anabranch.web.turns import Turns
 
@@ -26,7 +27,7 @@ class Apart:
 
 
 def asked(apart=None, **fields):
-    return Asked(HttpConfig(**fields), apart or Apart(), Turns(), "req-1", "team")
+    return Asked(HttpConfig(**fields), apart or Apart(), Turns(), AnswerRoom(100, 0.5, 429), "req-1", "team")
 
 
 def parsed(raw, most_tokens=0, **limits):
@@ -100,3 +101,20 @@ def test_who_has_gone_is_answered_nothing(error):
             await answered(asked(), fails(), "x")
 
     asyncio.run(main())
+
+
+def test_what_an_answer_holds_counts_until_it_is_closed():
+    one = asked()
+    one.hold(0)
+    one.begin_reading()
+    one.close()
+    one.hold(40)
+    one.hold(20)
+    assert one._answers.num_bytes == 60
+    one.begin_reading()
+    with pytest.raises(ApiError) as caught:
+        one.hold(50)
+    assert caught.value.code == "over_limit"
+    one.close()
+    one.close()
+    assert one._answers.num_bytes == 0

@@ -13,6 +13,7 @@ from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, Output, Request, Sampling, TokenLogprob
 from anabranch.serving.http.choice import Choice
 from anabranch.serving.http.deltas import MessageDeltas, message_of
+from anabranch.serving.http.deltas import joined as joined_deltas
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.shape import ChatShape
@@ -56,6 +57,14 @@ def outputs_of(cuts, finish):
     yield Output(id="a", finish=finish)
 
 
+def check_joined(tools, reader, pieces):
+    """However many of its first deltas are kept as one, the message is the same."""
+    message = MessageDeltas(tools, reader.dialect.parser(tools.offered, None))
+    deltas = [delta for piece in pieces for delta in message.push(piece.text)] + message.end()
+    for count in range(1, len(deltas) + 1):
+        assert message_of([joined_deltas(deltas[:count]), *deltas[count:]]) == message_of(deltas)
+
+
 def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
     """The message and the reason of the whole answer, and those that the deltas of a stream make."""
     tools = Tools((WEATHER, CLOCK), is_parallel=is_parallel)
@@ -70,6 +79,7 @@ def answered(outputs, *, stop=(), finish=Finish.STOP, is_parallel=True):
         # A stop string ends it before the engine does.
         if choice.finish is not None:
             break
+    check_joined(tools, reader, pieces)
     whole, stream = (ChatShape(request, [choice], reader, INFO) for _ in range(2))
     for piece in pieces:
         whole.take(piece)

@@ -13,7 +13,7 @@ from anabranch.serving.http.choice import ChoiceDelta, TokenText
 from anabranch.serving.http.generate import Generate
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
-from anabranch.serving.http.shape import MOST_AT_ONCE, ChatShape, CompletionShape
+from anabranch.serving.http.shape import MOST_APART, MOST_AT_ONCE, ChatShape, CompletionShape
 from anabranch.web.json_text import Rows, to_json
 from anabranch.web.large_json import SLICE, is_light, json_slices
 from anabranch.web.slices import sliced
@@ -173,7 +173,9 @@ def test_a_stream_tells_many_short_changes_that_came_together_in_turns():
         return coming.pop(0)
 
     frontend = types.SimpleNamespace(metrics=None, config=types.SimpleNamespace(keep_alive_s=1.0))
-    context = types.SimpleNamespace(sliced=lambda slices: sliced(turns, "", slices))
+    context = types.SimpleNamespace(
+        sliced=lambda slices: sliced(turns, "", slices), begin_reading=lambda: None, close=lambda: None
+    )
 
     async def main():
         blocks = []
@@ -184,8 +186,10 @@ def test_a_stream_tells_many_short_changes_that_came_together_in_turns():
             one.reader.told = 0
         return b"".join(blocks)
 
-    raw, again = asyncio.run(main()), one.shape()
+    # What has been told of prompts is let go of.
+    raw, again = asyncio.run(main()), Asked(CompletionShape, **MANY_PROMPTS).shape()
     assert max(most) <= MOST_TOLD
+    assert not any(choice.scores for choice in one.choices)
     assert raw == b"".join(map(again.events, one.changes()))
 
 
@@ -202,3 +206,20 @@ def test_a_short_answer_is_a_list_that_is_told_at_once():
     for change in one.changes():
         shape.take(change)
     assert is_light(shape.whole())
+
+
+@pytest.mark.parametrize("kind", [ChatShape, CompletionShape])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_what_comes_token_by_token_is_kept_together_and_told_the_same(kind, logprobs):
+    """Each token's change took half a kilobyte, a hundred times its text."""
+    one = Asked(kind, num_choices=2, length=3, num_new=3 * MOST_APART, logprobs=logprobs)
+    at_once, apart = one.shape(), one.shape()
+    for change in one.changes():
+        at_once.take(change)
+        size = len(change.text)
+        for at in range(size):
+            finish = change.finish if at == size - 1 else None
+            apart.take(ChoiceDelta(change.index, change.text[at], change.tokens[at : at + 1], finish))
+    assert all(len(taken) <= MOST_APART for taken in apart._taken)
+    assert all(len(parts) <= MOST_APART for parts in getattr(apart, "_parts", ()))
+    assert to_json(apart.whole()) == to_json(at_once.whole())

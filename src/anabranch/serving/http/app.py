@@ -95,7 +95,7 @@ class App:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         frontend = self.frontend
-        context = RequestContext(request, self.config, frontend.apart, frontend.writing, self.room)
+        context = RequestContext(request, self.config, frontend.apart, frontend.writing, frontend.answers, self.room)
         self._asked.add(context)
         try:
             what = f"{context.request.method} {context.request.path:.80}"
@@ -111,7 +111,7 @@ class App:
                 request.transport.abort()
             raise
         finally:
-            context.let_go()
+            context.close()
             self._asked.discard(context)
             self.metrics.requests.labels(context.endpoint, str(context.code)).inc()
             self._log(context)

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from anabranch.errors import AnabranchError
 from anabranch.serving.http.config import HttpConfig
+from anabranch.web.answer_room import AnswerRoom, HeldAnswer
 from anabranch.web.answers import error_response, json_response
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import parse
@@ -50,11 +51,15 @@ class Asked:
         config: of the server.
         apart: calls a function in a thread, see `Frontend.apart`.
         writing: turns of the loop in which long answers are written.
+        answers: room for what answers are made of.
         id, key: see above.
     """
 
-    def __init__(self, config: HttpConfig, apart: Apart, writing: Turns, id: str, key: str = "") -> None:
-        self._config, self._apart, self._writing = config, apart, writing
+    def __init__(
+        self, config: HttpConfig, apart: Apart, writing: Turns, answers: AnswerRoom, id: str, key: str = ""
+    ) -> None:
+        self._config, self._apart, self._writing, self._answers = config, apart, writing, answers
+        self._held: HeldAnswer | None = None
         self.id, self.key = id, key
         self.began = time.monotonic()
         self.endpoint, self.code = "other", 499
@@ -75,6 +80,15 @@ class Asked:
 
     def let_go(self) -> None:
         """Nothing is left of its body. A second call does nothing."""
+
+    @property
+    def source(self) -> str:
+        """Whose it is: the key, or where there are none the address."""
+        return self.key
+
+    def cut(self) -> None:
+        """End it: its answer takes room that others need."""
+        raise NotImplementedError
 
     def deadline_s(self) -> float | None:
         """Seconds it has, from its beginning; None for no bound. Raises ApiError."""
@@ -99,6 +113,28 @@ class Asked:
         raise NotImplementedError
 
     # What is the same for all
+
+    def hold(self, num_bytes: int) -> None:
+        """Its answer takes so many bytes more, until `close`.
+
+        Raises ApiError: 429, or 503 by config, where there is no room for them now, 400 where there never is.
+        """
+        if not num_bytes:
+            return
+        if self._held is None:
+            self._held = self._answers.enter(self.source, self.cut)
+        self._held.more(num_bytes)
+
+    def begin_reading(self) -> None:
+        """What it holds goes to its reader from now on: where others lack room and it takes long, it is cut."""
+        if self._held is not None:
+            self._held.is_read()
+
+    def close(self) -> None:
+        """It has ended, and nothing is left of it or its answer. A second call does nothing."""
+        self.let_go()
+        if self._held is not None:
+            self._held.close()
 
     def left_s(self) -> float | None:
         """What is left of `deadline_s` now, less than 0 once it has passed. Raises ApiError."""
@@ -130,6 +166,7 @@ class Asked:
 
     async def give_json(self, value: Any) -> web.StreamResponse:
         """Hand an answer to whoever asked, whatever its size: what is made of `Rows` is made as it is handed over. See `sliced`."""
+        self.begin_reading()
         if is_light(value):
             response = self.json(value)
             await self.give(response)

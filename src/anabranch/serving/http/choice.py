@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,30 @@ class ChoiceDelta:
     reasoning: str = ""
 
 
+# Of a token that is kept, of one score (its own, or of a rival), of where it went in one layer, and of a character, as Python holds them.
+TOKEN_BYTES, SCORE_BYTES, ROUTE_BYTES, TEXT_BYTES = 256, 128, 160, 4
+
+
+def bytes_of(change: ChoiceDelta) -> int:
+    """Memory that it takes."""
+    size = TEXT_BYTES * (len(change.text) + len(change.reasoning))
+    for token in change.tokens:
+        scores = 0 if token.logprob is None else 1 + len(token.logprob.top)
+        size += TOKEN_BYTES + SCORE_BYTES * scores + ROUTE_BYTES * len(token.route or ())
+    return size
+
+
+def joined(changes: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    """One change that says what several of one choice say, in order."""
+    return ChoiceDelta(
+        changes[0].index,
+        "".join(change.text for change in changes),
+        [token for change in changes for token in change.tokens],
+        changes[-1].finish,
+        "".join(change.reasoning for change in changes),
+    )
+
+
 def refused(output: Output, request: Request) -> ApiError | None:
     """The error that an output of ``request`` is; None for any other."""
     if output.finish is Finish.ABORT:
@@ -81,7 +106,7 @@ class Choice:
         request: what the engine runs.
         prompt_tokens, completion_tokens, cached_tokens: for usage.
         queue_s: seconds it waited in the engine.
-        times: seconds of `time.monotonic` at which outputs came, with their numbers of tokens.
+        first_at: seconds of `time.monotonic` at which the first token came; None before.
         experts: tokens by (layer, expert), and tokens that were recorded, for the summary.
         adapters: tokens by (matrix, adapter) of the routers that were asked for.
         finish: why it ended; None while it goes on.
@@ -94,6 +119,7 @@ class Choice:
     Args:
         index, request, scores: see above.
         text: makes the text of its tokens.
+        on_gap: called for each token after the first with the seconds since the one before.
     """
 
     def __init__(
@@ -102,6 +128,7 @@ class Choice:
         request: Request,
         text: AnswerText,
         scores: PromptScores | None = None,
+        on_gap: Callable[[float], None] = lambda gap_s: None,
     ) -> None:
         self.index, self.request, self._text = index, request, text
         self._keeps = request.sampling.logprobs is not None or request.record_routing
@@ -113,7 +140,8 @@ class Choice:
         self.path: tuple[int, ...] | None = request.path
         self.computed: tuple[int, ...] | None = None
         self.queue_s: float | None = None
-        self.times: list[tuple[float, int]] = []
+        self.first_at: float | None = None
+        self._last_at, self._on_gap = 0.0, on_gap
         self.experts: Counter[tuple[int, int]] = Counter()
         self.adapters: Counter[tuple[str, str]] = Counter()
         self.recorded, self.layers_run = 0, 0
@@ -144,7 +172,7 @@ class Choice:
         if self.scores is not None:
             self.scores.add(output.prompt_logprobs)
         if output.tokens:
-            self.times.append((time.monotonic(), len(output.tokens)))
+            self._came(len(output.tokens))
         change = ChoiceDelta(self.index, "")
         for at, token in enumerate(output.tokens):
             self.completion_tokens += 1
@@ -158,6 +186,15 @@ class Choice:
             return self._end(change, output.finish)
         change.tokens = self._release(self._text.told)
         return change
+
+    def _came(self, count: int) -> None:
+        now = time.monotonic()
+        if self.first_at is None:
+            self.first_at = now
+        else:
+            for _ in range(count):
+                self._on_gap((now - self._last_at) / count)
+        self._last_at = now
 
     def _add(self, change: ChoiceDelta, told: Text) -> None:
         change.reasoning += told[0]

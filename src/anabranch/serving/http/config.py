@@ -33,6 +33,8 @@ class Limits(Config):
         body_bytes: largest body.
         bodies_bytes: of all bodies that come, or wait to be read, together; of what the others leave, one key (one address, where there
             are no keys) may have the part ``admission.key_share``. A body beyond that is refused before it is read.
+        answers_bytes: of all that answers are made of, from when it is made until it has been read; of what the others leave, one key (one
+            address) may have that part of it too. More is refused.
         body_values: values in a body that stand side by side in lists and objects, such as token ids; where the model has more positions
             than that, as many as it has.
         body_parts: lists, objects and names in a body, together. What a parser makes of more would hold up all other requests.
@@ -42,12 +44,14 @@ class Limits(Config):
         body_timeout_s: a body has to come within it.
         deadline_s: seconds a request may take where it gives no deadline; None for no bound. The default is what OpenAI's clients wait.
         stream_events: outputs of one sequence that are kept for a reader who is slow; then its generation pauses.
-        stall_s: an answer, whole or streamed, that is not read for so long is cancelled.
+        stall_s: an answer, whole or streamed, that is not read for so long is cancelled; so is a whole one whose reader keeps it waiting
+            for longer than that and a second for each 32 KiB.
     """
 
     most_n: int = Field(default=16, ge=1, le=128)
     body_bytes: int = Field(default=8 << 20, ge=1024)
     bodies_bytes: int = Field(default=128 << 20, ge=1024)
+    answers_bytes: int = Field(default=512 << 20, ge=1 << 20)
     body_values: int = Field(default=MOST_VALUES, ge=1024)
     body_parts: int = Field(default=MOST_PARTS, ge=1024)
     connections: int = Field(default=2048, ge=1)

@@ -11,6 +11,7 @@ from aiohttp import web
 from anabranch.serving.http.asked import PLAIN, Apart, Asked
 from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.stream import send, write
+from anabranch.web.answer_room import AnswerRoom
 from anabranch.web.answers import JSON, NOT_STORED, bearer, read_body
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body_room import BodyRoom, Kept
@@ -32,15 +33,21 @@ class RequestContext(Asked):
     Args:
         request: see above.
         config: of the server.
-        apart, writing: see `Asked`.
+        apart, writing, answers: see `Asked`.
         room: of bodies.
     """
 
     def __init__(
-        self, request: web.BaseRequest, config: HttpConfig, apart: Apart, writing: Turns, room: BodyRoom
+        self,
+        request: web.BaseRequest,
+        config: HttpConfig,
+        apart: Apart,
+        writing: Turns,
+        answers: AnswerRoom,
+        room: BodyRoom,
     ) -> None:
         given = request.headers.get("x-request-id", "")
-        super().__init__(config, apart, writing, given if _ID.fullmatch(given) else new_id())
+        super().__init__(config, apart, writing, answers, given if _ID.fullmatch(given) else new_id())
         self.request, self._room = request, room
         self._kept: Kept | None = None
         self.is_giving = False
@@ -66,10 +73,20 @@ class RequestContext(Asked):
         if kind != JSON and not kind.endswith("+json"):
             raise ApiError(415, "unsupported_media_type", "send the body as content-type: application/json")
         limits = self._config.limits
-        kept = self._kept = self._room.enter(self.key or self.request.remote or "", self.request.content_length)
+        kept = self._kept = self._room.enter(self.source, self.request.content_length)
         raw = await read_body(self.request, limits.body_bytes, limits.body_timeout_s, kept.more)
         kept.is_whole()
         return await self.parsed(raw, most_tokens)
+
+    @property
+    def source(self) -> str:
+        """See `Asked`."""
+        return self.key or self.request.remote or ""
+
+    def cut(self) -> None:
+        """See `Asked`; the connection goes with it."""
+        if self.request.transport is not None:
+            self.request.transport.abort()
 
     def let_go(self) -> None:
         """Nothing is left of its body. A second call does nothing."""

@@ -87,6 +87,14 @@ def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """One delta that says what several in order say."""
+    message = message_of(deltas)
+    calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls", ()))]
+    said = {name: message[name] for name in ("content", "reasoning_content") if message.get(name)}
+    return {**said, "tool_calls": calls} if calls else said
+
+
 def _joined(parts: Sequence[Delta]) -> dict[str, Any]:
     """A call of its first delta and those with more of its arguments."""
     first = parts[0]

@@ -41,6 +41,8 @@ AT_ONCE = 16
 MOST_AT_ONCE = 1000
 # Of all vectors of an answer: more are many megabytes for each of the senders who ask at once, here and at theirs.
 MOST_NUMBERS = 1 << 23
+# Of a number of a vector that waits to be told.
+NUMBER_BYTES = 4
 # Between two looks for room that others leave, s.
 LOOK_S = 0.02
 Prompts = list[tuple[int, ...]]
@@ -77,6 +79,7 @@ class Embeddings:
         # Texts that wait for the engine take no room from bodies that others send.
         del body
         context.let_go()
+        context.hold(NUMBER_BYTES * info.width * len(prompts))
         vectors, cached = await self._made(context, prompts, info, salt, asked)
         tokens = sum(map(len, prompts))
 

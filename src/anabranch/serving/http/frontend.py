@@ -22,6 +22,7 @@ from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.metrics import Metrics
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.scores import PromptScores
+from anabranch.web.answer_room import AnswerRoom
 from anabranch.web.api_error import ApiError
 from anabranch.web.turns import Turns as LoopTurns
 
@@ -58,6 +59,7 @@ class Frontend:
         adapters: names that requests may use beside those of the model.
         failed: set when the engine is given up.
         writing: turns of the loop in which long answers are written, see `Asked.sliced`.
+        answers: room for what answers are made of, see `Asked.hold`.
         num_cut: requests whose answers ended early for no fault of theirs or of their senders': the engine failed, or the server stopped.
 
     Args:
@@ -87,6 +89,8 @@ class Frontend:
         self._is_shared = len(config.api_keys) > 1 if is_shared is None else is_shared
         self.admission = config.admission.build(is_shared=self._is_shared)
         self.writing = LoopTurns()
+        room, refused = config.limits.answers_bytes, self.metrics.rejections.labels("answers").inc
+        self.answers = AnswerRoom(room, config.admission.key_share, config.admission.status, refused)
         self._reading = Turns(
             "anabranch-reading", "long requests wait to be read", threads=4, at_once=3, most_waiting=256
         )
@@ -242,7 +246,8 @@ class Frontend:
         scores = [PromptScores(len(prompt)) if is_scored else None for prompt in request.prompts]
         choices = [
             Choice(
-                at, self._engine_request(request, base, key, at), request.text(reader), scores[at // request.n]
+                at, self._engine_request(request, base, key, at), request.text(reader), scores[at // request.n],
+                self.metrics.inter_token.observe,
             )
             for at in range(request.num_choices)
         ]  # fmt: skip

@@ -11,7 +11,7 @@ from aiohttp import web
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.http.adapter_names import chosen
 from anabranch.serving.http.asked import LONG_CHARACTERS, Asked
-from anabranch.serving.http.choice import Choice, ChoiceDelta
+from anabranch.serving.http.choice import Choice, ChoiceDelta, bytes_of
 from anabranch.serving.http.completion import Completion
 from anabranch.serving.http.fields import KNOWN
 from anabranch.serving.http.frontend import Frontend
@@ -50,6 +50,7 @@ class Generate:
         request = await self._read(context, kind, info, reader)
         context.let_go()
         deadline_s = context.deadline_s()
+        context.hold(request.score_bytes)
         if request.is_echo and request.max_tokens == 0 and request.logprobs is None:
             return await context.give_json(CompletionShape(request, [], reader, info).echoed())
         lengths = [len(prompt) for prompt in request.prompts for _ in range(request.n)]
@@ -123,6 +124,7 @@ class Generate:
         end = None if deadline_s is None else context.began + deadline_s
         while (taken := await _take(completion, end)) is not None:
             for change in taken:
+                context.hold(bytes_of(change))
                 shape.take(change)
         if shape.request.is_routing:
             context.headers["x-route-experts"] = _experts(shape)
@@ -151,16 +153,21 @@ class Generate:
         self, context: Asked, shape: Shape, completion: Completion, end: float | None
     ) -> AsyncGenerator[bytes]:
         """What is new at any time as one block of bytes: who reads slowly gets more at once. What takes long to tell comes in slices."""
-        beat_s = self._frontend.config.keep_alive_s
+        beat_s, has_told = self._frontend.config.keep_alive_s, False
         while (taken := await _take(completion, end, beat_s)) is not None:
             # Each is of another choice: many short ones are as long as a long one.
             if shape.is_long(taken):
+                context.begin_reading()
                 async for piece in context.sliced(shape.long_events(taken)):
                     yield piece
-                continue
-            block = b"".join(map(shape.events, taken))
-            if block or not taken:
+            elif (block := b"".join(map(shape.events, taken))) or not taken:
                 yield block or HEARTBEAT
+            if not has_told and shape.has_told_prompts:
+                has_told = True
+                # Nothing of prompts is told from here on.
+                for choice in shape.choices:
+                    choice.scores = None
+                context.close()
         if last := shape.last_events():
             yield last
 
@@ -178,12 +185,12 @@ class Generate:
         now, metrics = time.monotonic(), self._metrics
         tokens = sum(choice.completion_tokens for choice in choices)
         cached = sum(choice.cached_tokens for choice in choices[:: request.n])
-        if any(choice.times or choice.finish is not None for choice in choices):
+        if any(choice.first_at is not None or choice.finish is not None for choice in choices):
             metrics.prompt_tokens.inc(request.prompt_tokens)
             metrics.cached_tokens.inc(cached)
             metrics.generation_tokens.inc(tokens)
         context.facts |= {"completion_tokens": tokens, "cached_tokens": cached}
-        firsts = [choice.times[0][0] for choice in choices if choice.times]
+        firsts = [choice.first_at for choice in choices if choice.first_at is not None]
         if firsts:
             context.facts["ttft_ms"] = round((min(firsts) - context.began) * 1000, 1)
         context.facts["finish"] = sorted({str(choice.finish) for choice in choices if choice.finish is not None})
@@ -197,20 +204,14 @@ class Generate:
         metrics.output_len.observe(choice.completion_tokens)
         if choice.queue_s is not None:
             metrics.queue_time.observe(choice.queue_s)
-        if not choice.times:
-            return
-        metrics.ttft.observe(choice.times[0][0] - began)
-        before = choice.times[0][0]
-        for at, count in choice.times[1:]:
-            for _ in range(count):
-                metrics.inter_token.observe((at - before) / count)
-            before = at
+        if choice.first_at is not None:
+            metrics.ttft.observe(choice.first_at - began)
 
 
 # By the code of the error: what was refused before it ran was not cut short.
 _ABORTED = {
     "engine_failed": "engine_failed", "request_failed": "request_failed", "aborted": "shutdown", "shutting_down": "shutdown",
-    "deadline_exceeded": "deadline",
+    "deadline_exceeded": "deadline", "overloaded": "room", "over_limit": "room",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from anabranch.serving.core.request import Sampling
 from anabranch.serving.grammar.forms import key_of
 from anabranch.serving.http import fields
 from anabranch.serving.http.answer_text import AnswerText
+from anabranch.serving.http.choice import SCORE_BYTES
 from anabranch.serving.http.fields import FieldName, by_name, of_field, unsupported, unsupported_field
 from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError, wrong, wrong_field
@@ -21,7 +22,7 @@ from anabranch.web.body import is_int, said
 # Of /v1/completions where a request does not say, as OpenAI's.
 COMPLETION_TOKENS = 16
 MOST_PROMPTS = 128
-# Log probabilities of the prompts of a request, those of rivals among them: as many as two hundred megabytes hold.
+# Log probabilities that an answer has at a time, of prompts and of what is told whole, those of rivals among them: 256 MiB hold so many.
 MOST_SCORES = 1 << 21
 _TO_SAMPLING = (
     "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos",
@@ -90,6 +91,12 @@ class GenerationRequest:
     def prompt_tokens(self) -> int:
         """Of all prompts."""
         return sum(map(len, self.prompts))
+
+    @property
+    def score_bytes(self) -> int:
+        """Memory of the log probabilities of prompts, which are there before anything is told."""
+        asked = self.sampling.prompt_logprobs
+        return 0 if asked is None else self.prompt_tokens * (1 + asked) * SCORE_BYTES
 
     def text(self, reader: Reader) -> AnswerText:
         """What makes the text of a choice."""
@@ -160,6 +167,7 @@ def _read_chat(
     if wanted == 0:
         raise wrong("max_tokens", "max_tokens is 0; it must be at least 1")
     most = _room([prompt], wanted, default_tokens, info, "messages", asked)
+    most = _scored(most, body, [prompt], logprobs, asked, is_echo=False)
     shared = _shared(body, info, most, most_n, logprobs, grammar)
     if grammar is not None:
         is_call = tools is not None and tools.is_demanded
@@ -203,12 +211,8 @@ def read_completion(
     if body.get("max_tokens") == 0 and not is_echo:
         raise wrong("max_tokens", "max_tokens is 0, which only echo makes sense of; it must be at least 1")
     most = _room(prompts, body.get("max_tokens"), default_tokens or COMPLETION_TOKENS, info, "prompt", "max_tokens")
+    most = _scored(most, body, prompts, logprobs, "max_tokens", is_echo=is_echo)
     shared = _shared(body, info, most, most_n, logprobs, grammar)
-    if is_echo and logprobs is not None:
-        told = sum(map(len, prompts)) * n * (1 + logprobs)
-        if told > MOST_SCORES:
-            what = f"asks for {told:,} log probabilities of prompts; there may be {MOST_SCORES:,} at a time"
-            raise wrong_field("echo", f"{what}; send fewer prompts, or ask for fewer logprobs", "too_many_scores")
     if is_echo:
         shared["sampling"] = replace(shared["sampling"], prompt_logprobs=logprobs)
     return GenerationRequest(
@@ -355,6 +359,37 @@ def _room(
             raise wrong_field(asked, what, "context_length_exceeded")
         raise wrong(param, f"{has}, but the prompt has {longest:,}", "context_length_exceeded")
     return wanted if wanted is not None else min(room, default) if default else room
+
+
+def _scored(
+    most: int,
+    body: Mapping[str, Any],
+    prompts: Sequence[tuple[int, ...]],
+    logprobs: int | None,
+    asked: str,
+    *,
+    is_echo: bool,
+) -> int:
+    """Most new tokens of which the log probabilities have room in the answer: ``most``, or fewer where the request names no number.
+
+    A stream has its tokens one after the other, and room for any number. Raises ApiError (400, ``too_many_scores``) that names ``echo`` or
+    the field ``asked``.
+    """
+    if logprobs is None:
+        return most
+    n, each = body.get("n") or 1, 1 + logprobs
+    of_prompts = sum(map(len, prompts)) * n * each if is_echo else 0
+    if of_prompts > MOST_SCORES:
+        what = f"asks for {of_prompts:,} log probabilities of prompts; there may be {MOST_SCORES:,} at a time"
+        raise wrong_field("echo", f"{what}; send fewer prompts, or ask for fewer logprobs", "too_many_scores")
+    room = (MOST_SCORES - of_prompts) // (each * n * len(prompts))
+    if most <= room or body.get("stream"):
+        return most
+    if body.get(asked) is None and room:
+        return room
+    told = of_prompts + most * each * n * len(prompts)
+    what = f"asks for up to {told:,} log probabilities in one answer; there may be {MOST_SCORES:,}"
+    raise wrong_field(asked, f"{what}; ask for fewer tokens or logprobs, or for a stream", "too_many_scores")
 
 
 def _prompts(prompt: Any, reader: Reader, info: EngineInfo) -> tuple[list[tuple[int, ...]], list[str]]:

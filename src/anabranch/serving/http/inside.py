@@ -143,7 +143,7 @@ class Inside:
             asked.code = response.status
             asked.reply.end(response)
         finally:
-            asked.let_go()
+            asked.close()
             self.frontend.metrics.requests.labels(kind, str(asked.code)).inc()
 
     async def _answered(self, asked: Asked, kind: Kind) -> web.StreamResponse:
@@ -170,7 +170,7 @@ class Inside:
 
 
 class InsideReply:
-    """An answer under way. Who makes it waits until what came before has been read: a slow reader costs no memory.
+    """An answer under way. Who makes it waits until what came before has been read: a slow reader costs what it is made of (`Asked.hold`).
 
     Attributes:
         status: of HTTP.
@@ -244,7 +244,7 @@ class _AskedInside(Asked):
     """A request from this process."""
 
     def __init__(self, frontend: Frontend, body: bytes, key: str, reply: InsideReply) -> None:
-        super().__init__(frontend.config, frontend.apart, frontend.writing, new_id(), key)
+        super().__init__(frontend.config, frontend.apart, frontend.writing, frontend.answers, new_id(), key)
         self._body: bytes | None = body
         self._length = len(body)
         self.reply = reply
@@ -253,6 +253,10 @@ class _AskedInside(Asked):
     def length(self) -> int | None:
         """Bytes of its body."""
         return self._length
+
+    def cut(self) -> None:
+        """See `Asked`."""
+        self.reply.close()
 
     @property
     def done_tokens(self) -> tuple[int, int, int]:

@@ -24,8 +24,8 @@ ENDPOINTS = (
 )
 CODES = ("200", "400", "401", "403", "404", "405", "408", "409", "413", "415", "429", "499", "500", "501", "503", "504")
 # Beside those of `anabranch.serving.core.admission`.
-HTTP_REASONS = ("bodies", "connections")
-ABORTS = ("client_gone", "deadline", "slow_reader", "shutdown", "engine_failed", "request_failed")
+HTTP_REASONS = ("bodies", "answers", "connections")
+ABORTS = ("client_gone", "deadline", "slow_reader", "shutdown", "engine_failed", "request_failed", "room")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 # What an engine counts; a restart of it begins at zero, which these do not.

@@ -9,8 +9,9 @@ from typing import Any
 from anabranch import __version__
 from anabranch.serving.core.client import EngineInfo
 from anabranch.serving.core.request import Finish, TokenLogprob
-from anabranch.serving.http.choice import Choice, ChoiceDelta, TokenText, sides_of
+from anabranch.serving.http.choice import Choice, ChoiceDelta, TokenText, joined, sides_of
 from anabranch.serving.http.deltas import Delta, MessageDeltas, message_of
+from anabranch.serving.http.deltas import joined as joined_deltas
 from anabranch.serving.http.generation_request import GenerationRequest
 from anabranch.serving.http.reading import Reader
 from anabranch.web.api_error import ApiError
@@ -25,6 +26,8 @@ LEAST_LOGPROB = -9999.0
 MOST_AT_ONCE = 1000
 # Characters of a text that take no longer than a value.
 VALUE_CHARACTERS = 64
+# Changes of an answer that is told whole, which are kept as they came.
+MOST_APART = 256
 
 
 def fingerprint(info: EngineInfo) -> str:
@@ -71,6 +74,11 @@ class Shape:
         chunks = (chunk for change in changes for chunk in self.chunks(change))
         return together(piece for chunk in chunks for piece in event_slices(chunk))
 
+    @property
+    def has_told_prompts(self) -> bool:
+        """Whether nothing of the prompts is still to be told in the events of a stream."""
+        return True
+
     def last_events(self) -> bytes:
         """Those after every choice has ended."""
         return b"".join(map(event, self.last()))
@@ -96,7 +104,11 @@ class Shape:
 
     def take(self, change: ChoiceDelta) -> None:
         """What is new of an answer that is told whole."""
-        self._taken[change.index].append(change)
+        taken = self._taken[change.index]
+        taken.append(change)
+        # Each apart would take many times what they say.
+        if len(taken) > MOST_APART:
+            taken[:] = [joined(taken)]
 
     def whole(self) -> dict[str, Any]:
         """The answer in one, of all that was taken; what is long of it is made while it is written."""
@@ -232,7 +244,10 @@ class ChatShape(Shape):
     def take(self, change: ChoiceDelta) -> None:
         """See `Shape`."""
         super().take(change)
-        self._parts[change.index] += self._deltas(change)
+        parts = self._parts[change.index]
+        parts += self._deltas(change)
+        if len(parts) > MOST_APART:
+            parts[:] = [joined_deltas(parts)]
 
     def chunks(self, change: ChoiceDelta) -> list[dict[str, Any]]:
         """See `Shape`."""
@@ -314,6 +329,11 @@ class CompletionShape(Shape):
         """See `Shape`; the first change of a choice brings its prompt."""
         begin = [change.index for change in changes if not self._has_begun[change.index]]
         return self._num_values(changes) + sum(map(self._of_prompt, begin)) > MOST_AT_ONCE
+
+    @property
+    def has_told_prompts(self) -> bool:
+        """See `Shape`."""
+        return all(self._has_begun)
 
     def echoed(self) -> dict[str, Any]:
         """The answer where only the prompt was asked for (``echo`` with ``max_tokens`` 0)."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from aiohttp import web
 
 from anabranch.web.api_error import ApiError
-from anabranch.web.slices import SlowReaderError, write_within
+from anabranch.web.slices import SlowReaderError, Writing
 from anabranch.web.sse import DONE, HEARTBEAT, event
 
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -38,15 +38,17 @@ async def send(
     response.content_type, response.charset = "text/event-stream", "utf-8"
     failure: ApiError | None = None
     await response.prepare(request)
-    await write_within(response, first, stall_s)
+    # How slowly a stream is read is its reader's to choose: what is made waits, and nothing more is made.
+    writing = Writing(response, stall_s)
+    await writing.write(first)
     try:
         async for data in events:
-            await write_within(response, data, stall_s)
+            await writing.write(data)
     except ApiError as error:
         failure = error
-        await write_within(response, failed(error), stall_s)
+        await writing.write(failed(error))
     if ending:
-        await write_within(response, ending, stall_s)
+        await writing.write(ending)
     await response.write_eof()
     return response, failure
 

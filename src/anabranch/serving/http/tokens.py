@@ -8,6 +8,7 @@ from aiohttp import web
 from anabranch.serving.http import fields
 from anabranch.serving.http.adapter_names import chosen
 from anabranch.serving.http.asked import LONG_CHARACTERS
+from anabranch.serving.http.choice import TEXT_BYTES
 from anabranch.serving.http.context import RequestContext
 from anabranch.serving.http.frontend import Frontend
 from anabranch.web.api_error import wrong
@@ -19,6 +20,8 @@ _TOKENIZE = {
     "add_generation_prompt": fields.BOOL, "chat_template_kwargs": fields.KWARGS, "return_token_strs": fields.BOOL,
 }  # fmt: skip
 _DETOKENIZE = {"model": fields.text(256), "tokens": (lambda value: isinstance(value, list), "a list of token ids")}
+# Of an id in a list, as Python holds them.
+ID_BYTES = 36
 T = TypeVar("T")
 
 
@@ -49,6 +52,7 @@ class Tokens:
             encode = reader.encode_chat
 
         tokens = await self._maybe_apart(context, len(text or ""), encode, text) if text else ()
+        context.hold(ID_BYTES * len(tokens))
         found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": info.max_positions}
         if body.get("return_token_strs"):
             found["token_strs"] = Rows(lambda: (reader.token_text(token)[0] for token in tokens))
@@ -67,7 +71,9 @@ class Tokens:
                 raise wrong("tokens", f"tokens must be a list of token ids from 0 to {info.vocab_size - 1:,}")
             return reader.decode(tokens)
 
-        return await context.give_json({"prompt": await self._maybe_apart(context, len(tokens), decoded)})
+        text = await self._maybe_apart(context, len(tokens), decoded)
+        context.hold(TEXT_BYTES * len(text))
+        return await context.give_json({"prompt": text})
 
     async def _maybe_apart(self, context: RequestContext, length: int, function: Callable[..., T], *args: Any) -> T:
         """What a function returns, from a thread if it reads so much."""
