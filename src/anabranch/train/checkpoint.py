@@ -40,7 +40,9 @@ from anabranch.lm.tensors import read_json
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-# A file beside the checkpoints: all of them were set aside because they had diverged, so their absence is no loss.
+# Why checkpoints are set aside: their weights are of no use, or the run goes on from an earlier step of those that it learns with.
+DIVERGED, GIVEN_UP = "diverged", "given-up"
+# A file beside the checkpoints: all of them were set aside, so their absence is no loss.
 BEGIN_AGAIN = "diverged.txt"
 # What a process killed while it wrote or removed a checkpoint leaves behind: names of tempfile, and of `_remove`.
 _LEFTOVER = re.compile(r"\.(step-\d+)\.(old|(unfinished-)?[a-z0-9_]{8})")
@@ -70,6 +72,8 @@ def write_checkpoint(
         save_file(ready, temporary / OPTIMIZER_FILE)
         atomic_write_json(temporary / TRAINER_FILE, {"schema": SCHEMA, **state})
         seal(temporary)
+    # From here on the absence of all would be a loss.
+    (out / STEPS_FOLDER / BEGIN_AGAIN).unlink(missing_ok=True)
     return path
 
 
@@ -79,24 +83,26 @@ def prune(out: Path, keep: int) -> None:
         _remove(old)
 
 
-def set_aside(out: Path, step: int) -> list[Path]:
+def set_aside(out: Path, step: int, why: str = DIVERGED) -> list[Path]:
     """Rename the checkpoints of ``step`` and later ``diverged-step-...``, so that a run goes on from the one before; their new places.
 
     A name that is taken, by what diverged before, is numbered: ``diverged-step-00000004.2``. Where no checkpoint is left, the file
-    `BEGIN_AGAIN` says so until the run is begun again.
+    `BEGIN_AGAIN` says so until the run is begun again. What is set aside for another reason (`GIVEN_UP`) is named by that.
     """
-    moved = [path.replace(_free_place(path)) for path in checkpoints(out) if _step(path) >= step]
+    moved = [path.replace(_free_place(path, why)) for path in checkpoints(out) if _step(path) >= step]
     if not checkpoints(out):
         atomic_write_text(
             out / STEPS_FOLDER / BEGIN_AGAIN,
-            "The run diverged and has no checkpoint from before that: --resume begins again at step 0.\n",
+            "The run diverged and has no checkpoint from before that: --resume begins again at step 0.\n"
+            if why == DIVERGED
+            else "What this run had done is given up, and there is no checkpoint from before that: --resume begins again at step 0.\n",
         )
     return moved
 
 
-def _free_place(path: Path) -> Path:
-    """Where a checkpoint that diverged goes; nothing lies there."""
-    name = f"diverged-{path.name}"
+def _free_place(path: Path, why: str) -> Path:
+    """Where a checkpoint that is set aside goes; nothing lies there."""
+    name = f"{why}-{path.name}"
     names = (name if number == 1 else f"{name}.{number}" for number in itertools.count(1))
     return next(place for free in names if not os.path.lexists(place := path.with_name(free)))
 

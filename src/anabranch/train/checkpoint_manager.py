@@ -1,5 +1,6 @@
 """`CheckpointManager`: what of a run is kept on disk as it goes on, and which checkpoints can be trusted."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,25 @@ from torch.distributed.tensor import DTensor
 
 from anabranch.config import to_dict
 from anabranch.errors import CheckpointError, DataError
-from anabranch.lm.folder import TRAINER_FILE
+from anabranch.lm.folder import TRAINER_FILE, step_of
 from anabranch.lm.tensors import state_once
-from anabranch.train.checkpoint import checkpoint_path, checkpoints, prune, read_checkpoint, set_aside, write_checkpoint
+from anabranch.train.checkpoint import (
+    GIVEN_UP,
+    checkpoint_path,
+    checkpoints,
+    prune,
+    read_checkpoint,
+    set_aside,
+    write_checkpoint,
+)
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.optimizer import full_tensor, load_optimizer_tensors, optimizer_tensors
 from anabranch.train.parallel import Workers
 from anabranch.train.task import Stream, Task
 
 __all__ = ["CheckpointManager", "Progress"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -88,6 +99,30 @@ class CheckpointManager:
                 ) from None
         self._check_data(state, path)
         self.progress = Progress(**state["progress"])
+
+    def go_on_from(self, step: int, *, holds_folder: bool) -> None:
+        """Count from ``step``, which is that of others. Where it is an earlier one, what there is of it and of later ones is given up.
+
+        Args:
+            step: finished steps.
+            holds_folder: whether this process writes.
+        """
+        progress, is_back = self.progress, step < self.progress.step
+        progress.step, progress.skipped_in_a_row = step, 0
+        if not is_back:
+            return
+        progress.skipped = min(progress.skipped, step)
+        if progress.evaluation is not None and progress.evaluation["step"] >= step:
+            progress.evaluation = None
+        self.newest = None
+        if holds_folder:
+            self.give_up(step)
+
+    def give_up(self, step: int) -> None:
+        """Set aside the checkpoints of ``step`` and later, so that none of them is ever taken for this run's newest."""
+        if any((step_of(path.name) or 0) >= step for path in checkpoints(self.out)):
+            moved = set_aside(self.out, step, GIVEN_UP)
+            log.warning("given up, and set aside in %s: %s", moved[0].parent, ", ".join(path.name for path in moved))
 
     def _check_data(self, state: dict[str, Any], path: Path) -> None:
         """The stream has told of other training data; checkpoints of before the whole was stored say no more."""

@@ -1,9 +1,9 @@
 """Step hooks: methods ``before_step`` and ``on_step`` of a task or any module, which the trainer calls around its steps.
 
 ``before_step(step, fraction)`` is called before each step, with torch's generators seeded by seed and step: what is drawn there is the
-same in all processes, and when a step is done again. ``on_step(step, fraction)`` is called before the first step, after every step, and
-when a run is resumed; what it changes is what the next step sees. ``step`` is the number of finished steps, ``fraction`` that of all.
-Whatever a hook needs to go on must be in buffers, or follow from its arguments.
+same in all processes, and when a step is done again. ``on_step(step, fraction)`` is called before the first step, after every step, when
+a run is resumed, and when it goes on from the step of others that it learns with; what it changes is what the next step sees. ``step`` is
+the number of finished steps, ``fraction`` that of all. Whatever a hook needs to go on must be in buffers, or follow from its arguments.
 """
 
 from collections.abc import Callable, Iterable

@@ -32,8 +32,17 @@ class MetricsLog:
     """
 
     def __init__(self, out: Path, *, step: int = 0, tensorboard: bool = False) -> None:
-        self._path = out / METRICS_FILE
-        self._board = _board(out, step) if tensorboard else None
+        self._out, self._path, self._tensorboard = out, out / METRICS_FILE, tensorboard
+        self._begin(step)
+
+    def cut(self, step: int) -> None:
+        """Go on from ``step``, which is an earlier one: lines after it are dropped, as of a run that is resumed there."""
+        self.close()
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        out = self._out
+        self._board = _board(out, step) if self._tensorboard else None
         if step == 0 and self._path.exists() and any(record and record["step"] > 0 for _, record in _records(out)):
             _set_aside(self._path)
         elif self._path.exists():

@@ -248,6 +248,8 @@ class Trainer(Generic[R]):
         if not self._resumes and self._progress.step == 0:
             check_new(self.out)
         self._elastic.holds_folder = True
+        # Of a run that had gone further, or of this one's steps that were taken back.
+        self._checkpoints.give_up(self._progress.step + 1)
         found = checkpoints(self.out)
         self._checkpoints.newest = found[-1] if found else None
         self._start_folder()
@@ -331,8 +333,8 @@ class Trainer(Generic[R]):
             if self._outer is not None and (step := self._outer.before(progress.step)) != progress.step:
                 if step is None:
                     break
-                # A newcomer goes on from where the others are.
-                progress.step = logged_step = began = step
+                self._go_on_from(step)
+                logged_step = began = step
                 continue
             self._take_over(must=progress.step == began)
             is_logged = (progress.step + 1) % settings.log_every == 0
@@ -346,12 +348,17 @@ class Trainer(Generic[R]):
                 # The others were told to stop too, and have gone first.
                 break
             progress.step += 1
-            if self._outer is not None:
-                self._outer.after(is_last=progress.step == settings.steps)
             self._count_skipped(gradient)
+            record = self._record(gradient) if is_logged else {}
+            failure: Exception | None = None
+            try:
+                if self._outer is not None:
+                    self._outer.after(is_last=progress.step == settings.steps)
+            except Exception as error:
+                # The step is whole all the same, with the weights that were trained here.
+                failure = error
             if gradient.is_finite:
                 self._checkpoints.prune()
-            record = self._record(gradient) if is_logged else {}
             sync_loads(self.model)
             self._hooks.run_after(progress.step)
             self._is_between_steps, self._stream_state = True, self.stream.state_dict()
@@ -362,12 +369,27 @@ class Trainer(Generic[R]):
             if is_logged:
                 self._write({**record, "seconds": progress.seconds, rate_name: rate})
                 logged_step, logged_seconds = progress.step, progress.seconds
+            if failure is not None:
+                raise failure
             self._emit("step", self._values(gradient) | {rate_name: rate})
             # The last evaluation comes before the last checkpoint, so that it is in it and is not repeated by a resumed run.
             if _is_due(progress.step, settings.eval_every) or progress.step == settings.steps:
                 self._evaluate()
             # After a skipped step the weights are those of before, and perhaps diverged: nothing new that is worth a place.
             if _is_due(progress.step, settings.checkpoint_every) and not progress.skipped_in_a_row:
+                self._save()
+
+    def _go_on_from(self, step: int) -> None:
+        """Those that this run learns with are at ``step``, and it goes on from their weights, also from an earlier step than its own."""
+        is_back = step < self._progress.step
+        self._checkpoints.go_on_from(step, holds_folder=self._log is not None)
+        self._hooks.run_after(step)
+        if is_back and self._log is not None:
+            log.warning(
+                "the others are at step %d, and this run goes on from there; what it had done since is given up", step
+            )
+            self._log.cut(step)
+            if step:
                 self._save()
 
     @property

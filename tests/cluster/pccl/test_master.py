@@ -410,7 +410,7 @@ def test_a_false_master_s_answers_are_no_way_to_hang():
             with sock:
                 while called.hello is None:
                     sock.sendall(called.answer(receive_frame(sock, time.monotonic() + 10)))
-                told = {"peer": 0, "token": "t", "run": "r", "heartbeat_s": 1.0, "dead_s": 5.0}
+                told = {"peer": 0, "token": "t", "run": "r", "heartbeat_s": 1.0, "dead_s": 5.0, "connect_s": 10.0}
                 sock.sendall(packed(Kind.WELCOME, told))
                 vote = receive_frame(sock, time.monotonic() + 10)
                 # A collective, and nothing of what belongs to one.

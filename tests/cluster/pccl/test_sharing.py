@@ -206,7 +206,7 @@ def test_newcomers_do_not_begin_again_where_there_was_a_state():
 
 def test_who_has_another_form_than_what_is_shared_is_told_alone():
     odd = {"revision": 0, "strategy": RECEIVE, "keys": [["w", "float32", [2], "h"]]}
-    found = elect({0: vote("x"), 1: vote("x"), 2: odd}, 0)
+    found = elect({0: vote("x"), 1: vote("x"), 2: odd}, 0, known=[0, 1])
     assert found.error is None
     assert found.apart.keys() == {2}
     assert "peer 2 float32 [2]" in found.apart[2]["why"]
@@ -215,6 +215,83 @@ def test_who_has_another_form_than_what_is_shared_is_told_alone():
         elect({0: vote("x"), 1: {**odd, "strategy": "enforce_popular", "revision": 1}}, 0).error["error"] == "mismatch"
     )
     assert elect({0: vote("x"), 1: odd}, None).error["error"] == "mismatch"
+
+
+def sent(digest, revision=1, form=(1,)):
+    return {"revision": revision, "strategy": "send_only", "keys": [["w", "float32", list(form), digest]]}
+
+
+def test_a_newcomer_that_names_its_strategy_receives_or_is_told_alone():
+    """A program that names one in each call is a newcomer's as well; its revision once ended all."""
+    known = [0, 1]
+    those = {0: vote("x", 8), 1: vote("x", 8)}
+    # However many they are, and whatever revision they bring.
+    for revision in (1, 8, 9):
+        found = elect(those | {peer: vote("y", revision) for peer in (2, 3, 4)}, 7, known=known)
+        assert (found.error, found.revision, found.fetches.keys()) == (None, 8, {2, 3, 4})
+    found = elect(those | {2: sent("y", 1)}, 7, known=known)
+    assert found.apart == {2: {"error": "revision", "expected": 8, "got": 1, "peer": 2}}
+    # One that knows the revision means it.
+    assert elect(those | {2: sent("y", 8)}, 7, known=known).fetches.keys() == {0, 1}
+    # And not against those who send.
+    found = elect({0: sent("x", 8), 1: vote("x", 8), 2: sent("y", 8)}, 7, known=known)
+    assert found.kicked.keys() == {2}
+    # Nor with another form than all the others have, even where it alone is a source.
+    receiving = {peer: vote("x", 0, RECEIVE) for peer in known}
+    found = elect(receiving | {2: sent("y", 8, (2,))}, 7, known=known)
+    assert found.apart.keys() == {2}
+    assert found.apart[2]["error"] == "mismatch"
+    # Of one that has run for long all are told, and so are those of whom nobody knows which is right.
+    assert elect({0: vote("x", 8), 1: vote("x", 9)}, 7, known=known).error["got"] == 9
+    assert elect({2: sent("y", 1)}, 7, known=known).error["got"] == 1
+
+
+def test_of_those_at_one_revision_who_has_come_furthest_since_is_what_counts():
+    votes = {
+        peer: {**vote(f"of {steps}", 101, RECEIVE), "is_default": True, "progress": steps}
+        for peer, steps in enumerate((2, 8, 2))
+    }
+    found = elect(votes, None)
+    assert {peer: source for peer, (source, _) in found.fetches.items()} == {0: 1, 2: 1}
+    # A later revision is further than any progress.
+    votes[3] = {**vote("later", 102, RECEIVE), "is_default": True, "progress": 0}
+    assert elect(votes, None).revision == 102
+
+
+@pytest.mark.parametrize("strategy", ["enforce_popular", "send_only"])
+def test_those_who_run_go_on_where_a_newcomer_names_its_strategy(master, strategy):
+    late, calls = [], 6
+
+    def work(number, peers):
+        state = SharedState({"w": torch.full((3,), float(number))})
+        while state.revision < calls:
+            peers.admit()
+            state.revision += 1
+            peers.sync_shared_state(state, "enforce_popular")
+            if number == 0 and state.revision == 2:
+                late.append(Peer(master.address, comes, 9))
+                while not any(not member.is_accepted for member in list(master.state.members.values())):
+                    pass
+            peers.all_reduce(torch.ones(2))
+        return state.tensors["w"].tolist()
+
+    def comes(number, peers):
+        state = SharedState({"w": torch.full((3,), 9.0)})
+        while state.revision < calls:
+            peers.admit()
+            state.revision += 1
+            peers.sync_shared_state(state, strategy)
+            peers.all_reduce(torch.ones(2))
+        return state.tensors["w"].tolist()
+
+    found = together(master.address, 2, work)
+    newcomer = late[0].wait()
+    assert found[0] == found[1] != [9.0] * 3
+    if strategy == "enforce_popular":
+        assert (newcomer.error, newcomer.value) == (None, found[0])
+    else:
+        assert isinstance(newcomer.error, RevisionError)
+        assert newcomer.error.got == 1
 
 
 def test_another_source_is_taken_where_there_is_one():

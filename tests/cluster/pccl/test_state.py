@@ -11,19 +11,37 @@ from collections import deque
 import pytest
 
 from anabranch.cluster.pccl.journal import from_dict, to_dict
+from anabranch.cluster.pccl.records import MOST_TAGS
 from anabranch.cluster.pccl.state import MasterState
 
 STEPS = 3
+# Newcomers that do not fit: another model, another description of a collective, no way to a source, a state that it would have all take,
+# another program, one that fails every collective and says that others are at fault, or nobody.
+ODD = ("model", "description", "way", "sender", "program", "accuser", "quitter")
 
 
 class Network:
     """Peers, a master, and messages between them in the order of their connections."""
 
     def __init__(
-        self, seed, peers, *, losses=0.03, restarts=0.0, failures=0.1, groups=1, gathered=1, steps=STEPS, odd=()
+        self,
+        seed,
+        peers,
+        *,
+        losses=0.03,
+        restarts=0.0,
+        failures=0.1,
+        groups=1,
+        gathered=1,
+        steps=STEPS,
+        odd=(),
+        differ=False,
+        reduces_from=1,
     ):
         self.random, self.groups, self.gathered, self.steps = random.Random(seed), groups, gathered, steps
-        # What is wrong with those that come when the first have run for a while: their model, their descriptions, or the way to a source.
+        # Whether each waits for a number of its own; and the first round with a collective, as of asynchronous ones.
+        self.differ, self.reduces_from = differ, reduces_from
+        # What is wrong with those that come when the first have run for a while, see `ODD`.
         self.odd_kinds, self.odd, self.refused = odd, {}, set()
         self.losses, self.restarts, self.failures = losses, restarts, failures
         self.state, self.now = MasterState(), 0.0
@@ -143,6 +161,10 @@ class Network:
             member.is_proven for member in self.state.members.values() if member.id not in self.odd
         )
 
+    def awaited(self):
+        """How many a program waits for."""
+        return self.random.randint(1, self.gathered) if self.differ else self.gathered
+
     def run(self):
         for _ in range(20_000):
             chance = self.random.random()
@@ -185,30 +207,56 @@ def program(network, peer):
         if reply.get("establish"):
             reply = yield established(network, peer, reply)
     odd = network.odd.get(peer, "")
-    is_new, has_shared, revision, world = not reply["gathers"], False, 0, reply["world"]
-    while not is_new and world < network.gathered:
-        if network.started == network.most and len(network.programs) < network.gathered:
-            # Nobody comes any more.
-            return
-        reply = yield {"what": "pending"}
+    is_new, has_shared, revision = reply["awaits"] == 0, False, 0
+    world = [reply["world"]]
+    wanted = reply["awaits"] or network.awaited()
+
+    def let_in(awaits):
+        reply = yield {"what": "pending", "awaits": awaits}
+        assert "error" not in reply, reply
+        told = reply["awaits"]
         if reply["pending"]:
-            reply = yield {"what": "accept", "gathers": True}
+            reply = yield {"what": "accept", "awaits": told}
             if reply.get("establish"):
                 reply = yield established(network, peer, reply)
-            world = reply.get("world", world)
+            world[0] = reply.get("world", world[0])
+        return told
+
+    def gather(wanted):
+        """Whether it has come to its end with others: None where nobody comes any more, False where the first goes on."""
+        while world[0] < wanted:
+            if network.started == network.most and len(network.programs) < wanted:
+                return None
+            told = yield from let_in(wanted)
+            if not told:
+                return False
+            wanted = told
+        return True
+
+    if not is_new:
+        is_there = yield from gather(wanted)
+        if is_there is None:
+            return
+        is_new = not is_there
     while revision < network.steps:
-        if not is_new:
-            reply = yield {"what": "pending"}
-            if reply["pending"]:
-                reply = yield {"what": "accept"}
-                if reply.get("establish"):
-                    reply = yield established(network, peer, reply)
+        while not is_new and (told := (yield from let_in(0))):
+            is_there = yield from gather(told)
+            if is_there is None:
+                return
+            is_new = not is_there
         is_new = False
+        if odd == "program":
+            reply = yield {"what": "initiate", "tag": 3, "descriptor": {"count": 1}}
+            assert "error" in reply, reply
+            network.refused.add(peer)
+            return
         state = {
             "revision": revision + 1,
             "strategy": "enforce_popular" if has_shared else "receive_only",
             "is_default": True,
         }
+        if odd in ("strategy", "sender"):
+            state |= {"strategy": "send_only" if odd == "sender" else "enforce_popular", "is_default": False}
         form = [2] if odd == "model" else [1]
         reply = yield {"what": "sync", **state, "keys": [["w", "float32", form, f"{revision if has_shared else -1}"]]}
         if odd and "error" in reply:
@@ -222,6 +270,8 @@ def program(network, peer):
             assert reply["error"] == "lost"
             continue
         revision, has_shared = revision_there, True
+        if revision < network.reduces_from:
+            continue
         # Groups are at different revisions, and this all of them do together.
         if revision == 2 and network.groups == 1:
             reply = yield {"what": "optimize"}
@@ -246,9 +296,12 @@ def program(network, peer):
                 # What others have to send does not come.
                 yield {"what": "nothing", "of": (7, seq)}
             failed = bool(gone) or (7, seq) in network.aborts[peer] or network.random.random() < network.failures / 4
+            failed = failed or odd in ("accuser", "quitter")
             if failed:
                 network.broken.add((group, seq))
             vote = {"what": "complete", "tag": 7, "seq": seq, "aborted": failed}
+            if odd == "accuser":
+                vote["accused"] = 0
             reply = yield vote
             is_aborted = reply["aborted"]
             assert network.verdicts.setdefault((group, seq), is_aborted) == is_aborted, (
@@ -281,16 +334,33 @@ def test_nor_where_the_master_is_restarted_again_and_again(seed):
     check(seed, peers=4, losses=0.01, restarts=0.03, groups=1 + seed % 2, gathered=1 + seed % 3)
 
 
-@pytest.mark.parametrize("odd", ["model", "description", "way"])
-def test_a_newcomer_that_does_not_fit_is_sent_away_alone(odd):
-    """Another model, another description of a collective, or no way to who has the state: those who run hear nothing of it."""
+@pytest.mark.parametrize("reduces_from", [1, 3])
+@pytest.mark.parametrize("odd", ODD)
+def test_a_newcomer_that_does_not_fit_is_sent_away_alone(odd, reduces_from):
+    """Those who run hear nothing of it, also where they have shared a state so far and not reduced anything."""
     came = sent_away = 0
     for seed in range(15):
-        network = check(seed, peers=5, losses=0.0, failures=0.0, gathered=3, steps=8, odd=(odd,))
+        settings = {"peers": 5, "losses": 0.0, "failures": 0.0, "gathered": 3, "steps": 8, "reduces_from": reduces_from}
+        network = check(seed, odd=(odd,), **settings)
         assert network.finished >= {0, 1, 2}
         came += len(network.odd)
         sent_away += len(network.odd.keys() & (network.kicked.keys() | network.refused))
     assert sent_away > came / 3
+
+
+def test_a_newcomer_that_names_its_strategy_is_let_in():
+    came = set()
+    for seed in range(15):
+        network = check(seed, peers=5, losses=0.0, failures=0.0, gathered=3, steps=8, odd=("strategy",))
+        assert network.finished >= {0, 1, 2} | network.odd.keys()
+        came |= network.odd.keys()
+    assert came
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nobody_ends_for_waiting_for_another_number_than_others(seed):
+    """A run with another ``peers`` once ended all who waited."""
+    check(seed, peers=5, losses=0.01, gathered=4, differ=True)
 
 
 @pytest.mark.slow
@@ -306,9 +376,10 @@ def test_three_thousand_schedules(seed):
             failures=0.0,
             gathered=3,
             steps=8,
-            odd=("model", "description", "way"),
+            odd=(*ODD, "strategy"),
+            reduces_from=1 + one % 3,
         )
-        check(one + 1000, peers=5, losses=0.02, restarts=0.03, groups=1 + one % 3, gathered=1 + one % 4)
+        check(one + 1000, peers=5, losses=0.02, restarts=0.03, groups=1 + one % 3, gathered=1 + one % 4, differ=True)
 
 
 def accepted(*groups):
@@ -618,3 +689,137 @@ def test_nor_does_it_miss_an_end_that_comes_between_its_return_and_its_vote():
     state.vote(first, {"what": "complete", "tag": 4, "seq": 0, "aborted": True, "req": 101}, 1.0)
     state.vote(second, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 1.0)
     assert [kind for peer, kind, _ in state.take() if peer == second][:2] == ["reply", "abort"]
+
+
+def through_a_round(state, peers, req):
+    """A shared state, a collective, and a vote of all."""
+    revision = state.revision.get(0, 0) + 1
+    shares(state, dict.fromkeys(peers, (revision, POPULAR, "x")), req)
+    seq = begin(state, peers, req + 2)
+    for peer in peers:
+        state.vote(peer, {"what": "complete", "tag": 1, "seq": seq, "aborted": False, "req": req + 3}, 0.0)
+    for peer in peers:
+        state.vote(peer, {"what": "pending", "req": req + 4}, 0.0)
+    state.take()
+
+
+def with_a_newcomer(state, peers, req):
+    """One is let in."""
+    late = state.join(group=0, host="h", port=1, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    for peer in peers:
+        state.vote(peer, {"what": "accept", "req": req}, 0.0)
+    for peer in (*peers, late):
+        state.vote(peer, {"what": "established", "ok": True, "req": req + 1}, 0.0)
+    state.take()
+    return late
+
+
+def test_who_has_been_through_most_is_believed():
+    """A newcomer that has shared a state and voted with all is known less than those who have reduced too."""
+    state, (first, second) = accepted(0, 0)
+    through_a_round(state, [first, second], 100)
+    late = with_a_newcomer(state, [first, second], 110)
+    revision = state.revision[0] + 1
+    shares(state, {first: (revision, POPULAR, "x"), second: (revision, POPULAR, "x"), late: (0, RECEIVE, "y")}, 120)
+    for peer in (first, second, late):
+        state.vote(peer, {"what": "pending", "req": 130}, 0.0)
+    state.take()
+    assert [state.members[peer].proof for peer in (first, second, late)] == [2, 2, 1]
+    for peer, count in ((first, 1), (second, 1), (late, 2)):
+        state.vote(peer, {"what": "initiate", "tag": 1, "descriptor": {"count": count}, "req": 140}, 0.0)
+    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
+    assert [told[peer].get("error") for peer in (first, second, late)] == [None, None, "mismatch"]
+    assert state.order == {0: [first, second]}
+
+
+def test_newcomers_for_whom_links_are_not_made_go_before_those_who_run():
+    state, (first, second) = accepted(0, 0)
+    late = state.join(group=0, host="h", port=1, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "accept", "req": 110}, 0.0)
+    # Nothing is heard of one that runs, whatever the newcomer has done to it.
+    state.vote(second, {"what": "established", "ok": True, "req": 111}, 0.0)
+    state.vote(late, {"what": "established", "ok": True, "req": 2}, 0.0)
+    state.take()
+    when = 2 * state.connect_s + state.dead_s
+    state.tick(when)
+    assert "could not make their links" in dict(state.dropped())[late]
+    assert (first, "abort") in [(peer, kind) for peer, kind, _ in state.take()]
+    state.vote(first, {"what": "established", "ok": False, "why": "another peer was lost", "req": 111}, when + 1.0)
+    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
+    assert {told[peer]["error"] for peer in (first, second)} == {"topology"}
+    state.tick(when + 100.0)
+    assert state.order == {0: [first, second]}
+
+
+def test_nor_does_one_that_hangs_hold_up_the_others_for_ever():
+    state, (first, second) = accepted(0, 0)
+    late = state.join(group=0, host="h", port=1, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "accept", "req": 110}, 0.0)
+    state.vote(second, {"what": "established", "ok": True, "req": 111}, 0.0)
+    for now in (25.0, 30.0):
+        state.tick(now)
+    assert state.dropped()[-1][0] == first
+    assert state.order == {0: [second]}
+
+
+def test_a_collective_of_more_peers_than_are_left_is_told_to_each_at_once():
+    state, (first, second, third) = accepted(0, 0, 0)
+    vote = {"what": "initiate", "tag": 1, "descriptor": {"count": 1, "world": 3}, "req": 100}
+    state.vote(first, vote, 0.0)
+    assert state.take() == []
+    state.lost(third, "gone", 0.0)
+    (told,) = [body for peer, kind, body in state.take() if (peer, kind) == (first, "reply")]
+    assert (told["error"], told["why"]) == ("lost", "2 peers are left, and collective 1 is of 3")
+    # The other too, which had not asked yet; and from then on.
+    for req in (100, 101):
+        state.vote(second, {**vote, "req": req}, 0.0)
+        assert [body["error"] for _, _, body in state.take()] == ["lost"]
+    for peer in (first, second):
+        state.vote(peer, {**vote, "descriptor": {"count": 1, "world": 2}, "req": 110}, 0.0)
+    assert [body["seq"] for _, _, body in state.take()] == [0, 0]
+
+
+def test_peers_that_hold_as_many_as_go_and_none_of_them_together_are_told():
+    state, peers = accepted(0, 0)
+    for place, peer in enumerate(peers):
+        for tag in range(MOST_TAGS):
+            assert state.take() == []
+            body = {"what": "initiate", "tag": tag + place * MOST_TAGS, "descriptor": {}, "req": 100 + tag}
+            state.vote(peer, body, 0.0)
+    told = state.take()
+    assert len(told) == 2 * MOST_TAGS
+    assert {body["error"] for _, _, body in told} == {"mismatch"}
+    assert "in the same order" in told[0][2]["why"]
+    assert begin(state, peers, 300) == 0
+
+
+def test_a_run_that_waits_for_nobody_does_not_end_those_who_wait():
+    state = MasterState()
+    first, second, third = (state.join(group=0, host="h", port=1, pool=1) for _ in range(3))
+    state.vote(first, {"what": "join", "req": 1}, 0.0)
+    state.vote(first, {"what": "established", "ok": True, "req": 2}, 0.0)
+    for peer, inside in ((second, [first]), (third, [first, second])):
+        state.vote(peer, {"what": "join", "req": 1}, 0.0)
+        for one in inside:
+            state.vote(one, {"what": "accept", "awaits": 4, "req": 10 + peer}, 0.0)
+        state.take()
+        for one in (*inside, peer):
+            state.vote(one, {"what": "established", "ok": True, "req": 20 + peer}, 0.0)
+        assert {body["awaits"] for _, _, body in state.take()} == {4}
+        if peer == second:
+            for one in (first, second):
+                state.vote(one, {"what": "pending", "awaits": 4, "req": 15}, 0.0)
+            state.take()
+    # A newcomer of another program: it was told for how many they wait, and does something else.
+    state.vote(first, {"what": "pending", "awaits": 4, "req": 50}, 0.0)
+    state.vote(third, {"what": "initiate", "tag": 1, "descriptor": {}, "req": 50}, 0.0)
+    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
+    assert told.keys() == {third}
+    assert "peer 0 waits until 4 peers are there (wait_for, parallel.diloco.peers), peer 2 for" in told[third]["why"]
+    state.vote(second, {"what": "pending", "awaits": 4, "req": 50}, 0.0)
+    assert [body["pending"] for _, _, body in state.take()] == [False, False]

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
+import queue
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 from anabranch.bounds import shown
 from anabranch.errors import InputError
 from anabranch.sockets import MOST_PORT, listening
 
 _BACKLOG = 128
+# Names that are looked up at a time: a resolver cannot be stopped, and each has a thread until it answers.
+_MOST_LOOKUPS = 64
+# For one of several addresses, whatever is left for all.
+_CALL_S = 5.0
+_lookups = threading.Semaphore(_MOST_LOOKUPS)
 
 
 def parse_address(text: str, port: int) -> tuple[str, int]:
@@ -38,6 +48,70 @@ def is_host(text: str) -> bool:
     except UnicodeError:
         return False
     return 0 < len(text) <= 255 and all(letter.isprintable() and not letter.isspace() for letter in text)
+
+
+def connected(host: str, port: int, deadline: float) -> socket.socket:
+    """A connection, before ``deadline`` of the monotonic clock: finding the name's addresses and trying each of them included.
+
+    Raises OSError where there is none, ValueError and OverflowError for what is no host or port.
+    """
+    found = _addresses(host, port, deadline)
+    told: OSError = OSError("the name has no address")
+    for place, (family, kind, protocol, _, address) in enumerate(found):
+        left = deadline - time.monotonic()
+        # The first may be a dead end, and the next are not for that unreached.
+        share = min(left / (len(found) - place), _CALL_S)
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(share, 0.001))
+            sock.connect(address)
+        except OSError as error:
+            told = error
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise told
+
+
+def _addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
+    if _is_number(host):
+        return _looked_up(host, port)
+    if not _lookups.acquire(blocking=False):
+        raise OSError(f"{_MOST_LOOKUPS} names are being looked up")
+    answer: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answer.put(_looked_up(host, port))
+        except Exception as error:
+            answer.put(error)
+        finally:
+            _lookups.release()
+
+    # A resolver whose servers do not answer waits for longer than anybody here would, and there is no end to ask it for.
+    threading.Thread(target=look_up, name="pccl name", daemon=True).start()
+    try:
+        found = answer.get(timeout=max(deadline - time.monotonic(), 0.001))
+    except queue.Empty:
+        raise TimeoutError("its name was not resolved in time") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _looked_up(host: str, port: int) -> list[tuple[Any, ...]]:
+    return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -29,38 +29,25 @@ from torch import Tensor
 
 from anabranch.bounds import shown
 from anabranch.cluster.pccl.addresses import parse_address, tuned
-from anabranch.cluster.pccl.bandwidth import MOST_STREAMS, RateServer, measure
+from anabranch.cluster.pccl.bandwidth import RateServer, measure
+from anabranch.cluster.pccl.checks import DTYPES, check_flood, check_many, check_reduction, check_settings
 from anabranch.cluster.pccl.elections import POPULAR, RECEIVE, STRATEGIES
-from anabranch.cluster.pccl.faults import CollectiveError, PeerLost, TopologyFailed
+from anabranch.cluster.pccl.faults import CollectiveError
 from anabranch.cluster.pccl.handshake import run_secret
 from anabranch.cluster.pccl.line import Line
-from anabranch.cluster.pccl.links import MOST_POOL, LinkError, Links, Listener, Place
+from anabranch.cluster.pccl.links import LinkError, Links, Listener, Place
 from anabranch.cluster.pccl.master import PORT
-from anabranch.cluster.pccl.part import Part, Reduced, Reduction, quantiser_of
+from anabranch.cluster.pccl.membership import Membership
+from anabranch.cluster.pccl.part import Reduced, Reduction, quantiser_of
 from anabranch.cluster.pccl.quantise import Quantiser
-from anabranch.cluster.pccl.ring import OPS
-from anabranch.cluster.pccl.sharing import Shared, SharedState, Sharing, fetch, not_written
+from anabranch.cluster.pccl.records import MOST_TAGS
+from anabranch.cluster.pccl.sharing import Shared, SharedState, Sharing, fetch
 from anabranch.errors import InputError
 
 __all__ = ["DTYPES", "Communicator", "Reduced", "Reduction"]
 
-DTYPES = {
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-}
-_MOST_TAG = 2**31
-_MOST_IN_FLIGHT = 64
-# Between two looks whether newcomers wait.
-_LOOK_S = 0.02
 
-
-class Communicator(Part):
+class Communicator(Membership):
     """See the module.
 
     Args:
@@ -73,10 +60,12 @@ class Communicator(Part):
             which it called the master, which is wrong for a peer that calls a master on its own machine by 127.0.0.1 while others are
             elsewhere.
         congestion: control of its connections, such as ``bbr``; the machine's own by default.
-        connect_s: in which links to neighbours must stand.
+        connect_s: in which links to neighbours must stand; the master's own time for it where that is shorter.
         idle_s: after which a neighbour that does nothing in the midst of a collective is given up.
-        wait_s: after which a call gives up waiting for the others, with `PeerLost`; None for never, as long as they show signs of life.
+        wait_s: after which a call (`connect` and `wait_for` as well) gives up waiting for the others, with a `PeerLost` that is not
+            ``retryable``; None for never, as long as they show signs of life.
         master_wait_s: for so long a master may be gone.
+        master_returns: whether one that is gone may come back; where nobody starts another, `MasterLost` comes at once.
         gives_up: asked now and then while a call waits to be let in, to let in, to share, or for others to begin a collective; where it
             says True, the call ends with `PeerLost`. For programs that are told to stop. What has begun comes to its end.
 
@@ -97,16 +86,12 @@ class Communicator(Part):
         idle_s: float = 30.0,
         wait_s: float | None = None,
         master_wait_s: float = 30.0,
+        master_returns: bool = True,
         gives_up: Callable[[], bool] | None = None,
         before: Callable[[str], None] = lambda name: None,
     ) -> None:
-        for name, value, most in (("group", group, 2**16), ("pool", pool, MOST_POOL)):
-            if type(value) is not int or not (name == "pool") <= value <= most:
-                raise InputError(f"{name} is {shown(value)}; use {int(name == 'pool')} to {most}")
         waits = {"connect_s": connect_s, "idle_s": idle_s, "master_wait_s": master_wait_s}
-        for name, seconds in (waits if wait_s is None else {**waits, "wait_s": wait_s}).items():
-            if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
-                raise InputError(f"{name} is {shown(seconds)}; use a number of seconds above 0")
+        check_settings(group, pool, waits if wait_s is None else {**waits, "wait_s": wait_s})
         # Port 0 stands for the one where it listens.
         self._advertised = parse_address(advertise, 0) if advertise else ("", 0)
         self._hello = {"group": group, "pool": pool, "host": self._advertised[0]}
@@ -121,6 +106,7 @@ class Communicator(Part):
             parse_address(master, PORT),
             self._secret,
             master_wait_s=master_wait_s,
+            master_returns=master_returns,
             on_reply=self._on_reply,
             on_abort=self._on_abort,
             before=lambda name: self._before(name),
@@ -131,7 +117,7 @@ class Communicator(Part):
         handlers = {"link": self._links.offer, "state": self._sharing.serve, "rate": self._rates.serve}
         self._listener = Listener(host, port or None, self._secret, handlers)
         self._has_shared = False
-        self._in_flight = threading.Semaphore(_MOST_IN_FLIGHT)
+        self._in_flight = threading.Semaphore(MOST_TAGS)
 
     # Who is there
 
@@ -148,13 +134,9 @@ class Communicator(Part):
         try:
             self._line.open({**self._hello, "port": self._advertised[1] or self._listener.port})
             self._listener.run = self._line.run
-            while not self._topology:
-                # Those who run may have failed to reach another newcomer; they try again when they let in again.
-                try:
-                    self._form(self._vote({"what": "join"}))
-                except TopologyFailed:
-                    continue
-            self._is_new = not self._topology.get("gathers", False)
+            # A neighbour that waited for longer would be the one that is late.
+            self._links.connect_s = min(self._connect_s, self._line.connect_s)
+            self._join()
         except BaseException:
             self.close()
             raise
@@ -171,78 +153,6 @@ class Communicator(Part):
         self._line.close()
         self._end()
 
-    @property
-    def world_size(self) -> int:
-        """Peers of all groups."""
-        return int(self._topology.get("world", 0))
-
-    @property
-    def ring_order(self) -> list[int]:
-        """Peers of the own group in the order of its ring."""
-        return [int(row[0]) for row in self._topology.get("ring", [])]
-
-    @property
-    def group_size(self) -> int:
-        """Peers of the own group."""
-        return len(self.ring_order)
-
-    @property
-    def n_groups(self) -> int:
-        """Groups that have peers."""
-        return int(self._topology.get("groups", 0))
-
-    @property
-    def largest_group(self) -> int:
-        """Peers of the largest group."""
-        return int(self._topology.get("largest", 0))
-
-    def are_peers_pending(self) -> bool:
-        """Whether newcomers wait: one answer for all peers."""
-        return bool(self._alone_in_it(lambda: self._vote({"what": "pending"}))["pending"])
-
-    def update_topology(self) -> None:
-        """Let in those who wait. Raises TopologyFailed on all peers where one cannot reach its neighbour."""
-        self._accept(gathers=False)
-
-    def _accept(self, *, gathers: bool) -> None:
-        self._alone_in_it(lambda: self._form(self._vote({"what": "accept", "gathers": gathers})))
-
-    def admit(self) -> bool:
-        """Let in those who wait, if there are any; whether this peer's ring has changed.
-
-        Where this is the first call of one that comes later it does nothing: those who let it in are just making theirs.
-        """
-        if self._is_new:
-            self._is_new = False
-            return True
-        return self._admitted(gathers=False)
-
-    def _admitted(self, *, gathers: bool) -> bool:
-        if not self.are_peers_pending():
-            return False
-        before = self.ring_order
-        self._accept(gathers=gathers)
-        return self.ring_order != before
-
-    def wait_for(self, world: int) -> None:
-        """Let in until so many peers are there; all that begin together call it first.
-
-        For one that comes later, and is let in by peers that are past it, it does nothing.
-
-        Raises InputError for a number that is none.
-        """
-        if type(world) is not int or world < 1:
-            raise InputError(f"world is {shown(world)}; use 1 or more")
-        while not self._is_new and self.world_size < world:
-            if self.is_given_up:
-                raise PeerLost(f"it was given up with {self.world_size} of {world} peers there")
-            try:
-                has_changed = self._admitted(gathers=True)
-            except TopologyFailed:
-                continue
-            if not has_changed:
-                time.sleep(_LOOK_S)
-
     def optimize_topology(self, *, seconds: float = 10.0, streams: int = 4) -> None:
         """Measure the links that were not measured yet, and take the best ring.
 
@@ -252,10 +162,7 @@ class Communicator(Part):
 
         Raises TopologyFailed as `update_topology`, InputError for values that are none.
         """
-        if not 0.01 <= seconds <= 60 or not 1 <= streams <= MOST_STREAMS:
-            raise InputError(
-                f"seconds is {shown(seconds)} and streams {shown(streams)}; use 0.01 to 60 and 1 to {MOST_STREAMS}"
-            )
+        check_flood(seconds, streams)
         self._alone_in_it(lambda: self._optimize(seconds, streams))
 
     def _optimize(self, seconds: float, streams: int) -> None:
@@ -304,6 +211,7 @@ class Communicator(Part):
             {
                 "what": "sync",
                 "revision": state.revision,
+                "progress": state.progress,
                 "strategy": chosen,
                 "is_default": strategy is None,
                 "keys": state.entries(),
@@ -347,6 +255,7 @@ class Communicator(Part):
         op: str = "sum",
         quantise: Quantiser | str | None = None,
         tag: int = 0,
+        world: int | None = None,
     ) -> Reduced:
         """Reduce over the peers of the group; every one gets the same bits.
 
@@ -357,12 +266,14 @@ class Communicator(Part):
                 float16 go around in a wider type, with two to four times the bytes, so that no sum on the way is too large.
             quantise: how floating-point numbers go over the wire: a `Quantiser`, ``min_max`` or ``zero_point`` (8 bits); None as they are.
             tag: of collectives at the same time each has its own.
+            world: so many peers must take part, the same number on all; where fewer are left, all get `PeerLost` before anything is sent.
+                None for whoever is there.
 
         Returns who took part. Raises PeerLost where a peer or link was lost: on every survivor, with all buffers as they were before;
         Mismatch where peers ask for different things; TagInUse, MasterLost, Kicked, InputError.
         """
-        one = Reduction(send, recv, op, quantise, tag)
-        _check(one)
+        one = Reduction(send, recv, op, quantise, tag, world)
+        check_reduction(one)
         self._take_tag(tag)
         try:
             return self._reduce(one)
@@ -377,16 +288,17 @@ class Communicator(Part):
         op: str = "sum",
         quantise: Quantiser | str | None = None,
         tag: int = 0,
+        world: int | None = None,
     ) -> Future[Reduced]:
         """`all_reduce` in a thread of its own: ``result()`` of what this returns waits for it, and raises what it raises.
 
         Neither tensor may be touched until then.
         """
-        one = Reduction(send, recv, op, quantise, tag)
-        _check(one)
+        one = Reduction(send, recv, op, quantise, tag, world)
+        check_reduction(one)
         self._take_tag(tag)
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(_MOST_IN_FLIGHT, thread_name_prefix="pccl collective")
+            self._threads = ThreadPoolExecutor(MOST_TAGS, thread_name_prefix="pccl collective")
 
         def work() -> Reduced:
             try:
@@ -408,15 +320,7 @@ class Communicator(Part):
 
         Returns for each what became of it: an error where it failed to the end, which is also where nobody is left to reduce with.
         """
-        tags = [one.tag for one in reductions]
-        if len(set(tags)) < len(tags):
-            raise InputError(f"tags are {shown(tags)}; give each collective its own")
-        if not 1 <= max_in_flight <= _MOST_IN_FLIGHT:
-            raise InputError(f"max_in_flight is {shown(max_in_flight)}; use 1 to {_MOST_IN_FLIGHT}")
-        if type(attempts) is not int or attempts < 1:
-            raise InputError(f"attempts is {shown(attempts)}; use 1 or more")
-        for one in reductions:
-            _check(one)
+        check_many(reductions, max_in_flight, attempts)
         found: dict[int, Reduced | CollectiveError] = {}
         for attempt in range(attempts):
             left = [place for place in range(len(reductions)) if not isinstance(found.get(place), Reduced)]
@@ -437,7 +341,9 @@ class Communicator(Part):
             while waiting and len(running) < most:
                 place = waiting.popleft()
                 one = reductions[place]
-                handle = self.all_reduce_async(one.send, one.recv, op=one.op, quantise=one.quantise, tag=one.tag)
+                handle = self.all_reduce_async(
+                    one.send, one.recv, op=one.op, quantise=one.quantise, tag=one.tag, world=one.world
+                )
                 running[handle] = place
             for handle in wait(running, return_when=FIRST_COMPLETED).done:
                 place = running.pop(handle)
@@ -455,6 +361,7 @@ class Communicator(Part):
             "dtype": str(target.dtype).removeprefix("torch."),
             "op": one.op,
             "quantise": written,
+            **({} if one.world is None else {"world": one.world}),
         }
         # The master takes so many of a peer at a time; those of all threads together, and the rest wait here.
         with self._in_flight:
@@ -462,26 +369,3 @@ class Communicator(Part):
             op = self._ops[one.tag, int(reply["seq"])]
             with torch.no_grad():
                 return self._carry_out(op, reply, one, target, quantiser)
-
-
-def _check(one: Reduction) -> None:
-    """Raises InputError for what cannot be reduced."""
-    if type(one.tag) is not int or not 0 <= one.tag < _MOST_TAG:
-        raise InputError(f"tag is {shown(one.tag)}; use 0 to {_MOST_TAG - 1}")
-    if one.op not in OPS:
-        raise InputError(f"op is {shown(one.op)}; use {', '.join(OPS)}")
-    if not isinstance(one.send, Tensor) or one.send.dtype not in DTYPES or one.send.layout != torch.strided:
-        given = one.send.dtype if isinstance(one.send, Tensor) else type(one.send).__name__
-        raise InputError(f"a {given} cannot be reduced; use a dense tensor of {', '.join(sorted(map(str, DTYPES)))}")
-    if one.send.device.type == "meta":
-        raise InputError("a tensor on the meta device has no numbers; reduce one that has")
-    target = one.send if one.recv is None else one.recv
-    if not isinstance(target, Tensor) or (why := not_written(target)):
-        told = why if isinstance(target, Tensor) else f"a {type(target).__name__}"
-        raise InputError(f"the result has no place in {told}; give recv, or a clone")
-    if one.recv is not None and (one.recv.dtype != one.send.dtype or one.recv.numel() != one.send.numel()):
-        raise InputError(
-            f"recv has {one.recv.numel()} elements of {one.recv.dtype}, and send {one.send.numel()} of {one.send.dtype}; they must agree"
-        )
-    if quantiser_of(one.quantise) is not None and not one.send.dtype.is_floating_point:
-        raise InputError(f"{one.send.dtype} is not quantised; quantise is for floating-point numbers")

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from anabranch.cluster.pccl.disagreements import Disagreements
 from anabranch.cluster.pccl.elections import elect
-from anabranch.cluster.pccl.records import GLOBAL, MOST_FAILURES, Forming, Held, Member, Running, Syncing, waits_for
+from anabranch.cluster.pccl.records import (
+    GLOBAL,
+    MOST_FAILURES,
+    MOST_QUITS,
+    Forming,
+    Member,
+    Running,
+    Syncing,
+    waits_for,
+)
 
 
-class Decisions(Held):
+class Decisions(Disagreements):
     """Rules over what is held."""
 
     def _evaluate(self) -> None:
@@ -26,19 +36,26 @@ class Decisions(Held):
                 self._all_measured,
                 self._all_share,
                 self._all_shared,
+                self._none_can_begin,
                 self._all_begin,
+                self._all_hold_others,
                 self._all_ended,
             )
         ):
             pass
 
     def _form(
-        self, rings: dict[int, list[int]], newcomers: list[int], participants: list[Member], *, gathers: bool = True
+        self,
+        rings: dict[int, list[int]],
+        newcomers: list[int],
+        participants: list[Member],
+        *,
+        awaits: int | None = None,
     ) -> None:
         """Have links made for a ring."""
-        self.forming = Forming(self.epoch + 1, rings, newcomers, [member.id for member in participants], gathers)
+        self.forming = Forming(self.epoch + 1, rings, newcomers, [member.id for member in participants], awaits)
         for member in participants:
-            self._deadlines[member.id] = self._now + 2 * self.connect_s + self.dead_s
+            self._must_report(member.id)
         self._answer(
             participants,
             lambda member: {
@@ -47,6 +64,10 @@ class Decisions(Held):
                 "ring": [self.members[peer].place for peer in rings[member.group]],
             },
         )
+
+    def _must_report(self, peer: int) -> None:
+        """A peer has ``connect_s`` for its links; twice that is late."""
+        self._deadlines[peer] = self._now + 2 * self.connect_s + self.dead_s
 
     def _form_is_done(self) -> bool:
         forming = self.forming
@@ -63,26 +84,36 @@ class Decisions(Held):
             return True
         for peer in forming.newcomers:
             self.members[peer].is_accepted = True
+        world = sum(map(len, forming.rings.values()))
         for member in there:
             member.failures = 0
+            member.gathers &= world < (forming.awaits or 0)
         self.order, self.epoch = {group: ring for group, ring in forming.rings.items() if ring}, forming.epoch
         # A newcomer's next call is what those make next who have let it in.
-        self._answer(there, lambda member: {**self._topology(member), "gathers": forming.gathers})
+        self._answer(there, lambda member: {**self._topology(member), "awaits": forming.awaits})
         return True
 
     def _form_failed(self, forming: Forming, there: list[Member], failed: list[Member]) -> None:
         # Some have links of that ring, and some of the one before: neither goes on.
         self.epoch = max(self.epoch, forming.epoch + 1)
-        blamed = {(member.vote or {}).get("accused") for member in failed} | {member.id for member in failed}
+        accused = {member.id: (member.vote or {}).get("accused") for member in failed}
         why = "a peer went away meanwhile" if forming.is_lost else ""
         for member in failed[:1]:
             why = f"peer {member.id}: {str((member.vote or {}).get('why', 'no links'))[:200]}"
         self._answer(there, {"error": "topology", "why": f"the ring could not be made: {why}"})
-        for peer in forming.newcomers:
-            if peer in blamed and peer in self.members:
-                self.members[peer].failures += 1
-                if self.members[peer].failures >= MOST_FAILURES:
-                    self._remove(peer, f"its neighbours could not reach it, or it them ({why})")
+        newcomers = [peer for peer in forming.newcomers if peer in self.members]
+        guilty = [peer for peer in newcomers if peer in accused or peer in accused.values()]
+        if not forming.is_lost:
+            # One that takes part and is not known, and fails for no newcomer's sake: nobody else might ever be let in.
+            guilty += [
+                peer
+                for peer, other in accused.items()
+                if peer not in newcomers and other not in newcomers and self._is_less_known(self.members[peer])
+            ]
+        for peer in guilty:
+            self.members[peer].failures += 1
+            if self.members[peer].failures >= MOST_FAILURES:
+                self._remove(peer, f"its neighbours could not reach it, or it them ({why})")
 
     def _topology(self, member: Member) -> dict[str, Any]:
         return {
@@ -92,43 +123,6 @@ class Decisions(Held):
             "groups": len(self.order),
             "largest": max(map(len, self.order.values())),
         }
-
-    def _is_mixed(self) -> bool:
-        """Whether peers wait for different things, none of which will come: within a group, or what all groups decide together."""
-        everyone = [member for member in self.accepted if member.vote is not None and member.vote["what"] in GLOBAL]
-        if self._told_apart(everyone, self.accepted):
-            return True
-        rings = [[self.members[peer] for peer in ring] for ring in self.order.values()]
-        return any(self._told_apart(ring, ring) for ring in rings)
-
-    def _told_apart(self, members: list[Member], all_of_them: list[Member]) -> bool:
-        """Tell members who wait that others of them wait for something else; False where they do not.
-
-        Newcomers that do otherwise than those who have run for a while are told alone; until one of those has voted, it is not known who.
-        """
-        begun = {
-            member.id: str(member.vote["what"])
-            for member in members
-            if member.vote is not None and member.vote["what"] in (*GLOBAL, "sync")
-        }
-        began = {member.id: f"a collective of tag {min(member.initiates)}" for member in members if member.initiates}
-        if not begun or len({*begun.values(), *began.values()}) < 2:
-            return False
-        waiting = sorted((begun | began).items())
-        first, second = waiting[0], next(one for one in waiting if one[1] != waiting[0][1])
-        told = {"error": "mismatch", "why": f"peer {first[0]} waits for {first[1]}, peer {second[0]} for {second[1]}"}
-        if strangers := self._strangers(dict(waiting)):
-            self._send_away(dict.fromkeys(strangers, told))
-            return True
-        if any(member.is_proven for member in all_of_them) and not any(
-            self.members[peer].is_proven for peer, _ in waiting
-        ):
-            return False
-        self._answer([member for member in members if member.id in begun], told)
-        for member in members:
-            for tag in list(member.initiates):
-                self._reply(member, member.initiates.pop(tag)["req"], told)
-        return True
 
     def _all_agree(self) -> bool:
         """What all groups decide together."""
@@ -144,21 +138,28 @@ class Decisions(Held):
         if what not in GLOBAL or not all(waits_for(member, what) for member in accepted):
             return False
         if what == "pending":
+            awaits = self._awaited()
             for member in accepted:
-                member.is_proven |= member.has_reduced
-            self._answer(accepted, {"pending": bool(waiting)})
+                member.prove()
+                member.gathers = awaits > 0 and (member.gathers or (member.vote or {}).get("awaits", 0) > 0)
+            self._answer(accepted, {"pending": bool(waiting), "awaits": awaits})
         elif what == "accept":
             rings = _with(self.order | self.found, waiting)
             self.found = {}
             if rings == self.order:
                 self._answer(accepted, self._topology)
             else:
-                gathers = any((member.vote or {}).get("gathers") is True for member in accepted)
-                self._form(rings, [member.id for member in waiting], [*accepted, *waiting], gathers=gathers)
+                newcomers = [member.id for member in waiting]
+                self._form(rings, newcomers, [*accepted, *waiting], awaits=self._awaited())
         else:
             self._asked_to_measure = {member.id for member in accepted}
             self._answer(accepted, self._to_measure)
         return True
+
+    def _awaited(self) -> int:
+        """For how many peers those wait who decide together: by the vote of the best known, and of these the one that came first."""
+        first = max(self.accepted, key=lambda member: (member.proof, -member.id))
+        return int((first.vote or {}).get("awaits", 0))
 
     def _to_measure(self, member: Member) -> dict[str, Any]:
         others = [peer for peer in self.order[member.group] if peer != member.id]
@@ -181,6 +182,7 @@ class Decisions(Held):
                 {member.id: member.vote for member in members if member.vote},
                 self.revision.get(group),
                 {member.id: member.unfetched for member in members},
+                [member.id for member in members if member.has_shared],
             )
             if found.error is not None:
                 self._answer(members, found.error)
@@ -227,7 +229,8 @@ class Decisions(Held):
                 self._judge(syncing, members, [])
                 for member in members:
                     member.unfetched = []
-                    member.is_proven |= member.has_reduced
+                    member.prove()
+                    member.has_shared, member.gathers = True, False
             return True
         return False
 
@@ -248,23 +251,6 @@ class Decisions(Held):
             elif len(member.doubted) >= MOST_FAILURES:
                 self._remove(member.id, "peers could not fetch the shared state from it, and could from others")
 
-    def _send_away(self, told: dict[int, dict[str, Any]]) -> None:
-        """Members that do something else than the others: each hears why, and the others go on."""
-        for peer, body in told.items():
-            member = self.members[peer]
-            if member.vote is not None:
-                self._answer([member], body)
-            for vote in member.initiates.values():
-                self._reply(member, vote["req"], body)
-            self._remove(peer, str(body["why"]))
-
-    def _strangers(self, said: dict[int, Any]) -> list[int]:
-        """Who does otherwise than all those who have done a round with each other; nobody where there are none, or they do not agree."""
-        known = [said[peer] for peer in said if self.members[peer].is_proven]
-        if not known or any(one != known[0] for one in known):
-            return []
-        return [peer for peer in said if said[peer] != known[0]]
-
     def _all_begin(self) -> bool:
         for group, ring in self.order.items():
             members = [self.members[peer] for peer in ring]
@@ -278,7 +264,7 @@ class Decisions(Held):
                         "error": "mismatch",
                         "why": f"tag {tag}: {_in_words(ring[0], vote)}, {_in_words(other, held[other])}",
                     }
-                    if strangers := self._strangers({peer: held[peer]["descriptor"] for peer in ring}):
+                    if strangers := self._strangers({peer: held[peer]["descriptor"] for peer in ring}, members):
                         self._send_away(dict.fromkeys(strangers, told))
                         return True
                     for member in members:
@@ -310,10 +296,13 @@ class Decisions(Held):
                 for peer in running.participants:
                     if self.members[peer].failures >= MOST_FAILURES:
                         self._remove(peer, "its neighbours do not reach it")
+                    elif self.members[peer].quits >= MOST_QUITS:
+                        self._remove(peer, "it ends each collective, and names nobody")
             else:
                 for peer in running.participants:
-                    self.members[peer].failures = 0
-                    self.members[peer].has_reduced = True
+                    member = self.members[peer]
+                    member.failures, member.quits = 0, 0
+                    member.has_reduced, member.gathers = True, False
             return True
         return False
 

@@ -219,6 +219,7 @@ class DiLoCo:
     def _meet(self) -> bool:
         """Let in who waits, share the state, and have its weights. Whether nothing was shared before."""
         self._met_at.fill_(self._done)
+        self.state.progress = self._done
         shared = self._shared()
         self._done = int(self._met_at)
         self.received_bytes += shared.received_bytes
@@ -237,9 +238,9 @@ class DiLoCo:
             self.state.revision += 1
             try:
                 return self.peers.sync_shared_state(self.state)
-            except PeerLost:
+            except PeerLost as error:
                 self.state.revision -= 1
-                if self.peers.is_given_up:
+                if not error.retryable or self.peers.is_given_up:
                     raise
         raise PeerLost(f"the shared state was not shared in {_TRIES} tries")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from anabranch.cluster.pccl.wire import WireError, number, word
@@ -26,7 +27,7 @@ class Election:
         revision: of what was elected.
         fetches: by peer that must fetch, its source and the entries ``[name, dtype, shape, hash]`` that it lacks.
         kicked: by peer that must leave, why.
-        apart: by newcomer whose state has another form than what is shared, what it is told before it must leave.
+        apart: by newcomer that does not fit to what is shared, what it is told before it must leave.
         error: what all are told instead; None where there is a winner.
     """
 
@@ -40,6 +41,7 @@ class Election:
 def check_vote(body: dict[str, Any]) -> None:
     """Raises WireError for what is no description of a state."""
     number(body, "revision")
+    number(body, "progress", default=0)
     if body.get("strategy") not in STRATEGIES:
         raise WireError(f"a strategy other than {', '.join(STRATEGIES)}")
     keys = body.get("keys")
@@ -60,17 +62,26 @@ def check_vote(body: dict[str, Any]) -> None:
 
 
 def elect(
-    votes: Mapping[int, dict[str, Any]], last: int | None, unfetched: Mapping[int, Collection[int]] | None = None
+    votes: Mapping[int, dict[str, Any]],
+    last: int | None,
+    unfetched: Mapping[int, Collection[int]] | None = None,
+    known: Collection[int] | None = None,
 ) -> Election:
     """Elect by popularity of the whole content; ties go to what the lowest peer has.
 
-    Where nothing was shared before, the highest revision counts first: who goes on with a run comes before who begins anew.
+    Where nothing was shared before, the highest revision counts first, then who has done most since: who goes on with a run comes before
+    who begins anew. Where something was, a newcomer receives, whatever strategy its program names; one that says ``send_only`` must
+    know the revision. What does not fit of it is told to it alone.
 
     Args:
-        votes: by peer: ``revision``, ``strategy``, ``keys`` and whether the strategy ``is_default``.
+        votes: by peer: ``revision``, ``progress``, ``strategy``, ``keys`` and whether the strategy ``is_default``.
         last: revision of what was shared before; None where nothing was.
         unfetched: by peer, sources from which it could not fetch: others are taken where there are any.
+        known: who was there when it was shared; the others are newcomers. None for all.
     """
+    known = [peer for peer in sorted(votes) if last is not None and (known is None or peer in known)]
+    if last is not None:
+        votes = {peer: vote if peer in known else _as_newcomer(vote) for peer, vote in votes.items()}
     senders = [peer for peer in sorted(votes) if votes[peer]["strategy"] == SEND]
     offers = senders or [peer for peer in sorted(votes) if votes[peer]["strategy"] == POPULAR]
     if not offers and last is None:
@@ -80,32 +91,56 @@ def elect(
         why = "nobody who is left has the shared state" + ("" if last is None else f" of revision {last}")
         return Election(kicked=dict.fromkeys(votes, why))
     if last is None and not senders:
-        newest = max(votes[peer]["revision"] for peer in offers)
-        offers = [peer for peer in offers if votes[peer]["revision"] == newest]
-    if wrong := _wrong_revision(votes, last):
-        return Election(error=wrong)
+        newest = max(_way(votes[peer]) for peer in offers)
+        offers = [peer for peer in offers if _way(votes[peer]) == newest]
+    if wrong := _wrong_revisions(votes, last):
+        late = {peer: told for peer, told in wrong.items() if peer not in known}
+        return Election(apart=late) if late and known else Election(error=next(iter(wrong.values())))
     contents = {peer: _content(votes[peer]) for peer in votes}
-    if senders and len({contents[peer] for peer in senders}) > 1:
-        return Election(kicked=dict.fromkeys(senders, f"peers {senders} all send, and not the same state"))
+    if senders and (odd := _odd({peer: contents[peer] for peer in senders}, known)):
+        return Election(kicked=dict.fromkeys(odd, f"peers {senders} all send, and not the same state"))
     counted = Counter(contents[peer] for peer in offers)
     most = max(counted.values())
     winner = next(peer for peer in offers if counted[contents[peer]] == most)
-    if others := [peer for peer in sorted(votes) if _form(votes[peer]) != _form(votes[winner])]:
-        if last is not None and all(votes[peer]["strategy"] == RECEIVE for peer in others):
-            # It is they who do not fit to what the others have.
-            return Election(apart={peer: _apart(votes, winner, peer) for peer in others})
-        return Election(error=_apart(votes, winner, others[0]))
+    if odd := _odd({peer: _form(votes[peer]) for peer in sorted(votes)}, known):
+        right = next((peer for peer in known if peer not in odd), None)
+        if right is None:
+            other = next(peer for peer in odd if _form(votes[peer]) != _form(votes[winner]))
+            return Election(error=_apart(votes, winner, other))
+        # It is they who do not fit to what the others have.
+        return Election(apart={peer: _apart(votes, right, peer) for peer in odd})
     sources = [peer for peer in sorted(votes) if _keys(votes[peer]) == _keys(votes[winner])]
     return Election(revision=votes[winner]["revision"], fetches=_fetches(votes, winner, sources, unfetched or {}))
 
 
-def _wrong_revision(votes: Mapping[int, dict[str, Any]], last: int | None) -> dict[str, Any] | None:
+def _as_newcomer(vote: dict[str, Any]) -> dict[str, Any]:
+    return {**vote, "strategy": RECEIVE} if vote["strategy"] == POPULAR else vote
+
+
+def _way(vote: dict[str, Any]) -> tuple[int, int]:
+    """How far a run has come."""
+    return vote["revision"], vote.get("progress", 0)
+
+
+def _odd(said: Mapping[int, Any], known: Collection[int]) -> list[int]:
+    """Who says otherwise than those who are known; all where these do not agree, or there are none; nobody where all say the same."""
+    if all(one == other for one, other in pairwise(said.values())):
+        return []
+    those = [said[peer] for peer in said if peer in known]
+    if not those or any(one != those[0] for one in those):
+        return list(said)
+    return [peer for peer in said if said[peer] != those[0]]
+
+
+def _wrong_revisions(votes: Mapping[int, dict[str, Any]], last: int | None) -> dict[int, dict[str, Any]]:
+    """What is told of each peer whose revision is not the next."""
     if last is None:
-        return None
-    for peer in sorted(votes):
-        if votes[peer]["strategy"] != RECEIVE and votes[peer]["revision"] != last + 1:
-            return {"error": "revision", "expected": last + 1, "got": votes[peer]["revision"], "peer": peer}
-    return None
+        return {}
+    return {
+        peer: {"error": "revision", "expected": last + 1, "got": votes[peer]["revision"], "peer": peer}
+        for peer in sorted(votes)
+        if votes[peer]["strategy"] != RECEIVE and votes[peer]["revision"] != last + 1
+    }
 
 
 def _fetches(

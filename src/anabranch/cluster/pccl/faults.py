@@ -39,7 +39,10 @@ class CollectiveError(PeerError):
 
 
 class PeerLost(CollectiveError):  # noqa: N818
-    """A peer went away or a link broke in the midst of it; buffers are as they were before the call."""
+    """A peer went away or a link broke in the midst of it; buffers are as they were before the call.
+
+    Where this peer has itself given up waiting (``wait_s``, ``gives_up``), it is not ``retryable``, and nobody else was told.
+    """
 
     retryable = True
 
@@ -85,6 +88,13 @@ class RevisionError(CollectiveError):
         return RevisionError, (self.expected, self.got, self.peer)
 
 
+def not_in_time(why: str) -> PeerLost:
+    """Of a peer that waits no longer: the same call would wait as long again, and the others heard nothing of it."""
+    error = PeerLost(why)
+    error.retryable = False
+    return error
+
+
 # By the name under which the master tells of them.
 _NAMED: dict[str, type[CollectiveError]] = {
     "lost": PeerLost,
@@ -103,4 +113,6 @@ def told(reply: dict[str, Any]) -> CollectiveError | None:
         return None
     if name == "revision":
         return RevisionError(int(reply["expected"]), int(reply["got"]), int(reply["peer"]))
+    if name == "late":
+        return not_in_time(str(reply.get("why", name)))
     return _NAMED.get(str(name), CollectiveError)(str(reply.get("why", name)))

@@ -91,7 +91,8 @@ def call(sock: socket.socket, secret: bytes, hello: dict[str, Any], deadline: fl
     """
     said = {"version": VERSION, "nonce": secrets.token_hex(16), **hello}
     send_all(sock, packed(Kind.HELLO, said), deadline)
-    answer = _expected(receive_frame(sock, deadline), Kind.CHALLENGE)
+    # Whoever it is has proved nothing yet.
+    answer = _expected(receive_frame(sock, deadline, MOST_HELLO), Kind.CHALLENGE)
     nonce = word(answer, "nonce", 64)
     expected = proof(secret, "called", said, nonce)
     if not hmac.compare_digest(expected.encode(), word(answer, "proof", 128).encode()):

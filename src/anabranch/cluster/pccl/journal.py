@@ -18,7 +18,7 @@ from anabranch.errors import DataError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 _PLAIN = ("run", "epoch", "_next_id")
 _BY_GROUP = ("order", "revision", "_next_seq")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from anabranch.cluster.pccl.addresses import connected
 from anabranch.cluster.pccl.faults import CollectiveError, Kicked, MasterLost, Refused
 from anabranch.cluster.pccl.handshake import HANDSHAKE_S, call
 from anabranch.cluster.pccl.wire import Frame, Kind, Reader, WireError, number, packed, word
@@ -44,11 +45,13 @@ class Line:
         address: host and port of the master.
         secret: of the run.
         master_wait_s: for so long a master that is gone may be gone.
+        master_returns: whether one that is gone may come back at all, once this peer was connected.
         on_reply, on_abort: called with bodies of frames as they come, in their order, by the line's thread.
         before: called with the name of what is about to be sent; of tests, which let a peer die there.
 
     Attributes:
         peer, run: what the master calls this peer and its run.
+        connect_s: in which the master has links made.
     """
 
     def __init__(
@@ -57,14 +60,16 @@ class Line:
         secret: bytes,
         *,
         master_wait_s: float,
+        master_returns: bool = True,
         on_reply: Callable[[dict[str, Any]], None],
         on_abort: Callable[[dict[str, Any]], None],
         before: Callable[[str], None],
     ) -> None:
-        self._address, self._secret, self._master_wait_s = address, secret, master_wait_s
+        self._address, self._secret = address, secret
+        self._master_wait_s, self._master_returns = master_wait_s, master_returns
         self._on_reply, self._on_abort, self._before = on_reply, on_abort, before
         self.peer, self.run, self._token = -1, "", ""
-        self._heartbeat_s, self._dead_s = 1.0, 5.0
+        self._heartbeat_s, self._dead_s, self.connect_s = 1.0, 5.0, 10.0
         self._open: dict[int, _Open] = {}
         self._next_req = 1
         # Of all that follows, and of writing.
@@ -166,7 +171,7 @@ class Line:
 
     def _called(self, hello: dict[str, Any]) -> tuple[socket.socket, dict[str, Any]]:
         deadline = time.monotonic() + HANDSHAKE_S
-        sock = socket.create_connection(self._address, timeout=HANDSHAKE_S)
+        sock = connected(*self._address, deadline)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock, call(sock, self._secret, hello, deadline)
@@ -183,6 +188,7 @@ class Line:
                 self.peer, self.run, self._token = number(welcome, "peer"), word(welcome, "run"), word(welcome, "token")
                 self._heartbeat_s = min(max(_seconds(welcome, "heartbeat_s"), 0.01), 60)
                 self._dead_s = min(max(_seconds(welcome, "dead_s"), 0.05), 600)
+                self.connect_s = min(max(_seconds(welcome, "connect_s"), 0.01), 3600)
             except WireError:
                 sock.close()
                 raise
@@ -275,6 +281,9 @@ class Line:
             if self._sock is not None:
                 _closed(self._sock)
                 self._sock = None
+        if not self._master_returns:
+            self.fail(MasterLost(f"the master at {self._shown()} is gone: {why}"))
+            return
         deadline = time.monotonic() + self._master_wait_s
         while self._error is None:
             try:

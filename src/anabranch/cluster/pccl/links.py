@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anabranch.cluster.pccl.addresses import listen_at, tuned
+from anabranch.cluster.pccl.addresses import connected, listen_at, tuned
 from anabranch.cluster.pccl.faults import Refused
 from anabranch.cluster.pccl.handshake import HANDSHAKE_S, call, take
 from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, send_all
@@ -147,8 +147,7 @@ def call_peer(
 ) -> tuple[socket.socket, dict[str, Any]]:
     """A connection to another peer, and its welcome. Raises LinkError, which accuses it."""
     try:
-        left = min(deadline - time.monotonic(), HANDSHAKE_S)
-        sock = tuned(socket.create_connection((place.host, place.port), timeout=max(left, 0.001)), congestion)
+        sock = tuned(connected(place.host, place.port, deadline), congestion)
     except (OSError, ValueError, OverflowError) as error:
         # Of what is no host at all, socket raises others than OSError.
         told = getattr(error, "strerror", None) or error
@@ -166,16 +165,17 @@ class Links:
 
     Args:
         secret: of the run.
-        connect_s: in which they must stand.
+        connect_s: in which they must stand; the master's time for it where that is shorter.
         congestion: control of their connections.
 
     Attributes:
+        connect_s: as given, until the master has told of its own.
         epoch: of the ring that they are of; -1 where there are none.
         to_next, from_previous: connections, as many as the smallest pool in the ring.
     """
 
     def __init__(self, secret: bytes, connect_s: float, congestion: str | None) -> None:
-        self._secret, self._connect_s, self._congestion = secret, connect_s, congestion
+        self._secret, self.connect_s, self._congestion = secret, connect_s, congestion
         self.epoch = -1
         self.to_next: list[socket.socket] = []
         self.from_previous: list[socket.socket] = []
@@ -213,7 +213,7 @@ class Links:
             place = next(number for number, peer in enumerate(ring) if peer.peer == me)
             following, previous = ring[(place + 1) % len(ring)], ring[place - 1]
             pool = min(peer.pool for peer in ring)
-            deadline = time.monotonic() + self._connect_s
+            deadline = time.monotonic() + self.connect_s
             for index in range(pool):
                 check()
                 hello = {"purpose": "link", "run": run, "epoch": epoch, "from": me, "index": index}
@@ -231,7 +231,7 @@ class Links:
             while key not in self._offers:
                 check()
                 if time.monotonic() >= deadline:
-                    raise LinkError(f"peer {key[1]} made no link within {self._connect_s:g} s", key[1])
+                    raise LinkError(f"peer {key[1]} made no link within {self.connect_s:g} s", key[1])
                 self._came.wait(0.05)
             return self._offers.pop(key)
 

@@ -347,7 +347,8 @@ class Master:
         line.peer = peer
         self._by_peer[peer] = line
         told = {"peer": peer, "token": self.state.members[peer].token, "run": self.state.run}
-        self._send(line, packed(Kind.WELCOME, {**told, "heartbeat_s": self.heartbeat_s, "dead_s": self.dead_s}))
+        told |= {"heartbeat_s": self.heartbeat_s, "dead_s": self.dead_s, "connect_s": self.state.connect_s}
+        self._send(line, packed(Kind.WELCOME, told))
 
     def _send(self, line: _Line, data: bytes) -> None:
         if line.sock.fileno() < 0:

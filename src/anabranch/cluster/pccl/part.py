@@ -6,6 +6,7 @@ All peers come to the same end: each says how it fared, and the master tells all
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,7 @@ class Reduction:
     op: str = "sum"
     quantise: Quantiser | str | None = None
     tag: int = 0
+    world: int | None = None
 
 
 @dataclass
@@ -238,12 +240,13 @@ class Part:
                     turns.remove(op.seq)
             self._turn.notify_all()
 
-    def _vote(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _vote(self, body: dict[str, Any], *, deadline: float | None = None) -> dict[str, Any]:
         # What comes after something was decided together is soon over, and not given up.
         is_short = body["what"] in ("complete", "established", "synced", "measured")
+        left = self._wait_s if deadline is None else max(deadline - time.monotonic(), 0.0)
         reply = self._line.request(
             body,
-            timeout_s=None if is_short or body["what"] == "join" else self._wait_s,
+            timeout_s=None if is_short else left,
             gives_up=None if is_short else self._gives_up,
         )
         if (error := told(reply)) is not None:

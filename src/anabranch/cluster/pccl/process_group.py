@@ -4,11 +4,13 @@
     dist.init_process_group("pccl")                    # under torchrun; cpu tensors, and cuda ones by way of the host
     model = DistributedDataParallel(model)
 
-A process group of torch has a fixed size, so a peer that is lost ends it: every survivor's next wait raises `PeerLost` at once, whatever
-`timeout` says, with tensors as they were, and torchrun starts the workers anew. What outlives losses is `Communicator` itself.
+A process group of torch has a fixed size, so a rank that is lost ends it, in the midst of a collective or between two: every wait of a
+survivor raises `PeerLost` from then on, whatever `timeout` says, with tensors as they were, and torchrun starts the workers anew. What
+outlives losses is `Communicator` itself.
 
-The master of the default group is the one that ANABRANCH_CLUSTER_MASTER names, for one job at a time. Without it, and for every further
-group (`new_group`, `DeviceMesh`), the first rank of the group has one in a thread, since all peers of a master are one run. Broadcasts and
+The master of the default group is the one that ANABRANCH_CLUSTER_MASTER names, for one job at a time; it may be restarted with its journal.
+Without it, and for every further group (`new_group`, `DeviceMesh`), the first rank of the group has one in a thread, since all peers of a
+master are one run; where that rank is lost the others hear `PeerLost` as of any other, at once where its process ended. Broadcasts and
 gathers are sums of bytes of which all but one are zero: exact, and twice the bytes of what a ring of their own would send.
 """
 
@@ -29,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.cluster.pccl.communicator import Communicator
-from anabranch.cluster.pccl.faults import PeerLost
+from anabranch.cluster.pccl.faults import MasterLost, PeerLost
 from anabranch.cluster.pccl.master import Master
 from anabranch.cluster.pccl.part import Reduced
 from anabranch.errors import InputError
@@ -49,10 +51,17 @@ _WAIT_S = 300.0
 
 
 class _Work(dist._Work):
-    """What torch waits for: some collectives, and then what is to be done with their result."""
+    """What torch waits for: some collectives, and then what is to be done with their result; ``told`` makes of an error what is raised."""
 
-    def __init__(self, handles: list[Future[Reduced]], result: Any, done: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        handles: list[Future[Reduced]],
+        result: Any,
+        done: Callable[[], None],
+        told: Callable[[BaseException], BaseException],
+    ) -> None:
         super().__init__()
+        self._told = told
         self._future: torch.futures.Future[Any] = torch.futures.Future()
         self._left, self._lock = len(handles), threading.Lock()
         self._result, self._done = result, done
@@ -67,7 +76,7 @@ class _Work(dist._Work):
             self._left -= 1
             is_last = not self._left
             if error is not None and not self._future.done():
-                self._future.set_exception(error)
+                self._future.set_exception(self._told(error))
         if is_last and not self._future.done():
             self._finish()
 
@@ -97,11 +106,15 @@ class PCCLGroup(dist.ProcessGroup):
         rank, size: of torch.
         peers: connected, with ``size`` peers.
         master: that ends with the group; None for one elsewhere.
+        is_own: whether the master is the first rank's.
     """
 
-    def __init__(self, rank: int, size: int, peers: Communicator, master: Master | None = None) -> None:
+    def __init__(
+        self, rank: int, size: int, peers: Communicator, master: Master | None = None, *, is_own: bool = False
+    ) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # its stubs know a group with a store only
         self._peers, self._master, self._number_of_ranks = peers, master, size
+        self._told = _as_a_lost_rank if is_own else _as_it_is
         self._rank, self._next, self._name = rank, 0, ""
 
     def getBackendName(self) -> str:  # torch's name
@@ -132,12 +145,23 @@ class PCCLGroup(dist.ProcessGroup):
     def _begin(self, tensor: Tensor, op: str) -> Future[Reduced]:
         # The same on all ranks, since they call in the same order.
         tag, self._next = self._next, (self._next + 1) % _MOST_TAG
-        return self._peers.all_reduce_async(tensor, op=op, tag=tag)
+        return self._peers.all_reduce_async(tensor, op=op, tag=tag, world=self._number_of_ranks)
+
+    def _work(self, handles: list[Future[Reduced]], result: Any, done: Callable[[], None] = lambda: None) -> _Work:
+        return _Work(handles, result, done, self._told)
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist._Work:  # type: ignore[override]  # the form that torch calls
-        """In place."""
+        """In place; of several tensors all or none."""
         op = _op_of(opts)
-        return _Work([self._begin(tensor, op) for tensor in tensors], tensors)
+        if len(tensors) == 1:
+            return self._work([self._begin(tensors[0], op)], tensors)
+        held = [tensor.detach().clone() for tensor in tensors]
+
+        def put() -> None:
+            for tensor, reduced in zip(tensors, held, strict=True):
+                tensor.detach().copy_(reduced)
+
+        return self._work([self._begin(tensor, op) for tensor in held], tensors, put)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> dist._Work:
         """In place."""
@@ -153,7 +177,7 @@ class PCCLGroup(dist.ProcessGroup):
             for tensor, data in zip(tensors, held, strict=True):
                 tensor.detach().copy_(_like(data, tensor))
 
-        return _Work([self._begin(data, "sum") for data in held], tensors, put)
+        return self._work([self._begin(data, "sum") for data in held], tensors, put)
 
     def allgather(  # type: ignore[override]  # the form that torch calls
         self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor], opts: Any = None
@@ -166,7 +190,7 @@ class PCCLGroup(dist.ProcessGroup):
                 for output, data in zip(outputs, slots, strict=True):
                     output.detach().copy_(_like(data, output))
 
-        return _Work([self._begin(slots.reshape(-1), "sum") for slots in held], output_tensors, put)
+        return self._work([self._begin(slots.reshape(-1), "sum") for slots in held], output_tensors, put)
 
     def _allgather_base(self, output: Tensor, given: Tensor, opts: Any = None) -> dist._Work:
         slots = self._slots(given)
@@ -174,7 +198,7 @@ class PCCLGroup(dist.ProcessGroup):
         def put() -> None:
             output.detach().copy_(_like(slots.reshape(-1), output))
 
-        return _Work([self._begin(slots.reshape(-1), "sum")], output, put)
+        return self._work([self._begin(slots.reshape(-1), "sum")], output, put)
 
     # Newer versions of torch call it so.
     all_gather_single = _allgather_base  # type: ignore[assignment]
@@ -189,7 +213,7 @@ class PCCLGroup(dist.ProcessGroup):
             for output, slots in zip(outputs, held, strict=True):
                 output.detach().copy_(_like(slots.reshape(-1), output))
 
-        return _Work([self._begin(slots.reshape(-1), "sum") for slots in held], outputs, put)
+        return self._work([self._begin(slots.reshape(-1), "sum") for slots in held], outputs, put)
 
     def reduce_scatter(  # type: ignore[override]  # the form that torch calls
         self, output_tensors: list[Tensor], input_tensors: list[list[Tensor]], opts: Any = None
@@ -201,7 +225,7 @@ class PCCLGroup(dist.ProcessGroup):
             for output, reduced in zip(output_tensors, whole, strict=True):
                 output.detach().copy_(reduced[self._rank])
 
-        return _Work([self._begin(tensor, _op_of(opts)) for tensor in whole], output_tensors, put)
+        return self._work([self._begin(tensor, _op_of(opts)) for tensor in whole], output_tensors, put)
 
     def _reduce_scatter_base(self, output: Tensor, given: Tensor, opts: Any = None) -> dist._Work:
         whole = given.detach().clone()
@@ -209,7 +233,7 @@ class PCCLGroup(dist.ProcessGroup):
         def put() -> None:
             output.detach().copy_(whole.reshape(self._number_of_ranks, -1)[self._rank].reshape(output.shape))
 
-        return _Work([self._begin(whole, _op_of(opts))], output, put)
+        return self._work([self._begin(whole, _op_of(opts))], output, put)
 
     reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
 
@@ -223,11 +247,11 @@ class PCCLGroup(dist.ProcessGroup):
             for output, reduced in zip(outputs, whole, strict=True):
                 output.detach().copy_(reduced.reshape(self._number_of_ranks, -1)[self._rank].reshape(output.shape))
 
-        return _Work([self._begin(tensor, _op_of(opts)) for tensor in whole], outputs, put)
+        return self._work([self._begin(tensor, _op_of(opts)) for tensor in whole], outputs, put)
 
     def barrier(self, opts: Any = None) -> dist._Work:
         """Until all are here."""
-        return _Work([self._begin(torch.zeros(1), "sum")], None)
+        return self._work([self._begin(torch.zeros(1), "sum")], None)
 
     def _slots(self, tensor: Tensor) -> Tensor:
         """uint8 ``[ranks, bytes]``: zero but for this rank's row."""
@@ -235,6 +259,15 @@ class PCCLGroup(dist.ProcessGroup):
         slots = torch.zeros(self._number_of_ranks, data.numel(), dtype=torch.uint8)
         slots[self._rank] = data
         return slots
+
+
+def _as_it_is(error: BaseException) -> BaseException:
+    return error
+
+
+def _as_a_lost_rank(error: BaseException) -> BaseException:
+    """The master was a thread of the first rank: who lost it has lost that rank."""
+    return PeerLost(f"the first rank of the group is lost: {error}") if isinstance(error, MasterLost) else error
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -269,7 +302,8 @@ def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.P
                 master = Master(":0", secret=made).start()
                 store.set("pccl", f"{_own_host(store, is_default)}:{master.address.rpartition(':')[2]} {made}")
             address, _, secret = store.get("pccl").decode().partition(" ")
-        return PCCLGroup(rank, size, _joined(address, secret, size, timeout.total_seconds()), master)
+        is_own = secret is not None
+        return PCCLGroup(rank, size, _joined(address, secret, size, timeout.total_seconds()), master, is_own=is_own)
     except BaseException:
         if master is not None:
             master.stop()
@@ -279,10 +313,13 @@ def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.P
 def _joined(address: str, secret: str | None, size: int, timeout_s: float) -> Communicator:
     """A peer among ``size``; those that are late get the rest of ``timeout_s``."""
     deadline, is_whole = time.monotonic() + timeout_s, threading.Event()
+    is_own = secret is not None
     peers = Communicator(
         address,
         secret=secret,
         master_wait_s=min(timeout_s, _WAIT_S),
+        # With its process, and nobody starts it again.
+        master_returns=not is_own,
         gives_up=lambda: not is_whole.is_set() and time.monotonic() > deadline,
     )
     try:
@@ -299,6 +336,8 @@ def _joined(address: str, secret: str | None, size: int, timeout_s: float) -> Co
             raise PeerLost(
                 f"{told}; start the others, give a longer timeout, or give each job a master of its own"
             ) from None
+        if is_own:
+            raise _as_a_lost_rank(error) from None
         raise
     is_whole.set()
     return peers

@@ -16,6 +16,12 @@ MAIN = ("join", "pending", "accept", "optimize", "measured", "established", "syn
 GLOBAL = ("pending", "accept", "optimize")
 # In which a newcomer that its neighbours cannot reach may fail, before it is sent away.
 MOST_FAILURES = 2
+# In which one that is less known than others may end collectives without a reason.
+MOST_QUITS = 8
+# Collectives of a peer at a time, under way and waited for.
+MOST_TAGS = 64
+# Peers that anybody can wait for.
+MOST_WORLD = 2**16
 
 
 @dataclass
@@ -32,10 +38,14 @@ class Member:
         vote: its main vote, a message; None where it waits for nothing.
         initiates: by tag, its votes to begin a collective.
         answered: by number of the vote, what it was told and may not know yet.
-        failures: times in a row in which others could not reach it.
         unfetched: sources from which it could not fetch what is being shared.
         doubted: members that could not fetch from it, and could from others.
-        has_reduced, is_proven: whether it has been through a collective, and through a vote of all after it: it runs what the others run.
+        has_reduced, has_shared: whether it has been through a collective, and through the sharing of a state.
+        proof: of what it had been through at the last vote of all: 2 a collective, 1 a shared state alone, 0 neither. Where peers do not
+            agree, those with the most are believed: they run what the others run.
+        gathers: whether it waits for others to be there, by `Communicator.wait_for`.
+        failures: times in a row in which others could not reach it.
+        quits: times in a row in which it has ended a collective and named nobody.
     """
 
     id: int
@@ -53,12 +63,24 @@ class Member:
     unfetched: list[int] = field(default_factory=list)
     doubted: list[int] = field(default_factory=list)
     has_reduced: bool = False
-    is_proven: bool = False
+    has_shared: bool = False
+    proof: int = 0
+    gathers: bool = False
+    quits: int = 0
 
     @property
     def place(self) -> list[Any]:
         """As other peers are told of it."""
         return [self.id, self.host, self.port, self.pool]
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether it has been through anything with others, and through a vote of all after it."""
+        return self.proof > 0
+
+    def prove(self) -> None:
+        """It has voted as all others."""
+        self.proof = max(self.proof, 2 if self.has_reduced else int(self.has_shared))
 
 
 @dataclass
@@ -90,7 +112,7 @@ class Forming:
         rings: by group, its members in order.
         newcomers: members that would be accepted.
         participants: whose links must stand.
-        gathers: whether those who let them in go on to let in more, as `Communicator.wait_for` does.
+        awaits: so many peers those who let them in wait for, by `Communicator.wait_for`; 0 for no more, None where nobody lets in anybody.
         is_lost: whether one of them went away.
     """
 
@@ -98,7 +120,7 @@ class Forming:
     rings: dict[int, list[int]]
     newcomers: list[int]
     participants: list[int]
-    gathers: bool = True
+    awaits: int | None = None
     is_lost: bool = False
 
 

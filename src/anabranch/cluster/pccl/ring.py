@@ -37,6 +37,7 @@ HEAD = struct.Struct("!4sIQQQ")
 _MAGIC = b"pccl"
 # How long a wait for the wires goes without asking whether all is off.
 _LOOK_S = 0.05
+_CLOSED = "this peer has closed its links"
 
 _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda held, came: held.add_(came),
@@ -261,8 +262,11 @@ def _exchange(plan: _Plan, wires: Wires) -> int:
     head = _Head(plan, wires)
     plan.out.appendleft(memoryview(head.sent))
     plan.due.appendleft(head)
-    for sock in (wires.to_next, wires.from_previous):
-        sock.setblocking(False)
+    try:
+        for sock in (wires.to_next, wires.from_previous):
+            sock.setblocking(False)
+    except OSError:
+        raise LinkError(_CLOSED) from None
     poll = select.poll()
     incoming: _Incoming | None = plan.due.popleft()
     view = head.begin()
@@ -320,8 +324,12 @@ def _receive_some(view: memoryview, wires: Wires) -> int:
 def _wait(poll: select.poll, wires: Wires, *, is_reading: bool, is_writing: bool) -> None:
     wanted = ((wires.from_previous, select.POLLIN, is_reading), (wires.to_next, select.POLLOUT, is_writing))
     sockets = [(sock, event) for sock, event, is_wanted in wanted if is_wanted]
-    for sock, event in sockets:
-        poll.register(sock, event)
-    poll.poll(_LOOK_S * 1000)
-    for sock, _ in sockets:
-        poll.unregister(sock)
+    try:
+        for sock, event in sockets:
+            poll.register(sock, event)
+        poll.poll(_LOOK_S * 1000)
+        for sock, _ in sockets:
+            poll.unregister(sock)
+    except (ValueError, KeyError):
+        # Of another thread, which has closed this peer; a socket that is closed has no number any more.
+        raise LinkError(_CLOSED) from None

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from anabranch.bounds import shown
 from anabranch.cluster.pccl.elections import MOST_DIMS, MOST_NAMES
@@ -70,21 +71,31 @@ class SharedState:
     Args:
         tensors: by name; they are written in place.
         revision: counts calls of `Communicator.sync_shared_state`: one more before each.
+        progress: what was done since, in any unit of the program. Where nothing was shared before, and several begin at one revision, who
+            has done most is whose state counts.
         settings: texts by name that must be the same on all peers and are not fetched: who has others gets `Mismatch`, which names them.
 
     Raises InputError for names that are too long, values that are no tensors, and more of both than a message holds.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], revision: int = 0, settings: Mapping[str, str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        revision: int = 0,
+        settings: Mapping[str, str] | None = None,
+        *,
+        progress: int = 0,
     ) -> None:
         self.tensors, self.revision, self.settings = dict(tensors), revision, dict(settings or {})
+        self.progress = progress
         self.check()
 
     def check(self) -> None:
         """Raises InputError for what cannot be shared; asked again before it is, as its parts may have been put there since."""
-        if type(self.revision) is not int or not 0 <= self.revision < 2**62:
-            raise InputError(f"the revision is {shown(self.revision)}; use a whole number from 0")
+        for name in ("revision", "progress"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**62:
+                raise InputError(f"the {name} is {shown(value)}; use a whole number from 0")
         for name, value in self.settings.items():
             if not _is_word(name) or not _is_word(value) or name in self.tensors:
                 raise InputError(
@@ -127,14 +138,29 @@ def _is_word(text: Any) -> bool:
     return isinstance(text, str) and 0 < len(text) <= _LONGEST_NAME and is_plain(text)
 
 
+def has_no_numbers(tensor: Tensor) -> str:
+    """What a tensor is that has no memory of its form, so that nobody can read it; nothing where it has."""
+    if is_lazy(tensor):
+        return "a parameter that is not initialised"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.device.type == "meta":
+        return "a tensor on the meta device"
+    if tensor.layout == torch.strided and tensor.numel():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if (tensor.storage_offset() + last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return "a tensor whose memory was freed"
+    return ""
+
+
 def not_written(tensor: Tensor) -> str:
     """Why nothing can be written into a tensor in place, byte by byte; nothing where it can."""
+    if why := has_no_numbers(tensor):
+        return why
     if tensor.layout != torch.strided or tensor.is_quantized:
         return (
             f"a tensor of layout {tensor.layout}" if tensor.layout != torch.strided else f"a tensor of {tensor.dtype}"
         )
-    if tensor.device.type == "meta":
-        return "a tensor on the meta device"
     if tensor.is_conj():
         return "a conjugate view"
     if tensor.is_inference():

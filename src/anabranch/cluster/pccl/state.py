@@ -19,19 +19,19 @@ from typing import Any
 
 from anabranch.cluster.pccl.decisions import Decisions
 from anabranch.cluster.pccl.elections import check_vote
-from anabranch.cluster.pccl.records import GLOBAL, MAIN, Member, waits_for
+from anabranch.cluster.pccl.records import GLOBAL, MAIN, MOST_TAGS, MOST_WORLD, Member, waits_for
 from anabranch.cluster.pccl.wire import WireError, number, word
 
-_MOST_TAGS = 64
 # Slowest link that a matrix tells of, Mbit/s.
 _LEAST_RATE = 1e-3
 
 
 # What is held of a main vote beside its name and number.
 _FIELDS = {
-    "accept": ("gathers",),
+    "pending": ("awaits",),
+    "accept": ("awaits",),
     "established": ("ok", "accused", "why"),
-    "sync": ("revision", "strategy", "is_default", "keys"),
+    "sync": ("revision", "progress", "strategy", "is_default", "keys"),
     "synced": ("ok", "why"),
 }
 
@@ -73,6 +73,8 @@ class MasterState(Decisions):
             return False
         member.is_absent = False
         self._deadlines.pop(peer, None)
+        if self.forming is not None and peer in self.forming.participants:
+            self._must_report(peer)
         # All it waits for, it says again.
         member.vote, member.initiates = None, {}
         tags, under_way = [], self._of_member(peer)
@@ -102,10 +104,25 @@ class MasterState(Decisions):
         """Time has passed: drop who has not answered in it."""
         self._now = now
         for peer in [peer for peer, when in self._deadlines.items() if when <= now]:
-            member = self.members[peer]
-            late = "did not come back" if member.is_absent else "did not answer an abort or make its links"
-            self._remove(peer, f"{late} in time")
+            member = self.members.get(peer)
+            if member is None or self._deadlines.get(peer, now) > now:
+                continue
+            if newcomers := self._newcomers_that_hold_up(member):
+                # Those go first whom nobody knows; without them it has nothing more to wait for.
+                self._deadlines[peer] = now + self.dead_s
+                for other in newcomers:
+                    self._remove(other, "those who run could not make their links with it in time")
+            else:
+                late = "did not come back" if member.is_absent else "did not answer an abort or make its links"
+                self._remove(peer, f"{late} in time")
             self._evaluate()
+
+    def _newcomers_that_hold_up(self, member: Member) -> list[int]:
+        """Of a ring that is being made, and for which a member that takes part has no links yet."""
+        forming = self.forming
+        if forming is None or not member.is_accepted or member.is_absent or member.id not in forming.participants:
+            return []
+        return [peer for peer in forming.newcomers if peer in self.members]
 
     def absent(self, grace_s: float, now: float) -> None:
         """After a restart: members have ``grace_s`` to come back."""
@@ -133,13 +150,14 @@ class MasterState(Decisions):
         if member is None:
             return
         req = number(body, "req")
-        if member.vote is not None and member.vote["req"] == req and member.vote["what"] in ("join", *GLOBAL, "sync"):
+        what = member.vote["what"] if member.vote is not None and member.vote["req"] == req else ""
+        if what in ("join", *GLOBAL, "sync"):
             member.vote = None
-            self._reply(member, req, {"error": "lost", "why": "the others did not come in time"})
+            self._reply(member, req, {"error": "late", "why": _late(what)})
         for tag, vote in list(member.initiates.items()):
             if vote["req"] == req:
                 del member.initiates[tag]
-                self._reply(member, req, {"error": "lost", "why": "the others did not come in time"})
+                self._reply(member, req, {"error": "late", "why": _late("initiate")})
 
     def solved(self, rings: dict[int, list[int]], *, is_late: bool, now: float) -> None:
         """Rings that were found: for those who wait, or, ``is_late``, to be taken up when peers are next admitted."""
@@ -197,6 +215,8 @@ class MasterState(Decisions):
             raise IllegalVoteError(f"{what} of a peer that {'takes' if member.is_accepted else 'does not take'} part")
         if what == "sync":
             check_vote(body)
+        elif what in ("pending", "accept"):
+            number(body, "awaits", MOST_WORLD, default=0)
         member.vote = _held(what, body)
         if what == "established":
             self._deadlines.pop(member.id, None)
@@ -218,8 +238,8 @@ class MasterState(Decisions):
         held = member.initiates.get(tag)
         if held is not None and held["req"] != body["req"]:
             raise IllegalVoteError(f"tag {tag} is waited for")
-        if len(member.initiates) >= _MOST_TAGS:
-            raise IllegalVoteError(f"more than {_MOST_TAGS} tags at a time")
+        if len(member.initiates) >= MOST_TAGS:
+            raise IllegalVoteError(f"more than {MOST_TAGS} tags at a time")
         member.initiates[tag] = {"req": body["req"], "descriptor": descriptor}
 
     def _complete(self, member: Member, body: dict[str, Any], req: int) -> None:
@@ -232,15 +252,11 @@ class MasterState(Decisions):
         running.votes[member.id] = req
         # What comes after an abort says nothing about who is at fault, nor about collectives that began since.
         if body.get("aborted") and not running.is_aborted:
-            self._accuse(member, body.get("accused"))
+            self._accuse(member, self.members.get(number(body, "accused", default=member.id)))
             # Others may be right in the midst of it, and it would come to nothing.
             self._abort(member.group)
         if not any(other.is_aborted and member.id not in other.votes for other in self._of_member(member.id)):
             self._deadlines.pop(member.id, None)
-
-    def _accuse(self, member: Member, accused: Any) -> None:
-        if isinstance(accused, int) and accused != member.id and accused in self.members:
-            self.members[accused].failures += 1
 
     def _take_rates(self, member: Member, body: dict[str, Any]) -> None:
         rates = body.get("rates")
@@ -257,13 +273,19 @@ class MasterState(Decisions):
                 self.matrix[member.id, int(name)] = max(float(rate), _LEAST_RATE)
 
 
+def _late(what: str) -> str:
+    return "those who run did not let it in in time" if what == "join" else "the others did not come in time"
+
+
 def _held(what: str, body: dict[str, Any]) -> dict[str, Any]:
     """Of a vote what the group decides by, as what it should be; nothing else that a peer may have put there."""
     told = {"what": what, "req": body["req"]}
     for name in _FIELDS.get(what, ()):
         value = body.get(name)
-        if name in ("ok", "gathers", "is_default"):
+        if name in ("ok", "is_default"):
             told[name] = value is True
+        elif name in ("awaits", "progress"):
+            told[name] = value if type(value) is int else 0
         elif name == "why":
             told[name] = value[:200] if isinstance(value, str) else ""
         else:

@@ -19,7 +19,7 @@ HEADER = struct.Struct("!IHQ")
 MOST_BODY = 1 << 20
 # Of a frame before its connection has proved itself.
 MOST_HELLO = 4096
-VERSION = 2
+VERSION = 3
 # Lists and objects within each other; a shared state's description has four.
 _MOST_DEPTH = 8
 _MOST_EPOCH = 2**63
