@@ -3,11 +3,15 @@
 import os
 import signal
 import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
-from anabranch.cluster.pccl import Communicator
+from anabranch.cluster.pccl import Communicator, DiLoCo, Kicked, MasterLost, Mismatch, PeerLost
 from anabranch.errors import ConfigError
 from anabranch.lm import load_model
 from anabranch.testing import run_ranks
@@ -166,6 +170,168 @@ def test_a_run_that_resumes_in_the_midst_of_a_round_does_no_step_twice(make_run,
     assert result.step == 8
     assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 8]
     assert [line["step"] for line in read_metrics(tmp_path / "a") if line["kind"] == "train"] == list(range(1, 9))
+
+
+def saved_steps(folder):
+    return [int(path.name.split("-")[-1]) for path in checkpoints(folder)]
+
+
+def train_steps(folder):
+    return [line["step"] for line in read_metrics(folder) if line["kind"] == "train"]
+
+
+@contextmanager
+def a_group_at(master, run, step, *, goes_to):
+    """Another run of the same group, which has come to ``step`` when somebody joins it, and trains on with whoever does."""
+    may_go, at_step, ended = threading.Event(), threading.Event(), []
+
+    def wait(event):
+        if event.kind == "step" and event.step == step:
+            at_step.set()
+            assert may_go.wait(BOUND_S)
+
+    def train(folder):
+        other = run.replace(train=run.train.replace(steps=goes_to), parallel=other_worker(run))
+        ended.append(Trainer(other, folder, on_event=wait).fit())
+
+    with TemporaryDirectory() as place:
+        thread = threading.Thread(target=train, args=(Path(place) / "other",), daemon=True)
+        thread.start()
+        assert at_step.wait(BOUND_S)
+
+        def let_go_when_somebody_waits():
+            while not any(not member.is_accepted for member in list(master.state.members.values())):
+                time.sleep(0.01)
+            may_go.set()
+
+        threading.Thread(target=let_go_when_somebody_waits, daemon=True).start()
+        yield ended
+        may_go.set()
+        thread.join(BOUND_S)
+
+
+def other_worker(run):
+    diloco = run.parallel.diloco
+    return Parallel(diloco=diloco.replace(worker=diloco.worker + 1))
+
+
+def killed_at(step):
+    def on_event(event):
+        if event.kind == "step" and event.step == step:
+            raise Killed
+
+    return on_event
+
+
+def test_of_a_run_that_had_gone_further_than_its_group_nothing_newer_is_left(make_run, tmp_path):
+    """Its old checkpoints once stayed the newest: killed again, it went on from those, and overwrote the others' weights."""
+    run = make_run(steps=12, checkpoint_every=2, eval_every=8, keep_checkpoints=2)
+    with a_master(dead_s=BOUND_S) as master:
+        run = with_peers(run, master=master.address, every=2)
+        with pytest.raises(Killed):
+            Trainer(run, tmp_path / "a", on_event=killed_at(9)).fit()
+    assert saved_steps(tmp_path / "a") == [6, 8]
+    seen = []
+
+    def watch(event):
+        seen.append((event.kind, event.step, saved_steps(tmp_path / "a")))
+        if event.kind == "step":
+            # At no time is there a checkpoint or a line of what is given up.
+            assert not [step for step in saved_steps(tmp_path / "a") if step > event.step]
+            assert train_steps(tmp_path / "a") == sorted(set(train_steps(tmp_path / "a")))
+            assert max(line["step"] for line in read_metrics(tmp_path / "a")) <= event.step
+            if event.step == 7:
+                raise Killed
+
+    with a_master(dead_s=BOUND_S) as master:
+        run = with_peers(run, master=master.address, every=2)
+        with a_group_at(master, run, 2, goes_to=8), pytest.raises(Killed):
+            Trainer(run, tmp_path / "a", resume=True, on_event=watch).fit()
+    assert [step for kind, step, _ in seen if kind == "step"] == [3, 4, 5, 6, 7]
+    assert saved_steps(tmp_path / "a") == [4, 6]
+    trainer = Trainer(run, tmp_path / "a", resume=True)
+    assert (trainer._progress.step, trainer._progress.evaluation) == (6, None)
+    trainer.close()
+    # Nothing is lost either.
+    aside = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
+    assert aside[:2] == ["given-up-step-00000006", "given-up-step-00000008"]
+
+
+def test_where_the_group_begins_anew_so_does_a_run_that_had_gone_further(make_run, tmp_path):
+    run = make_run(steps=4, checkpoint_every=2, eval_every=2)
+    with a_master(dead_s=BOUND_S) as master:
+        run = with_peers(run, master=master.address, every=2)
+        with pytest.raises(Killed):
+            Trainer(run, tmp_path / "a", on_event=killed_at(3)).fit()
+        trainer = Trainer(run, tmp_path / "a", resume=True)
+        told = []
+
+        def before(step):
+            # As of a first meeting with one that has not trained yet.
+            told.append(step)
+            return 0 if len(told) == 1 else step
+
+        trainer._outer.before, trainer._outer.after = before, lambda is_last=False: None
+        assert trainer.fit().step == 4
+    assert told[:2] == [2, 0]
+    assert train_steps(tmp_path / "a") == [1, 2, 3, 4]
+    assert (tmp_path / "a" / "metrics.jsonl.old1").exists()
+    assert saved_steps(tmp_path / "a") == [2, 4]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("error", [MasterLost, Kicked, Mismatch, PeerLost, MemoryError])
+def test_what_was_trained_is_saved_where_the_end_of_a_round_fails(make_run, tmp_path, monkeypatch, error, asynchronous):
+    """With the weights that were trained here, which are whole; once nothing since the last checkpoint was."""
+    run = make_run(steps=8, checkpoint_every=100, eval_every=100)
+    rounds = []
+    real = DiLoCo._reduce, DiLoCo._shared
+
+    def fails(step):
+        def call(self, *given):
+            rounds.append(step)
+            if self.steps >= 4 and len(rounds) > 2:
+                raise error("it failed")
+            return real[step](self, *given)
+
+        return call
+
+    monkeypatch.setattr(DiLoCo, "_reduce", fails(0))
+    monkeypatch.setattr(DiLoCo, "_shared", fails(1))
+    with a_master() as master:
+        learning = with_peers(run, master=master.address, every=2, asynchronous=asynchronous)
+        trainer = Trainer(learning, tmp_path / "a")
+        with pytest.raises(error, match="it failed"):
+            trainer.fit()
+    step = trainer._progress.step
+    assert step >= 4
+    assert saved_steps(tmp_path / "a") == [step]
+    held = dict(trainer.model.named_parameters())
+    assert all(torch.equal(value, held[name].detach()) for name, value in weights(tmp_path / "a").items())
+    assert train_steps(tmp_path / "a") == list(range(1, step + 1))
+    monkeypatch.undo()
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path / "cache"))
+    with a_master() as master:
+        learning = with_peers(run, master=master.address, every=2, asynchronous=asynchronous)
+        assert Trainer(learning, tmp_path / "a", resume=True).fit().step == 8
+    assert train_steps(tmp_path / "a") == list(range(1, 9))
+
+
+def test_a_newcomer_s_hooks_are_told_the_step_that_it_goes_on_from(make_run, tmp_path):
+    """Its first step was once trained with what the hooks had set for step 0."""
+    run = make_run(steps=8, checkpoint_every=100, eval_every=100)
+    called = []
+    with a_master(dead_s=BOUND_S) as master:
+        run = with_peers(run, master=master.address, every=2)
+        with a_group_at(master, run, 4, goes_to=8):
+            trainer = Trainer(run, tmp_path / "a")
+            for name in ("run_before", "run_after"):
+                hook = getattr(trainer._hooks, name)
+                setattr(
+                    trainer._hooks, name, lambda step, hook=hook, name=name: called.append((name, step)) or hook(step)
+                )
+            trainer.fit()
+    assert called[:4] == [("run_after", 0), ("run_after", 4), ("run_before", 4), ("run_after", 5)]
 
 
 def test_what_does_not_fit_is_told_before_training(make_run, tmp_path):

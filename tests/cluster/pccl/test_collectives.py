@@ -1,14 +1,18 @@
 """All-reduce over a ring of peers: exact to the bit, counted to the byte."""
 
+import contextlib
 import socket
 import struct
 import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from anabranch.cluster.pccl import (
+    CollectiveError,
     Communicator,
     Kicked,
     Mismatch,
@@ -25,7 +29,7 @@ from anabranch.cluster.pccl.communicator import DTYPES
 from anabranch.cluster.pccl.links import LinkError, Links
 from anabranch.cluster.pccl.ring import HEAD, OPS, WIDER, chunk_ranges
 from anabranch.errors import InputError
-from pccl_peers import Peer, a_master, together
+from pccl_peers import BOUND_S, Peer, a_master, in_time, together
 
 SIZES = (0, 1, 3, 7, 1000)
 FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
@@ -285,6 +289,18 @@ def test_peers_that_want_different_things_are_all_told_at_once(master, first, se
         (lambda p: p.all_reduce(torch.ones(3), torch.ones(4)), "recv has 4"),
         (lambda p: p.all_reduce(torch.ones(3).int(), quantise="min_max"), "not quantised"),
         (lambda p: p.all_reduce(torch.ones(3), quantise="magic"), "'magic'"),
+        (lambda p: p.all_reduce(torch.ones(3), quantise=3), "quantise is 3"),
+        (lambda p: p.all_reduce(torch.ones(3), world=0), "world is 0"),
+        (lambda p: p.all_reduce(nested()), "nested tensor"),
+        (lambda p: p.all_reduce(torch.nn.UninitializedParameter()), "not initialised"),
+        (lambda p: p.all_reduce(freed()), "memory was freed"),
+        (lambda p: p.all_reduce(freed(), torch.ones(3)), "memory was freed"),
+        (lambda p: p.all_reduce(torch.ones(3), freed()), "memory was freed"),
+        (lambda p: p.sync_shared_state(shared({"w": nested()})), "nested tensor"),
+        (lambda p: p.sync_shared_state(shared({"w": torch.nn.UninitializedParameter()})), "not initialised"),
+        (lambda p: p.sync_shared_state(shared({"w": freed()})), "memory was freed"),
+        (lambda p: p.sync_shared_state(shared({}, 1, -1)), "progress is -1"),
+        (lambda p: p.wait_for(0), "world is 0"),
         (lambda p: Quantiser(bits=7), "bits is 7"),
         (lambda p: p.all_reduce_many([Reduction(torch.ones(1))] * 2), "its own"),
         (lambda p: p.all_reduce(torch.ones(1).expand(3)), "expanded tensor"),
@@ -320,10 +336,23 @@ def inferred():
         return torch.ones(3)
 
 
-def shared(tensors, revision=1):
+def freed():
+    """As FSDP leaves a parameter whose numbers are elsewhere."""
+    value = torch.ones(3)
+    value.untyped_storage().resize_(0)
+    return value
+
+
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def shared(tensors, revision=1, progress=0):
     """A state whose parts are put there after it was made."""
     state = SharedState({})
-    state.tensors, state.revision = tensors, revision
+    state.tensors, state.revision, state.progress = tensors, revision, progress
     return state
 
 
@@ -357,13 +386,113 @@ def test_who_does_not_want_to_wait_withdraws_and_goes_on(master):
             return peers.all_reduce(torch.ones(1)).world
         peers._wait_s = 0.05
         for call in (lambda: peers.all_reduce(torch.ones(1)), peers.update_topology):
-            with pytest.raises(PeerLost, match="did not come in time"):
+            with pytest.raises(PeerLost, match="did not come in time") as told:
                 call()
+            # The same call would wait as long again.
+            assert not told.value.retryable
         peers._wait_s = None
         together_now.set()
         return peers.all_reduce(torch.ones(1)).world
 
     assert together(master.address, 2, work) == [2, 2]
+
+
+def test_who_waits_for_peers_that_do_not_come_gives_up_in_time(master):
+    with Communicator(master.address, wait_s=0.3) as peers:
+        with pytest.raises(PeerLost, match=r"1 of 2 peers were there after 0\.3 s"):
+            in_time(lambda: peers.wait_for(2))
+        assert peers.all_reduce(torch.ones(1)).alone
+        # And one that nobody lets in.
+        with pytest.raises(PeerLost, match="did not let it in in time"):
+            in_time(Communicator(master.address, wait_s=0.3).connect)
+        assert not peers.are_peers_pending()
+
+
+def test_those_who_wait_for_other_numbers_begin_together(master):
+    """The number of the first counts; one that named a smaller one once ended all."""
+    came = []
+
+    def work(number, peers):
+        peers.wait_for((3, 1, 5)[number])
+        came.append(peers.world_size)
+        peers.admit()
+        return peers.all_reduce(torch.ones(1)).world
+
+    peers = []
+    for number in range(3):
+        peers.append(Peer(master.address, work, number))
+        while len(master.state.accepted) <= number:
+            time.sleep(0.01)
+            assert peers[-1].error is None, peers[-1].error
+    assert [(peer.wait().error, peer.value) for peer in peers] == [(None, 3)] * 3
+
+
+def test_who_names_a_world_reduces_with_that_or_not_at_all(master):
+    def work(number, peers):
+        value = torch.ones(2)
+        worlds = [peers.all_reduce(value, world=3).world]
+        if number == 2:
+            return None
+        while peers.group_size == 3:
+            # What is of whoever is there goes on.
+            with contextlib.suppress(PeerLost):
+                peers.all_reduce(torch.ones(1))
+        kept = value.clone()
+        with pytest.raises(PeerLost, match="2 peers are left, and collective 0 is of 3"):
+            peers.all_reduce(value, world=3)
+        assert torch.equal(value, kept)
+        with pytest.raises(Mismatch, match="2 peers are there, and collective 0 is of 1"):
+            peers.all_reduce(value, world=1)
+        return [*worlds, peers.all_reduce(value, world=2).world]
+
+    assert together(master.address, 3, work) == [[3, 2], [3, 2], None]
+
+
+def test_more_at_a_time_than_go_in_other_orders_are_told_and_nobody_hangs(master):
+    """130 threads with a tag each: what would have to come first waits behind what does not come."""
+
+    def work(number, peers):
+        tags = range(130) if number else range(129, -1, -1)
+        found = []
+
+        def one(tag):
+            try:
+                found.append(peers.all_reduce(torch.ones(2), tag=tag).world)
+            except Mismatch as error:
+                found.append(str(error))
+
+        threads = [threading.Thread(target=one, args=(tag,), daemon=True) for tag in tags]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(BOUND_S)
+        return len(found), {told for told in found if told != 2}
+
+    for count, told in together(master.address, 2, work):
+        assert count == 130
+        assert all("in the same order" in one for one in told)
+
+
+def test_who_closes_in_the_midst_of_a_collective_is_told_so(master):
+    """Its thread once ended with what `select` says of a socket that is closed."""
+    going = threading.Event()
+
+    def work(number, peers):
+        if number:
+            # Its links stand, and nothing comes over them.
+            peers._before = lambda name: name == "ring" and going.wait(BOUND_S)
+            with pytest.raises(PeerLost):
+                peers.all_reduce(torch.ones(1 << 20))
+            return None
+        handle = peers.all_reduce_async(torch.ones(1 << 20))
+        while not peers._links.to_next or peers._is_building:
+            time.sleep(0.01)
+        peers.close()
+        going.set()
+        return handle.exception(BOUND_S)
+
+    found = together(master.address, 2, work, idle_s=BOUND_S)
+    assert isinstance(found[0], CollectiveError)
 
 
 @pytest.mark.parametrize("gathered", [1, 2])
