@@ -59,6 +59,8 @@ def connected(host: str, port: int, deadline: float) -> socket.socket:
     told: OSError = OSError("the name has no address")
     for place, (family, kind, protocol, _, address) in enumerate(found):
         left = deadline - time.monotonic()
+        if left <= 0 and place:
+            break
         # The first may be a dead end, and the next are not for that unreached.
         share = min(left / (len(found) - place), _CALL_S)
         sock = socket.socket(family, kind, protocol)
