@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from anabranch.cluster.pccl import Communicator, Kicked, Refused, SharedState, TopologyFailed, addresses, bandwidth
+from anabranch.cluster.pccl import Communicator, Kicked, Refused, SharedState, TopologyFailed, bandwidth
 from anabranch.cluster.pccl.addresses import is_host, parse_address
 from anabranch.cluster.pccl.handshake import Called, call, proof
 from anabranch.cluster.pccl.journal import to_dict
@@ -21,50 +21,7 @@ from anabranch.cluster.pccl.state import MasterState
 from anabranch.cluster.pccl.wire import HEADER, VERSION, Kind, Reader, WireError, packed
 from anabranch.errors import InputError
 from pccl_peers import Peer, a_master, together
-
-NAMES = ("join", "pending", "accept", "optimize", "measured", "established", "sync", "synced", "initiate", "complete")
-FIELDS = {
-    "low": (0, 1, 2, 3),
-    "tag": (0, 1, 2, 9),
-    "seq": (0, 1),
-    "descriptor": ({}, {"count": 1}, {"count": [1]}, {"count": 1, "world": 3}, {"count": 1, "world": 99}),
-    "revision": (0, 1, 2),
-    "strategy": ("enforce_popular", "receive_only", "send_only"),
-    "keys": (
-        [["w", "float32", [1], "h"]], [["w", "float32", [1], "h"]] * 2, [], [["w", "x", [-1], "h"]], [["\ud800", "x", [1], "h"]],
-    ),
-    "rates": ({}, {"0": 1.0}, {"1": math.inf}, {"\u0661": 1}, {"9" * 30: 1}),
-    "ok": (True, False),
-    "why": ("no", "x" * 1000),
-    "accused": (0, 1, 2, 3),
-    "aborted": (True, False),
-    "awaits": (0, 1, 5, 2**20),
-    "progress": (0, 1, 2**60),
-    "is_default": (True, False),
-    "more": ("anything",),
-}  # fmt: skip
-WORDS = ("", "w", "\ud800", "\0", "0", "\u0661", "x" * 300)
-NUMBERS = (0, 1, 2, -1, 2**62, 2**70, 0.5, math.nan, math.inf, None, True, False)
-
-
-def drawn(generator, depth=4):
-    """Any value of JSON."""
-    kind = generator.randrange(4 if depth else 2)
-    if kind == 0:
-        return generator.choice(NUMBERS)
-    if kind == 1:
-        return generator.choice(WORDS)
-    inner = [drawn(generator, depth - 1) for _ in range(generator.randrange(4))]
-    return inner if kind == 2 else {generator.choice(WORDS): value for value in inner}
-
-
-def a_vote(generator):
-    """Of what peers say in most of its parts, so that it gets past the first that is looked at."""
-    vote = {"what": generator.choice(NAMES), "req": generator.randrange(1, 7)}
-    for name, values in FIELDS.items():
-        if generator.random() < 0.8:
-            vote[name] = generator.choice(values) if generator.random() < 0.9 else drawn(generator)
-    return vote
+from pccl_votes import a_vote, said
 
 
 def nested(depth):
@@ -72,30 +29,6 @@ def nested(depth):
     for _ in range(depth):
         value = [value]
     return value
-
-
-def written(body):
-    """As a hostile one writes it, who is not bound by what `packed` refuses."""
-    text = json.dumps(body).encode()
-    return HEADER.pack(len(text), Kind.VOTE, 0) + text
-
-
-def said(state, peer, body, *, withdraws=False, hear=None):
-    """As the master takes it; its journal is written after it, and every answer goes over a wire."""
-    try:
-        frames = Reader().feed(written(body))
-    except WireError as error:
-        state.lost(peer, str(error), 0.0)
-        frames = []
-    for frame in frames:
-        state.vote(peer, frame.body, 0.0)
-        if withdraws:
-            state.withdraw(peer, frame.body, 0.0)
-    for rings in state.jobs():
-        state.solved(rings, is_late=False, now=0.0)
-    if hear is not None:
-        hear()
-    return state.take(), json.dumps(to_dict(state)), state.dropped()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -148,163 +81,6 @@ def check_one_hostile_peer(votes, is_member, others_wait, withdraws):
     for peer in honest:
         told = ask(peer, "complete", tag=9, seq=seq, aborted=False)
     assert [body["aborted"] for _, _, body in told] == [False, False]
-
-
-def rounds(count):
-    """What a peer of ours does, as votes and their answers; the same on all."""
-    done = 0
-    while done < count:
-        reply = yield {"what": "pending"}
-        if reply["pending"]:
-            reply = yield {"what": "accept"}
-            if reply.get("establish"):
-                reply = yield {"what": "established", "ok": True}
-            if reply.get("error") == "topology":
-                continue
-        keys = [["w", "float32", [1], f"{done}"]]
-        strategy = "enforce_popular" if done else "receive_only"
-        yield {"what": "sync", "revision": done + 1, "strategy": strategy, "is_default": True, "keys": keys}
-        reply = yield {"what": "synced", "ok": True}
-        if "error" in reply:
-            continue
-        aborted = True
-        while aborted:
-            reply = yield {"what": "initiate", "tag": 1, "descriptor": {"count": 1}}
-            aborted = (yield {"what": "complete", "tag": 1, "seq": reply["seq"], "aborted": False})["aborted"]
-        done += 1
-
-
-class Run:
-    """Peers of ours, who vote when it is their turn, and the answers that they were given."""
-
-    def __init__(self, count):
-        self.state = MasterState()
-        self.peers = [self.state.join(group=0, host="h", port=1, pool=1) for _ in range(2)]
-        for peer in self.peers:
-            self.state.vote(peer, {"what": "join", "req": 1}, 0.0)
-        self.state.vote(self.peers[0], {"what": "established", "ok": True, "req": 2}, 0.0)
-        self.state.vote(self.peers[0], {"what": "accept", "req": 3}, 0.0)
-        for peer in self.peers:
-            self.state.vote(peer, {"what": "established", "ok": True, "req": 4}, 0.0)
-        self.programs = {peer: rounds(count) for peer in self.peers}
-        self.reqs = dict.fromkeys(self.peers, 10)
-        self.turns = dict.fromkeys(self.peers)
-        self.heard = set()
-        self.hear()
-
-    def hear(self):
-        for peer, kind, body in self.state.take():
-            assert kind != "kick" or peer not in self.peers, body
-            if peer in self.reqs and kind == "reply" and body["req"] == self.reqs[peer]:
-                self.turns[peer] = body
-                self.heard.add(body.get("error"))
-                assert body.get("error") in (None, "lost", "topology"), body
-
-    def go(self, peer):
-        """Vote, if it is this peer's turn. False where it waits or is done."""
-        if peer not in self.turns:
-            return False
-        reply = self.turns.pop(peer)
-        try:
-            vote = self.programs[peer].send(reply)
-        except StopIteration:
-            del self.programs[peer]
-            return False
-        self.reqs[peer] += 1
-        self.state.vote(peer, {**vote, "req": self.reqs[peer], "low": self.reqs[peer]}, 0.0)
-        for found in self.state.jobs():
-            self.state.solved(found, is_late=False, now=0.0)
-        self.hear()
-        return True
-
-    def go_on(self, until=lambda: False):
-        """Until all wait for somebody else."""
-        while not until() and sum(self.go(peer) for peer in self.peers):
-            pass
-
-
-def as_others(state, peer):
-    """What fits to what another waits for; None where none does."""
-    for other in state.accepted:
-        if other.id != peer and other.initiates:
-            return {"what": "initiate", "tag": 1, "descriptor": {"count": 1}}
-        if other.id != peer and other.vote is not None and other.vote["what"] == "sync":
-            strategy = {"strategy": "receive_only", "is_default": True}
-            return {"what": "sync", "revision": 0, **strategy, "keys": [["w", "float32", [1], "x"]]}
-        if other.id != peer and other.vote is not None:
-            return {"what": other.vote["what"]}
-    return None
-
-
-def that_goes(state, peer, generator):
-    """What a peer may vote as it stands, of any program and with any fault; None where it waits."""
-    member = state.members[peer]
-    running = next((one for one in state.running.values() if peer in one.participants), None)
-    fault = {"ok": generator.random() < 0.5, "aborted": generator.random() < 0.7, "accused": generator.randrange(4)}
-    if generator.random() < 0.3:
-        del fault["accused"]
-    if member.vote is not None:
-        return None
-    if state.forming is not None and peer in state.forming.participants:
-        return {"what": "established", **fault, **({} if member.is_accepted else {"ok": generator.random() < 0.9})}
-    if 0 in state.syncing and peer in state.syncing[0].participants:
-        return {"what": "synced", **fault}
-    if running is not None and peer not in running.votes:
-        return {"what": "complete", "tag": running.tag, "seq": running.seq, **fault}
-    if not member.is_accepted or running is not None or member.initiates:
-        return None
-    if generator.random() < 0.7:
-        return as_others(state, peer)
-    counts, tag = ({"count": 1}, {"count": 2}, {"count": 1, "world": 5}), generator.choice((1, 1, 2))
-    form, digest = generator.choice(([1], [1], [2])), str(generator.randrange(6))
-    last = state.revision.get(0, 0)
-    return generator.choice(
-        (
-            {"what": "pending", "awaits": generator.choice((0, 9))},
-            {"what": "accept", "awaits": generator.choice((0, 9))},
-            {"what": "optimize"},
-            {"what": "initiate", "tag": tag, "descriptor": generator.choice(counts)},
-            {
-                "what": "sync",
-                "revision": generator.choice((0, 1, last, last + 2)),
-                "strategy": generator.choice(FIELDS["strategy"]),
-                "is_default": generator.random() < 0.5,
-                "keys": [["w", "float32", form, digest]],
-            },
-        )
-    )
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_whatever_a_newcomer_votes_those_who_are_known_hear_of_no_fault_of_theirs(seed):
-    """It may be lost to them, or the way to it; they agree with each other, and go on."""
-    came = 0
-    for one in range(40):
-        generator = random.Random(1000 * seed + one)
-        run = Run(8)
-        run.go_on(lambda run=run: run.state.revision.get(0, 0) == 2)
-        assert all(run.state.members[peer].proof for peer in run.peers)
-        hostile = run.state.join(group=0, host="h", port=1, pool=1)
-        run.state.vote(hostile, {"what": "join", "req": 1}, 0.0)
-        run.hear()
-        for req in range(2, 80):
-            if hostile in run.state.members and run.state.members[hostile].proof == 2:
-                # It is one of them now.
-                break
-            if generator.random() < 0.5 and hostile in run.state.members:
-                vote = a_vote(generator) if generator.random() < 0.02 else that_goes(run.state, hostile, generator)
-                came += run.state.members[hostile].is_accepted and vote is not None
-                if vote is not None:
-                    said(run.state, hostile, vote | {"req": req, "low": req}, hear=run.hear)
-            else:
-                run.go(generator.choice(run.peers))
-        run.state.lost(hostile, "it left", 0.0)
-        run.hear()
-        run.go_on()
-        assert not run.programs, run.programs
-        assert run.heard <= {None, "lost", "topology"}
-        assert [member.id for member in run.state.accepted] == run.peers
-    assert came > 40
 
 
 @pytest.mark.parametrize("depth", [9, 700, 5000])
@@ -396,88 +172,6 @@ def test_a_newcomer_whose_host_is_none_is_not_let_in_and_nobody_else_notices():
             assert honest.all_reduce(torch.ones(1)).alone
         assert lost == 2
         assert isinstance(late.wait().error, Kicked)
-
-
-def held_up(monkeypatch, seconds):
-    """Names that end in ``.slow`` are looked up for so long, and then not found."""
-    real = socket.getaddrinfo
-
-    def look_up(host, *rest, **more):
-        if str(host).endswith(".slow"):
-            time.sleep(seconds)
-            raise socket.gaierror(-3, "Temporary failure in name resolution")
-        return real(host, *rest, **more)
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-
-
-def test_a_name_that_is_not_resolved_takes_no_longer_than_there_is_time(monkeypatch):
-    held_up(monkeypatch, 5.0)
-    began = time.monotonic()
-    with pytest.raises(LinkError, match="was not resolved in time") as told:
-        call_peer(Place(3, "a.slow", 1, 1), b"", "run", {"purpose": "link"}, began + 0.3)
-    assert told.value.accused == 3
-    assert time.monotonic() - began < 4.0
-
-
-def test_names_that_are_looked_up_at_a_time_are_bounded(monkeypatch):
-    """Each has a thread until the resolver answers."""
-    held_up(monkeypatch, 1.0)
-    monkeypatch.setattr(addresses, "_lookups", threading.Semaphore(2))
-    for name in ("a.slow", "b.slow"):
-        with pytest.raises(TimeoutError):
-            addresses.connected(name, 1, time.monotonic() + 0.01)
-    with pytest.raises(OSError, match="being looked up"):
-        addresses.connected("c.slow", 1, time.monotonic() + 0.01)
-
-
-def test_a_name_of_many_addresses_takes_no_longer_than_there_is_time(monkeypatch):
-    """Each once had five seconds of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", server.getsockname())] * 4
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-        tried = []
-
-        def connect(self, address):
-            tried.append(self.gettimeout())
-            time.sleep(self.gettimeout())
-            raise TimeoutError("timed out")
-
-        silent = type("Silent", (socket.socket,), {"connect": connect})
-        with monkeypatch.context() as patched:
-            patched.setattr(socket, "socket", silent)
-            began = time.monotonic()
-            with pytest.raises(TimeoutError):
-                addresses.connected("many.example", 1, began + 0.4)
-            took = time.monotonic() - began
-        assert len(tried) == 4
-        assert sum(tried) < 0.5 < 4.0 > took
-        # And the first that answers is taken.
-        addresses.connected("many.example", 1, time.monotonic() + 10.0).close()
-
-
-def test_a_newcomer_whose_name_is_resolved_slowly_is_sent_away_alone(monkeypatch):
-    """Those who called it were once late with their links, and the master dropped them for it."""
-    held_up(monkeypatch, 4.0)
-    late = []
-
-    def work(number, peers):
-        if number == 0:
-            late.append(Peer(master.address, lambda _, mine: None, 9, advertise="newcomer.slow:5000", connect_s=0.3))
-        rounds = 0
-        while late == [] or not late[0].error:
-            try:
-                peers.admit()
-            except TopologyFailed:
-                rounds += 1
-                continue
-            peers.all_reduce(torch.ones(1))
-        return rounds, peers.world_size
-
-    # The master would wait for 1.2 s.
-    with a_master(connect_s=0.3, dead_s=0.6) as master:
-        assert together(master.address, 2, work, connect_s=8.0) == [(2, 2)] * 2
-        assert isinstance(late[0].wait().error, Kicked)
 
 
 def test_who_calls_takes_four_kibibytes_before_a_proof_as_well():

@@ -1,0 +1,131 @@
+"""Calls end in time: finding the addresses of a name, trying each of them, and whatever who is called does then."""
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+import torch
+
+from anabranch.cluster.pccl import Kicked, TopologyFailed, addresses
+from anabranch.cluster.pccl.handshake import take
+from anabranch.cluster.pccl.links import LinkError, Links, Place, call_peer, link_key
+from anabranch.cluster.pccl.wire import Kind, WireError, packed
+from pccl_peers import Peer, a_master, together
+
+
+def held_up(monkeypatch, seconds):
+    """Names that end in ``.slow`` are looked up for so long, and then not found."""
+    real = socket.getaddrinfo
+
+    def look_up(host, *rest, **more):
+        if str(host).endswith(".slow"):
+            time.sleep(seconds)
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+        return real(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
+def test_a_name_that_is_not_resolved_takes_no_longer_than_there_is_time(monkeypatch):
+    held_up(monkeypatch, 5.0)
+    began = time.monotonic()
+    with pytest.raises(LinkError, match="was not resolved in time") as told:
+        call_peer(Place(3, "a.slow", 1, 1), b"", "run", {"purpose": "link"}, began + 0.3)
+    assert told.value.accused == 3
+    assert time.monotonic() - began < 4.0
+
+
+def test_names_that_are_looked_up_at_a_time_are_bounded(monkeypatch):
+    """Each has a thread until the resolver answers."""
+    held_up(monkeypatch, 1.0)
+    monkeypatch.setattr(addresses, "_lookups", threading.Semaphore(2))
+    for name in ("a.slow", "b.slow"):
+        with pytest.raises(TimeoutError):
+            addresses.connected(name, 1, time.monotonic() + 0.01)
+    with pytest.raises(OSError, match="being looked up"):
+        addresses.connected("c.slow", 1, time.monotonic() + 0.01)
+
+
+def test_a_name_of_many_addresses_takes_no_longer_than_there_is_time(monkeypatch):
+    """Each once had five seconds of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", server.getsockname())] * 4
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        tried = []
+
+        def connect(self, address):
+            tried.append(self.gettimeout())
+            time.sleep(self.gettimeout())
+            raise TimeoutError("timed out")
+
+        silent = type("Silent", (socket.socket,), {"connect": connect})
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "socket", silent)
+            began = time.monotonic()
+            with pytest.raises(TimeoutError):
+                addresses.connected("many.example", 1, began + 0.4)
+            took = time.monotonic() - began
+        assert len(tried) == 4
+        assert sum(tried) < 0.5 < 4.0 > took
+        # And the first that answers is taken.
+        addresses.connected("many.example", 1, time.monotonic() + 10.0).close()
+
+
+def neighbour(way, server, key):
+    """What another peer does with who calls it; nobody is told of it."""
+    with contextlib.suppress(OSError, WireError), server.accept()[0] as sock:
+        if way == "trickles":
+            for byte in packed(Kind.CHALLENGE, {"nonce": "x" * 1000}):
+                sock.sendall(bytes([byte]))
+                time.sleep(0.05)
+        elif way == "makes no link":
+            take(sock, key)
+            sock.sendall(packed(Kind.WELCOME))
+        while sock.recv(4096):
+            pass
+
+
+@pytest.mark.parametrize("way", ["name", "is silent", "trickles", "makes no link"])
+def test_whatever_a_neighbour_does_links_stand_or_fail_in_time(monkeypatch, way):
+    """The master waits for twice as long, and then it would be this peer that is late."""
+    held_up(monkeypatch, 8.0)
+    links = Links(b"s", 0.4, None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=neighbour, args=(way, server, link_key(b"s", "run")), daemon=True)
+        thread.start()
+        host = "neighbour.slow" if way == "name" else "127.0.0.1"
+        ring = [Place(0, "127.0.0.1", 1, 1), Place(1, host, server.getsockname()[1], 1)]
+        began = time.monotonic()
+        with pytest.raises(LinkError) as told:
+            links.build(1, ring, 0, "run")
+        assert time.monotonic() - began < 6.0
+        assert told.value.accused == 1
+        links.close()
+    if way != "name":
+        thread.join(10)
+
+
+def test_a_newcomer_whose_name_is_resolved_slowly_is_sent_away_alone(monkeypatch):
+    """Those who called it were once late with their links, and the master dropped them for it."""
+    held_up(monkeypatch, 4.0)
+    late = []
+
+    def work(number, peers):
+        if number == 0:
+            late.append(Peer(master.address, lambda _, mine: None, 9, advertise="newcomer.slow:5000", connect_s=0.3))
+        rounds = 0
+        while late == [] or not late[0].error:
+            try:
+                peers.admit()
+            except TopologyFailed:
+                rounds += 1
+                continue
+            peers.all_reduce(torch.ones(1))
+        return rounds, peers.world_size
+
+    # The master would wait for 1.2 s.
+    with a_master(connect_s=0.3, dead_s=0.6) as master:
+        assert together(master.address, 2, work, connect_s=8.0) == [(2, 2)] * 2
+        assert isinstance(late[0].wait().error, Kicked)
