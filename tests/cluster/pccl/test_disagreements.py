@@ -1,10 +1,12 @@
-"""Who is told where peers do not agree: by drawn votes of a newcomer among those who have been through rounds with each other."""
+"""Who is told where peers do not agree: votes one by one, and drawn ones of a newcomer among those who have been through rounds."""
 
 import random
 
 import pytest
 
+from anabranch.cluster.pccl.records import MOST_TAGS
 from anabranch.cluster.pccl.state import MasterState
+from pccl_states import POPULAR, RECEIVE, accepted, begin, shares, through_a_round, with_a_newcomer
 from pccl_votes import FIELDS, a_vote, said
 
 
@@ -163,3 +165,225 @@ def test_whatever_a_newcomer_votes_those_who_are_known_hear_of_no_fault_of_their
         assert run.heard <= {None, "lost", "topology"}
         assert [member.id for member in run.state.accepted] == run.peers
     assert came > 40
+
+
+def test_who_is_accused_twice_is_sent_away_and_once_is_forgiven():
+    state, (first, second, third) = accepted(0, 0, 0)
+    for attempt in range(2):
+        seq = begin(state, [member.id for member in state.accepted], 100 + 2 * attempt)
+        for peer in (first, second, third):
+            vote = {"what": "complete", "tag": 1, "seq": seq, "aborted": peer == first, "req": 101 + 2 * attempt}
+            state.vote(peer, {**vote, "accused": second} if peer == first else vote, 0.0)
+        told = [body for _, kind, body in state.take() if kind == "reply"]
+        assert [body["aborted"] for body in told] == [True] * 3
+        assert state.order == {0: [first, second, third] if not attempt else [first, third]}
+    assert dict(state.dropped())[second] == "its neighbours do not reach it"
+
+
+def test_a_collective_that_went_well_clears_whom_was_accused():
+    state, peers = accepted(0, 0)
+    for attempt, aborted in enumerate((True, False, True)):
+        seq = begin(state, peers, 100 + 2 * attempt)
+        for peer in peers:
+            vote = {
+                "what": "complete",
+                "tag": 1,
+                "seq": seq,
+                "aborted": aborted,
+                "accused": peers[1],
+                "req": 101 + 2 * attempt,
+            }
+            state.vote(peer, vote, 0.0)
+        state.take()
+    assert state.order == {0: peers}
+
+
+def test_newcomers_that_wait_for_something_else_are_told_when_it_is_known_who_is_odd():
+    state, (first, second) = accepted(0, 0)
+    for seq in range(2):
+        state.take()
+        begin(state, [first, second], 100 + 10 * seq)
+        for peer in (first, second):
+            state.vote(peer, {"what": "complete", "tag": 1, "seq": seq, "aborted": False, "req": 101 + 10 * seq}, 0.0)
+        for peer in (first, second):
+            state.vote(peer, {"what": "pending", "req": 102 + 10 * seq}, 0.0)
+    late = [state.join(group=0, host="h", port=1, pool=1) for _ in range(2)]
+    for peer in late:
+        state.vote(peer, {"what": "join", "req": 1}, 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "accept", "req": 130}, 0.0)
+    for peer in (first, second, *late):
+        state.vote(peer, {"what": "established", "ok": True, "req": 131}, 0.0)
+    state.take()
+    state.vote(late[0], {"what": "pending", "req": 140}, 0.0)
+    state.vote(late[1], {"what": "optimize", "req": 140}, 0.0)
+    # Either of them may be right.
+    assert state.take() == []
+    state.vote(first, {"what": "optimize", "req": 140}, 0.0)
+    told = [(peer, kind) for peer, kind, _ in state.take()]
+    assert told == [(late[0], "reply"), (late[0], "kick")]
+    assert "waits for" in dict(state.dropped())[late[0]]
+
+
+def test_who_has_been_through_most_is_believed():
+    """A newcomer that has shared a state and voted with all is known less than those who have reduced too."""
+    state, (first, second) = accepted(0, 0)
+    through_a_round(state, [first, second], 100)
+    late = with_a_newcomer(state, [first, second], 110)
+    revision = state.revision[0] + 1
+    shares(state, {first: (revision, POPULAR, "x"), second: (revision, POPULAR, "x"), late: (0, RECEIVE, "y")}, 120)
+    for peer in (first, second, late):
+        state.vote(peer, {"what": "pending", "req": 130}, 0.0)
+    state.take()
+    assert [state.members[peer].proof for peer in (first, second, late)] == [2, 2, 1]
+    for peer, count in ((first, 1), (second, 1), (late, 2)):
+        state.vote(peer, {"what": "initiate", "tag": 1, "descriptor": {"count": count}, "req": 140}, 0.0)
+    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
+    assert [told[peer].get("error") for peer in (first, second, late)] == [None, None, "mismatch"]
+    assert state.order == {0: [first, second]}
+
+
+def test_newcomers_for_whom_links_are_not_made_go_before_those_who_run():
+    state, (first, second) = accepted(0, 0)
+    late = state.join(group=0, host="h", port=1, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "accept", "req": 110}, 0.0)
+    # Nothing is heard of one that runs, whatever the newcomer has done to it.
+    state.vote(second, {"what": "established", "ok": True, "req": 111}, 0.0)
+    state.vote(late, {"what": "established", "ok": True, "req": 2}, 0.0)
+    state.take()
+    when = 2 * state.connect_s + state.dead_s
+    state.tick(when)
+    assert "could not make their links" in dict(state.dropped())[late]
+    assert (first, "abort") in [(peer, kind) for peer, kind, _ in state.take()]
+    state.vote(first, {"what": "established", "ok": False, "why": "another peer was lost", "req": 111}, when + 1.0)
+    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
+    assert {told[peer]["error"] for peer in (first, second)} == {"topology"}
+    state.tick(when + 100.0)
+    assert state.order == {0: [first, second]}
+
+
+def test_nor_does_one_that_hangs_hold_up_the_others_for_ever():
+    state, (first, second) = accepted(0, 0)
+    late = state.join(group=0, host="h", port=1, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": "accept", "req": 110}, 0.0)
+    state.vote(second, {"what": "established", "ok": True, "req": 111}, 0.0)
+    for now in (25.0, 30.0):
+        state.tick(now)
+    assert state.dropped()[-1][0] == first
+    assert state.order == {0: [second]}
+
+
+def test_a_collective_of_more_peers_than_are_left_is_told_to_each_at_once():
+    state, (first, second, third) = accepted(0, 0, 0)
+    vote = {"what": "initiate", "tag": 1, "descriptor": {"count": 1, "world": 3}, "req": 100}
+    state.vote(first, vote, 0.0)
+    assert state.take() == []
+    state.lost(third, "gone", 0.0)
+    (told,) = [body for peer, kind, body in state.take() if (peer, kind) == (first, "reply")]
+    assert (told["error"], told["why"]) == ("lost", "2 peers are left, and collective 1 is of 3")
+    # The other too, which had not asked yet; and from then on.
+    for req in (100, 101):
+        state.vote(second, {**vote, "req": req}, 0.0)
+        assert [body["error"] for _, _, body in state.take()] == ["lost"]
+    for peer in (first, second):
+        state.vote(peer, {**vote, "descriptor": {"count": 1, "world": 2}, "req": 110}, 0.0)
+    assert [body["seq"] for _, _, body in state.take()] == [0, 0]
+
+
+def test_peers_that_hold_as_many_as_go_and_none_of_them_together_are_told():
+    state, peers = accepted(0, 0)
+    for place, peer in enumerate(peers):
+        for tag in range(MOST_TAGS):
+            assert state.take() == []
+            body = {"what": "initiate", "tag": tag + place * MOST_TAGS, "descriptor": {}, "req": 100 + tag}
+            state.vote(peer, body, 0.0)
+    told = state.take()
+    assert len(told) == 2 * MOST_TAGS
+    assert {body["error"] for _, _, body in told} == {"mismatch"}
+    assert "in the same order" in told[0][2]["why"]
+    assert begin(state, peers, 300) == 0
+
+
+def test_a_run_that_waits_for_nobody_does_not_end_those_who_wait():
+    state = MasterState()
+    first, second, third = (state.join(group=0, host="h", port=1, pool=1) for _ in range(3))
+    state.vote(first, {"what": "join", "req": 1}, 0.0)
+    state.vote(first, {"what": "established", "ok": True, "req": 2}, 0.0)
+    for peer, inside in ((second, [first]), (third, [first, second])):
+        state.vote(peer, {"what": "join", "req": 1}, 0.0)
+        for one in inside:
+            state.vote(one, {"what": "accept", "awaits": 4, "req": 10 + peer}, 0.0)
+        state.take()
+        for one in (*inside, peer):
+            state.vote(one, {"what": "established", "ok": True, "req": 20 + peer}, 0.0)
+        assert {body["awaits"] for _, _, body in state.take()} == {4}
+        if peer == second:
+            for one in (first, second):
+                state.vote(one, {"what": "pending", "awaits": 4, "req": 15}, 0.0)
+            state.take()
+    # A newcomer of another program: it was told for how many they wait, and does something else.
+    state.vote(first, {"what": "pending", "awaits": 4, "req": 50}, 0.0)
+    state.vote(third, {"what": "initiate", "tag": 1, "descriptor": {}, "req": 50}, 0.0)
+    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
+    assert told.keys() == {third}
+    assert "peer 0 waits until 4 peers are there (wait_for, parallel.diloco.peers), peer 2 for" in told[third]["why"]
+    state.vote(second, {"what": "pending", "awaits": 4, "req": 50}, 0.0)
+    assert [body["pending"] for _, _, body in state.take()] == [False, False]
+
+
+def test_the_number_of_the_best_known_counts_and_then_of_who_came_first():
+    state, (first, second) = accepted(0, 0)
+    for peer, awaits in ((first, 3), (second, 9)):
+        state.vote(peer, {"what": "pending", "awaits": awaits, "req": 100}, 0.0)
+    assert [body["awaits"] for _, _, body in state.take()] == [3, 3]
+    assert [state.members[peer].gathers for peer in (first, second)] == [True, True]
+    through_a_round(state, [first, second], 110)
+    # As of one that has been lost, and one that is not known yet with the lower number.
+    state.members[first].proof = 0
+    for peer, awaits in ((first, 9), (second, 0)):
+        state.vote(peer, {"what": "pending", "awaits": awaits, "req": 130}, 0.0)
+    assert [body["awaits"] for _, _, body in state.take()] == [0, 0]
+    assert [state.members[peer].gathers for peer in (first, second)] == [False, False]
+
+
+def tries_to_let_in(state, members, req, oks, *, lost=False):
+    """Another comes, and those that take part say how their links fared; or it is lost in the midst of it. Returns its number."""
+    late = state.join(group=0, host="h", port=1, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    for peer in members:
+        state.vote(peer, {"what": "accept", "req": req}, 0.0)
+    if lost:
+        state.lost(late, "gone", 0.0)
+    for peer, ok in zip(members, oks, strict=True):
+        state.vote(peer, {"what": "established", "ok": ok, "req": req + 1}, 0.0)
+    if not lost:
+        state.vote(late, {"what": "established", "ok": True, "req": 2}, 0.0)
+    state.take()
+    return late
+
+
+def test_one_that_is_less_known_and_never_has_its_links_does_not_keep_others_out_for_ever():
+    state, (first, second) = accepted(0, 0)
+    through_a_round(state, [first, second], 100)
+    odd = with_a_newcomer(state, [first, second], 110)
+    members = [first, second, odd]
+    for attempt in range(2):
+        assert odd in state.members
+        late = tries_to_let_in(state, members, 120 + 10 * attempt, (True, True, False))
+        # It is not the newcomer's fault.
+        assert state.members[late].failures == 0
+    assert odd not in state.members
+    assert [member.id for member in state.accepted] == [first, second]
+
+
+def test_nor_is_it_at_fault_where_another_was_lost():
+    state, (first, second) = accepted(0, 0)
+    through_a_round(state, [first, second], 100)
+    members = [first, second, with_a_newcomer(state, [first, second], 110)]
+    for attempt in range(4):
+        tries_to_let_in(state, members, 120 + 10 * attempt, (True, False, False), lost=True)
+    assert [member.id for member in state.accepted] == members

@@ -11,8 +11,8 @@ from collections import deque
 import pytest
 
 from anabranch.cluster.pccl.journal import from_dict, to_dict
-from anabranch.cluster.pccl.records import MOST_TAGS
 from anabranch.cluster.pccl.state import MasterState
+from pccl_states import POPULAR, RECEIVE, accepted, begin, shares
 
 STEPS = 3
 # Newcomers that do not fit: another model, another description of a collective, no way to a source, a state that it would have all take,
@@ -382,60 +382,6 @@ def test_three_thousand_schedules(seed):
         check(one + 1000, peers=5, losses=0.02, restarts=0.03, groups=1 + one % 3, gathered=1 + one % 4, differ=True)
 
 
-def accepted(*groups):
-    """A state whose peers, of these groups, all take part; and their numbers. Votes go on from number 100."""
-    state = MasterState(dead_s=5.0)
-    peers = [state.join(group=group, host="h", port=1, pool=1) for group in groups]
-    for peer in peers:
-        state.vote(peer, {"what": "join", "req": 1}, 0.0)
-    # The first came in at once, and lets in the others.
-    state.vote(peers[0], {"what": "established", "ok": True, "req": 2}, 0.0)
-    if len(peers) > 1:
-        state.vote(peers[0], {"what": "accept", "req": 3}, 0.0)
-        for peer in peers:
-            state.vote(peer, {"what": "established", "ok": True, "req": 4}, 0.0)
-    assert [member.id for member in state.accepted] == peers
-    state.take()
-    return state, peers
-
-
-def begin(state, peers, req):
-    for peer in peers:
-        state.vote(peer, {"what": "initiate", "tag": 1, "descriptor": {}, "req": req}, 0.0)
-    return next(body["seq"] for _, _, body in state.take())
-
-
-def test_who_is_accused_twice_is_sent_away_and_once_is_forgiven():
-    state, (first, second, third) = accepted(0, 0, 0)
-    for attempt in range(2):
-        seq = begin(state, [member.id for member in state.accepted], 100 + 2 * attempt)
-        for peer in (first, second, third):
-            vote = {"what": "complete", "tag": 1, "seq": seq, "aborted": peer == first, "req": 101 + 2 * attempt}
-            state.vote(peer, {**vote, "accused": second} if peer == first else vote, 0.0)
-        told = [body for _, kind, body in state.take() if kind == "reply"]
-        assert [body["aborted"] for body in told] == [True] * 3
-        assert state.order == {0: [first, second, third] if not attempt else [first, third]}
-    assert dict(state.dropped())[second] == "its neighbours do not reach it"
-
-
-def test_a_collective_that_went_well_clears_whom_was_accused():
-    state, peers = accepted(0, 0)
-    for attempt, aborted in enumerate((True, False, True)):
-        seq = begin(state, peers, 100 + 2 * attempt)
-        for peer in peers:
-            vote = {
-                "what": "complete",
-                "tag": 1,
-                "seq": seq,
-                "aborted": aborted,
-                "accused": peers[1],
-                "req": 101 + 2 * attempt,
-            }
-            state.vote(peer, vote, 0.0)
-        state.take()
-    assert state.order == {0: peers}
-
-
 def test_who_does_not_answer_an_abort_is_dropped_in_time():
     state, (first, second) = accepted(0, 0)
     seq = begin(state, [first, second], 100)
@@ -510,20 +456,6 @@ def test_a_member_that_says_what_no_peer_says_is_dropped_and_nothing_else_happen
     assert "an illegal vote" in dict(state.dropped())[peer]
     # The other takes its place, or could.
     assert len(state.members) == 1
-
-
-def shares(state, votes, req, *, lost=()):
-    """A shared state: votes by peer (revision, strategy, hash); those in ``lost`` cannot fetch. Returns plans and verdicts by peer."""
-    for peer, (revision, strategy, digest) in votes.items():
-        body = {"revision": revision, "strategy": strategy, "keys": [["w", "float32", [1], digest]]}
-        state.vote(peer, {"what": "sync", "req": req, **body}, 0.0)
-    plans = {peer: body for peer, kind, body in state.take() if kind == "reply"}
-    for peer in votes:
-        state.vote(peer, {"what": "synced", "ok": peer not in lost, "req": req + 1}, 0.0)
-    return plans, {peer: body for peer, kind, body in state.take() if kind == "reply"}
-
-
-POPULAR, RECEIVE = "enforce_popular", "receive_only"
 
 
 def test_who_cannot_fetch_takes_another_source_and_is_then_sent_away_alone():
@@ -649,33 +581,6 @@ def test_an_older_collective_that_ends_late_leaves_alone_those_that_began_since(
     assert not state.running[0, 2].is_aborted
 
 
-def test_newcomers_that_wait_for_something_else_are_told_when_it_is_known_who_is_odd():
-    state, (first, second) = accepted(0, 0)
-    for seq in range(2):
-        state.take()
-        begin(state, [first, second], 100 + 10 * seq)
-        for peer in (first, second):
-            state.vote(peer, {"what": "complete", "tag": 1, "seq": seq, "aborted": False, "req": 101 + 10 * seq}, 0.0)
-        for peer in (first, second):
-            state.vote(peer, {"what": "pending", "req": 102 + 10 * seq}, 0.0)
-    late = [state.join(group=0, host="h", port=1, pool=1) for _ in range(2)]
-    for peer in late:
-        state.vote(peer, {"what": "join", "req": 1}, 0.0)
-    for peer in (first, second):
-        state.vote(peer, {"what": "accept", "req": 130}, 0.0)
-    for peer in (first, second, *late):
-        state.vote(peer, {"what": "established", "ok": True, "req": 131}, 0.0)
-    state.take()
-    state.vote(late[0], {"what": "pending", "req": 140}, 0.0)
-    state.vote(late[1], {"what": "optimize", "req": 140}, 0.0)
-    # Either of them may be right.
-    assert state.take() == []
-    state.vote(first, {"what": "optimize", "req": 140}, 0.0)
-    told = [(peer, kind) for peer, kind, _ in state.take()]
-    assert told == [(late[0], "reply"), (late[0], "kick")]
-    assert "waits for" in dict(state.dropped())[late[0]]
-
-
 def test_nor_does_it_miss_an_end_that_comes_between_its_return_and_its_vote():
     state, (first, second) = accepted(0, 0)
     for peer in (first, second):
@@ -689,137 +594,3 @@ def test_nor_does_it_miss_an_end_that_comes_between_its_return_and_its_vote():
     state.vote(first, {"what": "complete", "tag": 4, "seq": 0, "aborted": True, "req": 101}, 1.0)
     state.vote(second, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 1.0)
     assert [kind for peer, kind, _ in state.take() if peer == second][:2] == ["reply", "abort"]
-
-
-def through_a_round(state, peers, req):
-    """A shared state, a collective, and a vote of all."""
-    revision = state.revision.get(0, 0) + 1
-    shares(state, dict.fromkeys(peers, (revision, POPULAR, "x")), req)
-    seq = begin(state, peers, req + 2)
-    for peer in peers:
-        state.vote(peer, {"what": "complete", "tag": 1, "seq": seq, "aborted": False, "req": req + 3}, 0.0)
-    for peer in peers:
-        state.vote(peer, {"what": "pending", "req": req + 4}, 0.0)
-    state.take()
-
-
-def with_a_newcomer(state, peers, req):
-    """One is let in."""
-    late = state.join(group=0, host="h", port=1, pool=1)
-    state.vote(late, {"what": "join", "req": 1}, 0.0)
-    for peer in peers:
-        state.vote(peer, {"what": "accept", "req": req}, 0.0)
-    for peer in (*peers, late):
-        state.vote(peer, {"what": "established", "ok": True, "req": req + 1}, 0.0)
-    state.take()
-    return late
-
-
-def test_who_has_been_through_most_is_believed():
-    """A newcomer that has shared a state and voted with all is known less than those who have reduced too."""
-    state, (first, second) = accepted(0, 0)
-    through_a_round(state, [first, second], 100)
-    late = with_a_newcomer(state, [first, second], 110)
-    revision = state.revision[0] + 1
-    shares(state, {first: (revision, POPULAR, "x"), second: (revision, POPULAR, "x"), late: (0, RECEIVE, "y")}, 120)
-    for peer in (first, second, late):
-        state.vote(peer, {"what": "pending", "req": 130}, 0.0)
-    state.take()
-    assert [state.members[peer].proof for peer in (first, second, late)] == [2, 2, 1]
-    for peer, count in ((first, 1), (second, 1), (late, 2)):
-        state.vote(peer, {"what": "initiate", "tag": 1, "descriptor": {"count": count}, "req": 140}, 0.0)
-    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
-    assert [told[peer].get("error") for peer in (first, second, late)] == [None, None, "mismatch"]
-    assert state.order == {0: [first, second]}
-
-
-def test_newcomers_for_whom_links_are_not_made_go_before_those_who_run():
-    state, (first, second) = accepted(0, 0)
-    late = state.join(group=0, host="h", port=1, pool=1)
-    state.vote(late, {"what": "join", "req": 1}, 0.0)
-    for peer in (first, second):
-        state.vote(peer, {"what": "accept", "req": 110}, 0.0)
-    # Nothing is heard of one that runs, whatever the newcomer has done to it.
-    state.vote(second, {"what": "established", "ok": True, "req": 111}, 0.0)
-    state.vote(late, {"what": "established", "ok": True, "req": 2}, 0.0)
-    state.take()
-    when = 2 * state.connect_s + state.dead_s
-    state.tick(when)
-    assert "could not make their links" in dict(state.dropped())[late]
-    assert (first, "abort") in [(peer, kind) for peer, kind, _ in state.take()]
-    state.vote(first, {"what": "established", "ok": False, "why": "another peer was lost", "req": 111}, when + 1.0)
-    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
-    assert {told[peer]["error"] for peer in (first, second)} == {"topology"}
-    state.tick(when + 100.0)
-    assert state.order == {0: [first, second]}
-
-
-def test_nor_does_one_that_hangs_hold_up_the_others_for_ever():
-    state, (first, second) = accepted(0, 0)
-    late = state.join(group=0, host="h", port=1, pool=1)
-    state.vote(late, {"what": "join", "req": 1}, 0.0)
-    for peer in (first, second):
-        state.vote(peer, {"what": "accept", "req": 110}, 0.0)
-    state.vote(second, {"what": "established", "ok": True, "req": 111}, 0.0)
-    for now in (25.0, 30.0):
-        state.tick(now)
-    assert state.dropped()[-1][0] == first
-    assert state.order == {0: [second]}
-
-
-def test_a_collective_of_more_peers_than_are_left_is_told_to_each_at_once():
-    state, (first, second, third) = accepted(0, 0, 0)
-    vote = {"what": "initiate", "tag": 1, "descriptor": {"count": 1, "world": 3}, "req": 100}
-    state.vote(first, vote, 0.0)
-    assert state.take() == []
-    state.lost(third, "gone", 0.0)
-    (told,) = [body for peer, kind, body in state.take() if (peer, kind) == (first, "reply")]
-    assert (told["error"], told["why"]) == ("lost", "2 peers are left, and collective 1 is of 3")
-    # The other too, which had not asked yet; and from then on.
-    for req in (100, 101):
-        state.vote(second, {**vote, "req": req}, 0.0)
-        assert [body["error"] for _, _, body in state.take()] == ["lost"]
-    for peer in (first, second):
-        state.vote(peer, {**vote, "descriptor": {"count": 1, "world": 2}, "req": 110}, 0.0)
-    assert [body["seq"] for _, _, body in state.take()] == [0, 0]
-
-
-def test_peers_that_hold_as_many_as_go_and_none_of_them_together_are_told():
-    state, peers = accepted(0, 0)
-    for place, peer in enumerate(peers):
-        for tag in range(MOST_TAGS):
-            assert state.take() == []
-            body = {"what": "initiate", "tag": tag + place * MOST_TAGS, "descriptor": {}, "req": 100 + tag}
-            state.vote(peer, body, 0.0)
-    told = state.take()
-    assert len(told) == 2 * MOST_TAGS
-    assert {body["error"] for _, _, body in told} == {"mismatch"}
-    assert "in the same order" in told[0][2]["why"]
-    assert begin(state, peers, 300) == 0
-
-
-def test_a_run_that_waits_for_nobody_does_not_end_those_who_wait():
-    state = MasterState()
-    first, second, third = (state.join(group=0, host="h", port=1, pool=1) for _ in range(3))
-    state.vote(first, {"what": "join", "req": 1}, 0.0)
-    state.vote(first, {"what": "established", "ok": True, "req": 2}, 0.0)
-    for peer, inside in ((second, [first]), (third, [first, second])):
-        state.vote(peer, {"what": "join", "req": 1}, 0.0)
-        for one in inside:
-            state.vote(one, {"what": "accept", "awaits": 4, "req": 10 + peer}, 0.0)
-        state.take()
-        for one in (*inside, peer):
-            state.vote(one, {"what": "established", "ok": True, "req": 20 + peer}, 0.0)
-        assert {body["awaits"] for _, _, body in state.take()} == {4}
-        if peer == second:
-            for one in (first, second):
-                state.vote(one, {"what": "pending", "awaits": 4, "req": 15}, 0.0)
-            state.take()
-    # A newcomer of another program: it was told for how many they wait, and does something else.
-    state.vote(first, {"what": "pending", "awaits": 4, "req": 50}, 0.0)
-    state.vote(third, {"what": "initiate", "tag": 1, "descriptor": {}, "req": 50}, 0.0)
-    told = {peer: body for peer, kind, body in state.take() if kind == "reply"}
-    assert told.keys() == {third}
-    assert "peer 0 waits until 4 peers are there (wait_for, parallel.diloco.peers), peer 2 for" in told[third]["why"]
-    state.vote(second, {"what": "pending", "awaits": 4, "req": 50}, 0.0)
-    assert [body["pending"] for _, _, body in state.take()] == [False, False]
