@@ -1,9 +1,11 @@
 """Peers of PCCL for tests: threads with a communicator each, in one process, so that a world starts in milliseconds."""
 
 import threading
+import time
 from contextlib import contextmanager
 
 from anabranch.cluster.pccl import Communicator, Master
+from anabranch.cluster.pccl.records import waits_for
 
 # No wait of a test is longer; nothing is measured by it.
 BOUND_S = 30.0
@@ -57,6 +59,12 @@ def together(address, world, work, **settings):
         if peer.error is not None:
             raise peer.error
     return [peer.value for peer in peers]
+
+
+def until_somebody_waits(master):
+    """To be let in, which the next who ask hear of."""
+    while not any(waits_for(member, "join") for member in list(master.state.members.values())):
+        time.sleep(0.005)
 
 
 def in_time(work):

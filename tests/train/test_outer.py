@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ from anabranch.testing import run_ranks
 from anabranch.train import Trainer, checkpoints, read_metrics, read_run_config
 from anabranch.train.config import DiLoCoConfig, Parallel
 from anabranch.train.outer import Outer
-from pccl_peers import BOUND_S, a_master, in_time
+from pccl_peers import BOUND_S, a_master, in_time, until_somebody_waits
 
 
 def with_peers(run, **settings):
@@ -200,8 +199,7 @@ def a_group_at(master, run, step, *, goes_to):
         assert at_step.wait(BOUND_S)
 
         def let_go_when_somebody_waits():
-            while not any(not member.is_accepted for member in list(master.state.members.values())):
-                time.sleep(0.01)
+            until_somebody_waits(master)
             may_go.set()
 
         threading.Thread(target=let_go_when_somebody_waits, daemon=True).start()

@@ -9,7 +9,7 @@ from torch import nn
 
 from anabranch.cluster.pccl import DiLoCo, Mismatch, PeerLost
 from anabranch.errors import InputError
-from pccl_peers import BOUND_S, Killed, Peer, a_master, together
+from pccl_peers import BOUND_S, Killed, Peer, a_master, together, until_somebody_waits
 
 EVERY = 3
 
@@ -306,8 +306,7 @@ def test_one_of_another_program_is_sent_away_alone_also_in_the_first_round(maste
         outer.begin_step()
         if number == 0:
             late.append(Peer(master.address, lambda _, mine: mine.all_reduce(torch.ones(2)), 9))
-        while not any(not member.is_accepted for member in list(master.state.members.values())):
-            pass
+            until_somebody_waits(master)
         while outer.steps < 4:
             outer.end_step()
             outer.begin_step()

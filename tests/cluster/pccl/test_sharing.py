@@ -12,7 +12,7 @@ from anabranch.cluster.pccl.elections import RECEIVE, elect
 from anabranch.cluster.pccl.hashing import tensor_hash
 from anabranch.cluster.pccl.links import LinkError
 from anabranch.errors import InputError
-from pccl_peers import Peer, a_master, together
+from pccl_peers import Peer, a_master, together, until_somebody_waits
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +270,7 @@ def test_those_who_run_go_on_where_a_newcomer_names_its_strategy(master, strateg
             peers.sync_shared_state(state, "enforce_popular")
             if number == 0 and state.revision == 2:
                 late.append(Peer(master.address, comes, 9))
-                while not any(not member.is_accepted for member in list(master.state.members.values())):
-                    pass
+                until_somebody_waits(master)
             peers.all_reduce(torch.ones(2))
         return state.tensors["w"].tolist()
 
