@@ -227,7 +227,8 @@ def test_a_state_is_fetched_however_long_a_peer_would_wait(idle_s):
         return peers.sync_shared_state(state).received_bytes
 
     with a_master() as master:
-        assert together(master.address, 2, work, idle_s=idle_s) == [0, 12]
+        # Who came first has what counts.
+        assert sorted(together(master.address, 2, work, idle_s=idle_s)) == [0, 12]
 
 
 def test_a_proof_is_of_its_purpose_and_run_alone():

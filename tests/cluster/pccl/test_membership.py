@@ -60,9 +60,9 @@ def test_those_who_wait_for_other_numbers_begin_together(master):
     peers = []
     for number in range(3):
         peers.append(Peer(master.address, work, number))
-        while len(master.state.accepted) <= number:
+        # The last may have come, reduced and left meanwhile.
+        while number < 2 and len(master.state.accepted) <= number:
             time.sleep(0.01)
-            assert peers[-1].error is None, peers[-1].error
     assert [(peer.wait().error, peer.value) for peer in peers] == [(None, 3)] * 3
 
 
