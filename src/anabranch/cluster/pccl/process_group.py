@@ -5,8 +5,8 @@
     model = DistributedDataParallel(model)
 
 A process group of torch has a fixed size, so a rank that is lost ends it, in the midst of a collective or between two: every wait of a
-survivor raises `PeerLost` from then on, whatever `timeout` says, with tensors as they were, and torchrun starts the workers anew. What
-outlives losses is `Communicator` itself.
+survivor raises `PeerLost` from then on, whatever `timeout` says, with tensors as they were, and torchrun starts the workers anew (DDP's
+reducer makes a RuntimeError of it, which names it). What outlives losses is `Communicator` itself.
 
 The master of the default group is the one that ANABRANCH_CLUSTER_MASTER names, for one job at a time; it may be restarted with its journal.
 Without it, and for every further group (`new_group`, `DeviceMesh`), the first rank of the group has one in a thread, since all peers of a
@@ -63,6 +63,9 @@ class _Work(dist._Work):
         super().__init__()
         self._told = told
         self._future: torch.futures.Future[Any] = torch.futures.Future()
+        # What torch's own code in C++ asks (DDP's reducer): a future whose error was set from Python has that as its value, and only Python
+        # raises it; what a callback raises is an error for both.
+        self._shown = self._future.then(lambda future: future.value())
         self._left, self._lock = len(handles), threading.Lock()
         self._result, self._done = result, done
         for handle in handles:
@@ -96,7 +99,7 @@ class _Work(dist._Work):
 
     def get_future(self) -> torch.futures.Future[Any]:
         """Of the result."""
-        return self._future
+        return self._shown
 
 
 class PCCLGroup(dist.ProcessGroup):
