@@ -11,6 +11,7 @@ Fields of plain ``int`` and ``float`` have the widest limits (see `check_number`
 """
 
 import math
+import re
 from numbers import Integral
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ MOST_REPEATS = 65_536
 MOST_LAYERS = 4096  # thirty times the deepest model there is; what counts layers may look at all of them for each
 LARGEST_INT = 2**53  # the last up to which every reader of JSON agrees
 _LONGEST = 240  # characters of a value in a message
+_LINE_END = re.compile(r"\s*\n\s*")
 LARGEST_FLOAT, SMALLEST_FLOAT = 1e37, 1e-37  # float32 has these as normal numbers; beyond them are infinity and 0
 
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]  # of a random generator
@@ -105,4 +107,5 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # such an integer, or no end of brackets, inside
         return f"a {type(value).__name__} that cannot be shown"
+    text = _LINE_END.sub(" ", text)  # of an array of rows: a message is one line
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 40]} ... {text[-30:]}"

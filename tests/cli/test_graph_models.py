@@ -192,6 +192,14 @@ def test_edges_of_several_kinds(facts, place):
         ("predict f.anb new.csv", "no node 'zoe'"),
         ("predict f.anb edges.csv --out s.txt", "must end in"),
         ("embed edges.csv --out v.npy --save m.npz", "must end in .anb"),
+        (
+            "embed edges.csv --method graphvite --set normalize=no --out v.npy",
+            "normalize is 'no'; it must be True or False",
+        ),
+        (
+            "embed edges.csv --method graphvite --set epochs=1e19 --out v.npy",
+            "epochs is 1e+19; it must be a finite number",
+        ),
         ("tune edges.csv --labels own", "no labels of its own"),
         ("tune edges.csv --objective micro_f1", "are for --labels"),
         ("tune edges.csv --set bet=1", "did you mean beta"),

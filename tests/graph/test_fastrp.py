@@ -11,6 +11,7 @@ from scipy.sparse import coo_array, csr_array
 
 from anabranch.errors import BackendError, ConfigError, DataError, InputError
 from anabranch.graph import Graph
+from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.evaluate import classify_nodes, hold_out_edges, link_auc
 from anabranch.graph.fastrp import FastRP
@@ -390,7 +391,7 @@ def test_values_beyond_the_type_are_refused():
         ({"beta": None}, "beta is None"),
         ({"s": 0.5}, "s is 0.5"),
         ({"s": float("nan")}, "s is nan"),
-        ({"projection": "dense"}, "projection is 'dense'; it must be one of 'sparse', 'gaussian'"),
+        ({"projection": "dense"}, "projection is 'dense'; it must be one of sparse, gaussian"),
         ({"matrix": "trans"}, "matrix is 'trans'"),
         ({"direction": "up"}, "direction is 'up'"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
@@ -399,12 +400,32 @@ def test_values_beyond_the_type_are_refused():
         ({"self_weight": float("nan")}, "self_weight is nan"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"chunk": 0}, "chunk is 0"),
+        (
+            {"chunk": 2**53},
+            "chunk is 9007199254740992; it must be a whole number, at least 1 and at most 2,147,483,647",
+        ),
+        ({"normalize": "no"}, "normalize is 'no'; it must be True or False"),
+        ({"keep_powers": 2}, "keep_powers is 2; it must be True or False"),
         ({"threads": -1}, "threads is -1"),
     ],
 )
 def test_arguments_that_are_not_allowed(options, message):
     with pytest.raises(InputError, match=message):
         FastRP(**options)
+
+
+@pytest.mark.parametrize("given", [1, 0, "no"])
+def test_files_hold_what_was_given_before_it_was_looked_at(tmp_path, given):
+    path = tmp_path / "m.anb"
+    model = FastRP(8).fit(Graph.from_edges([0, 1, 2], [1, 2, 3]))
+    model.save(path)
+    found = read_arrays(path, "fastrp")
+    meta = {**found.meta, "params": {**found.meta["params"], "normalize": given, "standardize": given}}
+    write_arrays(path, "fastrp", {name: np.array(array) for name, array in found.arrays.items()}, meta, found.version)
+    read = FastRP.load(path)
+    assert (read.normalize, read.standardize) == (bool(given), bool(given))
+    assert np.array_equal(read.vectors([0, 3]), model.vectors([0, 3]))
+    assert FastRP(8, normalize=1, keep_powers=0).fit(Graph.from_edges([0, 1, 2], [1, 2, 3])).embedding_.shape == (4, 8)
 
 
 @pytest.mark.parametrize(

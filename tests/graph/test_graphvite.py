@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph import Graph
+from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.estimator import most_similar
 from anabranch.graph.evaluate import classify_nodes
 from anabranch.graph.graphvite import GraphVite
@@ -273,6 +274,38 @@ def test_more_epochs_are_a_run_of_their_own(graph):
     assert np.array_equal(model.vertex_ND, again.vertex_ND)
 
 
+def test_a_file_cannot_ask_for_a_run_without_end(graph, tmp_path):
+    path = tmp_path / "a.anb"
+    GraphVite(**SMALL, callbacks=[lambda progress: False]).fit(graph).save(path)
+    found = read_arrays(path, "graphvite")
+    most = 1_000_000 * graph.num_edges
+    for total, is_refused in ((2**63 - 1, True), (most + 1, True), (most, False)):
+        meta = {**found.meta, "counters": {**found.meta["counters"], "total": total}}
+        write_arrays(
+            path, "graphvite", {name: np.array(array) for name, array in found.arrays.items()}, meta, found.version
+        )
+        model = GraphVite.load(path)
+        if is_refused:
+            with pytest.raises(InputError, match=f"the run has {total:,} samples, more than the 1,000,000 epochs"):
+                model.resume(graph)
+        else:
+            # It is begun, and broken off.
+            model.set_params(callbacks=[lambda progress: False]).resume(graph)
+            assert model._counters.done < total
+
+
+@pytest.mark.parametrize("normalize", [1, 0, "no", ""])
+def test_files_hold_what_was_given_before_it_was_looked_at(graph, tmp_path, normalize):
+    path = tmp_path / "a.anb"
+    GraphVite(**SMALL).fit(graph).save(path)
+    found = read_arrays(path, "graphvite")
+    meta = {**found.meta, "params": {**found.meta["params"], "normalize": normalize}}
+    write_arrays(
+        path, "graphvite", {name: np.array(array) for name, array in found.arrays.items()}, meta, found.version
+    )
+    assert GraphVite.load(path).normalize is bool(normalize)
+
+
 def test_what_cannot_go_on_is_said(graph):
     with pytest.raises(InputError, match="not fitted yet; call fit first"):
         GraphVite().resume(graph)
@@ -414,10 +447,10 @@ def test_damaged_and_foreign_archives_are_refused(tmp_path, graph):
     [
         ({"dim": 0}, "dim is 0; it must be a whole number of at least 1"),
         ({"dim": 2.5}, "dim is 2.5"),
-        ({"model": "word2vec"}, "model is 'word2vec'; known: deepwalk, line, node2vec"),
-        ({"optimizer": "lion"}, "optimizer is 'lion'; known: sgd, momentum, adagrad, rmsprop, adam"),
+        ({"model": "word2vec"}, "model is 'word2vec'; it must be one of deepwalk, line, node2vec"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it must be one of sgd, momentum, adagrad, rmsprop, adam"),
         ({"executor": "spark"}, "executor is 'spark'"),
-        ({"isolated": "drop"}, "isolated is 'drop'; known: keep, zero"),
+        ({"isolated": "drop"}, "isolated is 'drop'; it must be one of keep, zero"),
         ({"epochs": 0}, "epochs is 0; it must be a finite number greater than 0"),
         (
             {"lr": 10**400},
@@ -429,6 +462,20 @@ def test_damaged_and_foreign_archives_are_refused(tmp_path, graph):
             "walk_length is 1180591620717411303424; it must be a whole number of at least 1 and at most",
         ),
         ({"epochs": float("inf")}, "epochs is inf"),
+        ({"epochs": 1e19}, "epochs is 1e+19; it must be a finite number greater than 0, and at most 1e+06"),
+        ({"epochs": 1_000_001}, "epochs is 1000001; it must be a finite number"),
+        ({"normalize": "no"}, "normalize is 'no'; it must be True or False"),
+        ({"lr": np.array([1.0, 2.0])}, "lr is array([1., 2.]); it must be a finite number"),
+        ({"callbacks": 3}, "callbacks is 3; it must be a list of functions"),
+        ({"callbacks": [3]}, "callbacks is [3]; it must be a list of functions"),
+        ({"scratch": 5}, "scratch is 5; it must be a path, or None"),
+        ({"device": 3}, "device is 3; it must be the name of one"),
+        ({"dim": 2**31}, "dim is 2147483648; it must be a whole number of at least 1 and at most 2,147,483,647"),
+        (
+            {"walk_length": 65_536, "augmentation": 65_536},
+            "augmentation is 65536 and walk_length 65536, so that a walk gives 2,147,516,416 samples; a pool holds whole walks, of at "
+            "most 16,777,216",
+        ),
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": "fast"}, "lr is 'fast'"),
         ({"weight_decay": -1}, "weight_decay is -1; it must be a finite number of at least 0"),

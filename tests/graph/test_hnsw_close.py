@@ -121,3 +121,21 @@ def test_batches_of_any_size_are_linked_by_kernels_that_were_compiled_once(monke
         assert {kind.layout for kind in arrays} == {"C"}
     # One for arrays that are written, and one for such as may only be read.
     assert len(linking.link_new.signatures) <= 2
+
+
+@pytest.mark.parametrize("away", [0, 50])
+def test_where_all_are_close_a_few_are_tried(monkeypatch, away):
+    """Lists of the others would be worked out to be thrown away."""
+    tried, forward = [], linking.Linker._forward
+    monkeypatch.setattr(
+        linking.Linker,
+        "_forward",
+        lambda self, slot_B, workers: tried.append(len(slot_B)) or forward(self, slot_B, workers),
+    )
+    rng, count = np.random.default_rng(3), linking.LEAST_TRIED
+    index = HNSW(DIM, ef_construction=40, workers=1)
+    index.add(around(rng, linking.SHARE * count, 0))
+    tried.clear()
+    index.add(around(rng, count, away))
+    few = len(range(0, count, linking.TRIED))
+    assert tried == ([few] if away else [few, count - few])

@@ -196,3 +196,31 @@ def test_bytes_of_a_repair_are_those_of_any_threads():
         index.repair()
         found.append(graph_bytes(index))
     assert found[0] == found[1] == found[2]
+
+
+NEXT = {
+    "add": lambda index: index.add(np.zeros((1, 16), np.float32)),
+    "remove": lambda index: index.remove([5]),
+    "restore": lambda index: index.restore([1]),
+    "update": lambda index: index.update([7], np.zeros((1, 16), np.float32)),
+    "compact": lambda index: index.compact(),
+    "compact of nothing": lambda index: index.compact(),
+}
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("change", NEXT)
+def test_what_was_not_to_be_repaired_is_so_by_the_next_change(change, is_read, tmp_path):
+    rng = np.random.default_rng(0)
+    index = HNSW(16, M=2, ef_construction=10, workers=1, compact_at=None)
+    index.add(rng.standard_normal((800, 16)).astype(np.float32))
+    if change != "compact of nothing":
+        index.remove([1, 2])
+    index.update(index.ids[:300], rng.standard_normal((300, 16)).astype(np.float32), repair=False)
+    assert index.stats()["unreachable"] > 100
+    if is_read:
+        index.save(tmp_path / "i.anb")
+        index = HNSW.load(tmp_path / "i.anb", mmap=True, workers=1)
+    NEXT[change](index)
+    assert index.stats()["unreachable"] == 0
+    check_graph(index)

@@ -260,6 +260,37 @@ def test_vacant_places_of_an_earlier_release_are_used_again(tmp_path):
     check_graph_but_vacant(again)
 
 
+def test_an_entry_without_an_id_of_an_earlier_release_is_no_vacant_place(tmp_path):
+    """All else is gone: nothing leads to it, and it leads nowhere, as to and from a place that is vacant."""
+    index = made(compact_at=None)
+    index.add(around(np.random.default_rng(0), 1))
+    index.remove([0])
+    index.save(tmp_path / "index.anb")
+    as_before(tmp_path / "index.anb")
+    found = read_arrays(tmp_path / "index.anb", KIND, versions=VERSIONS)
+    arrays = {name: np.array(array) for name, array in found.arrays.items()}
+    arrays["label"][0] = -1
+    write_arrays(tmp_path / "index.anb", KIND, arrays, dict(found.meta), 1)
+    again = HNSW.load(tmp_path / "index.anb", workers=1)
+    assert (len(again), len(again._storage.vacant_S)) == (0, 0)
+    group = around(np.random.default_rng(1), 40)
+    id_N = again.add(group)
+    assert (again.search(group, 1)[0][:, 0] == id_N).all()
+    assert again.stats()["unreachable"] == 0
+
+
+def test_a_file_of_an_earlier_release_has_no_mark_of_a_vacant_place(tmp_path):
+    index = with_vacant()
+    index.save(tmp_path / "index.anb")
+    as_before(tmp_path / "index.anb")
+    found = read_arrays(tmp_path / "index.anb", KIND, versions=VERSIONS)
+    arrays = {name: np.array(array) for name, array in found.arrays.items()}
+    arrays["deleted"][index._storage.vacant_S[3]] = 2
+    write_arrays(tmp_path / "index.anb", KIND, arrays, dict(found.meta), 1)
+    with pytest.raises(DataError, match="do not fit together"):
+        HNSW.load(tmp_path / "index.anb")
+
+
 CHANGES = {
     "nothing": lambda index: None,
     "repair": lambda index: index.repair(),

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anabranch.errors import ConfigError, InputError
+from anabranch.graph.arguments import plain
 from anabranch.graph.masks import unmasked
 
 _ROWS = 1 << 14
@@ -33,6 +34,12 @@ class Estimator:
         for name in params:
             setattr(self, name, getattr(checked, name))
         return self
+
+    def _make_plain(self) -> None:
+        """Let arguments that are numbers of numpy be those of Python: products of small ones would overflow."""
+        for name, value in self.get_params().items():
+            if isinstance(value, np.generic):
+                setattr(self, name, plain(value))
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self.get_params().items())

@@ -17,6 +17,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import check_unchanged
@@ -275,8 +276,8 @@ def check_top_k(top_k: int | None) -> int:
     """``top_k`` as a number, 0 for None (all). Raises InputError unless it is at least 1."""
     if top_k is None:
         return 0
-    if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
-        raise InputError(f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all")
+    if not is_whole(top_k) or top_k < 1:
+        raise InputError(f"top_k is {shown(top_k)}; it must be a whole number of at least 1, or None for all")
     # More than there can be nodes, and a number that kernels take.
     return min(int(top_k), 2**40)
 

@@ -26,10 +26,11 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 
 from anabranch.errors import DataError, InputError
+from anabranch.graph.arguments import params_of_file
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.evaluate import HeldOut
 from anabranch.graph.fastrp import storage
-from anabranch.graph.fastrp.check import check, check_weights
+from anabranch.graph.fastrp.check import FLAGS, check, check_weights
 from anabranch.graph.fastrp.start import DENSE_BELOW, Setup, sparsity
 from anabranch.graph.fastrp.steps import Powers, Steps
 from anabranch.graph.fastrp.stored import StoredVectors
@@ -121,6 +122,7 @@ class FastRP(Steps):
         self.chunk, self.threads, self.keep_powers, self.workers = chunk, threads, keep_powers, workers
         self.engine, self.out, self.spark, self.partitions = engine, out, spark, partitions
         check(self)
+        self._make_plain()
 
     # What it is for
 
@@ -236,7 +238,7 @@ class FastRP(Steps):
         """
         params, arrays, nodes, setup = storage.read(path)
         with described(path, "a FastRP of this release"):
-            made = cls(**params)
+            made = cls(**params_of_file(params, FLAGS))
             # Several times as many where powers stand side by side.
             if arrays["embedding"].shape[1] % made.dim or arrays.get("power0", arrays["embedding"]).shape[1] < made.dim:
                 raise ValueError(f"dim is {made.dim}, and vectors have {arrays['embedding'].shape[1]} numbers")

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anabranch.bounds import MOST_SIZE, is_whole, shown
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_one_of
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.fully_ppr import chunks
@@ -130,15 +132,19 @@ class FullyPPR(Estimator):
         self._found: FullyPPRResult | StoredScores | Path | None = None
         self._by_name = False
         self._options().check()
-        if plan not in ("auto", "broadcast", "partitioned"):
-            raise InputError(f"plan is {plan!r}; it must be one of auto, broadcast, partitioned")
+        check_one_of("plan", plan, get_args(Plan))
         for name, value in (("partitions", partitions), ("gamma", gamma)):
             if value is not None:
                 check_count(name, value)
-        if theta < 2:
-            raise InputError(f"theta is {theta}; a record holds at least 2 entries")
-        if big_moves not in (0, 2, 3):
-            raise InputError(f"big_moves is {big_moves!r}; it must be 0, 2 or 3")
+        if not is_whole(theta) or not 2 <= theta <= MOST_SIZE:
+            raise InputError(f"theta is {shown(theta)}; a record holds at least 2 entries, and at most {MOST_SIZE:,}")
+        if not is_whole(big_moves) or big_moves not in (0, 2, 3):
+            raise InputError(f"big_moves is {shown(big_moves)}; it must be 0, 2 or 3")
+        if progress is not None and not callable(progress):
+            raise InputError(f"progress is {shown(progress)}; it must be a function of two numbers, or None")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise InputError(f"cancel is {shown(cancel)}; it must be an event (threading.Event), or None")
+        self._make_plain()
 
     def fit(self, graph: Any) -> Self:
         """Scores from every source of the graph (whatever `as_graph` takes); they are in ``result_``.

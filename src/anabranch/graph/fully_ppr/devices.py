@@ -22,8 +22,10 @@ from dataclasses import dataclass
 import numba as nb
 import numpy as np
 
+from anabranch.bounds import LARGEST_FLOAT, shown
 from anabranch.errors import InputError
 from anabranch.graph.alias import build_alias
+from anabranch.graph.arguments import is_number, plain
 from anabranch.graph.store import Graph
 
 # Entries of a record at most; ours.
@@ -344,11 +346,14 @@ def num_walks(eps: float, delta: float, p_f: float) -> int:
     omega >= (2 + 2 eps / 3) ln(2 / p_f) / (eps^2 delta). Raises InputError for values outside (0, 1), or an eps that is not positive.
     """
     for name, value in (("delta", delta), ("p_f", p_f)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} is {value}; it must lie between 0 and 1")
-    if not (0 < eps < math.inf):
-        raise InputError(f"eps is {eps}; it must be positive")
-    return math.ceil((2 + 2 * eps / 3) * math.log(2 / p_f) / (eps**2 * delta))
+        if not is_number(value) or not 0 < value < 1:
+            raise InputError(f"{name} is {shown(value)}; it must lie between 0 and 1")
+    if not is_number(eps) or not 0 < plain(eps) <= LARGEST_FLOAT:
+        raise InputError(f"eps is {shown(eps)}; it must be positive, and at most {LARGEST_FLOAT:g}")
+    eps, delta, p_f = float(eps), float(delta), float(p_f)
+    # Of the smallest numbers there are products are 0, and quotients have no end.
+    walks = (2 + 2 * eps / 3) * math.log(2 / p_f) / max(eps**2 * delta, 1e-300)
+    return math.ceil(min(walks, LARGEST_FLOAT))
 
 
 def pipelines(walks: int, gamma: int) -> int:

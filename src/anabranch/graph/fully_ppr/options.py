@@ -1,7 +1,6 @@
 """Arguments of `FullyPPR`, checked; and which engine, method and plan "auto" means, by bytes and by estimated work."""
 # Shapes: N nodes, M stored edges, S sources
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -9,7 +8,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from anabranch import machine
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import CapacityError, InputError
+from anabranch.graph.arguments import check_one_of, is_number, plain
 from anabranch.graph.fully_ppr.devices import num_walks
 from anabranch.graph.fully_ppr.estimates import is_exact_quicker
 from anabranch.graph.fully_ppr.local import scratch_bytes
@@ -31,6 +32,7 @@ LOCAL_METHODS = ("walks", "decompose", "exact")
 # Of a run, about: how often progress is told and how much is lost when it is stopped.
 CHUNKS = 64
 LARGEST_CHUNK = 4096  # sources
+MOST_BYTES = 2**63
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ class Options:
             ("method", self.method, get_args(Method)),
             ("estimator", self.estimator, get_args(Estimate)),
         ):
-            if value not in allowed:
-                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+            check_one_of(name, value, allowed)
         if self.walks is not None:
             check_count("walks", self.walks)
         self._check_accuracy()
@@ -76,16 +77,19 @@ class Options:
             raise InputError(
                 f"walks is {self.num_walks} at alpha = {self.alpha}; counts of visits would not fit 32 bits"
             )
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or not 0 <= self.rounds <= 100:
-            raise InputError(f"rounds is {self.rounds!r}; decomposition takes 0 to 100 rounds")
-        if not 0 <= self.min_score < 1:
-            raise InputError(f"min_score is {self.min_score!r}; scores lie between 0 and 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer):
-            raise InputError(f"seed is {self.seed!r}; it must be a whole number")
+        if not is_whole(self.rounds) or not 0 <= self.rounds <= 100:
+            raise InputError(f"rounds is {shown(self.rounds)}; decomposition takes 0 to 100 rounds")
+        if not is_number(self.min_score) or not 0 <= self.min_score < 1:
+            raise InputError(f"min_score is {shown(self.min_score)}; scores lie between 0 and 1")
+        if not is_whole(self.seed):
+            raise InputError(f"seed is {shown(self.seed)}; it must be a whole number")
         if self.workers is not None:
             check_count("workers", self.workers)
-        if self.memory_limit is not None and not 1 <= self.memory_limit < math.inf:
-            raise InputError(f"memory_limit is {self.memory_limit!r}; it must be a positive number of bytes, or None")
+        limit = self.memory_limit
+        if limit is not None and not (is_number(limit) and 1 <= plain(limit) <= MOST_BYTES):
+            raise InputError(
+                f"memory_limit is {shown(limit)}; it must be a positive number of bytes, at most 2^63, or None"
+            )
 
     def _check_accuracy(self) -> None:
         accuracy = {"eps": self.eps, "delta": self.delta, "p_f": self.p_f}

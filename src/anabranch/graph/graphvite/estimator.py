@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.arguments import params_of_file
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.graphvite import settings, storage
@@ -35,9 +36,9 @@ class GraphVite(Estimator):
     Args:
         dim: D.
         model: ``deepwalk``, ``line`` (the same with the pseudo shuffle), or ``node2vec`` (walks of second order).
-        epochs: positive samples over edges (an undirected edge counted once).
+        epochs: positive samples over edges (an undirected edge counted once), at most 1,000,000.
         augmentation: s, the distance up to which two nodes of a walk are a positive; ``auto``: floor(ln 1600 / ln(E / N)), 1 to 10.
-        walk_length: L, edges of a walk.
+        walk_length: L, edges of a walk, at most 65,536. A walk gives at most 16,777,216 samples.
         negatives: K, per positive.
         negative_weight: w, what one negative counts for.
         lr: the first rate; it falls linearly to 1e-4 of it.
@@ -128,6 +129,7 @@ class GraphVite(Estimator):
         self.callbacks = callbacks
         self.seed = seed
         settings.check(self.get_params())
+        self._make_plain()
         self._arrays: dict[str, np.ndarray] = {}
         self._peak_part_bytes = 0
         self._counters = Counters()
@@ -146,14 +148,15 @@ class GraphVite(Estimator):
         """
         graph = as_graph(graph, allow_negative=True)
         settings.check_graph(graph)
-        return self._train(graph, Counters(total=max(1, round(self.epochs * graph.num_edges))), {})
+        return self._train(graph, Counters(total=settings.total_of(self.epochs, graph)), {})
 
     def resume(self, graph: Any, epochs: float | None = None) -> Self:
         """Go on: to the end of a run that a callback ended (the result is that of a run that was not ended), or for so many more epochs.
 
         More epochs are a run of their own, with the rate from its start and new walks.
 
-        Raises InputError if nothing is fitted, the graph has another number of nodes, or there is no run to end; and as `fit`.
+        Raises InputError if nothing is fitted, the graph has another number of nodes, there is no run to end, or it has more samples than
+        1,000,000 epochs of the graph; and as `fit`.
         """
         graph = as_graph(graph, allow_negative=True)
         settings.check_graph(graph)
@@ -173,10 +176,15 @@ class GraphVite(Estimator):
             )
         if epochs is None and before.done >= before.total:
             raise InputError("the run was trained to its end; say for how many more `epochs`")
+        if epochs is None and before.total > settings.total_of(settings.MOST_EPOCHS, graph):
+            raise InputError(
+                f"the run has {before.total:,} samples, more than the {settings.MOST_EPOCHS:,} epochs of this graph that there may be; "
+                "say for how many more `epochs`"
+            )
         counters = Counters(**asdict(before))
         if epochs is not None:
             settings.check({**self.get_params(), "epochs": epochs})
-            counters.done, counters.total = 0, max(1, round(epochs * graph.num_edges))
+            counters.done, counters.total = 0, settings.total_of(epochs, graph)
         return self._train(graph, counters, dict(self._arrays))
 
     def fit_transform(self, graph: Any, y: Any = None) -> np.ndarray:
@@ -298,7 +306,7 @@ class GraphVite(Estimator):
         parameters = 8 * graph.num_nodes * self.dim * (1 + moments)
         num_parts = settings.parts_of(self.partitions, graph.num_nodes, 4 * self.dim * (1 + moments), None)
         steps = settings.steps_of(self.augmentation, self.walk_length, graph)
-        total = max(1, round(self.epochs * graph.num_edges))
+        total = settings.total_of(self.epochs, graph)
         size = min(total, settings.pool_of(self.pool_size, graph.num_nodes, num_parts, total, 1, False))
         walks = size / steps * (self.walk_length + 1) / self.walk_length * graph.indices.itemsize
         return int(2 * parameters + 16 * size + walks + 72 * graph.num_nodes)
@@ -413,7 +421,8 @@ class GraphVite(Estimator):
         saved = storage.read(path)
         arrays, meta = saved.arrays, saved.meta
         with described(path, "a GraphVite of this release"):
-            found = cls(**meta.get("params", {"dim": arrays["vertex"].shape[1]}))
+            params = meta.get("params", {"dim": arrays["vertex"].shape[1]})
+            found = cls(**params_of_file(params, settings.FLAGS))
             found._counters = Counters(**meta.get("counters", {}))
             for name in ("walks", "episodes", "pairs", "done", "total"):
                 whole(getattr(found._counters, name), name)

@@ -2,11 +2,13 @@
 # Shapes: N nodes, P parts
 
 import math
+from pathlib import Path
 from typing import Any
 
-from anabranch.bounds import LARGEST_FLOAT, LARGEST_INT, MOST_REPEATS, is_whole, shown
+from anabranch.bounds import LARGEST_FLOAT, LARGEST_INT, MOST_REPEATS, MOST_SIZE, is_whole, shown
 from anabranch.errors import CapacityError, InputError
-from anabranch.graph.graphvite.augmentation import auto_augmentation
+from anabranch.graph.arguments import check_flag, check_one_of, is_number, plain
+from anabranch.graph.graphvite.augmentation import auto_augmentation, pairs_of_walk
 from anabranch.graph.graphvite.train import OPTIMIZERS
 from anabranch.graph.store import Graph
 
@@ -30,13 +32,21 @@ POOLS = 10
 # Samples of a pool per node and part: the reference's episode.
 VISITS = 175
 
+# The default is 2,000. A file says how long a run goes on, too, and samples are counted in 64 bits.
+MOST_EPOCHS = 1_000_000
+
+# Samples of one walk, which a pool holds whole: 128 MiB of them.
+MOST_PAIRS = 1 << 24
+
+FLAGS = ("normalize",)
+
 
 def check(given: dict[str, Any]) -> None:
     """Raise InputError for the first argument that has a value it may not have."""
     if given["workers"] is not None:
         _whole("workers", given["workers"], 1, ", or None")
-    for name, least in (("dim", 1), ("samplers", 0)):
-        _whole(name, given[name], least)
+    _whole("dim", given["dim"], 1, most=MOST_SIZE)
+    _whole("samplers", given["samplers"], 0, most=MOST_REPEATS)
     # What is done one by one for each sample, in compiled code that nothing breaks off.
     for name, least in (("walk_length", 1), ("negatives", 0)):
         _whole(name, given[name], least, most=MOST_REPEATS)
@@ -48,10 +58,13 @@ def check(given: dict[str, Any]) -> None:
         ("shuffle_base", 1),
         ("micro_batch", 1),
     ):
-        if given[name] != "auto":
+        # An array compares with a name to an array.
+        if not isinstance(given[name], str) or given[name] != "auto":
             _whole(name, given[name], least, " or 'auto'")
+    for name in FLAGS:
+        check_flag(name, given[name])
+    _number("epochs", given["epochs"], zero=False, most=MOST_EPOCHS)
     for name, zero in (
-        ("epochs", False),
         ("lr", False),
         ("negative_weight", True),
         ("weight_decay", True),
@@ -59,20 +72,47 @@ def check(given: dict[str, Any]) -> None:
         ("q", False),
     ):
         _number(name, given[name], zero)
+    _check_words(given)
+    if given["memory_limit"] is not None:
+        _whole("memory_limit", given["memory_limit"], 1, " bytes, or None")
+    _check_together(given)
+    seed = given["seed"]
+    if not is_whole(seed) or not 0 <= int(seed) < 2**63:
+        raise InputError(f"seed is {shown(seed)}; it must be an integer from 0 to 2**63 - 1")
+
+
+def _check_words(given: dict[str, Any]) -> None:
+    """Raise InputError for the first argument that is no name, path or list of functions, where it must be."""
     for name, known in (
         ("model", MODELS),
         ("optimizer", tuple(OPTIMIZERS)),
         ("executor", EXECUTORS),
         ("isolated", ("keep", "zero")),
     ):
-        if given[name] not in known:
-            raise InputError(f"{name} is {given[name]!r}; known: {', '.join(known)}")
-    if given["memory_limit"] is not None:
-        _whole("memory_limit", given["memory_limit"], 1, " bytes, or None")
+        check_one_of(name, given[name], known)
+    if not isinstance(given["device"], str):
+        raise InputError(f"device is {shown(given['device'])}; it must be the name of one, say 'cpu' or 'cuda:1'")
+    scratch = given["scratch"]
+    if scratch is not None and not isinstance(scratch, str | Path):
+        raise InputError(f"scratch is {shown(scratch)}; it must be a path, or None")
+    callbacks = given["callbacks"]
+    if not isinstance(callbacks, list | tuple) or not all(callable(callback) for callback in callbacks):
+        raise InputError(f"callbacks is {shown(callbacks)}; it must be a list of functions")
+
+
+def _check_together(given: dict[str, Any]) -> None:
+    """Raise InputError for arguments of which each is right, and one does not go with another."""
     if given["model"] != "node2vec" and (given["p"], given["q"]) != (1, 1):
         raise InputError(f"p and q bend the walks of model='node2vec'; the model is {given['model']!r}")
     if given["augmentation"] != "auto" and given["augmentation"] > given["walk_length"]:
         raise InputError(f"augmentation is {given['augmentation']}, beyond the walk_length of {given['walk_length']}")
+    if given["augmentation"] != "auto":
+        pairs = pairs_of_walk(given["walk_length"], given["augmentation"])
+        if pairs > MOST_PAIRS:
+            raise InputError(
+                f"augmentation is {given['augmentation']} and walk_length {given['walk_length']}, so that a walk gives {pairs:,} "
+                f"samples; a pool holds whole walks, of at most {MOST_PAIRS:,}"
+            )
     if "auto" not in (given["pool_size"], given["shuffle_base"]) and given["pool_size"] % given["shuffle_base"]:
         raise InputError(
             f"pool_size is {given['pool_size']}, not a multiple of shuffle_base, {given['shuffle_base']}; "
@@ -82,15 +122,17 @@ def check(given: dict[str, Any]) -> None:
         raise InputError(f"executor={given['executor']!r} trains on the CPU; device is {given['device']!r}")
     if given["executor"] == "distributed" and given["memory_limit"] is not None:
         raise InputError("memory_limit is for one process; executor='distributed' keeps all parameters in memory")
-    seed = given["seed"]
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**63:
-        raise InputError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
 
 
 def check_graph(graph: Graph) -> None:
     """Raise InputError for a graph without an edge to train on."""
     if not len(graph.indices):
         raise InputError(f"the graph has {graph.num_nodes:,} nodes and no edges; there is nothing to train on")
+
+
+def total_of(epochs: float, graph: Graph) -> int:
+    """Positive samples of so many epochs."""
+    return max(1, round(float(epochs) * graph.num_edges))
 
 
 def steps_of(augmentation: int | str, walk_length: int, graph: Graph) -> int:
@@ -151,18 +193,15 @@ def pool_of(pool_size: int | str, num_nodes: int, num_parts: int, total: int, ba
 
 
 def _whole(name: str, value: Any, least: int, also: str = "", most: int = LARGEST_INT) -> None:
-    if not is_whole(value) or not least <= value <= most:
+    if not is_whole(value) or not least <= int(value) <= most:
         limit = "" if most == LARGEST_INT else f" and at most {most:,}"
         raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}{limit}{also}")
 
 
-def _number(name: str, value: Any, zero: bool) -> None:
-    try:
-        fits = not isinstance(value, (bool, str)) and (0 <= value if zero else 0 < value) and value <= LARGEST_FLOAT
-    except TypeError:
-        fits = False
-    if not fits:
+def _number(name: str, value: Any, zero: bool, most: float = LARGEST_FLOAT) -> None:
+    # A short float of numpy would make the limit one of its own.
+    if not is_number(value) or not 0 <= plain(value) <= most or (value == 0 and not zero):
         raise InputError(
             f"{name} is {shown(value)}; it must be a finite number {'of at least' if zero else 'greater than'} 0, "
-            f"and at most {LARGEST_FLOAT:g}"
+            f"and at most {most:g}"
         )

@@ -108,7 +108,7 @@ def train_block(
         rate.total,
         np.float32(rule.weight_decay),
         np.float32(rule.negative_weight),
-        rule.negatives,
+        int(rule.negatives),
     )
     if rule.moments == 0:
         return float(_train(head[0], tail[0], *samples, *table, state, *numbers))

@@ -252,6 +252,9 @@ class Changes:
         held, is_live_S = self._storage, self._slots.live()
         dead, live = np.flatnonzero(~is_live_S), np.flatnonzero(is_live_S)
         if not dead.size:
+            if repair and self.is_crowded:
+                held.own()
+                self.repair_if_due(workers)
             return 0
         held.own()
         if live.size:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import InputError
 from anabranch.graph.masks import unmasked
 
@@ -219,10 +220,10 @@ def as_distinct(id_N: np.ndarray, what: str = "ids") -> np.ndarray:
 
 def as_positive(value: Any, name: str, most: int | None = None) -> int:
     """An integer of at least 1, and at most ``most``. Raises InputError for others."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
+    if not is_whole(value) or value < 1:
+        raise InputError(f"{name} is {shown(value)}; it must be an integer of at least 1")
     if most is not None and value > most:
-        raise InputError(f"{name} is {value}; it must be at most {most:,}")
+        raise InputError(f"{name} is {shown(value)}; it must be at most {most:,}")
     return int(value)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import DataError, InputError
+from anabranch.graph.arguments import check_one_of
 from anabranch.graph.codes import CENTRES, ProductCodes
 from anabranch.graph.guarded import held
 from anabranch.graph.hnsw import layout
@@ -433,19 +435,18 @@ def check_quantization(quantization: Any, code_bytes: Any, *, dim: int, metric: 
     """Raise InputError where an argument of `HNSW` has a value that it may not have."""
     if quantization is None:
         if code_bytes is not None:
-            raise InputError(f"code_bytes is {code_bytes}, and there are no codes; it goes with quantization='pq'")
+            raise InputError(
+                f"code_bytes is {shown(code_bytes)}, and there are no codes; it goes with quantization='pq'"
+            )
         return
-    if quantization not in QUANTIZATIONS:
-        raise InputError(f"quantization is {quantization!r}; it must be one of {', '.join(QUANTIZATIONS)}, or None")
+    check_one_of("quantization", quantization, QUANTIZATIONS, ", or None")
     if dtype != "f32":
         raise InputError(
             f"dtype is {dtype!r}; with quantization={quantization!r} codes are searched, and vectors kept beside them as 'f32'"
         )
     if code_bytes is not None and quantization != "pq":
         raise InputError(
-            f"code_bytes is {code_bytes}; it is for quantization='pq', 'int4' has half a byte for each number"
+            f"code_bytes is {shown(code_bytes)}; it is for quantization='pq', 'int4' has half a byte for each number"
         )
-    if code_bytes is not None and (
-        isinstance(code_bytes, bool) or not isinstance(code_bytes, int | np.integer) or not 1 <= code_bytes <= dim
-    ):
-        raise InputError(f"code_bytes is {code_bytes!r}; it must be an integer from 1 to the dimension, {dim}")
+    if code_bytes is not None and not (is_whole(code_bytes) and 1 <= code_bytes <= dim):
+        raise InputError(f"code_bytes is {shown(code_bytes)}; it must be an integer from 1 to the dimension, {dim}")

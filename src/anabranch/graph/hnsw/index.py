@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_flag, plain
 from anabranch.graph.hnsw import layout
 from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.checks import (
@@ -93,7 +94,8 @@ class HNSW(Kept, Finding):
         workers = asked_workers(workers, former, "HNSW")
         self.dim, self.M = as_positive(dim, "dim"), as_positive(M, "M")
         self.ef_construction = max(as_positive(ef_construction, "ef_construction", MAX_EF), self.M)
-        dtype = (BITS if metric == "hamming" else "f32") if dtype is None else dtype
+        is_of_bits = isinstance(metric, str) and metric == "hamming"
+        dtype = (BITS if is_of_bits else "f32") if dtype is None else dtype
         check_options(
             self.dim, self.M, metric=metric, dtype=dtype, heuristic=heuristic, compact_at=compact_at, seed=seed
         )
@@ -103,8 +105,9 @@ class HNSW(Kept, Finding):
         self._rerank = (
             bool(rerank) if isinstance(rerank, bool | np.bool_) else as_positive(rerank, "rerank", MAX_RERANK)
         )
-        self.extend_candidates, self.keep_pruned, self.flat = bool(extend_candidates), bool(keep_pruned), bool(flat)
-        self.compact_at = compact_at
+        self.extend_candidates = check_flag("extend_candidates", extend_candidates)
+        self.keep_pruned, self.flat = check_flag("keep_pruned", keep_pruned), check_flag("flat", flat)
+        self.compact_at = plain(compact_at)
         self.workers = None if workers is None else as_positive(workers, "workers")
         coded = None if quantization is None else Coded(quantization, self.dim, metric, code_bytes)
         self._storage = Storage(self.dim, metric, self.M, self.ef_construction, dtype, bool(rerank), coded)
@@ -284,7 +287,8 @@ class HNSW(Kept, Finding):
     def update(self, ids: Any, vectors: Any, *, repair: bool = True, workers: int | None = None, **former: Any) -> None:
         """Move elements to new vectors: they are taken out of the graph and inserted again on their levels.
 
-        ``repair`` says whether it is looked then if all can be reached; if not, that is for the next change.
+        ``repair`` says whether it is looked then if all can be reached; if not, that is for the next change: `add`, `remove`, `restore`,
+        or `update` and `compact` that are not told so.
 
         Raises InputError for unknown ids, and as `add`.
         """
@@ -317,6 +321,10 @@ class HNSW(Kept, Finding):
                 # Some room stays for what comes next.
                 if 4 * self._storage.count < 3 * self._storage.capacity:
                     self._storage.shrink()
+            elif self._changes.is_crowded:
+                # What a change before was told not to repair.
+                with self._pool(None, {}, "remove") as pool:
+                    self._changes.repair_if_due(pool)
         self._tell(None)
 
     def restore(self, ids: Any) -> None:
@@ -327,6 +335,7 @@ class HNSW(Kept, Finding):
         id_N = as_distinct(as_ids(ids, None))
         with self._lock.write(), self._pool(None, {}, "restore") as pool:
             self._changes.restore(id_N, pool)
+            self._changes.repair_if_due(pool)
 
     def compact(self, *, repair: bool = True, workers: int | None = None, **former: Any) -> int:
         """Take deleted elements out of graph and memory: lists that pointed at them are selected anew. Returns how many.

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_one_of, is_number
 from anabranch.graph.hnsw.encoding import BITS, PRECISIONS
 from anabranch.graph.hnsw.storage import METRICS
 
@@ -24,10 +24,9 @@ def check_options(
         ("dtype", dtype, (*PRECISIONS, BITS)),
         ("heuristic", heuristic, HEURISTICS),
     ):
-        if value not in allowed:
-            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        check_one_of(name, value, allowed)
     if M < 2 or M > MAX_M or dim > MAX_DIM:
-        raise InputError(f"M is {M} and dim {dim}; M must be 2 to {MAX_M} and dim at most {MAX_DIM}")
+        raise InputError(f"M is {shown(M)} and dim {shown(dim)}; M must be 2 to {MAX_M} and dim at most {MAX_DIM}")
     if (metric == "hamming") != (dtype == BITS):
         raise InputError(
             f"metric is {metric!r} and dtype {dtype!r}; 'hamming' compares bits, {BITS!r}, and nothing else does"
@@ -36,8 +35,7 @@ def check_options(
         raise InputError(
             f"dim is {dim}; with the metric 'hamming' it is a number of bits in whole bytes, a multiple of 8"
         )
-    is_share = isinstance(compact_at, int | float | np.number)
-    if compact_at is not None and not (is_share and 0 <= compact_at < 1):
-        raise InputError(f"compact_at is {compact_at!r}; it must be a share from 0 to below 1, or None")
-    if not isinstance(seed, int | np.integer):
-        raise InputError(f"seed is {seed!r}; it must be an integer")
+    if compact_at is not None and not (is_number(compact_at) and 0 <= compact_at < 1):
+        raise InputError(f"compact_at is {shown(compact_at)}; it must be a share from 0 to below 1, or None")
+    if not is_whole(seed):
+        raise InputError(f"seed is {shown(seed)}; it must be an integer")

@@ -1,14 +1,16 @@
 """`PowerWalk`: an index of fingerprints of a graph, and personalised PageRank of any node or set from it in well under a millisecond."""
 # Shapes: N nodes, R indexed nodes, Z entries, Q queries
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
+from anabranch.bounds import shown, whole
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_flag, check_one_of, is_number
 from anabranch.graph.array_file import check_how
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.header import described
@@ -84,25 +86,24 @@ class PowerWalk(Asking, Changing):
         # Counts are 32-bit; a source's are this many at most, in all likelihood.
         if self.walks * 40 / self.alpha >= 2**31:
             raise InputError(f"walks is {walks} at alpha = {alpha}; counts would not fit 32 bits")
-        _one_of("estimate", estimate, ("ratio", "unbiased"))
-        _one_of("moves", moves, get_args(Moves))
-        _one_of("dtype", dtype, tuple(DTYPES))
-        if long_path and (moves != "walkers" or max_steps is not None or estimate != "ratio"):
+        check_one_of("estimate", estimate, ("ratio", "unbiased"))
+        check_one_of("moves", moves, get_args(Moves))
+        check_one_of("dtype", dtype, tuple(DTYPES))
+        self.long_path, self.track = check_flag("long_path", long_path), check_flag("track", track)
+        if self.long_path and (moves != "walkers" or max_steps is not None or estimate != "ratio"):
             raise InputError(
                 "long_path goes with moves='walkers', estimate='ratio' and no max_steps: its walks have no number"
             )
-        if mass is not None and not 0 < mass <= 1:
-            raise InputError(f"mass is {mass!r}; the share of a fingerprint that is kept must lie in (0, 1]")
-        self.estimate, self.moves, self.long_path, self.dtype = estimate, moves, bool(long_path), dtype
+        if mass is not None and (not is_number(mass) or not 0 < mass <= 1):
+            raise InputError(f"mass is {shown(mass)}; the share of a fingerprint that is kept must lie in (0, 1]")
+        self.estimate, self.moves, self.dtype = estimate, moves, dtype
         self.max_steps = None if max_steps is None else check_count("max_steps", max_steps)
         self.keep = None if keep is None else check_count("keep", keep)
-        self.mass = mass
-        if isinstance(min_in_degree, bool) or not isinstance(min_in_degree, int | np.integer) or min_in_degree < 0:
-            raise InputError(f"min_in_degree is {min_in_degree!r}; it must be a whole number of at least 0")
-        self.min_in_degree, self.track = int(min_in_degree), bool(track)
+        self.mass = None if mass is None else float(mass)
+        self.min_in_degree = whole("min_in_degree", min_in_degree, 0)
         self.seed = check_seed(seed)
         self.workers = None if workers is None else check_count("workers", workers)
-        _one_of("engine", engine, ("local", "spark"))
+        check_one_of("engine", engine, ("local", "spark"))
         self.engine, self.spark = engine, spark
         self.partitions = None if partitions is None else check_count("partitions", partitions)
 
@@ -269,8 +270,3 @@ class PowerWalk(Asking, Changing):
     def _of(cls, path: str | Path, params: dict[str, Any], workers: int | None) -> Self:
         with described(path, "walks of parameters that this release knows"):
             return cls(**params, workers=workers)
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

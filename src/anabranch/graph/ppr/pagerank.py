@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Self, TypeVar, get_args
 
 import numpy as np
 
-from anabranch.errors import InputError
+from anabranch.graph.arguments import check_one_of
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.ppr.blocks import Blocks
@@ -88,8 +88,7 @@ class PageRank(Estimator):
         walks: int = 10_000,
         seed: int = 0,
     ) -> None:
-        if method not in get_args(Method):
-            raise InputError(f"method is {method!r}; it must be one of {', '.join(get_args(Method))}")
+        check_one_of("method", method, get_args(Method))
         self.alpha = check_alpha(alpha)
         self.method = method
         self.tol = check_tol(tol)

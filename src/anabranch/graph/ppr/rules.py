@@ -25,12 +25,14 @@ signed or not, also after the policy (``absorb`` counts what arrives at dead end
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numba as nb
 import numpy as np
 
+from anabranch.bounds import LARGEST_FLOAT, shown
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_one_of, is_number, plain
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.counters import ABSORB, SOURCE, UNIFORM
 from anabranch.graph.masks import unmasked
@@ -44,27 +46,35 @@ CODES = {"restart": SOURCE, "source": SOURCE, "absorb": ABSORB, "uniform": UNIFO
 
 # Policies that only scale what the leaky system starts from.
 GOES_ON = ("restart", "source")
+
+# A walk takes 1 / alpha steps, in compiled code that nothing breaks off; of the smallest numbers 1 - alpha is 1.
+LEAST_ALPHA = 1e-9
 NO_WEIGHTS = np.empty(0, np.float32)
 
 
 def check_alpha(alpha: float) -> float:
-    """Raises InputError unless 0 < alpha < 1."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.floating) or not 0 < alpha < 1:
-        raise InputError(f"alpha is {alpha!r}; the probability to end a walk must lie between 0 and 1, both excluded")
+    """Raises InputError unless 0 < alpha < 1, and alpha is at least `LEAST_ALPHA`."""
+    if not is_number(alpha) or not LEAST_ALPHA <= plain(alpha) < 1:
+        raise InputError(
+            f"alpha is {shown(alpha)}; the probability to end a walk must lie between 0 and 1, both excluded, and be at least "
+            f"{LEAST_ALPHA:g}"
+        )
     return float(alpha)
 
 
 def check_dangling(dangling: str) -> Dangling:
     """Raises InputError for an unknown policy."""
-    if dangling not in CODES:
-        raise InputError(f"dangling is {dangling!r}; it must be one of {', '.join(get_args(Dangling))}")
+    check_one_of("dangling", dangling, CODES)
     return dangling  # type: ignore[return-value]
 
 
 def check_tol(tol: float) -> float:
     """Raises InputError unless tol is positive and finite."""
-    if isinstance(tol, bool) or not isinstance(tol, int | float | np.floating) or not 0 < tol < np.inf:
-        raise InputError(f"tol is {tol!r}; the L1 error allowed must be a positive number")
+    # Integers have no end.
+    if not is_number(tol) or not 0 < plain(tol) <= LARGEST_FLOAT:
+        raise InputError(
+            f"tol is {shown(tol)}; the L1 error allowed must be a positive number, and at most {LARGEST_FLOAT:g}"
+        )
     return float(tol)
 
 

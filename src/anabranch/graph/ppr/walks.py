@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_one_of
 from anabranch.graph.counters import add_walks
 from anabranch.graph.ppr.power import as_transition
 from anabranch.graph.ppr.rules import CODES, Dangling, answer, parse_seeds
@@ -84,20 +86,19 @@ def monte_carlo(
 
 def check_count(name: str, value: Any) -> int:
     """Raises InputError unless ``value`` is a whole number of at least 1, and less than 2^31."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if not is_whole(value) or not 1 <= int(value) < 2**31:
+        raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least 1, and less than 2^31")
     return int(value)
 
 
 def check_seed(seed: Any) -> int:
     """Raises InputError unless ``seed`` is a whole number of at least 0, and less than 2^63."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed!r}; it must be a whole number of at least 0")
+    if not is_whole(seed) or not 0 <= int(seed) < 2**63:
+        raise InputError(f"seed is {shown(seed)}; it must be a whole number of at least 0, and less than 2^63")
     return int(seed)
 
 
 def check_mode(mode: str) -> Mode:
     """Raises InputError for a mode that is not known."""
-    if mode not in ("fullpath", "endpoint"):
-        raise InputError(f"mode is {mode!r}; it must be 'fullpath' or 'endpoint'")
+    check_one_of("mode", mode, ("fullpath", "endpoint"))
     return mode  # type: ignore[return-value]
