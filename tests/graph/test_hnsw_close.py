@@ -132,6 +132,8 @@ def test_where_all_are_close_a_few_are_tried(monkeypatch, away):
         "_forward",
         lambda self, slot_B, workers: tried.append(len(slot_B)) or forward(self, slot_B, workers),
     )
+    # So that a batch of a small index is large enough.
+    monkeypatch.setattr(linking, "LEAST_TRIED", 2 * linking.TRIED)
     rng, count = np.random.default_rng(3), linking.LEAST_TRIED
     index = HNSW(DIM, ef_construction=40, workers=1)
     index.add(around(rng, linking.SHARE * count, 0))

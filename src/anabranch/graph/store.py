@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
 from anabranch.graph import csr, graph_file, transform
 from anabranch.graph.alias import AliasTable, build_alias
@@ -291,7 +292,7 @@ class Graph:
         except (KeyError, TypeError):
             # TypeError: a name that cannot be hashed is no name either.
             unknown = next(name for name in given if not is_known(name, self._index))
-        raise InputError(f"the graph has no node {unknown!r}{near_name(unknown, self._index)}")
+        raise InputError(f"the graph has no node {shown(unknown)}{near_name(unknown, self._index)}")
 
     def names_of(self, nodes: ArrayLike) -> np.ndarray:
         """Outside names of nodes by id; the ids themselves where there are none."""
@@ -304,11 +305,14 @@ class Graph:
         Raises InputError naming the first that is neither.
         """
         nodes = unmasked(nodes, "nodes")
+        if isinstance(nodes, np.ndarray) and nodes.ndim == 0:
+            # One node, which cannot be gone through.
+            nodes = nodes.item()
         if not self.are_names(nodes):
             return self.check_nodes(nodes)
         if self.names is None:
             first = nodes if isinstance(nodes, str) else next(node for node in nodes if isinstance(node, str))
-            raise InputError(f"the graph has no node {first!r}: its nodes have no names, only numbers from 0")
+            raise InputError(f"the graph has no node {shown(first)}: its nodes have no names, only numbers from 0")
         # A tuple may be the name of one node, as in networkx.
         is_one = isinstance(nodes, str) or not hasattr(nodes, "__iter__") or self._has(nodes)
         return self.ids_of([nodes] if is_one else nodes.tolist() if isinstance(nodes, np.ndarray) else list(nodes))

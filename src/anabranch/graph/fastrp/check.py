@@ -26,6 +26,8 @@ def check(model: Any) -> None:
     """Raise InputError for the first argument of a `FastRP` that has a value it may not have."""
     for name, allowed in CHOICES.items():
         check_one_of(name, getattr(model, name), allowed)
+    if not isinstance(model.device, str):
+        raise InputError(f"device is {shown(model.device)}; it must be the name of one, say 'cpu' or 'cuda'")
     for name in FLAGS:
         check_flag(name, getattr(model, name))
     for name in ("dim", "chunk", "threads", "workers", "partitions"):

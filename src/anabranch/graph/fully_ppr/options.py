@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from anabranch import machine
-from anabranch.bounds import is_whole, shown
+from anabranch.bounds import LARGEST_INT, is_whole, shown
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.arguments import check_one_of, is_number, plain
 from anabranch.graph.fully_ppr.devices import num_walks
@@ -62,6 +62,8 @@ class Options:
         check_alpha(self.alpha)
         check_dangling(self.dangling)
         check_top_k(self.top_k)
+        if self.top_k is not None and self.top_k > LARGEST_INT:
+            raise InputError(f"top_k is {shown(self.top_k)}; it must be at most {LARGEST_INT:,}, or None for all")
         check_tol(self.tol)
         check_count("index_walks", self.index_walks)
         for name, value, allowed in (
@@ -88,7 +90,7 @@ class Options:
         limit = self.memory_limit
         if limit is not None and not (is_number(limit) and 1 <= plain(limit) <= MOST_BYTES):
             raise InputError(
-                f"memory_limit is {shown(limit)}; it must be a positive number of bytes, at most 2^63, or None"
+                f"memory_limit is {shown(limit)}; it must be a positive number of bytes, or None, and at most 2^63"
             )
 
     def _check_accuracy(self) -> None:

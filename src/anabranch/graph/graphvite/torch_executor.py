@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import BackendError, CapacityError
 from anabranch.extras import require
 from anabranch.graph.graphvite import train as rules
@@ -58,10 +59,12 @@ def devices_of(device: str, workers: int) -> list[Any]:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise BackendError(
-            f"device is {device!r}, which PyTorch does not know; use 'cpu', 'cuda' or 'cuda:*'"
+            f"device is {shown(device)}, which PyTorch does not know; use 'cpu', 'cuda' or 'cuda:*'"
         ) from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+        raise BackendError(
+            f"device is {shown(device)}, but there are {torch.cuda.device_count()} CUDA devices; use 'cpu'"
+        )
     return [found] * workers
 
 
