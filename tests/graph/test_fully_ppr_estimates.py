@@ -151,7 +151,7 @@ def test_what_is_quicker_where_both_were_timed():
     assert not is_quicker(undirected(30_000, 90_000))
 
 
-@pytest.mark.parametrize("alpha", [5e-324, 1e-300, 0.5, 0.99])
+@pytest.mark.parametrize("alpha", [1e-9, 1e-3, 0.5, 0.99])
 @pytest.mark.parametrize("tol", [5e-324, 1e-8, 0.999])
 def test_any_numbers_give_an_answer(alpha, tol):
     for graph in (
