@@ -1,26 +1,31 @@
 """A rank's connection to the coordinator: what it said that nobody has acted on, and waits that end when it calls.
 
 Every wait of a rank is one of `Control.wait_until`, or of a link that asks `Control.is_called`: whatever it is for, it ends by
-`CalledAwayError` when the coordinator announces another layout, or says that training has stopped.
+`CalledAwayError` when the coordinator announces another layout, or says that training has stopped. No wait has an end of its own: each
+beat says for whom a rank waits and how long, so that the coordinator, which hears all, finds the one that holds up the others. A
+coordinator that does not answer beats for ``timeout_s`` has stopped as far as this rank is concerned.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from anabranch.cluster.elastic.links import CalledAwayError
-from anabranch.cluster.elastic.wire import Channel, Header, connect
+from anabranch.cluster.elastic.waiting import BEAT_S
+from anabranch.cluster.elastic.wire import Body, Channel, Header, connect
 from anabranch.errors import AnabranchError, ConfigError, PeerError
 
 __all__ = ["CALLS", "Control", "UnrecoverableError"]
 
-_BEAT_S = 0.5
 # For so long who leaves waits until the coordinator has heard it.
 _PARTING_S = 5.0
 # What ends a wait: another layout; or, before training has begun, that one of those who came is gone.
 CALLS = ("epoch", "regroup")
+# Of a wait: who or what it is for, as `anabranch.cluster.elastic.waiting` reads it; nothing where it may last.
+Of = Callable[[], Header]
 
 
 class UnrecoverableError(AnabranchError):
@@ -32,13 +37,14 @@ class Control:
 
     Args:
         changed: notified of whatever comes, with which all waits wait.
-        timeout_s: after so long a bounded wait ends by PeerError.
+        timeout_s: after so long a wait is told as a long one, and a coordinator that says nothing counts as gone.
         gives_up: asked once a second while this rank is not in yet; True ends the wait by PeerError.
 
     Attributes:
         news: what the coordinator said of commits and layouts, oldest first.
         stop: that training has stopped, once it was said.
-        answers: by kind, the last word to what this rank asked (``welcome``, ``saved``, ``finished``).
+        answers: by kind, the last word to what this rank asked (``welcome``, ``done``, ``manifest``, ``saved``, ``finished``). Unlike
+            news they stay when another layout is announced: what all have done is done, also for who has not looked yet.
         is_in: whether this rank has had a layout.
         epoch: of the layout that this rank acts on.
         noticed_s: when this rank saw that a change was coming that it has not finished.
@@ -57,6 +63,9 @@ class Control:
         self._gives_up = gives_up or (lambda: False)
         self._is_closed = self._has_failed = False
         self._channel: Channel | None = None
+        # What this rank waits for, or None while it works; and since when.
+        self._standing: tuple[Of | None, float] = (None, time.monotonic())
+        self._heard_s = time.monotonic()
 
     def connect(self, address: str, secret: bytes) -> None:
         """Open the connection. Raises ConfigError for what is no address, PeerError where nobody answers who knows the secret."""
@@ -65,7 +74,13 @@ class Control:
             raise ConfigError(f"coordinator is {address!r}; say host:port")
         timeout_s = min(self._timeout_s, 10.0)
         self._channel = connect(
-            where.strip("[]"), int(port), secret, timeout_s=timeout_s, on_frame=self._on_frame, on_close=self._on_close
+            where.strip("[]"),
+            int(port),
+            secret,
+            timeout_s=timeout_s,
+            on_frame=self._on_frame,
+            on_close=self._on_close,
+            most_body=0,
         )
 
     def start(self) -> None:
@@ -127,13 +142,28 @@ class Control:
             raise UnrecoverableError(f"training cannot go on: {why}")
         raise PeerError(why)
 
-    def wait_until(self, holds: Callable[[], bool], told: str | None, *, is_called: bool = False) -> None:
-        """Until ``holds``; bounded by the timeout where ``told`` says of what. Raises CalledAwayError when called away.
+    @contextmanager
+    def waiting(self, of: Of | None) -> Iterator[None]:
+        """Beats tell of a wait while the block lasts."""
+        self._standing = (of or dict, time.monotonic())
+        try:
+            yield
+        finally:
+            self._standing = (None, time.monotonic())
 
-        A rank that is not in yet is called away only where it says so (``is_called``).
+    def wait_until(
+        self, holds: Callable[[], bool], of: Of | None, *, is_called: bool = False, told: str | None = None
+    ) -> None:
+        """Until ``holds``. Raises CalledAwayError when called away.
+
+        Args:
+            holds: asked with ``changed`` held.
+            of: who or what is waited for, which beats tell; None for a wait that may last.
+            is_called: whether a rank that is not in yet is called away too.
+            told: of a wait before the first beat, which is bounded by the timeout: of what PeerError tells then.
         """
         deadline = time.monotonic() + self._timeout_s
-        with self._changed:
+        with self._changed, self.waiting(of):
             while not holds():
                 if not self.is_in:
                     self.raise_if_stopped()
@@ -145,20 +175,29 @@ class Control:
                     raise PeerError(f"{told} in {self._timeout_s:g} s")
                 self._changed.wait(1.0)
 
-    def wait_for_news(self, told: str | None) -> None:
+    def wait_for_news(self, of: Of | None) -> None:
         """Until the coordinator says something of commits or layouts, or that training has stopped."""
-        self.wait_until(lambda: bool(self.news) or self.stop is not None, told)
+        self.wait_until(lambda: bool(self.news) or self.stop is not None, of)
 
-    def ask(self, kind: str, answer: str, told: str | None, **more: Any) -> Header:
-        """Tell something, and wait for the answer."""
-        self.answers.pop(answer, None)
+    def ask(self, kind: str, *answers: str, of: Of | None = None, told: str | None = None, **more: Any) -> Header:
+        """Tell something, and wait for one of these answers."""
+        with self._changed:
+            for answer in answers:
+                self.answers.pop(answer, None)
         self.tell(kind, **more)
-        self.wait_until(lambda: answer in self.answers, told)
-        return self.answers[answer]
+        self.wait_until(lambda: any(answer in self.answers for answer in answers), of, told=told)
+        return next(self.answers[answer] for answer in answers if answer in self.answers)
 
-    def decided(self, kind: str, told: str) -> Header:
+    def agree(self, what: str) -> None:
+        """Wait until all ranks of the layout say that they have done ``what``; then it is done for all, whoever is lost.
+
+        Raises CalledAwayError where ranks are lost before: then it is to be done again, in another layout.
+        """
+        self.ask("done", "done", of=lambda: {"round": what}, epoch=self.epoch, what=what)
+
+    def decided(self, kind: str) -> Header:
         """The next news, which is to be of this kind; CalledAwayError where it is another."""
-        self.wait_for_news(told)
+        self.wait_for_news(lambda: {"what": kind})
         if self.stop is not None or self.news[0]["kind"] != kind:
             raise CalledAwayError
         return self.news.popleft()
@@ -167,13 +206,24 @@ class Control:
 
     def _beat(self) -> None:
         while not self._is_closed and self._channel is not None and not self._channel.is_closed:
-            time.sleep(_BEAT_S)
-            self.tell("beat")
+            time.sleep(BEAT_S)
+            of, since = self._standing
+            now = time.monotonic()
+            waits = None if of is None else of()
+            self.tell("beat", epoch=self.epoch, waits=waits, is_long=now - since > self._timeout_s)
+            if now - self._heard_s > self._timeout_s:
+                with self._changed:
+                    self.stop = self.stop or {
+                        "kind": "stop",
+                        "why": f"the coordinator has said nothing for {self._timeout_s:g} s",
+                    }
+                    self._changed.notify_all()
 
-    def _on_frame(self, channel: Channel, header: Header, body: bytes) -> None:
+    def _on_frame(self, channel: Channel, header: Header, body: Body) -> None:
+        self._heard_s = time.monotonic()
         with self._changed:
             kind = header["kind"]
-            if kind in ("welcome", "saved", "finished"):
+            if kind in ("welcome", "done", "manifest", "saved", "finished"):
                 self.answers[kind] = header
             elif kind in ("stop", "refuse"):
                 self.stop = self.stop or header

@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anabranch.cluster.elastic.decisions import BEAT_S, Decisions
+from anabranch.cluster.elastic.decisions import Decisions
 from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.planner import Policy
 from anabranch.cluster.elastic.replanning import Replanner
 from anabranch.cluster.elastic.stages import Memory
+from anabranch.cluster.elastic.waiting import BEAT_S
 from anabranch.cluster.elastic.wire import Channel, Header, Listener
 from anabranch.errors import InputError
 
@@ -37,7 +38,7 @@ class Coordinator:
         secret: that ranks must know.
         host, port: where it listens; port 0 finds a free one.
         patience_s: after so long without a word a rank counts as lost.
-        policy: of the planner.
+        policy: of the planner; None for that of the ranks, or the usual one.
         memory: what layers take and ranks have, for the planner.
         layer_costs: seconds of each layer; None for those that ranks measure.
         chunk_bytes: of each piece that moves while training goes on, in one step. None: whoever comes, and layers that move, stop training
@@ -77,7 +78,10 @@ class Coordinator:
         plans = Replanner(stages, policy, memory, layer_costs)
         chunk = None if chunk_bytes is None else chunk_bytes // 4
         self._decisions = Decisions(replicas, stages, plans, chunk, self._note)
-        self._listener = Listener(host, port, secret.encode(), self._on_frame, self._on_close)
+        # Ranks tell it words alone.
+        self._listener = Listener(
+            host, port, secret.encode(), self._on_frame, self._on_close, most_body=0, tell=self._tell_trouble
+        )
         self.address = f"[{host}]:{self._listener.port}" if ":" in host else f"{host}:{self._listener.port}"
         self._watching = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -172,7 +176,11 @@ class Coordinator:
                 silent = [m.rank for m in self._decisions.members.values() if now - m.heard > self._patience_s]
                 if silent:
                     self._decisions.lose(silent, f"silent for {self._patience_s:g} s")
-                self._decisions.try_anew(now)
+                self._decisions.look(now)
+
+    def _tell_trouble(self, why: str) -> None:
+        with self._lock:
+            self._note("door", why=why)
 
     def _note(self, what: str, **details: Any) -> None:
         self.history.append((time.monotonic() - self._began, what, details))

@@ -4,21 +4,21 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from anabranch.cluster.elastic.layout import Grid, Layout, layout_to, steps_of
+from anabranch.cluster.elastic.layout import Grid, Layout, steps_of
 from anabranch.cluster.elastic.ledger import Ledger, Way
 from anabranch.cluster.elastic.planner import ElasticPlan
 from anabranch.cluster.elastic.replanning import Replanner
-from anabranch.cluster.elastic.seats import Checkpoints, Seat, counted, refusal
+from anabranch.cluster.elastic.rounds import Rounds
+from anabranch.cluster.elastic.seats import Seat, counted, named, refusal
+from anabranch.cluster.elastic.waiting import Standing, Watch, held_up
 from anabranch.cluster.elastic.wire import Channel, Header
+from anabranch.cluster.elastic.words import another_layout, stream_to
+from anabranch.errors import InputError, PeerError
 
-__all__ = ["BEAT_S", "Decisions"]
-
-BEAT_S = 0.5
-# How often two ranks that lose their link may open it again.
-_MOST_TRIES = 3
+__all__ = ["Decisions"]
 
 
 class Decisions:
@@ -61,23 +61,77 @@ class Decisions:
         # Of ranks that are gone, why; and the step and the kind of error by which the last one ended.
         self._lost: dict[int, str] = {}
         self._failed: tuple[int, str] | None = None
-        # Of two ranks, how often they have lost their link; and since when one of them says so.
-        self._suspects: dict[tuple[int, int], int] = {}
-        self._doubts: dict[tuple[int, int], float] = {}
-        self._checkpoints = Checkpoints()
+        self._watch, self._rounds = Watch(), Rounds(note)
+        # Since the last announcement, how long a rank that was lost had not been heard.
+        self._detect_s = 0.0
+        # Who holds up others and cannot be missed.
+        self._spared: int | None = None
 
-    def try_anew(self, now: float) -> None:
-        """Where two ranks that are both there have lost their link: another epoch, in which it is opened again."""
-        pairs = [pair for pair, since in self._doubts.items() if now - since >= BEAT_S]
-        if not pairs:
+    def look(self, now: float) -> None:
+        """What is to be done though nobody says anything: of links that are lost, and of ranks that hold up others."""
+        if self.stopped:
             return
-        self._doubts = {pair: since for pair, since in self._doubts.items() if pair not in pairs}
-        is_on = self.layout is not None and not (self.stopped or self.is_ending)
-        if is_on and any(all(rank in self.members for rank in pair) for pair in pairs):
+        if self.is_ending:
+            self._send_home()
+            return
+        lost = self._watch.links(now)
+        if self.layout is not None and any(all(rank in self.members for rank in pair) for pair in lost):
+            # Both are there: another epoch, in which they open it again.
             self._begin_epoch()
+            return
+        standing = {rank: member.standing for rank, member in self.members.items()}
+        found = self._watch.sure(held_up(standing, self._matter(with_stream=False), self._missing), now)
+        if found is None:
+            return
+        if found.rank is None:
+            self._untie({rank: one.waits for rank, one in standing.items() if one.waits})
+        elif self.ledger.way_back(self.members.keys() - {found.rank}, self.version).why is None:
+            self.lose([found.rank], f"it is stuck: rank {found.by} has waited too long for it")
+        elif self._spared != found.rank:
+            # A wait is better than an end.
+            self._spared = found.rank
+            self._note("stuck", rank=found.rank, why=f"rank {found.by} waits for it; nobody has a copy of what it has")
+
+    def _send_home(self) -> None:
+        """Who waits for those who have left does so in vain."""
+        for rank, member in self.members.items():
+            if member.standing.waits and member.standing.is_long:
+                why = f"training has ended, and rank {rank} waits for {member.standing.waits} of those who have left"
+                member.channel.send({"kind": "stop", "why": why})
+
+    def _untie(self, waits: dict[int, Header]) -> None:
+        """Ranks wait for each other: another epoch, in which they do not."""
+        why = "ranks wait for each other: " + "; ".join(f"rank {rank} for {of}" for rank, of in waits.items())
+        self._note("stuck", why=why)
+        if self._watch.knotted():
+            self._stop(f"again and again {why}")
+        else:
+            self._begin_epoch()
+
+    def _missing(self, waits: Header) -> Collection[int]:
+        """For whom a wait for a word of this coordinator waits."""
+        if "round" in waits and self.layout is not None:
+            return self._rounds.missing(waits["round"], self.layout.grid.ranks)
+        if waits.get("what") == "go" and self._target is not None:
+            return [
+                rank for rank in self._target.grid.ranks if rank in self.members and not self.members[rank].is_ready
+            ]
+        if waits.get("what") == "commit":
+            return [rank for rank in self._voters() if rank in self.members and self.members[rank].vote is None]
+        return ()
+
+    def _matter(self, *, with_stream: bool) -> set[int]:
+        """Ranks of the layouts that hold, or are to."""
+        layouts = (self.layout, self._target, self._stream[0] if self._stream is not None and with_stream else None)
+        return {rank for layout in layouts if layout is not None for rank in layout.grid.ranks}
 
     def hello(self, channel: Channel, header: Header) -> None:
         """One who wants to be a rank."""
+        if channel.peer is not None:
+            raise ValueError("a second hello")
+        if self.layout is None and not self.members:
+            # Of the first of those who are there, not of one who was.
+            self.plans.signature = {}
         why = self._refusal(header)
         if why is not None:
             self._note("refused", why=why)
@@ -90,6 +144,7 @@ class Decisions:
             self.ledger.copies = int(header["signature"]["copies"])
         channel.peer = rank
         self.members[rank] = Seat(rank, channel, str(header["host"]), int(header["port"]), header, time.monotonic())
+        channel.admit()
         channel.send({"kind": "welcome", "rank": rank, "micro_batches": self.plans.micro_batches})
         self._note("joined", rank=rank)
         if is_forming and len(self.members) == self.replicas * self.stages:
@@ -105,28 +160,35 @@ class Decisions:
         whole = self.replicas * self.stages
         if self.layout is None and len(self.members) >= whole:
             return f"{whole} ranks are there already; one can join when training has begun"
-        return refusal(header, self.plans.signature or None, (self.replicas, self.stages))
+        return refusal(header, self.plans.signature or None, (self.replicas, self.stages)) or self.plans.refusal(
+            header["signature"]
+        )
 
     def _name_for(self, wish: Any) -> int:
         """Of a rank: as it wishes while all gather, a new one later."""
-        whole = self.replicas * self.stages
-        if self.layout is not None:
-            self._next_rank += 1
-            return self._next_rank - 1
-        is_free = isinstance(wish, int) and 0 <= wish < whole and wish not in self.members
-        return int(wish) if is_free else min(set(range(whole)) - self.members.keys())
+        if self.layout is None:
+            return named(wish, self.members.keys(), self.replicas * self.stages)
+        self._next_rank += 1
+        return self._next_rank - 1
 
     def told(self, member: Seat, header: Header) -> None:
         """What a rank tells. Raises ValueError for what nobody tells."""
         kind = str(header.get("kind"))
         told = {
             "ready": self._ready, "vote": self._vote, "held": self._held, "suspect": self._suspect, "bad": self._bad,
-            "fail": self._fail, "quit": self._quit, "leave": self._leave, "saved": self._save, "wrote": self._wrote,
-            "beat": lambda member, header: None,
+            "fail": self._fail, "quit": self._quit, "leave": self._leave, "done": self._round, "slices": self._round,
+            "manifest": self._round, "wrote": self._wrote, "beat": self._beat,
         }.get(kind)  # fmt: skip
         if told is None:
             raise ValueError(f"kind {kind!r}")
         told(member, header)
+
+    def _beat(self, member: Seat, header: Header) -> None:
+        told = Standing.heard(header.get("waits"), header.get("is_long"))
+        # Who waits in an older epoch is called away from there.
+        is_of_now = header.get("epoch") == self.epoch
+        member.standing = told if is_of_now or told.waits is None else Standing()
+        member.channel.send({"kind": "beat"})
 
     def _ready(self, member: Seat, header: Header) -> None:
         if header["epoch"] != self.epoch or self._target is None:
@@ -147,18 +209,18 @@ class Decisions:
         assert self.layout is not None
         member.vote = header
         self.plans.measured(header.get("costs", {}))
-        # Those who take what travels vote too: when a stream ends they have it all.
-        watching = () if self._stream is None else self._stream[0].grid.ranks
-        ranks = dict.fromkeys((*self.layout.grid.ranks, *watching))
+        ranks = self._voters()
         if not all((m := self.members.get(rank)) is not None and m.vote is not None for rank in ranks):
             return
-        told: Header = {
-            "kind": "commit",
-            "epoch": self.epoch,
-            "step": self.version,
-            "loss": counted([self.members[rank] for rank in ranks]),
-        }
+        try:
+            loss = counted([self.members[rank] for rank in ranks])
+        except InputError as error:
+            # Of no rank's making: each would be blamed in turn for having told last.
+            self._stop(f"step {self.version} cannot be made: {error}")
+            return
+        told: Header = {"kind": "commit", "epoch": self.epoch, "step": self.version, "loss": loss}
         self.version += 1
+        self._watch.has_stepped()
         if self._stream is not None:
             self._tell(told)
             if self.version == self._stream[1]:
@@ -176,6 +238,12 @@ class Decisions:
         if target is not None and self._chunk is None:
             self._begin_epoch(target)
 
+    def _voters(self) -> list[int]:
+        """Who votes: those who take what travels too, so that they have it all when a stream ends."""
+        assert self.layout is not None
+        watching = () if self._stream is None else self._stream[0].grid.ranks
+        return list(dict.fromkeys((*self.layout.grid.ranks, *watching)))
+
     def _held(self, member: Seat, header: Header) -> None:
         owner, version, epoch = (int(header[name]) for name in ("owner", "version", "layout"))
         self.ledger.heard(holder=member.rank, owner=owner, version=version, epoch=epoch)
@@ -184,14 +252,10 @@ class Decisions:
         accused = int(header["rank"])
         if header["epoch"] != self.epoch or accused not in self.members:
             return
-        pair = (min(member.rank, accused), max(member.rank, accused))
-        self._suspects[pair] = self._suspects.get(pair, 0) + 1
         self._note("suspect", by=member.rank, accused=accused)
-        if self._suspects[pair] > _MOST_TRIES:
+        # Its own connection will end in a moment if its process has. If not, all try anew.
+        if self._watch.lost_link(member.rank, accused, time.monotonic()):
             self.lose([accused], f"rank {member.rank} does not reach it")
-        else:
-            # Its own connection will end in a moment if its process has. If not, all try anew.
-            self._doubts[pair] = time.monotonic()
 
     def _bad(self, member: Seat, header: Header) -> None:
         owner = int(header["owner"])
@@ -203,6 +267,10 @@ class Decisions:
     def _fail(self, member: Seat, header: Header) -> None:
         step, why = int(header["step"]), str(header["why"])
         self._note("failed", rank=member.rank, step=step, why=why)
+        if why.startswith(PeerError.__name__):
+            # What others did or did not do is no fault of the step.
+            self.lose([member.rank], f"it failed: {why}")
+            return
         # Others have the same samples then: what ends two of them so does not lie in one machine.
         failed, self._failed = self._failed, (step, why.partition(":")[0])
         if self._failed == failed:
@@ -223,19 +291,20 @@ class Decisions:
             if rank in self.members:
                 self.members[rank].channel.send({"kind": "stop", "why": "training has ended"})
 
-    def _save(self, member: Seat, header: Header) -> None:
-        assert self.layout is not None
-        told = self._checkpoints.saved(member.rank, header, self.layout.grid.ranks)
-        if told is not None:
-            self._note("saved", version=told["version"], why=told.get("why"))
-            self._tell(told)
+    def _round(self, member: Seat, header: Header) -> None:
+        """A rank has done its part of what all do; what is told of an older epoch counts for nothing."""
+        if header["epoch"] == self.epoch and self.layout is not None:
+            for rank, said in self._rounds.heard(member.rank, header, self.layout.grid.ranks).items():
+                if rank in self.members:
+                    self.members[rank].channel.send(said)
 
     def _wrote(self, member: Seat, header: Header) -> None:
         """The first rank has a checkpoint on disk that any number of ranks can read."""
-        where, version = str(header["where"]), int(header["version"])
-        self._checkpoints.wrote(where, version)
+        where, version, is_last = str(header["where"]), int(header["version"]), bool(header["is_last"])
+        self._rounds.wrote(where, version)
         self._note("wrote", rank=member.rank, version=version, where=where)
-        if header["is_last"]:
+        # Where ranks were lost meanwhile those who are left come to it again: some may not have what was learned yet.
+        if is_last and header["epoch"] == self.epoch:
             # Nobody is missed from here on.
             self.is_ending = True
             self._tell({"kind": "finished", "where": where})
@@ -261,12 +330,11 @@ class Decisions:
         for member in lost:
             self._note("lost", rank=member.rank, why=why)
             self._lost[member.rank] = why
+            self._detect_s = max(self._detect_s, time.monotonic() - member.heard)
             member.channel.peer = None
             member.channel.close("lost")
         self._joiners = [rank for rank in self._joiners if rank not in ranks]
-        layouts = (self.layout, self._target, None if self._stream is None else self._stream[0])
-        matters = {rank for layout in layouts if layout is not None for rank in layout.grid.ranks}
-        if self.stopped or self.is_ending or not matters & set(ranks):
+        if self.stopped or self.is_ending or not self._matter(with_stream=True) & set(ranks):
             return
         if self.layout is not None:
             self._begin_epoch()
@@ -281,27 +349,19 @@ class Decisions:
         end = self.version + steps_of(self.layout, target, self.plans.sizes, chunk)
         self._stream = (target, end)
         self._note("stream", version=self.version, end=end, bounds=list(target.bounds))
-        return {
-            "kind": "live",
-            "epoch": self.epoch,
-            "version": self.version,
-            "chunk": chunk,
-            "before": layout_to(self.layout),
-            "after": layout_to(target),
-            "members": self._addresses(),
-        }
+        return stream_to(self.epoch, self.members, self.layout, target, version=self.version, chunk=chunk)
 
     def _begin_epoch(self, target: Layout | None = None) -> None:
         """Announce a layout: the target, or that of the ranks that are there with the layers where they are."""
         self.epoch += 1
-        self._doubts.clear()
+        self._watch.has_epoch()
         before = self.layout
         if before is not None and target is None:
             self._put_off(before)
         self._stream = None
         way = self.ledger.way_back(self.members.keys(), self.version)
         if way.why is not None:
-            last = self._checkpoints.newest or "there is none"
+            last = self._rounds.newest or "there is none"
             self._stop(f"{way.why}{self._told_of_lost(before)}; the last checkpoint: {last}", is_lost=True)
             return
         if before is not None:
@@ -311,7 +371,9 @@ class Decisions:
         self._target = layout
         self.ledger.announce(self.epoch)
         for member in self.members.values():
-            member.is_ready, member.vote = False, None
+            member.is_ready, member.vote, member.standing = False, None, Standing()
+        # What was told in an epoch is dropped with it: whoever was called away from something tells it again.
+        self._rounds.has_epoch()
         self.version = way.version
         self._announce(before, made, way)
 
@@ -332,30 +394,25 @@ class Decisions:
         return self.plans.planned(grid, cut, moves_layers=False).layout
 
     def _announce(self, before: Layout | None, made: ElasticPlan, way: Way) -> None:
-        layout, warnings = made.layout, list(made.warnings)
+        layout = made.layout
+        detect_s, self._detect_s = self._detect_s, 0.0
         self._note(
             "epoch", epoch=self.epoch, version=self.version, floor=self.ledger.floor,
-            stages=[list(stage) for stage in layout.grid.stages], bounds=list(layout.bounds), warnings=warnings,
+            stages=[list(stage) for stage in layout.grid.stages], bounds=list(layout.bounds),
+            warnings=list(made.warnings),
         )  # fmt: skip
         self._tell(
-            {
-                "kind": "epoch",
-                "epoch": self.epoch,
-                "version": self.version,
-                "before": None if before is None else layout_to(before),
-                "after": layout_to(layout),
-                "schedule": made.schedule_name,
-                "costs": self.plans.layer_costs,
-                "holders": {str(owner): list(holders) for owner, holders in way.holders.items()},
-                "lost": {str(rank): self._lost.get(rank, "") for rank in way.holders},
-                "members": self._addresses(),
-                "step_s": made.step_s,
-                "warnings": warnings,
-            }
+            another_layout(
+                self.epoch,
+                self.members,
+                before,
+                made,
+                way,
+                costs=self.plans.layer_costs,
+                lost=self._lost,
+                detect_s=detect_s,
+            )
         )
-
-    def _addresses(self) -> dict[str, list[Any]]:
-        return {str(member.rank): [member.host, member.port] for member in self.members.values()}
 
     def _told_of_lost(self, before: Layout | None) -> str:
         """Why those of a layout are lost who ended by an error."""

@@ -8,7 +8,6 @@ gradients are the nodes of one tree (`anabranch.cluster.elastic.tree`).
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -144,6 +143,7 @@ class StageStep:
     seconds: dict[int, float] = field(default_factory=dict)
     _blocks: dict[int, list[_Block]] = field(default_factory=dict)
     _told: dict[str, float] = field(default_factory=dict)
+    _names: frozenset[str] | None = None
 
     def run(self, batch: Batch, probe: Callable[[str], None]) -> None:
         """All slots. Raises what layers raise, and what a wait raises."""
@@ -192,11 +192,12 @@ class StageStep:
                 share = (end - first) / self.settings.global_batch
                 block.output = [loss * share]
                 self._count(first, "", float(block.output[0].detach()))
+                self._check_names(frozenset(terms))
                 for name, value in terms.items():
                     self._count(first, name, float(value) * share)
             blocks.append(block)
         self._blocks[column] = blocks
-        if not work.is_last:
+        if not work.is_last and blocks:
             whole = [torch.cat([block.output[n].detach() for block in blocks]) for n in range(len(blocks[0].output))]
             for rank, first, end in work.behind(column):
                 self.links.send(
@@ -212,10 +213,7 @@ class StageStep:
             for module in layer.modules():
                 if isinstance(module, KeyedDropout):
                     module.step, module.first_row = self.step, first
-            with ExitStack() as stack:
-                if self.settings.draws[number]:
-                    stack.enter_context(drawing(random_key(self.settings.seed, self.step, number, first)))
-                value = layer(value)
+            value = self._drawn(number, value, first, end) if self.settings.draws[number] else layer(value)
             self.seconds[number] = self.seconds.get(number, 0.0) + time.perf_counter() - began
         output = list(value) if isinstance(value, tuple) else [value]
         for part in output:
@@ -225,6 +223,38 @@ class StageStep:
                     f"layer {number} gives {shape} for {end - first} samples; layers give tensors of samples, or tuples"
                 )
         return _Block(first, end, entry, output)
+
+    def _drawn(self, number: int, value: Any, first: int, end: int) -> Any:
+        """The output of a layer that draws by itself: of samples that are never cut otherwise its numbers are a function of the first.
+
+        Where ranks have runs of samples as the grid wants it, that is each sample by itself.
+        """
+        layer, settings = self.layers[number], self.settings
+        if settings.is_exact or end - first == 1:
+            with drawing(random_key(settings.seed, self.step, number, first)):
+                return layer(value)
+        parts = []
+        for at in range(end - first):
+            one = tuple(part[at : at + 1] for part in value) if isinstance(value, tuple) else value[at : at + 1]
+            with drawing(random_key(settings.seed, self.step, number, first + at)):
+                parts.append(layer(one))
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        return torch.cat(parts)
+
+    def _check_names(self, names: frozenset[str]) -> None:
+        """Raise ConfigError where a loss tells other terms of some samples than of others: their sum would be of some alone."""
+        if self._names is not None and names != self._names:
+            raise ConfigError(
+                f"the loss told {sorted(self._names)} of some samples and {sorted(names)} of others; tell the same terms of all"
+            )
+        self._names = names
+
+    @property
+    def absent(self) -> list[int]:
+        """Of the leaves of the loss those that nobody will tell: of this rank, where it has no samples."""
+        has_none = not any(len(self.work.samples(column)) for column in range(self.settings.micro_batches))
+        return [self.work.place] if has_none and self.work.is_last and not self.settings.is_exact else []
 
     def _backward(self, column: int) -> None:
         work = self.work
@@ -274,7 +304,7 @@ class StageStep:
     def _runs(self, mine: range) -> list[tuple[int, int]]:
         """Of a rank's samples, what goes through the layers at once."""
         if not self.settings.is_exact:
-            return [(mine.start, mine.stop)]
+            return [(mine.start, mine.stop)] if len(mine) else []
         return list(pairwise([*range(mine.start, mine.stop, self.settings.block), mine.stop]))
 
 

@@ -4,18 +4,23 @@ Frames go into a mailbox by (epoch, sender, tag). Who receives waits there, and 
 announces another epoch: no wait outlives the ranks it was for.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.cluster.elastic.wire import Channel, Header, Listener, connect
+from anabranch.cluster.elastic.wire import Body, Channel, Header, Listener, connect
 from anabranch.errors import PeerError
 
 __all__ = ["CalledAwayError", "LinkPool", "Packed", "pack", "unpack"]
+
+log = logging.getLogger(__name__)
 
 # For so long who leaves waits until others have taken what it sent.
 _PARTING_S = 5.0
@@ -41,8 +46,8 @@ def pack(tensors: Collection[Tensor]) -> Packed:
     return spec, b"".join(parts)
 
 
-def unpack(spec: list[Any], body: bytes) -> list[Tensor]:
-    """The tensors of `pack`. Raises ValueError for bytes that are not as the list says."""
+def unpack(spec: list[Any], body: Body) -> list[Tensor]:
+    """The tensors of `pack`, as copies. Raises ValueError for bytes that are not as the list says."""
     found, place = [], 0
     for name, shape in spec:
         dtype = _NAMES[name]
@@ -52,12 +57,12 @@ def unpack(spec: list[Any], body: bytes) -> list[Tensor]:
         size = count * dtype.itemsize
         if place + size > len(body):
             raise ValueError(f"{len(body)} bytes are too few for {spec}")
-        raw = (
-            torch.frombuffer(bytearray(body[place : place + size]), dtype=torch.uint8)
-            if size
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        found.append(raw.view(dtype).view(tuple(shape)) if size else torch.empty(tuple(shape), dtype=dtype))
+        if size:
+            # One copy, so that each begins where its type may.
+            raw = torch.from_numpy(np.frombuffer(body, np.uint8, size, place).copy())
+            found.append(raw.view(dtype).view(tuple(shape)))
+        else:
+            found.append(torch.empty(tuple(shape), dtype=dtype))
         place += size
     if place != len(body):
         raise ValueError(f"{len(body)} bytes are too many for {spec}")
@@ -73,7 +78,8 @@ class LinkPool:
         on_snapshot: called with (sender, header, body) of a snapshot, in the thread that reads.
         interrupted: whether whoever waits is called away; asked with ``changed`` held.
         suspect: called with a rank whose link broke.
-        timeout_s: after so long a wait ends with PeerError.
+        waiting: a context in which this rank waits for what it is given: ``{"ranks": [...]}`` when it is called.
+        timeout_s: after so long a wait ends with PeerError; infinite where others see to it that none lasts for ever.
 
     Attributes:
         rank: set when the coordinator has told it.
@@ -87,10 +93,11 @@ class LinkPool:
         host: str,
         secret: bytes,
         *,
-        on_snapshot: Callable[[int, Header, bytes], None],
+        on_snapshot: Callable[[int, Header, Body], None],
         interrupted: Callable[[], bool],
         suspect: Callable[[int], None],
         timeout_s: float,
+        waiting: Callable[[Callable[[], Header]], AbstractContextManager[None]] = lambda of: nullcontext(),
     ) -> None:
         self.rank = -1
         self.changed = threading.Condition()
@@ -98,12 +105,13 @@ class LinkPool:
         self.sent_bytes: dict[int, int] = {}
         self._secret, self._timeout_s = secret, timeout_s
         self._on_snapshot, self._interrupted, self._suspect = on_snapshot, interrupted, suspect
+        self._waiting = waiting
         self._channels: dict[int, Channel] = {}
-        self._mail: dict[tuple[int, int, str], tuple[Header, bytes]] = {}
+        self._mail: dict[tuple[int, int, str], tuple[Header, Body]] = {}
         self._epoch = 0
         self._members: set[int] = set()
         self._is_closed = False
-        self._listener = Listener(host, 0, secret, self._on_frame, self._on_close)
+        self._listener = Listener(host, 0, secret, self._on_frame, self._on_close, tell=log.warning)
         self.port = self._listener.port
 
     @property
@@ -127,7 +135,11 @@ class LinkPool:
         for rank in missing:
             if rank < self.rank:
                 self._open(rank, *members[rank])
-        self._wait_for(lambda: all(rank in self._channels for rank in missing), lambda: f"no link to ranks {missing}")
+        self._wait_for(
+            lambda: all(rank in self._channels for rank in missing),
+            lambda: [rank for rank in missing if rank not in self._channels],
+            lambda: f"no link to ranks {missing}",
+        )
         return len(set(members) - before - {self.rank}), len(before - set(members))
 
     def send(self, target: int, tag: str, tensors: Collection[Tensor], **more: Any) -> int:
@@ -145,7 +157,7 @@ class LinkPool:
     def receive(self, source: int, tag: str) -> tuple[list[Tensor], Header]:
         """What ``source`` sent under ``tag`` in this epoch. Raises CalledAwayError when called away, PeerError after ``timeout_s``."""
         key = (self._epoch, source, tag)
-        self._wait_for(lambda: key in self._mail, lambda: f"rank {source} did not send {tag!r}")
+        self._wait_for(lambda: key in self._mail, lambda: [source], lambda: f"rank {source} did not send {tag!r}")
         with self.changed:
             header, body = self._mail.pop(key)
         try:
@@ -164,9 +176,9 @@ class LinkPool:
         for channel in channels:
             channel.wait_closed(max(deadline - time.monotonic(), 0))
 
-    def _wait_for(self, holds: Callable[[], bool], told: Callable[[], str]) -> None:
+    def _wait_for(self, holds: Callable[[], bool], ranks: Callable[[], list[int]], told: Callable[[], str]) -> None:
         deadline = time.monotonic() + self._timeout_s
-        with self.changed:
+        with self.changed, self._waiting(lambda: {"ranks": ranks()}):
             while not holds():
                 if self._interrupted():
                     raise CalledAwayError
@@ -202,10 +214,11 @@ class LinkPool:
             old.peer = None
             old.close("opened anew")
 
-    def _on_frame(self, channel: Channel, header: Header, body: bytes) -> None:
+    def _on_frame(self, channel: Channel, header: Header, body: Body) -> None:
         kind = header["kind"]
         if kind == "link" and channel.peer is None:
             channel.peer = int(header["rank"])
+            channel.admit()
             self._add(channel.peer, channel)
             return
         if channel.peer is None:

@@ -42,6 +42,7 @@ class Member:
         layout_epoch: of the layout that holds.
         stream: what travels while training goes on.
         recovery: of the last change, how long its parts took.
+        plan: of the layout that holds.
     """
 
     settings: StepSettings
@@ -68,6 +69,7 @@ class Member:
         self.layout_epoch = 0
         self.stream: Stream | None = None
         self.recovery: dict[str, Any] = {}
+        self.plan: dict[str, Any] | None = None
         self._loaded = loaded
         self._probe, self._on_change = probe, on_change
         # Links opened and closed since the last layout.
@@ -114,8 +116,8 @@ class Member:
             control.raise_if_stopped()
             news = self._last_news()
             if news is None:
-                # Called away by a link that broke: the coordinator will say.
-                control.wait_for_news("the coordinator says nothing of a lost rank")
+                # What this rank has is of no use, or what was said was not for it: the coordinator will say.
+                control.wait_for_news((lambda: {"what": "epoch"}) if control.is_in else None)
             elif news["kind"] == "regroup":
                 # Until all are there again, however long.
                 control.wait_for_news(None)
@@ -169,8 +171,8 @@ class Member:
                 self._probe("observe")
                 stream.take(self.links, version)
                 control.tell("vote", epoch=control.epoch, step=version, loss=[])
-                control.wait_until(lambda: bool(control.news), None, is_called=True)
-                control.news.popleft()
+                # Not whatever is said next: a layout is announced where a rank is lost before the commit.
+                control.decided("commit")
             self.stream = stream
         except CalledAwayError:
             self.stream = None
@@ -202,14 +204,14 @@ class Member:
         reshaped = time.monotonic()
         self._probe("ready")
         self.control.tell("ready", epoch=self.control.epoch)
-        self.control.decided("go", "the other ranks are not ready")
+        self.control.decided("go")
         self._probe("go")
         self._take(news, after, base, moved)
         self._note(news, moved, stream, start, edited, reshaped)
         if before is None:
             self.control.noticed_s = None
         if self._on_change is not None:
-            told = {"epoch": self.control.epoch, "version": base, "layout": after}
+            told = {"epoch": self.control.epoch, "version": base, "layout": after, "plan": news["plan"]}
             lost = {int(rank): why for rank, why in news["lost"].items()}
             self._on_change(told | {"step_s": news["step_s"], "warnings": news["warnings"], "lost": lost})
 
@@ -243,6 +245,7 @@ class Member:
         for layer, flat in moved.state.flat.items():
             install(self.layers[layer], flat)
         self.work = Work(after, self.rank, self.settings, str(news["schedule"]), news["costs"])
+        self.plan = news["plan"]
         self.control.is_in = True
 
     def _note(
@@ -252,9 +255,9 @@ class Member:
         assert noticed is not None
         opened, closed = self._edited
         self.recovery = {
-            "epoch": self.control.epoch, "agree_s": start - noticed, "edit_s": edited - start, "reshard_s": reshaped - edited,
-            "ready_s": now - reshaped, "links_opened": opened, "links_closed": closed, "links_kept": self.links.count - opened,
-            "moved_bytes": moved.sent_bytes, "streamed": moved.streamed, "refused": moved.refused,
-            "streamed_bytes": 0 if stream is None else stream.sent_bytes, "lost": news["lost"], "_going": now,
+            "epoch": self.control.epoch, "detect_s": news["detect_s"], "agree_s": start - noticed, "edit_s": edited - start,
+            "reshard_s": reshaped - edited, "ready_s": now - reshaped, "links_opened": opened, "links_closed": closed,
+            "links_kept": self.links.count - opened, "moved_bytes": moved.sent_bytes, "streamed": moved.streamed,
+            "refused": moved.refused, "streamed_bytes": 0 if stream is None else stream.sent_bytes, "lost": news["lost"], "_going": now,
         }  # fmt: skip
         self._edited = (0, 0)

@@ -22,6 +22,7 @@ from anabranch.cluster.elastic.cuts import bounds
 from anabranch.cluster.elastic.layout import Grid, Layout, Move, moves
 from anabranch.cluster.elastic.stages import Memory, minimax, shortest, stage_at
 from anabranch.cluster.elastic.timing import EAGER, StepTime, simulate_ranks
+from anabranch.cluster.schedules import SCHEDULES
 from anabranch.errors import InputError
 
 __all__ = ["ElasticPlan", "Policy", "cut_samples", "frequencies", "plan"]
@@ -54,6 +55,8 @@ class Policy:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
             raise InputError(f"threshold is {self.threshold}; use 0 to 1")
+        if not self.schedule_names or set(self.schedule_names) - {*SCHEDULES, EAGER}:
+            raise InputError(f"schedule_names are {self.schedule_names}; use some of {[*SCHEDULES, EAGER]}")
         if self.expected_steps < 1:
             raise InputError(f"expected_steps is {self.expected_steps}; use at least 1")
         if self.bytes_s is not None and not self.bytes_s > 0:

@@ -8,6 +8,7 @@ from anabranch.cluster.elastic.layout import Grid, Layout
 from anabranch.cluster.elastic.planner import ElasticPlan, Policy, plan
 from anabranch.cluster.elastic.stages import Memory
 from anabranch.cluster.elastic.wire import Header
+from anabranch.errors import InputError
 
 __all__ = ["Replanner"]
 
@@ -17,7 +18,7 @@ class Replanner:
 
     Args:
         stages: P.
-        policy: of the planner.
+        policy: of the planner; None for that of the ranks.
         memory: what layers take and ranks have.
         layer_costs: seconds of each layer; None for those that ranks measure.
 
@@ -29,8 +30,23 @@ class Replanner:
         self, stages: int, policy: Policy | None, memory: Memory | None, layer_costs: Sequence[float] | None
     ) -> None:
         self.signature: Header = {}
-        self._stages, self._policy, self._memory, self._given_costs = stages, policy or Policy(), memory, layer_costs
+        self._stages, self._given_policy, self._memory, self._given_costs = stages, policy, memory, layer_costs
         self._measured: dict[int, float] = {}
+
+    @property
+    def policy(self) -> Policy:
+        """As it was given; else as ranks say."""
+        return self._given_policy or _policy_of(self.signature.get("policy")) or Policy()
+
+    def refusal(self, signature: Header) -> str | None:
+        """Why a rank that says this cannot be planned for; None where it can."""
+        try:
+            theirs = _policy_of(signature.get("policy"))
+        except (TypeError, InputError) as error:
+            return f"its policy makes no sense: {error}"
+        if theirs is not None and self._given_policy not in (None, theirs):
+            return f"its policy is {theirs}, and the coordinator has {self._given_policy}"
+        return None
 
     @property
     def sizes(self) -> list[int]:
@@ -71,7 +87,7 @@ class Replanner:
             size_L=sizes,
             # Who answers for whom is in the announcement; here only bounds count.
             previous=Layout(grid, bounds, len(sizes)) if has_as_many and bounds is not None else None,
-            policy=self._policy if moves_layers else replace(self._policy, moves_layers=False),
+            policy=self.policy if moves_layers else replace(self.policy, moves_layers=False),
         )
 
     def grown(self, layout: Layout, joins: Sequence[int]) -> Layout | None:
@@ -81,3 +97,12 @@ class Replanner:
             grid = grid.with_rank(rank)
         made = self.planned(grid, layout.bounds, moves_layers=True)
         return None if made.layout == layout else made.layout
+
+
+def _policy_of(told: Any) -> Policy | None:
+    """Of a signature. Raises TypeError and InputError for what is none."""
+    if told is None:
+        return None
+    if not isinstance(told, dict):
+        raise InputError(f"it is {told!r}")
+    return Policy(**{**told, "schedule_names": tuple(told.get("schedule_names", Policy.schedule_names))})

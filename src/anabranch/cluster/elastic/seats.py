@@ -1,14 +1,17 @@
-"""Ranks as the coordinator knows them: who may be one, what their votes add up to, and which checkpoint all of them have written."""
+"""Ranks as the coordinator knows them: who may be one, and what their votes add up to."""
 
-import hmac
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
 
 from anabranch.cluster.elastic.tree import TreeSum
+from anabranch.cluster.elastic.waiting import Standing
 from anabranch.cluster.elastic.wire import Channel, Header
+from anabranch.errors import InputError
+from anabranch.sockets import MOST_PORT
 
-__all__ = ["Checkpoints", "Seat", "counted", "refusal"]
+__all__ = ["Seat", "counted", "named", "refusal"]
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Seat:
         heard: when it was last heard of.
         vote: of the step that runs, what it told.
         is_ready: for the epoch that is announced.
+        standing: what it does in this epoch, as its last beat told.
     """
 
     rank: int
@@ -33,6 +37,13 @@ class Seat:
     heard: float
     vote: Header | None = None
     is_ready: bool = False
+    standing: Standing = field(default_factory=Standing)
+
+
+def named(wish: Any, taken: Collection[int], whole: int) -> int:
+    """The name of a rank while all gather: as it wishes, where that is free."""
+    is_free = isinstance(wish, int) and 0 <= wish < whole and wish not in taken
+    return int(wish) if is_free else min(set(range(whole)) - set(taken))
 
 
 def refusal(hello: Header, signature: Header | None, mesh: tuple[int, int]) -> str | None:
@@ -46,58 +57,68 @@ def refusal(hello: Header, signature: Header | None, mesh: tuple[int, int]) -> s
     theirs, wanted = hello.get("signature"), hello.get("mesh")
     if not isinstance(theirs, dict):
         return "it says nothing of its model"
+    if wrong := _wrong(hello, theirs):
+        return f"its hello has no sound {wrong}"
     if wanted is not None and tuple(wanted) != mesh:
         return f"it is for {wanted[0]} replicas of {wanted[1]} stages, and the coordinator has {mesh[0]} of {mesh[1]}"
-    layers = len(theirs.get("sizes", ()))
+    layers = len(theirs["sizes"])
     if mesh[1] > layers:
         return f"there are {mesh[1]} stages, and its model has {layers} layers; use at most as many stages"
     for name in sorted({*(signature or theirs), *theirs}):
-        mine = (signature or theirs).get(name)
-        if not hmac.compare_digest(json.dumps(mine), json.dumps(theirs.get(name))):
-            return f"its {name} is {theirs.get(name)}, and those here have {mine}"
+        mine, other = (signature or theirs).get(name), theirs.get(name)
+        if json.dumps(mine) == json.dumps(other):
+            continue
+        if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
+            place = next(n for n, (one, two) in enumerate(zip(mine, other, strict=True)) if one != two)
+            return f"its {name} differ at {place}: {other[place]}, and those here have {mine[place]}"
+        return f"its {name} is {other}, and those here have {mine}"
     return None
 
 
+def _wrong(hello: Header, signature: Header) -> str | None:
+    """What of a hello is not there, or not as it is used; None where all is sound."""
+    sizes, mesh = signature.get("sizes"), hello.get("mesh")
+    sound = {
+        "host": isinstance(hello.get("host"), str),
+        "port": _is_count(hello.get("port"), 1) and hello["port"] <= MOST_PORT,
+        "weights": isinstance(hello.get("weights"), str),
+        "version": _is_count(hello.get("version"), 0),
+        "mesh": mesh is None or (isinstance(mesh, list) and len(mesh) == 2),
+        "sizes": isinstance(sizes, list) and all(_is_count(size, 0) for size in sizes),
+        **{name: _is_count(signature.get(name), 0) for name in ("copies", "micro_batches")},
+        **{name: _is_count(signature.get(name), 1) for name in ("global_batch", "block")},
+    }
+    return next((name for name, is_sound in sound.items() if not is_sound), None)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def counted(seats: Collection[Seat]) -> dict[str, str]:
-    """By name, what votes told of the loss and its terms, added up; votes are then gone."""
+    """By name, what votes told of the loss and its terms, added up; votes are then gone.
+
+    A rank that had no samples tells so, and adds nothing. Raises InputError for a term that is told of some samples alone.
+    """
     sums: dict[str, TreeSum[float]] = {}
     votes = [seat.vote or {} for seat in seats]
     for vote in votes:
         for name, level, place, value in vote["loss"]:
             tree = sums.setdefault(name, TreeSum(int(votes[0]["blocks"])))
             tree.add_node((level, place), float.fromhex(value))
+    for tree in sums.values():
+        for vote in votes:
+            for leaf in vote.get("absent", ()):
+                tree.add(leaf, 0.0)
     for seat in seats:
         seat.vote = None
-    return {name: tree.root().hex() for name, tree in sums.items()}
-
-
-class Checkpoints:
-    """What ranks have written.
-
-    Attributes:
-        newest: where, and of which step; None where there is none.
-    """
-
-    def __init__(self) -> None:
-        self.newest: str | None = None
-        self._told: dict[int, Header] = {}
-
-    def wrote(self, where: str, version: int) -> None:
-        """One rank has written all."""
-        self.newest = f"{where} (step {version})"
-
-    def saved(self, rank: int, header: Header, ranks: Sequence[int]) -> Header | None:
-        """A rank has written its slices, or could not; what all are told when the last of ``ranks`` has."""
-        self._told[rank] = header
-        of = {one: self._told.get(one) for one in ranks}
-        if not all(told is not None and told["version"] == header["version"] for told in of.values()):
-            return None
-        self._told = {}
-        answer: Header = {"kind": "saved", "version": header["version"], "folder": header["folder"]}
-        failed = next((one for one, told in of.items() if told and told.get("why")), None)
-        if failed is None:
-            self.wrote(header["folder"], header["version"])
-            answer["files"] = {str(one): told["file"] for one, told in of.items() if told}
-        else:
-            answer["why"] = f"rank {failed}: {(of[failed] or {})['why']}"
-        return answer
+    found = {}
+    for name, tree in sums.items():
+        try:
+            found[name] = tree.root().hex()
+        except InputError as error:
+            told = f"the term {name!r}" if name else "the loss"
+            raise InputError(
+                f"{told} is told of some samples alone; a loss must tell the same of all ({error})"
+            ) from None
+    return found

@@ -7,7 +7,7 @@ from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.links import LinkPool
 from anabranch.cluster.elastic.moving import Held
 from anabranch.cluster.elastic.state import Slice, Snapshot, snapshot_of
-from anabranch.cluster.elastic.wire import Header
+from anabranch.cluster.elastic.wire import Body, Header
 from anabranch.errors import InputError
 
 __all__ = ["Snapshots"]
@@ -44,7 +44,7 @@ class Snapshots:
         for rank in holders:
             links.send_packed(rank, header, snapshot.body)
 
-    def take(self, links: LinkPool, owner: int, header: Header, body: bytes) -> None:
+    def take(self, links: LinkPool, owner: int, header: Header, body: Body) -> None:
         """In a link's thread: verified as it comes, and told; of more than two versions the oldest makes room."""
         layers = tuple((int(layer), told, spec) for layer, told, spec in header["layers"])
         snapshot = Snapshot(int(header["version"]), layers, body, str(header["digest"]))
@@ -54,13 +54,14 @@ class Snapshots:
         except InputError as error:
             self.tell_damaged(owner, str(error))
             return
-        self._control.tell("held", owner=owner, version=snapshot.version, layout=epoch)
         with links.changed:
             versions = self.held.setdefault((epoch, owner), {})
             versions[snapshot.version] = snapshot
             for old in sorted(versions)[:-_VERSIONS]:
                 del versions[old]
             links.changed.notify_all()
+        # Told when it is here: who is told may ask for it at once.
+        self._control.tell("held", owner=owner, version=snapshot.version, layout=epoch)
 
     def tell_damaged(self, owner: int, why: str) -> None:
         """What is kept here of a rank cannot be used."""
@@ -69,11 +70,11 @@ class Snapshots:
     def wait(self, rank: int, epoch: int, layout: Layout, version: int) -> None:
         """Until this rank has the snapshots of a version that it is to keep, so that those before need not be kept any longer."""
         owners = [other for other in layout.grid.ranks if rank in layout.holders(other, self._copies)]
-        self._control.wait_until(
-            lambda: all(version in self.held.get((epoch, owner), {}) for owner in owners),
-            "a neighbour does not send its snapshot",
-            is_called=True,
-        )
+
+        def missing() -> list[int]:
+            return [owner for owner in owners if version not in self.held.get((epoch, owner), {})]
+
+        self._control.wait_until(lambda: not missing(), lambda: {"ranks": missing()}, is_called=True)
 
     def keep(self, epochs: Collection[int]) -> None:
         """Drop those of other layouts."""

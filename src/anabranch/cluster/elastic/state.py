@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.cluster.elastic.links import pack, unpack
+from anabranch.cluster.elastic.wire import Body
 from anabranch.errors import ConfigError, InputError
 
 __all__ = [
@@ -123,7 +124,7 @@ class Snapshot:
 
     version: int
     layers: tuple[tuple[int, list[Any], list[Any]], ...]
-    body: bytes
+    body: Body
     digest: str
 
     def slices(self) -> dict[int, Slice]:
@@ -132,7 +133,7 @@ class Snapshot:
         try:
             for layer, told, spec in self.layers:
                 size = sum(_size(one) for one in spec)
-                found[layer] = Slice.heard(told, unpack(spec, self.body[place : place + size]))
+                found[layer] = Slice.heard(told, unpack(spec, memoryview(self.body)[place : place + size]))
                 place += size
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"a snapshot of version {self.version} makes no sense: {error}") from None

@@ -109,7 +109,7 @@ class Stepping:
         self._probe("vote")
         self._vote(run)
         self._probe("voted")
-        self._commit(self.control.decided("commit", "the coordinator does not decide"), shadow, norm)
+        self._commit(self.control.decided("commit"), shadow, norm)
 
     def _vote(self, run: StageStep) -> None:
         member = self.member
@@ -124,6 +124,7 @@ class Stepping:
             epoch=self.control.epoch,
             step=member.version,
             blocks=settings.leaves(len(work.layout.grid.stages[-1])),
+            absent=run.absent,
             loss=[[name, *node, value.hex()] for name, tree in sums.items() for node, value in tree.nodes()],
             costs=costs,
         )

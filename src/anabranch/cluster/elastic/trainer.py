@@ -13,18 +13,21 @@ coordinator, `stepping` a step, of which `execution` is the work of a stage, and
 """
 # Shapes: B samples, N numbers of a layer
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from anabranch.cluster.elastic.control import Control
 from anabranch.cluster.elastic.exchange import whole_weights
 from anabranch.cluster.elastic.execution import Batch, StepSettings, check_batch, draws_of
+from anabranch.cluster.elastic.fingerprint import told
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
 from anabranch.cluster.elastic.member import Member
+from anabranch.cluster.elastic.planner import Policy
 from anabranch.cluster.elastic.saving import read_slices, write_manifest, write_slices
 from anabranch.cluster.elastic.snapshots import Snapshots
 from anabranch.cluster.elastic.state import (
@@ -39,9 +42,11 @@ from anabranch.cluster.elastic.state import (
     weights_digest,
 )
 from anabranch.cluster.elastic.stepping import Step, Stepping
-from anabranch.errors import AnabranchError, CheckpointError, ConfigError, PeerError
+from anabranch.errors import AnabranchError, CheckpointError, ConfigError
 
 __all__ = ["ElasticTrainer"]
+
+T = TypeVar("T")
 
 
 class ElasticTrainer:
@@ -56,6 +61,7 @@ class ElasticTrainer:
         coordinator: "host:port".
         secret: as the coordinator has it.
         mesh: (D, P), replicas and stages, where the coordinator is to have these; None takes what it has.
+        policy: how losses are answered, where the coordinator has none of its own; None takes what it has.
         seed: of what layers draw.
         micro_batches: M; default: 2 P.
         snapshot_copies: neighbours that keep a rank's slices.
@@ -71,11 +77,13 @@ class ElasticTrainer:
         skips_infinite: a step whose gradient is not finite changes nothing; else it changes weights by what is not finite.
         gathers: by committed steps, whether after such a step every rank has all weights, and the first all of the optimizer's state
             (`gathered`): it is part of the step, so a loss takes it back and it is done again.
-        signature: what else ranks must agree on, JSON-ready; one with another is refused.
+        signature: what else ranks must agree on, JSON-ready. One with another is refused, and so is one whose layers, optimizer, loss (by
+            name) or settings are not those of the others.
         gives_up: asked once a second while this rank waits to come in; True ends that by PeerError.
         host: where other ranks reach this one.
         wish: the rank that it would like to be at the beginning.
-        timeout_s: after so long a wait for a rank ends with PeerError.
+        timeout_s: a rank that works on its own for so long, while others wait as long for it, is cast out as stuck (unless nobody has a
+            copy of what it has). A coordinator that says nothing for so long ends this rank with PeerError.
         on_epoch_change: called after every change with the layout, its version and predicted step, and who was lost and why.
         probe: called with the name of each state of the protocol as it is reached, for tests.
 
@@ -96,6 +104,7 @@ class ElasticTrainer:
         coordinator: str,
         secret: str = "",
         mesh: tuple[int, int] | None = None,
+        policy: Policy | None = None,
         seed: int = 0,
         micro_batches: int | None = None,
         snapshot_copies: int = 1,
@@ -138,7 +147,8 @@ class ElasticTrainer:
             on_snapshot=lambda *told: self._snapshots.take(self._links, *told),
             interrupted=lambda: self._control.is_called(),
             suspect=lambda rank: self._control.suspect(rank),
-            timeout_s=timeout_s,
+            waiting=lambda of: self._control.waiting(of),
+            timeout_s=math.inf,
         )
         self._control = Control(self._links.changed, timeout_s=timeout_s, gives_up=gives_up)
         self._snapshots = Snapshots(self._control, snapshot_copies, self._probe)
@@ -152,7 +162,11 @@ class ElasticTrainer:
         )  # fmt: skip
         try:
             self._control.connect(coordinator, key)
-            self._begin(host, wish, mesh, snapshot_copies, dict(signature or {}))
+            shared = {
+                **(signature or {}), **told(layers, optimizer_factory, groups, learning_rate, loss), "clip": clip, "draws": list(draw),
+                "skips_infinite": skips_infinite, "gathers": gathers is not None, "policy": None if policy is None else asdict(policy),
+            }  # fmt: skip
+            self._begin(host, wish, mesh, snapshot_copies, shared)
         except BaseException as error:
             self.close(error)
             raise
@@ -175,7 +189,6 @@ class ElasticTrainer:
         settings = self._settings
         signature |= {
             "sizes": self._member.sizes,
-            "layers": [type(layer).__name__ for layer in self._layers],
             "global_batch": settings.global_batch,
             "micro_batches": settings.micro_batches,
             "block": settings.block,
@@ -184,7 +197,7 @@ class ElasticTrainer:
             "copies": copies,
         }
         welcome = self._control.ask(
-            "hello", "welcome", "the coordinator does not answer", host=host, port=self._links.port, wish=wish,
+            "hello", "welcome", told="the coordinator does not answer", host=host, port=self._links.port, wish=wish,
             mesh=None if mesh is None else list(mesh), version=self._member.version, weights=weights_digest(self._layers),
             signature=signature,
         )  # fmt: skip
@@ -250,21 +263,39 @@ class ElasticTrainer:
             except CalledAwayError:
                 self._member.follow()
 
+    def _together(self, work: Callable[[], T]) -> T:
+        """What all ranks do after the same step, until all have done it.
+
+        Where ranks are lost before that, it is done again by those who are left; also by those who had done their part, and after the step
+        again where that was taken back. So ``work`` ends with what the coordinator says when all have told it of theirs.
+        """
+        goal = self.steps
+        try:
+            while True:
+                try:
+                    self._control.raise_if_called()
+                    return work()
+                except CalledAwayError:
+                    self._member.follow()
+                    self._run_to(goal)
+        except CheckpointError:
+            # All ranks have it, and go on.
+            raise
+        except Exception as error:
+            self._control.fail(error, self.steps)
+            raise
+
     def state_dict(self) -> dict[str, Tensor]:
         """Weights of all layers, with the keys of ``nn.Sequential(*layers)``. All ranks call it together, after the same step."""
-        while True:
-            try:
-                self._control.raise_if_called()
-                member = self._member
-                assert member.work is not None
-                self._stepping.install(whole_weights(self._links, member.work, member.state.flat, f"s{self.steps}"))
-            except CalledAwayError:
-                version = self.steps
-                self._member.follow()
-                if self.steps < version:
-                    raise PeerError("a step was taken back while weights were gathered; make it again first") from None
-                continue
+
+        def work() -> dict[str, Tensor]:
+            member = self._member
+            assert member.work is not None
+            self._stepping.install(whole_weights(self._links, member.work, member.state.flat, f"s{self.steps}"))
+            self._control.agree("weights")
             return {name: value.detach().clone() for name, value in nn.Sequential(*self._layers).state_dict().items()}
+
+        return self._together(work)
 
     def finish(self, write: Callable[[], str]) -> str:
         """At the end of training: the first rank writes what was learned, and the others stay until it has; what ``write`` returned.
@@ -276,67 +307,60 @@ class ElasticTrainer:
             write: called at the rank that writes; says where.
         """
         control, goal = self._control, self.steps
-        try:
-            while True:
-                try:
-                    control.raise_if_called()
-                    # After a change of ranks another one may be the first, and one that came has nothing.
-                    if self._stepping.gathered_at != (goal, self._member.layout_epoch):
-                        self._stepping.gather(self._member.state, goal, f"z{goal}")
-                    if self.is_first:
-                        self.wrote(write(), is_last=True)
-                    control.wait_until(lambda: "finished" in control.answers, None)
-                    return str(control.answers["finished"]["where"])
-                except CalledAwayError:
-                    self._member.follow()
-                    self._run_to(goal)
-        except Exception as error:
-            control.fail(error, self.steps)
-            raise
+
+        def work() -> str:
+            # After a change of ranks another one may be the first, and one that came has nothing.
+            if self._stepping.gathered_at != (goal, self._member.layout_epoch):
+                self._stepping.gather(self._member.state, goal, f"z{goal}")
+                control.agree("gathered")
+            if self.is_first:
+                self.wrote(write(), is_last=True)
+            control.wait_until(lambda: "finished" in control.answers, None)
+            return str(control.answers["finished"]["where"])
+
+        return self._together(work)
 
     def wrote(self, where: str, *, is_last: bool = False) -> None:
         """Tell the coordinator of a checkpoint, which it names where training cannot go on."""
-        self._control.tell("wrote", version=self.steps, where=where, is_last=is_last)
+        self._control.tell("wrote", epoch=self._control.epoch, version=self.steps, where=where, is_last=is_last)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint of the last committed step: each rank its own slices. All ranks call it together, after the same step.
 
-        Raises CheckpointError on all of them where one could not write, or ranks were lost meanwhile and a step was taken back; training
-        can go on, and an older checkpoint is as it was.
+        When it returns the checkpoint is whole. Raises CheckpointError on all ranks where one could not write; training can go on, and an
+        older checkpoint is as it was.
         """
-        version = self.steps
-        while True:
-            try:
-                self._control.raise_if_called()
-                self._save(folder, version)
-                return
-            except CalledAwayError:
-                self._member.follow()
-                if self.steps != version:
-                    raise CheckpointError(
-                        f"step {version} was taken back while it was saved; save after the next one"
-                    ) from None
+        self._together(lambda: self._save(folder))
 
-    def _save(self, folder: str | Path, version: int) -> None:
-        why, name = None, ""
+    def _save(self, folder: str | Path) -> None:
+        control, version, why, name = self._control, self.steps, None, ""
         self._probe("save")
         try:
             name = write_slices(folder, self.rank, self._member.state.slices, version)
         except (OSError, AnabranchError) as error:
             why = f"{type(error).__name__}: {error}"
-        saved = self._control.ask(
-            "saved", "saved", "the other ranks do not save", version=version, folder=str(folder), file=name, why=why
+        what = f"slices of step {version}"
+        told: dict[str, Any] = {"epoch": control.epoch, "version": version, "folder": str(folder)}
+        answer = control.ask(
+            "slices", "saved", "manifest", of=lambda: {"round": what}, what=what, file=name, why=why, **told
         )
-        if saved.get("why"):
-            raise CheckpointError(f"step {version} is not saved in {folder}: {saved['why']}")
-        if self.is_first:
-            write_manifest(folder, version, list(saved["files"].values()), self._member.sizes)
+        if answer["kind"] == "manifest":
+            self._probe("manifest")
+            try:
+                write_manifest(folder, version, answer["files"], self._member.sizes)
+            except (OSError, AnabranchError) as error:
+                why = f"{type(error).__name__}: {error}"
+            answer = control.ask("manifest", "saved", of=lambda: {"round": what}, why=why, **told)
+        if answer["why"] is not None:
+            raise CheckpointError(f"step {version} is not saved in {folder}: {answer['why']}")
 
     def status(self) -> dict[str, Any]:
         """JSON-ready: rank, layout, steps; and of the last change of ranks how long each part took here.
 
-        ``recovery``: seconds to agree (from when this rank noticed until a layout was announced), to edit links, to move slices, until
-        all were ready, to the first commit after it; links opened and closed, and those that stayed; bytes moved; who was lost, and why.
+        ``plan``: of the layout that holds, as `ElasticPlan.to_dict` has it, without moves. ``recovery``: seconds to detect (for how long
+        a rank that was lost had not been heard; 0 where none was), to agree (from when this rank noticed until a layout was announced), to
+        edit links, to move slices, until all were ready, to the first commit after it; links opened and closed, and those that stayed;
+        bytes moved; who was lost, and why.
         """
         work = self._member.work
         return {
@@ -349,6 +373,7 @@ class ElasticTrainer:
             "stages": None if work is None else [list(stage) for stage in work.layout.grid.stages],
             "links": self._links.count,
             "links_ever": self._links.opened,
+            "plan": self._member.plan,
             "recovery": dict(self._member.recovery),
         }
 

@@ -1,0 +1,419 @@
+"""What a coordinator decides, without sockets: words of ranks go in, words to ranks come out."""
+
+import time
+
+import pytest
+
+from anabranch.cluster.elastic.decisions import Decisions
+from anabranch.cluster.elastic.planner import Policy
+from anabranch.cluster.elastic.replanning import Replanner
+
+SIGNATURE = {"sizes": [6, 6, 6, 6], "global_batch": 8, "micro_batches": 0, "block": 1, "copies": 1, "seed": 5}
+HELLO = {"kind": "hello", "host": "127.0.0.1", "port": 4711, "weights": "ab", "version": 0, "mesh": None, "signature": SIGNATURE}
+
+
+class Line:
+    """A channel that keeps what is said."""
+
+    def __init__(self):
+        self.peer, self.said, self.is_admitted, self.is_closed = None, [], False, False
+
+    def send(self, header, body=b""):
+        self.said.append(header)
+
+    def admit(self):
+        self.is_admitted = True
+
+    def close(self, why="", *, after_sends=False):
+        self.is_closed = True
+
+    def kinds(self):
+        return [header["kind"] for header in self.said if header["kind"] != "beat"]
+
+
+class Room:
+    """Decisions, and the lines of all who said hello, by rank."""
+
+    def __init__(self, replicas=2, stages=2, chunk=None, **settings):
+        self.history, self.lines = [], {}
+        plans = Replanner(stages, settings.pop("policy", None), None, [1.0] * 4)
+        self.made = Decisions(replicas, stages, plans, chunk, lambda what, **more: self.history.append((what, more)))
+        self.signature = {**SIGNATURE, **settings}
+
+    def come(self, **changes):
+        line = Line()
+        self.made.hello(line, {**HELLO, "signature": self.signature, **changes})
+        if line.peer is not None:
+            self.lines[line.peer] = line
+        return line
+
+    def tell(self, who, kind, **more):
+        self.made.told(self.made.members[who], {"kind": kind, "epoch": self.made.epoch, **more})
+
+    def begin(self, count=4):
+        for _ in range(count):
+            self.come()
+        self.ready()
+        return self
+
+    def ready(self):
+        for rank in list(self.made.members):
+            self.tell(rank, "ready")
+        for owner in self.made.layout.grid.ranks:
+            for holder in self.made.layout.holders(owner, self.made.ledger.copies):
+                self.held(holder, owner)
+
+    def held(self, holder, owner):
+        self.tell(holder, "held", owner=owner, version=self.made.version, layout=self.made.epoch)
+
+    def vote(self, *ranks, **more):
+        for rank in ranks or self.made.layout.grid.ranks:
+            last = rank in self.made.layout.grid.stages[-1]
+            place = self.made.layout.grid.stages[-1].index(rank) if last else 0
+            loss = [["", 0, place, (1.0).hex()]] if last else []
+            blocks = len(self.made.layout.grid.stages[-1])
+            self.tell(rank, "vote", **{"step": self.made.version, "blocks": blocks, "loss": loss, "costs": {}, **more})
+
+    def beat(self, rank, waits=None, is_long=False, **more):
+        self.tell(rank, "beat", waits=waits, is_long=is_long, **more)
+
+    def look(self, times=2):
+        now = time.monotonic()
+        for late in range(times):
+            self.made.look(now + 10 * late)
+
+    def why_lost(self):
+        return {more["rank"]: more["why"] for what, more in self.history if what == "lost"}
+
+
+def test_training_begins_when_all_are_there_and_ready():
+    room = Room()
+    for _ in range(3):
+        room.come()
+    assert room.made.layout is None
+    assert room.lines[0].kinds() == ["welcome"]
+    room.come()
+    assert room.lines[0].kinds() == ["welcome", "epoch"]
+    assert all(line.is_admitted for line in room.lines.values())
+    for rank in range(4):
+        assert room.made.layout is None
+        room.tell(rank, "ready")
+    assert room.made.layout.grid.stages == ((0, 1), (2, 3))
+    assert room.lines[3].kinds() == ["welcome", "epoch", "go"]
+
+
+def test_a_step_is_committed_by_the_last_vote_with_the_loss_of_all():
+    room = Room().begin()
+    room.vote(0, 1, 2)
+    # Of another step, or another epoch, a vote is nothing.
+    room.vote(3, step=7)
+    room.tell(3, "vote", epoch=0, step=0, loss=[], blocks=2)
+    assert room.made.version == 0
+    room.vote(3)
+    assert room.made.version == 1
+    assert room.lines[0].said[-1] == {"kind": "commit", "epoch": 1, "step": 0, "loss": {"": (2.0).hex()}}
+
+
+def test_a_loss_takes_the_step_back_and_says_how_long_it_was_not_heard():
+    room = Room().begin()
+    room.vote(0, 1, 2)
+    room.made.members[1].heard -= 7
+    room.made.lose([1], "gone")
+    said = room.lines[0].said[-1]
+    assert (said["kind"], said["epoch"], said["version"], said["holders"]) == ("epoch", 2, 0, {"1": [0]})
+    assert said["detect_s"] == pytest.approx(7, abs=2)
+    assert said["plan"]["stages"][0]["ranks"] == [0]
+    room.ready()
+    room.made.members[0].vote = None
+    room.vote()
+    assert room.made.version == 1
+    commit = next(said for said in reversed(room.lines[0].said) if said["kind"] == "commit")
+    assert (commit["step"], commit["loss"]) == (0, {"": (2.0).hex()})
+
+
+# The door
+
+
+def test_the_first_hello_is_no_law_when_it_has_gone():
+    room = Room(1, 1)
+    room.signature = SIGNATURE | {"seed": 99}
+    Room(1, 1)
+    two = Room(2, 1)
+    two.come(signature=SIGNATURE | {"seed": 99})
+    assert two.come().said == [{"kind": "refuse", "why": "its seed is 5, and those here have 99"}]
+    two.made.lose([0], "gone")
+    assert two.come().kinds() == ["welcome"]
+    assert two.come().kinds()[0] == "welcome"
+    assert two.made.plans.signature == SIGNATURE
+
+
+def test_a_hello_that_makes_no_sense_leaves_nothing():
+    room = Room(2, 1)
+    line = room.come(signature={name: value for name, value in SIGNATURE.items() if name != "copies"} | {"seed": 1})
+    assert line.said == [{"kind": "refuse", "why": "its hello has no sound copies"}]
+    assert line.is_closed
+    assert not line.is_admitted
+    assert room.made.members == {}
+    assert [room.come().kinds()[0] for _ in range(2)] == ["welcome", "welcome"]
+
+
+def test_a_connection_has_one_seat():
+    room = Room(2, 1)
+    line = room.come()
+    with pytest.raises(ValueError, match="a second hello"):
+        room.made.hello(line, HELLO)
+    assert list(room.made.members) == [0]
+
+
+def test_a_policy_is_that_of_the_ranks_where_the_coordinator_has_none():
+    told = {"threshold": 0.5, "schedule_names": ["1f1b"]}
+    room = Room(1, 1, policy=None)
+    room.signature |= {"policy": told}
+    room.come()
+    assert room.made.plans.policy == Policy(threshold=0.5, schedule_names=("1f1b",))
+    for wrong in ({"threshold": 7}, {"threshold": "x"}, {"nothing": 1}, {"schedule_names": ["x"]}, 3):
+        room = Room(1, 1)
+        room.signature |= {"policy": wrong}
+        assert room.come().said[0]["why"].startswith("its policy makes no sense")
+    room = Room(1, 1, policy=Policy(threshold=0.1))
+    room.signature |= {"policy": told}
+    assert "and the coordinator has Policy(threshold=0.1" in room.come().said[0]["why"]
+    assert room.made.plans.policy == Policy(threshold=0.1)
+
+
+# What is told of an older epoch
+
+
+def slices(room, rank, **more):
+    told = {"what": "slices of step 1", "version": 1, "folder": "kept", "file": f"rank-{rank}", "why": None}
+    room.tell(rank, "slices", **{**told, **more})
+
+
+def test_what_was_saved_of_an_older_layout_is_no_part_of_a_checkpoint():
+    room = Room().begin()
+    room.vote()
+    for rank in (0, 1, 2):
+        slices(room, rank)
+    room.made.lose([3], "gone")
+    room.ready()
+    # The answer of the old epoch comes late, and is dropped too.
+    slices(room, 1, epoch=1)
+    slices(room, 0)
+    assert "manifest" not in room.lines[0].kinds()
+    slices(room, 1)
+    slices(room, 2)
+    assert room.lines[0].kinds()[-1] == "manifest"
+    room.tell(0, "manifest", version=1, folder="kept", why=None)
+    assert [line.said[-1] for rank, line in room.lines.items() if rank != 3] == [{"kind": "saved", "why": None}] * 3
+    assert ("saved", {"version": 1, "why": None}) in room.history
+
+
+def test_a_checkpoint_whose_writer_is_lost_before_its_manifest_is_none():
+    room = Room().begin()
+    room.vote()
+    for rank in range(4):
+        slices(room, rank)
+    room.made.lose([0], "gone")
+    room.ready()
+    assert room.made._rounds.newest is None
+    for rank in (1, 2, 3):
+        slices(room, rank)
+    assert room.lines[1].kinds()[-1] == "manifest"
+
+
+def test_who_has_done_its_part_does_it_again_where_one_is_lost():
+    room = Room().begin()
+    for rank in (0, 1, 3):
+        room.tell(rank, "done", what="weights")
+    room.made.lose([2], "gone")
+    room.ready()
+    room.tell(0, "done", what="weights")
+    room.tell(1, "done", what="weights", epoch=1)
+    assert room.lines[0].kinds()[-1] == "go"
+    room.tell(1, "done", what="weights")
+    room.tell(3, "done", what="weights")
+    assert [room.lines[rank].kinds()[-1] for rank in (0, 1, 3)] == ["done"] * 3
+
+
+def test_what_all_have_done_is_told_before_a_loss_that_comes_after():
+    room = Room().begin()
+    for rank in range(4):
+        room.tell(rank, "done", what="weights")
+    room.made.lose([2], "gone")
+    assert room.lines[0].kinds()[-2:] == ["done", "epoch"]
+
+
+def test_training_has_not_ended_by_the_word_of_an_older_epoch():
+    room = Room().begin()
+    room.made.lose([3], "gone")
+    room.tell(0, "wrote", where="kept", version=0, is_last=True, epoch=1)
+    assert not room.made.is_ending
+    room.ready()
+    room.tell(0, "wrote", where="kept", version=0, is_last=True)
+    assert room.made.is_ending
+    assert room.lines[1].said[-1] == {"kind": "finished", "where": "kept"}
+
+
+# Who holds up others
+
+
+def test_the_rank_that_all_wait_for_is_cast_out_and_not_those_who_wait():
+    room = Room(3, 1).begin(3)
+    room.vote(0, 2)
+    for rank in (0, 2):
+        room.beat(rank, {"what": "commit"}, is_long=True)
+    room.beat(1, is_long=True)
+    room.look(1)
+    assert room.why_lost() == {}
+    room.look()
+    assert room.why_lost() == {1: "it is stuck: rank 0 has waited too long for it"}
+    assert room.lines[1].is_closed
+    assert room.lines[0].kinds()[-1] == "epoch"
+    assert room.lines[0].said[-1]["lost"] == {"1": "it is stuck: rank 0 has waited too long for it"}
+    # Beats of the older epoch accuse nobody in the new one.
+    room.beat(0, {"ranks": [2]}, is_long=True, epoch=1)
+    room.beat(2, is_long=False, epoch=1)
+    room.look()
+    assert len(room.why_lost()) == 1
+
+
+def test_one_that_is_not_ready_for_another_layout_is_cast_out():
+    room = Room(3, 1).begin(3)
+    room.made._begin_epoch()
+    for rank in (0, 2):
+        room.tell(rank, "ready")
+        room.beat(rank, {"what": "go"}, is_long=True)
+    # It has not even seen that there is another.
+    room.beat(1, is_long=True, epoch=1)
+    room.look()
+    assert list(room.why_lost()) == [1]
+
+
+def test_one_that_cannot_be_missed_is_waited_for():
+    room = Room(2, 1, copies=0).begin(2)
+    room.beat(0, {"ranks": [1]}, is_long=True)
+    room.beat(1, is_long=True)
+    for _ in range(3):
+        room.look()
+    assert room.why_lost() == {}
+    assert room.made.stopped is None
+    noted = [more for what, more in room.history if what == "stuck"]
+    assert noted == [{"rank": 1, "why": "rank 0 waits for it; nobody has a copy of what it has"}]
+
+
+def test_a_newcomer_that_waits_for_its_turn_accuses_nobody():
+    room = Room(2, 1).begin(2)
+    room.come()
+    room.beat(2, {"ranks": [1]}, is_long=True)
+    room.beat(1, is_long=True)
+    room.look()
+    assert room.why_lost() == {}
+
+
+def test_ranks_that_wait_for_each_other_begin_anew_and_in_the_end_it_is_said():
+    room = Room(2, 1).begin(2)
+    for epoch in range(1, 5):
+        assert room.made.epoch == epoch
+        room.beat(0, {"ranks": [1]}, is_long=True)
+        room.beat(1, {"round": "weights"}, is_long=True)
+        room.tell(1, "done", what="weights")
+        room.look()
+        if epoch < 4:
+            room.ready()
+    assert room.why_lost() == {}
+    assert "again and again ranks wait for each other: rank 0 for {'ranks': [1]}" in room.made.stopped
+
+
+def test_who_waits_for_those_who_have_left_is_sent_home():
+    room = Room(2, 1).begin(2)
+    room.tell(0, "leave")
+    room.beat(1, {"ranks": [0]}, is_long=True)
+    room.look()
+    assert room.lines[1].said[-1]["kind"] == "stop"
+    assert "training has ended" in room.lines[1].said[-1]["why"]
+
+
+def test_a_beat_is_answered():
+    room = Room(1, 1).begin(1)
+    room.beat(0)
+    assert room.lines[0].said[-1] == {"kind": "beat"}
+    with pytest.raises(ValueError, match="a wait for"):
+        room.beat(0, waits=["x"])
+
+
+def test_a_link_may_break_now_and_then():
+    """Both ends tell of each break; what carried a step since is sound."""
+    room = Room().begin()
+    for _ in range(6):
+        epoch = room.made.epoch
+        room.tell(0, "suspect", rank=1)
+        room.tell(1, "suspect", rank=0)
+        room.look()
+        assert room.made.epoch == epoch + 1
+        room.ready()
+        room.vote()
+    assert room.why_lost() == {}
+
+
+# Errors
+
+
+def test_an_error_of_the_same_step_ends_training_and_a_wait_that_ended_does_not():
+    room = Room(4, 1).begin(4)
+    for rank in (1, 3):
+        room.tell(rank, "fail", step=0, why="PeerError: the coordinator has said nothing for 60 s")
+        room.ready()
+    assert list(room.why_lost()) == [1, 3]
+    assert room.made.stopped is None
+    room = Room(4, 1).begin(4)
+    room.tell(1, "fail", step=0, why="ZeroDivisionError: division by zero")
+    room.ready()
+    room.tell(2, "fail", step=0, why="ZeroDivisionError: division by zero")
+    assert "step 0 ends one rank after another: rank 2 failed: ZeroDivisionError" in room.made.stopped
+
+
+def test_a_loss_of_some_samples_alone_is_the_fault_of_no_rank():
+    room = Room(2, 1).begin(2)
+    one = ["z", 0, 0, (1.0).hex()]
+    room.vote(0, loss=[["", 0, 0, (1.0).hex()], one])
+    room.vote(1)
+    assert room.made.stopped.startswith("step 0 cannot be made: the term 'z' is told of some samples alone")
+    assert room.why_lost() == {}
+    assert room.lines[0].said[-1]["kind"] == "stop"
+
+
+# Who comes
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_newcomer_comes_in_after_a_step(chunk):
+    room = Room(2, 1, chunk=chunk).begin(2)
+    line = room.come()
+    assert line.kinds() == ["welcome"]
+    room.vote()
+    if chunk is not None:
+        assert "live" in line.said[-1]
+        while room.made._stream is not None:
+            room.tell(2, "vote", step=room.made.version, loss=[])
+            room.vote()
+    assert line.kinds()[-1] == "epoch"
+    room.ready()
+    assert room.made.layout.grid.stages == ((0, 1, 2),)
+
+
+def test_who_comes_by_a_stream_that_a_loss_ends_comes_later():
+    """What is announced then is no commit, and the newcomer is still one who waits."""
+    room = Room(3, 1, chunk=1).begin(3)
+    line = room.come()
+    room.vote()
+    assert room.made._stream is not None
+    room.tell(3, "vote", step=1, loss=[])
+    room.vote(0, 2)
+    room.made.lose([1], "gone")
+    assert line.kinds()[-1] == "epoch"
+    assert 3 not in room.made._target.grid.ranks
+    for rank in (0, 2):
+        room.tell(rank, "ready")
+    room.vote()
+    assert room.made._stream is not None
+    assert 3 in room.made._stream[0].grid.ranks
