@@ -9,7 +9,15 @@ from anabranch.cluster.elastic.planner import Policy
 from anabranch.cluster.elastic.replanning import Replanner
 
 SIGNATURE = {"sizes": [6, 6, 6, 6], "global_batch": 8, "micro_batches": 0, "block": 1, "copies": 1, "seed": 5}
-HELLO = {"kind": "hello", "host": "127.0.0.1", "port": 4711, "weights": "ab", "version": 0, "mesh": None, "signature": SIGNATURE}
+HELLO = {
+    "kind": "hello",
+    "host": "127.0.0.1",
+    "port": 4711,
+    "weights": "ab",
+    "version": 0,
+    "mesh": None,
+    "signature": SIGNATURE,
+}
 
 
 class Line:

@@ -51,7 +51,8 @@ def test_a_checkpoint_is_one_when_its_manifest_is_written_and_not_before():
     # All wait for the first rank then.
     assert rounds.missing("slices of step 7", (4, 1)) == [4]
     manifest = {"kind": "manifest", "version": 7, "folder": "kept", "why": None}
-    assert rounds.heard(4, manifest, (4, 1)) == dict.fromkeys((4, 1), {"kind": "saved", "why": None})
+    saved = {"kind": "saved", "why": None}
+    assert rounds.heard(4, manifest, (4, 1)) == dict.fromkeys((4, 1), saved)
     assert rounds.newest == "kept (step 7)"
     assert said == [("saved", {"version": 7, "why": None})]
 
@@ -63,5 +64,6 @@ def test_who_could_not_write_is_told_to_all():
     answer = {"kind": "saved", "why": "rank 1: OSError: no room"}
     assert rounds.heard(0, slices(0), (0, 1)) == dict.fromkeys((0, 1), answer)
     manifest = {"kind": "manifest", "version": 7, "folder": "kept", "why": "OSError: no room"}
-    assert rounds.heard(0, manifest, (0, 1)) == dict.fromkeys((0, 1), {"kind": "saved", "why": "rank 0: OSError: no room"})
+    answer = {"kind": "saved", "why": "rank 0: OSError: no room"}
+    assert rounds.heard(0, manifest, (0, 1)) == dict.fromkeys((0, 1), answer)
     assert rounds.newest == "before (step 3)"

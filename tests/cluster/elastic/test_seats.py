@@ -8,8 +8,24 @@ from anabranch.cluster.elastic.seats import Seat, counted, named, refusal
 from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.errors import InputError
 
-SIGNATURE = {"sizes": [6, 0, 4], "layers": ["A 1", "B 2", "C 3"], "global_batch": 8, "micro_batches": 0, "block": 1, "copies": 1, "seed": 5}
-HELLO = {"kind": "hello", "host": "127.0.0.1", "port": 4711, "weights": "ab", "version": 0, "mesh": None, "signature": SIGNATURE}
+SIGNATURE = {
+    "sizes": [6, 0, 4],
+    "layers": ["A 1", "B 2", "C 3"],
+    "global_batch": 8,
+    "micro_batches": 0,
+    "block": 1,
+    "copies": 1,
+    "seed": 5,
+}
+HELLO = {
+    "kind": "hello",
+    "host": "127.0.0.1",
+    "port": 4711,
+    "weights": "ab",
+    "version": 0,
+    "mesh": None,
+    "signature": SIGNATURE,
+}
 
 
 def hello(**changes):

@@ -50,7 +50,9 @@ def test_a_beat_that_makes_no_sense_is_refused(wrong):
 
 ONE = st.one_of(
     st.builds(Standing, st.none(), st.booleans()),
-    st.builds(Standing, st.fixed_dictionaries({"ranks": st.lists(st.integers(0, 5), min_size=1, max_size=3)}), st.booleans()),
+    st.builds(
+        Standing, st.fixed_dictionaries({"ranks": st.lists(st.integers(0, 5), min_size=1, max_size=3)}), st.booleans()
+    ),
 )
 
 

@@ -1,17 +1,20 @@
 """Connections: who does not know the secret is refused, what makes no sense ends one connection and no more."""
 
+import errno
 import os
 import socket
 import struct
 import threading
 import time
+import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from anabranch.cluster.elastic import Coordinator
+from anabranch.cluster.elastic import Coordinator, wire
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool, pack, unpack
-from anabranch.cluster.elastic.wire import MOST_HEADER, Listener, connect
+from anabranch.cluster.elastic.wire import MOST_HEADER, MOST_HELLO, MOST_WAITING, Listener, connect
 from anabranch.errors import InputError, PeerError
 
 
@@ -20,11 +23,15 @@ class Ends:
 
     def __init__(self, secret=b"s"):
         self.frames, self.closed, self.channels, self.there = [], [], [], threading.Event()
-        self.listener = Listener("127.0.0.1", 0, secret, self.on_frame, lambda channel, why: self.closed.append(why))
+        self.told = []
+        self.listener = Listener(
+            "127.0.0.1", 0, secret, self.on_frame, lambda channel, why: self.closed.append(why), tell=self.told.append
+        )
 
     def on_frame(self, channel, header, body):
         if channel not in self.channels:
             self.channels.append(channel)
+            channel.admit()
         if header.get("raise"):
             raise KeyError("nothing of the kind")
         self.frames.append((header, bytes(body)))
@@ -124,6 +131,134 @@ def test_a_frame_that_makes_no_sense_ends_its_connection_alone(ends, frame):
     until(lambda: ends.frames)
 
 
+class Tired:
+    """A socket that cannot take a connection some times."""
+
+    def __init__(self, inner, errors):
+        self._inner, self._errors = inner, errors
+
+    def accept(self):
+        if self._errors:
+            raise self._errors.pop(0)
+        return self._inner.accept()
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        ConnectionAbortedError("gone"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_keeps_a_listener_from_taking_connections_passes(ends, error):
+    """It ended the door for ever, and nothing was said."""
+    ends.listener._socket = Tired(ends.listener._socket, [error, error])
+    # The accept that runs is the last one without an error.
+    ends.connect().send({"n": 1})
+    until(lambda: len(ends.frames) == 1)
+    ends.connect().send({"n": 2})
+    until(lambda: len(ends.frames) == 2)
+    assert len(ends.told) == 1
+    assert str(error) in ends.told[0]
+
+
+def test_strangers_who_say_nothing_make_room():
+    ends = Ends()
+    place = ("127.0.0.1", ends.listener.port)
+    silent = [socket.create_connection(place) for _ in range(MOST_WAITING + 20)]
+    ends.connect().send({"n": 1})
+    until(lambda: ends.frames)
+    # The first have been sent away, and are told so by an end of the connection.
+    until(lambda: ends.listener.refused >= 20)
+    silent[0].settimeout(5)
+    assert len(silent[0].recv(100)) == 16
+    assert silent[0].recv(100) == b""
+    assert len(ends.listener._waiting) <= MOST_WAITING
+    for one in silent:
+        one.close()
+    until(lambda: not ends.listener._waiting)
+    ends.listener.close()
+
+
+def test_a_byte_now_and_then_does_not_hold_a_place(ends, monkeypatch):
+    monkeypatch.setattr(wire, "HANDSHAKE_S", 0.3)
+    slow = socket.create_connection(("127.0.0.1", ends.listener.port))
+
+    def trickle():
+        for _ in range(100):
+            slow.sendall(b"x")
+            time.sleep(0.05)
+
+    with pytest.raises(ConnectionError):
+        trickle()
+    assert ends.listener.refused == 1
+    slow.close()
+
+
+def test_who_knows_the_secret_and_says_nothing_does_not_hold_a_place(ends, monkeypatch):
+    monkeypatch.setattr(wire, "HANDSHAKE_S", 0.3)
+    channel = connect("127.0.0.1", ends.listener.port, b"s", on_frame=print, on_close=lambda *told: None, timeout_s=5)
+    until(lambda: channel.is_closed)
+    assert "TimeoutError" in ends.closed[0]
+    # Who has said who it is may be silent for longer.
+    known = connect("127.0.0.1", ends.listener.port, b"s", on_frame=print, on_close=lambda *told: None, timeout_s=5)
+    known.send({"n": 1})
+    time.sleep(0.6)
+    known.send({"n": 2}, b"abc")
+    until(lambda: len(ends.frames) == 2)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 600 * 2**20), (MOST_HELLO + 1, 0)])
+def test_nobody_sends_much_before_it_is_known_who_it_is(ends, sizes):
+    channel = ends.connect()
+    channel._connection.sendall(struct.pack("<IQ", *sizes))
+    until(lambda: ends.closed)
+    assert "is too large" in ends.closed[0]
+
+
+def test_a_coordinator_takes_words_alone():
+    with Coordinator(replicas=1, stages=1) as host:
+        place = ("127.0.0.1", int(host.address.rpartition(":")[2]))
+        signature = {"sizes": [1], "copies": 1, "micro_batches": 0, "global_batch": 1, "block": 1}
+        channel = connect(*place, b"", on_frame=lambda *told: None, on_close=lambda *told: None)
+        hello = {"host": "127.0.0.1", "port": 1, "weights": "", "version": 0, "signature": signature}
+        channel.send({"kind": "hello", **hello})
+        until(lambda: host.ranks == (0,))
+        channel.send({"kind": "beat"}, b"x")
+        until(lambda: channel.is_closed)
+        until(lambda: host.ranks == ())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1"])
+def test_without_a_secret_nobody_listens_where_other_machines_reach(host):
+    with pytest.raises(InputError, match=f"secret is empty, and other machines reach {host}"):
+        Coordinator(replicas=1, stages=1, host=host)
+    with pytest.raises(InputError, match="secret is empty"):
+        LinkPool(host, b"", on_snapshot=print, interrupted=print, suspect=print, timeout_s=1.0)
+
+
+def test_a_frame_is_read_into_one_buffer(ends):
+    channel, body, size = ends.connect(), os.urandom(2**24), 2**24
+    channel.send({"n": 1})
+    until(lambda: ends.frames)
+    got = []
+    ends.channels[0]._on_frame = lambda channel, header, body: got.append(body)
+    tracemalloc.start()
+    try:
+        channel.send({"n": 2}, body)
+        until(lambda: got, 20.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert bytes(got[0]) == body
+    assert peak < 1.5 * size
+
+
 def test_strangers_do_not_hold_up_a_coordinator():
     with Coordinator(replicas=1, stages=1, secret="s") as host:
         place = ("127.0.0.1", int(host.address.rpartition(":")[2]))
@@ -211,6 +346,25 @@ def test_links_are_edited_in_place():
         pools[2].receive(0, "late")
     for one in pools:
         one.close()
+
+
+def test_a_wait_is_told_while_it_lasts():
+    told = []
+
+    @contextmanager
+    def waiting(of):
+        told.append(of())
+        yield
+        told.append(None)
+
+    one = pool(waiting=waiting, timeout_s=0.1)
+    one.rank = 2
+    with pytest.raises(PeerError):
+        one.receive(1, "x")
+    with pytest.raises(PeerError):
+        one.edit(1, dict.fromkeys((2, 3, 4), ("127.0.0.1", 1)))
+    assert told == [{"ranks": [1]}, None, {"ranks": [3, 4]}, None]
+    one.close()
 
 
 def test_a_wait_is_called_away():

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from anabranch.cluster.elastic.layout import Layout, Move, moves
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
-from anabranch.cluster.elastic.state import Slice, Snapshot, State, digest_of
+from anabranch.cluster.elastic.state import PARAM, Slice, Snapshot, State, digest_of
 from anabranch.cluster.elastic.streaming import Stream
-from anabranch.errors import InputError
+from anabranch.cluster.elastic.wire import Header
+from anabranch.errors import InputError, PeerError
 
 __all__ = ["Held", "Moved", "moved_state"]
 
@@ -85,7 +86,7 @@ def moved_state(
             if number in streamed:
                 links.send(move.target, f"d{number}", [], digest=digest_of({move.layer: piece}, version))
             else:
-                sent += _send(links, move, number, piece)
+                sent += _send(links, move, number, piece, version)
     for number, move in found:
         if number in streamed and move.target == rank:
             assert stream is not None
@@ -101,7 +102,7 @@ def moved_state(
         if number in streamed and move.source == rank:
             _, header = links.receive(move.target, f"v{number}")
             if not header["is_sound"]:
-                sent += _send(links, move, number, _piece(move, own, lost))
+                sent += _send(links, move, number, _piece(move, own, lost), version)
     for number, move in found:
         if move.target != rank or (number in streamed and number not in refused):
             continue
@@ -109,7 +110,7 @@ def moved_state(
             piece = _piece(move, own, lost)
         else:
             tensors, header = links.receive(move.source, f"m{number}")
-            piece = Slice.heard(header["told"], tensors)
+            piece = _checked(Slice.heard(header["told"], tensors), move.layer, version, move.source, header)
         pieces.setdefault(move.layer, []).append(piece)
     slices = {}
     for layer, size in enumerate(sizes):
@@ -117,13 +118,22 @@ def moved_state(
             if owner == rank:
                 came_in = pieces.get(layer, [])
                 slices[layer] = Slice.joined(first, end, [*came_in, *_kept(own.get(layer), first, end, came_in)])
-    flat, more = _weights(links, rank, before, after, sizes, state, slices)
+    flat, more = _weights(links, rank, before, after, sizes, state, slices, version)
     return Moved(State(flat, slices) if rank in after.grid.ranks else None, sent + more, len(streamed), len(refused))
 
 
-def _send(links: LinkPool, move: Move, number: int, piece: Slice) -> int:
+def _send(links: LinkPool, move: Move, number: int, piece: Slice, version: int) -> int:
     told, tensors = piece.told()
-    return links.send(move.target, f"m{number}", tensors, told=told)
+    return links.send(move.target, f"m{number}", tensors, told=told, digest=digest_of({move.layer: piece}, version))
+
+
+def _checked(piece: Slice, layer: int, version: int, source: int, header: Header) -> Slice:
+    """A piece that came. Raises PeerError where it is not the one that was sent."""
+    if digest_of({layer: piece}, version) != header["digest"]:
+        raise PeerError(
+            f"what rank {source} sent of layer {layer}, {piece.first} to {piece.end}, has another checksum here"
+        )
+    return piece
 
 
 def _lost_slices(
@@ -178,6 +188,7 @@ def _weights(
     sizes: Sequence[int],
     state: State | None,
     slices: Mapping[int, Slice],
+    version: int,
 ) -> tuple[dict[int, Tensor], int]:
     """Whole weights of the layers of this rank's stage: those that it had, and of others the slices of their owners."""
     sent, flat = 0, {}
@@ -187,11 +198,13 @@ def _weights(
         had = before.grid.stages[before.stage_with(layer)]
         new = [other for other in stage if other not in had]
         owners = after.slices(layer, size)
-        for owner, _, _ in owners:
+        for owner, first, end in owners:
             if owner == rank:
+                piece = Slice(first, end, {PARAM: slices[layer].tensors[PARAM]})
+                digest = digest_of({layer: piece}, version)
                 for other in new:
                     if other != rank:
-                        sent += links.send(other, f"p{layer}", [slices[layer].tensors["param"]])
+                        sent += links.send(other, f"p{layer}", [piece.tensors[PARAM]], digest=digest)
         if rank in stage:
             waiting.append((layer, rank in new, owners))
     for layer, is_new, owners in waiting:
@@ -199,9 +212,12 @@ def _weights(
             assert state is not None
             flat[layer] = state.flat[layer]
             continue
-        parts = [
-            slices[layer].tensors["param"] if owner == rank else links.receive(owner, f"p{layer}")[0][0]
-            for owner, _, _ in owners
-        ]
+        parts = []
+        for owner, first, end in owners:
+            if owner == rank:
+                parts.append(slices[layer].tensors[PARAM])
+                continue
+            (received,), header = links.receive(owner, f"p{layer}")
+            parts.append(_checked(Slice(first, end, {PARAM: received}), layer, version, owner, header).tensors[PARAM])
         flat[layer] = torch.cat(parts) if parts else torch.empty(0)
     return flat, sent

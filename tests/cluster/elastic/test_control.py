@@ -1,0 +1,153 @@
+"""A rank's connection to the coordinator: what beats tell, what ends a wait, and which answers stay."""
+
+import threading
+import time
+
+import pytest
+
+from anabranch.cluster.elastic.control import Control
+from anabranch.cluster.elastic.links import CalledAwayError
+from anabranch.cluster.elastic.wire import Listener
+from anabranch.errors import PeerError
+
+
+class Desk:
+    """What a rank is connected to in place of a coordinator: it keeps what it hears, and says what a test wants."""
+
+    def __init__(self, *, answers_beats=True, timeout_s=30.0):
+        self.heard, self.channel, self.answers_beats = [], None, answers_beats
+        self.there = threading.Event()
+        self.listener = Listener("127.0.0.1", 0, b"s", self.on_frame, lambda *told: None)
+        self.changed = threading.Condition()
+        self.control = Control(self.changed, timeout_s=timeout_s)
+        self.control.connect(f"127.0.0.1:{self.listener.port}", b"s")
+        self.control.tell("hello")
+        assert self.there.wait(5)
+        self.control.is_in, self.control.epoch = True, 3
+
+    def on_frame(self, channel, header, body):
+        if self.channel is None:
+            channel.admit()
+            self.channel = channel
+            self.there.set()
+        if header["kind"] == "beat" and self.answers_beats:
+            channel.send({"kind": "beat"})
+        self.heard.append(header)
+
+    def say(self, kind, **more):
+        self.channel.send({"kind": kind, **more})
+
+    def wait_for(self, holds, timeout_s=10.0):
+        deadline = time.monotonic() + timeout_s
+        while not (found := [header for header in self.heard if holds(header)]):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return found[-1]
+
+    def later(self, work):
+        found = []
+
+        def run():
+            try:
+                found.append(work())
+            except BaseException as error:
+                found.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+
+        def result():
+            thread.join(10)
+            assert found
+            return found[0]
+
+        return result
+
+    def close(self):
+        self.control.part(is_done=True)
+        self.control.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def desk():
+    made = Desk()
+    yield made
+    made.close()
+
+
+def test_beats_tell_who_is_waited_for_and_that_nobody_is(desk):
+    desk.control.start()
+    assert desk.wait_for(lambda header: header["kind"] == "beat") == {
+        "kind": "beat", "epoch": 3, "waits": None, "is_long": False,
+    }  # fmt: skip
+    result = desk.later(lambda: desk.control.decided("commit"))
+    desk.wait_for(lambda header: header.get("waits") == {"what": "commit"})
+    desk.say("commit", epoch=3, step=7)
+    assert result()["step"] == 7
+    desk.heard.clear()
+    desk.wait_for(lambda header: header["kind"] == "beat" and header["waits"] is None)
+
+
+def test_a_long_wait_is_told_as_long():
+    desk = Desk(timeout_s=1.2)
+    desk.control.start()
+    result = desk.later(lambda: desk.control.agree("weights"))
+    assert not desk.wait_for(lambda header: header.get("waits") == {"round": "weights"})["is_long"]
+    desk.wait_for(lambda header: header.get("waits") == {"round": "weights"} and header["is_long"])
+    desk.say("done", what="weights")
+    assert result() is None
+    desk.close()
+
+
+def test_a_coordinator_that_says_nothing_ends_every_wait_and_one_that_answers_ends_none():
+    desk = Desk(timeout_s=1.0)
+    desk.control.start()
+    result = desk.later(lambda: desk.control.decided("commit"))
+    time.sleep(2.0)
+    assert desk.control.stop is None
+    desk.answers_beats = False
+    assert isinstance(result(), CalledAwayError)
+    with pytest.raises(PeerError, match="the coordinator has said nothing for 1 s"):
+        desk.control.raise_if_stopped()
+    desk.close()
+
+
+def test_another_layout_ends_a_wait_but_not_what_all_have_done(desk):
+    result = desk.later(lambda: desk.control.agree("weights"))
+    desk.wait_for(lambda header: header["kind"] == "done")
+    desk.say("epoch", epoch=4)
+    assert isinstance(result(), CalledAwayError)
+    desk.control.news.clear()
+    desk.heard.clear()
+    result = desk.later(lambda: desk.control.agree("weights"))
+    desk.wait_for(lambda header: header["kind"] == "done")
+    with desk.changed:
+        # Both come before this rank looks.
+        desk.control._on_frame(None, {"kind": "done", "what": "weights"}, b"")
+        desk.control._on_frame(None, {"kind": "epoch", "epoch": 5}, b"")
+    assert result() is None
+    assert desk.control.is_called()
+
+
+def test_a_decision_is_taken_before_a_layout_that_came_after_it(desk):
+    desk.say("commit", epoch=3, step=7)
+    desk.say("epoch", epoch=4)
+    with desk.changed:
+        desk.changed.wait_for(desk.control.is_called, 5)
+    assert desk.control.decided("commit")["step"] == 7
+    # What is next is no commit, and stays for who acts on it.
+    with pytest.raises(CalledAwayError):
+        desk.control.decided("commit")
+    assert [news["kind"] for news in desk.control.news] == ["epoch"]
+
+
+def test_a_newcomer_takes_no_layout_for_a_commit(desk):
+    """It stood still for as long as waits may last, and all others with it."""
+    desk.control.is_in = False
+    desk.say("epoch", epoch=4)
+    with desk.changed:
+        desk.changed.wait_for(lambda: desk.control.news, 5)
+    with pytest.raises(CalledAwayError):
+        desk.control.decided("commit")
+    assert desk.control.news[0]["kind"] == "epoch"
