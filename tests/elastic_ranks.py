@@ -18,11 +18,11 @@ SECRET = "elastic"
 WIDTH, CLASSES, LAYERS = 6, 3, 6
 
 
-def layers_of(seed=0, *, dtype=torch.float32, dropout="keyed"):
+def layers_of(seed=0, *, dtype=torch.float32, dropout="keyed", rate=0.3):
     torch.manual_seed(seed)
     made = []
     for number in range(LAYERS - 1):
-        drop = KeyedDropout(0.3, layer=number) if dropout == "keyed" else nn.Dropout(0.3)
+        drop = KeyedDropout(rate, layer=number) if dropout == "keyed" else nn.Dropout(rate)
         # Of unequal sizes, one of them smaller than a stage has ranks.
         made.append(nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=number % 2 == 0), nn.Tanh(), drop))
     made.append(nn.Linear(WIDTH, CLASSES))
@@ -56,9 +56,9 @@ class Told:
         return self
 
     def __exit__(self, kind, error, *more):
-        # What the coordinator says ends the process as ever.
+        # What the coordinator says ends the process as ever, unless all is to be told.
         self.error = error
-        return self.is_kept and not isinstance(error, AnabranchError)
+        return self.is_kept == "all" or (self.is_kept and not isinstance(error, AnabranchError))
 
 
 def damage(trainer, owner):
@@ -104,7 +104,8 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     """Train to ``steps`` steps. ``die``: {rank: (state, which time)}; the process ends there as if its machine did."""
     given = {**OPTIONS, **(options or {}), **(own or {}).get(rank, {})}
     dtype = given.pop("dtype", torch.float32)
-    layers = layers_of(given.pop("model_seed", 0), dtype=dtype, dropout=given.pop("dropout", "keyed"))
+    model = {name: given.pop(name) for name in ("dropout", "rate") if name in given}
+    layers = layers_of(given.pop("model_seed", 0), dtype=dtype, **model)
     place, left = (die or {}).get(rank, ("", 0))
     saves, unsaved = given.pop("saves", None), []
     damages_stream = given.pop("damage_stream", False)
@@ -115,6 +116,8 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     if raising is not None:
         layers[raising].register_forward_hook(raise_at(3))
 
+    # By state, seconds for which this rank is there and does nothing; and likewise before a step, (step, seconds).
+    naps, stuck = given.pop("naps", {}), given.pop("stuck", (None, 0))
     cuts = given.pop("cuts", None)
     full_from = given.pop("full_from", None)
     built, epochs = [], []
@@ -126,6 +129,8 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
 
     def probe(state):
         nonlocal left
+        if state == "vote" and built and built[0]._member.stream is not None:
+            state = "vote in stream"
         if state == "save" and full_from is not None and built[0].steps > full_from:
             trainer_module.write_slices = no_room
         if state == "moves" and damaged is not None and built:
@@ -133,6 +138,7 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
         if state == "epoch" and damages_stream and built and built[0]._member.stream is not None:
             for piece in built[0]._member.stream._shadows.values():
                 piece.tensors["param"][0] += 1
+        time.sleep(naps.get(state, 0))
         if state == place:
             left -= 1
             if left == 0:
@@ -156,6 +162,8 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
         began = trainer.steps
         while trainer.steps < steps:
             step = trainer.steps
+            if step == stuck[0]:
+                time.sleep(stuck[1])
             losses[step] = trainer.step(batch_of(step, given["global_batch"], dtype))
             if trainer.steps == raises_after:
                 raise OSError("no more data")

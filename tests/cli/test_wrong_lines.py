@@ -123,6 +123,11 @@ cluster coordinate --listen 127.0.0.1:0 --chunk 0
 cluster coordinate --listen 127.0.0.1:0 --chunk much
 cluster coordinate --listen 127.0.0.1:0 --replicas {HUGE}
 cluster coordinate --listen 127.0.0.1:0 --stages 0
+cluster coordinate --listen 0.0.0.0:0
+cluster coordinate --listen 127.0.0.1:0 --threshold 2
+cluster coordinate --listen 127.0.0.1:0 --threshold nan
+cluster coordinate --listen 127.0.0.1:0 --expected-steps 0
+cluster coordinate --listen 127.0.0.1:0 --bandwidth fast
 cluster master --listen nowhere.invalid:1
 cluster master --listen 127.0.0.1:99999
 cluster master --listen ::1

@@ -159,7 +159,8 @@ class ElasticConfig(Config):
         block: sequences that go through the layers together; what a loss takes over a micro-batch it takes over these.
         snapshot_copies: processes that keep a copy of what one has, so that as many may be lost at once.
         host: where other processes reach this one; of several machines each has its own.
-        timeout_s: seconds after which a wait for another process, or the coordinator, gives up.
+        timeout_s: seconds after which a process that works on its own while others wait for it is cast out as stuck, and a coordinator
+            that says nothing counts as gone.
     """
 
     coordinator: str | None = Field(default=None, min_length=1)

@@ -15,7 +15,7 @@ import typer
 from anabranch.cli.cluster.master import read_secret
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import fact, print_json, say
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, ConfigError
 from anabranch.sizes import parse_bytes
 from anabranch.sockets import is_local
 
@@ -55,6 +55,30 @@ def coordinate(
         str,
         typer.Option(metavar="SIZE", help="Of what moves to another process in one step while training goes on."),
     ] = "4MiB",
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=0.99,
+            help="Layers move where a step is then shorter by more than this share. Default: 0.03, or as processes say.",
+        ),
+    ] = None,
+    expected_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Steps for which a shorter one is expected to last, to weigh against what the move takes. Default: 1000.",
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes that a link carries in a second, for what a move takes. Default: links that take no time.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,15 +87,26 @@ def coordinate(
     Training begins when D x P processes are there (anabranch train --set parallel.elastic.coordinator=HOST:PORT); one that comes later is
     taken in after a step. It does no work of a step and sees no weights. It ends with the training; Ctrl-C and SIGTERM stop both.
 
-    Example: anabranch cluster coordinate --listen 0.0.0.0:48149 --replicas 2 --stages 2
+    Example: anabranch cluster coordinate --listen 0.0.0.0:48149 --replicas 2 --stages 2 --secret-file secret
     """
-    from anabranch.cluster.elastic import Coordinator
+    from anabranch.cluster.elastic import Coordinator, Policy
     from anabranch.cluster.pccl.addresses import parse_address
     from anabranch.cluster.pccl.handshake import run_secret
 
     host, port = parse_address(listen, 48149)
     host = host or "0.0.0.0"
     secret = run_secret(None if secret_file is None else read_secret(secret_file)).decode()
+    if not secret and not is_local(host):
+        raise ConfigError(
+            f"--listen is {listen!r}, which other machines reach, and there is no secret; give --secret-file, or set "
+            "ANABRANCH_CLUSTER_SECRET"
+        )
+    told = {
+        "threshold": threshold,
+        "expected_steps": expected_steps,
+        "bytes_s": None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
+    }
+    given = {name: value for name, value in told.items() if value is not None}
     stopping = threading.Event()
     with Coordinator(
         replicas=replicas,
@@ -81,6 +116,7 @@ def coordinate(
         port=port,
         patience_s=dead_after,
         chunk_bytes=parse_bytes(chunk, "--chunk"),
+        policy=Policy(**given) if given else None,  # type: ignore[arg-type]
         log=None if quiet else _tell,
     ) as made:
         # Before anybody is told that it is here.
@@ -92,8 +128,6 @@ def coordinate(
             print_json({"address": made.address, **sizes, "pid": os.getpid(), "has_secret": bool(secret)})
         else:
             fact("coordinator", f"{made.address}   waits for {whole} process{'es' * (whole > 1)}   (Ctrl-C stops)")
-        if not secret and not is_local(host):
-            say("no secret: whoever reaches this port takes part; see --secret-file")
         sys.stdout.flush()
         while not stopping.wait(_LOOK_S) and not made.has_ended and made.stopped is None:
             pass
@@ -123,6 +157,8 @@ def _tell(what: str, told: dict[str, Any]) -> None:
                 say(f"note: {warning}")
         case "stream":
             say(f"layers move or a rank comes in while training goes on, until step {told['end']}")
+        case "stuck" | "door":
+            say(f"note: {told['why']}")
         case "bad snapshot":
             say(f"rank {told['holder']} has a damaged snapshot of rank {told['owner']}: {told['why']}")
         case "wrote":

@@ -291,6 +291,7 @@ class ElasticTrainer:
         def work() -> dict[str, Tensor]:
             member = self._member
             assert member.work is not None
+            self._probe("weights")
             self._stepping.install(whole_weights(self._links, member.work, member.state.flat, f"s{self.steps}"))
             self._control.agree("weights")
             return {name: value.detach().clone() for name, value in nn.Sequential(*self._layers).state_dict().items()}
