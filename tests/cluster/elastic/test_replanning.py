@@ -31,6 +31,16 @@ def test_costs_are_those_given_or_measured_or_else_by_parameters():
     assert made.layer_costs == [2.0, 0.25, 0.125, 1.0]
 
 
+@pytest.mark.parametrize("wrong", [{"9": 1.0}, {"-1": 1.0}, {"0": float("nan")}, {"0": -1.0}, {"0": float("inf")}])
+def test_measures_that_make_no_sense_are_refused_and_spoil_nothing(wrong):
+    """Of a layer that is not there: the number of measures never was that of layers, so costs were never those measured."""
+    made = replanner()
+    with pytest.raises(ValueError, match=r"takes"):
+        made.measured({"1": 5.0, **wrong})
+    made.measured({str(layer): 1.0 + layer for layer in range(4)})
+    assert made.layer_costs == [1.0, 2.0, 3.0, 4.0]
+
+
 def test_layers_stay_where_they_are_unless_they_may_move():
     made = replanner(costs=[1.0] * 4)
     grid = Grid.full(replicas=2, stages=2).without([2])

@@ -46,9 +46,21 @@ def test_the_newest_that_is_whole_counts(tmp_path):
     assert read_slices(tmp_path, SIZES)[1][0].tensors["param"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_step_that_is_saved_again_is_the_old_checkpoint_until_it_is_the_new_one(tmp_path):
+    """Ranks of another layout wrote over files that the manifest named, with another cut."""
+    manifest = kept(tmp_path)
+    again = [write_slices(tmp_path, 0, {0: piece(0, 6, 1.0), 2: piece(0, 4, 1.0)}, 7)]
+    # A rank that was lost has written too.
+    write_slices(tmp_path, 5, {0: piece(3, 6, 1.0)}, 7)
+    assert read_slices(tmp_path, SIZES)[1][0].tensors["param"].tolist() == list(range(6))
+    write_manifest(tmp_path, 7, again, SIZES)
+    assert read_slices(tmp_path, SIZES)[1][0].tensors["param"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in manifest.parent.iterdir()) == sorted([*again, "manifest.json"])
+
+
 def test_what_is_damaged_is_refused(tmp_path):
     manifest = kept(tmp_path)
-    place = manifest.parent / "rank-5.slices"
+    (place,) = manifest.parent.glob("rank-5-*.slices")
     sound, told = place.read_bytes(), manifest.read_text()
 
     def refused(said):
@@ -69,7 +81,7 @@ def test_what_is_damaged_is_refused(tmp_path):
     refused("damaged")
     manifest.write_text("[]")
     refused("damaged")
-    manifest.write_text(json.dumps({**json.loads(told), "files": ["rank-0.slices"]}))
+    manifest.write_text(json.dumps({**json.loads(told), "files": json.loads(told)["files"][:1]}))
     refused("those from 4 on are missing")
     manifest.write_text(json.dumps({**json.loads(told), "files": ["../../etc/passwd"]}))
     refused("no file beside it")

@@ -116,7 +116,7 @@ class Decisions:
             return [
                 rank for rank in self._target.grid.ranks if rank in self.members and not self.members[rank].is_ready
             ]
-        if waits.get("what") == "commit":
+        if waits.get("what") == "commit" and self.layout is not None:
             return [rank for rank in self._voters() if rank in self.members and self.members[rank].vote is None]
         return ()
 
@@ -207,8 +207,8 @@ class Decisions:
         if header["epoch"] != self.epoch or self._target is not None or header["step"] != self.version:
             return
         assert self.layout is not None
-        member.vote = header
         self.plans.measured(header.get("costs", {}))
+        member.vote = header
         ranks = self._voters()
         if not all((m := self.members.get(rank)) is not None and m.vote is not None for rank in ranks):
             return

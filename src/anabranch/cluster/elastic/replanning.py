@@ -1,5 +1,6 @@
 """The coordinator's plans: layouts for the ranks that there are, from what ranks say of the model and measure of its layers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -70,8 +71,12 @@ class Replanner:
         return [1e-9 * (size + 1) for size in sizes]
 
     def measured(self, costs: dict[str, Any]) -> None:
-        """What a rank measured of its layers."""
-        self._measured |= {int(layer): float(seconds) for layer, seconds in costs.items()}
+        """What a rank measured of its layers. Raises ValueError for no seconds, or of no layer, and then takes none of it."""
+        found = {int(layer): float(seconds) for layer, seconds in costs.items()}
+        for layer, seconds in found.items():
+            if not (0 <= layer < len(self.sizes) and 0 <= seconds < math.inf):
+                raise ValueError(f"layer {layer} of {len(self.sizes)} takes {seconds} s")
+        self._measured |= found
 
     def planned(self, grid: Grid, bounds: tuple[int, ...] | None, *, moves_layers: bool) -> ElasticPlan:
         """The plan for some ranks, from where layers begin now."""

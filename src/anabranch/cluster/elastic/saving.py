@@ -1,13 +1,15 @@
 """Checkpoints of slices: each rank writes its own, a manifest makes them one. They are read into any layout.
 
-    folder/step-0000000120/rank-0.slices, rank-2.slices, ...
+    folder/step-0000000120/rank-0-1f9a30c2.slices, rank-2-77b0e1d4.slices, ...
                            manifest.json        # written last: without it nothing there is a checkpoint
 
-A file is a line of JSON and the bytes of a snapshot, with the same checksum.
+A file is a line of JSON and the bytes of a snapshot, with the same checksum. No file is written twice: a step that is saved again, by other
+ranks in another layout, is the old checkpoint until there is a new manifest, and the new one from then on.
 """
 
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def write_slices(folder: str | Path, rank: int, slices: Mapping[int, Slice], ver
     place = _place(folder, version)
     place.mkdir(parents=True, exist_ok=True)
     head = {"version": version, "layers": snapshot.layers, "digest": snapshot.digest}
-    name = f"rank-{rank}.slices"
+    name = f"rank-{rank}-{secrets.token_hex(4)}.slices"
 
     def write(path: Path) -> None:
         path.write_bytes(json.dumps(head).encode() + b"\n" + snapshot.body)
@@ -38,9 +40,12 @@ def write_slices(folder: str | Path, rank: int, slices: Mapping[int, Slice], ver
 
 
 def write_manifest(folder: str | Path, version: int, files: Sequence[str], sizes: Sequence[int]) -> Path:
-    """Make the files of a step a checkpoint."""
+    """Make the files of a step, which are all written, a checkpoint; what else was written for this step is no part of it, and goes."""
     path = _place(folder, version) / MANIFEST
     atomic_write_json(path, {"schema": SCHEMA, "version": version, "files": list(files), "sizes": list(sizes)})
+    for other in path.parent.glob("rank-*.slices"):
+        if other.name not in files:
+            other.unlink(missing_ok=True)
     return path
 
 
