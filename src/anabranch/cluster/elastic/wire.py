@@ -39,7 +39,7 @@ MOST_HELLO = 2**18
 # All that both ends say until one is admitted takes at most so long.
 HANDSHAKE_S = 10.0
 # Of those who are not admitted yet; whoever has waited longest makes room.
-MOST_WAITING = 64
+MOST_WAITING = 256
 # Where no connection can be taken (no files, no memory, no threads), it is tried again after so long.
 _PAUSE_S = 0.2
 # Unanswered data for so long closes a connection whose other end is gone without a word.
@@ -274,7 +274,10 @@ class Listener:
         channel.hold(deadline, lambda: self._let_go(connection))
         if self._on_open is not None:
             self._on_open(channel)
-        channel.start()
+        try:
+            channel.start()
+        except RuntimeError as error:
+            channel.close(f"there is no thread for it: {error}")
 
 
 def connect(
@@ -322,7 +325,10 @@ def _exactly(connection: socket.socket, size: int, deadline: float | None) -> by
     view, have = memoryview(found), 0
     while have < size:
         if deadline is not None:
-            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("it took too long")
+            connection.settimeout(left)
         got = connection.recv_into(view[have:])
         if not got:
             raise EOFError("the other end closed the connection")
