@@ -177,8 +177,10 @@ def test_a_newcomer_takes_no_layout_for_a_commit_and_waits_for_its_turn(make):
     gradients = {n: torch.ones(size) for n, size in enumerate(SIZES)}
 
     def step(version):
+        nonlocal slices
         stream.send_chunks(first.links, slices, version)
         stream.send_gradients(first.links, slices, gradients, version)
+        slices = first.updater.next_slices(slices, gradients, version)
         until(lambda: ("vote", version) in [(kind, more.get("step")) for kind, more in new.control.told])
 
     step(3)

@@ -311,7 +311,7 @@ def pool(**changes):
 
 def test_links_are_edited_in_place():
     suspects = []
-    pools = [pool(suspect=suspects.append) for _ in range(3)]
+    pools = [pool(suspect=suspects.append, timeout_s=1.0) for _ in range(3)]
     for rank, one in enumerate(pools):
         one.rank = rank
     at = {rank: ("127.0.0.1", one.port) for rank, one in enumerate(pools)}
@@ -341,7 +341,7 @@ def test_links_are_edited_in_place():
     pools[0].send(2, "late", [torch.ones(1)])
     time.sleep(0.05)
     edit(4, [0, 2])
-    with pytest.raises(PeerError, match=r"rank 0 did not send 'late' in 0\.3 s"):
+    with pytest.raises(PeerError, match=r"rank 0 did not send 'late' in 1 s"):
         pools[2].receive(0, "late")
     for one in pools:
         one.close()
@@ -353,8 +353,10 @@ def test_a_wait_is_told_while_it_lasts():
     @contextmanager
     def waiting(of):
         told.append(of())
-        yield
-        told.append(None)
+        try:
+            yield
+        finally:
+            told.append(None)
 
     one = pool(waiting=waiting, timeout_s=0.1)
     one.rank = 2
