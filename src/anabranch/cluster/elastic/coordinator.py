@@ -24,7 +24,7 @@ from anabranch.cluster.elastic.planner import Policy
 from anabranch.cluster.elastic.replanning import Replanner
 from anabranch.cluster.elastic.stages import Memory
 from anabranch.cluster.elastic.waiting import BEAT_S
-from anabranch.cluster.elastic.wire import Channel, Header, Listener
+from anabranch.cluster.elastic.wire import Body, Channel, Header, Listener
 from anabranch.errors import InputError
 
 __all__ = ["Coordinator"]
@@ -151,7 +151,7 @@ class Coordinator:
 
     # What ranks tell
 
-    def _on_frame(self, channel: Channel, header: Header, body: bytes) -> None:
+    def _on_frame(self, channel: Channel, header: Header, body: Body) -> None:
         with self._lock:
             if header.get("kind") == "hello":
                 self._decisions.hello(channel, header)

@@ -148,7 +148,7 @@ class LinkPool:
         self.send_packed(target, {"kind": "data", "epoch": self._epoch, "tag": tag, "spec": spec, **more}, body)
         return len(body)
 
-    def send_packed(self, target: int, header: Header, body: bytes) -> None:
+    def send_packed(self, target: int, header: Header, body: Body) -> None:
         """Queue a frame as it is."""
         channel = self._channels.get(target)
         if channel is not None:

@@ -95,7 +95,7 @@ class Channel:
         """Whether it has ended."""
         return self._is_closed
 
-    def send(self, header: Header, body: bytes | memoryview = b"") -> None:
+    def send(self, header: Header, body: Body = b"") -> None:
         """Queue a frame. What is sent to a connection that has ended is lost: whoever is told of the end deals with it."""
         told = json.dumps(header, separators=(",", ":")).encode()
         self._queue.put((_SIZES.pack(len(told), len(body)) + told, body))
