@@ -56,11 +56,18 @@ MOST = 16
 # A walk takes 1 / alpha steps, and walks are more the smaller these are.
 SHARES = {"alpha": 0.05, "eps": 0.05, "delta": 0.05, "tol": 1e-12}
 
+# Of a subject that differs from the one of its class in these.
+ONLY = {
+    "FullyPPR by walks": ("walks", "alpha", "top_k", "min_score", "estimator", "seed"),
+    "FullyPPR by an accuracy": ("eps", "delta", "p_f"),
+    "PageRank by walks": ("walks", "alpha", "seed"),
+}
+
 ARGUMENTS = [
     (subject, name)
     for subject, (cls, _, _) in SUBJECTS.items()
     for name in inspect.signature(cls).parameters
-    if name not in LEFT_OUT
+    if name not in LEFT_OUT and name in ONLY.get(subject, (name,))
 ]
 HOSTILE = [
     *(None, True, False, np.True_, 0, 1, 2, 3, -1, 16, 65_536, 65_537, 2**31 - 1, 2**31, 2**53, 2**53 + 1, 2**63 - 1),
