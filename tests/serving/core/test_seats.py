@@ -88,6 +88,32 @@ def test_keys_that_want_all_seats_have_as_many():
     to_end(driven)
 
 
+def test_room_is_for_the_key_that_it_was_made_for():
+    driven = drive(max_seqs=6, min_run=4, num_blocks=400)
+    for key, count in (("a", 2), ("b", 3), ("c", 1)):
+        add(driven, key, count)
+    steps_until(driven, lambda: driven.steps >= 8)
+    # It is a's turn, to which nobody owes a place.
+    add(driven, "a", 1, first=2)
+    add(driven, "c", 1, first=1)
+    driven.step()
+    assert seats_of(driven) == {"a": 2, "b": 2, "c": 2}
+    to_end(driven)
+
+
+def test_who_made_room_waits_for_its_turn_as_others_do():
+    driven = drive(max_seqs=3, min_run=4)
+    add(driven, "a", 1, max_tokens=20)
+    add(driven, "a", 2, first=1)
+    steps_until(driven, lambda: driven.steps >= 8)
+    add(driven, "b", 2)
+    steps_until(driven, lambda: seats_of(driven) == {"a": 2, "b": 1})
+    steps_until(driven, lambda: driven.seen["a0"].finish is not None)
+    driven.step()
+    assert seats_of(driven) == {"a": 1, "b": 2}
+    to_end(driven)
+
+
 def test_of_more_keys_than_seats_all_get_on():
     driven = drive(max_seqs=2, min_run=5)
     for key in "abcde":
@@ -317,6 +343,14 @@ def test_a_key_that_waits_has_a_seat_within_a_bound(crowd):
         make_way(one)
 
     scheduler._make_way = spy
+    invite, invited = scheduler._invite, []
+
+    def noted():
+        invite()
+        if scheduler._invited is not None and not scheduler._seats.has_seat(scheduler._invited.key):
+            invited.append((scheduler._invited, scheduler._step))
+
+    scheduler._invite = noted
     seats = min(limits["max_seqs"], limits["max_batched_tokens"])
     # Until all of a key's that run are where they were: what decodes leave of a step is shared among the keys.
     share = max(1, (limits["max_batched_tokens"] - seats) // seats)
@@ -328,6 +362,9 @@ def test_a_key_that_waits_has_a_seat_within_a_bound(crowd):
             for number, (length, new) in enumerate(asked):
                 driven.add(request(f"{key}-{number}", length, max_tokens=new, key=key))
         driven.step()
+        while invited:
+            one, step = invited.pop()
+            assert one.last_step >= step, "the way that was cleared for it was another's"
         here, have = {one.key for one in scheduler.states()}, seats_of(driven)
         for key in here:
             if have[key] or not any(one.key == key for one in scheduler._waiting):
