@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def hook(monkeypatch):
     """The hook as hatchling makes it; hatchling itself is only there while a package is built."""
-    interface = ModuleType("hatchling.builders.hooks.plugin.interface")
-    interface.BuildHookInterface = type("BuildHookInterface", (), {})
-    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    for place, name in (("builders.hooks", "BuildHookInterface"), ("metadata", "MetadataHookInterface")):
+        interface = ModuleType(f"hatchling.{place}.plugin.interface")
+        setattr(interface, name, type(name, (), {}))
+        monkeypatch.setitem(sys.modules, interface.__name__, interface)
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     module = importlib.util.module_from_spec(spec)
