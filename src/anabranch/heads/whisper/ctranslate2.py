@@ -97,20 +97,26 @@ def _variable(file: BinaryIO, room: int) -> tuple[str, Tensor]:
 def whisper_sizes(variables: dict[str, Tensor]) -> dict[str, Any]:
     """Fields of transformers' ``WhisperConfig``. Raises CheckpointError for a file that lacks what tells them."""
     encoder, decoder = (_layers(variables, stack) for stack in ("encoder", "decoder"))
-    embedding = _float(variables, "decoder/embeddings/weight")
-    mel = _float(variables, "encoder/conv1/weight")
+    embedding = _float(variables, "decoder/embeddings/weight", 2)
+    mel = _float(variables, "encoder/conv1/weight", 3)
+    heads = {stack: _whole(variables, f"{stack}/num_heads") for stack in ("encoder", "decoder")}
+    for stack, count in heads.items():
+        if count < 1 or embedding.shape[1] < count or embedding.shape[1] % count:
+            raise CheckpointError(
+                f"{stack}/num_heads is {count}, into which {embedding.shape[1]} dimensions are not divided"
+            )
     return {
         "vocab_size": embedding.shape[0],
         "d_model": embedding.shape[1],
         "num_mel_bins": mel.shape[1],
         "encoder_layers": encoder,
         "decoder_layers": decoder,
-        "encoder_attention_heads": _whole(variables, "encoder/num_heads"),
-        "decoder_attention_heads": _whole(variables, "decoder/num_heads"),
-        "encoder_ffn_dim": _float(variables, "encoder/layer_0/ffn/linear_0/weight").shape[0],
-        "decoder_ffn_dim": _float(variables, "decoder/layer_0/ffn/linear_0/weight").shape[0],
-        "max_source_positions": _float(variables, "encoder/position_encodings/encodings").shape[0],
-        "max_target_positions": _float(variables, "decoder/position_encodings/encodings").shape[0],
+        "encoder_attention_heads": heads["encoder"],
+        "decoder_attention_heads": heads["decoder"],
+        "encoder_ffn_dim": _float(variables, "encoder/layer_0/ffn/linear_0/weight", 2).shape[0],
+        "decoder_ffn_dim": _float(variables, "decoder/layer_0/ffn/linear_0/weight", 2).shape[0],
+        "max_source_positions": _float(variables, "encoder/position_encodings/encodings", 2).shape[0],
+        "max_target_positions": _float(variables, "decoder/position_encodings/encodings", 2).shape[0],
     }
 
 
@@ -149,7 +155,13 @@ def _attention(variables: dict[str, Tensor], theirs: str, ours: str, together: s
         yield from _linear(variables, f"{theirs}/linear_0", f"{ours}.q_proj")
         number = 1
     both = dict(_linear(variables, f"{theirs}/linear_{number}", ""))
-    weights, biases = both[".weight"].chunk(len(together)), both[".bias"].chunk(len(together))
+    weight, bias = both[".weight"], both[".bias"]
+    if weight.dim() != 2 or not len(weight) or len(weight) % len(together) or bias.shape != weight.shape[:1]:
+        raise CheckpointError(
+            f"{theirs}/linear_{number} has a weight of {list(weight.shape)} and a bias of {list(bias.shape)}, "
+            f"where {len(together)} projections stand together"
+        )
+    weights, biases = weight.chunk(len(together)), bias.chunk(len(together))
     for letter, weight, bias in zip(together, weights, biases, strict=True):
         yield f"{ours}.{letter}_proj.weight", weight.contiguous()
         if letter != "k":
@@ -178,10 +190,12 @@ def _layers(variables: dict[str, Tensor], stack: str) -> int:
     return count
 
 
-def _float(variables: dict[str, Tensor], name: str) -> Tensor:
+def _float(variables: dict[str, Tensor], name: str, dims: int | None = None) -> Tensor:
     found = variables.get(name)
     if found is None:
         raise CheckpointError(f"there is no {name}")
+    if dims is not None and (found.dim() != dims or not found.numel()):
+        raise CheckpointError(f"{name} is of shape {list(found.shape)}, and {dims} dimensions above 0 are read")
     if not found.is_floating_point():
         raise CheckpointError(
             f"{name} is {found.dtype}, in fewer bits than are read here; convert the model with --quantization float16"
