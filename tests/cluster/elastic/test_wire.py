@@ -202,7 +202,7 @@ def test_a_byte_now_and_then_does_not_hold_a_place(ends, monkeypatch):
 def test_who_knows_the_secret_and_says_nothing_does_not_hold_a_place(ends, monkeypatch):
     monkeypatch.setattr(wire, "HANDSHAKE_S", 0.3)
     channel = connect("127.0.0.1", ends.listener.port, b"s", on_frame=print, on_close=lambda *told: None, timeout_s=5)
-    until(lambda: channel.is_closed)
+    until(lambda: channel.is_closed and ends.closed)
     assert "TimeoutError" in ends.closed[0]
     # Who has said who it is may be silent for longer.
     known = connect("127.0.0.1", ends.listener.port, b"s", on_frame=print, on_close=lambda *told: None, timeout_s=5)
