@@ -367,13 +367,14 @@ def first_call() -> list[dict[str, Any]]:
 
 
 def memory(base_ND: np.ndarray) -> list[dict[str, Any]]:
-    """Bytes per element against row + 8 M + 4 M / (M - 1) + 17 (links above level 0; id, level, place, mark), + 8 of int8 (scale, norm)."""
+    """Bytes per element against row + 8 M + 4 M / (M - 1) + 18 (links above level 0; id, level, place, two marks) + 8 (what its
+    distances are measured by)."""
     rows, M = [], 16
     for dtype, size in (("f32", 4), ("f16", 2), ("i8", 1)):
         index = HNSW(base_ND.shape[1], M=M, ef_construction=20, dtype=dtype, rerank=False)
         index.add(base_ND)
         row_bytes = -(-base_ND.shape[1] * size // 64) * 64
-        formula = row_bytes + 8 * M + 4 * M / (M - 1) + 17 + 8 * (dtype == "i8")
+        formula = row_bytes + 8 * M + 4 * M / (M - 1) + 18 + 8
         rows.append(
             row(f"bytes per element, {dtype}", index.stats()["size_bytes"] / len(base_ND), formula, "bytes", "formula")
         )

@@ -42,7 +42,8 @@ PATHS: dict[Endpoint, str] = {
 # What holds the answer; of others the answer is whatever comes.
 _HOLDS = {"images": "data", "image_edits": "data", "moderations": "results", "rerank": "results"}
 _JSON_FORMS = (None, "json", "verbose_json", "diarized_json")
-_SOUNDS = {
+# Forms of sound that may be asked for, and the types of them.
+SOUNDS = {
     "mp3": "audio/mpeg",
     "opus": "audio/ogg",
     "aac": "audio/aac",
@@ -118,7 +119,7 @@ def content_type(endpoint: Endpoint, body: Mapping[str, Any]) -> str:
     """Of the answer to a request."""
     form = body.get("response_format")
     if endpoint == "speech":
-        return _SOUNDS.get(str(form or "mp3"), "application/octet-stream")
+        return SOUNDS.get(str(form or "mp3"), "application/octet-stream")
     return "application/json" if _is_json(endpoint, body) else "text/plain"
 
 
