@@ -27,6 +27,23 @@ def test_words_pairs_and_pieces_are_counted_apart():
     assert set(found("the cat", pairs=False)) < set(found("the cat", pieces=4))
 
 
+class Whole(str):
+    """A text of which a part may be looked at, and not all."""
+
+    __slots__ = ()
+
+    def casefold(self):
+        raise AssertionError("all of the text was looked at")
+
+
+def test_of_a_long_text_no_more_is_looked_at_than_counts():
+    """All words of a text of megabytes were made, under Python's lock, before the first 2,048 were kept."""
+    assert found(Whole("the cat")) == found("the cat")
+    assert found(Whole("a b " * 100_000), pieces=4) == found("a b " * 1024, pieces=4)
+    # One word without an end counts by its beginning, and its pieces are no more than that has.
+    assert found(Whole("ab" * 1_000_000), max_words=4, pieces=4) == found("ab" * 128, pieces=4)
+
+
 def test_a_feature_has_one_sign_and_both_occur():
     values = found(" ".join(map(str, range(200))), pairs=False)
     signs = np.sign(list(values.values()))

@@ -5,12 +5,16 @@ collisions cancel on average.
 """
 # Shapes: F different features of one text
 
+import itertools
 import re
 import zlib
 
 import numpy as np
 
 __all__ = ["hashed_text"]
+
+# Characters of a text for each word that may count: there are texts without spaces, and words that are no words.
+LONGEST = 64
 
 _WORD = re.compile(r"\w+")
 
@@ -26,9 +30,12 @@ def hashed_text(
         pairs: pairs of neighbouring words too.
         pieces: runs of so many characters of each word, with a space before and behind it, too; 0 for none.
         shortest: characters of words that count as such and in pairs; pieces are of all words.
-        max_words: words that count, the first.
+        max_words: words that count, the first; and of the text so many times `LONGEST` characters.
     """
-    words = [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text.casefold())[:max_words]]
+    # Of a text of megabytes no more is looked at than may count: one call over all of it would hold Python's lock for as long.
+    folded = text[: max_words * LONGEST].casefold()
+    found = itertools.islice(_WORD.finditer(folded), max_words)
+    words = [word[0].encode("utf-8", "surrogatepass") for word in found]
     long = words if shortest < 2 else [word for word in words if len(word.decode("utf-8", "surrogatepass")) >= shortest]
     hashes = [zlib.crc32(word) for word in long]
     if pairs:

@@ -27,7 +27,7 @@ from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.dispatch.bill import bill
 from anabranch.gateway.dispatch.billed import broken_off
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.prompt_tokens import count_prompt
+from anabranch.gateway.prompt_tokens import PromptCount, count_prompt
 from anabranch.gateway.providers.anthropic import Anthropic
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
@@ -180,6 +180,14 @@ FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
         ({"tools": [{**FETCH, "max_uses": 2}]}, Asked(uses=2, page=125_000)),
         ({"tools": [{**FETCH, "max_uses": 2, "max_content_tokens": 9_000}]}, Asked(uses=2, page=9_000)),
         ({"tools": [{**FETCH, "max_uses": 1}, {**SEARCH, "max_uses": 2}]}, Asked(searches=2, uses=3, page=125_000)),
+        ({"tools": [{"type": "mcp_toolset"}]}, Asked(uses=10, page=2_000_000)),
+        ({"tools": [{"type": "mcp_toolset"}] * 2, "mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000)),
+        ({"mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000)),
+        ({"mcp_servers": []}, Asked()),
+        ({"tools": [{"type": "mcp"}], "max_tool_calls": 3}, Asked(uses=3, page=2_000_000)),
+        ({"tools": [{"type": "mcp"}]}, Asked(others=("tools[0]",), page=2_000_000)),
+        ({"tools": [{"type": "shell"}, {"type": "shell", "environment": {"type": "local"}}]}, Asked()),
+        ({"tools": [{"type": "shell", "environment": {"type": "container_auto"}}]}, Asked(others=("tools[0]",))),
         ({"tools": [FETCH]}, Asked(others=("tools[0].max_uses",), page=125_000)),
         ({"tools": [{"type": "function"}, {"type": "code_interpreter"}]}, Asked(others=("tools[1]",))),
         ({"models": ["x"], "plugins": []}, Asked(others=("models", "plugins"))),
@@ -215,6 +223,16 @@ FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
 )  # fmt: skip
 def test_what_a_request_asks_for(body, asked):
     assert asked_of(body) == asked
+
+
+def test_what_servers_of_a_sender_tell_is_bounded_by_what_the_model_has_room_for():
+    """They were taken for tools that cost nothing: a key with 5 cents spent $2.70 by a server of its own that told 900,000 tokens."""
+    count = PromptCount(100, 200, True)
+    asked = asked_of({"mcp_servers": [{"type": "url", "url": "https://mine.example"}]})
+    # Ten rounds, each of which may read all that the model has room for; nobody knows better where its room is not known.
+    assert asked.most(count, 50, 200_000).prompt == 200 + 10 * 200_000
+    assert asked.most(count, 50).prompt >= 10 * 2_000_000
+    assert asked_of({"tools": [{"type": "function"}]}).most(count, 50, 200_000).prompt == 200
 
 
 def test_what_a_price_lacks():

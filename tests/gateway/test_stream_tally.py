@@ -1,6 +1,7 @@
 """What has come of a stream: bytes of text as they stand in JSON, and which usage is that of all of it."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,25 @@ def test_bytes_are_never_fewer_than_they_are(text, is_ascii, field):
     real = len(text.encode("utf-8", "surrogatepass"))
     assert (tally.texts, real <= tally.text_bytes) == (1, True)
     assert tally.at_most(1.0) >= real + 1
+
+
+# What a text of JSON is, letter by letter; and one whose end has not come.
+_LETTERS = re.compile(rb'"content"\s*:\s*"((?:[^"\\]|\\.)+)"')
+_LETTERS_BEGUN = re.compile(rb'"content"\s*:\s*"((?:[^"\\]|\\.)+)')
+
+
+@given(
+    st.lists(
+        st.sampled_from([b'"content":"', b"a", b"bc", b"\\", b'\\"', b'"', b"\\u00e9", b"\n", b", "]), max_size=12
+    ).map(b"".join)
+)
+def test_texts_taken_in_runs_are_those_taken_letter_by_letter(raw):
+    for count, naive in (("count", _LETTERS), ("count_begun", _LETTERS_BEGUN)):
+        tally = Tally(1, 1)
+        getattr(tally, count)(raw)
+        assert tally.texts == len(naive.findall(raw))
+        if count == "count_begun":
+            assert tally.text_bytes == sum(map(len, naive.findall(raw)))
 
 
 @given(st.text('ab\\"\né', min_size=1), st.data())

@@ -3,7 +3,7 @@
 A sender chooses these. Each is priced where the model's price names it, and is refused where it does not: nobody could say what it costs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from anabranch.routers.money import Price
 
 Json = Mapping[str, Any]
 
-# Tools that cost no more than their tokens: they run at the sender's, or are billed by tokens alone. Beginnings of their types, which carry
+# Tools that cost no more than the tokens of the prompt and the answer: they run at the sender's. Beginnings of their types, which carry
 # dates.
 FREE_TOOLS = (
     "function",
@@ -23,7 +23,6 @@ FREE_TOOLS = (
     "str_replace_based_edit",
     "computer",
     "memory",
-    "mcp",
     "tool_search",
     "local_shell",
     "shell",
@@ -34,6 +33,12 @@ FREE_TOOLS = (
 # Tokens that one use of a tool brings into the prompt at most, by the beginning of its type: ten results of a search, of a usual page each;
 # and a long paper, unless the tool says how much (`max_content_tokens`). Anthropic, "Web search tool", "Web fetch tool".
 PAGES = {"web_search": 30_000, "web_fetch": 125_000}
+
+# What somebody's server tells (MCP) is read as a prompt too, and may be as long as a model has room for; none has more. Claude asks such
+# servers in so many rounds at most, each of which reads all again (Anthropic, "Handling stop reasons", pause_turn); elsewhere the sender
+# has to say how often (`max_tool_calls`).
+LARGEST_CONTEXT, ROUNDS = 2_000_000, 10
+_OF_SERVERS, _OF_CLAUDE = "mcp", "mcp_toolset"
 
 # Of a request that has its prompt summed up on the way.
 COMPACTION = "context_management"
@@ -67,7 +72,8 @@ class Asked:
         audio_output, image_output: its answer may be sound, or pictures.
         others: fields whose price no list has.
         calls: as how many calls it may be billed, where those have a price.
-        uses: of tools that run at the provider and bring pages, at most, the searches of such tools among them.
+        uses: of tools that run at the provider, or that it asks a server for, and that bring pages, at most, the searches of such tools
+            among them.
         page: tokens that one of these brings at most.
     """
 
@@ -197,21 +203,35 @@ def _searches(body: Json, tools: Iterable[Json]) -> tuple[int, list[str]]:
                 others.append(f"tools[{at}].max_uses")
             elif kind.startswith("web_search"):
                 searches += most
-        elif not kind.startswith(FREE_TOOLS):
+        elif kind.startswith(_OF_SERVERS):
+            if most is None and kind != _OF_CLAUDE:
+                others.append(f"tools[{at}]")
+        elif not kind.startswith(FREE_TOOLS) or _runs_there(tool):
             others.append(f"tools[{at}]")
     return searches, others
 
 
-def _uses(body: Json, tools: Iterable[Json]) -> tuple[int, int]:
+def _runs_there(tool: Json) -> bool:
+    """A shell in a container of the provider's."""
+    where = tool.get("environment")
+    return where is not None and not (isinstance(where, dict) and where.get("type") == "local")
+
+
+def _uses(body: Json, tools: Sequence[Json]) -> tuple[int, int]:
     """How often tools that bring pages are used, at most, and the tokens of the longest page."""
     uses = page = 0
     for tool in tools:
-        kind = next((kind for kind in PAGES if str(tool.get("type", "function")).startswith(kind)), None)
+        named = str(tool.get("type", "function"))
+        if named.startswith(_OF_SERVERS) and named != _OF_CLAUDE:
+            uses, page = uses + (_most_uses(body, tool) or 0), LARGEST_CONTEXT
+        kind = next((kind for kind in PAGES if named.startswith(kind)), None)
         if kind is None:
             continue
         said = tool.get("max_content_tokens")
         uses += _most_uses(body, tool) or 0
         page = max(page, said if kind == "web_fetch" and type(said) is int and said > 0 else PAGES[kind])
+    if body.get("mcp_servers") or any(tool.get("type") == _OF_CLAUDE for tool in tools):
+        uses, page = uses + ROUNDS, LARGEST_CONTEXT
     return uses, page
 
 

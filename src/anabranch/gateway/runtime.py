@@ -173,4 +173,7 @@ def _counter(path: str, field: str) -> Counter:
     except Exception as error:
         # The library raises plain Exception.
         raise TokenizerError(f"{field}: {path} is no tokenizer.json: {error}") from None
+    # Of models that embed: files that cut a text short, or fill it up to a length, count neither its tokens nor what they cost.
+    made.no_truncation()
+    made.no_padding()
     return lambda text: len(made.encode(text, add_special_tokens=False).ids)

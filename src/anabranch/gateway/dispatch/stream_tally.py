@@ -15,9 +15,11 @@ from anabranch.gateway.providers.provider import Json, Usage
 from anabranch.gateway.providers.usage import is_untold
 
 _FIELD = rb'"(content|reasoning_content|reasoning|thinking|summary|text|arguments|partial_json|input|refusal|name|transcript)"\s*:\s*"'
-_TEXT = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)"')
+# What has no backslash is taken in runs, ten times as quick as letter by letter; possessive, so that no sign is looked at twice.
+_SAID = rb'((?=[^"\\]|\\.)[^"\\]*+(?:\\.[^"\\]*+)*+)'
+_TEXT = re.compile(_FIELD + _SAID + b'"')
 # Of an event that has not come to its end.
-_BEGUN = re.compile(_FIELD + rb'((?:[^"\\]|\\.)+)')
+_BEGUN = re.compile(_FIELD + _SAID)
 _THOUGHTS = frozenset({b"reasoning_content", b"reasoning", b"thinking", b"summary"})
 # Of a delta of a message; that of a response is the text itself.
 _ADDED = ("text", "thinking", "partial_json")
