@@ -98,7 +98,7 @@ class Gateway(SyncGateway):
         super().__init__()
 
     def _make(self, config: GatewayConfig, strategies: Mapping[str, Strategy] | None, store: Store | None) -> None:
-        self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight()
+        self.metrics, self.rates, self.senders = Metrics(), RateLimits(), InFlight(self._places)
         self.shared = None if config.shared is None else Shared(config.shared, self.metrics)
         self.admission = Admission(self.rates, self.senders, None if self.shared is None else self.shared.counts)
         self.ahead, self.unsettled, self._tasks, self.turns = Ahead(), Unsettled(), Tasks(), Turns(_READERS)
@@ -125,6 +125,9 @@ class Gateway(SyncGateway):
             keep=self.keep,
             on_refused=self._log.refused,
         )
+
+    def _places(self) -> tuple[int, float]:
+        return self.config.limits.in_flight, self.config.limits.key_share
 
     def _sources(self) -> Sources:
         """What the page's figures are read from."""

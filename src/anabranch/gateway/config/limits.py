@@ -21,6 +21,7 @@ class LimitsConfig(Config):
         max_tokens: completion tokens reserved for a request that names none, of a model that says nothing.
         most_tokens: largest ``max_tokens`` a request may name.
         in_flight: requests at a time; more get 429.
+        key_share: of the requests that others leave of those, the part that one key may have at a time; 1 for all.
         rpm, tpm: requests and tokens a minute of a key that has no limits of its own; None is no limit.
         max_in_flight: requests at a time of such a key; None is no limit but ``in_flight``, which is of all together.
         strategy_calls: calls of models that a strategy may make for one request, to decide or to judge an answer.
@@ -40,6 +41,7 @@ class LimitsConfig(Config):
     max_tokens: int = Field(default=4096, ge=1)
     most_tokens: int = Field(default=1_000_000, ge=1)
     in_flight: int = Field(default=1024, ge=1)
+    key_share: float = Field(default=0.75, gt=0, le=1)
     rpm: int | None = Field(default=None, ge=1)
     tpm: int | None = Field(default=None, ge=1)
     strategy_calls: int = Field(default=64, ge=0)
