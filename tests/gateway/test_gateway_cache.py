@@ -110,7 +110,9 @@ def test_an_exact_answer_never_crosses_namespaces(steps):
             clock.now += 1
         elif (found := cache.get(space, key)) is not None:
             assert found.body.decode() == truth[space, key]
-        assert cache.size_bytes == sum(held.size_bytes for held, _ in cache._held.values()) <= cache.most_bytes
+        held = [cache._held.get(space, key)[0] for space in ("", "a", "b", "ab") for key in cache._held.keys(space)]
+        assert cache.size_bytes == sum(one.size_bytes for one in held) <= cache.most_bytes
+        assert len(cache) == len(held)
 
 
 # The semantic cache

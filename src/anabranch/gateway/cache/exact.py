@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from anabranch.errors import InputError
 from anabranch.gateway.cache.entry import Entry
+from anabranch.gateway.cache.held import Held
 from anabranch.gateway.providers.media import Upload
 
 # What does not change the answer: how it is sent, and notes for the books. All else does, fields we do not know among them.
@@ -44,7 +45,7 @@ class SharedEntries(Protocol):
 
 
 class ExactCache:
-    """Answers by (namespace, key), the longest unused leaving first once there are too many bytes.
+    """Answers by (namespace, key). Once there are too many bytes, those leave that were not used for longest, of who holds most.
 
     Args:
         ttl_s: seconds an answer is good for.
@@ -58,21 +59,26 @@ class ExactCache:
                 f"a cache needs a ttl_s above 0 and size_bytes of at least 0; got {ttl_s} and {size_bytes}"
             )
         self.ttl_s, self.most_bytes, self._clock = ttl_s, size_bytes, clock
-        self.size_bytes = 0
-        self._held: OrderedDict[tuple[str, bytes], tuple[Entry, float]] = OrderedDict()
+        self._held: Held[bytes, tuple[Entry, float]] = Held()
+        self._held.bound(math.inf, size_bytes)
 
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all answers."""
+        return self._held.size_bytes
+
     def get(self, namespace: str, key: bytes) -> Entry | None:
         """The answer, if there is one that is not too old."""
-        found = self._held.get((namespace, key))
+        found = self._held.get(namespace, key)
         if found is None:
             return None
         if found[1] <= self._clock():
-            self._drop((namespace, key))
+            self._held.drop(namespace, key)
             return None
-        self._held.move_to_end((namespace, key))
+        self._held.use(namespace, key)
         return found[0]
 
     def put(self, namespace: str, key: bytes, entry: Entry, ttl_s: float | None = None) -> None:
@@ -83,27 +89,17 @@ class ExactCache:
             entry: the answer.
             ttl_s: seconds that it is good for, if that is less than the cache's own.
         """
-        self._drop((namespace, key))
-        if entry.size_bytes > self.most_bytes:
-            return
-        self._held[namespace, key] = (entry, self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s))
-        self.size_bytes += entry.size_bytes
-        while self.size_bytes > self.most_bytes:
-            self._drop(next(iter(self._held)))
+        until = self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s)
+        self._held.put(namespace, key, (entry, until), entry.size_bytes)
 
     def delete(self, namespace: str, key: bytes | None = None) -> int:
         """Forget one answer, or all of a namespace; returns how many there were."""
-        wanted = [at for at in self._held if at[0] == namespace and key in (None, at[1])]
-        for at in wanted:
-            self._drop(at)
-        return len(wanted)
+        if key is None:
+            return self._held.drop_all(namespace)
+        count = len(self._held)
+        self._held.drop(namespace, key)
+        return count - len(self._held)
 
     def clear(self) -> None:
         """Forget everything."""
         self._held.clear()
-        self.size_bytes = 0
-
-    def _drop(self, at: tuple[str, bytes]) -> None:
-        found = self._held.pop(at, None)
-        if found is not None:
-            self.size_bytes -= found[0].size_bytes

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ import numpy as np
 from anabranch.errors import InputError
 from anabranch.gateway.cache.entry import Entry
 from anabranch.gateway.cache.exact import IGNORED
+from anabranch.gateway.cache.held import Held
 from anabranch.routers.retrieve import Exact, Index
 
 
@@ -70,7 +70,7 @@ class _Room:
 
 
 class SemanticCache:
-    """Answers by (namespace, context) and meaning; the longest unused leave first once there are too many.
+    """Answers by (namespace, context) and meaning. Once there are too many, those leave that were not used for longest, of who holds most.
 
     Args:
         threshold: least cosine of two texts that count as the same.
@@ -98,14 +98,19 @@ class SemanticCache:
             )
         self.threshold, self.ttl_s, self.size = threshold, ttl_s, size
         self.most_bytes: float = math.inf if size_bytes is None else size_bytes
-        self.size_bytes = 0
         self._index, self._clock = index or Exact.Config(), clock
         self._rooms: dict[tuple[str, bytes], _Room] = {}
-        self._held: OrderedDict[int, tuple[tuple[str, bytes], Entry, float]] = OrderedDict()
+        self._held: Held[int, tuple[bytes, Entry, float]] = Held(self._dropped)
+        self._held.bound(size, self.most_bytes)
         self._next_id = 0
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all answers."""
+        return self._held.size_bytes
 
     def get(self, namespace: str, context: bytes, vector_D: np.ndarray) -> tuple[Entry, float] | None:
         """The answer to the nearest text with its cosine, if that reaches the threshold and is not too old."""
@@ -115,11 +120,13 @@ class SemanticCache:
             if not len(id_K) or cosine_K[0] < self.threshold:
                 return None
             id, cosine = int(id_K[0]), float(cosine_K[0])
-            _, entry, until = self._held[id]
+            found = self._held.get(namespace, id)
+            assert found is not None, "what an index finds is held"
+            _, entry, until = found
             if until > self._clock():
-                self._held.move_to_end(id)
+                self._held.use(namespace, id)
                 return entry, min(cosine, 1.0)
-            self._drop(id)
+            self._held.drop(namespace, id)
         return None
 
     def put(
@@ -143,33 +150,29 @@ class SemanticCache:
         self._next_id += 1
         room.index.add(vector_D, [id])
         room.ids.add(id)
-        self._held[id] = (place, entry, self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s))
-        self.size_bytes += entry.size_bytes
-        while self._held and (len(self._held) > self.size or self.size_bytes > self.most_bytes):
-            self._drop(next(iter(self._held)))
+        until = self._clock() + min(self.ttl_s, self.ttl_s if ttl_s is None else ttl_s)
+        if not self._held.put(namespace, id, (context, entry, until), entry.size_bytes):
+            self._dropped(namespace, id, (context, entry, until))
 
     def remove(self, namespace: str, context: bytes, entry: Entry) -> None:
         """Forget this one answer, if it is there."""
         room = self._rooms.get((namespace, context))
-        for id in [id for id in ([] if room is None else room.ids) if self._held[id][1] is entry]:
-            self._drop(id)
+        for id in [] if room is None else list(room.ids):
+            found = self._held.get(namespace, id)
+            if found is not None and found[1] is entry:
+                self._held.drop(namespace, id)
 
     def delete(self, namespace: str) -> int:
         """Forget all of a namespace; returns how many answers there were."""
-        ids = [id for place, room in self._rooms.items() if place[0] == namespace for id in room.ids]
-        for id in ids:
-            self._drop(id)
-        return len(ids)
+        return self._held.drop_all(namespace)
 
     def clear(self) -> None:
         """Forget everything."""
         self._rooms.clear()
         self._held.clear()
-        self.size_bytes = 0
 
-    def _drop(self, id: int) -> None:
-        place, entry, _ = self._held.pop(id)
-        self.size_bytes -= entry.size_bytes
+    def _dropped(self, namespace: str, id: int, value: tuple[bytes, Entry, float]) -> None:
+        place = (namespace, value[0])
         room = self._rooms[place]
         room.index.remove([id])
         room.ids.discard(id)
