@@ -1,6 +1,7 @@
 """Webhooks: one POST for each budget, period and share, signed, over restarts, replicas and receivers that fail."""
 
 import asyncio
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -15,7 +16,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.observe import webhooks
 from anabranch.gateway.observe.webhooks import Webhooks, is_public
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.store import LedgerRow, alerts, open_store
+from anabranch.gateway.store import Budget, LedgerRow, alerts, open_store
 from anabranch.routers.money import Price
 from gateway_process import ask, call, served
 from gateway_upstream import noting
@@ -121,6 +122,56 @@ def test_a_receiver_that_fails_is_tried_again_later_and_given_up_in_the_end(tmp_
     assert SECRET not in caplog.text
 
 
+def test_ten_thousand_budgets_hold_nobody_up_and_what_is_noted_is_not_made_again(monkeypatch):
+    """Each look made every alert anew, and held the loop for as long as it took: 350 ms every 5 s."""
+    one = Budget(
+        id=1, subject="", period="month", limit_nano=10, spent_nano=9, reserved_nano=0, window_us=1, resets_us=2
+    )
+    budgets = [dataclasses.replace(one, id=number, subject=f"key:{number}") for number in range(1_000)]
+    noted, made, turns = [], [], [0]
+
+    class Store:
+        def now_us(self):
+            return 5
+
+        async def budgets(self):
+            return budgets
+
+        async def change(self, work):
+            work(None)
+
+        async def look(self, work):
+            return []
+
+    real = webhooks._alert
+    monkeypatch.setattr(webhooks.alerts, "note", lambda connection, new, now_us: noted.extend(one.id for one in new))
+    monkeypatch.setattr(webhooks, "_alert", lambda *told: made.append(told) or real(*told))
+
+    async def main():
+        hooks = Webhooks({"ops": hook("http://127.0.0.1:1", shares=(0.9, 0.5, 1.0))}, Store)
+
+        async def tick():
+            while True:
+                turns[0] += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        await hooks.look()
+        assert len(noted) == len(set(noted)) == len(made) == 2_000
+        turns[0] = 0
+        await hooks.look()
+        assert turns[0] >= 3
+        assert len(made) == 2_000
+        # What a budget has been raised to is another; what it has reached since is new.
+        budgets[0] = dataclasses.replace(budgets[0], limit_nano=18)
+        budgets[1] = dataclasses.replace(budgets[1], spent_nano=10)
+        await hooks.look()
+        assert [told[0][-1] for told in made[2_000:]] == [0.5, 1.0]
+        ticking.cancel()
+
+    asyncio.run(main())
+
+
 def test_an_alert_whose_process_ended_is_sent_by_another_later(tmp_path):
     now = [1_000_000.0]
     with noting() as receiver:
@@ -130,7 +181,8 @@ def test_an_alert_whose_process_ended_is_sent_by_another_later(tmp_path):
             await store.set_budget("team:blue", DOLLAR)
             await spend(store, DOLLAR, 1)
             hooks = Webhooks({"ops": hook(receiver.url, shares=(1.0,))}, lambda: store)
-            (alert,) = hooks._reached(await store.budgets(), store.now_us())
+            ((reached, budget),) = hooks._reached(await store.budgets())
+            alert = webhooks._alert(reached, budget, store.now_us())
             await store.change(lambda connection: alerts.note(connection, [alert], store.now_us()))
             assert await store.change(lambda connection: alerts.claim(connection, alert, store.now_us()))
             await hooks.look()

@@ -13,8 +13,8 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -37,6 +37,12 @@ LOOK_S, POST_S = 5.0, 10.0
 # Before the second try, and then four times as long each time, up to the last.
 RETRY_S, LONGEST_S = 30.0, 6 * 3600.0
 
+# Budgets that are looked at before requests have their turn.
+_AT_ONCE = 256
+
+# Webhook, and of the budget its subject, period, window and limit, and the share of that.
+_Reached = tuple[str, str, str, int, int, float]
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 
@@ -49,6 +55,8 @@ class Hook:
         self.url = Secret(config.url).reveal() if is_reference(config.url) else config.url
         check_webhook_url(self.url, private=config.private)
         self.secret = config.secret.reveal().encode()
+        # Each beside itself as a fraction: of ten thousand budgets, in whole numbers.
+        self.shares = [(share, *Fraction(str(share)).as_integer_ratio()) for share in sorted(set(config.shares))]
 
     @property
     def host(self) -> str:
@@ -85,7 +93,7 @@ class Webhooks:
         self._store, self._retry_s = store, retry_s
         self.hooks = hooks_of(hooks)
         # That are in the store already.
-        self._noted: set[str] = set()
+        self._noted: set[_Reached] = set()
 
     async def watch(self) -> None:
         """Look at the budgets until cancelled."""
@@ -101,10 +109,15 @@ class Webhooks:
         """Note what has been reached, and send what is due. Raises CapacityError if the store cannot be used."""
         store = self._store()
         now_us = store.now_us()
-        new = [one for one in self._reached(await store.budgets(), now_us) if one.id not in self._noted]
-        if new:
-            await store.change(lambda connection: alerts.note(connection, new, now_us))
-            self._noted.update(one.id for one in new)
+        budgets = await store.budgets()
+        for start in range(0, len(budgets), _AT_ONCE):
+            found = list(self._reached(budgets[start : start + _AT_ONCE]))
+            if found:
+                new = [_alert(reached, budget, now_us) for reached, budget in found]
+                await store.change(lambda connection, new=new: alerts.note(connection, new, now_us))
+                self._noted.update(reached for reached, _ in found)
+            # Requests go on meanwhile.
+            await asyncio.sleep(0)
         found = await store.look(lambda connection: alerts.due(connection, now_us))
         mine = [one for one in found if one.body.get("webhook") in self.hooks]
         # All are tried, whatever becomes of one.
@@ -113,15 +126,19 @@ class Webhooks:
             if error is not None:
                 raise error
 
-    def _reached(self, budgets: Sequence[Budget], now_us: int) -> list[Alert]:
-        return [
-            _alert(hook.name, budget, share, now_us)
-            for budget in budgets
-            for hook in self.hooks.values()
-            if budget.limit_nano > 0 and hook.is_for(budget.subject)
-            for share in sorted(set(hook.config.shares))
-            if budget.spent_nano >= Decimal(str(share)) * budget.limit_nano
-        ]
+    def _reached(self, budgets: Sequence[Budget]) -> Iterator[tuple[_Reached, Budget]]:
+        """What has been reached of these budgets, and is not noted yet."""
+        for budget in budgets:
+            if budget.limit_nano <= 0:
+                continue
+            for hook in self.hooks.values():
+                for share, part, of in hook.shares if hook.is_for(budget.subject) else ():
+                    if budget.spent_nano * of < part * budget.limit_nano:
+                        break
+                    # Another limit is another budget: whoever raises one wants to know when that is reached.
+                    reached = (hook.name, budget.subject, budget.period, budget.window_us, budget.limit_nano, share)
+                    if reached not in self._noted:
+                        yield reached, budget
 
     async def _send(self, alert: Alert) -> None:
         """Try one, unless another process does."""
@@ -141,10 +158,9 @@ class Webhooks:
         await store.change(lambda connection: alerts.failed(connection, alert, now_us + round(wait_s * 1e6)))
 
 
-def _alert(webhook: str, budget: Budget, share: float, now_us: int) -> Alert:
-    # Another limit is another budget: whoever raises one wants to know when that is reached.
-    parts = (webhook, budget.subject, budget.period, budget.window_us, budget.limit_nano, share)
-    id = "alert_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def _alert(reached: _Reached, budget: Budget, now_us: int) -> Alert:
+    webhook, *_, share = reached
+    id = "alert_" + hashlib.sha256(json.dumps(reached).encode()).hexdigest()[:32]
     told = {
         "subject": budget.subject,
         "period": budget.period,
