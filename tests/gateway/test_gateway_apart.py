@@ -96,6 +96,67 @@ def test_large_bodies_are_worked_on_in_other_threads_and_small_ones_at_once(tmp_
     assert large == {name: {False} for _, name in WORK if name != "parse"}
 
 
+@pytest.mark.parametrize("endpoint", ["chat/completions", "responses", "messages", "messages/count_tokens"])
+def test_bodies_of_very_many_short_values_are_worked_on_in_other_threads_too(tmp_path, monkeypatch, endpoint):
+    """9,000 messages without a word are less than 256 KiB, and held the loop for 90 to 140 ms."""
+    seen = {}
+    names = [
+        (exchange, "parse"),
+        (beginning, "check_chat"),
+        (cached_answers, "exact_key"),
+        (exchange, "check_json_size"),
+    ]
+    for module, name in names:
+        noted(monkeypatch, module, name, seen)
+
+    async def work(gateway, session, url):
+        given = "input" if endpoint == "responses" else "messages"
+        body = {"model": "small", "temperature": 0, given: [{"role": "user", "content": "a"}] * 1_500}
+        if endpoint == "messages":
+            body["max_tokens"] = 5
+        raw = json.dumps(body)
+        assert len(raw) < LARGE / 2
+        async with session.post(f"{url}/v1/{endpoint}", data=raw) as answer:
+            assert answer.status == 200, await answer.text()
+        return seen
+
+    found = served(config(tmp_path, Mock.Config(model="m")), work)
+    assert set().union(*found.values()) == {False}
+    assert {"parse", "check_json_size"} <= set(found)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "messages/count_tokens"])
+def test_what_a_tokenizer_counts_is_counted_in_other_threads(tmp_path, path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "t.json"))
+    model = ModelConfig(
+        name="small", tokenizer=str(tmp_path / "t.json"),
+        deployments=(DeploymentConfig(provider=Mock.Config(model="small")),),
+    )  # fmt: skip
+
+    async def work(gateway, session, url):
+        where = []
+        count = gateway.runtime.counters["small"]
+
+        def noted(text):
+            where.append(threading.current_thread() is threading.main_thread())
+            return count(text)
+
+        gateway.runtime.counters["small"] = noted
+        found = []
+        for text in ("a b", "a b " * 10_000):
+            where.clear()
+            body = {"model": "small", "messages": [{"role": "user", "content": text}]}
+            async with session.post(f"{url}/v1/{path}", json=body) as answer:
+                assert answer.status == 200, await answer.text()
+            found.append(set(where))
+        return found
+
+    assert served(config(tmp_path, Mock.Config(model="m"), models=(model,)), work) == [{True}, {False}]
+
+
 def test_a_cascade_s_calls_with_a_large_body_are_worked_on_in_other_threads(tmp_path, monkeypatch):
     seen = {}
     for module, name in ((call_bodies, "count_prompt"), (upstream_request, "dump_parts")):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -22,6 +22,12 @@ from anabranch.web.json_text import Rows, to_json
 
 # Bytes of a body, from which on it is worth while to give it to another thread, and to go by steps there.
 LARGE = 1 << 18
+
+# So much a body weighs (`weight_of`) from which on it is, too: some thousand short values, which are checked and counted one by one.
+HEAVY = 1 << 16
+
+# Objects and lists of a body that are read at once.
+_DENSE = 1 << 8
 
 # Characters of a text that is read or written on its own, and of one step.
 _LONG, _STEP = 1 << 9, 1 << 17
@@ -57,6 +63,13 @@ def parse_large(raw: bytes) -> dict[str, Any]:
     body = _in_steps(raw, read_json)
     # What is wrong with it is told as ever, of the body as it came.
     return parse(raw) if body is None else body
+
+
+def is_long_to_read(parts: Sequence[bytes]) -> bool:
+    """Whether the pieces of a body would hold up an event loop: of many bytes, or of many objects and lists, however short."""
+    if sum(map(len, parts)) > LARGE:
+        return True
+    return sum(part.count(b"{") + part.count(b"[") for part in parts) > _DENSE
 
 
 def load_large(raw: bytes, read: Callable[[str], Any] | None = None) -> Any:

@@ -23,7 +23,6 @@ from anabranch.gateway.validate import check_chat, check_completion, check_depth
 from anabranch.routers.money import nano_dollars
 from anabranch.web.api_error import ApiError, wrong
 from anabranch.web.body import said
-from anabranch.web.large_json import LARGE
 
 T = TypeVar("T")
 
@@ -32,8 +31,8 @@ WISHES = {"x-cache": ("allow", "deny"), "x-mid-stream": ("restart",)}
 
 
 async def apart(state: RequestState, work: Callable[[], T]) -> T:
-    """``work()``, in another thread where the body is so large that it would hold up all other requests; there senders take turns."""
-    return await state.services.turns.run(state.tenant, work) if state.num_bytes > LARGE else work()
+    """``work()``, in another thread where the body would hold up all other requests; there senders take turns."""
+    return await state.services.turns.run(state.tenant, work) if state.is_long_to_read else work()
 
 
 def read(state: RequestState) -> None:

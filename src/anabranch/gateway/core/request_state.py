@@ -5,6 +5,7 @@ what is told of it at its end are read from it. It knows no step and no reader.
 """
 
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.ab.assignment import Arm
@@ -29,9 +30,13 @@ from anabranch.gateway.providers.provider import WRITES, Answer
 from anabranch.gateway.store import KeyRecord
 from anabranch.web.answers import JSON
 from anabranch.web.ids import new_id
+from anabranch.web.large_json import HEAVY, LARGE, weight_of
 
 if TYPE_CHECKING:
     from anabranch.gateway.runtime import Runtime
+
+# So much a body weighs that a tokenizer takes a millisecond or two for.
+TOKENIZED = 1 << 12
 
 
 class RequestState:
@@ -91,6 +96,12 @@ class RequestState:
         self.answer_text: str | None = None
         self.finish_reason: str | None = None
         self.is_over = self.is_counted = False
+
+    @cached_property
+    def is_long_to_read(self) -> bool:
+        """Its body would hold up an event loop: it is large, has very many values, or is counted by a tokenizer and no short one."""
+        heavy = TOKENIZED if self.runtime.counters else HEAVY
+        return self.num_bytes > LARGE or weight_of(self.body, heavy) > heavy
 
     # Whose it is, and where it goes
 

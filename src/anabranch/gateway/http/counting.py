@@ -6,6 +6,7 @@ from functools import partial
 from anabranch.errors import InputError, UnknownModelError
 from anabranch.gateway.config import find_target
 from anabranch.gateway.core.engine_counts import engine_count
+from anabranch.gateway.core.request_state import TOKENIZED
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.exchange import Exchange, Received
 from anabranch.gateway.native_tokens import count_native
@@ -43,7 +44,8 @@ async def _counted(gateway: Gateway, exchange: Exchange, received: Received, is_
             raise ApiError(403, "model_not_allowed", message, param="model")
         counter = runtime.counters.get(target.model or "")
         work = partial(count_native, chat, received.body) if is_native else partial(count_prompt, chat)
-        count = await exchange.apart(received.key, received.num_bytes, partial(work, counter))
+        is_long = received.is_long or (counter is not None and received.num_bytes > TOKENIZED)
+        count = await exchange.apart(received.key, is_long, partial(work, counter))
         if target.model is None:
             return count.tokens
         sender, request = (

@@ -26,7 +26,7 @@ from anabranch.web.body import parse
 from anabranch.web.body_beside import TAKEN
 from anabranch.web.json_size import MOST_PARTS, MOST_VALUES, check_json_size
 from anabranch.web.json_text import to_json
-from anabranch.web.large_json import LARGE, json_slices, load_large, parse_large
+from anabranch.web.large_json import LARGE, is_long_to_read, json_slices, load_large, parse_large
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Received:
         key: that it came with, looked up once.
         held: what the body takes until nothing is left of it; None of one that came at once and is small.
         chat: the body as a chat, if it came in another form.
+        is_long: to read it would have held up the event loop.
     """
 
     body: dict[str, Any]
@@ -52,6 +53,7 @@ class Received:
     key: KnownKey
     held: HeldBody | None
     chat: dict[str, Any] = field(default_factory=dict)
+    is_long: bool = False
 
 
 class Exchange:
@@ -124,18 +126,20 @@ class Exchange:
             message = f"the body is a form (multipart/form-data); {request.path} takes JSON (application/json)"
             raise ApiError(400, "invalid_body", message)
 
+        is_long = is_form or is_long_to_read(parts)
+
         def read() -> tuple[dict[str, Any], dict[str, Any]]:
             raw = b"".join(parts)
             parts.clear()
             body = parse_form(raw, kind) if is_form else _parsed(raw)
             return body, chat(body)
 
-        body, made = await self._beside(key, read) if is_form else await self.apart(key, size, read)
-        return Received(body, size, key, held, made)
+        body, made = await self.apart(key, is_long, read)
+        return Received(body, size, key, held, made, is_long)
 
-    async def apart(self, key: KnownKey, size: int, work: Callable[[], T]) -> T:
-        """``work()`` on so many bytes of a request, or of its answer: large ones would hold up all other requests."""
-        return work() if size <= LARGE else await self._beside(key, work)
+    async def apart(self, key: KnownKey, is_long: bool, work: Callable[[], T]) -> T:
+        """``work()`` on a request, or on its answer; beside the loop where that is so long that it would hold up all other requests."""
+        return await self._beside(key, work) if is_long else work()
 
     async def _beside(self, key: KnownKey, work: Callable[[], T]) -> T:
         return await self._gateway.turns.run("" if key.record is None else key.record.id, work)
@@ -182,7 +186,9 @@ class Exchange:
         if source is not None:
             reply.stream = translated(source, form)
         elif reply.body is not None:
-            reply.body = await self.apart(received.key, len(reply.body), partial(_told, whole, reply.body))
+            reply.body = await self.apart(
+                received.key, is_long_to_read([reply.body]), partial(_told, whole, reply.body)
+            )
         return await self.send(request, reply, source)
 
     async def send(
