@@ -7,13 +7,14 @@ ratio; the result is the median over rounds and the spread its interquartile ran
 import argparse
 import ctypes
 import gc
+import importlib
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,17 @@ def kept_rows(options: argparse.Namespace, now: Mapping[str, Any]) -> list[dict[
     return list(record["rows"])
 
 
+def version_of(package: str) -> str:
+    """Of a package; of one that is not installed but on the path, as Anabranch beside a peer's environment, what it says itself.
+
+    An hour's measuring is not lost for want of it.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(getattr(importlib.import_module(package), "__version__", "not known"))
+
+
 def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace, packages: Sequence[str]) -> None:
     """Write the result where ``--json`` says; a row of a case is what `compare` returns.
 
@@ -214,7 +226,7 @@ def finish(name: str, rows: Sequence[dict[str, Any]], options: argparse.Namespac
         **device,
         "kernels": kernels(),
         "rows": rows,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {"python": platform.python_version(), **{package: version_of(package) for package in packages}},
     }
     if options.json:
         write_record(options.json, result)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.providers.anthropic import Anthropic, merged, translated
 from anabranch.gateway.providers.anthropic_request import ANSWER_TOOL
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.provider import Native, UpstreamError, UpstreamRequest
 from anabranch.gateway.providers.sse import Splitter, events
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from anabranch.cli.main import main
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.jail import jail
 from anabranch.web.sse import read_data
 from gateway_process import call, served

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from anabranch.cli.main import main
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.web.sse import read_data
 from gateway_process import call, served
 from gateway_scripted import scripted, sse, whole

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from anabranch.gateway.providers import UpstreamError, UpstreamRequest
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.usage import Usage
 from cloud_providers import chat, keys, made
 from recorded_conversations import exchanges

@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from anabranch.errors import ConfigError
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.azure import Azure
 from anabranch.gateway.providers.bedrock import Bedrock
-from anabranch.gateway.providers.chunks import assembled
 from anabranch.gateway.providers.gemini import Gemini
 from anabranch.gateway.providers.ollama import Ollama
 from anabranch.gateway.providers.openrouter import OpenRouter

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from anabranch.gateway.providers import UpstreamError, UpstreamRequest
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.content_lists import is_mistral
 from anabranch.web.messages import to_chat
 from cloud_providers import CLAUDE, chat, keys, made, sent

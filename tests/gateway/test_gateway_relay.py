@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 
@@ -306,3 +307,51 @@ def stuck_client(port, body):
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
     client.sendall(head.encode() + b"\r\n\r\n" + data)
     return client
+
+
+def test_what_a_stream_that_is_over_needs_is_made_before_its_end_is_told_whoever_goes_away():
+    class Ready(Others):
+        def __init__(self, waits=False):
+            super().__init__()
+            self.prepared, self._waits = [], waits
+
+        async def prepare(self, stream):
+            assert not self.ends
+            self.prepared.append(stream)
+            if self._waits:
+                await asyncio.sleep(60)
+
+    async def main():
+        whole, broken = Ready(), Ready()
+        source = Source(b"a", b"b")
+        read = Relay(source, whole.on_end, None, whole.prepare)
+        assert [piece async for piece in read] == [b"a", b"b"]
+        assert (whole.prepared, whole.ends) == ([source], [False])
+        # Of what broke nothing is made.
+        made = Relay(
+            Source(b"a", error=UpstreamError(Failure(kind="cut", message="x"))), broken.on_end, None, broken.prepare
+        )
+        assert [piece async for piece in made] == [b"a"]
+        assert (broken.prepared, broken.ends) == ([], [False])
+        # It was whole, and is so for whoever is sent away while it is put together.
+        late = Ready(waits=True)
+        made = Relay(Source(b"a"), late.on_end, None, late.prepare)
+        assert await anext(made) == b"a"
+        end = asyncio.ensure_future(anext(made))
+        await asyncio.sleep(0.01)
+        assert late.prepared
+        assert not late.ends
+        end.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await end
+        await made.aclose()
+        assert late.ends == [False]
+        # Likewise where somebody else wants it, and it is read on.
+        shared = Ready()
+        shared.sharing = dataclasses.replace(shared.sharing, to_the_end=True)
+        made = Relay(Source(b"a"), shared.on_end, shared.sharing, shared.prepare)
+        await made.aclose()
+        await asyncio.gather(*shared.tasks)
+        assert (len(shared.prepared), shared.ends) == (1, [False])
+
+    asyncio.run(main())

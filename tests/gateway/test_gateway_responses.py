@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from anabranch.gateway.providers.chunks import as_chunks, assembled
+from anabranch.gateway.providers.assembling import assembled
+from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.web.api_error import ApiError
 from anabranch.web.responses import ResponseStream, to_chat, to_response
 from anabranch.web.sse import event, read_data

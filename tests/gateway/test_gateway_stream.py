@@ -13,7 +13,8 @@ from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Gr
 from anabranch.gateway.dispatch.stream import CONTINUE, HEARTBEAT
 from anabranch.gateway.dispatch.virtual_time import run_virtual as run
 from anabranch.gateway.dispatch.virtual_time import virtual_clock
-from anabranch.gateway.providers.chunks import as_chunks, assembled, ended, has_content, text_of
+from anabranch.gateway.providers.assembling import assembled
+from anabranch.gateway.providers.chunks import as_chunks, ended, has_content, text_of
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, UpstreamRequest, Usage
 from anabranch.routers.money import Price

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.gateway.providers.chunks import as_chunks, assembled
+from anabranch.gateway.providers.assembling import assembled
+from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.gateway.providers.native_events import (
     message_events,
     message_of,

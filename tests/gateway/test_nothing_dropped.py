@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from anabranch.config import from_dict
 from anabranch.gateway.dispatch import Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.providers import Provider, UpstreamRequest
-from anabranch.gateway.providers.chunks import as_chunks, assembled
+from anabranch.gateway.providers.assembling import assembled
+from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.gateway.providers.content_lists import flattened
 from anabranch.gateway.providers.native_events import message_events, message_of
 from anabranch.gateway.providers.provider import Native

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Native, UpstreamError, UpstreamRequest
 from recorded_conversations import exchanges

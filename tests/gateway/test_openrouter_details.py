@@ -5,7 +5,8 @@ import json
 import pytest
 
 from anabranch.config import from_dict
-from anabranch.gateway.providers.chunks import as_chunks, assembled
+from anabranch.gateway.providers.assembling import assembled
+from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.gateway.providers.provider import Native, Provider, UpstreamRequest
 from anabranch.web import messages, responses
 from anabranch.web.reasoning_details import details_of

@@ -27,7 +27,7 @@ from anabranch.gateway.config import (
 from anabranch.gateway.core.program_run import ProgramRun
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.store import LedgerQuery

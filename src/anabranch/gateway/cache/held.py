@@ -37,7 +37,8 @@ class Held(Generic[K, V]):
 
     def get(self, sender: str, key: K) -> V | None:
         """The value, if it is there."""
-        found = self._of.get(sender, {}).get(key)
+        own = self._of.get(sender)
+        found = None if own is None else own.get(key)
         return None if found is None else found[0]
 
     def keys(self, sender: str) -> list[K]:

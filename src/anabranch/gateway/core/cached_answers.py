@@ -5,6 +5,7 @@ end: the answer, what it failed with, or that somebody else is to try.
 """
 
 import asyncio
+from functools import partial
 
 from anabranch.gateway.cache import (
     LONGEST_NAME,
@@ -25,7 +26,7 @@ from anabranch.gateway.dispatch import Attempt
 from anabranch.gateway.media_requests import is_media
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError
 from anabranch.web.api_error import ApiError, wrong
-from anabranch.web.large_json import LARGE, shortened
+from anabranch.web.large_json import LARGE, is_long_to_read, shortened
 
 # Seconds that an answer is kept at most which stands in for another one.
 STOPGAP_S = 60.0
@@ -174,7 +175,7 @@ class CachedAnswers:
         label, arm = self._state.label, self._state.arm
         return (label if arm is None else f"{label}#{arm.side}") + self._form
 
-    def reply(self, entry: Entry, cache: str) -> Reply:
+    async def reply(self, entry: Entry, cache: str) -> Reply:
         """A kept answer, streamed if the sender wants that."""
         state = self._state
         headers = {
@@ -188,7 +189,10 @@ class CachedAnswers:
             return Reply(body=entry.body, headers=headers, content_type=state.content_type)
         options = state.body.get("stream_options")
         with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        return Reply(stream=Replayed.of(entry.body, state.endpoint, with_usage), headers=headers)
+        told = partial(Replayed.chunks_of, entry.body, state.endpoint, with_usage)
+        is_long = is_long_to_read([entry.body])
+        chunks = await state.services.turns.run(state.tenant, told) if is_long else told()
+        return Reply(stream=Replayed(chunks), headers=headers)
 
     # An answer that was fetched
 

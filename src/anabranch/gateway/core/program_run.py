@@ -98,6 +98,11 @@ class ProgramRun:
         self._task.result()
         return self.answer()
 
+    @property
+    def num_kept(self) -> int:
+        """Bytes that `answer` is made of."""
+        return self._size
+
     def answer(self) -> Answer:
         """What was said, as a whole, once it has ended. Raises UpstreamError if it has not."""
         if self._done is None:

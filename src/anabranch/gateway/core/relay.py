@@ -8,14 +8,15 @@ import contextlib
 import json
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.web.api_error import ApiError
-from anabranch.web.sse import DONE, HEARTBEAT, event, read_data
+from anabranch.web.large_json import is_long_to_read, load_large
+from anabranch.web.sse import DONE, HEARTBEAT, event, event_slices, read_data
 
 Call = Callable[[], None]
 
@@ -75,12 +76,20 @@ class Relay:
         stream: of a dispatcher.
         on_end: called with the stream when it has ended, and with True too if its reader has gone before.
         sharing: None where nobody else wants it.
+        prepare: awaited with the stream when all of it has come, before ``on_end``: what would hold up the event loop there is done
+            elsewhere. None for nothing.
     """
 
     _is_open = False
 
-    def __init__(self, stream: Any, on_end: Callable[..., None], sharing: Sharing | None = None) -> None:
-        self._stream, self._on_end, self._sharing = stream, on_end, sharing
+    def __init__(
+        self,
+        stream: Any,
+        on_end: Callable[..., None],
+        sharing: Sharing | None = None,
+        prepare: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> None:
+        self._stream, self._on_end, self._sharing, self._prepare = stream, on_end, sharing, prepare
         self._events = aiter(stream)
         self._loop, self._is_open = asyncio.get_running_loop(), True
         self.on_close: Call | None = None
@@ -110,14 +119,28 @@ class Relay:
             return await self._next_of_ahead()
         try:
             piece: bytes = await anext(self._events)
-        except (StopAsyncIteration, UpstreamError):
-            try:
-                self._on_end(self._stream)
-            finally:
-                self._close()
+        except StopAsyncIteration:
+            await self._ended()
+            raise StopAsyncIteration from None
+        except UpstreamError:
+            self._end()
             raise StopAsyncIteration from None
         self._handed_s = self._loop.time()
         return piece
+
+    async def _ended(self) -> None:
+        """All of it has come: that it is whole stays so, whoever goes away meanwhile."""
+        try:
+            if self._prepare is not None:
+                await self._prepare(self._stream)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        try:
+            self._on_end(self._stream)
+        finally:
+            self._close()
 
     async def aclose(self) -> None:
         """Nobody reads on: the upstream is cancelled, and what it has given so far is paid for; unless others want the rest."""
@@ -172,7 +195,11 @@ class Relay:
                 self._all.size += len(piece)
                 self._turn.set()
                 await self._held_up(sharing)
-            self._on_end(self._stream)
+            try:
+                if self._prepare is not None:
+                    await self._prepare(self._stream)
+            finally:
+                self._on_end(self._stream)
         except UpstreamError:
             self._on_end(self._stream)
         except BaseException:
@@ -252,11 +279,13 @@ def _watch(relay: "weakref.ref[Relay]", loop: asyncio.AbstractEventLoop) -> None
 class Replayed:
     """A kept answer as a stream."""
 
-    @classmethod
-    def of(cls, answer: bytes, endpoint: str, with_usage: bool) -> "Replayed":
-        """Of a whole answer as it is kept."""
-        chunks = as_chunks(json.loads(answer), endpoint, with_usage)
-        return cls([*(event(chunk) for chunk in chunks), DONE])
+    @staticmethod
+    def chunks_of(answer: bytes, endpoint: str, with_usage: bool) -> list[bytes]:
+        """What is told of a whole answer as it is kept; of a long one in steps, for another thread."""
+        if not is_long_to_read([answer]):
+            return [*(event(chunk) for chunk in as_chunks(json.loads(answer), endpoint, with_usage)), DONE]
+        chunks = as_chunks(load_large(answer), endpoint, with_usage)
+        return [*(b"".join(event_slices(chunk)) for chunk in chunks), DONE]
 
     def __init__(self, chunks: list[bytes]) -> None:
         self._chunks = iter(chunks)

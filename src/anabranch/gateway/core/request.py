@@ -7,6 +7,7 @@ find out is in the `RequestState`. Whatever happens after a reservation, it is s
 in the ledger. Where a call that was given up is read on for what it costs, that is when this is known; nobody else waits for it.
 """
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from anabranch.gateway.core.services import Services
 from anabranch.gateway.providers.provider import Answer, UpstreamError
 from anabranch.gateway.store import KeyRecord, subjects_of
 from anabranch.routers.contract.query import Decision
+from anabranch.web.large_json import HEAVY
 
 if TYPE_CHECKING:
     from anabranch.gateway.runtime import Runtime
@@ -73,7 +75,7 @@ class RequestRun:
         clock.begin("cache")
         found = await self._cached.look()
         if found is not None:
-            return self._from_cache(*found)
+            return await self._from_cache(*found)
         clock.begin("decide")
         await choice.decide(state)
         said = await ask_program(state)
@@ -85,7 +87,10 @@ class RequestRun:
             said = await asked.ask()
         if isinstance(said, Answer):
             return self._whole(said)
-        return Reply(stream=Relay(said, self.streamed, self._cached.sharing()), headers=headers_of(state, said.report))
+        return Reply(
+            stream=Relay(said, self.streamed, self._cached.sharing(), self.prepared),
+            headers=headers_of(state, said.report),
+        )
 
     async def route(self, record: KeyRecord | None) -> Decision:
         """Only the decision; there is a row only if the strategy asked a model for it. Raises ApiError."""
@@ -127,14 +132,26 @@ class RequestRun:
         headers = headers_of(state, answer.report)
         return Reply(body=answer.data, headers=headers, content_type=state.content_type)
 
-    def _from_cache(self, entry: Any, cache: str) -> Reply:
+    async def _from_cache(self, entry: Any, cache: str) -> Reply:
         """A kept answer. It costs nothing."""
         self.state.services.metrics.cached(cache)
         self.state.hit = entry
-        reply = self._cached.reply(entry, cache)
+        reply = await self._cached.reply(entry, cache)
         # Nothing that can go wrong comes after this.
         self.end("ok", 200, cache=cache)
         return reply
+
+    @property
+    def _keeps_streams(self) -> bool:
+        return self._cached.wants_streams or self.state.strategy_keeps or self.state.keeps_texts
+
+    async def prepared(self, stream: Any) -> None:
+        """Put the answer of a long stream together, and write it down, beside the event loop: `streamed` finds it there."""
+        if stream.failure is not None or stream.num_kept <= HEAVY or not self._keeps_streams:
+            return
+        # What makes no answer is told of where it is asked for.
+        with contextlib.suppress(UpstreamError):
+            await self.state.services.turns.run(self.state.tenant, lambda: stream.answer().data)
 
     def streamed(self, stream: Any, is_cut: bool = False) -> None:
         """A stream has ended, or its reader has gone."""
@@ -151,7 +168,7 @@ class RequestRun:
         elif is_cut:
             self.end("cancelled", CLIENT_GONE)
         else:
-            if self._cached.wants_streams or state.strategy_keeps or state.keeps_texts:
+            if self._keeps_streams:
                 try:
                     answer: Answer = stream.answer()
                     self._cached.keep(answer)

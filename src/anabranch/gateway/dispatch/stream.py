@@ -22,7 +22,8 @@ from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Report
 from anabranch.gateway.dispatch.run import Run
 from anabranch.gateway.dispatch.upstream_stream import Opened, read_chunk
-from anabranch.gateway.providers.chunks import assembled, text_of
+from anabranch.gateway.providers.assembling import assembled
+from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.native_events import whole_of
 from anabranch.gateway.providers.provider import (
     BODY_BYTES,
@@ -37,6 +38,7 @@ from anabranch.gateway.providers.provider import (
     read_all,
 )
 from anabranch.gateway.providers.sse import DONE_DATA, events
+from anabranch.web.large_json import LARGE
 from anabranch.web.sse import DONE, HEARTBEAT, event
 
 STITCHED = b": x-stitched\n\n"
@@ -63,6 +65,7 @@ class Stream:
         self._mode = "error" if mode == "restart" and run.plan.mid_stream is None else mode
         self._keeps = run.plan.keep or run.plan.accept is not None or self._mode == "continue"
         self._kept: list[bytes] = []
+        self._answer: Answer | None = None
         # Bytes of what would be kept.
         self._size = 0
         # Of what the reader got: streams that broke and were gone on from, and the last.
@@ -133,11 +136,23 @@ class Stream:
         if coming is not None:
             await asyncio.wait((coming,))
 
+    @property
+    def num_kept(self) -> int:
+        """Bytes that `answer` is made of."""
+        return self._size
+
     def answer(self) -> Answer:
-        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``. Raises UpstreamError if that is none."""
-        answer = _whole(self._said(), self._request, self.usage)
-        answer.report = self._run.report
-        return answer
+        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``. Raises UpstreamError if that is none.
+
+        It is put together once; in another thread, too, if the stream has ended.
+        """
+        if self._answer is None:
+            answer = _whole(self._said(), self._request, self.usage)
+            answer.report = self._run.report
+            # A whole answer of steps is written in steps.
+            answer.is_large = self._size > LARGE
+            self._answer = answer
+        return self._answer
 
     def drop(self) -> None:
         """Stop at once, as `aclose` does, without waiting for what is under way to notice."""

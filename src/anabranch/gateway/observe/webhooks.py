@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -26,6 +27,7 @@ from anabranch.gateway.config.observe import check_webhook_url
 from anabranch.gateway.config.secret import Secret, is_reference
 from anabranch.gateway.store import Budget, Store, alerts
 from anabranch.gateway.store.alerts import TRIES, Alert
+from anabranch.gateway.store.database import Connection
 from anabranch.gateway.store.period import iso
 from anabranch.routers.money import dollars
 
@@ -111,11 +113,11 @@ class Webhooks:
         now_us = store.now_us()
         budgets = await store.budgets()
         for start in range(0, len(budgets), _AT_ONCE):
-            found = list(self._reached(budgets[start : start + _AT_ONCE]))
-            if found:
-                new = [_alert(reached, budget, now_us) for reached, budget in found]
-                await store.change(lambda connection, new=new: alerts.note(connection, new, now_us))
-                self._noted.update(reached for reached, _ in found)
+            new = list(self._reached(budgets[start : start + _AT_ONCE]))
+            if new:
+                told = [_alert(reached, budget, now_us) for reached, budget in new]
+                await store.change(partial(_note, told, now_us))
+                self._noted.update(reached for reached, _ in new)
             # Requests go on meanwhile.
             await asyncio.sleep(0)
         found = await store.look(lambda connection: alerts.due(connection, now_us))
@@ -156,6 +158,10 @@ class Webhooks:
         what = f"webhook {hook.name} ({hook.host}) did not take an alert of the budget of {alert.body['budget']['subject']}"
         logger.warning("%s: %s; %s", what, why, "it is given up" if is_last else f"again in {wait_s:g} s")
         await store.change(lambda connection: alerts.failed(connection, alert, now_us + round(wait_s * 1e6)))
+
+
+def _note(told: list[Alert], now_us: int, connection: Connection) -> None:
+    alerts.note(connection, told, now_us)
 
 
 def _alert(reached: _Reached, budget: Budget, now_us: int) -> Alert:

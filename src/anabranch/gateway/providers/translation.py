@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from anabranch.errors import ConfigError
-from anabranch.gateway.providers.chunks import assembled
+from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.openai import check_header, check_url, unsupported
 from anabranch.gateway.providers.provider import (
     Answer,
