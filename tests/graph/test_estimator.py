@@ -30,6 +30,40 @@ def test_parameters():
     assert type(model)(**model.get_params()).get_params() == model.get_params()
 
 
+class Fitted(Half):
+    _OF_FIT = ("size", "names")
+
+    def fit(self):
+        self._note_fit()
+        return self
+
+    def ask(self):
+        self._check_as_fitted()
+        return self.size
+
+
+def test_what_a_fit_is_of_may_not_change_behind_it():
+    """Arrays of the old and of the new arguments met in kernels, which look at no bound."""
+    model = Fitted(3, ("a", "b"))
+    assert model.ask() == 3  # nothing was fitted
+    model.fit().set_params(rate=0.1)
+    assert model.ask() == 3
+    for names in (["a", "b"], np.array(["a", "b"])):
+        assert model.set_params(names=names).ask() == 3
+    for change in ({"size": 4}, {"names": ("a", "c")}, {"names": ()}):
+        before = model.get_params()
+        model.set_params(**change)
+        with pytest.raises(InputError, match=r"and was .* when this Fitted was fitted; fit again, or set it back"):
+            model.ask()
+        assert model.set_params(**before).ask() == 3
+    model.size = 4
+    with pytest.raises(InputError, match="size is 4, and was 3"):
+        model.ask()
+    assert model.fit().ask() == 4
+    # Of either kind the number is the same.
+    assert model.set_params(size=np.int64(4)).ask() == 4
+
+
 def test_a_change_that_is_not_allowed_changes_nothing():
     model = Half(3)
     with pytest.raises(InputError, match="size is 0"):

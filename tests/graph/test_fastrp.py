@@ -799,3 +799,56 @@ def test_the_published_figures_on_blogcatalog():
     ]
     assert np.mean([score.micro for score in tenth]) > 0.3723 - 0.005
     assert np.mean([score.macro for score in tenth]) > 0.2281 - 0.007
+
+
+CHANGES = {
+    "weights": (1.0, 1.0, 2.0), "concatenate": True, "dim": 8, "normalize": False, "self_weight": 1.0, "dtype": "float64",
+    "matrix": "symmetric", "beta": 0.0, "seed": 5, "projection": "gaussian", "s": 2.0, "standardize": False, "direction": "in",
+    "allow_negative": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_fitted_is_asked_with_the_arguments_that_it_was_fitted_with(tmp_path, name):
+    """`concatenate` read a mean beyond its end, other `weights` were a raw IndexError, `save` wrote what could not be read."""
+    graph = Graph.from_edges(np.arange(30), (np.arange(30) * 7 + 1) % 30, num_nodes=30)
+    model = FastRP(4, weights=(1.0, 1.0), keep_powers=True).fit(graph)
+    rows = np.ones((2, 30))
+    right = model.transform(rows)
+    model.save(tmp_path / "m.anb")
+    for one in (model, FastRP.load(tmp_path / "m.anb")):
+        before = getattr(one, name)
+        one.set_params(**{name: CHANGES[name]})
+        for ask in (lambda one=one: one.transform(rows), lambda one=one: one.save(tmp_path / "n.anb")):
+            with pytest.raises(InputError, match=f"{name} is .* when this FastRP was fitted"):
+                ask()
+        assert not (tmp_path / "n.anb").exists()
+        np.testing.assert_array_equal(one.set_params(**{name: before}, workers=2).transform(rows), right)
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding", "mean", "factor", "key", "scale", "power0", "power1", "power2", "num_random", "right"]
+)
+@pytest.mark.parametrize("change", ["wide", "narrow", "flat", "text"])
+def test_arrays_of_another_width_than_the_model_s_are_a_damaged_file(tmp_path, name, change):
+    """With right sums: `transform` read and wrote beyond them."""
+    graph = Graph.from_edges(np.arange(30), (np.arange(30) * 7 + 1) % 30, num_nodes=30)
+    path = tmp_path / "m.anb"
+    FastRP(4, weights=(1.0, 1.0), keep_powers=True, matrix="symmetric", self_weight=1.0).fit(graph).save(path)
+    found = read_arrays(path, "fastrp")
+    arrays, meta = {key: np.array(value) for key, value in found.arrays.items()}, dict(found.meta)
+    if name == "num_random":
+        meta["start"] = {**meta["start"], name: {"wide": 1 << 19, "narrow": 2, "flat": -1, "text": "4"}[change]}
+    else:
+        one = arrays[name]
+        arrays[name] = {
+            "wide": lambda: np.concatenate([one, one], axis=-1), "narrow": lambda: one[..., :-1],
+            "flat": lambda: one.reshape(-1) if one.ndim > 1 else one.reshape(-1, 1), "text": lambda: one.astype("U4"),
+        }[change]()  # fmt: skip
+    write_arrays(path, "fastrp", arrays, meta)
+    if (name, change) == ("num_random", "text"):
+        # It says the same.
+        FastRP.load(path).transform(np.ones((2, 30)))
+        return
+    with pytest.raises(DataError, match="is damaged"):
+        FastRP.load(path)

@@ -6,6 +6,7 @@ import threading
 import igraph
 import networkx as nx
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -698,3 +699,30 @@ def test_the_function_is_found_where_the_package_of_its_name_is():
     graph = random_graph(3)
     np.testing.assert_array_equal(found(graph, top_k=3).top(2), fully_ppr(graph, top_k=3).top(2))
     assert found.FullyPPR is FullyPPR
+
+
+FACTS = {"kind": "scores", "num_nodes": 3, "is_all": True, "ordered": True, "facts": {}}
+ROWS = {"source": [0, 1, 2], "target": [1, 2, 0], "score": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize("is_all", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": [7, 2, 0]}, {"target": [-1, 2, 0]}, {"target": [10**12, 2, 0]}, {"source": [7, 1, 2]}, {"source": [-1, 1, 2]},
+        {"source": pa.array([None, 1, 2])}, {"source": ["a", "b", "c"]}, {"score": ["a", "b", "c"]}, {"score": [[1.0], [2.0], [3.0]]},
+        {"score": [float("nan"), 0.1, 0.1]}, {"num_nodes": 2}, {"num_nodes": -1}, {"num_nodes": "3"}, {"num_nodes": None}, {"facts": None},
+        {"num_nodes": 3.0},
+    ],
+)  # fmt: skip
+def test_a_table_of_scores_that_says_something_else_than_it_holds_is_damaged(tmp_path, change, is_all):
+    """Ids beyond the nodes were taken, and an index made of them wrote beyond its arrays."""
+    facts = {**FACTS, "is_all": is_all, **{name: value for name, value in change.items() if name in FACTS}}
+    rows = {**ROWS, **{name: value for name, value in change.items() if name in ROWS}}
+    path = tmp_path / "s.parquet"
+    for name, held in (("good", (FACTS | {"is_all": is_all}, ROWS)), ("bad", (facts, rows))):
+        pq.write_table(pa.table(held[1]).replace_schema_metadata({b"anabranch": json.dumps(held[0]).encode()}), path)
+        if name == "good":
+            assert FullyPPRResult.load(path).num_nodes == 3
+    with pytest.raises(DataError, match="is damaged"):
+        FullyPPRResult.load(path)

@@ -667,3 +667,45 @@ def test_rows_that_wait_stay_stale_through_another_change():
 def test_as_many_as_there_are_may_be_asked_for():
     found = PowerWalk(walks=2).build(connected(num_nodes=8))
     assert np.array_equal(found.query(5, top_k=10**30)[0], found.query(5)[0])
+
+
+@pytest.mark.parametrize("far", [-1, 40, 10**8, 2**31 - 1])
+def test_scores_of_nodes_that_are_none_are_refused(far):
+    """Kernels wrote beyond their arrays: the process ended."""
+    graph = Graph.from_edges(np.arange(40), (np.arange(40) * 7 + 1) % 40, num_nodes=40)
+    rows = power_rows(graph, range(40))
+    ids = np.array(rows.ids)
+    ids[len(ids) // 2] = far
+    with pytest.raises(InputError, match=r"rows are no scores of 40 nodes: row .* is out of range"):
+        PowerWalk.from_rows(graph, replace(rows, ids=ids))
+    starts = np.array(rows.indptr)
+    starts[3] = 10**9
+    with pytest.raises(InputError, match="out of range"):
+        PowerWalk.from_rows(graph, replace(rows, indptr=starts))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "f32"}, {"alpha": 0.3}, {"walks": 9}, {"mode": "endpoint"}, {"dangling": "uniform"}, {"estimate": "unbiased"}, {"seed": 3},
+     {"keep": 2}, {"mass": 0.5}, {"track": True}, {"max_steps": 5}, {"min_in_degree": 1}],
+)  # fmt: skip
+def test_an_index_is_asked_and_changed_with_the_arguments_that_it_was_built_with(tmp_path, change):
+    """After ``dtype`` counts of 16 and of 32 bits were copied as if they were one; another ``alpha`` gave other scores without a word."""
+    graph = Graph.from_edges(np.arange(40), (np.arange(40) * 7 + 1) % 40, num_nodes=40)
+    found = PowerWalk(walks=20).build(graph)
+    found.save(tmp_path / "w.anb")
+    right = found.query(3)
+    for one in (found, PowerWalk.load(tmp_path / "w.anb", graph)):
+        before = one.get_params()
+        one.set_params(**change)
+        for ask in (
+            lambda one=one: one.query(3), lambda one=one: one.update(edges_added=([0], [15])),
+            lambda one=one: one.save(tmp_path / "x.anb"), lambda one=one: one.fingerprint(2),
+        ):  # fmt: skip
+            with pytest.raises(InputError, match="when this PowerWalk was fitted; fit again, or set it back"):
+                ask()
+        assert not (tmp_path / "x.anb").exists()
+        one.set_params(**before)
+        one.set_params(workers=1)
+        for now, then in zip(one.query(3), right, strict=True):
+            np.testing.assert_array_equal(now, then)

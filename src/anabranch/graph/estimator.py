@@ -1,13 +1,14 @@
 """What estimators of this package have in common, in the form scikit-learn users know, and look-ups in embeddings."""
 
 import inspect
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError, InputError
-from anabranch.graph.arguments import plain
+from anabranch.graph.arguments import is_number, plain
 from anabranch.graph.masks import unmasked
 
 _ROWS = 1 << 14
@@ -15,6 +16,10 @@ _ROWS = 1 << 14
 
 class Estimator:
     """Base: constructors store what they are given under the same names; `get_params` reads it back, `set_params` changes it."""
+
+    # Arguments that what was fitted is of: the same must count for all that is asked of it.
+    _OF_FIT: ClassVar[tuple[str, ...]] = ()
+    _at_fit: dict[str, Any] | None = None
 
     @classmethod
     def _names(cls) -> list[str]:
@@ -35,6 +40,19 @@ class Estimator:
             setattr(self, name, getattr(checked, name))
         return self
 
+    def _note_fit(self) -> None:
+        """It was fitted, or read, with the arguments that it has now."""
+        self._at_fit = {name: getattr(self, name) for name in self._OF_FIT}
+
+    def _check_as_fitted(self) -> None:
+        """Raises InputError if an argument is not what it was when this was fitted: arrays of two kinds would meet, or of two meanings."""
+        for name, then in (self._at_fit or {}).items():
+            now = getattr(self, name)
+            if now is not then and not _is_equal(now, then):
+                raise InputError(
+                    f"{name} is {shown(now)}, and was {shown(then)} when this {type(self).__name__} was fitted; fit again, or set it back"
+                )
+
     def _make_plain(self) -> None:
         """Let arguments that are numbers of numpy be those of Python: products of small ones would overflow."""
         for name, value in self.get_params().items():
@@ -44,6 +62,15 @@ class Estimator:
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self.get_params().items())
         return f"{type(self).__name__}({given})"
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Numbers, words, and sequences of them."""
+    if isinstance(one, list | tuple | np.ndarray) and isinstance(other, list | tuple | np.ndarray):
+        return np.array_equal(np.asarray(one), np.asarray(other))
+    return (type(one) is type(other) and bool(one == other)) or (
+        is_number(one) and is_number(other) and bool(one == other)
+    )
 
 
 def most_similar(

@@ -250,13 +250,13 @@ def test_an_answer_is_replayed_as_the_sender_wants_it():
         first.end()
         again, state = cached({"stream": True, "stream_options": {"include_usage": True}}, lent=lent)
         entry, which = await again.look()
-        reply = again.reply(entry, which)
+        reply = await again.reply(entry, which)
         assert reply.headers["x-cost-usd"] == "0.000000000"
         assert (reply.headers["x-request-id"], reply.headers["x-cache"]) == (state.id, "exact")
         streamed = b"".join([piece async for piece in reply.stream])
         assert (b"yes" in streamed, streamed.endswith(b"data: [DONE]\n\n")) == (True, True)
         plain, _ = cached(lent=lent)
-        reply = plain.reply(*await plain.look())
+        reply = await plain.reply(*await plain.look())
         assert (reply.stream, json.loads(reply.body)["choices"][0]["message"]["content"]) == (None, "yes")
 
     run(work)

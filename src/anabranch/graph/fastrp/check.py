@@ -22,6 +22,11 @@ CHOICES = {
 FLAGS = ("normalize", "standardize", "concatenate", "allow_negative", "keep_powers")
 
 
+def num_parts(model: Any) -> int:
+    """Vectors that a `FastRP` puts side by side."""
+    return sum(map(bool, model.weights)) + bool(model.self_weight) if model.concatenate else 1
+
+
 def check(model: Any) -> None:
     """Raise InputError for the first argument of a `FastRP` that has a value it may not have."""
     for name, allowed in CHOICES.items():

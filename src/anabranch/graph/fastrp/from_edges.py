@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from anabranch.errors import InputError
+from anabranch.graph.fastrp.check import num_parts
 from anabranch.graph.fastrp.stored import StoredVectors
 from anabranch.graph.fastrp.worker import (
     NODES,
@@ -54,7 +55,7 @@ def run_from_edges(model: Any, given: EdgeFiles) -> StoredVectors:
         with run.working():
             graph = open_edges(run, given, allow_negative=model.allow_negative)
             run.step("vectors", _Work(model, run, graph).vectors)
-        size = model.dim * (sum(map(bool, model.weights)) + bool(model.self_weight)) if model.concatenate else model.dim
+        size = model.dim * num_parts(model)
         whole = {"kind": VECTORS, "num_nodes": graph.num_nodes, "dim": size, "facts": {**facts, **graph.facts()}}
         run.publish("vectors", whole)
         return StoredVectors(run.out, whole)

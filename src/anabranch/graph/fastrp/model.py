@@ -30,7 +30,7 @@ from anabranch.graph.arguments import params_of_file
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.evaluate import HeldOut
 from anabranch.graph.fastrp import storage
-from anabranch.graph.fastrp.check import FLAGS, check, check_weights
+from anabranch.graph.fastrp.check import FLAGS, check, check_weights, num_parts
 from anabranch.graph.fastrp.start import DENSE_BELOW, Setup, sparsity
 from anabranch.graph.fastrp.steps import Powers, Steps
 from anabranch.graph.fastrp.stored import StoredVectors
@@ -144,6 +144,7 @@ class FastRP(Steps):
                 found = self._embed(setup, pool)
             self._mean_D, self._factor_D = self._standardize(found, pool)
         self.embedding_, self._setup, self._nodes = found, setup if self.keep_powers else None, given.bare()
+        self._note_fit()
         return self
 
     def _fit_files(self, edges: Any) -> Self:
@@ -155,6 +156,7 @@ class FastRP(Steps):
 
         self.embedding_ = run_from_edges(self, EdgeFiles.of(edges))
         self._setup = None
+        self._note_fit()
         return self
 
     def fit_transform(self, graph: Any, y: Any = None) -> np.ndarray:
@@ -174,10 +176,12 @@ class FastRP(Steps):
                 between new nodes.
             names: of the new nodes, which key what is random of them; without, they are numbers N, N + 1, ...
 
-        Raises InputError if `fit` has not kept the powers, or rows, features or names do not fit.
+        Raises InputError if `fit` has not kept the powers, arguments that they depend on were changed since, or rows, features or names do
+        not fit.
         """
         if getattr(self, "_setup", None) is None or not hasattr(self, "powers_"):
             raise InputError("transform needs what fit keeps with keep_powers=True; set it and fit again")
+        self._check_as_fitted()
         setup, known = cast(Setup, self._setup), self.powers_
         new = new_rows(rows, setup, self.matrix, self.dtype, self.allow_negative)
         start = np.zeros((len(new.degree_R), self.dim), self.dtype)
@@ -222,7 +226,11 @@ class FastRP(Steps):
     # On disk
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted model into one checked file, all or nothing. Raises InputError before `fit`, and as `atomic_file`."""
+        """Write the fitted model into one checked file, all or nothing.
+
+        Raises InputError before `fit`, and where arguments that it depends on were changed since; and as `atomic_file`.
+        """
+        self._check_as_fitted()
         arrays = {"embedding": self._fitted(), "mean": self._mean_D, "factor": self._factor_D}
         if self._setup is not None:
             kept = (self.powers_.start_ND, *self.powers_.power_KND)
@@ -239,9 +247,7 @@ class FastRP(Steps):
         params, arrays, nodes, setup = storage.read(path)
         with described(path, "a FastRP of this release"):
             made = cls(**params_of_file(params, FLAGS))
-            # Several times as many where powers stand side by side.
-            if arrays["embedding"].shape[1] % made.dim or arrays.get("power0", arrays["embedding"]).shape[1] < made.dim:
-                raise ValueError(f"dim is {made.dim}, and vectors have {arrays['embedding'].shape[1]} numbers")
+            storage.check_widths(arrays, setup, made.dim, num_parts(made))
         made.embedding_, made._nodes, made._setup = arrays["embedding"], nodes, setup
         made._mean_D, made._factor_D = arrays["mean"], arrays["factor"]
         if setup is not None:
@@ -249,6 +255,7 @@ class FastRP(Steps):
             if len(powers) != len(made.weights) + 1:
                 raise DataError(f"{path} is damaged: it does not hold the powers of its {len(made.weights)} weights")
             made.powers_ = Powers(powers[0], tuple(powers[1:]))
+        made._note_fit()
         return made
 
     def powers(self, graph: Any, order: int | None = None) -> Powers:

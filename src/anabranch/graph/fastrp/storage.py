@@ -91,3 +91,36 @@ def _check(arrays: dict[str, np.ndarray], count: int) -> None:
         raise ValueError("powers have different shapes")
     if arrays["mean"].shape != arrays["factor"].shape or arrays["mean"].shape != arrays["embedding"].shape[1:]:
         raise ValueError("mean and factor do not fit the embedding")
+
+
+def check_widths(arrays: dict[str, np.ndarray], setup: Setup | None, dim: int, parts: int) -> None:
+    """Raises ValueError for arrays that are not as wide as the model is: kernels look at no bound.
+
+    Args:
+        arrays, setup: as `read` gives them.
+        dim: of the model.
+        parts: vectors that stand side by side.
+    """
+    num = len(arrays["embedding"])
+    wanted: dict[str, tuple[int, ...]] = {
+        "embedding": (num, dim * parts),
+        "mean": (dim * parts,),
+        "factor": (dim * parts,),
+    }
+    wanted |= {name: (num, dim) for name in arrays if name.startswith("power")}
+    if setup is not None:
+        random, features = setup.start.num_random, setup.start.features
+        wanted |= {"key": (num,), "scale": (num,)} | ({"right": (num,)} if setup.right_N is not None else {})
+        if features is not None:
+            wanted["feature_columns"] = (num, dim - random)
+            wanted["feature_random"] = (features.num, dim - random)
+        if not 0 <= random <= dim or (features is None and random != dim):
+            raise ValueError(
+                f"{random:,} of {dim:,} columns are random, and there are {'no ' if features is None else ''}features"
+            )
+    for name, shape in wanted.items():
+        kind = "u" if name == "key" else "f"
+        if arrays[name].shape != shape or arrays[name].dtype.kind != kind:
+            raise ValueError(
+                f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}; of this model it is {list(shape)}"
+            )

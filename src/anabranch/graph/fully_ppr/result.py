@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from anabranch.bounds import MOST_SIZE
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.files import atomic_write_json, parse_json
 from anabranch.graph.array_file import check_how, read_arrays, write_arrays
 from anabranch.graph.beside import new_file
 from anabranch.graph.checks import is_known
-from anabranch.graph.header import described
+from anabranch.graph.header import described, whole
 from anabranch.graph.names import names_arrays, names_from
 from anabranch.graph.rows import SparseRows, id_type
 from anabranch.graph.stored_folder import FACTS, SCORES, read_facts, read_table
@@ -180,17 +181,42 @@ class FullyPPRResult:
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             raise DataError(f"{path} has no column {missing[0]!r}; scores have {', '.join(COLUMNS)}")
-        return cls(*_from_table(table, facts), facts["facts"])
+        with described(path, "scores"):
+            rows, names = _from_table(table, facts)
+            return cls(rows, names, dict(facts["facts"]))
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    """Ids or scores. Raises ValueError where some are missing, or are of another kind."""
+    column, kind = table[name], "fiu" if name == "score" else "iu"
+    if column.null_count:
+        raise ValueError(f"{name} has {column.null_count:,} rows without a value")
+    found = column.to_numpy()
+    if found.dtype.kind not in kind:
+        raise ValueError(f"{name} is {column.type}")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} has numbers that are not finite")
+    return found
+
+
+def _ids(table: pa.Table, name: str, num_nodes: int) -> np.ndarray:
+    found = _column(table, name)
+    if found.size and not 0 <= found.min() <= found.max() < num_nodes:
+        raise ValueError(f"{name} has ids from {found.min()} to {found.max()}; there are {num_nodes:,} nodes")
+    return found
 
 
 def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.ndarray | None]:
     if facts.get("ids") == "names":
         return _from_names(table)
-    num_nodes = facts["num_nodes"]
-    source, target, score = (table[name].to_numpy() for name in COLUMNS)
+    num_nodes = whole(facts["num_nodes"], "num_nodes")
+    source, target = (_ids(table, name, num_nodes) for name in COLUMNS[:2])
+    score = _column(table, COLUMNS[2])
     order = np.lexsort((target, -score, source))
     # A source whose scores are all below `min_score` has an empty row.
     if facts["is_all"]:
+        # Each is a row, if perhaps an empty one.
+        whole(num_nodes, "num_nodes", most=MOST_SIZE)
         length = np.bincount(source, minlength=num_nodes)
         indptr = np.append(0, np.cumsum(length)).astype(np.int64)
         rows = SparseRows(indptr, target[order].astype(id_type(num_nodes)), score[order], num_nodes)

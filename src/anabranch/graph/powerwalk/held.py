@@ -21,6 +21,11 @@ DTYPES = {"f16": np.float16, "f32": np.float32}
 class Held(Estimator):
     """Base of `PowerWalk`; its arguments are told there."""
 
+    _OF_FIT = (
+        "alpha", "walks", "mode", "dangling", "estimate", "moves", "long_path", "max_steps", "keep", "mass", "min_in_degree",
+        "track", "dtype", "seed",
+    )  # fmt: skip
+
     alpha: float
     walks: int
     mode: Mode
@@ -51,9 +56,12 @@ class Held(Estimator):
     def _built(self) -> Index:
         if self._index is None:
             raise InputError("there is no index yet; call build(graph) or PowerWalk.load(path, graph) first")
+        self._check_as_fitted()
         return self._index
 
-    def _reset_stale(self) -> None:
+    def _is_built(self) -> None:
+        """The index is of the arguments that there are now, and no row of it is stale."""
+        self._note_fit()
         self._stale_N = np.zeros(self._built().transition.num_nodes)
 
     def _sources(self, graph: Graph, nodes: ArrayLike | None) -> np.ndarray:

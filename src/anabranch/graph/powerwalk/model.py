@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from anabranch.bounds import shown, whole
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.graph.arguments import check_flag, check_one_of, is_number
 from anabranch.graph.array_file import check_how
 from anabranch.graph.coerce import as_graph
@@ -21,7 +21,7 @@ from anabranch.graph.powerwalk.index import Moves, adopted, make_chunks
 from anabranch.graph.powerwalk.stored import KIND, Gathered, Index, check_mark, mark, read, read_folder
 from anabranch.graph.ppr.rules import Dangling, Transition, check_alpha, check_dangling
 from anabranch.graph.ppr.walks import Mode, check_count, check_mode, check_seed
-from anabranch.graph.rows import SparseRows, row_file
+from anabranch.graph.rows import SparseRows, check_rows, row_file
 from anabranch.graph.spark.edges import EdgeFiles
 from anabranch.graph.workers import num_workers
 
@@ -145,7 +145,7 @@ class PowerWalk(Asking, Changing):
             for chunk in chunks:
                 gathered.append(chunk)
             self._index, self._asked = gathered.index(transition, self._unit()), given
-            self._reset_stale()
+            self._is_built()
             return self
         facts: dict[str, np.ndarray] = {}
         meta = {**self._meta(), "graph": mark(graph)}
@@ -155,7 +155,7 @@ class PowerWalk(Asking, Changing):
             facts |= gathered.facts()
         arrays, _ = read(out, mmap=True)
         self._index, self._asked = Index(transition, arrays, self._unit()), given
-        self._reset_stale()
+        self._is_built()
         return self
 
     fit = build
@@ -184,6 +184,11 @@ class PowerWalk(Asking, Changing):
                 from, and cannot stand for each other.
         """
         made = cls(**{"dtype": "f32", **params})
+        try:
+            check_rows(rows.indptr, rows.ids, rows.values, rows.num_columns, None, "rows", "scores")
+        except DataError as error:
+            why = str(error).partition(": ")[2].partition(";")[0]
+            raise InputError(f"rows are no scores of {rows.num_columns} nodes: {why}") from None
         given = as_graph(graph, allow_negative=True)
         graph = given.numbered()
         transition = Transition(graph, made.alpha, made.dangling)
@@ -202,7 +207,7 @@ class PowerWalk(Asking, Changing):
         gathered.append(adopted(rows.take(order), graph.num_nodes))
         made._index, made._asked = gathered.index(transition, 0.0), given
         made._is_chosen = made._differs(graph, nodes[order])
-        made._reset_stale()
+        made._is_built()
         return made
 
     def _unit(self) -> float:
@@ -263,7 +268,7 @@ class PowerWalk(Asking, Changing):
             has_row = np.flatnonzero(made._index.has_N)
             made._is_chosen = made._differs(graph, has_row) if chosen is None else bool(chosen)
         made._asked = given
-        made._reset_stale()
+        made._is_built()
         return made
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.graph.serve.limits import Limits
 from anabranch.web.large_json import LARGE, load_large
 
@@ -269,7 +270,7 @@ def _count(value: Any, field: str, most: int) -> int:
         raise _wrong(field, f"{field} is {_kind(value)}; it must be a whole number of at least 1")
     if value > most:
         raise RequestError(
-            400, "over_limit", f"{field} is {value:.6g}; this server takes at most {most:,}", field=field
+            400, "over_limit", f"{field} is {shown(value)}; this server takes at most {most:,}", field=field
         )
     return value
 
