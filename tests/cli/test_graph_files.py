@@ -109,3 +109,48 @@ def test_memory_that_is_no_amount_is_told(here, tmp_path, memory):
     assert code == 2
     assert err.startswith("error: --memory is ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "count"),
+    [
+        ("x,y\n1,2\n3,4\n", ["x", "y"], 2),
+        ("0.5,-1e3\n1,2\n3,4\n", ["f0", "f1"], 3),
+        ("nan,1\n1,2\n", ["f0", "f1"], 2),
+        # A name, and numbers.
+        ("king,0.1,0.2\nqueen,0.3,0.4\n", ["f0", "f1", "f2"], 2),
+        ("word,x,y\nqueen,0.3,0.4\n", ["word", "x", "y"], 1),
+        # As data frames write columns without names, with an index and without.
+        ("0,1,2\n0.5,1,2\n", ["0", "1", "2"], 1),
+        ("1,2\n0.5,2\n", ["1", "2"], 1),
+        ("id,0,1\n7,0.5,2\n", ["id", "0", "1"], 1),
+        # Edges and other whole numbers.
+        ("3,1\n1,2\n", ["f0", "f1"], 2),
+        ("5\n6\n", ["f0"], 2),
+        ("x\n6\n", ["x"], 1),
+        ("2,2\n1,2\n", ["f0", "f1"], 2),
+    ],
+)
+def test_a_first_line_of_numbers_is_a_row(tmp_path, text, names, count):
+    """It was taken for names of columns: the first vector or edge was lost without a word."""
+    for ending, sign in ((".csv", ","), (".tsv", "\t")):
+        path = tmp_path / f"v{ending}"
+        path.write_text(text.replace(",", sign))
+        table = read_arrow(path)
+        assert (table.column_names, table.num_rows) == (names, count)
+
+
+@pytest.mark.parametrize("text", ["0,1\n1,2\n2,3\n", "king,0,1\nqueen,3,4\n", "1,2\n2,3\n", "0,1,2\n3,4,5\n", "0,1\n"])
+def test_numbers_of_columns_above_whole_numbers_may_be_either(tmp_path, text):
+    path = tmp_path / "v.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"v\.csv: is its first line, .*, a row, .*Begin it with a line of names"):
+        read_arrow(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_what_numpy_writes_is_read_whole(tmp_path, rows):
+    path = tmp_path / "v.csv"
+    np.savetxt(path, np.array(rows, np.float32) + np.float32(0.1), delimiter=",", fmt="%.9e")
+    np.testing.assert_array_equal(read_vectors(path).array, np.array(rows, np.float32) + np.float32(0.1))

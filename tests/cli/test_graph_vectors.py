@@ -5,6 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 
 from anabranch.cli.graph.inputs import element_ids
@@ -227,3 +230,22 @@ def test_what_is_no_id_is_no_element(text):
 def test_names_of_a_link_are_those_of_its_file(named):
     Path("alias.anb").symlink_to("n.anb")
     assert read_names("alias.anb").array.tolist()[0] == "e0"
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [1, 2, 3], [2, 1, 0], [0], [8, 0]])
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_vectors_whose_table_says_their_ids_are_moved(facts, ids, ending):
+    """Ids 0 ... k - 1 were taken for no ids: the vectors came in anew."""
+    index = HNSW(4, workers=1)
+    index.add(np.eye(8, 4, dtype=np.float32))
+    index.save("i.anb")
+    table = pa.table({"id": ids, **{f"x{column}": [9.0 + one for one in ids] for column in range(4)}})
+    pq.write_table(table, "v.parquet")
+    pa.csv.write_csv(table, "v.csv")
+    told = facts("update", "i.anb", f"v.{ending}", "--out", "new.anb")
+    new = sum(one >= 8 for one in ids)
+    assert (told["new"], told["moved"], told["vectors"]) == (new, len(ids) - new, 8 + new)
+    np.testing.assert_array_equal(HNSW.load("new.anb").vectors(ids), [[9.0 + one] * 4 for one in ids])
+    # A file that says none: they come in behind what there is.
+    np.save("v.npy", np.ones((2, 4), np.float32))
+    assert facts("update", "i.anb", "v.npy", "--out", "more.anb")["new"] == 2

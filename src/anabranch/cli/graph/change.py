@@ -106,7 +106,7 @@ def update(
         found = read_vectors(vectors, bits=made.metric == "hamming")
         if found.array.shape[1] != made.row_size:
             raise InputError(f"{vectors} has vectors of {found.array.shape[1]} numbers, the index of {made.row_size}")
-        ids, called = _ids(found.names, len(found.array), rows, made, called, vectors)
+        ids, called = _ids(found.ids, len(found.array), rows, made, called, vectors)
         before = len(made)
         with waiting("bringing in", quiet):
             made.add(found.array, ids, update=True, repair=True, workers=workers)

@@ -29,10 +29,14 @@ DAMAGED = (
 def read_arrow(path: str | Path) -> Any:
     """A table of Arrow from .parquet, .pq, .csv, .tsv or .txt (tabs), the last three also with .gz.
 
-    Raises DataError for a file that is missing, foreign or malformed, where two columns have one name, or text is not UTF-8.
+    The first line of a text names its columns. One of numbers (behind a first name, too) is a row, and columns are then called f0, f1 and
+    so on; one of the numbers of columns, from 0 or 1, above numbers that are not whole, names them.
+
+    Raises DataError for a file that is missing, foreign or malformed, where two columns have one name, text is not UTF-8, or nobody can
+    tell whether the first line is a row.
     """
     import pyarrow as pa
-    from pyarrow import csv, parquet
+    from pyarrow import parquet
 
     path = Path(path)
     name = path.name.removesuffix(".gz")
@@ -43,7 +47,7 @@ def read_arrow(path: str | Path) -> Any:
         raise DataError(f"cannot tell what {path} is; tables come as .parquet, .csv or .tsv")
     try:
         if is_text:
-            table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="," if name.endswith(".csv") else "\t"))
+            table = _text_table(path, "," if name.endswith(".csv") else "\t")
         else:
             table = parquet.read_table(path)
         names = table.column_names
@@ -58,6 +62,37 @@ def read_arrow(path: str | Path) -> Any:
         if is_text and pa.types.is_binary(kind):
             raise DataError(f"{path}: column {name!r} holds text that is not UTF-8")
     return table
+
+
+def _text_table(path: Path, delimiter: str) -> Any:
+    """Raises DataError, OSError and those of Arrow."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    options = csv.ParseOptions(delimiter=delimiter)
+    table = csv.read_csv(path, parse_options=options)
+    first = table.column_names
+    numbers = first if _is_number(first[0]) or len(first) == 1 else first[1:]
+    if not all(map(_is_number, numbers)):
+        return table
+    # As data frames write columns without names.
+    if numbers not in ([str(number + start) for number in range(len(numbers))] for start in (0, 1)):
+        return csv.read_csv(path, csv.ReadOptions(autogenerate_column_names=True), options)
+    kinds = table.schema.types[len(first) - len(numbers) :]
+    if all(pa.types.is_integer(kind) or pa.types.is_null(kind) for kind in kinds):
+        line = delimiter.join(first)
+        raise DataError(
+            f"{path}: is its first line, {line:.60}, a row, or are these names of columns? Begin it with a line of names"
+        )
+    return table
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def open_array(path: Path) -> np.ndarray:

@@ -26,10 +26,22 @@ _NAMES = ("node", "name", "id", "key")
 
 @dataclass(frozen=True)
 class Vectors:
-    """Rows of numbers [N, D], float32 (of packed bits uint8 [N, D / 8]), and what they are called (None: by number)."""
+    """Rows of numbers.
+
+    Attributes:
+        array: [N, D], float32 (of packed bits uint8 [N, D / 8]).
+        names: what they are called; None where that is by their number: the file says nothing, or 0 ... N - 1.
+        is_named: the file says what they are called.
+    """
 
     array: np.ndarray
     names: np.ndarray | None = None
+    is_named: bool = False
+
+    @property
+    def ids(self) -> np.ndarray | None:
+        """Names that the file says, numbers 0 ... N - 1 too; None where it says none."""
+        return np.arange(len(self.array)) if self.names is None and self.is_named else self.names
 
 
 def read_vectors(path: str | Path, *, bits: bool = False) -> Vectors:
@@ -48,7 +60,7 @@ def read_vectors(path: str | Path, *, bits: bool = False) -> Vectors:
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read {path}: {first_line(error)}") from None
     array = _checked_bits(found.array, path) if bits else _checked(found.array, path)
-    return Vectors(array, None if found.names is None else _checked_names(found, path))
+    return Vectors(array, None if found.names is None else _checked_names(found, path), found.is_named)
 
 
 def write_vectors(path: str | Path, vectors: Vectors) -> None:
@@ -141,7 +153,8 @@ def _table(path: Path) -> Vectors:
     column = table[names]
     as_numbers = pa.types.is_integer(column.type)
     named = column.to_numpy() if as_numbers else np.array([str(name) for name in column.to_pylist()], object)
-    return Vectors(found, None if as_numbers and np.array_equal(named, np.arange(len(named))) else named)
+    is_number = as_numbers and np.array_equal(named, np.arange(len(named)))
+    return Vectors(found, None if is_number else named, is_named=True)
 
 
 def _is_list(kind: Any) -> bool:
