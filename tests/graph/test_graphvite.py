@@ -13,7 +13,7 @@ from anabranch.graph import Graph
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.estimator import most_similar
 from anabranch.graph.evaluate import classify_nodes
-from anabranch.graph.graphvite import GraphVite
+from anabranch.graph.graphvite import GraphVite, storage
 from anabranch.graph.graphvite.augmentation import Sampler
 from anabranch.graph.graphvite.partition import zig_zag
 from anabranch.graph.graphvite.parts import MappedParts, Parts
@@ -539,7 +539,7 @@ def test_it_is_an_estimator():
 SCRIPT = """
 import numpy as np
 from anabranch.graph import Graph
-from anabranch.graph.graphvite import GraphVite
+from anabranch.graph.graphvite import GraphVite, storage
 generator = np.random.default_rng(0)
 graph = Graph.from_edges(*generator.integers(0, 60, (2, 300)))
 model = GraphVite(executor="distributed", **{options}).fit(graph)
@@ -568,3 +568,25 @@ def test_processes_need_a_group(graph):
 
     with pytest.raises(BackendError, match="needs an initialised process group"):
         GraphVite(**SMALL, executor="distributed").fit(graph)
+
+
+@pytest.mark.parametrize("suffix", [".anb", ".npz"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vertex": np.full((30, 4), "x")}, {"vertex": np.ones((30, 4), complex)}, {"vertex": np.full((30, 4), np.nan, np.float32)},
+        {"vertex": np.ones((30, 4), np.int32)}, {"context": np.ones((30, 5), np.float32)}, {"trained": np.ones(29, bool)},
+        {"trained": np.ones(30, np.float32)}, {"head1": np.zeros((2, 4), np.float32)}, {"tail2": np.zeros((30, 4), np.int64)},
+        {"names": np.array(["a", "b"])}, {"names": np.array(["a"] * 30)}, {"names": np.array([["a", "b"]] * 30)},
+        {"names": np.arange(40)}, {"vertex": np.ones(30, np.float32)},
+    ],
+)  # fmt: skip
+def test_arrays_that_are_not_of_one_model_are_refused(tmp_path, suffix, change):
+    """With right sums they were a raw IndexError or TypeError at the first use, or numbers of nothing."""
+    graph = Graph.from_edges(np.arange(30), (np.arange(30) * 7 + 1) % 30, num_nodes=30)
+    path = tmp_path / f"m{suffix}"
+    GraphVite(dim=4, epochs=1, workers=1, samplers=0).fit(graph).save(path)
+    saved = storage.read(path)
+    storage.write(path, storage.Saved({**saved.arrays, **change}, saved.meta))
+    with pytest.raises(DataError, match=r"m\.(anb|npz) is (not a saved GraphVite|damaged)"):
+        GraphVite.load(path)

@@ -69,10 +69,31 @@ def read(path: str | Path) -> Saved:
     missing = {"vertex", "context", "trained"} - saved.arrays.keys()
     if missing or not {"params", "counters"} <= saved.meta.keys():
         raise DataError(f"{path} is not a saved GraphVite: it has no {', '.join(sorted(missing)) or 'parameters'}")
-    shape = saved.arrays["vertex"].shape
-    if len(shape) != 2 or saved.arrays["context"].shape != shape or saved.arrays["trained"].shape != shape[:1]:
-        raise DataError(f"{path} is not a saved GraphVite: its arrays have shapes that do not belong together")
+    _check(path, saved.arrays)
     return saved
+
+
+def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Raises DataError unless the arrays are those of one model: kernels look at no bound."""
+    shape = arrays["vertex"].shape
+    if len(shape) != 2:
+        raise DataError(f"{path} is not a saved GraphVite: its vectors have the shape {list(shape)}")
+    wanted: tuple[int, ...]
+    for name, array in arrays.items():
+        if name == "names":
+            wanted, kinds = shape[:1], "iuUOT"
+        elif name == "trained":
+            wanted, kinds = shape[:1], "b"
+        else:
+            wanted, kinds = shape, "f"
+        if array.shape != wanted or array.dtype.kind not in kinds:
+            raise DataError(
+                f"{path} is not a saved GraphVite: {name} is {array.dtype} {list(array.shape)}, beside vectors {list(shape)}"
+            )
+        if kinds == "f" and not np.isfinite(array).all():
+            raise DataError(f"{path} is damaged: {name} has numbers that are not finite")
+    if "names" in arrays and len(set(arrays["names"].tolist())) != shape[0]:
+        raise DataError(f"{path} is damaged: it has a name twice")
 
 
 def _read_npz(path: Path) -> Saved:

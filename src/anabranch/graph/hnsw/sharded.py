@@ -1,6 +1,9 @@
 """`ShardedHNSW`: independent indexes that are built and searched side by side, their results merged exactly."""
 # Shapes: N vectors, Q queries, K neighbours
 
+import os
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +22,23 @@ from anabranch.graph.workers import FORMER, Workers, asked_workers, num_workers
 
 KIND = "sharded hnsw index"
 
+# A child that is forked while a thread, which it has not, changes an index, would wait for that.
+_OPEN: "weakref.WeakSet[ShardedHNSW]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for index in list(_OPEN):
+        index._open()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 
 class ShardedHNSW:
     """``num_shards`` indexes; the element of an id lives in shard id % num_shards.
+
+    One change after another, as of `HNSW`: a call that is refused has changed no shard. Searches go on beside.
 
     What `search` returns is the k nearest among what each shard returns, so recall is at least that of a shard, at the cost of one walk per
     shard. Shards work side by side, each in one thread. A shard may hold 2 billion elements; there is no bound on all.
@@ -43,6 +60,8 @@ class ShardedHNSW:
         self.workers = None if workers is None else as_positive(workers, "workers")
         self.shards = [HNSW(dim, metric, **options, workers=1) for _ in range(self.num_shards)]
         self.dim, self.metric = self.shards[0].dim, metric
+        # Which ids are free is looked up in all shards, and has to stay so until the last has them.
+        self._open()
 
     @property
     def num_threads(self) -> int | None:
@@ -52,6 +71,17 @@ class ShardedHNSW:
     @num_threads.setter
     def num_threads(self, number: int | None) -> None:
         self.workers = None if number is None else as_positive(number, "num_threads")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_changing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        self._changing = threading.Lock()
+        _OPEN.add(self)
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -70,6 +100,10 @@ class ShardedHNSW:
     def add(self, vectors: Any, ids: Any = None, *, update: bool = False, repair: bool = False) -> np.ndarray:
         """Insert vectors, as `HNSW.add`. All arguments are checked before any shard changes."""
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
+        with self._changing:
+            return self._add(vector_ND, ids, update, repair)
+
+    def _add(self, vector_ND: np.ndarray, ids: Any, update: bool, repair: bool) -> np.ndarray:
         if ids is None:
             begin = max((shard._changes.next_id for shard in self.shards), default=0)
             if begin + len(vector_ND) > 2**63:
@@ -95,14 +129,16 @@ class ShardedHNSW:
         """Move elements, as `HNSW.update`."""
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         id_N = as_distinct(as_ids(ids, len(vector_ND)))
-        self._check_known(id_N)
-        self._each(id_N, lambda shard, mine: shard.update(id_N[mine], vector_ND[mine]))
+        with self._changing:
+            self._check_known(id_N)
+            self._each(id_N, lambda shard, mine: shard.update(id_N[mine], vector_ND[mine]))
 
     def remove(self, ids: Any) -> None:
         """Delete elements, as `HNSW.remove`."""
         id_N = as_distinct(as_ids(ids, None))
-        self._check_known(id_N)
-        self._each(id_N, lambda shard, mine: shard.remove(id_N[mine]))
+        with self._changing:
+            self._check_known(id_N)
+            self._each(id_N, lambda shard, mine: shard.remove(id_N[mine]))
 
     def compact(self) -> int:
         """Take deleted elements out of all shards; how many."""
@@ -150,8 +186,9 @@ class ShardedHNSW:
         return {**{name: sum(one[name] for one in each) for name in names}, "shards": each}
 
     def save(self, path: str | Path) -> None:
-        """Write all shards into one checked file, all or nothing."""
-        states = [shard.__getstate__() for shard in self.shards]
+        """Write all shards into one checked file, all or nothing: as they are between two changes."""
+        with self._changing:
+            states = [shard.__getstate__() for shard in self.shards]
         arrays = {
             f"{number}/{name}": array for number, state in enumerate(states) for name, array in state["arrays"].items()
         }
