@@ -654,3 +654,24 @@ def test_a_dear_fallback_that_is_asked_first_is_reserved_for_too(tmp_path):
     assert (dear.model, dear.status) == ("large", "ok")
     assert dear.reserved_nano >= 12 * 10_000 + 100 * 20_000
     assert (none.attempts, none.cost_nano) == (0, 0)
+
+
+def test_a_key_is_told_of_no_model_that_it_may_not_use(tmp_path):
+    """A name near to it was told: "did you mean 'merger-with-acme-ft'?"."""
+    made = config(tmp_path, model("open"), model("merger-with-acme-ft").replace(aliases=("merger",)))
+
+    async def work(gateway):
+        said = []
+        for models in (["open"], []):
+            secret, _ = await gateway.store.create_key(f"k{len(models)}", models=models)
+            for name in ("merger-with-acme", "mergr", "opn"):
+                with pytest.raises(ApiError) as refused:
+                    await gateway.achat(ask(model=name), key=secret)
+                said.append((refused.value.status, str(refused.value)))
+        return said
+
+    found, _ = run(made, work)
+    assert "merger-with-acme-ft" in found[3][1]
+    assert {status for status, _ in found} == {404}
+    assert not any("merger-with-acme-ft" in told or "'merger'" in told for _, told in found[:3])
+    assert "'open'" in found[2][1]

@@ -172,6 +172,32 @@ def test_ten_thousand_budgets_hold_nobody_up_and_what_is_noted_is_not_made_again
     asyncio.run(main())
 
 
+def test_of_many_alerts_that_are_due_some_are_sent_at_once(monkeypatch):
+    """As many connections were opened as budgets had reached a share."""
+    open_now, most = [0], [0]
+
+    class Store:
+        def now_us(self):
+            return 5
+
+        async def budgets(self):
+            return []
+
+        async def look(self, work):
+            body = {"webhook": "ops", "budget": {"subject": "a"}}
+            return [alerts.Alert(id=str(number), period="month", ts_us=1, body=body) for number in range(100)]
+
+    async def sent(self, one):
+        open_now[0] += 1
+        most[0] = max(most[0], open_now[0])
+        await asyncio.sleep(0)
+        open_now[0] -= 1
+
+    monkeypatch.setattr(Webhooks, "_send", sent)
+    asyncio.run(Webhooks({"ops": hook("http://127.0.0.1:1")}, Store).look())
+    assert most == [8]
+
+
 def test_an_alert_whose_process_ended_is_sent_by_another_later(tmp_path):
     now = [1_000_000.0]
     with noting() as receiver:

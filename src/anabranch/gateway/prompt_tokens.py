@@ -309,8 +309,27 @@ def media_within(part: Mapping[str, Any], walked: Pieces | None) -> list[Media]:
             elif value is not part and isinstance(kind, str):
                 inner, _ = _media_of(value, walked)
                 found += [] if inner is None else [inner]
+            found += _fetched(value)
             left += value.values()
     return found
+
+
+def _fetched(part: Mapping[str, Any]) -> list[Media]:
+    """What is at the addresses of a part that has a name of its provider's: ``document_url``, an ``input_file``, frames of a ``video``."""
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind in IMAGES or kind in _INNER:
+        return []
+    if kind == "video" and isinstance(part.get(kind), list):
+        return [media_tokens.elsewhere("image/") for one in part[kind] if _is_address(one)]
+    return [
+        media_tokens.elsewhere() for name in {kind, "file_url"} if name.endswith("_url") and _is_address(part.get(name))
+    ]
+
+
+def _is_address(value: Any) -> bool:
+    """Of something that is not within the request."""
+    url = value.get("url") if isinstance(value, dict) else value
+    return isinstance(url, str) and bool(url) and not url.startswith("data:")
 
 
 def _is_media(part: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ router-mf-0.116             RouteLLM's form of auto/mf?threshold=0.116
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -44,14 +44,19 @@ class Target:
     knobs: Mapping[str, str] = field(default_factory=dict)
 
 
-def names_of(config: GatewayConfig) -> list[str]:
-    """Every name a request may use but for knobs: models, aliases, strategies, A/B tests."""
-    models = [name for model in config.models for name in (model.name, *model.aliases)]
+def names_of(config: GatewayConfig, allows: Callable[[str], bool] = lambda model: True) -> list[str]:
+    """Every name a request may use but for knobs: of the models that it may use and their aliases, of strategies and of A/B tests."""
+    models = [name for model in config.models if allows(model.name) for name in (model.name, *model.aliases)]
     return [*models, AUTO, *(f"{AUTO}/{name}" for name in (*config.strategies, *config.ab))]
 
 
-def find_target(config: GatewayConfig, name: str) -> Target:
+def find_target(config: GatewayConfig, name: str, allows: Callable[[str], bool] = lambda model: True) -> Target:
     """What ``name`` means.
+
+    Args:
+        config: of the gateway.
+        name: as it was sent.
+        allows: whether the sender may use a model; one that it may not is not told of.
 
     Raises UnknownModelError, with near names, if nothing is called so, and InputError for knobs that cannot be read.
     """
@@ -68,7 +73,7 @@ def find_target(config: GatewayConfig, name: str) -> Target:
     routellm = _ROUTELLM.fullmatch(name)
     if routellm and routellm["name"] in config.strategies:
         return Target(strategy=routellm["name"], knobs={"threshold": routellm["threshold"]})
-    raise UnknownModelError(name[:200], near(head[:200], names_of(config)), _beside(config, head))
+    raise UnknownModelError(name[:200], near(head[:200], names_of(config, allows)), _beside(config, head))
 
 
 def _beside(config: GatewayConfig, head: str) -> str:

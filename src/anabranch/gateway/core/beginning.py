@@ -40,7 +40,7 @@ def read(state: RequestState) -> None:
     _check(state)
     body, runtime = state.body, state.runtime
     try:
-        state.target = find_target(runtime.config, body["model"])
+        state.target = find_target(runtime.config, body["model"], state.allows)
     except UnknownModelError as error:
         raise ApiError(404, "model_not_found", str(error), param="model") from None
     except InputError as error:

@@ -110,6 +110,10 @@ class RequestState:
         """The strategy that chooses; "" if the sender named a model."""
         return self.target.strategy or ""
 
+    def allows(self, model: str) -> bool:
+        """Whether its key may use a model."""
+        return self.record is None or self.record.allows(model)
+
     @property
     def tenant(self) -> str:
         """Whose request it is; what is cached for one is never given to another."""

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 MODEL, RESPONSE = "/v1/models/", "/v1/responses/"
 
-# Where errors have Anthropic's form, on paths that there are not too.
-MESSAGES = "/v1/messages/"
+# Where errors have Anthropic's form, on paths that there are not too, and where a client leaves the /v1 out of its base URL.
+MESSAGES = ("/v1/messages/", "/messages/")
 
 # What machines ask, whatever they call this one.
 PROBES = frozenset({"/health", "/ready"})

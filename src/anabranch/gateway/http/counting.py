@@ -34,7 +34,9 @@ async def _counted(gateway: Gateway, exchange: Exchange, received: Received, is_
     chat, record, runtime = received.chat, received.key.record, gateway.runtime
     async with gateway.counted(record, received.held):
         try:
-            target = find_target(runtime.config, check_model(chat))
+            target = find_target(
+                runtime.config, check_model(chat), lambda model: record is None or record.allows(model)
+            )
         except UnknownModelError as error:
             raise ApiError(404, "model_not_found", str(error), param="model") from None
         except InputError as error:

@@ -39,6 +39,9 @@ LOOK_S, POST_S = 5.0, 10.0
 # Before the second try, and then four times as long each time, up to the last.
 RETRY_S, LONGEST_S = 30.0, 6 * 3600.0
 
+# That are open at once: many budgets may reach a share together, or have when a webhook is set up.
+_CONNECTIONS = 8
+
 # Budgets that are looked at before requests have their turn.
 _AT_ONCE = 256
 
@@ -123,7 +126,13 @@ class Webhooks:
         found = await store.look(lambda connection: alerts.due(connection, now_us))
         mine = [one for one in found if one.body.get("webhook") in self.hooks]
         # All are tried, whatever becomes of one.
-        ended = await asyncio.gather(*(self._send(one) for one in mine), return_exceptions=True)
+        places = asyncio.Semaphore(_CONNECTIONS)
+
+        async def send(one: Alert) -> None:
+            async with places:
+                await self._send(one)
+
+        ended = await asyncio.gather(*(send(one) for one in mine), return_exceptions=True)
         for error in ended:
             if error is not None:
                 raise error
