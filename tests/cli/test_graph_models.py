@@ -143,6 +143,15 @@ def test_knobs_of_walks(facts, place):
     assert [one["node"] for one in found["ranking"]] == nodes.tolist()
     assert [one["score"] for one in found["ranking"]] == pytest.approx(scores.tolist())
     assert found["bound"] == loaded.inspect("ann", 4, 0)["bound"]
+    assert "bound" not in facts("ppr", "edges.csv", "ann", "--index", "w.anb", "--set", "bound=false")
+
+
+def test_a_word_that_is_no_truth_value_asks_for_no_bound(facts, place, here):
+    """It counted as true: "no" told the bound."""
+    facts("index", "edges.csv", "--walks", 5, "--out", "w.anb")
+    code, _, told = here("graph", "ppr", "edges.csv", "ann", "--index", "w.anb", "--set", "bound=no")
+    assert code == 2
+    assert "bound is 'no'; it must be True or False" in told
 
 
 def test_knobs_of_all(facts, place):

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import InputError
+from anabranch.errors import CapacityError, InputError
 from anabranch.graph import hnswlib_compat
-from anabranch.graph.hnsw import HNSW, ShardedHNSW, brute_force
+from anabranch.graph.disk import build
+from anabranch.graph.hnsw import HNSW, ShardedHNSW, brute_force, checks
 from anabranch.graph.hnsw.checks import MAX_LENGTH
 from anabranch.graph.hnsw.raw import kernel
 from anabranch.graph.hnsw.search import PADDING, insert
@@ -209,3 +210,26 @@ def test_a_mask_ends_behind_the_largest_id_that_is_live():
     assert ids.tolist() == [[1, 0, -1]]
     index.remove([0, 1, 2])
     assert index.search([[3, 0]], 1, filter=np.array([], bool))[0].tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("ask", ["search", "search many", "nearest_within", "brute_force", "disk"])
+def test_more_results_than_memory_holds_are_refused_before_they_are_written(tmp_path, monkeypatch, ask):
+    """A system that promises more memory than it has ended the process as they were: 26 GB for k = 2^31 of 40 elements."""
+    vectors = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    index = HNSW(8, M=4, ef_construction=10)
+    index.add(vectors)
+    on_disk = build(vectors, tmp_path / "d.anb", memory=32 << 20)
+    monkeypatch.setattr(checks, "room_bytes", lambda: 100 << 20)
+    one = vectors[:1]
+    calls = {
+        "search": lambda k: index.search(vectors[0], k),
+        "search many": lambda k: index.search(vectors[:4], k // 4),
+        "nearest_within": lambda k: index.nearest_within(one, 1.0, k),
+        "brute_force": lambda k: brute_force(vectors, one, k),
+        "disk": lambda k: on_disk.search(one, k),
+    }
+    for k in (2**31, 10_000_000):
+        with pytest.raises(CapacityError, match=r"no memory for .* queries; ask for fewer"):
+            calls[ask](k)
+    ids = calls[ask](8_000_000)[0]
+    assert (np.asarray(ids) >= 0).any()

@@ -446,3 +446,25 @@ def test_an_interrupted_add_gives_no_label_twice(monkeypatch):
     index.add_items(vectors[:5])
     assert index.element_count == kept + 5
     assert index.get_ids_list()[-5:] == list(range(2600, 2605))
+
+
+@pytest.mark.parametrize("way", ["file", "pickle", "copy", "old file", "old pickle"])
+def test_an_index_whose_elements_took_the_places_of_deleted_ones_is_read_again(tmp_path, way):
+    """New labels beyond the largest were not noted: what was saved was told to be corrupted."""
+    vectors = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
+    index = hnswlib.Index(space="l2", dim=8)
+    index.init_index(max_elements=100, M=4, ef_construction=10, allow_replace_deleted=True)
+    index.add_items(vectors, np.arange(100))
+    index.mark_deleted(5)
+    index.add_items(vectors[:1] + 9, [2000], replace_deleted=True)
+    if way.startswith("old"):
+        # As earlier releases noted it.
+        index._index._changes.next_id = 100
+    if way.endswith("file"):
+        index.save_index(tmp_path / "i")
+        again = hnswlib.Index(space="l2", dim=8)
+        again.load_index(tmp_path / "i")
+    else:
+        again = pickle.loads(pickle.dumps(index)) if way.endswith("pickle") else hnswlib.Index(index)
+    assert again.knn_query(vectors[:1] + 9, 1)[0].tolist() == [[2000]]
+    assert again._index._changes.next_id == 2001

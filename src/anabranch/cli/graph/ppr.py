@@ -150,6 +150,9 @@ def ppr(
             raise InputError(
                 f"cannot set {unknown}; with --index it is rounds, eps or bound (the rest is told when it is built)"
             )
+        from anabranch.graph.arguments import check_flag
+
+        asked["bound"] = check_flag("bound", asked["bound"])
         _rank_one(opened, given, {"index": str(index), **asked}, top, place, quiet, as_json)
         return
     if changes:

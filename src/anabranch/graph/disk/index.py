@@ -14,7 +14,7 @@ from anabranch.graph.disk.answering import Asked
 from anabranch.graph.disk.blocks import Form, read_blocks
 from anabranch.graph.disk.slots import Slots
 from anabranch.graph.hnsw.arrays import aligned
-from anabranch.graph.hnsw.checks import as_ids, as_positive, as_vectors, like
+from anabranch.graph.hnsw.checks import as_ids, as_positive, as_vectors, like, results
 from anabranch.graph.hnsw.filters import Filter, Prepared, prepared
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.workers import FORMER, Workers, asked_workers, num_workers
@@ -188,7 +188,7 @@ class DiskIndex:
         k, beam = as_positive(k, "k"), min(as_positive(beam, "beam"), 256)
         ef = max(64 if ef is None else as_positive(ef, "ef"), k)
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        id_QK, distance_QK = _room(len(query_QD), k)
+        id_QK, distance_QK = results(len(query_QD), k)
         wanted = None if filter is None else self._prepared(filter)
         asked = Asked(
             self._held, self._form, self._cache_CW, self._wide(query_QD), wanted, id_QK, distance_QK, ef, beam
@@ -201,7 +201,7 @@ class DiskIndex:
         """The true k nearest of each query: the whole file is read once, all in it is measured. As `search`."""
         k = as_positive(k, "k")
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        id_QK, distance_QK = _room(len(query_QD), k)
+        id_QK, distance_QK = results(len(query_QD), k)
         wanted = None if filter is None else self._prepared(filter)
         asked = Asked(self._held, self._form, self._cache_CW, self._wide(query_QD), wanted, id_QK, distance_QK)
         blocks = np.arange(-(-len(self) // self._form.per))
@@ -357,10 +357,3 @@ class _Reading:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered.__exit__(kind, error, trace)
-
-
-def _room(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        return np.full((count, k), -1), np.full((count, k), np.inf, np.float32)
-    except (MemoryError, ValueError) as error:
-        raise CapacityError(f"no memory for {k:,} results of {count:,} queries; ask for fewer") from error

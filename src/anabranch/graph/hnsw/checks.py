@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from anabranch.bounds import is_whole, shown
-from anabranch.errors import InputError
+from anabranch.errors import CapacityError, InputError
 from anabranch.graph.masks import unmasked
+from anabranch.machine import room_bytes
 
 # The longest vector there may be: distances are squares of differences in 32 bits, and sums of a few of them are taken.
 MAX_LENGTH = 1e18
@@ -254,3 +255,21 @@ def as_filter(value: Any, label_N: np.ndarray, is_live_N: np.ndarray, *, is_begu
             )
         return is_live_N & found[np.where(is_live_N, label_N, 0)] if largest >= 0 else is_live_N
     return is_live_N & np.isin(label_N, found.astype(np.int64, copy=False) if found.size else np.empty(0, np.int64))
+
+
+# Below, what results take is not looked at: less than a search takes itself.
+_FEW_BYTES = 64 << 20
+
+
+def results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Room for the ids, int64 [Q, K], of -1, and distances, float32 [Q, K], of infinity, that a search writes.
+
+    Raises CapacityError where they do not fit into the memory there is: a system that promises more would end the process, or another,
+    as they are written.
+    """
+    if (size := 12 * num_queries * k) > _FEW_BYTES and size > room_bytes():
+        raise CapacityError(f"no memory for {k:,} results of {num_queries:,} queries; ask for fewer")
+    try:
+        return np.full((num_queries, k), -1), np.full((num_queries, k), np.inf, np.float32)
+    except (MemoryError, ValueError) as error:
+        raise CapacityError(f"no memory for {k:,} results of {num_queries:,} queries; ask for fewer") from error

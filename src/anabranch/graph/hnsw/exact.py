@@ -8,7 +8,7 @@ import numpy as np
 
 from anabranch.errors import BackendError, InputError
 from anabranch.extras import require
-from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_tensor
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_tensor, results
 from anabranch.graph.hnsw.storage import METRICS
 
 # Numbers at once.
@@ -63,7 +63,7 @@ def brute_force(
     id_N = np.arange(len(vector_ND)) if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
     # So that the order of rows is that of ids.
     order = np.argsort(id_N)
-    found_id, found = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
+    found_id, found = results(len(query_QD), k)
     held = min(k, len(vector_ND))
     if held:
         found_id[:, :held], found[:, :held] = _measured(work, vector_ND[order], query_QD, held, metric)

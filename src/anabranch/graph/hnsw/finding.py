@@ -3,10 +3,8 @@
 
 from typing import Any
 
-import numpy as np
-
 from anabranch.errors import CapacityError
-from anabranch.graph.hnsw.checks import as_positive, as_vectors, like
+from anabranch.graph.hnsw.checks import as_positive, as_vectors, like, results
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.ranges import Ranges, Within, as_radius
@@ -64,10 +62,7 @@ class Finding:
                 return found
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        try:
-            id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
-        except (MemoryError, ValueError) as error:
-            raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
+        id_QK, distance_QK = results(len(query_QD), k)
         with self._pool(workers, {}, "search") as pool:
             self._searcher.all(query_QD, ef, filter, id_QK, distance_QK, pool, self._lock)
         return like(id_QK, queries), like(distance_QK, queries)
@@ -143,8 +138,8 @@ class Finding:
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         radius_Q = as_radius(radius, len(query_QD))
+        id_QK, distance_QK = results(len(query_QD), k)
         try:
-            id_QK, distance_QK = np.full((len(query_QD), k), -1), np.full((len(query_QD), k), np.inf, np.float32)
             with self._pool(workers, {}, "nearest_within") as pool:
                 rows, number_Q = self._ranges.many(
                     query_QD, radius_Q, ef, filter, bool(exact), pool, self._lock, most=k

@@ -170,6 +170,7 @@ class Index(Base):
             held.own()
             held.label[slot_N] = label_N
             held.mark(slot_N, deleted=False)
+            index._changes.next_id = max(index._changes.next_id, int(label_N.max()) + 1)
             index._slots.forget()
             index._changes.move(slot_N, vector_ND, workers)
             index._changes.repair(workers)
@@ -263,6 +264,7 @@ class Index(Base):
             found = read_arrays(path_to_index, KIND, versions=VERSIONS)
             with described(path_to_index, "an index"):
                 meta, most = found.meta["hnsw"], whole(found.meta["max_elements"], "max_elements")
+                meta["next_id"] = _next_id(meta, found.arrays)
                 meta["options"]["metric"], dim = METRIC[self._space], whole(meta["options"]["dim"], "dim")
             if dim != self._dim:
                 raise RuntimeError(f"{path_to_index} holds vectors of {dim} numbers, not {self._dim}")
@@ -291,6 +293,7 @@ class Index(Base):
         # A pickle of an earlier release holds the index itself.
         held = held.__getstate__() if isinstance(held, HNSW) else held
         if held is not None:
+            held["meta"]["next_id"] = _next_id(held["meta"], held["arrays"])
             self._index = object.__new__(HNSW)
             self._index.__setstate__(held)
 
@@ -303,3 +306,9 @@ class Index(Base):
         held = self._made()._storage
         dead = np.flatnonzero(held.deleted[: held.count])
         self._deleted = dict(zip(held.label[dead].tolist(), dead.tolist(), strict=True))
+
+
+def _next_id(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
+    """Of an index; of earlier releases one whose elements took the places of deleted ones says one that is too low."""
+    noted = meta["next_id"]
+    return max(noted, int(arrays["label"].max(initial=-1)) + 1) if isinstance(noted, int) else noted
