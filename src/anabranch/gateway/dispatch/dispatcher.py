@@ -14,6 +14,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.gateway.dispatch.deployment_state import TOLD, Live
 from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
 from anabranch.gateway.dispatch.hedge import HedgeDelay
+from anabranch.gateway.dispatch.large_answers import LargeAnswers
 from anabranch.gateway.dispatch.late import Exchange, Late, Reader, answer_of, exchanged
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
@@ -125,6 +126,7 @@ class Dispatcher:
         self._owns_http = http is None
         self._lingering: set[asyncio.Future[None]] = set()
         self.turns = Turns(_READERS)
+        self.places: LargeAnswers = LargeAnswers() if previous is None else previous.places
         self.late = Late(self.rules.read_on_s, self.rules.read_on)
         self.groups: dict[str, LiveGroup] = {}
         names: set[str] = set()
@@ -257,7 +259,7 @@ class Dispatcher:
 
     def reader(self, live: Live, request: UpstreamRequest, sender: str) -> Reader:
         """What reads a deployment's whole answer to a request."""
-        return Reader(live.provider, request, self.turns, sender)
+        return Reader(live.provider, request, self.turns, sender, self.places)
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
         """A stream whose first token has come. Read it to the end, or close it.

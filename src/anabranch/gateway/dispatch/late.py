@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from anabranch.gateway.dispatch.large_answers import LargeAnswers
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.provider import (
@@ -18,10 +19,12 @@ from anabranch.gateway.providers.provider import (
     Headers,
     HttpCall,
     Provider,
+    Reply,
     Transport,
     UpstreamError,
     UpstreamRequest,
     read_all,
+    read_beginning,
 )
 from anabranch.web.large_json import LARGE
 from anabranch.web.turns import Turns
@@ -134,12 +137,29 @@ async def exchanged(
     reply = await transport.open(call)
     attempt.http_status = reply.status
     try:
-        is_answer = 200 <= reply.status < 300
-        body = await read_all(reply, most if is_answer else BODY_BYTES)
+        if not 200 <= reply.status < 300:
+            return reply.status, reply.headers, await read_all(reply), None
+        parts, is_large = await read_beginning(reply, LARGE)
+        if not is_large:
+            return reply.status, reply.headers, await read_all(reply, most, parts), None
+        async with reading.places.place(reading.sender, _length(reply, most)):
+            body = await read_all(reply, most, parts)
+            parts.clear()
+            # Its connection is free for the next.
+            reply.close()
+            return reply.status, reply.headers, body, await reading.large(body)
     finally:
         reply.close()
-    answer = await reading.large(body) if is_answer and len(body) > LARGE else None
-    return reply.status, reply.headers, body, answer
+
+
+def _length(reply: Reply, most: int) -> int:
+    """Bytes of an answer, as it says, at most ``most``; these if it does not say."""
+    told = reply.headers.get("content-length", "")
+    return (
+        min(int(told), most)
+        if told.isdecimal() and len(told) < 16 and "content-encoding" not in reply.headers
+        else most
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +170,14 @@ class Reader:
         provider, request: whose answer it is, and to what.
         turns: of that thread.
         sender: whose request it is.
+        places: for large ones, while they are read.
     """
 
     provider: Provider
     request: UpstreamRequest
     turns: Turns
     sender: str
+    places: LargeAnswers
 
     async def read(self, body: bytes) -> Answer:
         """The body of a 2xx answer. Raises UpstreamError."""

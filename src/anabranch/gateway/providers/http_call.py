@@ -1,7 +1,7 @@
 """What goes over the wire, and what carries it: `HttpCall`, `Reply` and `Transport`."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,9 +68,9 @@ class Transport(Protocol):
         """Send, and wait for status and headers. Raises UpstreamError."""
 
 
-async def read_all(reply: Reply, most: int = BODY_BYTES) -> bytes:
-    """The rest of an answer. Raises UpstreamError (``excess``) beyond ``most`` bytes."""
-    parts, size = [], 0
+async def read_all(reply: Reply, most: int = BODY_BYTES, begun: Sequence[bytes] = ()) -> bytes:
+    """The rest of an answer, behind what has ``begun``. Raises UpstreamError (``excess``) beyond ``most`` bytes."""
+    parts, size = list(begun), sum(map(len, begun))
     while part := await reply.read_some():
         size += len(part)
         if size > most:
@@ -78,3 +78,16 @@ async def read_all(reply: Reply, most: int = BODY_BYTES) -> bytes:
             raise excess(f"an answer of more than {most:,} bytes")
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def read_beginning(reply: Reply, num_bytes: int) -> tuple[list[bytes], bool]:
+    """The first pieces of an answer, of more than ``num_bytes`` if it has them; whether there may be more."""
+    parts: list[bytes] = []
+    size = 0
+    while size <= num_bytes:
+        part = await reply.read_some()
+        if not part:
+            return parts, False
+        size += len(part)
+        parts.append(part)
+    return parts, True
