@@ -4,6 +4,7 @@ import torch
 from anabranch import presets
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import ConfigError
+from anabranch.experts.rexmoe import ProgressiveScaling
 from anabranch.studies.compare import comparison
 from anabranch.train import RunConfig
 
@@ -64,7 +65,9 @@ def test_what_makes_each_design():
     find = {name: presets.find(name)("tiny").model.feed_forward for name in presets.PRESETS}
     assert find["rexmoe"].reuse == 2
     assert find["rexmoe-r4"].reuse == 4
-    assert find["rexmoe-open"].psr is None
+    assert find["rexmoe"].psr is find["rexmoe-r4"].psr is None
+    assert find["rexmoe-psr"] == find["rexmoe"].replace(psr=ProgressiveScaling.Config())
+    assert find["rexmoe-open"] == find["rexmoe"]
     assert (find["rmoe"].router.score.owner.kind, find["rmoe"].router.score.state_dim) == ("recurrent", 16)
     assert (find["chain"].iterations, find["chain"].num_choices, find["chain"].router.select.normalize) == (
         2,

@@ -117,18 +117,23 @@ def duo(size: str = "tiny") -> RunConfig:
 
 
 def rexmoe(size: str = "tiny") -> RunConfig:
-    """ReXMoE: two neighbouring layers share their experts, with progressive scaling of the candidates."""
+    """ReXMoE: two neighbouring layers share their experts, all open from the start."""
+    return _run(size, _rexmoe(_budget(size), 2, None))
+
+
+def rexmoe_psr(size: str = "tiny") -> RunConfig:
+    """ReXMoE with progressive scaling of the candidates, the paper's whole method; at small sizes worse than without."""
     return _run(size, _rexmoe(_budget(size), 2, ProgressiveScaling.Config()))
 
 
 def rexmoe_r4(size: str = "tiny") -> RunConfig:
-    """ReXMoE with groups of four layers, with progressive scaling."""
-    return _run(size, _rexmoe(_budget(size), 4, ProgressiveScaling.Config()))
+    """ReXMoE with groups of four layers."""
+    return _run(size, _rexmoe(_budget(size), 4, None))
 
 
 def rexmoe_open(size: str = "tiny") -> RunConfig:
-    """ReXMoE with groups of two layers and all candidates from the start (no progressive scaling)."""
-    return _run(size, _rexmoe(_budget(size), 2, None))
+    """The same as rexmoe, under the name that recorded comparisons have."""
+    return rexmoe(size)
 
 
 def versatile(size: str = "tiny") -> RunConfig:
@@ -187,6 +192,7 @@ PRESETS: dict[str, Preset] = {
     "moe-lossfree": moe_lossfree,
     "duo": duo,
     "rexmoe": rexmoe,
+    "rexmoe-psr": rexmoe_psr,
     "rexmoe-r4": rexmoe_r4,
     "rexmoe-open": rexmoe_open,
     "parscale": parscale,

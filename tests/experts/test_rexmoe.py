@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from anabranch.config import from_dict, to_dict
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.experts.rexmoe import (
+    GROWING,
     ProgressiveScaling,
     ReXMoE,
     export_expanded,
@@ -38,7 +39,7 @@ def model_of(feed_forward, *, num_layers=4, seed=0, **changes):
 
 
 def rexmoe(reuse=2, **changes):
-    return ReXMoE.Config(**{"num_experts": 4, "hidden_dim": 8, "reuse": reuse, **changes})
+    return ReXMoE.Config(**{"num_experts": 4, "hidden_dim": 8, "reuse": reuse, "psr": PSR(), **changes})
 
 
 def tokens(batch=2, length=9, seed=0):
@@ -377,12 +378,57 @@ def test_config_reads_back_equal():
 @pytest.mark.parametrize("num_layers", [4, 5])
 @pytest.mark.parametrize("foreign_rows", ["home", "zero", "noise"])
 def test_restricted_to_own_experts_it_is_the_vanilla_model(num_layers, foreign_rows):
-    """Local first and pre-softmax before t_s: the paper's "restricting to local experts reduces to vanilla"."""
+    """What a grown model begins with, in training and out of it: "restricting to local experts reduces to vanilla" (the paper)."""
     plain = model_of(MoE.Config(num_experts=4, hidden_dim=8, shared_experts=1), num_layers=num_layers)
-    grown = from_vanilla(plain, reuse=2, foreign_rows=foreign_rows, psr=PSR(mask="local_first", stage="pre_softmax"))
+    grown = from_vanilla(plain, reuse=2, foreign_rows=foreign_rows)
+    token_BL = tokens()
+    for training in (True, False):
+        torch.testing.assert_close(
+            grown.train(training)(token_BL).logits_BLV,
+            plain(token_BL).logits_BLV,
+            atol=FP32_TOLERANCE,
+            rtol=FP32_TOLERANCE,
+        )
+    step_to(grown, GROWING.start)
+    assert grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=FP32_TOLERANCE)
+    step_to(grown, 0.5)
+    assert not grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=1e-3)
+
+
+def step_to(model, fraction):
+    for block in model.blocks:
+        candidates = block.feed_forward.router.candidates
+        # The last group of an odd number of layers has no pool to grow.
+        if candidates is not None:
+            candidates.on_step(round(1000 * fraction), fraction)
+
+
+def test_the_paper_s_masks_change_a_trained_model_at_once():
+    """So they are asked for by name."""
+    plain = model_of(MoE.Config(num_experts=4, hidden_dim=8)).train()
+    token_BL = tokens()
+    for psr in (PSR(), None):
+        grown = from_vanilla(plain, reuse=2, psr=psr).train()
+        assert not grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=1e-3)
+    assert ReXMoE.Config().psr is None
+
+
+def test_a_grown_model_is_exported_and_served_fast_once_its_pool_is_open():
+    router = Router.Config(select=TopK.Config(top_k=2))
+    grown = from_vanilla(model_of(MoE.Config(num_experts=4, hidden_dim=8, router=router)), reuse=2).eval()
+    for fraction, opened in ((0.0, 4), (0.5, 6)):
+        step_to(grown, fraction)
+        with pytest.raises(CheckpointError, match=rf"^layer 0 has {opened} of 8 experts open, .*train until psr\.end"):
+            export_expanded(grown)
+        assert not grown.blocks[0].feed_forward.router.candidates.only_in_training
+    step_to(grown, GROWING.end)
+    assert all(block.feed_forward.router.candidates.only_in_training for block in grown.blocks)
     token_BL = tokens()
     torch.testing.assert_close(
-        grown.train()(token_BL).logits_BLV, plain(token_BL).logits_BLV, atol=FP32_TOLERANCE, rtol=FP32_TOLERANCE
+        export_expanded(grown)(token_BL).logits_BLV,
+        grown(token_BL).logits_BLV,
+        atol=FP32_TOLERANCE,
+        rtol=FP32_TOLERANCE,
     )
 
 

@@ -13,6 +13,7 @@ Experts, active experts and FLOPs per token stay those of the plain model; only 
 
 Departures: the paper prints groups as {floor(l / r) + k}; its text and figure mean {r floor(l / r) + k}, built here. Mask granularity,
 balance loss and router init are not stated; ours: one mask per (layer, step), Switch loss over open slots and z-loss, N(0, 0.02).
+PSR is off by default, and a model that is grown from a trained one begins with its own experts (`GROWING`).
 A depth embedding, a loss and a bias over the whole pool are options from later work. Evidence: `anabranch study rexmoe`.
 """
 # Shapes: N items or own experts (paper), S = r_g N slots of a pool, E destinations, D width, B batch, L positions
@@ -107,7 +108,7 @@ class ProgressiveScaling(Candidates, kind="psr"):
         self.config = config
         self.num_own, self.reuse, self.own_start = num_own, reuse, own_start
         self.layer, self.seed, self.min_open = layer, seed, min_open
-        self.stage, self.only_in_training = config.stage, config.evaluate == "full"
+        self.stage = config.stage
         self.register_buffer("open_E", torch.ones(num_own * reuse, dtype=torch.bool))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.on_step(0, 0.0)
@@ -116,6 +117,11 @@ class ProgressiveScaling(Candidates, kind="psr"):
     def num_slots(self) -> int:
         """S."""
         return self.num_own * self.reuse
+
+    @property
+    def only_in_training(self) -> bool:
+        """Whether all slots are open outside of training: always with the ``full`` pool, else once the schedule has opened them."""
+        return self.config.evaluate == "full" or bool(self.open_E.all())
 
     def num_open(self, step: int, fraction: float) -> int:
         """Open slots at a point of training."""
@@ -168,14 +174,15 @@ class ReusedExperts(BaseConfig):
 
     Attributes:
         reuse: r, layers per group; 1 is the plain layer. Above 4 the paper sees experts go idle; training warns where it happens.
-        psr: the schedule of candidates, None for a pool that is open from the start.
+        psr: the schedule of candidates, `ProgressiveScaling.Config()` for the paper's; None for a pool that is open from the start. With
+            the paper's, small models ended clearly worse than plain ones (see the page), so it is off by default.
         depth_embedding: add a learned vector per layer (zero at first) to the input, so shared experts can tell layers apart.
         pool_balance: alpha of the balance loss over the whole pool (`PoolLoss`), 0 for none.
         pool_bias: the bias balancers of ``router.balance`` are one per pool, not one per layer.
     """
 
     reuse: Repeats = Field(default=2, ge=1)
-    psr: ProgressiveScaling.Config | None = ProgressiveScaling.Config()
+    psr: ProgressiveScaling.Config | None = None
     depth_embedding: bool = False
     pool_balance: float = Field(default=0.0, ge=0)
     pool_bias: bool = False
@@ -209,6 +216,11 @@ class ReusedExperts(BaseConfig):
     def new_depth(self, dim: int) -> nn.Parameter | None:
         """The depth embedding of a layer as it begins, ``[D]``; None without one."""
         return nn.Parameter(torch.zeros(dim)) if self.depth_embedding else None
+
+
+# What a trained model grows by: it computes the same as before, in training and out of it, until foreign experts join its own.
+# Any other way its routers would at once choose experts they were never trained on.
+GROWING = ProgressiveScaling.Config(mask="local_first", stage="pre_softmax", evaluate="current")
 
 
 def at_depth(x_BLD: Tensor, depth_D: Tensor | None) -> Tensor:
@@ -278,7 +290,7 @@ def from_vanilla(
         foreign_rows: router rows of experts of other layers: ``home`` copies the row of the owner's router (adjacent layers see
             similar states), ``zero``, or ``noise`` as freshly initialised.
         seed: of the noise and of the masks.
-        options: other fields of `ReXMoE.Config`. With ``psr`` local_first and pre_softmax the logits equal the plain model's until t_s.
+        options: other fields of `ReXMoE.Config`. Without ``psr`` it is `GROWING`: the logits equal the plain model's until t_s.
 
     Returns a new model in the mode (training or evaluation) of the old one.
     Raises ConfigError if the model is not plain, or ``reuse`` does not fit.
@@ -287,7 +299,7 @@ def from_vanilla(
     if type(plain) is not MoE.Config:
         raise ConfigError(f"from_vanilla needs a model of plain 'moe' layers, this one has {plain.owner.kind!r}")
     moe_fields = {field.name: getattr(plain, field.name) for field in fields(plain)}
-    layer = ReXMoE.Config(**{**moe_fields, "reuse": reuse, **options})
+    layer = ReXMoE.Config(**{**moe_fields, "reuse": reuse, "psr": GROWING, **options})
     # A projection that is half as wide as there are experts stays so wide when there are more.
     router = layer.router.replace(score=layer.router.score.settled(plain.num_experts))
     config = model.config.replace(feed_forward=layer.replace(router=router))
@@ -344,7 +356,8 @@ def export_expanded(model: Decoder) -> Decoder:
 
     What any engine for OLMoE or Qwen3-MoE can run, at r times the expert memory.
 
-    Raises CheckpointError where a plain model cannot express it: a depth embedding, or a last group shorter than the others.
+    Raises CheckpointError where a plain model cannot express it: a depth embedding, a last group shorter than the others, or slots that
+    its schedule still keeps closed outside of training.
     """
     config = model.config.feed_forward
     if type(config) is not ReXMoE.Config:
@@ -357,6 +370,7 @@ def export_expanded(model: Decoder) -> Decoder:
             f"{len(layers)} routed layers are not a multiple of reuse={config.reuse}: the last group has fewer experts, "
             "which a plain model with one expert count cannot express"
         )
+    _check_open(model, layers)
     check_stacked(model)
     values = {field.name: getattr(config, field.name) for field in fields(MoE.Config)}
     plain = MoE.Config(**{**values, "num_experts": config.num_experts * config.reuse})
@@ -373,6 +387,16 @@ def export_expanded(model: Decoder) -> Decoder:
         _copy_pool_bias(state, source, layer, position // config.reuse, config)
     expanded.load_state_dict(state)
     return expanded.train(model.training)
+
+
+def _check_open(model: Decoder, layers: list[int]) -> None:
+    for layer in layers:
+        candidates = model.blocks[layer].feed_forward.router.candidates
+        if candidates is not None and not candidates.only_in_training:
+            raise CheckpointError(
+                f"layer {layer} has {int(candidates.open_E.sum())} of {candidates.num_slots} experts open, and a plain model has no "
+                "schedule that keeps experts closed; train until psr.end, or set psr.evaluate to 'full'"
+            )
 
 
 def _copy_pool_bias(
@@ -393,6 +417,10 @@ def _copy_pool_bias(
     makes=lambda config: type(config.feed_forward) is ReXMoE.Config,
     takes=lambda config: type(config.feed_forward) is MoE.Config,
     needs="a model of plain 'moe' layers",
+    sets=("psr",),
 )
 def _from_plain(model: Decoder, config: Decoder.Config, material: Material) -> Decoder:
-    return from_vanilla(model, seed=material.seed, **fields_beyond(config.feed_forward, MoE.Config))
+    asked = fields_beyond(config.feed_forward, MoE.Config)
+    if asked["psr"] is None:
+        del asked["psr"]
+    return from_vanilla(model, seed=material.seed, **asked)

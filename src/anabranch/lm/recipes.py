@@ -48,6 +48,7 @@ class _Recipe:
     convert: Convert
     learns: str | None
     keeps: tuple[str, ...]
+    sets: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def recipe(
     needs: str,
     learns: str | None = None,
     keeps: tuple[str, ...] = (),
+    sets: tuple[str, ...] = (),
 ) -> Callable[[Convert], Convert]:
     """Register ``convert(model, config, material) -> Decoder``, which turns a trained model into the design of ``config``.
 
@@ -95,6 +97,7 @@ def recipe(
         needs: what it begins with, in words, for who has something else.
         learns: only parameters whose name contains this shall learn; None for all.
         keeps: fields of the feed-forward that it takes from the trained model, such as ``router.select``.
+        sets: fields of the feed-forward for which it has a value of its own where the wanted design leaves them at None.
 
     Raises ConfigError (when used) if another recipe has this name.
     """
@@ -102,7 +105,7 @@ def recipe(
     def register(convert: Convert) -> Convert:
         if name in _RECIPES:
             raise ConfigError(f"a recipe {name!r} is registered already; choose another name")
-        _RECIPES[name] = _Recipe(name, needs, makes, takes, convert, learns, keeps)
+        _RECIPES[name] = _Recipe(name, needs, makes, takes, convert, learns, keeps, sets)
         return convert
 
     return register
@@ -152,7 +155,8 @@ def start_from(model: Decoder, config: Decoder.Config, *, seed: int, sample: Cal
 
 def kept_fields(config: Decoder.Config, made: Decoder.Config) -> tuple[Difference, ...]:
     """What is the trained model's in a started model's config ``made``, although the wanted ``config`` says otherwise."""
-    passed = ["model.streams", *(f"{_LAYER}.{name}" for name in _INITIAL)]
+    set_by_recipes = (name for found in _RECIPES.values() if found.makes(config) for name in found.sets)
+    passed = ["model.streams", *(f"{_LAYER}.{name}" for name in (*_INITIAL, *set_by_recipes))]
     return tuple(found for found in differences(config, made, "model") if not found.is_within(*passed))
 
 
@@ -179,7 +183,7 @@ def _check_layer(theirs: FeedForward.Config, ours: FeedForward.Config, used: lis
     sizes = _SIZES if isinstance(ours, MoE.Config) else ("hidden_dim",)
     passed = [*sizes, *_INITIAL, *_OF_LAYER, *(f"router.{name}" for name in _OF_ROUTER)]
     passed += _NOT_CHOSEN.get(type(ours), ())
-    passed += [name for found in used for name in found.keeps]
+    passed += [name for found in used for name in (*found.keeps, *found.sets)]
     paths = [f"{_LAYER}.{name}" for name in passed]
     _refuse([found for found in differences(ours, theirs, _LAYER) if not found.is_within(*paths)])
 

@@ -24,8 +24,11 @@ class Candidates(Part, nn.Module, family="candidates"):
         """Base of candidate configs."""
 
     stage: Literal["pre_softmax", "post_softmax"]
-    # Whether all destinations are open outside of training.
-    only_in_training: bool = False
+
+    @property
+    def only_in_training(self) -> bool:
+        """Whether all destinations are open outside of training."""
+        return False
 
     def open_NE(self, num_items: int, context: RoutingContext) -> Tensor | None:
         """bool ``[E]`` or ``[N, E]``, True where a destination may be chosen; None if all may."""

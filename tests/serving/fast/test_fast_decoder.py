@@ -504,6 +504,9 @@ def test_candidates_that_stay_closed_when_serving():
         dim=64, num_layers=2, attention=SelfAttention.Config(num_heads=4), feed_forward=layer
     ).build()
     assert "candidates change" in FastDecoder.supports(model.eval())
+    for block in model.blocks:
+        block.feed_forward.router.candidates.on_step(100, 1.0)
+    assert FastDecoder.supports(model) is None
 
 
 def test_shared_experts_that_are_weighed_against_routed_ones_are_left_to_the_model():
