@@ -31,6 +31,8 @@ class Script:
         endless: goes on with the answer until max_tokens.
         positions: most tokens of prompt and answer.
         width: of the vectors that it makes; None for none.
+        layers: experts of each routed layer.
+        gauges: what it tells beside the usual ones.
     """
 
     delay_s: float = 0.0
@@ -43,6 +45,8 @@ class Script:
     endless: bool = False
     positions: int = 4096
     width: int | None = None
+    layers: dict[int, int] = field(default_factory=lambda: dict(LAYERS))
+    gauges: dict[str, float] = field(default_factory=dict)
     made: list["FakeEngine"] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
 
@@ -78,9 +82,16 @@ class FakeEngine:
             raise CapacityError("no memory")
         self._ready = True
         return EngineInfo(
-            model="fake", vocab_size=VOCABULARY, max_positions=self.script.positions, block_tokens=16, num_blocks=100,
-            stop_tokens=(EOS,), routed_layers=LAYERS, pooling=None if self.script.width is None else "last", width=self.script.width or 0,
-        )  # fmt: skip
+            model="fake",
+            vocab_size=VOCABULARY,
+            max_positions=self.script.positions,
+            block_tokens=16,
+            num_blocks=100,
+            stop_tokens=(EOS,),
+            routed_layers=self.script.layers,
+            pooling=None if self.script.width is None else "last",
+            width=self.script.width or 0,
+        )
 
     def kill(self) -> None:
         """Die, as a process that gets a signal."""
@@ -131,7 +142,7 @@ class FakeEngine:
                 return
             self._counters["generation_tokens"] += 1
             self._counters["steps"] += 1
-            self._counters["expert_hits"] += len(LAYERS)
+            self._counters["expert_hits"] += len(self.script.layers)
             self._steps.append(0.001)
             yield self._output(request, token, first if at == 0 else {})
         is_full = len(tokens) >= request.sampling.max_tokens
@@ -163,7 +174,7 @@ class FakeEngine:
             top = tuple(((token + at) % 256, -0.5 - at) for at in range(request.sampling.logprobs))
             logprobs = (TokenLogprob(token=token, logprob=-0.5, top=top),)
         routing = (
-            ({layer: (token % count, (token + 1) % count) for layer, count in LAYERS.items()},)
+            ({layer: (token % count, (token + 1) % count) for layer, count in self.script.layers.items()},)
             if request.record_routing
             else ()
         )
@@ -174,7 +185,7 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         steps, self._steps = self._steps, []
-        gauges = {"running": float(len(self.running)), "waiting": 0.0, "kv_usage_ratio": 0.25}
+        gauges = {"running": float(len(self.running)), "waiting": 0.0, "kv_usage_ratio": 0.25, **self.script.gauges}
         return EngineStats(
             counters=dict(self._counters),
             gauges=gauges,

@@ -1,6 +1,9 @@
 """The chat page in a real browser: it streams, colours tokens by experts, says errors, fetches nothing from elsewhere, fits a phone."""
 
+import itertools
 import json
+import math
+import re
 import shutil
 
 import pytest
@@ -104,6 +107,83 @@ def test_another_layer_and_none_can_be_chosen(server, browser):
     shares = browser.execute_script("return [...document.querySelectorAll('#legend li')].map((at) => at.textContent)")
     assert len(shares) == 4
     assert 98 <= sum(int(share.split()[1].rstrip("%")) for share in shares) <= 102
+
+
+def oklab(colour):
+    """Of ``rgb(...)``, and its luminance by WCAG."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    rows = ((0.41222, 0.53633, 0.05145), (0.21190, 0.68070, 0.10740), (0.08830, 0.28172, 0.62998))
+    x, y, z = ((r * red + g * green + b * blue) ** (1 / 3) for r, g, b in rows)
+    lab = (
+        0.21045 * x + 0.79362 * y - 0.00407 * z,
+        1.97800 * x - 2.42859 * y + 0.45059 * z,
+        0.02590 * x + 0.78277 * y - 0.80868 * z,
+    )
+    return lab, 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_tell_64_experts_apart_and_leave_text_readable(browser, scheme):
+    emulated = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    # One token for each expert.
+    with serving(Script(say="".join(map(chr, range(32, 96))), layers={0: 64})) as running:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
+        try:
+            ask(browser, running)
+            found = browser.execute_script(
+                "return [...document.querySelectorAll('.token')].map((at) => [at.experts[0][0], getComputedStyle(at).backgroundColor,"
+                " getComputedStyle(at).color])"
+            )
+        finally:
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    fills = {expert: oklab(fill) for expert, fill, _ in found}
+    assert set(fills) == set(range(64))
+    # About twice what an eye just tells apart, 0.02; 0.003 before, by hues alone.
+    assert min(math.dist(a, b) for (a, _), (b, _) in itertools.combinations(fills.values(), 2)) > 0.04
+    # The first eight, which are all that small models have, are far apart.
+    few = [fills[expert][0] for expert in range(8)]
+    assert min(itertools.starmap(math.dist, itertools.combinations(few, 2))) > 0.12
+    (ink,) = {oklab(colour)[1] for _, _, colour in found}
+    for _, fill in fills.values():
+        # WCAG AA.
+        assert (max(ink, fill) + 0.05) / (min(ink, fill) + 0.05) > 4.5
+
+
+@in_browser
+def test_one_expert_can_be_seen_alone(server, browser):
+    ask(browser, server)
+    dimmed = "return [...document.querySelectorAll('.token.other')].map((at) => at.experts[$('layer').value])"
+    assert browser.execute_script(dimmed) == []
+    browser.execute_script("document.querySelector('#legend button').click()")
+    pressed = browser.execute_script(
+        "return [...document.querySelectorAll('#legend [aria-pressed=true]')].map((at) => at.textContent)"
+    )
+    expert = int(pressed[0].split(":")[0])
+    others = browser.execute_script(dimmed)
+    assert others
+    assert all(expert not in chosen for chosen in others)
+    assert len(others) < browser.execute_script("return document.querySelectorAll('.token').length")
+    browser.execute_script("document.querySelector('#legend [aria-pressed=true]').click()")
+    assert browser.execute_script(dimmed) == []
+
+
+@in_browser
+def test_a_gauge_shows_the_cache_of_experts_where_there_is_one(server, browser):
+    ask(browser, server)
+    assert browser.execute_script("return document.getElementById('cache').hidden")
+    gauges = {"expert_all_bytes": 6.0 * 2**20, "expert_resident_bytes": 1.5 * 2**20, "expert_budget_bytes": 2.0 * 2**20}
+    with serving(Script(say="abc", gauges=gauges)) as running:
+        ask(browser, running)
+        told = until(
+            browser,
+            "document.getElementById('cache').innerText.includes('since') && document.getElementById('cache').innerText",
+        )
+        assert told == "experts in memory: 1.5 of 6.0 MiB · 100% of those wanted since the last answer were there"
+        assert (
+            browser.execute_script("return document.getElementById('cache').style.getPropertyValue('--share')") == "25%"
+        )
 
 
 @in_browser
