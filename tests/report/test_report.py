@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from anabranch.errors import DataError
-from anabranch.report import explain, pictures, summarize, write_report
+from anabranch.report import cache_pictures, captions, explain, pictures, summarize, write_report
 from anabranch.report.page import page
 from anabranch.report.words import _balance
 from anabranch.routing import TraceBuilder, TraceLayer, consistency, measure
@@ -291,6 +291,50 @@ def test_only_pictures_that_say_something(trace, pictures, tmp_path):
     assert {file.stem for file in tmp_path.glob("*.png")} == pictures
     assert Page(path.read_text()).open == []
     assert "nan" not in path.read_text().split("<body>")[1].replace("finance", "")
+
+
+def test_words_picture_and_caption_name_one_layer_as_most_special():
+    """The layer of the greatest distance of one domain need not be the one whose experts tell most about domains."""
+    trace = made(num_layers=6, domains=("books", "code", "mail"), num_sequences=9, skew=0.7)
+    summary = summarize(trace)
+    by_distance = max(summary.layers, key=lambda layer: max(layer.domain_distance.values()))
+    best = summary.most_special
+    assert best.layer == max(summary.layers, key=lambda layer: layer.domain_information_bits).layer
+    assert best.layer != by_distance.layer
+    (said,) = [sentence for sentence in explain(summary) if "by domain" in sentence]
+    assert f"in layer {best.layer}, where they do so most, " in said
+    assert f"avoids (blue) in layer {best.layer}, where the expert tells most" in captions.specialisation(summary)
+    titles = [axes.get_title("left") for axes in pictures.specialisation(trace, summary).axes]
+    assert f"Experts that each domain prefers, layer {best.layer}" in titles
+
+
+@pytest.mark.parametrize(("num_layers", "shown"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (7, [0, 3, 6])])
+def test_all_of_few_layers_are_drawn_and_of_many_it_is_said(num_layers, shown):
+    trace = made(num_layers=num_layers, length=4)
+    picture = pictures.coactivation(trace)
+    titles = [axes.get_title("left") for axes in picture.axes]
+    assert [title for title in titles if title] == [f"layer {layer}" for layer in shown]
+    is_some = len(shown) < num_layers
+    assert (f"(3 of {num_layers} layers)" in picture._suptitle.get_text()) == is_some
+    assert ("the middle and the last" in captions.coactivation(summarize(trace))) == is_some
+
+
+def test_captions_tell_of_no_curve_that_is_not_drawn():
+    one, several = summarize(made(num_layers=1)), summarize(made())
+    assert captions.load(one).endswith("the line is the fair share.")
+    assert "orange" in captions.load(several)
+    assert captions.specialisation(one).startswith("Which experts a domain prefers")
+    for is_everything in (True, False):
+        facts = replace(several.caches, is_everything=is_everything)
+        summary = replace(several, caches=facts)
+        labels = [line.get_label() for axes in cache_pictures.caches(summary).axes for line in axes.lines]
+        assert ("recommended size" in labels) == ("dashed" in captions.caches(summary)) == (not is_everything)
+
+
+def test_axes_of_shares_end_at_one():
+    picture = cache_pictures.caches(summarize(made(length=100)))
+    assert [axes.get_ylim() for axes in picture.axes] == [(0, 1), (0, 1)]
+    assert not any(line.get_clip_on() for axes in picture.axes for line in axes.lines)
 
 
 def by_wider():

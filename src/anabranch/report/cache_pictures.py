@@ -42,7 +42,8 @@ def _hits_by_size(axes: Axes, facts: CacheFacts) -> None:
         axes.plot(
             facts.ratios, facts.hits[policy], color=SERIES[series], label=label, drawstyle="steps-post", marker=marker
         )
-    axes.axvline(facts.recommended_ratio, color=MUTED, linestyle="--", linewidth=1, label="recommended size")
+    if not facts.is_everything:
+        axes.axvline(facts.recommended_ratio, color=MUTED, linestyle="--", linewidth=1, label="recommended size")
     shared = " of a pool" if facts.shared else ""
     axes.set(title="Hits of an expert cache", ylabel="share of accesses", xlabel=f"cache size / active experts{shared}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
@@ -86,6 +87,9 @@ def _hits_by_window(axes: Axes, found: list[WindowFacts], at: int) -> None:
 
 
 def _shares(axes: Axes) -> None:
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1)
+    # A point at 1 is drawn whole.
+    for line in axes.lines:
+        line.set_clip_on(False)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     horizontal_grid(axes)

@@ -38,7 +38,7 @@ def _draw_uses(axes: Any, use_L: np.ndarray) -> None:
     place_L = np.arange(len(use_L))
     axes.bar(place_L, np.minimum(use_L, 1), color=SERIES[0], label="run")
     axes.bar(place_L, np.maximum(use_L - 1, 0), bottom=1, color=SERIES[1], label="repeated")
-    axes.set_ylim(0, max(1.05, use_L.max() * 1.05))
+    axes.set_ylim(0, 1 if use_L.max() <= 1 else use_L.max() * 1.05)
     axes.set_xlabel("block")
     axes.set_title("runs per token")
     horizontal_grid(axes)

@@ -18,6 +18,9 @@ from anabranch.routing.trace import RoutingTrace
 
 WIDTH = 9.0  # inches
 MOST_PASSES = 4  # pairs of passes that one picture has
+MOST_LAYERS = 4  # whose pairs of experts one picture has
+# Inches of a row of so many squares.
+_SQUARES = {1: (5.4, 4.6), 2: (WIDTH, 4.6), 3: (WIDTH, 3.6), 4: (WIDTH, 3.0)}
 OCTAVES = 2.0  # colours reach from a quarter to four times
 
 
@@ -90,14 +93,14 @@ def entropy(summary: Summary) -> Figure | None:
 
 
 def coactivation(trace: RoutingTrace) -> Figure | None:
-    """Which experts are chosen together more and less often than loads explain, in the first, middle and last layer."""
+    """Which experts are chosen together more and less often than loads explain; of many layers, in the first, middle and last."""
     able = [layer.layer for layer in trace.layers if layer.top_k > 1 and layer.num_destinations > 1]
     if not able:
         return None
-    shown = list(dict.fromkeys([able[0], able[len(able) // 2], able[-1]]))
-    width, height = {1: (5.4, 4.6), 2: (WIDTH, 4.6), 3: (WIDTH, 3.6)}[len(shown)]
-    with figure(width, height, ncols=len(shown), squeeze=False) as (made, (row,)):
-        made.suptitle("Experts chosen together", x=0.01, ha="left", weight="bold", size=10.5)
+    shown = able if len(able) <= MOST_LAYERS else [able[0], able[len(able) // 2], able[-1]]
+    with figure(*_SQUARES[len(shown)], ncols=len(shown), squeeze=False) as (made, (row,)):
+        choice = "" if len(shown) == len(able) else f" ({len(shown)} of {len(able)} layers)"
+        made.suptitle(f"Experts chosen together{choice}", x=0.01, ha="left", weight="bold", size=10.5)
         for axes, number in zip(row, shown, strict=True):
             num_destinations = trace.layer(number).num_destinations
             index_NK = trace.decisions(number).index_NK
@@ -136,8 +139,7 @@ def passes(summary: Summary) -> Figure | None:
     if not able:
         return None
     shown = [able[place] for place in np.unique(np.linspace(0, len(able) - 1, MOST_PASSES).round().astype(int))]
-    width, height = {1: (5.4, 4.6), 2: (WIDTH, 4.6), 3: (WIDTH, 3.6), 4: (WIDTH, 3.0)}[len(shown)]
-    with figure(width, height, ncols=len(shown), squeeze=False) as (made, (row,)):
+    with figure(*_SQUARES[len(shown)], ncols=len(shown), squeeze=False) as (made, (row,)):
         choice = "" if len(shown) == len(able) else f" ({len(shown)} of {len(able)} pairs of passes)"
         made.suptitle(f"Experts from one pass to the next{choice}", x=0.01, ha="left", weight="bold", size=10.5)
         for axes, facts in zip(row, shown, strict=True):
@@ -164,7 +166,8 @@ def specialisation(trace: RoutingTrace, summary: Summary) -> Figure | None:
     layers = [layer for layer in summary.layers if layer.domain_distance]
     if not layers:
         return None
-    best = max(layers, key=lambda layer: layer.domain_information_bits)
+    best = summary.most_special
+    assert best is not None
     load_ME = measure.domain_load(trace, best.layer)
     even_ME = np.outer(load_ME.sum(1), load_ME.sum(0)) / load_ME.sum()
     lift_ME = (load_ME + 2) / (even_ME + 2)  # two choices more each way draw what rests on few choices towards 1

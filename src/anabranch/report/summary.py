@@ -141,6 +141,12 @@ class Summary:
         """The layer with the most uneven load."""
         return max(self.layers, key=lambda layer: -1.0 if math.isnan(layer.max_violation) else layer.max_violation)
 
+    @property
+    def most_special(self) -> LayerFacts | None:
+        """The layer whose experts tell most about the domain, in bits; None where the trace has no domains."""
+        layers = [layer for layer in self.layers if layer.domain_distance]
+        return max(layers, key=lambda layer: layer.domain_information_bits, default=None)
+
     def typical(self, name: str) -> float:
         """The median of a measure over the layers that have it."""
         values = [value for layer in self.layers if not math.isnan(value := getattr(layer, name))]

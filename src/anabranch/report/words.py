@@ -106,19 +106,19 @@ def _passes(summary: Summary) -> str:
 
 
 def _domains(summary: Summary) -> str:
-    layers = [layer for layer in summary.layers if layer.domain_distance]
-    if not layers:
+    layers, best = [layer for layer in summary.layers if layer.domain_distance], summary.most_special
+    if best is None:
         return ""
-    best = max(layers, key=lambda layer: max(layer.domain_distance.values()))
+    most = max(max(layer.domain_distance.values()) for layer in layers)
+    if most < 0.05:
+        return f"Experts do not specialise by domain: the loads of no domain differ by more than {percent(most)} from those of all."
     name, distance = max(best.domain_distance.items(), key=lambda pair: pair[1])
-    if distance < 0.05:
-        return f"Experts do not specialise by domain: the loads of no domain differ by more than {percent(distance)} from those of all."
     if all(layer.domain_information_bits < 2 * layer.domain_noise_bits for layer in layers):
         return "No specialisation by domain can be told from chance in so few decisions."
     degree = "strongly" if distance > 0.3 else "clearly" if distance > 0.15 else "slightly"
     return (
-        f"Experts specialise {degree} by domain: in layer {best.layer}, {percent(distance)} of the choices made for '{name}' "
-        f"would have to go to other experts to look like the average text."
+        f"Experts specialise {degree} by domain: in layer {best.layer}{', where they do so most' * (len(layers) > 1)}, {percent(distance)} "
+        f"of the choices made for '{name}' would have to go to other experts to look like the average text."
     )
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from anabranch.errors import DataError
 from anabranch.files import atomic_write, atomic_write_json, atomic_write_text, parse_json
-from anabranch.report import cache_pictures, pictures
+from anabranch.report import cache_pictures, captions, pictures
 from anabranch.report.page import Section, page
 from anabranch.report.style import to_png, to_svg
 from anabranch.report.summary import Summary, summarize
@@ -20,65 +20,23 @@ from anabranch.routing.trace import RoutingTrace
 from anabranch.routing.trace_schema import METADATA_KEY
 
 # file name, heading, how to read it, picture
-_SECTIONS: list[tuple[str, str, str, Callable[[RoutingTrace, Summary], Figure | None]]] = [
-    (
-        "load",
-        "Load",
-        "How many choices each expert gets, in multiples of its fair share. Where colours show it, orange is overloaded, blue nearly idle, "
-        "and no colour is fair.",
-        pictures.load,
-    ),
-    (
-        "entropy",
-        "Entropy",
-        "Left: how evenly a layer uses its experts; the dashed line is an even load. Right: how evenly a decision spreads its weight over "
-        "what it chose; near the dashed line all choices count alike, near 0 the first decides.",
-        lambda trace, summary: pictures.entropy(summary),
-    ),
+_SECTIONS: list[tuple[str, str, Callable[[Summary], str], Callable[[RoutingTrace, Summary], Figure | None]]] = [
+    ("load", "Load", captions.load, pictures.load),
+    ("entropy", "Entropy", captions.entropy, lambda trace, summary: pictures.entropy(summary)),
     (
         "coactivation",
         "Experts chosen together",
-        "Pairs chosen for the same token, more (orange) or less often (blue) than the loads of the two explain. Orange blocks are teams; "
-        "pairs seen a few times only stay pale; grey is the diagonal, and experts that were never chosen. Of many layers, the first, the "
-        "middle and the last.",
+        captions.coactivation,
         lambda trace, summary: pictures.coactivation(trace),
     ),
-    (
-        "passes",
-        "From pass to pass",
-        "Layers that route several times: which expert of the next pass (across) the tokens of an expert (down) go to, more (orange) or "
-        "less often (blue) than the loads of the two explain; grey where one of them was never chosen. The diagonal is the same expert "
-        "again. Of many pairs of passes, four from the first to the last; the table has all.",
-        lambda trace, summary: pictures.passes(summary),
-    ),
-    (
-        "specialisation",
-        "Specialisation by domain",
-        "How far the experts used for each domain are from those used overall (total variation: the share of choices that would have to go "
-        "elsewhere), and which experts a domain prefers (orange) or avoids (blue) in the layer where the domain shows most.",
-        pictures.specialisation,
-    ),
-    (
-        "reuse",
-        "Reuse",
-        "How often a choice repeats an earlier one, beside what even and independent choices would give (by chance). High reuse is what "
-        "expert caches and offloading live on.",
-        lambda trace, summary: pictures.reuse(summary),
-    ),
-    (
-        "caches",
-        "Offloading",
-        "Left: the best a router could do that may switch experts on and off for 16 tokens at a time only (SRP, arXiv 2505.16056); near "
-        "the line, it could as well keep all on. Right: how often a cache of that size, in each layer or, where layers "
-        "share experts, in each pool, holds the expert that is asked for; beyond the dashed line a larger cache buys little.",
-        lambda trace, summary: cache_pictures.caches(summary),
-    ),
+    ("passes", "From pass to pass", captions.passes, lambda trace, summary: pictures.passes(summary)),
+    ("specialisation", "Specialisation by domain", captions.specialisation, pictures.specialisation),
+    ("reuse", "Reuse", captions.reuse, lambda trace, summary: pictures.reuse(summary)),
+    ("caches", "Offloading", captions.caches, lambda trace, summary: cache_pictures.caches(summary)),
     (
         "windows",
         "Windows and caches that were asked for",
-        "Left: SRP at each window, with its 95% interval over sequences. Beside it: what caches of so many times the active experts hit, "
-        "first accesses being misses. SCH and PLEC know the window ahead, the others do not depend on it. Fixed is filled before a "
-        "sequence begins.",
+        captions.windows,
         lambda trace, summary: cache_pictures.windows(summary),
     ),
 ]
@@ -153,7 +111,7 @@ def write_report(
             path.unlink(missing_ok=True)  # of an earlier report
             continue
         save_picture(path, to_png(picture))
-        sections.append(Section(heading, how_to_read, to_svg(picture)))
+        sections.append(Section(heading, how_to_read(summary), to_svg(picture)))
     atomic_write_text(folder / "report.html", page(title, summary, sentences, sections, extra))
     return folder / "report.html"
 
