@@ -1,6 +1,7 @@
 """What MkDocs makes while it builds, so that none of it is typed by hand or goes stale.
 
 - one API page per package, from its docstrings;
+- a page for each notebook, with what its cells printed;
 - the command line, from ``--help``: a page of all commands and one for each;
 - tables of recorded results, where a page says ``<!-- results: studies/rexmoe -->`` (or ``benchmarks/moe_layer``, or
   ``studies`` or ``benchmarks`` for all);
@@ -23,6 +24,7 @@ from _bars import AWAITED, Bar, asked_of, is_met  # noqa: E402
 from _sources import age  # noqa: E402
 
 PACKAGE = ROOT / "src" / "anabranch"
+NOTEBOOKS = ROOT / "docs" / "notebooks"
 MARKER = re.compile(r"<!-- results: (benchmarks|studies)(?:/(\w+))? -->")
 TABLES = re.compile(r"<!-- results: (headlines|bars) -->")
 COMMAND_LINE = "command-line.md"
@@ -34,7 +36,8 @@ FENCE_WORDS = re.compile(
 
 def generated_pages() -> dict[str, str]:
     """Path below docs/ and text of each page that no file holds, the command line's first left empty (it takes a second)."""
-    return {f"api/{name}.md": _api_page(name) for name in api_names()} | {COMMAND_LINE: ""}
+    notebooks = {f"notebooks/{path.stem}.md": notebook_page(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    return {f"api/{name}.md": _api_page(name) for name in api_names()} | notebooks | {COMMAND_LINE: ""}
 
 
 def on_config(config: Any) -> Any:
@@ -91,6 +94,29 @@ def _public_names(file: Path) -> list[str]:
         ):
             return ast.literal_eval(node.value)
     return []
+
+
+# Notebooks
+
+
+def notebook_page(path: Path) -> str:
+    """Its words, its code, and what that printed and drew; the file itself lies beside the page."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        parts += [_output(output) for output in cell.get("outputs", [])]
+    parts.insert(1, f"[The notebook itself]({path.name})")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _output(output: dict[str, Any]) -> str:
+    """What a cell printed as a block, a picture as one; of what has both, the picture."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f"![What the cell draws](data:image/png;base64,{''.join(data['image/png']).strip()})"
+    text = "".join(output.get("text", data.get("text/plain", "")))
+    return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
 # Command line

@@ -470,6 +470,22 @@ def test_api_pages_cover_the_package():
     assert not [path for path in pages if "_" in path.removeprefix("api/")[:1]]
 
 
+def test_a_notebook_is_a_page_by_hand(tmp_path):
+    drawn = {"output_type": "display_data", "data": {"image/png": "QUJD\n", "text/plain": "<Figure>"}}
+    printed = {"output_type": "stream", "name": "stdout", "text": ["1\n", "2\n"]}
+    found = [
+        {"cell_type": "markdown", "source": ["# Title\n", "words"]},
+        {"cell_type": "code", "source": ["print(1)\n", "print(2)"], "outputs": [printed, drawn]},
+        {"cell_type": "code", "source": ["x = 1"], "outputs": []},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": found}))
+    assert hooks.notebook_page(tmp_path / "a.ipynb") == (
+        "# Title\nwords\n\n[The notebook itself](a.ipynb)\n\n```python\nprint(1)\nprint(2)\n```\n\n```text\n1\n2\n```\n\n"
+        "![What the cell draws](data:image/png;base64,QUJD)\n\n```python\nx = 1\n```\n"
+    )
+    assert {"notebooks/researcher.md", "notebooks/data-engineer.md"} <= hooks.generated_pages().keys()
+
+
 def test_every_record_is_shown_on_a_page():
     shown = {found for page in PAGES for found in hooks.MARKER.findall(page.read_text(encoding="utf-8"))}
     for folder in ("studies", "benchmarks"):
