@@ -28,7 +28,8 @@ NOTEBOOKS = ROOT / "docs" / "notebooks"
 MARKER = re.compile(r"<!-- results: (benchmarks|studies)(?:/(\w+))? -->")
 TABLES = re.compile(r"<!-- results: (headlines|bars) -->")
 COMMAND_LINE = "command-line.md"
-MARGIN, NOT_BY_INTERVAL = "\\*", "\u2020"  # beside a difference, beside a verdict
+# Beside a difference; beside verdicts.
+MARGIN, NOT_BY_INTERVAL, NOT_BY_HOLM = "\\*", "\u2020", "\u2021"
 FENCE_WORDS = re.compile(
     r"^( *```\w+)[ ]+[\w-]+[ ]*$", re.MULTILINE
 )  # ```python no-run: for our tests, no language of any renderer's
@@ -207,7 +208,7 @@ def study_table(recorded: dict[str, Any]) -> str:
     rows = [
         claim
         | {"difference": _marked(claim["difference"], MARGIN if claim.get("margin") else "")}
-        | {"verdict": _marked(_verdict_told(claim), NOT_BY_INTERVAL if is_judged_otherwise(claim) else "")}
+        | {"verdict": _marked(_verdict_told(claim), _verdict_mark(claim, recorded))}
         for claim in recorded["claims"]
     ]
     told = [
@@ -219,6 +220,8 @@ def study_table(recorded: dict[str, Any]) -> str:
         told.append(
             f"{NOT_BY_INTERVAL} The interval contains zero, and the verdict goes by another rule of the study, such as a limit."
         )
+    if any(falls_to_holm(claim, recorded) for claim in recorded["claims"]):
+        told.append(f"{NOT_BY_HOLM} Told apart by itself; not beside all claims of the study (Holm's rule at 5%).")
     told += _frozen_told(recorded)
     idle = arms_not_run(recorded)
     if idle:
@@ -228,6 +231,26 @@ def study_table(recorded: dict[str, Any]) -> str:
 
 def _verdict_told(claim: dict[str, Any]) -> str:
     return f"{claim['verdict']}, exact" if claim.get("exact") else claim["verdict"]
+
+
+def _verdict_mark(claim: dict[str, Any], recorded: dict[str, Any]) -> str:
+    if is_judged_otherwise(claim):
+        return NOT_BY_INTERVAL
+    return NOT_BY_HOLM if falls_to_holm(claim, recorded) else ""
+
+
+def falls_to_holm(claim: dict[str, Any], recorded: dict[str, Any]) -> bool:
+    """Whether a claim that is not resolved would be by its own test at 5%, with repetitions enough."""
+    from types import SimpleNamespace
+
+    from anabranch.studies.corrected import LEVEL, p_value
+    from anabranch.studies.paired import SEEDS_NEEDED
+
+    count = claim.get("count") or len(recorded["seeds"])
+    if claim["verdict"] != "not resolved" or claim.get("exact") or count < SEEDS_NEEDED:
+        return False
+    p = p_value(SimpleNamespace(**{"margin": None, "limit": None, **claim}), count)
+    return p is not None and p <= LEVEL
 
 
 def _frozen_told(recorded: dict[str, Any]) -> list[str]:

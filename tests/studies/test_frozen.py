@@ -203,6 +203,18 @@ def test_what_is_frozen_anew_is_void_until_it_has_run_again(folder):
     assert verdicts(run_study(changed, folder)) == ["holds"]
 
 
+def test_another_primary_claim_voids_nothing_and_is_told(folder):
+    """Which claim stands for the rest says nothing about what came out of any; that it was changed afterwards stands in the record."""
+    other = make(primary="another")
+    with pytest.raises(ConfigError, match="primary was"):
+        summarize(other, folder)
+    made = refreeze(other, folder, "the judged arm stands for the paper")
+    assert made.history[-1]["voids"] == []
+    outcome = summarize(other, folder)
+    assert verdicts(outcome) == ["holds"]
+    assert any("the judged arm stands for the paper" in note for note in outcome.notes)
+
+
 def test_claims_may_be_void_one_by_one():
     claims = [Claim.against(1.0, name, "-", 2.0, "holds") for name in ("a", "b")]
     claims.append(Claim.not_run("c", "-"))

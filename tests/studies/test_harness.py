@@ -8,6 +8,7 @@ import pytest
 from anabranch import studies
 from anabranch.config import Config, configclass
 from anabranch.errors import ConfigError, DataError
+from anabranch.studies.corrected import settled
 from anabranch.studies.harness import (
     Arm,
     Claim,
@@ -16,7 +17,6 @@ from anabranch.studies.harness import (
     Study,
     read_records,
     run_study,
-    settled,
     summarize,
     summary_rows,
 )
@@ -113,19 +113,17 @@ def test_nothing_is_decided_below_five_seeds(tmp_path, seeds, verdict):
 
 
 def test_repetitions_other_than_seeds_count_and_what_is_exact_needs_none():
-    results = Results({"a": {0: {}, 1: {}}, "b": {0: {}}})
-
-    def verdict(said, **more):
-        return settled(Claim.against(1.0, "a", "b", 2.0, said, **more), results).verdict
+    def verdict(said, seeds=2, **more):
+        (made,) = settled([Claim.against(1.0, "a", "b", 2.0, said, **more)], seeds)
+        return made.verdict
 
     assert verdict("holds") == verdict("does not hold") == "not resolved"
     assert verdict("holds", exact=True) == "holds"
     assert verdict("holds", count=5) == "holds"
     assert verdict("holds", count=4) == "not resolved"
     assert verdict("not run") == "not run"
-    many = Results({"a": {seed: {} for seed in range(5)}})
-    assert settled(Claim.against(1.0, "a", "b", 2.0, "holds"), many).verdict == "holds"
-    assert settled(Claim.against(1.0, "a", "b", 2.0, "holds", count=2), many).verdict == "not resolved"
+    assert verdict("holds", seeds=5) == "holds"
+    assert verdict("holds", seeds=5, count=2) == "not resolved"
 
 
 def test_every_run_is_one_file_and_is_not_run_again(tmp_path):

@@ -51,6 +51,13 @@ def study(
             help="Run nothing, freeze the plan and rule of --full anew; verdicts are void until the arms have run again.",
         ),
     ] = None,
+    power: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E",
+            help="Run nothing, say how many seeds tell a difference of E, by the spread of the runs that are there.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,6 +80,9 @@ def study(
         return
     if refreeze is not None:
         _refreeze(chosen, folder, refreeze, as_json)
+        return
+    if power is not None:
+        _print_power(chosen, folder, power, as_json)
         return
     if judge_only:
         outcome = summarize(chosen, folder)
@@ -130,6 +140,38 @@ def _print_fit(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     headers = list(rows[0])
     cells = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
     table(headers, cells, text_columns=1)
+
+
+def _print_power(study: Study, folder: Path, effect: float, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from anabranch.errors import DataError
+    from anabranch.studies.harness import read_results
+    from anabranch.studies.power import planned
+
+    results = read_results(study, folder)
+    rows = planned(study.judge(results), repetitions=len(results.seeds), effect=effect)
+    if not rows:
+        raise DataError(
+            f"no claim of study {study.name!r} has two seeds in {folder / study.name}; run two or three as a pilot first"
+        )
+    if as_json:
+        print_json({"study": study.name, "effect": effect, "claims": [asdict(row) for row in rows]})
+        return
+    table(
+        ["claim", "pairs", "deviation", "smallest effect", f"pairs for {effect:g}"],
+        [
+            [
+                row.claim,
+                str(row.count),
+                f"{row.deviation:.3g}",
+                f"{row.smallest:.3g}",
+                "over 10,000" if row.needed is None else f"{row.needed:,}",
+            ]
+            for row in rows
+        ],
+        text_columns=1,
+    )
 
 
 def _print(outcome: Outcome, folder: Path) -> None:

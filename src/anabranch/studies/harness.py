@@ -21,10 +21,12 @@ from typing import Any, Self
 from anabranch.errors import ConfigError, DataError
 from anabranch.files import atomic_write_json
 from anabranch.locks import locked
+from anabranch.studies.corrected import settled
 from anabranch.studies.frozen import ALL, Frozen, check, differing, freeze, plan_of
 from anabranch.studies.frozen import read as read_frozen
-from anabranch.studies.paired import SEEDS_NEEDED, Estimate, Verdict, estimate, paired_difference
+from anabranch.studies.paired import Estimate, Verdict, estimate, paired_difference
 from anabranch.studies.pinned import check_corpus
+from anabranch.studies.power import Bracket
 from anabranch.studies.provenance import (
     Digests,
     Origin,
@@ -216,6 +218,7 @@ class Study:
         noted_only: whether records do not count that say nothing of what they read, as those of older versions. Otherwise they count,
             and are named in the result.
         primary: the words of the claim that stands for the paper's headline; None: the first.
+        brackets: arms at several learning rates, of which it is told where the best is an end.
     """
 
     name: str
@@ -233,21 +236,15 @@ class Study:
     inputs: Callable[[Any], str | None] | None = None
     noted_only: bool = False
     primary: str | None = None
+    brackets: Sequence[Bracket] = ()
 
     def judged(self, results: Results) -> list[Claim]:
-        """What ``judge`` says, as far as there are runs enough to say it: see `settled`."""
-        return [settled(claim, results) for claim in self.judge(results)]
+        """What ``judge`` says, as far as it stands up to what is asked of all studies: see `anabranch.studies.corrected`."""
+        return settled(self.judge(results), max(map(len, results.runs.values()), default=0))
 
     def plan(self) -> dict[str, Any]:
         """What is frozen of it; see `anabranch.studies.frozen`."""
         return plan_of(self, self.judge(Results({})))
-
-
-def settled(claim: Claim, results: Results) -> Claim:
-    """``claim``, not resolved where its verdict would rest on fewer than `SEEDS_NEEDED` repetitions and chance has a part in it."""
-    count = max(map(len, results.runs.values()), default=0) if claim.count is None else claim.count
-    is_decided = claim.verdict in ("holds", "does not hold")
-    return claim if claim.exact or not is_decided or count >= SEEDS_NEEDED else replace(claim, verdict="not resolved")
 
 
 @dataclass
@@ -276,8 +273,11 @@ class Outcome:
 
     @property
     def notes(self) -> list[str]:
-        """In what the runs of one table are not alike, or not like this process, and which runs: see `anabranch.studies.provenance`."""
-        return [*notes(self.origins, versions()), *(_frozen_notes(self.frozen, self.origins) if self.frozen else [])]
+        """In what the runs of one table are not alike, or not like this process, and which (see `anabranch.studies.provenance`); what was
+        frozen anew; whose learning rate is not bracketed."""
+        rates = [told for bracket in self.study.brackets if (told := bracket.told(self.results)) is not None]
+        frozen = _frozen_notes(self.frozen, self.origins) if self.frozen else []
+        return [*notes(self.origins, versions()), *frozen, *rates]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the result file: ``versions`` are those that the runs were made with, ``judged_with`` those of this process."""
@@ -359,18 +359,20 @@ def summarize(study: Study, folder: str | Path, *, missing: Sequence[tuple[str, 
 
 
 def refreeze(study: Study, folder: str | Path, why: str) -> Frozen:
-    """Freeze the plan of a study anew; its verdicts are void until its arms have run again.
+    """Freeze the plan of a study anew; its verdicts are void until its arms have run again, unless only the primary claim is another.
 
     Raises ConfigError if nothing has changed, or no reason is given.
     """
     folder = Path(folder)
     before, plan = read_frozen(folder, study.name), study.plan()
     changed = differing(before.plan, plan) if before is not None else []
+    # Which claim stands for the rest says nothing about what came out of any.
+    is_told_otherwise = bool(changed) and all(what.startswith("primary was ") for what in changed)
     if not why.strip():
         raise ConfigError("a plan is frozen anew for a reason, which stands on the page of the study; give it")
     if before is not None and not changed:
         raise ConfigError(f"study {study.name!r} is what was frozen ({before.hash}); there is nothing to freeze anew")
-    return freeze(folder, plan, why, changed=changed, voids=[ALL])
+    return freeze(folder, plan, why, changed=changed, voids=[] if is_told_otherwise else [ALL])
 
 
 def void(claims: Sequence[Claim], words: Collection[str]) -> list[Claim]:
@@ -391,7 +393,11 @@ def _checked(study: Study, folder: Path) -> Frozen | None:
 
 def _frozen_notes(frozen: Frozen, origins: Sequence[Origin]) -> list[str]:
     older = [origin for origin in origins if origin.frozen is None]
-    told = [f"frozen anew on {entry['date']}: {entry['why']}" for entry in frozen.history if entry["voids"]]
+    told = [
+        f"frozen anew on {entry['date']}: {entry['why']}"
+        for entry in frozen.history
+        if entry["voids"] or any(what.startswith("primary was ") for what in entry["changed"])
+    ]
     if older:
         told.append(f"ran before its plan was frozen ({frozen.history[0]['date']}): {listed(older)}")
     more = [origin for origin in origins if origin.seed not in frozen.plan["seeds"]]

@@ -122,6 +122,8 @@ def make(full: bool = False, **changes: Any) -> Study:
         name="ic_cache", title="examples from a large model's answers, and routing under load",
         settings={"size": "full" if full else "smoke", **to_dict(base)}, arms=made, default_arms=tuple(default),
         seeds=tuple(range(SHARDS)) if full else (0, 1), run=run, judge=judge, columns=COLUMNS, draw=draw,
+        # Of the paper's own selection, two-stage by predicted use; neighbours alone are what it is an answer to.
+        primary="predicted use selects better than similarity",
     )  # fmt: skip
 
 

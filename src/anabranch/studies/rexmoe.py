@@ -38,6 +38,7 @@ from anabranch.routing import Router, TopK
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, verdict_below
 from anabranch.studies.picture import draw_arms
+from anabranch.studies.power import Bracket
 from anabranch.studies.size import RunSize
 from anabranch.studies.training import train_and_measure
 from anabranch.train import RunConfig
@@ -87,6 +88,7 @@ def make(full: bool = False, **changes: Any) -> Study:
         judge=judge,
         columns=COLUMNS,
         draw=draw,
+        brackets=[Bracket("bits_per_byte", (f"{arm}-slow", arm, f"{arm}-fast")) for arm in TUNED],
     )
 
 
