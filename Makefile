@@ -46,6 +46,10 @@ test-all: $(VENV)/.installed-dev ## run the tests, the slow ones too
 test-install: $(VENV)/.installed-dev ## build the wheel and try it in new environments: its base alone, with graph, with gateway
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py $(ARGS)
 
+.PHONY: test-guides
+test-guides: $(VENV)/.installed-dev ## follow every guide and notebook where only what it names is installed
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m slow tests/test_guides.py tests/test_notebooks.py $(ARGS)
+
 .PHONY: test-cuda
 test-cuda: $(VENV)/.installed-dev ## run all that needs a GPU, tests and short benchmarks, in one table (under 8 minutes)
 	$(BIN)/python benchmarks/cuda.py --json runs/cuda.json $(ARGS)

@@ -141,3 +141,19 @@ def test_a_law_is_fitted_to_what_is_published(here):
     code, _, err = here("study", "made_up", "--fit")
     assert code == 2
     assert "study 'made_up' fits no law" in err
+
+
+def test_power_says_how_many_seeds_tell_a_difference(here, work):
+    code, _, err = here("study", "made_up", "--power", 0.1, "--out", "nothing")
+    assert code == 2
+    assert "no claim of study 'made_up' has two seeds in nothing" in err
+    here("study", "made_up", "--seeds", "0-2", "--out", "pilot", "--quiet")
+    code, out, _ = here("study", "made_up", "--power", 0.1, "--out", "pilot", "--json")
+    assert code == 0
+    [row] = json.loads(out)["claims"]
+    assert (row["count"], row["needed"]) == (3, 5)
+    code, out, _ = here("study", "made_up", "--power", 0.1, "--out", "pilot")
+    assert code == 0
+    assert "pairs for 0.1" in out
+    code, _, err = here("study", "made_up", "--power", 0, "--out", "pilot")
+    assert (code, err) == (2, "error: the effect is 0.0; it must be above 0, in the unit of the difference\n")
