@@ -33,6 +33,7 @@ NOT_RUN = {
     "peft_survey",
     "pvchat",
     "rewiring",
+    "rexmoe_grown",
     "router_r1",
     "scale",
     "ttspm",

@@ -49,6 +49,7 @@ STUDIES = {
     "peft_survey": "anabranch.studies.peft_survey:make",
     "rewiring": "anabranch.studies.rewiring:make",
     "rexmoe": "anabranch.studies.rexmoe:make",
+    "rexmoe_grown": "anabranch.studies.rexmoe_grown:make",
     "routing_survey": "anabranch.studies.routing_survey:make",
     "router_r1": "anabranch.studies.router_r1:make",
     "rmoe": "anabranch.studies.rmoe:make",

@@ -28,9 +28,6 @@ contradicted. The correlation of a token's loops with the loss of the dense mode
 seeds lies above 0. Each claim is judged alone.
 """
 
-import hashlib
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +36,13 @@ import torch
 import torch.nn.functional as F
 
 from anabranch.config import Config, Field, configclass, to_dict
-from anabranch.data import cache_folder
 from anabranch.experts.versatile import LoopGate, VersatileFFN, record_difficulty
-from anabranch.lm import Decoder, load_model, save_model
+from anabranch.lm import Decoder
 from anabranch.nn import BuildContext, FeedForward, MoE, SwiGLU
 from anabranch.presets import language_model
 from anabranch.routing import Router, TopK
 from anabranch.routing.relax import Temperature
+from anabranch.studies.continued import Continued, base_model
 from anabranch.studies.harness import Arm, Claim, Column, Metrics, Progress, Results, Study
 from anabranch.studies.paired import Estimate, Verdict, verdict_below
 from anabranch.studies.picture import draw_arms
@@ -57,8 +54,6 @@ NEAR = 0.003
 MAIN = ("dense", "loop2", "loop4", "moe", "versatile", "width", "depth", "average")
 TUNED = ("dense", "loop4", "versatile")
 SMOKE = ("dense", "loop4", "versatile", "width", "depth")
-# Of the dense model's training, added to the seed: its data order is another one than that of the arms.
-BASE_SEED = 1000
 DIFFICULTY_TOKENS = 16_384
 
 COLUMNS = (
@@ -88,14 +83,6 @@ class Size(Config):
     steps: int = Field(default=400, ge=1)
     learning_rate: float = 2e-3
     warmup: float = 0.1
-
-
-@configclass
-class Continued(Config):
-    """One arm: the training of the dense model it starts from, and its own."""
-
-    base: RunConfig
-    run: RunConfig
 
 
 def make(full: bool = False, **changes: Any) -> Study:
@@ -191,30 +178,12 @@ def _arm(size: Size, name: str, about: str, feed_forward: FeedForward.Config, ow
 
 def run(config: Continued, seed: int, progress: Progress) -> Metrics:
     """Take the dense model of this seed (train it if no arm has yet), make the arm's model of it, train that on and measure it."""
-    base = base_model(config.base, seed, progress)
+    base = base_model("versatile", config.base, seed, progress)
 
     def also(trainer: Trainer) -> Metrics:
         return {**_spent(trainer), "loops_vs_loss": _loops_against_loss(trainer, base)}
 
     return train_and_measure(config.run, seed, progress, model=converted(base, config.run.model, seed), also=also)
-
-
-def base_model(config: RunConfig, seed: int, progress: Progress) -> Decoder:
-    """The dense model of a seed, trained once and kept in the cache folder, found by its config, device and text."""
-    key = [to_dict(config), config.train.device_kind(), config.data.content_digest()]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    place = cache_folder() / "studies" / f"versatile-{digest}-seed{seed}"
-    if not (place / "config.json").is_file():
-        settings = config.train.replace(
-            seed=BASE_SEED + seed, eval_every=None, checkpoint_every=None, keep_checkpoints=1
-        )
-        progress("training the dense model that all arms of this seed start from")
-        with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
-            trainer = Trainer(config.replace(train=settings), Path(folder) / "run")
-            if trainer.fit().status != "finished":
-                raise KeyboardInterrupt
-            save_model(place, trainer.model)
-    return load_model(place)[0]
 
 
 def converted(base: Decoder, config: Decoder.Config, seed: int) -> Decoder:
