@@ -235,10 +235,14 @@ class Page:
         if wide > width:
             raise SystemExit(f"{url} is {wide} pixels wide on a screen of {width}")
         # A phone's picture is shown small.
-        clip = {"x": 0, "y": 0, "width": width, "height": min(height, most), "scale": 0.62 if is_phone else 1}
+        await self.picture_of(path, width, min(height, most), 0.62 if is_phone else 1)
+
+    async def picture_of(self, path: Path, width: int, height: int, scale: float = 1) -> None:
+        """The page that is there, from its top."""
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
         made = await self.tell("Page.captureScreenshot", clip=clip, captureBeyondViewport=True, format="png")
         path.write_bytes(base64.b64decode(made["data"]))
-        print(f"{path}: {width} x {min(height, most)}", file=sys.stderr)
+        print(f"{path}: {width} x {height}", file=sys.stderr)
 
 
 @contextlib.asynccontextmanager
