@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -428,13 +429,21 @@ def headlines(up: str = "") -> str:
         "Study": "page",
         "Primary claim": "claim",
         "Paper": "paper",
+        "Size here (in the paper)": "scale",
         "Ours": "ours",
         "n": "count",
         "Outcome": "outcome",
     }
-    made = _table(columns, [row | {"page": _linked(row["study"], up)} for row in rows])
+    sizes = tomllib.loads((ROOT / "docs" / "scales.toml").read_text(encoding="utf-8"))
+    made = _table(
+        columns, [row | {"page": _linked(row["study"], up), "scale": _scale(sizes, row["study"])} for row in rows]
+    )
     counts = ", ".join(f"{sum(row['outcome'] == name for row in rows)} {name}" for name in order)
     return f"{made}\n{len(rows)} studies: {counts}.\n"
+
+
+def _scale(sizes: dict[str, list[str]], study: str) -> str | None:
+    return "{} ({})".format(*sizes[study]) if study in sizes else None
 
 
 def _linked(study: str, up: str) -> str:

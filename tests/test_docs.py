@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import textwrap
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -538,18 +539,27 @@ def test_headlines_by_hand(tmp_path, monkeypatch):
     recorded_study(tmp_path, "waiting")
     (tmp_path / "docs" / "systems").mkdir(parents=True)
     (tmp_path / "docs" / "systems" / "shown.md").touch()
+    (tmp_path / "docs" / "scales.toml").write_text('shown = ["2 nodes", "a million"]\n')
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     table = hooks.headlines("../")
-    assert table.splitlines()[0] == "| Study | Primary claim | Paper | Ours | n | Outcome |"
+    assert table.splitlines()[0] == "| Study | Primary claim | Paper | Size here (in the paper) | Ours | n | Outcome |"
     assert table.splitlines()[2:] == [
-        "| [shown](../systems/shown.md) | second (of kmeans) | at least 2 | "
+        "| [shown](../systems/shown.md) | second (of kmeans) | at least 2 | 2 nodes (a million) | "
         "2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 7 | reproduced |",
-        "| undecided | second (of kmeans) | at least 2 | 2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 3 | undecided |",
-        "| waiting | second | at least 2 | - | - | not run |",
+        "| undecided | second (of kmeans) | at least 2 | - | 2.5; baseline 2; difference 0.5 (0.25 to 0.75) | 3 | undecided |",
+        "| waiting | second | at least 2 | - | - | - | not run |",
         "",
         "3 studies: 1 reproduced, 0 contradicted, 1 undecided, 0 void, 1 not run.",
     ]
     assert hooks.headline("nothing") is None
+
+
+def test_the_size_of_every_study_is_told():
+    from anabranch.studies import STUDIES
+
+    sizes = tomllib.loads((DOCS / "scales.toml").read_text(encoding="utf-8"))
+    assert sizes.keys() == STUDIES.keys()
+    assert all(len(pair) == 2 and all(pair) for pair in sizes.values())
 
 
 def test_bars_by_hand(tmp_path, monkeypatch):
