@@ -71,6 +71,7 @@ GUIDES = {
             },
         ),
         Guide("gateway-guide.md"),
+        Guide("thinking-guide.md"),
         Guide(
             "serving-guide.md",
             smaller={"anabranch report": "--tokens 512 --data my-texts"},

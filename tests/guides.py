@@ -169,13 +169,13 @@ class Reader:
         return {**self.environment, **({"GUIDE_HIDES": json.dumps(hidden(sorted(named)))} if self.hides else {})}
 
     def follows(self, guide: Guide) -> int:
-        """Run all of a guide, its examples in Python first; how many commands ran."""
+        """Run all of a guide, its examples in Python first, as one program; how many programs ran."""
         assert guide.unused() == []
         examples = list(guide.blocks("python"))
         if examples:
             named = frozenset().union(*(named for _, named in examples))
             self.runs([self.python, "-c", "\n".join(body for body, _ in examples)], named)
-        ran = 0
+        ran = int(bool(examples))
         for words, named in guide.commands():
             small = guide.made_small(words)
             if small is not None:

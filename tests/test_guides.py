@@ -52,3 +52,7 @@ def test_a_reader_follows_the_guide(page, tmp_path):
     reader = Reader(tmp_path)
     WORLDS.get(page, lambda reader: None)(reader)
     assert reader.follows(GUIDES[page]) >= 1
+
+
+def test_all_guides_are_followed():
+    assert {path.name for path in DOCS.glob("*-guide.md")} <= GUIDES.keys()
