@@ -379,7 +379,7 @@ def test_config_reads_back_equal():
 @pytest.mark.parametrize("foreign_rows", ["home", "zero", "noise"])
 def test_restricted_to_own_experts_it_is_the_vanilla_model(num_layers, foreign_rows):
     """What a grown model begins with, in training and out of it: "restricting to local experts reduces to vanilla" (the paper)."""
-    plain = model_of(MoE.Config(num_experts=4, hidden_dim=8, shared_experts=1), num_layers=num_layers)
+    plain = model_of(MoE.Config(num_experts=4, hidden_dim=8, shared_experts=1), num_layers=num_layers, init_std=0.1)
     grown = from_vanilla(plain, reuse=2, foreign_rows=foreign_rows)
     token_BL = tokens()
     for training in (True, False):
@@ -392,7 +392,7 @@ def test_restricted_to_own_experts_it_is_the_vanilla_model(num_layers, foreign_r
     step_to(grown, GROWING.start)
     assert grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=FP32_TOLERANCE)
     step_to(grown, 0.5)
-    assert not grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=1e-3)
+    assert not grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=10 * FP32_TOLERANCE)
 
 
 def step_to(model, fraction):
@@ -409,7 +409,7 @@ def test_the_paper_s_masks_change_a_trained_model_at_once():
     token_BL = tokens()
     for psr in (PSR(), None):
         grown = from_vanilla(plain, reuse=2, psr=psr).train()
-        assert not grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=1e-3)
+        assert not grown(token_BL).logits_BLV.allclose(plain(token_BL).logits_BLV, atol=10 * FP32_TOLERANCE)
     assert ReXMoE.Config().psr is None
 
 

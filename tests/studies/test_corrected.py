@@ -33,10 +33,9 @@ def verdicts(claims, repetitions=5):
 
 
 def test_p_by_hand():
-    # Mean 1, deviation 1, n = 4: t = 2; P(T > 2) with three degrees of freedom is 0.0697.
-    found = estimate([0.0, 1.0, 1.0, 2.0])
-    assert found.mean / (found.half_width / 3.18245) == pytest.approx(2.4495, abs=1e-4)
+    # Mean 1, deviation sqrt(2 / 3), n = 4: t = 1 / (0.8165 / 2) = 2.4495, of which P(|T| > t) is 0.0917 with three degrees of freedom.
     two_sided = p_of_values([0.0, 1.0, 1.0, 2.0])
+    assert two_sided == pytest.approx(0.0917, abs=1e-4)
     assert corrected.p_value(claim_of([0.0, 1.0, 1.0, 2.0]), 4) == pytest.approx(two_sided, rel=1e-9)
     # One of two one-sided tests: no difference would do.
     lenient = claim_of([0.0, 1.0, 1.0, 2.0], limit=-0.5)

@@ -62,8 +62,9 @@ def p_value(claim: "Claim", count: int) -> float | None:
     if isinstance(limit, tuple | list):
         value = claim.ours if claim.difference is None else claim.difference
         ends = [end - (0.0 if claim.difference is None else base) for end in limit]
-        tails = [_tail(value, low, high, end, count) for end in ends]
-        return max(tails) if ends[0] <= value <= ends[1] else min(1.0, 2 * min(tails))
+        # Of the end that is nearer.
+        tail = max(_tail(value, low, high, end, count) for end in ends)
+        return tail if ends[0] <= value <= ends[1] else min(1.0, 2 * tail)
     assert claim.difference is not None
     decides = 0.0 if limit is None or claim.baseline is None or claim.margin is not None else limit - base
     tail = _tail(claim.difference, low, high, decides, count)

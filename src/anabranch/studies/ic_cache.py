@@ -332,15 +332,15 @@ def draw(results: Results, path: Path) -> None:
             for metric, colour, mark in (("score", SERIES[0], "D"), ("recall", SERIES[1], "o"), ("f1", MUTED, "s")):
                 values = list(results.values(arm, metric).values())
                 if values:
-                    left.plot(
-                        np.mean(values), row, mark, color=colour, markersize=5, label=metric if row == 0 else None
-                    )
+                    # A point at 1 is drawn whole.
+                    label = metric if row == 0 else None
+                    left.plot(np.mean(values), row, mark, color=colour, markersize=5, label=label, clip_on=False)
         left.set_yticks(range(len(rows)), rows)
         left.set_ylim(len(rows) - 0.5, -0.5)
         left.set_xlim(0, 1)
         left.set_xlabel("of the answers")
         if rows:
-            left.legend(loc="lower left", frameon=False, fontsize=8)
+            left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8)
         for number, name in enumerate(policies):
             runs = results.runs[f"load-{name}"].values()
             quality, p99 = (
@@ -352,7 +352,7 @@ def draw(results: Results, path: Path) -> None:
         right.set_ylabel("quality")
         if policies:
             right.set_xscale("log")
-            right.legend(loc="lower left", frameon=False, fontsize=8)
+            right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, fontsize=8)
         for axes in (left, right):
             axes.grid(color=GRID)
         png, svg = to_png(made), to_svg(made)
