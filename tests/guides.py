@@ -33,16 +33,22 @@ INSTALL = re.compile(r"pip install 'anabranch\[(?P<extras>[\w,-]+)\]'")
 # Of other programs, which the test of a guide does not run.
 OTHERS = ("pip", "make", "source", "cat", "curl", "sudo", "lm_eval", "lm-eval")
 # Seconds; nothing is measured by it.
-PATIENCE = 240
+PATIENCE = 600
 
 HIDE = """
-import json, os, sys
-class Hide:
+import importlib.machinery, json, os, sys
+
+class Hides(importlib.machinery.PathFinder):
     hidden = tuple(json.loads(os.environ["GUIDE_HIDES"]))
-    def find_spec(self, name, path=None, target=None):
-        if any(name == each or name.startswith(each + ".") for each in self.hidden):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hide())
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        # As where it is not there: whoever only asks gets no error.
+        if any(name == each or name.startswith(each + ".") for each in cls.hidden):
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Hides if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 """
 
 

@@ -41,12 +41,12 @@ def test_what_is_hidden_is_what_no_named_extra_brings():
 
 def test_a_command_is_refused_what_is_not_installed(tmp_path):
     reader = Reader(tmp_path)
-    with pytest.raises(AssertionError, match=r"needs torch; pip install 'anabranch\[lm\]'"):
+    with pytest.raises(AssertionError, match=r"needs .*torch; pip install 'anabranch\[lm\]'"):
         reader.types(["anabranch", "info", "moe"], ["graph"])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", GUIDES)
 def test_a_reader_follows_the_guide(page, tmp_path):
     reader = Reader(tmp_path)

@@ -295,7 +295,7 @@ def test_only_pictures_that_say_something(trace, pictures, tmp_path):
 
 def test_words_picture_and_caption_name_one_layer_as_most_special():
     """The layer of the greatest distance of one domain need not be the one whose experts tell most about domains."""
-    trace = made(num_layers=6, domains=("books", "code", "mail"), num_sequences=9, skew=0.7)
+    trace = made(num_layers=6, domains=("books", "code", "mail"), num_sequences=9, length=24, skew=0.8)
     summary = summarize(trace)
     by_distance = max(summary.layers, key=lambda layer: max(layer.domain_distance.values()))
     best = summary.most_special
