@@ -391,7 +391,8 @@ def export_expanded(model: Decoder) -> Decoder:
 
 def _check_open(model: Decoder, layers: list[int]) -> None:
     for layer in layers:
-        candidates = model.blocks[layer].feed_forward.router.candidates
+        block: Any = model.blocks[layer]
+        candidates = block.feed_forward.router.candidates
         if candidates is not None and not candidates.only_in_training:
             raise CheckpointError(
                 f"layer {layer} has {int(candidates.open_E.sum())} of {candidates.num_slots} experts open, and a plain model has no "

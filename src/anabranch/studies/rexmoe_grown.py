@@ -157,12 +157,9 @@ def converted(base: Decoder, config: Decoder.Config, seed: int) -> Decoder:
 
 def measured(model: Decoder, config: RunConfig, seed: int) -> float:
     """Bits per byte on held-out text before anything is trained, with the candidates that training would begin with."""
-    schedules = [
-        block.feed_forward.router.candidates
-        for block in model.blocks
-        if block.feed_forward.router.candidates is not None
-    ]
-    for schedule in schedules:
+    blocks: Any = model.blocks
+    schedules = [block.feed_forward.router.candidates for block in blocks]
+    for schedule in filter(None, schedules):
         schedule.config = schedule.config.replace(evaluate="current")
     with tempfile.TemporaryDirectory(prefix="anabranch-study-") as folder:
         train = config.train.replace(seed=seed, checkpoint_every=None)
