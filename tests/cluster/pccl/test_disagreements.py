@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from anabranch.cluster.pccl.records import MOST_TAGS
+from anabranch.cluster.pccl.records import MOST_ANSWERS, MOST_TAGS
 from anabranch.cluster.pccl.state import MasterState
 from pccl_states import POPULAR, RECEIVE, accepted, begin, shares, through_a_round, with_a_newcomer
 from pccl_votes import FIELDS, a_vote, said
@@ -387,3 +387,125 @@ def test_nor_is_it_at_fault_where_another_was_lost():
     for attempt in range(4):
         tries_to_let_in(state, members, 120 + 10 * attempt, (True, False, False), lost=True)
     assert [member.id for member in state.accepted] == members
+
+
+def known_pair():
+    """Two that have been through two rounds, and one that they let in."""
+    state, pair = accepted(0, 0)
+    through_a_round(state, pair, 100)
+    through_a_round(state, pair, 120)
+    return state, pair
+
+
+def told_of(state):
+    return {peer: body.get("error") for peer, kind, body in state.take() if kind == "reply"}
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_who_has_proved_itself_to_nobody_else_ends_no_other_group(is_older):
+    """What all groups decide together is asked for by one that is alone in its own, where it has reduced and shared as often as others."""
+    state, (first, second, alone) = accepted(0, 0, 1)
+    if is_older:
+        # All who were there from the beginning are gone: the group is as old as they were.
+        third, fourth = (
+            with_a_newcomer(state, [first, second, alone], 50),
+            with_a_newcomer(state, [first, second, alone, 3], 60),
+        )
+        for peer in (first, second):
+            state.lost(peer, "it left", 0.0)
+        first, second = third, fourth
+    for req in (100, 120):
+        revision = state.revision.get(0, 0) + 1
+        for member in (first, second, alone):
+            revision = state.revision.get(state.members[member].group, 0) + 1
+            keys = [["w", "float32", [1], "x"]]
+            state.vote(
+                member, {"what": "sync", "revision": revision, "strategy": POPULAR, "keys": keys, "req": req}, 0.0
+            )
+        for member in (first, second, alone):
+            state.vote(member, {"what": "synced", "ok": True, "req": req + 1}, 0.0)
+        for member in (first, second, alone):
+            state.vote(member, {"what": "initiate", "tag": 1, "descriptor": {}, "req": req + 2}, 0.0)
+        for running in list(state.running.values()):
+            for member in list(running.participants):
+                body = {"what": "complete", "tag": 1, "seq": running.seq, "aborted": False, "req": req + 3}
+                state.vote(member, body, 0.0)
+        for member in (first, second, alone):
+            state.vote(member, {"what": "pending", "req": req + 4}, 0.0)
+    state.take()
+    assert {state.members[peer].proof for peer in (first, second, alone)} == {2}
+    state.vote(alone, {"what": "optimize", "req": 160}, 0.0)
+    state.vote(first, {"what": "pending", "req": 160}, 0.0)
+    state.vote(second, {"what": "pending", "req": 160}, 0.0)
+    assert told_of(state) == {first: None, second: None, alone: "mismatch"}
+
+
+def test_two_that_wait_in_collectives_of_different_tags_do_not_disagree():
+    state, (first, second) = known_pair()
+    late = with_a_newcomer(state, [first, second], 140)
+    for peer, tag in ((first, 1), (second, 2)):
+        state.vote(peer, {"what": "initiate", "tag": tag, "descriptor": {}, "req": 200}, 0.0)
+    keys = [["x", "float32", [1], "h"]]
+    state.vote(late, {"what": "sync", "revision": 9, "strategy": POPULAR, "keys": keys, "req": 200}, 0.0)
+    assert told_of(state) == {late: "mismatch"}
+    assert "waits for a collective of tag 1" in dict(state.dropped())[late]
+    for peer, tag in ((first, 2), (second, 1)):
+        state.vote(peer, {"what": "initiate", "tag": tag, "descriptor": {}, "req": 201}, 0.0)
+    assert set(state.running) == {(0, 1), (0, 2)}
+
+
+@pytest.mark.parametrize("what", ["accept", "optimize"])
+def test_every_vote_of_all_proves(what):
+    """A loop of `update_topology` and `all_reduce` asks nobody whether newcomers wait."""
+    state, (first, second) = accepted(0, 0)
+    seq = begin(state, [first, second], 100)
+    for peer in (first, second):
+        state.vote(peer, {"what": "complete", "tag": 1, "seq": seq, "aborted": False, "req": 101}, 0.0)
+    for peer in (first, second):
+        state.vote(peer, {"what": what, "req": 102}, 0.0)
+    assert [state.members[peer].proof for peer in (first, second)] == [2, 2]
+
+
+@pytest.mark.parametrize(("raised", "form", "error"), [(1, [2], "mismatch"), (0, [1], "revision")])
+def test_one_that_has_fetched_the_state_once_is_not_as_well_known(raised, form, error):
+    state, (first, second) = known_pair()
+    late = with_a_newcomer(state, [first, second], 140)
+    revision = state.revision[0] + 1
+    shares(state, {first: (revision, POPULAR, "x"), second: (revision, POPULAR, "x"), late: (0, RECEIVE, "y")}, 150)
+    for peer in (first, second):
+        body = {"revision": revision + 1, "strategy": POPULAR, "keys": [["w", "float32", [1], "q"]], "req": 160}
+        state.vote(peer, {"what": "sync", **body}, 0.0)
+    body = {"revision": revision + raised, "strategy": POPULAR, "keys": [["w", "float32", form, "q"]], "req": 160}
+    state.vote(late, {"what": "sync", **body}, 0.0)
+    assert told_of(state) == {first: None, second: None, late: error}
+
+
+def test_of_peers_of_other_groups_nobody_can_say_that_they_are_at_fault():
+    state, (first, second, other) = accepted(0, 0, 1)
+    for req in (100, 110):
+        state.vote(other, {"what": "initiate", "tag": 1, "descriptor": {}, "req": req}, 0.0)
+        seq = state.take()[-1][2]["seq"]
+        state.vote(
+            other, {"what": "complete", "tag": 1, "seq": seq, "aborted": True, "accused": first, "req": req + 1}, 0.0
+        )
+    assert [member.failures for member in state.accepted] == [0, 0, 0]
+    state.take()
+    seq = begin(state, [first, second], 120)
+    state.lost(second, "killed", 0.0)
+    state.vote(first, {"what": "complete", "tag": 1, "seq": seq, "aborted": True, "accused": second, "req": 121}, 0.0)
+    assert first in state.members
+
+
+def test_answers_are_kept_in_bounds_whatever_a_peer_says_it_knows():
+    state, (first, second) = accepted(0, 0)
+    for req in range(100, 100 + 4 * MOST_ANSWERS, 2):
+        for peer, low in ((first, 0), (second, req)):
+            state.vote(peer, {"what": "initiate", "tag": 1, "descriptor": {}, "req": req, "low": low}, 0.0)
+        seq = state.take()[-1][2]["seq"]
+        for peer, low in ((first, 0), (second, req)):
+            body = {"what": "complete", "tag": 1, "seq": seq, "aborted": False, "req": req + 1, "low": low}
+            state.vote(peer, body, 0.0)
+        state.take()
+    assert len(state.members[first].answered) == MOST_ANSWERS
+    assert max(state.members[first].answered) == req + 1
+    assert len(state.members[second].answered) <= 2

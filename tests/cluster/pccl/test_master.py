@@ -346,7 +346,13 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path, monkeypatch, caplog):
         assert json.loads(journal.read_text())["run"] == peers.run
 
 
-@pytest.mark.parametrize("text", ["", "no", "[1]", "{}", '{"schema": 1}', '{"schema": 2}', "[" * 100_000])
+def test_a_journal_of_another_version_is_called_so(tmp_path):
+    (tmp_path / "j").write_text('{"schema": 2}')
+    with pytest.raises(DataError, match="has schema 2, and this version reads 3"):
+        Master("127.0.0.1:0", journal=tmp_path / "j")
+
+
+@pytest.mark.parametrize("text", ["", "no", "[1]", "{}", '{"schema": "1"}', '{"schema": 3}', "[" * 100_000])
 def test_a_journal_that_is_none_is_told(tmp_path, text):
     (tmp_path / "j").write_text(text)
     with pytest.raises(DataError, match="journal"):
@@ -454,6 +460,33 @@ def test_a_fault_of_ours_costs_one_connection(master, monkeypatch, caplog):
             assert until_closed(sock) == []
         assert "a fault inside of the master" in caplog.text
         assert peers.all_reduce(torch.ones(1)).alone
+
+
+@pytest.mark.parametrize("name", ["lost", "tick", "solved", "take"])
+def test_nor_does_any_other_fault_of_ours_end_the_loop(master, monkeypatch, caplog, name):
+    meant, faults = getattr(master.state, name), []
+
+    def faulty(*given, **named):
+        if not faults:
+            faults.append(name)
+            raise ZeroDivisionError("a fault")
+        return meant(*given, **named)
+
+    with caplog.at_level(logging.ERROR):
+        monkeypatch.setattr(master.state, name, faulty)
+        if name == "solved":
+            master._done.append(({0: [0]}, True))
+            master._poke()
+        if name == "lost":
+            sock, _ = joined(master.address)
+            sock.close()
+        until = time.monotonic() + 10
+        while not faults and time.monotonic() < until:
+            time.sleep(0.01)
+    assert faults
+    monkeypatch.undo()
+    assert works(master.address)
+    assert "a fault inside of the master" in caplog.text
 
 
 def test_every_address_is_of_both_kinds():

@@ -206,7 +206,7 @@ def test_newcomers_do_not_begin_again_where_there_was_a_state():
 
 def test_who_has_another_form_than_what_is_shared_is_told_alone():
     odd = {"revision": 0, "strategy": RECEIVE, "keys": [["w", "float32", [2], "h"]]}
-    found = elect({0: vote("x"), 1: vote("x"), 2: odd}, 0, known=[0, 1])
+    found = elect({0: vote("x"), 1: vote("x"), 2: odd}, 0, known={0: 2, 1: 2})
     assert found.error is None
     assert found.apart.keys() == {2}
     assert "peer 2 float32 [2]" in found.apart[2]["why"]
@@ -223,7 +223,7 @@ def sent(digest, revision=1, form=(1,)):
 
 def test_a_newcomer_that_names_its_strategy_receives_or_is_told_alone():
     """A program that names one in each call is a newcomer's as well; its revision once ended all."""
-    known = [0, 1]
+    known = {0: 2, 1: 2}
     those = {0: vote("x", 8), 1: vote("x", 8)}
     # However many they are, and whatever revision they bring.
     for revision in (1, 8, 9):

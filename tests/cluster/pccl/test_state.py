@@ -594,3 +594,98 @@ def test_nor_does_it_miss_an_end_that_comes_between_its_return_and_its_vote():
     state.vote(first, {"what": "complete", "tag": 4, "seq": 0, "aborted": True, "req": 101}, 1.0)
     state.vote(second, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 1.0)
     assert [kind for peer, kind, _ in state.take() if peer == second][:2] == ["reply", "abort"]
+
+
+def test_a_tour_that_is_found_while_a_newcomer_s_links_are_made_is_not_taken():
+    state, peers = accepted(0, 0, 0)
+    late = state.join(group=0, host="h", port=1, pool=1)
+    state.vote(late, {"what": "join", "req": 1}, 0.0)
+    for peer in peers:
+        state.vote(peer, {"what": "accept", "req": 200}, 0.0)
+    state.solved({0: peers[::-1]}, is_late=True, now=0.0)
+    for peer in (*peers, late):
+        state.vote(peer, {"what": "established", "ok": True, "req": 201}, 0.0)
+    for peer in (*peers, late):
+        state.vote(peer, {"what": "accept", "req": 300}, 0.0)
+    assert state.order == {0: [*peers, late]}
+    state.lost(late, "it left", 0.0)
+    assert state.order == {0: peers}
+    # Where it fits, it is.
+    state.solved({0: peers[::-1]}, is_late=True, now=0.0)
+    for peer in peers:
+        state.vote(peer, {"what": "accept", "req": 400}, 0.0)
+    for peer in peers:
+        state.vote(peer, {"what": "established", "ok": True, "req": 401}, 0.0)
+    assert state.order == {0: peers[::-1]}
+
+
+def drawn_vote(generator, state, peer):
+    """What any program may say next, ours or another; None where it has nothing to say."""
+    member = state.members[peer]
+    running = [one for one in state.running.values() if peer in one.participants]
+    faults = {"ok": generator.random() < 0.9, "aborted": generator.random() < 0.2, "accused": generator.randrange(6)}
+    if member.vote is not None:
+        return None
+    if state.forming and peer in state.forming.participants:
+        return {"what": "established", **faults}
+    if member.group in state.syncing and peer in state.syncing[member.group].participants:
+        return {"what": "synced", **faults}
+    if peer in state._asked_to_measure and not running:
+        return {"what": "measured", "rates": {}}
+    if running and peer not in running[0].votes:
+        return {"what": "complete", "tag": running[0].tag, "seq": running[0].seq, **faults}
+    if not member.is_accepted:
+        return {"what": "join"}
+    if running or member.initiates:
+        return None
+    others = [other for other in state.members.values() if other.id != peer]
+    if generator.random() < 0.7:
+        # As the others, so that something comes of it.
+        for other in others:
+            if other.vote is not None and other.vote["what"] in ("pending", "accept", "optimize"):
+                return {"what": other.vote["what"], "awaits": 0}
+            if other.group == member.group and other.initiates:
+                return {"what": "initiate", "tag": min(other.initiates), "descriptor": {}}
+    revision = state.revision.get(member.group, 0) + 1
+    keys = [["w", "float32", [generator.choice((1, 1, 1, 2))], str(generator.randrange(3))]]
+    return generator.choice(
+        (
+            {"what": generator.choice(("pending", "accept")), "awaits": generator.choice((0, 0, 3))},
+            {"what": "optimize"},
+            {"what": "initiate", "tag": generator.choice((1, 2)), "descriptor": generator.choice(({}, {"world": 2}))},
+            {"what": "sync", "revision": revision, "strategy": generator.choice((POPULAR, RECEIVE)), "keys": keys},
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_is_voted_lost_or_found_late_each_member_is_in_its_ring_and_nothing_is_raised(seed):
+    generator, now, reqs = random.Random(seed), 0.0, {}
+    state = MasterState(dead_s=5.0)
+    for _ in range(150):
+        now += generator.random() * 0.3
+        if not state.members or (len(state.members) < 6 and generator.random() < 0.1):
+            peer = state.join(group=generator.choice((0, 0, 1)), host="h", port=1, pool=1)
+        else:
+            peer = generator.choice(list(state.members))
+        drawn = generator.random()
+        if drawn < 0.03:
+            state.lost(peer, "killed", now)
+        elif drawn < 0.05:
+            state.resume(peer, state.members[peer].token)
+        elif drawn < 0.07 and state.members[peer].vote:
+            state.withdraw(peer, {"req": state.members[peer].vote["req"]}, now)
+        elif drawn < 0.12 and state.order:
+            group = generator.choice(list(state.order))
+            state.solved({group: generator.sample(state.order[group], len(state.order[group]))}, is_late=True, now=now)
+        elif drawn < 0.14:
+            now += 3.0
+            state.tick(now)
+        elif (vote := drawn_vote(generator, state, peer)) is not None:
+            reqs[peer] = reqs.get(peer, 0) + 1
+            state.vote(peer, {**vote, "req": reqs[peer], "low": generator.choice((0, reqs[peer]))}, now)
+        for job in state.jobs():
+            state.solved(job, is_late=False, now=now)
+        state.take()
+        state.dropped()
+        assert sorted(peer for ring in state.order.values() for peer in ring) == [one.id for one in state.accepted]

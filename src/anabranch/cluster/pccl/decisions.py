@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from anabranch.cluster.pccl.disagreements import Disagreements
-from anabranch.cluster.pccl.elections import elect
+from anabranch.cluster.pccl.elections import elect, odd
 from anabranch.cluster.pccl.records import (
     GLOBAL,
     MOST_FAILURES,
@@ -83,7 +83,9 @@ class Decisions(Disagreements):
             self._form_failed(forming, there, failed)
             return True
         for peer in forming.newcomers:
-            self.members[peer].is_accepted = True
+            member = self.members[peer]
+            older = [self.members[other].since for other in self.order.get(member.group, [])]
+            member.is_accepted, member.since = True, min([*older, *forming.rings[member.group]])
         world = sum(map(len, forming.rings.values()))
         for member in there:
             member.failures = 0
@@ -137,20 +139,21 @@ class Decisions(Disagreements):
         what = accepted[0].vote["what"] if accepted[0].vote is not None else ""
         if what not in GLOBAL or not all(waits_for(member, what) for member in accepted):
             return False
+        awaits = self._awaited()
+        for member in accepted:
+            member.prove()
         if what == "pending":
-            awaits = self._awaited()
             for member in accepted:
-                member.prove()
                 member.gathers = awaits > 0 and (member.gathers or (member.vote or {}).get("awaits", 0) > 0)
             self._answer(accepted, {"pending": bool(waiting), "awaits": awaits})
         elif what == "accept":
-            rings = _with(self.order | self.found, waiting)
-            self.found = {}
+            # What was found for other members is of no use: those who are gone, or have come, meanwhile.
+            rings, self.found = _with(self.order | self._fitting(self.found), waiting), {}
             if rings == self.order:
                 self._answer(accepted, self._topology)
             else:
                 newcomers = [member.id for member in waiting]
-                self._form(rings, newcomers, [*accepted, *waiting], awaits=self._awaited())
+                self._form(rings, newcomers, [*accepted, *waiting], awaits=awaits)
         else:
             self._asked_to_measure = {member.id for member in accepted}
             self._answer(accepted, self._to_measure)
@@ -182,7 +185,7 @@ class Decisions(Disagreements):
                 {member.id: member.vote for member in members if member.vote},
                 self.revision.get(group),
                 {member.id: member.unfetched for member in members},
-                [member.id for member in members if member.has_shared],
+                {member.id: member.proof for member in members if member.has_shared},
             )
             if found.error is not None:
                 self._answer(members, found.error)
@@ -264,7 +267,7 @@ class Decisions(Disagreements):
                         "error": "mismatch",
                         "why": f"tag {tag}: {_in_words(ring[0], vote)}, {_in_words(other, held[other])}",
                     }
-                    if strangers := self._strangers({peer: held[peer]["descriptor"] for peer in ring}, members):
+                    if strangers := odd({peer: held[peer]["descriptor"] for peer in ring}, self._standing(members)):
                         self._send_away(dict.fromkeys(strangers, told))
                         return True
                     for member in members:

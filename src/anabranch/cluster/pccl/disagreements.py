@@ -1,15 +1,19 @@
 """Peers that do not agree: whom of them is told.
 
-What peers have been through together says who runs the group's program: those with the most of it, where they agree, are believed. Who does
-otherwise is told alone and sent away, and they never hear of it. Where nobody has been through anything yet, or those who have do not agree
-themselves, all are told.
+What peers have been through together says who runs the group's program: those with the most of it, where they agree, are believed; of
+groups that have been through as much, that which has been there longest. Who does otherwise is told alone and sent away, and they never
+hear of it. Where nobody has been through anything yet, or those who have do not agree themselves, all are told. Votes, collectives and
+shared states have one rule for it, `anabranch.cluster.pccl.elections.odd`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from anabranch.cluster.pccl.elections import best_known, odd
 from anabranch.cluster.pccl.records import GLOBAL, MOST_TAGS, Held, Member
+
+_COLLECTIVE = "a collective"
 
 
 class Disagreements(Held):
@@ -26,26 +30,29 @@ class Disagreements(Held):
     def _told_apart(self, members: list[Member], all_of_them: list[Member]) -> bool:
         """Tell members who wait that others of them wait for something else; False where they do not.
 
-        Newcomers that do otherwise than those who have run for a while are told alone; until one of those has voted, it is not known who.
+        Newcomers that do otherwise than those who have run for a while are told alone.
         """
         begun = {
             member.id: str(member.vote["what"])
             for member in members
             if member.vote is not None and member.vote["what"] in (*GLOBAL, "sync")
         }
-        began = {member.id: f"a collective of tag {min(member.initiates)}" for member in members if member.initiates}
-        if not begun or len({*begun.values(), *began.values()}) < 2:
+        # Of two who wait in collectives of different tags each may begin the other's too.
+        said = dict(sorted((begun | {member.id: _COLLECTIVE for member in members if member.initiates}).items()))
+        if not begun or len({*said.values()}) < 2:
             return False
-        waiting = sorted((begun | began).items())
-        first, second = waiting[0], next(one for one in waiting if one[1] != waiting[0][1])
+        waiting = [(peer, self._in_words(peer, what)) for peer, what in said.items()]
+        first = waiting[0]
+        second = next(one for one in waiting if said[one[0]] != said[first[0]])
         told = {"error": "mismatch", "why": f"peer {first[0]} waits for {first[1]}, peer {second[0]} for {second[1]}"}
         if impatient := self._impatient(waiting):
             self._send_away(impatient)
             return True
-        strangers = self._strangers(dict(waiting), all_of_them)
-        if strangers is None:
+        standing = self._standing(all_of_them)
+        if (known := best_known(standing)) and not any(peer in known for peer, _ in waiting):
+            # Until one of those has voted it is not known who does otherwise.
             return False
-        if strangers:
+        if strangers := odd(said, standing):
             self._send_away(dict.fromkeys(strangers, told))
             return True
         self._answer([member for member in members if member.id in begun], told)
@@ -53,6 +60,9 @@ class Disagreements(Held):
             for tag in list(member.initiates):
                 self._reply(member, member.initiates.pop(tag)["req"], told)
         return True
+
+    def _in_words(self, peer: int, what: str) -> str:
+        return f"{what} of tag {min(self.members[peer].initiates)}" if what == _COLLECTIVE else what
 
     def _impatient(self, waiting: list[tuple[int, str]]) -> dict[int, dict[str, Any]]:
         """Where the first wait until others are there: by newcomer that does not, what it is told; the first go on waiting."""
@@ -88,7 +98,7 @@ class Disagreements(Held):
                 continue
             why = f"each peer waits in {MOST_TAGS} collectives, none of which all have begun; begin them in the same order everywhere"
             told = {"error": "mismatch", "why": why}
-            if strangers := self._strangers({member.id: sorted(member.initiates) for member in members}, members):
+            if strangers := odd({member.id: sorted(member.initiates) for member in members}, self._standing(members)):
                 self._send_away(dict.fromkeys(strangers, told))
                 return True
             for member in members:
@@ -97,18 +107,10 @@ class Disagreements(Held):
             return True
         return False
 
-    def _strangers(self, said: dict[int, Any], all_of_them: list[Member]) -> list[int] | None:
-        """Who does otherwise than those who have been through most with each other, which is what others are measured by.
-
-        Nobody where none has been through anything, or they do not agree; None where none of them has said anything yet.
-        """
-        best = {member.id for member in all_of_them if member.proof and not self._is_less_known(member)}
-        known = [said[peer] for peer in said if peer in best]
-        if best and not known:
-            return None
-        if not known or any(one != known[0] for one in known):
-            return []
-        return [peer for peer in said if said[peer] != known[0]]
+    def _standing(self, members: list[Member]) -> dict[int, tuple[int, int]]:
+        """How well each is known: what it has been through with its group, and how long this has been there, since what all groups decide
+        may be asked for by some that are alone in theirs, and have proved themselves to nobody else."""
+        return {member.id: (member.proof, -member.since) for member in members if member.proof}
 
     def _is_less_known(self, member: Member) -> bool:
         """Whether others of its group have been through more."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from anabranch.cluster.pccl.wire import WireError, number, word
@@ -61,11 +60,33 @@ def check_vote(body: dict[str, Any]) -> None:
         raise WireError("two tensors of one name")
 
 
+def best_known(standing: Mapping[int, Any]) -> list[int]:
+    """Those that are known best; nobody where nobody is known.
+
+    Args:
+        standing: by peer that is known, how well; all of what compares.
+    """
+    return [peer for peer in sorted(standing) if standing[peer] == max(standing.values())]
+
+
+def odd(said: Mapping[int, Any], standing: Mapping[int, Any]) -> list[int]:
+    """Who says otherwise than those who are known best. Nobody where these do not agree themselves, or have said nothing.
+
+    Args:
+        said: by peer, what it votes, does or has.
+        standing: as of `best_known`.
+    """
+    known = [said[peer] for peer in best_known(standing) if peer in said]
+    if not known or any(one != known[0] for one in known):
+        return []
+    return [peer for peer in said if said[peer] != known[0]]
+
+
 def elect(
     votes: Mapping[int, dict[str, Any]],
     last: int | None,
     unfetched: Mapping[int, Collection[int]] | None = None,
-    known: Collection[int] | None = None,
+    known: Mapping[int, Any] | None = None,
 ) -> Election:
     """Elect by popularity of the whole content; ties go to what the lowest peer has.
 
@@ -77,11 +98,13 @@ def elect(
         votes: by peer: ``revision``, ``progress``, ``strategy``, ``keys`` and whether the strategy ``is_default``.
         last: revision of what was shared before; None where nothing was.
         unfetched: by peer, sources from which it could not fetch: others are taken where there are any.
-        known: who was there when it was shared; the others are newcomers. None for all.
+        known: by peer that was there when it was shared, how well it is known; the others are newcomers. None for all, and equally.
     """
-    known = [peer for peer in sorted(votes) if last is not None and (known is None or peer in known)]
+    standing = dict.fromkeys(votes, 0) if known is None else {peer: known[peer] for peer in votes if peer in known}
+    standing = standing if last is not None else {}
+    best = best_known(standing)
     if last is not None:
-        votes = {peer: vote if peer in known else _as_newcomer(vote) for peer, vote in votes.items()}
+        votes = {peer: vote if peer in standing else _as_newcomer(vote) for peer, vote in votes.items()}
     senders = [peer for peer in sorted(votes) if votes[peer]["strategy"] == SEND]
     offers = senders or [peer for peer in sorted(votes) if votes[peer]["strategy"] == POPULAR]
     if not offers and last is None:
@@ -93,22 +116,23 @@ def elect(
     if last is None and not senders:
         newest = max(_way(votes[peer]) for peer in offers)
         offers = [peer for peer in offers if _way(votes[peer]) == newest]
-    if wrong := _wrong_revisions(votes, last):
-        late = {peer: told for peer, told in wrong.items() if peer not in known}
-        return Election(apart=late) if late and known else Election(error=next(iter(wrong.values())))
+    if unfit := _wrong_revisions(votes, last):
+        late = {peer: told for peer, told in unfit.items() if peer not in best}
+        return Election(apart=late) if late and best else Election(error=next(iter(unfit.values())))
     contents = {peer: _content(votes[peer]) for peer in votes}
-    if senders and (odd := _odd({peer: contents[peer] for peer in senders}, known)):
-        return Election(kicked=dict.fromkeys(odd, f"peers {senders} all send, and not the same state"))
+    if senders and len({contents[peer] for peer in senders}) > 1:
+        wrong = odd({peer: contents[peer] for peer in senders}, standing) or senders
+        return Election(kicked=dict.fromkeys(wrong, f"peers {senders} all send, and not the same state"))
     counted = Counter(contents[peer] for peer in offers)
     most = max(counted.values())
     winner = next(peer for peer in offers if counted[contents[peer]] == most)
-    if odd := _odd({peer: _form(votes[peer]) for peer in sorted(votes)}, known):
-        right = next((peer for peer in known if peer not in odd), None)
-        if right is None:
-            other = next(peer for peer in odd if _form(votes[peer]) != _form(votes[winner]))
-            return Election(error=_apart(votes, winner, other))
+    forms = {peer: _form(votes[peer]) for peer in sorted(votes)}
+    if apart := odd(forms, standing):
         # It is they who do not fit to what the others have.
-        return Election(apart={peer: _apart(votes, right, peer) for peer in odd})
+        return Election(apart={peer: _apart(votes, best[0], peer) for peer in apart})
+    for other, form in forms.items():
+        if form != forms[winner]:
+            return Election(error=_apart(votes, winner, other))
     sources = [peer for peer in sorted(votes) if _keys(votes[peer]) == _keys(votes[winner])]
     return Election(revision=votes[winner]["revision"], fetches=_fetches(votes, winner, sources, unfetched or {}))
 
@@ -120,16 +144,6 @@ def _as_newcomer(vote: dict[str, Any]) -> dict[str, Any]:
 def _way(vote: dict[str, Any]) -> tuple[int, int]:
     """How far a run has come."""
     return vote["revision"], vote.get("progress", 0)
-
-
-def _odd(said: Mapping[int, Any], known: Collection[int]) -> list[int]:
-    """Who says otherwise than those who are known; all where these do not agree, or there are none; nobody where all say the same."""
-    if all(one == other for one, other in pairwise(said.values())):
-        return []
-    those = [said[peer] for peer in said if peer in known]
-    if not those or any(one != those[0] for one in those):
-        return list(said)
-    return [peer for peer in said if said[peer] != those[0]]
 
 
 def _wrong_revisions(votes: Mapping[int, dict[str, Any]], last: int | None) -> dict[int, dict[str, Any]]:

@@ -18,7 +18,7 @@ from anabranch.errors import DataError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 _PLAIN = ("run", "epoch", "_next_id")
 _BY_GROUP = ("order", "revision", "_next_seq")
 
@@ -50,8 +50,13 @@ def to_dict(state: Held) -> dict[str, Any]:
 
 def from_dict(table: dict[str, Any], state: Held) -> None:
     """Make ``state`` what ``table`` tells of. Raises DataError where it tells of none."""
-    if not isinstance(table, dict) or table.get("schema") != SCHEMA:
+    if not isinstance(table, dict) or type(table.get("schema")) is not int:
         raise DataError("this is no journal of a master")
+    if table["schema"] != SCHEMA:
+        told = f"schema {table['schema']}, and this version reads {SCHEMA}"
+        raise DataError(
+            f"this journal of a master has {told}; its run ends with the version that began it: name another file"
+        )
     try:
         for name in _PLAIN:
             setattr(state, name, table[name.strip("_")])

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,29 +183,42 @@ class Master:
 
     def _turn(self) -> None:
         for key, events in self._selector.select(min(self.heartbeat_s, self.dead_s) / 4):
-            if key.fileobj is self._socket:
-                self._accept()
-            elif key.fileobj is self._woken:
-                with contextlib.suppress(BlockingIOError):
-                    self._woken.recv(4096)
-            elif (line := self._lines.get(key.fd)) is not None:
-                if events & selectors.EVENT_READ:
-                    self._read(line)
-                if events & selectors.EVENT_WRITE and key.fd in self._lines:
-                    self._flush(line)
+            self._goes_on(self._serve, key, events)
         now = time.monotonic()
         while self._done:
             rings, is_late = self._done.popleft()
-            self.state.solved(rings, is_late=is_late, now=now)
+            self._goes_on(self.state.solved, rings, is_late=is_late, now=now)
         for line in list(self._lines.values()):
-            limit = self.dead_s if line.called is None else HANDSHAKE_S
-            if now - line.heard > limit and line.peer is not None:
-                # Told, in case that it wakes.
-                self.state.lost(line.peer, f"nothing was heard of it for {limit:g} s", now)
-            elif now - line.heard > limit:
-                self._end(line, "")
-        self.state.tick(now)
-        self._tell()
+            self._goes_on(self._miss, line, now)
+        self._goes_on(self.state.tick, now)
+        self._goes_on(self._tell)
+
+    def _goes_on(self, work: Callable[..., None], *given: Any, **named: Any) -> None:
+        """A fault of ours, by whatever a peer said or that came late, ends nobody's run."""
+        try:
+            work(*given, **named)
+        except Exception:
+            log.exception("a fault inside of the master, in %s", work.__name__)
+
+    def _serve(self, key: selectors.SelectorKey, events: int) -> None:
+        if key.fileobj is self._socket:
+            self._accept()
+        elif key.fileobj is self._woken:
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)
+        elif (line := self._lines.get(key.fd)) is not None:
+            if events & selectors.EVENT_READ:
+                self._read(line)
+            if events & selectors.EVENT_WRITE and key.fd in self._lines:
+                self._flush(line)
+
+    def _miss(self, line: _Line, now: float) -> None:
+        limit = self.dead_s if line.called is None else HANDSHAKE_S
+        if now - line.heard > limit and line.peer is not None:
+            # Told, in case that it wakes.
+            self.state.lost(line.peer, f"nothing was heard of it for {limit:g} s", now)
+        elif now - line.heard > limit:
+            self._end(line, "")
 
     def _tell(self) -> None:
         """Write down what was decided, then tell it."""

@@ -20,6 +20,8 @@ MOST_FAILURES = 2
 MOST_QUITS = 8
 # Collectives of a peer at a time, under way and waited for.
 MOST_TAGS = 64
+# Answers that are kept of a peer: more than it can wait for at a time, so that older ones have been heard, whatever it says it knows.
+MOST_ANSWERS = 4 * MOST_TAGS
 # Peers that anybody can wait for.
 MOST_WORLD = 2**16
 
@@ -43,6 +45,7 @@ class Member:
         has_reduced, has_shared: whether it has been through a collective, and through the sharing of a state.
         proof: of what it had been through at the last vote of all: 2 a collective, 1 a shared state alone, 0 neither. Where peers do not
             agree, those with the most are believed: they run what the others run.
+        since: number of the first peer of its group, from whom on there was always somebody in it.
         gathers: whether it waits for others to be there, by `Communicator.wait_for`.
         failures: times in a row in which others could not reach it.
         quits: times in a row in which it has ended a collective and named nobody.
@@ -65,6 +68,7 @@ class Member:
     has_reduced: bool = False
     has_shared: bool = False
     proof: int = 0
+    since: int = 0
     gathers: bool = False
     quits: int = 0
 
@@ -226,6 +230,10 @@ class Held:
             if peer in syncing.sources.values():
                 syncing.is_lost = True
 
+    def _fitting(self, rings: dict[int, list[int]]) -> dict[int, list[int]]:
+        """Of these rings those that have the members that their groups have now."""
+        return {group: ring for group, ring in rings.items() if sorted(ring) == sorted(self.order.get(group, []))}
+
     def _of_member(self, peer: int) -> list[Running]:
         return [running for running in self.running.values() if peer in running.participants]
 
@@ -247,6 +255,8 @@ class Held:
     def _reply(self, member: Member, req: int, body: dict[str, Any]) -> None:
         told = {"req": req, **body}
         member.answered[req] = told
+        while len(member.answered) > MOST_ANSWERS:
+            del member.answered[next(iter(member.answered))]
         self._outbox.append((member.id, "reply", told))
         self.is_changed = True
 

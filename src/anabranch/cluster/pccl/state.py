@@ -162,7 +162,7 @@ class MasterState(Decisions):
     def solved(self, rings: dict[int, list[int]], *, is_late: bool, now: float) -> None:
         """Rings that were found: for those who wait, or, ``is_late``, to be taken up when peers are next admitted."""
         self._now = now
-        fitting = {group: ring for group, ring in rings.items() if sorted(ring) == sorted(self.order.get(group, []))}
+        fitting = self._fitting(rings)
         if is_late:
             self.found |= fitting
             return
@@ -252,7 +252,9 @@ class MasterState(Decisions):
         running.votes[member.id] = req
         # What comes after an abort says nothing about who is at fault, nor about collectives that began since.
         if body.get("aborted") and not running.is_aborted:
-            self._accuse(member, self.members.get(number(body, "accused", default=member.id)))
+            accused = self.members.get(number(body, "accused", default=member.id))
+            # Of another group it can know nothing.
+            self._accuse(member, accused if accused is not None and accused.id in running.participants else None)
             # Others may be right in the midst of it, and it would come to nothing.
             self._abort(member.group)
         if not any(other.is_aborted and member.id not in other.votes for other in self._of_member(member.id)):
