@@ -196,6 +196,74 @@ def test_many_at_once_wait_their_turn_without_being_bypassed():
     assert {one.bypassed for one in asyncio.run(main())} == {""}
 
 
+def held_up():
+    """A strategy whose decisions last until they are released, and that learns; who was decided for, or taught, in order."""
+    order, released = [], threading.Event()
+
+    class Held(Learning):
+        def route(self, query, pool):
+            order.append(query.tenant)
+            assert released.wait(10)
+            return say("small")(query, pool)
+
+        def observe(self, outcome):
+            order.append("learns")
+
+    decider = Decider(config(tested={"timeout_s": 10.0}), None, lambda *_: None, {"tested": Held(None)})
+    return decider, order, released
+
+
+async def until(holds):
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+def test_keys_take_turns_in_a_strategy_s_thread():
+    """The decisions of a key that asks twenty times, and what is to be learned, were all made before those of the next one."""
+
+    async def main():
+        decider, order, released = held_up()
+        many = [decider.decide("tested", Query(text="x", tenant="a"), POOL, unasked) for _ in range(20)]
+        asked = [asyncio.ensure_future(one) for one in many]
+        await until(lambda: order == ["a"])
+        for _ in range(20):
+            decider.lanes["tested"].observe(Outcome(query=Query(text="x"), model="small"))
+        asked += [
+            asyncio.ensure_future(decider.decide("tested", Query(text="x", tenant=whose), POOL, unasked))
+            for whose in "bcb"
+        ]
+        await asyncio.sleep(0)
+        released.set()
+        decided = await asyncio.gather(*asked)
+        await decider.lanes["tested"].alone(lambda: None)
+        decider.close()
+        return decided, order
+
+    decided, order = asyncio.run(main())
+    assert {one.bypassed for one in decided} == {""}
+    assert order[:9] == ["a", "a", "learns", "b", "c", "a", "learns", "b", "a"]
+    assert order.count("a") == order.count("learns") == 20
+
+
+def test_what_waits_for_a_strategy_s_thread_is_not_decided_once_its_client_has_gone():
+    async def main():
+        decider, order, released = held_up()
+        asked = [
+            asyncio.ensure_future(decider.decide("tested", Query(text="x", tenant=whose), POOL, unasked))
+            for whose in "abc"
+        ]
+        await until(lambda: order == ["a"])
+        asked[1].cancel()
+        await asyncio.wait({asked[1]})
+        released.set()
+        await asyncio.gather(asked[0], asked[2])
+        decider.close()
+        return order
+
+    assert asyncio.run(main()) == ["a", "c"]
+
+
 def test_without_any_strategy_the_order_of_the_config_decides():
     broken = Scripted(raising)
     counted = []
@@ -256,9 +324,13 @@ def test_learning_happens_off_the_loop_and_never_raises():
     strategy = Learning(say("small"))
     decider = Decider(config(tested={}), None, strategies={"tested": strategy})
     outcome = Outcome(query=Query(text="x"), model="small")
-    decider.lanes["tested"].observe(outcome)
-    decider.lanes["safe"].observe(outcome)  # does not learn
-    decider.lanes["tested"]._threads.shutdown(wait=True)
+
+    async def main():
+        decider.lanes["tested"].observe(outcome)
+        decider.lanes["safe"].observe(outcome)  # does not learn
+        await decider.lanes["tested"].alone(lambda: None)
+
+    asyncio.run(main())
     assert strategy.seen == [outcome]
     decider.close()
 

@@ -162,3 +162,19 @@ def test_a_large_body_of_a_key_without_room_is_not_read(tmp_path, monkeypatch):
 
     assert asyncio.run(main()) == [(200, False), (429, True), (200, False)]
     assert len(read) == 2
+
+
+def test_what_waits_for_an_executor_that_is_shut_down_ends():
+    """As what the executor had taken and not begun: nobody waits for it for ever."""
+
+    async def main():
+        released, executor = threading.Event(), ThreadPoolExecutor(1)
+        turns = Turns(executor)
+        pieces = [turns.put(whose, lambda: released.wait(10)) for whose in "abc"]
+        executor.shutdown(wait=False, cancel_futures=True)
+        released.set()
+        async with asyncio.timeout(10):
+            await asyncio.wait(pieces)
+        return [piece.cancelled() for piece in pieces]
+
+    assert asyncio.run(main()) == [False, True, True]

@@ -1,7 +1,7 @@
 """`Lane`: one strategy at work in a server, which may not slow, break or mislead it.
 
 What may be slow (embedding, learned predictors, third parties) runs in a thread of its own, one per strategy, so that the event loop
-goes on; what says that it is fast (`is_fast`) is called in place. A strategy that raises, names a model that is not there, or takes longer
+goes on, and in which keys take turns (`Turns`): however many requests one has there, another waits for one of them. What says that it is fast (`is_fast`) is called in place. A strategy that raises, names a model that is not there, or takes longer
 than its time cannot be asked: `BypassError`.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from anabranch.config import to_dict
 from anabranch.errors import BudgetError, InputError, LimitError, RateError
 from anabranch.gateway.config import StrategyConfig
+from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.logged_error import raised
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.knobs import check_knobs
@@ -27,6 +28,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed import Embedder
 from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
+from anabranch.web.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,10 @@ T = TypeVar("T")
 # Characters: longer texts are looked at in the thread, even by strategies that are fast.
 SHORT = 20_000
 
-# Observations that may wait for a strategy's thread; more are dropped.
+# Observations that may wait for a strategy's thread; more are dropped. With all else that only the strategy itself wants, they are one
+# sender there, whose work is done in the order it came.
 WAITING = 256
+LEARNING = own_sender("learning")
 
 # Least time to judge an answer, which took a model longer than that to write.
 JUDGING_S = 1.0
@@ -84,7 +88,10 @@ class Lane:
         self.embedder, self._embedder = embedder, embedder if strategy.needs_vector else None
         self.is_fast = strategy.is_fast
         self.learns = strategy.learns
-        self._threads = None if self.is_fast else ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{name}")
+        self._threads: ThreadPoolExecutor | None = None
+        self._turns: Turns | None = None
+        if not self.is_fast:
+            self._begin_thread()
         # When what runs in the thread began; None if nothing does.
         self._began: float | None = None
         self._waiting = 0
@@ -106,13 +113,16 @@ class Lane:
             check_knobs(query.knobs, self.strategy.sender_knobs, f"auto/{self.name}")
             if self._embedder is not None and query.vector_D is None:
                 embedder = self._embedder
-                vector_D = (await self._in_thread(lambda: embedder.embed([query.text]), self.timeout_s))[0]
+                text, whose = query.text, query.tenant
+                vector_D = (await self._in_thread(whose, lambda: embedder.embed([text]), self.timeout_s))[0]
                 query = replace(query, vector_D=vector_D)
             if self.strategy.is_async:
                 decision = await self._awaited(self.strategy.aroute(query, pool, ask))
             else:
                 is_short = len(query.text) <= SHORT
-                decision = await self._called(lambda: self.strategy.route(query, pool), self.timeout_s, is_short)
+                decision = await self._called(
+                    query.tenant, lambda: self.strategy.route(query, pool), self.timeout_s, is_short
+                )
         except InputError as error:
             if query.knobs:
                 raise wrong("model", str(error)) from None
@@ -123,7 +133,7 @@ class Lane:
     async def prepare(self, query: Query, model: str, decision: Decision) -> Sequence[Mapping[str, Any]]:
         """What to send to a candidate. Raises BypassError."""
         return await self._called(
-            lambda: self.strategy.prepare(query, model, query.messages, decision=decision), self.timeout_s
+            query.tenant, lambda: self.strategy.prepare(query, model, query.messages, decision=decision), self.timeout_s
         )
 
     async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any], ask: Ask) -> bool:
@@ -131,17 +141,13 @@ class Lane:
         if self.strategy.is_async:
             return bool(await self._awaited(self.strategy.aaccept(query, model, answer, details, ask)))
         wanted = max(self.timeout_s, JUDGING_S)
-        return bool(await self._called(lambda: self.strategy.accept(query, model, answer, details), wanted))
+        return bool(await self._called(query.tenant, lambda: self.strategy.accept(query, model, answer, details), wanted))
 
     def observe(self, outcome: Outcome) -> None:
         """Let the strategy learn, later and where it disturbs nobody."""
         if not self.learns:
             return
-        if self.is_fast or self._threads is None:
-            self._observe(outcome)
-        elif self._waiting < WAITING:
-            self._waiting += 1
-            self._threads.submit(self._observe, outcome).add_done_callback(self._observed)
+        self._later(lambda: self.strategy.observe(outcome))
 
     @property
     def compares(self) -> bool:
@@ -150,17 +156,20 @@ class Lane:
 
     def prefer(self, outcome: Outcome, better: str, worse: str) -> None:
         """As `observe`, of a preference."""
-        if not self.compares:
-            return
-        if self.is_fast or self._threads is None:
-            self._prefer(outcome, better, worse)
+        if self.compares:
+            self._later(lambda: self.strategy.prefer(outcome, better, worse))
+
+    def _later(self, work: Callable[[], None]) -> None:
+        if self.is_fast or self._turns is None:
+            self._learn(work)
         elif self._waiting < WAITING:
             self._waiting += 1
-            self._threads.submit(self._prefer, outcome, better, worse).add_done_callback(self._observed)
+            self._turns.put(LEARNING, lambda: self._learn(work)).add_done_callback(self._observed)
 
     async def explain(self, query: Query, pool: Pool) -> dict[str, Any]:
         """Why the strategy would decide so. Raises BypassError."""
-        return dict(await self._called(lambda: self.strategy.explain(query, self.narrowed(pool)), JUDGING_S))
+        found = await self._called(query.tenant, lambda: self.strategy.explain(query, self.narrowed(pool)), JUDGING_S)
+        return dict(found)
 
     def touch(self) -> None:
         """It has learned something beside requests."""
@@ -180,7 +189,7 @@ class Lane:
         if self._threads is not None and self._threads is not old._threads:
             self._threads.shutdown(wait=False)
         self.strategy, self.made, self._told = old.strategy, old.made, old._told
-        self._threads, old._is_left = old._threads, True
+        self._threads, self._turns, old._is_left = old._threads, old._turns, True
         self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed)
 
     @property
@@ -196,20 +205,19 @@ class Lane:
 
     async def alone(self, work: Callable[[], T]) -> T:
         """``work()`` while nothing else touches the strategy, however long it takes."""
-        if self.is_fast:
+        if self.is_fast or self._turns is None:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._turns.run(LEARNING, work)
 
     def close(self) -> None:
         """End the thread once it is idle."""
         if self._threads is not None and not self._is_left:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _observe(self, outcome: Outcome) -> None:
-        self._learn(lambda: self.strategy.observe(outcome))
-
-    def _prefer(self, outcome: Outcome, better: str, worse: str) -> None:
-        self._learn(lambda: self.strategy.prefer(outcome, better, worse))
+    def _begin_thread(self) -> Turns:
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{self.name}")
+        self._turns = Turns(self._threads)
+        return self._turns
 
     def _learn(self, work: Callable[[], None]) -> None:
         self._told[0] += 1
@@ -221,10 +229,10 @@ class Lane:
     def _observed(self, future: object) -> None:
         self._waiting -= 1
 
-    async def _called(self, work: Callable[[], T], limit_s: float, is_short: bool = True) -> T:
+    async def _called(self, whose: str, work: Callable[[], T], limit_s: float, is_short: bool = True) -> T:
         """``work()`` in place or in the thread. Raises BypassError for whatever it raises but InputError."""
         try:
-            return work() if self.is_fast and is_short else await self._in_thread(work, limit_s)
+            return work() if self.is_fast and is_short else await self._in_thread(whose, work, limit_s)
         except (BypassError, InputError):
             raise
         except Exception as error:
@@ -249,11 +257,10 @@ class Lane:
         logger.warning("strategy %s failed: %s", self.name, raised(error))
         return BypassError("raised", f"{type(error).__name__} in the strategy")
 
-    async def _in_thread(self, work: Callable[[], T], limit_s: float) -> T:
+    async def _in_thread(self, whose: str, work: Callable[[], T], limit_s: float) -> T:
         """``work()`` in the thread. Its time counts from when it begins, and so does that of what it waits for."""
-        # A fast strategy that needs vectors.
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{self.name}")
+        # A fast strategy that needs vectors has no thread before it needs one.
+        turns = self._turns or self._begin_thread()
         if self._is_stuck(limit_s):
             raise BypassError("slow", f"the call before it has taken longer than {limit_s * 1000:g} ms")
         started: list[float] = []
@@ -266,20 +273,18 @@ class Lane:
             finally:
                 self._began = None
 
-        future = asyncio.get_running_loop().run_in_executor(self._threads, timed)
-        while True:
-            begin = started[0] if started else self._began or time.monotonic()
-            await asyncio.wait({future}, timeout=max(begin + limit_s - time.monotonic(), 0.001))
-            if future.done():
-                return future.result()
-            if started and time.monotonic() - started[0] >= limit_s:
-                break
-            if not started and self._is_stuck(limit_s):
-                future.cancel()
-                break
-        # So that it counts as seen.
-        future.add_done_callback(lambda late: late.cancelled() or late.exception())
-        raise BypassError("slow", f"it took longer than {limit_s * 1000:g} ms")
+        future = turns.put(whose, timed)
+        try:
+            while True:
+                begin = started[0] if started else self._began or time.monotonic()
+                await asyncio.wait({future}, timeout=max(begin + limit_s - time.monotonic(), 0.001))
+                if future.done():
+                    return future.result()
+                is_late = started and time.monotonic() - started[0] >= limit_s
+                if is_late or (not started and self._is_stuck(limit_s)):
+                    raise BypassError("slow", f"it took longer than {limit_s * 1000:g} ms")
+        finally:
+            turns.drop(whose, future)
 
     def _is_stuck(self, limit_s: float) -> bool:
         began = self._began

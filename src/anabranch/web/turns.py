@@ -26,23 +26,29 @@ class Turns:
 
     async def run(self, whose: str, work: Callable[[], T]) -> T:
         """What ``work()`` gives or raises. One that is cancelled before its turn is not begun, and nothing of it stays."""
-        future = asyncio.get_running_loop().create_future()
-        piece = (work, future)
-        self._waiting.setdefault(whose, deque()).append(piece)
-        self._begin()
+        future = self.put(whose, work)
         try:
-            found: T = await future
+            return await future
         except asyncio.CancelledError:
-            self._forget(whose, piece)
+            self.drop(whose, future)
             raise
-        return found
 
-    def _forget(self, whose: str, piece: _Piece) -> None:
-        pieces = self._waiting.get(whose)
-        if pieces is not None and piece in pieces:
-            pieces.remove(piece)
-            if not pieces:
-                del self._waiting[whose]
+    def put(self, whose: str, work: Callable[[], T]) -> "asyncio.Future[T]":
+        """As `run`, for whoever does not wait for it, or not as long as it takes; `drop` gives it up."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(whose, deque()).append((work, future))
+        self._begin()
+        return future
+
+    def drop(self, whose: str, future: "asyncio.Future[Any]") -> None:
+        """Nobody wants what was `put` any more: it is not begun if it has not been yet, and nothing of it stays."""
+        future.cancel()
+        pieces = self._waiting.get(whose, ())
+        left = deque(piece for piece in pieces if piece[1] is not future)
+        if left:
+            self._waiting[whose] = left
+        elif pieces:
+            del self._waiting[whose]
 
     def _begin(self) -> None:
         while self._waiting and not self._is_busy:
@@ -51,10 +57,16 @@ class Turns:
             work, future = pieces.popleft()
             if pieces:
                 self._waiting[whose] = pieces
-            if not future.cancelled():
-                self._is_busy = True
+            if future.cancelled():
+                continue
+            try:
                 running = self._started(future.get_loop(), work)
-                running.add_done_callback(partial(self._ended, future))
+            except RuntimeError:
+                # The executor was shut down, and takes nothing any more: what waits ends as what it had taken and not begun.
+                future.cancel()
+                continue
+            self._is_busy = True
+            running.add_done_callback(partial(self._ended, future))
 
     def _started(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Any]) -> "asyncio.Future[Any]":
         if self._executor is not None:
