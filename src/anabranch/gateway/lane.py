@@ -1,8 +1,9 @@
 """`Lane`: one strategy at work in a server, which may not slow, break or mislead it.
 
 What may be slow (embedding, learned predictors, third parties) runs in a thread of its own, one per strategy, so that the event loop
-goes on, and in which keys take turns (`Turns`): however many requests one has there, another waits for one of them. What says that it is fast (`is_fast`) is called in place. A strategy that raises, names a model that is not there, or takes longer
-than its time cannot be asked: `BypassError`.
+goes on, and there keys take turns (`Turns`): however many requests one has waiting, those of another wait for one of them. What says that
+it is fast (`is_fast`) is called in place. A strategy that raises, names a model that is not there, or takes longer than its time cannot be
+asked: `BypassError`.
 """
 
 import asyncio
@@ -141,7 +142,9 @@ class Lane:
         if self.strategy.is_async:
             return bool(await self._awaited(self.strategy.aaccept(query, model, answer, details, ask)))
         wanted = max(self.timeout_s, JUDGING_S)
-        return bool(await self._called(query.tenant, lambda: self.strategy.accept(query, model, answer, details), wanted))
+        return bool(
+            await self._called(query.tenant, lambda: self.strategy.accept(query, model, answer, details), wanted)
+        )
 
     def observe(self, outcome: Outcome) -> None:
         """Let the strategy learn, later and where it disturbs nobody."""
