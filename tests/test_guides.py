@@ -1,4 +1,4 @@
-"""Each guide, read by someone who installs what it names and types what it says. `test_wheel` does it in environments of their own."""
+"""Each guide, read by someone who installs what it names and types what it says: all that these extras do not bring is hidden."""
 
 import pytest
 

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 
 from base_install import ROOT, check_base, tried
-from guide_worlds import GUIDES, WORLDS
-from guides import Reader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # Packages come from the index, and nothing of this checkout or of whoever runs the tests is seen.
@@ -106,17 +104,6 @@ def test_graphs_work_with_their_extra_alone(graph):
     told = graph.anabranch("graph", "index", "rows.npy", "--out", "rows.anb")
     [following] = [line.split("anabranch ", 1)[1] for line in told.splitlines() if line.startswith("next")]
     assert "recall" in graph.anabranch(*shlex.split(following))
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("page", "extra"), [("graph-guide.md", "[graph,plots]"), ("gateway-guide.md", "[gateway,plots]")]
-)
-def test_a_reader_installs_what_a_guide_names_and_follows_it(tmp_path, wheel, page, extra):
-    """The others bring torch; from those `test_guides` hides what their guide does not name."""
-    reader = Reader(tmp_path, python=Environment(tmp_path, wheel, extra).python)
-    WORLDS[page](reader)
-    assert reader.follows(GUIDES[page]) > 5
 
 
 def test_a_gateway_without_torch_answers(gateway):
