@@ -24,13 +24,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anabranch.errors import InputError
 
-__all__ = ["Draws", "KeyedDropout", "drawing", "keyed_uniform", "philox", "random_key"]
+__all__ = ["Draws", "KeyedDropout", "drawing", "keyed_uniform", "philox", "place_of", "random_key"]
 
 _MASK = 0xFFFFFFFF
 _LARGEST_SEED = 2**63 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# Places of `KeyedDropout`: where they begin, beyond all numbers that are given by hand, and how many a layer of a model has.
+_FIRST_PLACE, _MOST_OF_LAYER = 1 << 40, 1 << 20
+
+
+def place_of(layer: int, number: int) -> int:
+    """The place of a `KeyedDropout` in a model: the how manyth of a layer's it is, in the order of its modules."""
+    return _FIRST_PLACE + layer * _MOST_OF_LAYER + number
 
 
 def random_key(*parts: int) -> int:
@@ -108,12 +115,12 @@ def keyed_uniform(
 class KeyedDropout(nn.Module):
     """Dropout whose mask is a function of (seed, step, layer, row): equal for any number of ranks, stages and micro-batches.
 
-    Whoever runs the model sets ``step``, ``run_seed``, ``place`` and ``first_row`` before each pass; a `GPipe` does.
+    Whoever runs the model sets ``step``, ``run_seed``, ``place`` and ``first_row`` before each pass; a `GPipe` and an `ElasticTrainer` do.
 
     Args:
         p: share of numbers that become 0; the others grow by 1 / (1 - p).
         seed: of the key; that of the run is added to it.
-        layer: of the key; two of one number drop the same. None for ``place``, by which a `GPipe` tells all apart.
+        layer: of the key; two of one number drop the same. None for ``place``, by which these tell all apart.
 
     Attributes:
         step, run_seed: of the run.
@@ -139,7 +146,7 @@ class KeyedDropout(nn.Module):
         layer = self.place if self.layer is None else self.layer
         if layer is None:
             raise InputError(
-                "a KeyedDropout has no number: give layer=, another one to each, or run the model in a GPipe, which numbers them"
+                "a KeyedDropout has no number: give layer=, another one to each, or run the model in a GPipe or an ElasticTrainer, which number them"
             )
         rows = torch.arange(self.first_row, self.first_row + len(x), device=x.device)
         drawn = keyed_uniform(

@@ -142,6 +142,55 @@ def test_a_decision_is_taken_before_a_layout_that_came_after_it(desk):
     assert [news["kind"] for news in desk.control.news] == ["epoch"]
 
 
+def test_a_layout_for_which_all_were_ready_is_taken_before_the_next_one(desk):
+    """The coordinator goes on from there: who did not look in between answered out of the layout before."""
+    with desk.changed:
+        desk.control._on_frame(None, {"kind": "go", "epoch": 3}, b"")
+        desk.control._on_frame(None, {"kind": "epoch", "epoch": 4}, b"")
+    assert desk.control.decided("go")["epoch"] == 3
+    assert [news["kind"] for news in desk.control.news] == ["epoch"]
+
+
+def test_growth_waits_until_all_have_done_what_they_do_after_the_step(desk):
+    desk.say("epoch", epoch=4, is_growth=True)
+    with desk.changed:
+        desk.changed.wait_for(desk.control.is_called, 5)
+
+    def work():
+        with desk.control.staying():
+            desk.control.raise_if_called()
+            desk.control.agree("weights")
+
+    result = desk.later(work)
+    assert desk.wait_for(lambda header: header["kind"] == "done")["epoch"] == 3
+    desk.say("done", what="weights")
+    assert result() is None
+    # And is followed then.
+    assert desk.control.is_called()
+    desk.heard.clear()
+    result = desk.later(work)
+    desk.wait_for(lambda header: header["kind"] == "done")
+    # A loss is not waited for.
+    desk.say("epoch", epoch=5, is_growth=False)
+    assert isinstance(result(), CalledAwayError)
+
+
+def test_a_rank_that_stood_still_takes_nobody_for_silent(monkeypatch):
+    desk = Desk(answers_beats=False, timeout_s=3.0)
+    clock, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr("anabranch.cluster.elastic.control.time.monotonic", lambda: clock() + ahead[0])
+    desk.control.start()
+    result = desk.later(lambda: desk.control.agree("weights"))
+    desk.wait_for(lambda header: header.get("waits"))
+    ahead[0] = 60.0
+    desk.heard.clear()
+    assert not desk.wait_for(lambda header: header["kind"] == "beat")["is_long"]
+    assert desk.control.stop is None
+    desk.say("done", what="weights")
+    assert result() is None
+    desk.close()
+
+
 def test_a_newcomer_takes_no_layout_for_a_commit(desk):
     """It stood still for as long as waits may last, and all others with it."""
     desk.control.is_in = False

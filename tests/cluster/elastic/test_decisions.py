@@ -14,6 +14,7 @@ HELLO = {
     "host": "127.0.0.1",
     "port": 4711,
     "weights": "ab",
+    "moments": "",
     "version": 0,
     "mesh": None,
     "signature": SIGNATURE,
@@ -45,7 +46,10 @@ class Room:
     def __init__(self, replicas=2, stages=2, chunk=None, **settings):
         self.history, self.lines = [], {}
         plans = Replanner(stages, settings.pop("policy", None), None, [1.0] * 4)
-        self.made = Decisions(replicas, stages, plans, chunk, lambda what, **more: self.history.append((what, more)))
+        patience_s = settings.pop("patience_s", 0.0)
+        self.made = Decisions(
+            replicas, stages, plans, chunk, lambda what, **more: self.history.append((what, more)), patience_s=patience_s
+        )
         self.signature = {**SIGNATURE, **settings}
 
     def come(self, **changes):
@@ -66,6 +70,14 @@ class Room:
 
     def ready(self):
         for rank in list(self.made.members):
+            self.tell(rank, "ready")
+        for owner in self.made.layout.grid.ranks:
+            for holder in self.made.layout.holders(owner, self.made.ledger.copies):
+                self.held(holder, owner)
+
+    def ready_but(self, away):
+        """All but one, who does not come to it."""
+        for rank in [rank for rank in self.made.members if rank != away]:
             self.tell(rank, "ready")
         for owner in self.made.layout.grid.ranks:
             for holder in self.made.layout.holders(owner, self.made.ledger.copies):
@@ -275,7 +287,11 @@ def test_the_rank_that_all_wait_for_is_cast_out_and_not_those_who_wait():
     assert room.why_lost() == {}
     room.look()
     assert room.why_lost() == {1: "it is stuck: rank 0 has waited too long for it"}
+    # It hears why when it wakes.
     assert room.lines[1].is_closed
+    assert room.lines[1].said[-1] == {
+        "kind": "stop", "why": "the coordinator has cast this rank out: it is stuck: rank 0 has waited too long for it",
+    }  # fmt: skip
     assert room.lines[0].kinds()[-1] == "epoch"
     assert room.lines[0].said[-1]["lost"] == {"1": "it is stuck: rank 0 has waited too long for it"}
     # Beats of the older epoch accuse nobody in the new one.
@@ -306,7 +322,7 @@ def test_one_that_cannot_be_missed_is_waited_for():
     assert room.why_lost() == {}
     assert room.made.stopped is None
     noted = [more for what, more in room.history if what == "stuck"]
-    assert noted == [{"rank": 1, "why": "rank 0 waits for it; nobody has a copy of what it has"}]
+    assert noted == [{"rank": 1, "why": "rank 0 has waited too long for it; nobody has a copy of what it has"}]
 
 
 def test_a_newcomer_that_waits_for_its_turn_accuses_nobody():
@@ -361,6 +377,70 @@ def test_a_link_may_break_now_and_then():
         room.ready()
         room.vote()
     assert room.why_lost() == {}
+
+
+def test_a_newcomer_that_does_not_reach_the_others_costs_nobody_a_seat():
+    """A firewall, another network, a wrong route: it says of each that it does not reach it, in each layout that it comes to."""
+    room = Room(3, 1, patience_s=60.0).begin(3)
+    line = room.come()
+    for _ in range(4):
+        room.vote()
+        room.ready_but(3)
+        for other in (0, 1, 2):
+            if 3 in room.made.members:
+                room.tell(3, "suspect", rank=other)
+        room.look(1)
+        assert room.made.layout.grid.stages == ((0, 1, 2),)
+        room.ready_but(3)
+    assert list(room.why_lost()) == [3]
+    assert "cast this rank out" in line.said[-1]["why"]
+    assert room.made.stopped is None
+
+
+def test_who_has_no_part_yet_takes_nobody_from_a_step():
+    room = Room(2, 1).begin(2)
+    room.come()
+    room.tell(2, "suspect", rank=0)
+    room.tell(0, "suspect", rank=2)
+    epoch = room.made.epoch
+    room.look()
+    assert room.made.epoch == epoch
+    room.made._begin_epoch()
+    # Nor does anybody wait for a link to it.
+    assert list(room.lines[0].said[-1]["members"]) == ["0", "1"]
+
+
+def test_of_two_that_do_not_reach_each_other_one_goes_that_can_be_missed():
+    room = Room(2, 1, copies=0).begin(2)
+    for _ in range(6):
+        room.tell(0, "suspect", rank=1)
+        room.look(1)
+        room.ready()
+    assert room.why_lost() == {}
+    assert [more["why"] for what, more in room.history if what == "stuck"] == [
+        "ranks 0 and 1 do not reach each other; nobody has a copy of what it has"
+    ]
+
+
+def test_a_link_that_cannot_be_opened_at_the_beginning_is_tried_again():
+    room = Room(2, 1)
+    for _ in range(2):
+        room.come()
+    room.tell(1, "suspect", rank=0)
+    room.look(1)
+    assert room.lines[0].kinds()[-2:] == ["epoch", "epoch"]
+    room.ready()
+    assert room.made.layout is not None
+
+
+def test_a_coordinator_that_stood_still_has_heard_nobody():
+    room = Room(2, 1).begin(2)
+    now = time.monotonic()
+    heard = room.made.members[0].heard
+    room.made.has_stood_still(40.0, now + 40.5)
+    assert room.made.members[0].heard == heard + 40
+    room.made.has_stood_still(40.0, now + 41.0)
+    assert room.made.members[0].heard == now + 41
 
 
 # Errors
@@ -425,3 +505,69 @@ def test_who_comes_by_a_stream_that_a_loss_ends_comes_later():
     room.vote()
     assert room.made._stream is not None
     assert 3 in room.made._stream[0].grid.ranks
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_who_comes_in_after_a_step_has_no_part_in_what_all_do_after_it(chunk):
+    """The others waited for its part, and it for the next step."""
+    room = Room(2, 1, chunk=chunk).begin(2)
+    held = room.made.epoch
+    room.come()
+    room.vote()
+    while room.made._stream is not None:
+        room.tell(2, "vote", step=room.made.version, loss=[])
+        room.vote()
+    assert room.made._target.grid.ranks == (0, 1, 2)
+    assert room.lines[0].said[-1]["is_growth"]
+    # A stuck one is found here as ever.
+    room.beat(0, {"round": "weights"}, epoch=held)
+    assert room.made.members[0].standing.waits == {"round": "weights"}
+    for rank in (0, 1):
+        slices(room, rank, epoch=held)
+    assert room.lines[0].said[-1]["kind"] == "manifest"
+    room.tell(0, "manifest", epoch=held, version=room.made.version, folder="kept", why=None)
+    assert [room.lines[rank].said[-1]["kind"] for rank in (0, 1)] == ["saved", "saved"]
+    room.ready()
+    assert room.made.layout.grid.ranks == (0, 1, 2)
+    # From then on the older epoch is over.
+    slices(room, 0, epoch=held)
+    assert room.made._rounds.missing("slices of step 1", (0, 1, 2)) == [0]
+
+
+def test_a_loss_ends_what_was_begun_before_growth():
+    room = Room(3, 1).begin(3)
+    held = room.made.epoch
+    room.come()
+    room.vote()
+    slices(room, 0, epoch=held)
+    room.made.lose([2], "gone")
+    assert not room.lines[0].said[-1]["is_growth"]
+    for rank in (0, 1):
+        slices(room, rank, epoch=held)
+    assert room.lines[0].said[-1]["kind"] == "epoch"
+
+
+def test_training_ends_also_for_one_that_was_on_its_way_in():
+    room = Room(2, 1).begin(2)
+    line = room.come()
+    room.vote()
+    room.tell(0, "leave")
+    assert line.said[-1] == {"kind": "stop", "why": "training has ended"}
+
+
+def test_one_that_begins_elsewhere_is_refused_alone():
+    """It stopped all, also those who were right."""
+    room = Room(2, 1)
+    room.come()
+    for name, value, told in (
+        ("weights", "cd", "other weights than rank 0"), ("moments", "cd", "other state of the optimizer than rank 0"),
+        ("version", 3, "begins at step 3, and rank 0 at 0"),
+    ):  # fmt: skip
+        line = room.come(**{name: value})
+        assert line.said[-1]["kind"] == "refuse"
+        assert told in line.said[-1]["why"]
+    assert room.made.stopped is None
+    room.come()
+    room.ready()
+    # Who comes later is given all of it.
+    assert room.come(weights="cd", version=7).kinds() == ["welcome"]

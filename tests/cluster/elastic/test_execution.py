@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from anabranch.cluster import KeyedDropout
 from anabranch.cluster.elastic.execution import StageStep, StepSettings, Work, check_batch, draws_of
 from anabranch.cluster.elastic.layout import Grid, Layout
 from anabranch.cluster.elastic.tree import TreeSum
@@ -44,10 +45,20 @@ def batch():
     return torch.randn(SAMPLES, WIDTH, generator=generator), torch.randint(3, (SAMPLES,), generator=generator)
 
 
-def run(replicas, *, is_exact, micro_batches=2, block=1, step=3, loss=F.cross_entropy, samples=SAMPLES):
+def keyed_of(also_by_itself=True):
+    """Layers whose masks are keyed, beside torch's own ones and without."""
+    torch.manual_seed(0)
+    more = [nn.Dropout(0.3)] if also_by_itself else []
+    first = nn.Sequential(nn.Linear(WIDTH, WIDTH), KeyedDropout(0.5), *more, KeyedDropout(0.5))
+    return [first, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)]
+
+
+def run(
+    replicas, *, is_exact, micro_batches=2, block=1, step=3, loss=F.cross_entropy, samples=SAMPLES, layers_of=layers_of, draws=True, seed=7
+):  # fmt: skip
     """(loss, gradients by layer) of all ranks of one stage."""
     layout = Layout(Grid.full(replicas=replicas, stages=1), (), 3)
-    settings = StepSettings(samples, micro_batches, block, is_exact, loss, 7, (True, True, True))
+    settings = StepSettings(samples, micro_batches, block, is_exact, loss, seed, (draws,) * 3)
     leaves = settings.leaves(replicas)
     losses, sums, terms = TreeSum(leaves), {}, {}
     for rank in range(replicas):
@@ -82,6 +93,21 @@ def test_masks_are_functions_of_the_sample_whoever_has_it(replicas, is_exact):
         assert not is_exact or torch.equal(other[number], gradient)
     # And of the step.
     assert run(replicas, is_exact=is_exact, step=4)[0] != pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize(("also_by_itself", "draws"), [(True, True), (False, True), (False, False)])
+def test_keyed_masks_are_those_of_their_samples_whatever_else_draws(also_by_itself, draws):
+    """Beside a module of torch's that draws every sample of a run had the mask of its first."""
+
+    def found(replicas, **more):
+        return run(replicas, layers_of=partial(keyed_of, also_by_itself), draws=draws, **more)[0]
+
+    whole = found(1, is_exact=True)
+    for replicas in (1, 2, 3):
+        assert found(replicas, is_exact=False) == pytest.approx(whole, rel=1e-6)
+        assert found(replicas, is_exact=True) == whole
+    # And functions of the seed, which every rank has from the trainer.
+    assert found(1, is_exact=True, seed=8) != pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3, 6])

@@ -1,5 +1,6 @@
 """What ranks must agree on: whatever makes a step another one has another word, and the same has the same."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -31,6 +32,42 @@ class Own(nn.Module):
         self.weight = nn.Parameter(torch.zeros(3))
 
 
+class Buffered(nn.Module):
+    """A layer with numbers that it does not learn."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("scale", torch.full((3,), value))
+
+
+def with_(name, value):
+    made = nn.Linear(2, 2)
+    setattr(made, name, value)
+    return made
+
+
+class Stepped(Buffered):
+    """What it has is a function of the step."""
+
+    def on_step(self, step, fraction):
+        self.scale.fill_(fraction)
+
+
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+def hooked(before=False):
+    made = nn.Sequential(nn.Tanh())
+    (made[0].register_forward_pre_hook if before else made[0].register_forward_hook)(doubled)
+    return made
+
+
+@dataclass(frozen=True)
+class Options:
+    slope: float
+
+
 # Each is another step than the one beside it, though sizes and classes of layers are the same.
 UNLIKE = {
     "activation": (nn.Sequential(nn.Tanh()), nn.Sequential(nn.ReLU())),
@@ -49,6 +86,15 @@ UNLIKE = {
     "which learn": (nn.Linear(2, 2), frozen(nn.Linear(2, 2))),
     "numbers that do not learn": (frozen(nn.Linear(2, 2)), frozen(nn.Linear(2, 2), seed=1)),
     "own settings": (Own(), Own(0.2)),
+    "buffers": (Buffered(1.0), Buffered(2.0)),
+    "modes": (nn.Sequential(nn.Dropout(0.1)), nn.Sequential(nn.Dropout(0.1)).eval()),
+    "tensors": (with_("scale", torch.ones(2)), with_("scale", torch.zeros(2))),
+    "tables": (with_("config", {"k": 1.0}), with_("config", {"k": 2.0})),
+    "tables in tables": (with_("config", {"k": {"scale": torch.ones(2)}}), with_("config", {"k": {"scale": torch.zeros(2)}})),
+    "options": (with_("config", Options(0.1)), with_("config", Options(0.2))),
+    "sets": (with_("kept", {"a", "b"}), with_("kept", {"a"})),
+    "hooks": (nn.Sequential(nn.Tanh()), hooked()),
+    "hooks before": (hooked(), hooked(before=True)),
     "own function": (Own(), Own(activation=torch.relu)),
 }  # fmt: skip
 
@@ -70,9 +116,11 @@ def test_the_same_made_anew_has_the_same_words():
     one, other = make(), make()
     # What they learned, and what they count meanwhile, is theirs.
     nn.init.ones_(other[0].weight)
-    other.eval()
     other[-1].step, other[-1].first_row, other[3]._calls = 7, 3, 9
     assert words(one) == words(other)
+    # One that comes later has what is set after another step.
+    assert words(Stepped(1.0)) == words(Stepped(2.0))
+    assert words(Stepped(1.0)) != words(Buffered(1.0))
 
 
 @pytest.mark.parametrize(

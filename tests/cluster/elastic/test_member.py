@@ -146,6 +146,28 @@ def test_of_two_layouts_the_newer_one_counts(make):
     assert one.member.layout == ALONE
 
 
+def test_a_layout_that_held_for_a_moment_is_where_the_next_one_begins(make):
+    """A newcomer ends right after it was ready: what it was to have is with those who took that layout."""
+    one = make(0)
+    one.goes(1)
+    one.epoch(1, ALONE)
+    one.member.follow()
+
+    def ready(kind):
+        if kind == "ready" and one.control.epoch == 2:
+            one.control.hear("go", epoch=2)
+            one.epoch(3, ALONE, ALONE)
+        elif kind == "ready":
+            one.control.hear("go", epoch=3)
+
+    one.control.on_tell = ready
+    one.epoch(2, ALONE, ALONE)
+    one.member.follow()
+    assert (one.member.layout_epoch, one.control.is_called()) == (2, True)
+    one.member.follow()
+    assert (one.member.layout_epoch, one.control.is_called()) == (3, False)
+
+
 def test_a_newcomer_takes_no_layout_for_a_commit_and_waits_for_its_turn(make):
     """A rank is lost while it waits for the commit of a step: it went on as if that was the commit, and held up all."""
     first, new = make(0), make(1)

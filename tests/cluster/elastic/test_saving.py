@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from anabranch.cluster.elastic.saving import newest, read_slices, write_manifest, write_slices
+from anabranch.cluster.elastic.saving import newest, read_slices, remove_others, write_manifest, write_slices
 from anabranch.cluster.elastic.state import Slice
 from anabranch.errors import CheckpointError
 
@@ -54,6 +54,7 @@ def test_a_step_that_is_saved_again_is_the_old_checkpoint_until_it_is_the_new_on
     write_slices(tmp_path, 5, {0: piece(3, 6, 1.0)}, 7)
     assert read_slices(tmp_path, SIZES)[1][0].tensors["param"].tolist() == list(range(6))
     write_manifest(tmp_path, 7, again, SIZES)
+    remove_others(tmp_path, 7, again)
     assert read_slices(tmp_path, SIZES)[1][0].tensors["param"].tolist() == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in manifest.parent.iterdir()) == sorted([*again, "manifest.json"])
 
@@ -91,3 +92,24 @@ def test_what_is_damaged_is_refused(tmp_path):
         read_slices(tmp_path, [6, 0, 5])
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         read_slices(tmp_path / "none", SIZES)
+
+
+def test_one_that_was_held_up_takes_nothing_of_those_who_saved_without_it(tmp_path):
+    """It wrote a manifest of files that were gone, and removed theirs."""
+    late = [write_slices(tmp_path, 0, {0: piece(0, 6), 2: piece(0, 4)}, 7)]
+    again = [write_slices(tmp_path, 1, {0: piece(0, 6, 1.0), 2: piece(0, 4, 1.0)}, 7)]
+    write_manifest(tmp_path, 7, again, SIZES)
+    remove_others(tmp_path, 7, again)
+    before = sorted(path.name for path in newest(tmp_path).iterdir())
+    with pytest.raises(CheckpointError, match=f"does not hold {late[0]}"):
+        write_manifest(tmp_path, 7, late, SIZES)
+    assert sorted(path.name for path in newest(tmp_path).iterdir()) == before
+    assert read_slices(tmp_path, SIZES)[1][0].tensors["param"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_of_ranks_with_disks_of_their_own_nothing_is_a_checkpoint(tmp_path):
+    here = write_slices(tmp_path / "a", 0, {0: piece(0, 4), 2: piece(0, 1)}, 7)
+    there = write_slices(tmp_path / "b", 1, {0: piece(4, 6), 2: piece(1, 4)}, 7)
+    with pytest.raises(CheckpointError, match=f"does not hold {there}.*one folder of one disk"):
+        write_manifest(tmp_path / "a", 7, [here, there], SIZES)
+    assert newest(tmp_path / "a") is None

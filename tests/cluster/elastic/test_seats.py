@@ -22,6 +22,7 @@ HELLO = {
     "host": "127.0.0.1",
     "port": 4711,
     "weights": "ab",
+    "moments": "",
     "version": 0,
     "mesh": None,
     "signature": SIGNATURE,
@@ -63,7 +64,7 @@ def test_more_stages_than_layers_are_refused():
 
 # By name, what each cannot be.
 WRONG = {
-    **dict.fromkeys(("host", "weights"), (None, [], -1, True)),
+    **dict.fromkeys(("host", "weights", "moments"), (None, [], -1, True)),
     **dict.fromkeys(("port", "version", "copies", "micro_batches"), (None, [], -1, "7", True)),
     **dict.fromkeys(("global_batch", "block"), (None, [], 0, "7", True)),
     "sizes": (None, "7", -1, [-1], ["7"], [None], True),

@@ -18,10 +18,13 @@ class Words:
 
     def __init__(self):
         self.epoch, self.told, self.waits, self.snapshots = 4, [], [], None
+        self.is_locked = lambda: False
 
     def tell(self, kind, **more):
         self.told.append((kind, more))
         if kind == "held":
+            # Nobody here has seen it yet, so nothing that follows from it can be told before.
+            assert self.is_locked()
             assert more["version"] in self.snapshots.held[more["layout"], more["owner"]]
 
     def wait_until(self, holds, of, *, is_called=False):
@@ -43,7 +46,9 @@ def one():
     control, probed = Words(), []
     made = Snapshots(control, 1, probed.append)
     control.snapshots = made
-    return SimpleNamespace(made=made, control=control, links=Sent(1), probed=probed)
+    links = Sent(1)
+    control.is_locked = links.changed._is_owned
+    return SimpleNamespace(made=made, control=control, links=links, probed=probed)
 
 
 def slices(at=0.0):
@@ -82,9 +87,14 @@ def test_two_versions_are_kept_whatever_order_they_come_in(one):
     for version in (7, 9, 8):
         one.made.take(one.links, 0, *frame(version))
     assert sorted(one.made.held[4, 0]) == [8, 9]
-    one.made.take(one.links, 0, *frame(1, epoch=5))
-    one.made.keep({5})
-    assert sorted(one.made.held) == [(5, 0)]
+
+
+def test_those_of_the_next_layout_stay_where_a_rank_is_late_with_one_before(one):
+    """They were thrown away, and both ranks waited for each other for as long as a wait may last."""
+    for epoch in (4, 5, 6):
+        one.made.take(one.links, 0, *frame(1, epoch=epoch))
+    one.made.keep(one.links, 5)
+    assert sorted(one.made.held) == [(5, 0), (6, 0)]
 
 
 def test_a_damaged_one_is_not_kept_and_told_of(one):

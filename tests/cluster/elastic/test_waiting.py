@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anabranch.cluster.elastic.waiting import Standing, Stuck, Watch, held_up
+from anabranch.cluster.elastic.waiting import Pulse, Standing, Stuck, Watch, held_up
 
 WORKS, WORKS_LONG = Standing(), Standing(is_long=True)
 
@@ -102,7 +102,7 @@ def test_a_link_that_breaks_once_in_a_while_accuses_nobody():
         assert watch.links(now + 0.1) == []
         assert watch.links(now + 0.6) == [(1, 3)]
         watch.has_epoch()
-        watch.has_stepped()
+        watch.has_stepped((1, 3))
 
 
 def test_a_link_that_is_not_opened_again_is_given_up():
@@ -110,11 +110,56 @@ def test_a_link_that_is_not_opened_again_is_given_up():
     for now in range(4):
         found.append(watch.lost_link(1, 3, float(now)))
         watch.has_epoch()
-    assert found == [False, False, False, True]
+    # Neither has lost more than the other: who is told of is blamed first.
+    assert found == [[], [], [], [3, 1]]
+
+
+def test_a_link_is_blamed_on_the_one_that_has_lost_more():
+    """One with a wrong route accuses all the others, and it is the one."""
+    watch = Watch()
+    for now in range(3):
+        for other in (1, 2):
+            assert watch.lost_link(3, other, float(now)) == []
+        watch.has_epoch()
+    assert watch.lost_link(3, 1, 3.0) == [3, 1]
+    assert watch.lost_link(2, 3, 3.0) == [3, 2]
+    # What a rank that is gone has lost is nobody's.
+    watch.forget(3)
+    assert watch.lost_link(2, 1, 4.0) == []
+
+
+def test_who_has_no_part_in_steps_yet_is_blamed_first_and_what_others_do_is_no_proof_of_it():
+    watch = Watch(patience_s=60.0)
+    for now in range(4):
+        found = watch.lost_link(0, 5, float(now), apart=[5])
+        watch.has_epoch()
+        watch.has_stepped((0, 1, 2))
+    assert found == [5, 0]
+
+
+def test_between_two_that_make_steps_a_link_may_be_lost_for_as_long_as_silence_may_last():
+    watch = Watch(patience_s=10.0)
+    for now in range(10):
+        assert watch.lost_link(1, 3, float(now)) == []
+        watch.has_epoch()
+    watch.has_stood_still(5.0)
+    assert watch.lost_link(1, 3, 12.0) == []
+    watch.has_epoch()
+    assert watch.lost_link(1, 3, 15.0) == [3, 1]
+
+
+def test_while_a_process_stands_still_time_passes_for_nobody():
+    pulse = Pulse(0.0)
+    assert [pulse.late_s(now) for now in (0.5, 0.9, 5.4, 5.9)] == [0, 0, 4.0, 0]
+    watch, found = Watch(), Stuck(2, by=0)
+    watch.sure(found, 0.0)
+    watch.has_stood_still(4.0)
+    assert watch.sure(found, 5.0) is None
+    assert watch.sure(found, 5.6) == found
 
 
 def test_ranks_that_wait_for_each_other_again_and_again_are_given_up():
     watch = Watch()
     assert [watch.knotted() for _ in range(4)] == [False, False, False, True]
-    watch.has_stepped()
+    watch.has_stepped((0, 1))
     assert not watch.knotted()

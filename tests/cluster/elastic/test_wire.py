@@ -225,7 +225,7 @@ def test_a_coordinator_takes_words_alone():
         place = ("127.0.0.1", int(host.address.rpartition(":")[2]))
         signature = {"sizes": [1], "copies": 1, "micro_batches": 0, "global_batch": 1, "block": 1}
         channel = connect(*place, b"", on_frame=lambda *told: None, on_close=lambda *told: None)
-        hello = {"host": "127.0.0.1", "port": 1, "weights": "", "version": 0, "signature": signature}
+        hello = {"host": "127.0.0.1", "port": 1, "weights": "", "moments": "", "version": 0, "signature": signature}
         channel.send({"kind": "hello", **hello})
         until(lambda: host.ranks == (0,))
         channel.send({"kind": "beat"}, b"x")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from anabranch.cluster.elastic.links import CalledAwayError
-from anabranch.cluster.elastic.waiting import BEAT_S
+from anabranch.cluster.elastic.waiting import BEAT_S, Pulse
 from anabranch.cluster.elastic.wire import Body, Channel, Header, connect
 from anabranch.errors import AnabranchError, ConfigError, PeerError
 
@@ -24,6 +24,8 @@ __all__ = ["CALLS", "Control", "UnrecoverableError"]
 _PARTING_S = 5.0
 # What ends a wait: another layout; or, before training has begun, that one of those who came is gone.
 CALLS = ("epoch", "regroup")
+# What all who are left must follow, since it holds for the coordinator: a step, and a layout for which all were ready.
+DECISIONS = ("commit", "go")
 # Of a wait: who or what it is for, as `anabranch.cluster.elastic.waiting` reads it; nothing where it may last.
 Of = Callable[[], Header]
 
@@ -61,7 +63,7 @@ class Control:
         self.noticed_s: float | None = None
         self._changed, self._timeout_s = changed, timeout_s
         self._gives_up = gives_up or (lambda: False)
-        self._is_closed = self._has_failed = False
+        self._is_closed = self._has_failed = self._stays = False
         self._channel: Channel | None = None
         # What this rank waits for, or None while it works; and since when.
         self._standing: tuple[Of | None, float] = (None, time.monotonic())
@@ -126,7 +128,21 @@ class Control:
     def is_called(self) -> bool:
         """Whether what this rank waits for will not come: another layout, or the end."""
         with self._changed:
-            return self.stop is not None or any(news["kind"] in CALLS for news in self.news)
+            return self.stop is not None or any(
+                news["kind"] in CALLS and not (self._stays and news.get("is_growth")) for news in self.news
+            )
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Nobody is called away by growth while the block lasts: what all do after a step they do in the layout that made it.
+
+        Who comes in with the next step does none of it.
+        """
+        self._stays = True
+        try:
+            yield
+        finally:
+            self._stays = False
 
     def raise_if_called(self) -> None:
         """Raise CalledAwayError if so."""
@@ -205,10 +221,17 @@ class Control:
     # What comes
 
     def _beat(self) -> None:
+        pulse = Pulse(time.monotonic())
         while not self._is_closed and self._channel is not None and not self._channel.is_closed:
             time.sleep(BEAT_S)
-            of, since = self._standing
             now = time.monotonic()
+            # While this process stands still nobody is silent, and it waits for nobody.
+            late_s = pulse.late_s(now)
+            self._heard_s = min(self._heard_s + late_s, now)
+            with self._changed:
+                of, since = self._standing
+                since = min(since + late_s, now)
+                self._standing = (of, since)
             waits = None if of is None else of()
             self.tell("beat", epoch=self.epoch, waits=waits, is_long=now - since > self._timeout_s)
             if now - self._heard_s > self._timeout_s:
@@ -228,8 +251,8 @@ class Control:
             elif kind in ("stop", "refuse"):
                 self.stop = self.stop or header
             elif kind in CALLS:
-                # Whatever was said of an older epoch is over, but for a commit, which all who are left must follow.
-                self.news = deque(news for news in self.news if news["kind"] == "commit")
+                # Whatever was said of an older epoch is over, but for what is decided: the next layout begins from there.
+                self.news = deque(news for news in self.news if news["kind"] in DECISIONS)
                 self.news.append(header)
             elif kind == "commit":
                 self.news.append(header)

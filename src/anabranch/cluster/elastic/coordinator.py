@@ -23,7 +23,7 @@ from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.planner import Policy
 from anabranch.cluster.elastic.replanning import Replanner
 from anabranch.cluster.elastic.stages import Memory
-from anabranch.cluster.elastic.waiting import BEAT_S
+from anabranch.cluster.elastic.waiting import BEAT_S, Pulse
 from anabranch.cluster.elastic.wire import Body, Channel, Header, Listener
 from anabranch.errors import InputError
 
@@ -77,7 +77,7 @@ class Coordinator:
         self._lock = threading.RLock()
         plans = Replanner(stages, policy, memory, layer_costs)
         chunk = None if chunk_bytes is None else chunk_bytes // 4
-        self._decisions = Decisions(replicas, stages, plans, chunk, self._note)
+        self._decisions = Decisions(replicas, stages, plans, chunk, self._note, patience_s=patience_s)
         # Ranks tell it words alone.
         self._listener = Listener(
             host, port, secret.encode(), self._on_frame, self._on_close, most_body=0, tell=self._tell_trouble
@@ -99,6 +99,9 @@ class Coordinator:
         with self._lock:
             members = list(self._decisions.members.values())
             self._decisions.members.clear()
+            parted = list(self._decisions.cast_out)
+        for channel in parted:
+            channel.close()
         for member in members:
             member.channel.send({"kind": "stop", "why": "the coordinator was closed"})
             member.channel.close(after_sends=True)
@@ -170,9 +173,13 @@ class Coordinator:
                 self._decisions.lose([member.rank], why)
 
     def _watch(self) -> None:
+        pulse = Pulse(time.monotonic())
         while not self._watching.wait(BEAT_S):
             with self._lock:
                 now = time.monotonic()
+                # While this process stands still nobody is silent.
+                if late_s := pulse.late_s(now):
+                    self._decisions.has_stood_still(late_s, now)
                 silent = [m.rank for m in self._decisions.members.values() if now - m.heard > self._patience_s]
                 if silent:
                     self._decisions.lose(silent, f"silent for {self._patience_s:g} s")

@@ -12,7 +12,7 @@ from anabranch.cluster.elastic.ledger import Ledger, Way
 from anabranch.cluster.elastic.planner import ElasticPlan
 from anabranch.cluster.elastic.replanning import Replanner
 from anabranch.cluster.elastic.rounds import Rounds
-from anabranch.cluster.elastic.seats import Seat, counted, named, refusal
+from anabranch.cluster.elastic.seats import Seat, counted, named, other_state, refusal
 from anabranch.cluster.elastic.waiting import Standing, Watch, held_up
 from anabranch.cluster.elastic.wire import Channel, Header
 from anabranch.cluster.elastic.words import another_layout, stream_to
@@ -29,6 +29,7 @@ class Decisions:
         plans: makes layouts.
         chunk: numbers of a piece that moves while training goes on, in one step; None where training stops for moves.
         note: called with what happens, and its details.
+        patience_s: for so long two ranks try to open a link that is lost, before one of them is.
 
     Attributes:
         members: by rank, who is there.
@@ -36,10 +37,18 @@ class Decisions:
         layout, version, ledger: what holds: the last layout for which all were ready, its committed steps, who keeps whose snapshots in it.
         stopped: why training has stopped before its end.
         is_ending: whether training is done, so that nobody who goes is missed.
+        cast_out: connections of ranks that were lost, which are told why.
     """
 
     def __init__(
-        self, replicas: int, stages: int, plans: Replanner, chunk: int | None, note: Callable[..., None]
+        self,
+        replicas: int,
+        stages: int,
+        plans: Replanner,
+        chunk: int | None,
+        note: Callable[..., None],
+        *,
+        patience_s: float = 0.0,
     ) -> None:
         self.replicas, self.stages, self.plans = replicas, stages, plans
         self.members: dict[int, Seat] = {}
@@ -49,10 +58,13 @@ class Decisions:
         self.ledger = Ledger()
         self.stopped: str | None = None
         self.is_ending = False
+        self.cast_out: list[Channel] = []
         self._chunk, self._note = chunk, note
         self._next_rank = replicas * stages
-        # What is announced, until all are ready.
+        # What is announced, until all are ready; whether nobody is lost by it, so that meanwhile the one that holds is as it was; its epoch.
         self._target: Layout | None = None
+        self._is_growth = False
+        self._held_epoch = 0
         # The layout that pieces travel to while the other holds, and the version at which they are all there.
         self._stream: tuple[Layout, int] | None = None
         # Whether layers may have to move after a loss; and who waits to come in.
@@ -61,7 +73,7 @@ class Decisions:
         # Of ranks that are gone, why; and the step and the kind of error by which the last one ended.
         self._lost: dict[int, str] = {}
         self._failed: tuple[int, str] | None = None
-        self._watch, self._rounds = Watch(), Rounds(note)
+        self._watch, self._rounds = Watch(patience_s), Rounds(note)
         # Since the last announcement, how long a rank that was lost had not been heard.
         self._detect_s = 0.0
         # Who holds up others and cannot be missed.
@@ -75,7 +87,7 @@ class Decisions:
             self._send_home()
             return
         lost = self._watch.links(now)
-        if self.layout is not None and any(all(rank in self.members for rank in pair) for pair in lost):
+        if any(all(rank in self.members for rank in pair) for pair in lost):
             # Both are there: another epoch, in which they open it again.
             self._begin_epoch()
             return
@@ -85,12 +97,24 @@ class Decisions:
             return
         if found.rank is None:
             self._untie({rank: one.waits for rank, one in standing.items() if one.waits})
-        elif self.ledger.way_back(self.members.keys() - {found.rank}, self.version).why is None:
-            self.lose([found.rank], f"it is stuck: rank {found.by} has waited too long for it")
-        elif self._spared != found.rank:
-            # A wait is better than an end.
-            self._spared = found.rank
-            self._note("stuck", rank=found.rank, why=f"rank {found.by} waits for it; nobody has a copy of what it has")
+        else:
+            self._cast_out([found.rank], f"rank {found.by} has waited too long for it")
+
+    def has_stood_still(self, seconds: float, now: float) -> None:
+        """For so long this coordinator heard nobody, whatever they said."""
+        for member in self.members.values():
+            member.heard = min(member.heard + seconds, now)
+        self._watch.has_stood_still(seconds)
+
+    def _cast_out(self, blamed: Sequence[int], why: str) -> None:
+        """One who holds up the others is lost: the first of these who can be missed, since a wait is better than an end."""
+        for rank in blamed:
+            if self.ledger.way_back(self.members.keys() - {rank}, self.version).why is None:
+                self.lose([rank], f"it is stuck: {why}")
+                return
+        if blamed and self._spared != blamed[0]:
+            self._spared = blamed[0]
+            self._note("stuck", rank=blamed[0], why=f"{why}; nobody has a copy of what it has")
 
     def _send_home(self) -> None:
         """Who waits for those who have left does so in vain."""
@@ -119,6 +143,10 @@ class Decisions:
         if waits.get("what") == "commit" and self.layout is not None:
             return [rank for rank in self._voters() if rank in self.members and self.members[rank].vote is None]
         return ()
+
+    def _is_of_now(self, header: Header) -> bool:
+        """Whether what a rank tells is of the epoch that is announced; or of the one that holds, which growth leaves as it is."""
+        return header.get("epoch") == self.epoch or (self._is_growth and header.get("epoch") == self._held_epoch)
 
     def _matter(self, *, with_stream: bool) -> set[int]:
         """Ranks of the layouts that hold, or are to."""
@@ -160,8 +188,11 @@ class Decisions:
         whole = self.replicas * self.stages
         if self.layout is None and len(self.members) >= whole:
             return f"{whole} ranks are there already; one can join when training has begun"
-        return refusal(header, self.plans.signature or None, (self.replicas, self.stages)) or self.plans.refusal(
-            header["signature"]
+        return (
+            refusal(header, self.plans.signature or None, (self.replicas, self.stages))
+            or self.plans.refusal(header["signature"])
+            # Who comes later is given all of it.
+            or (None if self.layout is not None else other_state(header, list(self.members.values())[:1]))
         )
 
     def _name_for(self, wish: Any) -> int:
@@ -186,8 +217,7 @@ class Decisions:
     def _beat(self, member: Seat, header: Header) -> None:
         told = Standing.heard(header.get("waits"), header.get("is_long"))
         # Who waits in an older epoch is called away from there.
-        is_of_now = header.get("epoch") == self.epoch
-        member.standing = told if is_of_now or told.waits is None else Standing()
+        member.standing = told if self._is_of_now(header) or told.waits is None else Standing()
         member.channel.send({"kind": "beat"})
 
     def _ready(self, member: Seat, header: Header) -> None:
@@ -197,6 +227,7 @@ class Decisions:
         wanted = set(self._target.grid.ranks)
         if all(m.is_ready for m in self.members.values() if m.rank in wanted):
             self.layout, self._target = self._target, None
+            self._held_epoch, self._is_growth = self.epoch, False
             self.ledger.hold(self.layout, self.version)
             for other in self.members.values():
                 other.vote = None
@@ -220,7 +251,7 @@ class Decisions:
             return
         told: Header = {"kind": "commit", "epoch": self.epoch, "step": self.version, "loss": loss}
         self.version += 1
-        self._watch.has_stepped()
+        self._watch.has_stepped(ranks)
         if self._stream is not None:
             self._tell(told)
             if self.version == self._stream[1]:
@@ -250,18 +281,20 @@ class Decisions:
 
     def _suspect(self, member: Seat, header: Header) -> None:
         accused = int(header["rank"])
-        if header["epoch"] != self.epoch or accused not in self.members:
+        parts = self._matter(with_stream=True) & self.members.keys()
+        if not self._is_of_now(header) or not {member.rank, accused} <= parts:
             return
         self._note("suspect", by=member.rank, accused=accused)
         # Its own connection will end in a moment if its process has. If not, all try anew.
-        if self._watch.lost_link(member.rank, accused, time.monotonic()):
-            self.lose([accused], f"rank {member.rank} does not reach it")
+        apart = () if self.layout is None else parts - set(self.layout.grid.ranks)
+        blamed = self._watch.lost_link(member.rank, accused, time.monotonic(), apart=apart)
+        self._cast_out(blamed, f"ranks {member.rank} and {accused} do not reach each other")
 
     def _bad(self, member: Seat, header: Header) -> None:
         owner = int(header["owner"])
         self._note("bad snapshot", owner=owner, holder=member.rank, why=header.get("why"))
         self.ledger.damaged(holder=member.rank, owner=owner)
-        if header["epoch"] == self.epoch:
+        if self._is_of_now(header):
             self._begin_epoch()
 
     def _fail(self, member: Seat, header: Header) -> None:
@@ -285,15 +318,16 @@ class Decisions:
         del self.members[member.rank]
         member.channel.close(after_sends=True)
         self._note("left", rank=member.rank)
-        # A rank leaves when training is done: who goes now is not missed, and who waits to join waits in vain.
+        # A rank leaves when training is done: who goes now is not missed, and who is not in yet waits in vain.
         self.is_ending = True
-        for rank in self._joiners:
-            if rank in self.members:
-                self.members[rank].channel.send({"kind": "stop", "why": "training has ended"})
+        inside = () if self.layout is None else self.layout.grid.ranks
+        for rank, other in self.members.items():
+            if rank not in inside:
+                other.channel.send({"kind": "stop", "why": "training has ended"})
 
     def _round(self, member: Seat, header: Header) -> None:
         """A rank has done its part of what all do; what is told of an older epoch counts for nothing."""
-        if header["epoch"] == self.epoch and self.layout is not None:
+        if self._is_of_now(header) and self.layout is not None:
             for rank, said in self._rounds.heard(member.rank, header, self.layout.grid.ranks).items():
                 if rank in self.members:
                     self.members[rank].channel.send(said)
@@ -304,7 +338,7 @@ class Decisions:
         self._rounds.wrote(where, version)
         self._note("wrote", rank=member.rank, version=version, where=where)
         # Where ranks were lost meanwhile those who are left come to it again: some may not have what was learned yet.
-        if is_last and header["epoch"] == self.epoch:
+        if is_last and self._is_of_now(header):
             # Nobody is missed from here on.
             self.is_ending = True
             self._tell({"kind": "finished", "where": where})
@@ -312,14 +346,7 @@ class Decisions:
     # What follows
 
     def _form(self) -> None:
-        first = next(iter(self.members.values()))
-        for member in self.members.values():
-            if member.hello["weights"] != first.hello["weights"]:
-                self._stop(
-                    f"rank {member.rank} begins with other weights than rank {first.rank}; give all the same seed, or the same checkpoint"
-                )
-                return
-        self.version = int(first.hello["version"])
+        self.version = int(next(iter(self.members.values())).hello["version"])
         self._begin_epoch()
 
     def lose(self, ranks: Sequence[int], why: str) -> None:
@@ -332,7 +359,11 @@ class Decisions:
             self._lost[member.rank] = why
             self._detect_s = max(self._detect_s, time.monotonic() - member.heard)
             member.channel.peer = None
-            member.channel.close("lost")
+            # One that lives hears of it when it looks.
+            member.channel.send({"kind": "stop", "why": f"the coordinator has cast this rank out: {why}"})
+            member.channel.close("lost", after_sends=True)
+            self.cast_out.append(member.channel)
+            self._watch.forget(member.rank)
         self._joiners = [rank for rank in self._joiners if rank not in ranks]
         if self.stopped or self.is_ending or not self._matter(with_stream=True) & set(ranks):
             return
@@ -368,7 +399,7 @@ class Decisions:
             self._replans = bool(way.holders)
         layout = self._layout_of(before) if target is None else target
         made = self.plans.planned(layout.grid, layout.bounds, moves_layers=False)
-        self._target = layout
+        self._target, self._is_growth = layout, before is not None and target is not None
         self.ledger.announce(self.epoch)
         for member in self.members.values():
             member.is_ready, member.vote, member.standing = False, None, Standing()
@@ -411,6 +442,7 @@ class Decisions:
                 costs=self.plans.layer_costs,
                 lost=self._lost,
                 detect_s=detect_s,
+                is_growth=self._is_growth,
             )
         )
 

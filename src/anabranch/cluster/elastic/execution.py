@@ -22,7 +22,7 @@ from anabranch.cluster.elastic.planner import cut_samples
 from anabranch.cluster.elastic.state import gradient_of
 from anabranch.cluster.elastic.timing import simulate_ranks
 from anabranch.cluster.elastic.tree import TreeSum
-from anabranch.cluster.keyed_random import KeyedDropout, drawing, random_key
+from anabranch.cluster.keyed_random import KeyedDropout, drawing, place_of, random_key
 from anabranch.cluster.schedules import FORWARD
 from anabranch.errors import ConfigError, InputError
 
@@ -210,9 +210,7 @@ class StageStep:
         for number in self.work.layers:
             layer = self.layers[number]
             began = time.perf_counter()
-            for module in layer.modules():
-                if isinstance(module, KeyedDropout):
-                    module.step, module.first_row = self.step, first
+            self._begin_at(number, first)
             value = self._drawn(number, value, first, end) if self.settings.draws[number] else layer(value)
             self.seconds[number] = self.seconds.get(number, 0.0) + time.perf_counter() - began
         output = list(value) if isinstance(value, tuple) else [value]
@@ -223,6 +221,13 @@ class StageStep:
                     f"layer {number} gives {shape} for {end - first} samples; layers give tensors of samples, or tuples"
                 )
         return _Block(first, end, entry, output)
+
+    def _begin_at(self, number: int, first: int) -> None:
+        """The next samples that go through a layer begin with this one: their masks are theirs, whoever has them, and beside what."""
+        keyed = (module for module in self.layers[number].modules() if isinstance(module, KeyedDropout))
+        for place, module in enumerate(keyed):
+            module.step, module.first_row, module.run_seed = self.step, first, self.settings.seed
+            module.place = place_of(number, place)
 
     def _drawn(self, number: int, value: Any, first: int, end: int) -> Any:
         """The output of a layer that draws by itself: of samples that are never cut otherwise its numbers are a function of the first.
@@ -236,6 +241,7 @@ class StageStep:
         parts = []
         for at in range(end - first):
             one = tuple(part[at : at + 1] for part in value) if isinstance(value, tuple) else value[at : at + 1]
+            self._begin_at(number, first + at)
             with drawing(random_key(settings.seed, self.step, number, first + at)):
                 parts.append(layer(one))
         if isinstance(parts[0], tuple):

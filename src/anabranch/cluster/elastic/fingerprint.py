@@ -4,14 +4,16 @@
     # {"layers": ["Sequential 3f0c9b..."], "optimizer": "AdamW(amsgrad=False, betas=(0.9, 0.999), ...)", "loss": "cross_entropy", ...}
 
 Two models of the same sizes may compute other things: another activation, another slope of it, other heads. So a layer's word is of all
-its modules with their settings, and of its parameters' names, shapes and types; of those that do not learn of their numbers too. What
-a function computes cannot be told: of a loss and the like it is the name, and what it was given.
+its modules with their settings, modes and hooks, and of its parameters' names, shapes and types; of those that do not learn, of buffers
+and of tensors among the settings of their numbers too. What a function computes cannot be told: of a loss, a hook and the like it is the
+name, and what it was given.
 """
 
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,11 @@ from anabranch.cluster.elastic.state import Groups, OptimizerFactory
 __all__ = ["told"]
 
 # What modules count while they run, and ranks need not have alike.
-_RUNNING = frozenset({"training", "step", "first_row", "run_seed", "place"})
+_RUNNING = frozenset({"step", "first_row", "run_seed", "place"})
+# Methods of modules that a trainer calls around each step, see `anabranch.train.hooks`.
+_STEP_HOOKS = ("before_step", "on_step")
+# Where torch keeps what a module calls around its work.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Of objects without a ``repr`` of their own, which another process has elsewhere.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # Committed steps at which a learning rate is compared.
@@ -52,8 +58,10 @@ def _layer(layer: nn.Module) -> str:
     """The class of a layer, and a hash of what it computes with what numbers of parameters."""
     found = hashlib.blake2b(digest_size=8)
     for name, module in layer.named_modules():
-        said = _ADDRESS.sub("", module.extra_repr())
-        found.update(repr((name, type(module).__qualname__, said, _settings(module))).encode())
+        # What is set after each step is that of the step at which a rank was made.
+        is_set = any(callable(getattr(module, hook, None)) for hook in _STEP_HOOKS)
+        said = [] if is_set else [_ADDRESS.sub("", module.extra_repr()), _settings(module), _numbers(module)]
+        found.update(repr((name, type(module).__qualname__, module.training, _hooks(module), said)).encode())
     for name, parameter in layer.named_parameters():
         told = (name, list(parameter.shape), str(parameter.dtype), parameter.requires_grad)
         found.update(repr(told).encode())
@@ -97,17 +105,36 @@ def _function(function: Any) -> str:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, str]]:
-    """Public attributes that are plain values or functions, such as a number of heads or an activation."""
+    """Public attributes that are plain values, tensors, tables or functions, such as a number of heads or an activation."""
     names = sorted(name for name in vars(module) if not name.startswith("_") and name not in _RUNNING)
     return [(name, told) for name in names if (told := _plain(getattr(module, name))) is not None]
 
 
+def _numbers(module: nn.Module) -> list[tuple[str, str | None]]:
+    """Of buffers."""
+    return [(name, _plain(buffer)) for name, buffer in module.named_buffers(recurse=False)]
+
+
+def _hooks(module: nn.Module) -> list[list[str | None]]:
+    """Of functions that are called around a module's work, in their order."""
+    return [[_plain(hook) for hook in getattr(module, name).values()] for name in _HOOKS]
+
+
 def _plain(value: Any) -> str | None:
-    """Of a plain value, or a function; None for others, whose ``repr`` says nothing that another process says too."""
+    """Of a plain value, a tensor, a table of such, or a function; None for others, whose ``repr`` says nothing that another process says."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
         return repr(value)
+    if isinstance(value, torch.Tensor):
+        numbers = hashlib.blake2b(pack([value])[1], digest_size=8).hexdigest()
+        return f"{value.dtype} {list(value.shape)} {numbers}"
     if isinstance(value, tuple | list):
         return repr([_plain(one) for one in value])
+    if isinstance(value, set | frozenset):
+        return repr(sorted(str(_plain(one)) for one in value))
+    if isinstance(value, Mapping):
+        return repr(sorted((str(_plain(name)), _plain(one)) for name, one in value.items()))
+    if is_dataclass(value) and not isinstance(value, type):
+        return repr([(one.name, _plain(getattr(value, one.name))) for one in fields(value)])
     if isinstance(value, partial) or inspect.isroutine(value):
         return _function(value)
     return None

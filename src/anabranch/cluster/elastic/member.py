@@ -186,10 +186,11 @@ class Member:
         before = None if news["before"] is None else layout_from(news["before"])
         after = layout_from(news["after"])
         self._probe("links")
-        members = self._edit(news)
         if self.rank not in after.grid.ranks:
-            # It waits to come in, and is told when.
+            # It waits to come in, and is told when; until then nobody needs a link to it.
+            self.links.edit(self.control.epoch, {})
             raise CalledAwayError
+        members = self._edit(news)
         edited = time.monotonic()
         self._probe("moves")
         moved = moved_state(
@@ -241,7 +242,7 @@ class Member:
         assert moved.state is not None
         self.layout_epoch, self.version = self.control.epoch, base
         self.states = {base: moved.state}
-        self.snapshots.keep({self.layout_epoch})
+        self.snapshots.keep(self.links, self.layout_epoch)
         for layer, flat in moved.state.flat.items():
             install(self.layers[layer], flat)
         self.work = Work(after, self.rank, self.settings, str(news["schedule"]), news["costs"])

@@ -4,10 +4,12 @@
                            manifest.json        # written last: without it nothing there is a checkpoint
 
 A file is a line of JSON and the bytes of a snapshot, with the same checksum. No file is written twice: a step that is saved again, by other
-ranks in another layout, is the old checkpoint until there is a new manifest, and the new one from then on.
+ranks in another layout, is the old checkpoint until there is a new manifest, and the new one from then on. A rank that was held up for so long that others
+saved the step without it takes nothing of theirs.
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,9 +17,9 @@ from pathlib import Path
 
 from anabranch.cluster.elastic.state import Slice, Snapshot, snapshot_of
 from anabranch.errors import CheckpointError, InputError
-from anabranch.files import atomic_write, atomic_write_json
+from anabranch.files import atomic_write
 
-__all__ = ["newest", "read_slices", "write_manifest", "write_slices"]
+__all__ = ["newest", "read_slices", "remove_others", "write_manifest", "write_slices"]
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -40,13 +42,34 @@ def write_slices(folder: str | Path, rank: int, slices: Mapping[int, Slice], ver
 
 
 def write_manifest(folder: str | Path, version: int, files: Sequence[str], sizes: Sequence[int]) -> Path:
-    """Make the files of a step, which are all written, a checkpoint; what else was written for this step is no part of it, and goes."""
+    """Make the files of a step, which are all written, a checkpoint.
+
+    Raises CheckpointError where one of them is not here: ranks have disks of their own, or others have saved this step anew while this
+    one was held up. What is here stays then.
+    """
     path = _place(folder, version) / MANIFEST
-    atomic_write_json(path, {"schema": SCHEMA, "version": version, "files": list(files), "sizes": list(sizes)})
-    for other in path.parent.glob("rank-*.slices"):
+    told = {"schema": SCHEMA, "version": version, "files": list(files), "sizes": list(sizes)}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(told, file, indent=2)
+            file.flush()
+            # A disk may take its time over this; looked after it, right before the manifest takes its place.
+            os.fsync(file.fileno())
+        if missing := [name for name in files if not (path.parent / name).is_file()]:
+            raise CheckpointError(
+                f"{path.parent} does not hold {missing[0]}, which a rank has written; let all ranks write into one folder of one disk"
+            )
+
+    atomic_write(path, write)
+    return path
+
+
+def remove_others(folder: str | Path, version: int, files: Sequence[str]) -> None:
+    """What else was written for a step, by ranks that were lost or before it was saved again, once all know of its manifest."""
+    for other in _place(folder, version).glob("rank-*.slices"):
         if other.name not in files:
             other.unlink(missing_ok=True)
-    return path
 
 
 def newest(folder: str | Path) -> Path | None:

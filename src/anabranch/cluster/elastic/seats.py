@@ -1,7 +1,7 @@
 """Ranks as the coordinator knows them: who may be one, and what their votes add up to."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from anabranch.cluster.elastic.wire import Channel, Header
 from anabranch.errors import InputError
 from anabranch.sockets import MOST_PORT
 
-__all__ = ["Seat", "counted", "named", "refusal"]
+__all__ = ["Seat", "counted", "named", "other_state", "refusal"]
 
 
 @dataclass
@@ -75,13 +75,24 @@ def refusal(hello: Header, signature: Header | None, mesh: tuple[int, int]) -> s
     return None
 
 
+def other_state(hello: Header, seats: Sequence[Seat]) -> str | None:
+    """Why a rank cannot begin with those who are there: it would go on from somewhere else; None where it can."""
+    for seat in seats:
+        if hello["version"] != seat.hello["version"]:
+            return f"it begins at step {hello['version']}, and rank {seat.rank} at {seat.hello['version']}; resume all from the same checkpoint"
+        for name, told in (("weights", "weights"), ("moments", "state of the optimizer")):
+            if hello[name] != seat.hello[name]:
+                return f"it begins with other {told} than rank {seat.rank}; give all the same seed, or the same checkpoint"
+    return None
+
+
 def _wrong(hello: Header, signature: Header) -> str | None:
     """What of a hello is not there, or not as it is used; None where all is sound."""
     sizes, mesh = signature.get("sizes"), hello.get("mesh")
     sound = {
         "host": isinstance(hello.get("host"), str),
         "port": _is_count(hello.get("port"), 1) and hello["port"] <= MOST_PORT,
-        "weights": isinstance(hello.get("weights"), str),
+        **{name: isinstance(hello.get(name), str) for name in ("weights", "moments")},
         "version": _is_count(hello.get("version"), 0),
         "mesh": mesh is None or (isinstance(mesh, list) and len(mesh) == 2),
         "sizes": isinstance(sizes, list) and all(_is_count(size, 0) for size in sizes),

@@ -1,6 +1,6 @@
 """What a rank keeps of its neighbours, and what they keep of it: slices of the last two versions, verified as they come."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from anabranch.cluster.elastic.control import Control
 from anabranch.cluster.elastic.layout import Layout
@@ -59,9 +59,9 @@ class Snapshots:
             versions[snapshot.version] = snapshot
             for old in sorted(versions)[:-_VERSIONS]:
                 del versions[old]
+            # Told when it is here, since who is told may ask for it at once; and before this rank, which waits for it, tells what is next.
+            self._control.tell("held", owner=owner, version=snapshot.version, layout=epoch)
             links.changed.notify_all()
-        # Told when it is here: who is told may ask for it at once.
-        self._control.tell("held", owner=owner, version=snapshot.version, layout=epoch)
 
     def tell_damaged(self, owner: int, why: str) -> None:
         """What is kept here of a rank cannot be used."""
@@ -76,6 +76,8 @@ class Snapshots:
 
         self._control.wait_until(lambda: not missing(), lambda: {"ranks": missing()}, is_called=True)
 
-    def keep(self, epochs: Collection[int]) -> None:
-        """Drop those of other layouts."""
-        self.held = {key: value for key, value in self.held.items() if key[0] in epochs}
+    def keep(self, links: LinkPool, epoch: int) -> None:
+        """Drop those of layouts before this one. Of the next they may be here already, from ranks that are ahead."""
+        with links.changed:
+            for key in [key for key in self.held if key[0] < epoch]:
+                del self.held[key]

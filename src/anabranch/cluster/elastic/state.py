@@ -329,7 +329,7 @@ def gradient_of(layer: nn.Module) -> Tensor:
 
 
 def check_layers(layers: Sequence[nn.Module]) -> None:
-    """Raise ConfigError for layers that cannot be moved one by one: shared parameters, mixed types, running statistics."""
+    """Raise ConfigError for layers that cannot be moved one by one: shared parameters, mixed types, running statistics, renormed tables."""
     if not layers:
         raise ConfigError("layers is empty; give the layers of a model, in order")
     homes: dict[int, int] = {}
@@ -349,6 +349,11 @@ def check_layers(layers: Sequence[nn.Module]) -> None:
                 raise ConfigError(
                     f"layer {number} has running statistics ({name or type(module).__name__}), which depend on who saw which samples; "
                     "use a norm without them"
+                )
+            if getattr(module, "max_norm", None) is not None:
+                raise ConfigError(
+                    f"layer {number} writes into its weights in the forward pass ({name or type(module).__name__} has max_norm), so what it "
+                    "learns depends on who saw which samples; leave max_norm out"
                 )
 
 

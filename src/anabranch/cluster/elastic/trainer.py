@@ -15,6 +15,7 @@ coordinator, `stepping` a step, of which `execution` is the work of a stage, and
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from anabranch.cluster.elastic.fingerprint import told
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
 from anabranch.cluster.elastic.member import Member
 from anabranch.cluster.elastic.planner import Policy
-from anabranch.cluster.elastic.saving import read_slices, write_manifest, write_slices
+from anabranch.cluster.elastic.saving import read_slices, remove_others, write_manifest, write_slices
 from anabranch.cluster.elastic.snapshots import Snapshots
 from anabranch.cluster.elastic.state import (
     PARAM,
@@ -37,6 +38,7 @@ from anabranch.cluster.elastic.state import (
     Slice,
     Updater,
     check_layers,
+    digest_of,
     install,
     learning,
     weights_digest,
@@ -166,7 +168,8 @@ class ElasticTrainer:
                 **(signature or {}), **told(layers, optimizer_factory, groups, learning_rate, loss), "clip": clip, "draws": list(draw),
                 "skips_infinite": skips_infinite, "gathers": gathers is not None, "policy": None if policy is None else asdict(policy),
             }  # fmt: skip
-            self._begin(host, wish, mesh, snapshot_copies, shared)
+            moments = digest_of(loaded, version) if loaded else ""
+            self._begin(host, wish, mesh, snapshot_copies, shared, moments)
         except BaseException as error:
             self.close(error)
             raise
@@ -183,9 +186,15 @@ class ElasticTrainer:
         return version, loaded
 
     def _begin(
-        self, host: str, wish: int | None, mesh: tuple[int, int] | None, copies: int, signature: dict[str, Any]
+        self,
+        host: str,
+        wish: int | None,
+        mesh: tuple[int, int] | None,
+        copies: int,
+        signature: dict[str, Any],
+        moments: str,
     ) -> None:
-        """Say hello, and wait until this rank is in."""
+        """Say hello, and wait until this rank is in; ``moments`` is a hash of what the optimizer goes on from."""
         settings = self._settings
         signature |= {
             "sizes": self._member.sizes,
@@ -199,7 +208,7 @@ class ElasticTrainer:
         welcome = self._control.ask(
             "hello", "welcome", told="the coordinator does not answer", host=host, port=self._links.port, wish=wish,
             mesh=None if mesh is None else list(mesh), version=self._member.version, weights=weights_digest(self._layers),
-            signature=signature,
+            moments=moments, signature=signature,
         )  # fmt: skip
         self.rank = self._links.rank = int(welcome["rank"])
         self._member.settings = replace(settings, micro_batches=int(welcome["micro_batches"]))
@@ -267,14 +276,16 @@ class ElasticTrainer:
         """What all ranks do after the same step, until all have done it.
 
         Where ranks are lost before that, it is done again by those who are left; also by those who had done their part, and after the step
-        again where that was taken back. So ``work`` ends with what the coordinator says when all have told it of theirs.
+        again where that was taken back. So ``work`` ends with what the coordinator says when all have told it of theirs. Who comes in after
+        the same step begins with the next one and has no part: until then the layout stays that made the step.
         """
         goal = self.steps
         try:
             while True:
                 try:
-                    self._control.raise_if_called()
-                    return work()
+                    with self._control.staying():
+                        self._control.raise_if_called()
+                        return work()
                 except CalledAwayError:
                     self._member.follow()
                     self._run_to(goal)
@@ -346,12 +357,18 @@ class ElasticTrainer:
             "slices", "saved", "manifest", of=lambda: {"round": what}, what=what, file=name, why=why, **told
         )
         if answer["kind"] == "manifest":
+            files = list(answer["files"])
             self._probe("manifest")
+            # Whoever was cast out meanwhile makes nothing of it.
+            control.raise_if_called()
             try:
-                write_manifest(folder, version, answer["files"], self._member.sizes)
+                write_manifest(folder, version, files, self._member.sizes)
             except (OSError, AnabranchError) as error:
                 why = f"{type(error).__name__}: {error}"
             answer = control.ask("manifest", "saved", of=lambda: {"round": what}, why=why, **told)
+            if answer["why"] is None:
+                with suppress(OSError):
+                    remove_others(folder, version, files)
         if answer["why"] is not None:
             raise CheckpointError(f"step {version} is not saved in {folder}: {answer['why']}")
 

@@ -12,13 +12,31 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BEAT_S", "Standing", "Stuck", "Watch", "held_up"]
+__all__ = ["BEAT_S", "Pulse", "Standing", "Stuck", "Watch", "held_up"]
 
 BEAT_S = 0.5
 # What one beat tells may be over: others are to tell the same.
 _SURE_S = 3 * BEAT_S
 # How often, without a step in between, two ranks that lose their link may open it again, and ranks that wait for each other begin anew.
 _MOST_TRIES = 3
+
+
+class Pulse:
+    """Tells a thread that wakes at each beat for how long its process stood still (a frozen container, a stopped machine, no processor).
+
+    What others said meanwhile waits unread: by its own clock a process that has stood still would take all of them for silent.
+
+    Args:
+        now: when it begins.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._last = now
+
+    def late_s(self, now: float) -> float:
+        """Seconds by which this beat is late: time that passed for nobody here. Called at each."""
+        late, self._last = max(now - self._last - BEAT_S, 0.0), now
+        return late
 
 
 @dataclass(frozen=True)
@@ -81,18 +99,23 @@ def held_up(
 
 
 class Watch:
-    """What a coordinator has seen since the last step of links that were lost, and of ranks that hold up others."""
+    """What a coordinator has seen of links that were lost and have carried no step since, and of ranks that hold up others.
 
-    def __init__(self) -> None:
-        # Of two ranks, how often they have lost their link; and since when one of them says so in this epoch.
-        self._tries: dict[tuple[int, int], int] = {}
+    Args:
+        patience_s: between two that have a part in steps a link may be lost for so long before one of them is.
+    """
+
+    def __init__(self, patience_s: float = 0.0) -> None:
+        self._patience_s = patience_s
+        # Of two ranks, how often they have lost their link, and when first; and since when one of them says so in this epoch.
+        self._tries: dict[tuple[int, int], tuple[int, float]] = {}
         self._doubts: dict[tuple[int, int], float] = {}
         self._knots = 0
         self._seen: tuple[Stuck | None, float] = (None, 0.0)
 
-    def has_stepped(self) -> None:
-        """What carried a step is sound."""
-        self._tries.clear()
+    def has_stepped(self, ranks: Collection[int]) -> None:
+        """What carried a step of these ranks is sound."""
+        self._tries = {pair: tried for pair, tried in self._tries.items() if not set(pair) <= set(ranks)}
         self._knots = 0
 
     def has_epoch(self) -> None:
@@ -100,13 +123,33 @@ class Watch:
         self._doubts.clear()
         self._seen = (None, 0.0)
 
-    def lost_link(self, one: int, other: int, now: float) -> bool:
-        """Two ranks have lost their link, as one of them says; whether that was once too often. What the second says is the same."""
+    def has_stood_still(self, seconds: float) -> None:
+        """For so long nothing was heard here, whatever was said."""
+        self._doubts = {pair: since + seconds for pair, since in self._doubts.items()}
+        self._tries = {pair: (count, first + seconds) for pair, (count, first) in self._tries.items()}
+        self._seen = (self._seen[0], self._seen[1] + seconds)
+
+    def lost_link(self, one: int, other: int, now: float, *, apart: Collection[int] = ()) -> list[int]:
+        """``one`` says that its link to ``other`` is lost; whom to blame, the first first, where that was once too often.
+
+        What the second of them says is the same. A link is one rank's fault as much as the other's: it is blamed on the one that has lost
+        more links, and before that on one of those ``apart``, who have no part in steps yet and so have proved none.
+        """
         pair = (min(one, other), max(one, other))
         if pair not in self._doubts:
-            self._tries[pair] = self._tries.get(pair, 0) + 1
+            count, first = self._tries.get(pair, (0, now))
+            self._tries[pair] = (count + 1, first)
             self._doubts[pair] = now
-        return self._tries[pair] > _MOST_TRIES
+        count, first = self._tries[pair]
+        is_apart = any(rank in apart for rank in pair)
+        if count <= _MOST_TRIES or (now - first < self._patience_s and not is_apart):
+            return []
+        broken = {rank: sum(rank in tried for tried in self._tries) for rank in pair}
+        return sorted((other, one), key=lambda rank: (rank not in apart, -broken[rank]))
+
+    def forget(self, rank: int) -> None:
+        """A rank is gone, and its links with it."""
+        self._tries = {pair: tried for pair, tried in self._tries.items() if rank not in pair}
 
     def links(self, now: float) -> list[tuple[int, int]]:
         """Pairs whose link is to be opened again: the connection of one that has ended would have ended by now."""

@@ -22,6 +22,7 @@ def another_layout(
     costs: Sequence[float],
     lost: Mapping[int, str],
     detect_s: float,
+    is_growth: bool,
 ) -> Header:
     """That all go to another layout.
 
@@ -34,6 +35,7 @@ def another_layout(
         costs: seconds of each layer.
         lost: why ranks are gone.
         detect_s: for how long one of them had not been heard.
+        is_growth: whether nobody is lost and no link: what all do after the last step they may do before.
     """
     plan = made.to_dict()
     # Ranks find themselves what travels.
@@ -48,7 +50,8 @@ def another_layout(
         "costs": list(costs),
         "holders": {str(owner): list(holders) for owner, holders in way.holders.items()},
         "lost": {str(rank): lost.get(rank, "") for rank in way.holders},
-        "members": _addresses(members),
+        "members": _addresses(members, before, made.layout),
+        "is_growth": is_growth,
         "plan": plan,
         "detect_s": detect_s,
         "step_s": made.step_s,
@@ -67,9 +70,11 @@ def stream_to(
         "chunk": chunk,
         "before": layout_to(before),
         "after": layout_to(after),
-        "members": _addresses(members),
+        "members": _addresses(members, before, after),
     }
 
 
-def _addresses(members: Mapping[int, Seat]) -> dict[str, list[Any]]:
-    return {str(member.rank): [member.host, member.port] for member in members.values()}
+def _addresses(members: Mapping[int, Seat], *layouts: Layout | None) -> dict[str, list[Any]]:
+    """Of those who have a part: nobody waits for a link to one who has none yet."""
+    parts = {rank for layout in layouts if layout is not None for rank in layout.grid.ranks}
+    return {str(member.rank): [member.host, member.port] for member in members.values() if member.rank in parts}

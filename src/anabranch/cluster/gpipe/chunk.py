@@ -18,7 +18,7 @@ from anabranch.cluster.gpipe.batch_norm import DeferredStatistics, untracked
 from anabranch.cluster.gpipe.buffers import BufferCopy, MovingBuffers
 from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
 from anabranch.cluster.gpipe.skips import Area, Route, works_in_place
-from anabranch.cluster.keyed_random import KeyedDropout, drawing, random_key
+from anabranch.cluster.keyed_random import KeyedDropout, drawing, place_of, random_key
 from anabranch.cluster.saved_bytes import Held, SavedBytes
 from anabranch.errors import InputError
 
@@ -36,10 +36,6 @@ _DROPPERS = (
     nn.FractionalMaxPool2d,
     nn.FractionalMaxPool3d,
 )
-
-
-# Places of `KeyedDropout`: where they begin, and how many a layer has.
-_FIRST_PLACE, _MOST_OF_LAYER = 1 << 40, 1 << 20
 
 
 class Borrowing(nn.Module):
@@ -278,8 +274,7 @@ class Chunk:
         if key is not None:
             for number, module in enumerate(self._keyed[place]):
                 module.step, module.first_row, module.run_seed = key.step, key.first_rows[micro_batch], key.seed
-                # Beyond all numbers that are given by hand.
-                module.place = _FIRST_PLACE + self.part[place] * _MOST_OF_LAYER + number
+                module.place = place_of(self.part[place], number)
         drops = any(map(_drops, self._droppers[place]))
         if key is None or not layer.training or not (drops or self._draws[place] is not False):
             return layer(x)
