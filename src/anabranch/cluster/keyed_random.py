@@ -146,7 +146,8 @@ class KeyedDropout(nn.Module):
         layer = self.place if self.layer is None else self.layer
         if layer is None:
             raise InputError(
-                "a KeyedDropout has no number: give layer=, another one to each, or run the model in a GPipe or an ElasticTrainer, which number them"
+                "a KeyedDropout has no number: give layer=, another one to each, or run the model in a GPipe or an ElasticTrainer, "
+                "which number them"
             )
         rows = torch.arange(self.first_row, self.first_row + len(x), device=x.device)
         drawn = keyed_uniform(

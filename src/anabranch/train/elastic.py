@@ -11,6 +11,7 @@ of them writes the run's folder, and where it is lost the next one does.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
@@ -43,6 +44,7 @@ __all__ = ["Elastic"]
 # Seconds of waiting after which it is said.
 _TELL_S = 3.0
 # Of ``train``, what processes need not agree on.
+_DATA = ("sequence_length",)
 _OWN = frozenset({"device", "log_every", "keep_checkpoints", "tensorboard", "max_skipped", "eval_tokens"})
 
 
@@ -59,6 +61,7 @@ class Elastic:
     Attributes:
         is_stopped: whether the run was told to stop, so that it waits for nobody any more.
         holds_folder: whether this process writes; set by the trainer.
+        at_step: called with finished steps before a step is made again, whose hooks have been called for a later one; set by the trainer.
 
     Raises ConfigError for what does not go together.
     """
@@ -76,6 +79,9 @@ class Elastic:
         self._layers = elastic_layers(model, precision=config.train.precision)
         self.is_stopped: Callable[[], bool] = lambda: False
         self.holds_folder = False
+        self.at_step: Callable[[int], None] = lambda step: None
+        # Where its batches begin, whatever checkpoint it comes from.
+        self._began = copy.deepcopy(stream.state_dict())
         self._trainer: ElasticTrainer | None = None
         self._is_done = False
 
@@ -136,6 +142,11 @@ class Elastic:
                     f"{said}, and {name} ({type(module).__name__}) learns from the loads of each step, which ranks do not share; "
                     "balance by a loss instead"
                 )
+            if callable(getattr(module, "before_step", None)):
+                raise ConfigError(
+                    f"{said}, and {name} ({type(module).__name__}) draws before each step, which a step that is made again does not; "
+                    "leave it out"
+                )
         return cls(config, model, optimizer, task, stream)
 
     # A step, as the model
@@ -181,7 +192,10 @@ class Elastic:
                 if self.is_stopped():
                     return None
                 raise
-            # Each step has its batch, also those that were made without this process.
+            # Each step has its batch, also those that were made without this process; and those that the others have yet to make.
+            if self._trainer.steps < step:
+                self._stream.load_state_dict(self._began)
+                step = 0
             for _ in range(self._trainer.steps - step):
                 self._stream.next_batch(self._config.train.batch_size)
             return self._trainer.steps
@@ -299,6 +313,7 @@ class Elastic:
             timeout_s=config.timeout_s,
             on_epoch_change=_tell_change,
             gives_up=lambda: self.is_stopped(),
+            at_step=lambda version: self.at_step(version),
         )
 
     def _signature(self) -> dict[str, Any]:
@@ -306,6 +321,9 @@ class Elastic:
         train = to_dict(self._config.train)
         assert isinstance(train, dict)
         shared = {f"train.{name}": value for name, value in train.items() if name not in _OWN}
+        # Of the data what each says by its content: where it is may be another place on each machine.
+        data = to_dict(getattr(self._config, "data", None)) or {}
+        shared |= {f"data.{name}": data[name] for name in _DATA if isinstance(data, dict) and name in data}
         return {"model": to_dict(self._model.config), "data": self._task.fingerprint(), **shared}
 
     def _groups(self) -> Groups:

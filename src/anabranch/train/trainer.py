@@ -116,6 +116,8 @@ class Trainer(Generic[R]):
         if not is_shared:
             self.optimizer = make_optimizer(self.model, config.train, self.task.speed)
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
+        if self._elastic is not None:
+            self._elastic.at_step = self._hooks.run_after
         self._stepper = Stepper(
             self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context
         )

@@ -48,7 +48,12 @@ class Room:
         plans = Replanner(stages, settings.pop("policy", None), None, [1.0] * 4)
         patience_s = settings.pop("patience_s", 0.0)
         self.made = Decisions(
-            replicas, stages, plans, chunk, lambda what, **more: self.history.append((what, more)), patience_s=patience_s
+            replicas,
+            stages,
+            plans,
+            chunk,
+            lambda what, **more: self.history.append((what, more)),
+            patience_s=patience_s,
         )
         self.signature = {**SIGNATURE, **settings}
 
@@ -389,7 +394,7 @@ def test_a_newcomer_that_does_not_reach_the_others_costs_nobody_a_seat():
         for other in (0, 1, 2):
             if 3 in room.made.members:
                 room.tell(3, "suspect", rank=other)
-        room.look(1)
+        room.look()
         assert room.made.layout.grid.stages == ((0, 1, 2),)
         room.ready_but(3)
     assert list(room.why_lost()) == [3]
@@ -414,7 +419,7 @@ def test_of_two_that_do_not_reach_each_other_one_goes_that_can_be_missed():
     room = Room(2, 1, copies=0).begin(2)
     for _ in range(6):
         room.tell(0, "suspect", rank=1)
-        room.look(1)
+        room.look()
         room.ready()
     assert room.why_lost() == {}
     assert [more["why"] for what, more in room.history if what == "stuck"] == [
@@ -427,7 +432,7 @@ def test_a_link_that_cannot_be_opened_at_the_beginning_is_tried_again():
     for _ in range(2):
         room.come()
     room.tell(1, "suspect", rank=0)
-    room.look(1)
+    room.look()
     assert room.lines[0].kinds()[-2:] == ["epoch", "epoch"]
     room.ready()
     assert room.made.layout is not None
@@ -468,6 +473,30 @@ def test_a_loss_of_some_samples_alone_is_the_fault_of_no_rank():
     assert room.made.stopped.startswith("step 0 cannot be made: the term 'z' is told of some samples alone")
     assert room.why_lost() == {}
     assert room.lines[0].said[-1]["kind"] == "stop"
+
+
+def test_one_with_another_batch_is_lost_and_where_nobody_knows_which_is_right_it_is_said():
+    """Other losses in all ranks, and nobody said a word."""
+    room = Room(3, 1).begin(3)
+    room.vote(0, 2, batch="ab")
+    room.vote(1, batch="cd")
+    assert room.why_lost() == {1: "its batch of step 0 is not that of rank 0"}
+    assert room.made.version == 0
+    room = Room(2, 1).begin(2)
+    room.vote(0, batch="ab")
+    room.vote(1, batch="cd")
+    assert room.why_lost() == {}
+    assert "ranks have unlike batches" in room.made.stopped
+    # A newcomer's word is less than that of one who has made steps.
+    room = Room(1, 1).begin(1)
+    room.vote(batch="ab")
+    room.come()
+    room.vote(batch="ab")
+    room.ready()
+    room.vote(0, batch="ab")
+    room.vote(1, batch="cd")
+    assert list(room.why_lost()) == [1]
+    assert room.made.stopped is None
 
 
 # Who comes

@@ -184,6 +184,10 @@ def test_layers_that_cannot_move_by_themselves_are_refused():
         ([one, two], "layers 0 and 1 share the parameter 'weight'"),
         ([mixed], "one type a layer"),
         ([nn.Sequential(nn.BatchNorm1d(2))], "running statistics"),
+        (
+            [nn.Sequential(nn.Embedding(3, 2, max_norm=1.0))],
+            "writes into its weights in the forward pass .0 has max_norm",
+        ),
         ([], "layers is empty"),
         (["x"], "layer 0 is a str"),
     ]:

@@ -48,7 +48,7 @@ class Alone:
             epoch=1, tell=lambda kind, **more: self.told.append((kind, more)), decided=self.decided
         )
         snapshots = SimpleNamespace(wait=lambda *told: None)
-        given = {"clip": None, "skips_infinite": False, "gathers": None, **settings}
+        given = {"clip": None, "skips_infinite": False, "gathers": None, "at_step": None, **settings}
         self.made = Stepping(self.member, None, control, snapshots, self.layers, probe=self.states_seen.append, **given)
         self.made.batches = {step: batch(step) for step in range(9)}
 
@@ -142,3 +142,29 @@ def test_a_step_whose_batch_is_not_there_any_more_is_told():
     alone.made.batches = {1: batch(1)}
     with pytest.raises(PeerError, match="step 0 was taken back, and this rank does not have its batch any more"):
         alone.made.make()
+
+
+def test_a_step_that_is_made_again_stands_where_it_did():
+    """What a schedule sets after each step was that of the step after it."""
+    set_for = []
+    alone = Alone(at_step=set_for.append)
+    alone.made.stands_at = 1
+    alone.member.version = 1
+    alone.made.make()
+    assert set_for == []
+    alone.member.version = 0
+    alone.made.make()
+    alone.made.make()
+    alone.made.stand_at(2)
+    assert set_for == [0, 1, 2]
+
+
+def test_a_vote_is_of_its_batch():
+    alone, other = Alone(), Alone()
+    other.made.batches = {0: (batch(0)[0], batch(1)[1])}
+    alone.made.make()
+    other.made.make()
+    again = Alone()
+    again.made.make()
+    words = [one.told[0][1]["batch"] for one in (alone, other, again)]
+    assert words[0] == words[2] != words[1]

@@ -12,7 +12,7 @@ from anabranch.cluster.elastic.ledger import Ledger, Way
 from anabranch.cluster.elastic.planner import ElasticPlan
 from anabranch.cluster.elastic.replanning import Replanner
 from anabranch.cluster.elastic.rounds import Rounds
-from anabranch.cluster.elastic.seats import Seat, counted, named, other_state, refusal
+from anabranch.cluster.elastic.seats import Seat, counted, named, other_batches, other_state, refusal
 from anabranch.cluster.elastic.waiting import Standing, Watch, held_up
 from anabranch.cluster.elastic.wire import Channel, Header
 from anabranch.cluster.elastic.words import another_layout, stream_to
@@ -73,6 +73,8 @@ class Decisions:
         # Of ranks that are gone, why; and the step and the kind of error by which the last one ended.
         self._lost: dict[int, str] = {}
         self._failed: tuple[int, str] | None = None
+        # Who has made a step with others.
+        self._proved: set[int] = set()
         self._watch, self._rounds = Watch(patience_s), Rounds(note)
         # Since the last announcement, how long a rank that was lost had not been heard.
         self._detect_s = 0.0
@@ -243,6 +245,8 @@ class Decisions:
         ranks = self._voters()
         if not all((m := self.members.get(rank)) is not None and m.vote is not None for rank in ranks):
             return
+        if self._has_other_batches():
+            return
         try:
             loss = counted([self.members[rank] for rank in ranks])
         except InputError as error:
@@ -252,6 +256,7 @@ class Decisions:
         told: Header = {"kind": "commit", "epoch": self.epoch, "step": self.version, "loss": loss}
         self.version += 1
         self._watch.has_stepped(ranks)
+        self._proved |= set(self.layout.grid.ranks)
         if self._stream is not None:
             self._tell(told)
             if self.version == self._stream[1]:
@@ -268,6 +273,19 @@ class Decisions:
         self._tell(told)
         if target is not None and self._chunk is None:
             self._begin_epoch(target)
+
+    def _has_other_batches(self) -> bool:
+        """Whether ranks voted for a step of unlike batches: those that differ from most are lost, and where there is no most training stops."""
+        assert self.layout is not None
+        found = other_batches([self.members[rank] for rank in self.layout.grid.ranks], self._proved)
+        if found is None:
+            self._stop(
+                f"step {self.version} cannot be made: ranks have unlike batches for it; give all the same data and seed"
+            )
+            return True
+        if found:
+            self.lose(list(found), f"its batch of step {self.version} is not that of rank {next(iter(found.values()))}")
+        return bool(found)
 
     def _voters(self) -> list[int]:
         """Who votes: those who take what travels too, so that they have it all when a stream ends."""

@@ -23,7 +23,7 @@ from torch import nn
 from anabranch.cluster.elastic.links import pack
 from anabranch.cluster.elastic.state import Groups, OptimizerFactory
 
-__all__ = ["told"]
+__all__ = ["batch_word", "told"]
 
 # What modules count while they run, and ranks need not have alike.
 _RUNNING = frozenset({"step", "first_row", "run_seed", "place"})
@@ -52,6 +52,11 @@ def told(
         "learning_rate": _rate(learning_rate),
         "loss": _function(loss),
     }
+
+
+def batch_word(batch: tuple[Any, Any]) -> str:
+    """Of a whole batch, inputs and targets, by their numbers."""
+    return hashlib.blake2b(str(_plain(tuple(batch))).encode(), digest_size=8).hexdigest()
 
 
 def _layer(layer: nn.Module) -> str:

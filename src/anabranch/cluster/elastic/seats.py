@@ -11,7 +11,7 @@ from anabranch.cluster.elastic.wire import Channel, Header
 from anabranch.errors import InputError
 from anabranch.sockets import MOST_PORT
 
-__all__ = ["Seat", "counted", "named", "other_state", "refusal"]
+__all__ = ["Seat", "counted", "named", "other_batches", "other_state", "refusal"]
 
 
 @dataclass
@@ -79,10 +79,15 @@ def other_state(hello: Header, seats: Sequence[Seat]) -> str | None:
     """Why a rank cannot begin with those who are there: it would go on from somewhere else; None where it can."""
     for seat in seats:
         if hello["version"] != seat.hello["version"]:
-            return f"it begins at step {hello['version']}, and rank {seat.rank} at {seat.hello['version']}; resume all from the same checkpoint"
+            return (
+                f"it begins at step {hello['version']}, and rank {seat.rank} at {seat.hello['version']}; "
+                "resume all from the same checkpoint"
+            )
         for name, told in (("weights", "weights"), ("moments", "state of the optimizer")):
             if hello[name] != seat.hello[name]:
-                return f"it begins with other {told} than rank {seat.rank}; give all the same seed, or the same checkpoint"
+                return (
+                    f"it begins with other {told} than rank {seat.rank}; give all the same seed, or the same checkpoint"
+                )
     return None
 
 
@@ -104,6 +109,23 @@ def _wrong(hello: Header, signature: Header) -> str | None:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def other_batches(seats: Collection[Seat], proved: Collection[int]) -> dict[int, int] | None:
+    """Ranks whose votes are of another batch than that of most, each with one of these; None where neither batch is that of most.
+
+    Args:
+        seats: with votes of one step.
+        proved: ranks that have made a step with others already; their word counts before that of any number of others.
+    """
+    having: dict[Any, list[int]] = {}
+    for seat in seats:
+        having.setdefault((seat.vote or {}).get("batch"), []).append(seat.rank)
+    if len(having) == 1:
+        return {}
+    found = sorted(having.values(), key=lambda ranks: (sum(rank in proved for rank in ranks), len(ranks)), reverse=True)
+    most, second = ((sum(rank in proved for rank in ranks), len(ranks)) for ranks in found[:2])
+    return None if most == second else {rank: found[0][0] for ranks in found[1:] for rank in ranks}
 
 
 def counted(seats: Collection[Seat]) -> dict[str, str]:

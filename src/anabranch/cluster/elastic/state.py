@@ -352,8 +352,8 @@ def check_layers(layers: Sequence[nn.Module]) -> None:
                 )
             if getattr(module, "max_norm", None) is not None:
                 raise ConfigError(
-                    f"layer {number} writes into its weights in the forward pass ({name or type(module).__name__} has max_norm), so what it "
-                    "learns depends on who saw which samples; leave max_norm out"
+                    f"layer {number} writes into its weights in the forward pass ({name or type(module).__name__} has max_norm), "
+                    "so what it learns depends on who saw which samples; leave max_norm out"
                 )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from anabranch.cluster.elastic.control import Control
 from anabranch.cluster.elastic.exchange import clipped, gathered, reduced, whole_slices, whole_weights
 from anabranch.cluster.elastic.execution import Batch, StageStep
+from anabranch.cluster.elastic.fingerprint import batch_word
 from anabranch.cluster.elastic.links import LinkPool
 from anabranch.cluster.elastic.member import Member
 from anabranch.cluster.elastic.snapshots import Snapshots
@@ -40,7 +41,7 @@ class Stepping:
     Args:
         member, links, control, snapshots: of the rank.
         layers: of the whole model.
-        clip, skips_infinite, gathers: see `anabranch.cluster.elastic.ElasticTrainer`.
+        clip, skips_infinite, gathers, at_step: see `anabranch.cluster.elastic.ElasticTrainer`.
         probe: called with states of the protocol.
 
     Attributes:
@@ -48,6 +49,7 @@ class Stepping:
         last: what the newest step gave.
         gathered: (committed steps, each layer's slice whole) at the first rank after a step that gathers; None elsewhere.
         gathered_at: (committed steps, epoch of the layout) of what was gathered last.
+        stands_at: the committed steps for which whoever makes steps has set what depends on them.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Stepping:
         clip: float | None,
         skips_infinite: bool,
         gathers: Callable[[int], bool] | None,
+        at_step: Callable[[int], None] | None,
         probe: Callable[[str], None],
     ) -> None:
         self.member, self.links, self.control, self.snapshots = member, links, control, snapshots
@@ -68,9 +71,11 @@ class Stepping:
         self.last = Step(math.nan)
         self.gathered: tuple[int, dict[int, Slice]] | None = None
         self.gathered_at = (-1, 0)
+        self.stands_at = -1
         self._layers, self._probe = layers, probe
         self._clip, self._skips_infinite = clip, skips_infinite
         self._gathers = gathers or (lambda version: False)
+        self._at_step = at_step or (lambda version: None)
 
     def make(self) -> None:
         """The next step, until it is committed. Raises CalledAwayError when called away, and what layers raise."""
@@ -80,6 +85,7 @@ class Stepping:
         member.take_live_news()
         if version not in self.batches:
             raise PeerError(f"step {version} was taken back, and this rank does not have its batch any more")
+        self.stand_at(version)
         before, stream = member.state, member.stream
         if stream is not None:
             self._probe("stream")
@@ -111,6 +117,12 @@ class Stepping:
         self._probe("voted")
         self._commit(self.control.decided("commit"), shadow, norm)
 
+    def stand_at(self, version: int) -> None:
+        """What depends on the committed steps is that of these; a step that was taken back was followed by what is of the next."""
+        if self.stands_at != version:
+            self._at_step(version)
+            self.stands_at = version
+
     def _vote(self, run: StageStep) -> None:
         member = self.member
         work, settings = member.work, member.settings
@@ -125,6 +137,7 @@ class Stepping:
             step=member.version,
             blocks=settings.leaves(len(work.layout.grid.stages[-1])),
             absent=run.absent,
+            batch=batch_word(self.batches[member.version]),
             loss=[[name, *node, value.hex()] for name, tree in sums.items() for node, value in tree.nodes()],
             costs=costs,
         )

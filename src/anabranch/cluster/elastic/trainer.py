@@ -82,6 +82,8 @@ class ElasticTrainer:
         signature: what else ranks must agree on, JSON-ready. One with another is refused, and so is one whose layers, optimizer, loss (by
             name) or settings are not those of the others.
         gives_up: asked once a second while this rank waits to come in; True ends that by PeerError.
+        at_step: called with committed steps before a step is made again where `step` was called for a later one meanwhile: for whoever sets
+            something in layers by the step.
         host: where other ranks reach this one.
         wish: the rank that it would like to be at the beginning.
         timeout_s: a rank that works on its own for so long, while others wait as long for it, is cast out as stuck (unless nobody has a
@@ -121,6 +123,7 @@ class ElasticTrainer:
         gathers: Callable[[int], bool] | None = None,
         signature: Mapping[str, Any] | None = None,
         gives_up: Callable[[], bool] | None = None,
+        at_step: Callable[[int], None] | None = None,
         host: str = "127.0.0.1",
         wish: int | None = None,
         timeout_s: float = 60.0,
@@ -160,7 +163,7 @@ class ElasticTrainer:
         )  # fmt: skip
         self._stepping = Stepping(
             self._member, self._links, self._control, self._snapshots, self._layers, clip=clip, skips_infinite=skips_infinite,
-            gathers=gathers, probe=self._probe,
+            gathers=gathers, at_step=at_step, probe=self._probe,
         )  # fmt: skip
         try:
             self._control.connect(coordinator, key)
@@ -255,6 +258,7 @@ class ElasticTrainer:
         check_batch(batch, self._settings.global_batch)
         version = self.steps
         made = self._stepping
+        made.stands_at = version
         made.batches = {version: batch} | {step: one for step, one in made.batches.items() if step == version - 1}
         try:
             self._run_to(version + 1)
@@ -289,6 +293,7 @@ class ElasticTrainer:
                 except CalledAwayError:
                     self._member.follow()
                     self._run_to(goal)
+                    self._stepping.stand_at(goal)
         except CheckpointError:
             # All ranks have it, and go on.
             raise
