@@ -61,7 +61,7 @@ class Decisions:
         self.cast_out: list[Channel] = []
         self._chunk, self._note = chunk, note
         self._next_rank = replicas * stages
-        # What is announced, until all are ready; whether nobody is lost by it, so that meanwhile the one that holds is as it was; its epoch.
+        # What is announced, until all are ready; whether nobody is lost by it, so that what holds is as it was; and the epoch of that.
         self._target: Layout | None = None
         self._is_growth = False
         self._held_epoch = 0
@@ -275,7 +275,7 @@ class Decisions:
             self._begin_epoch(target)
 
     def _has_other_batches(self) -> bool:
-        """Whether ranks voted for a step of unlike batches: those that differ from most are lost, and where there is no most training stops."""
+        """Whether votes are of unlike batches: ranks that differ from most are lost, and where there is no most training stops."""
         assert self.layout is not None
         found = other_batches([self.members[rank] for rank in self.layout.grid.ranks], self._proved)
         if found is None:

@@ -126,7 +126,7 @@ def _hooks(module: nn.Module) -> list[list[str | None]]:
 
 
 def _plain(value: Any) -> str | None:
-    """Of a plain value, a tensor, a table of such, or a function; None for others, whose ``repr`` says nothing that another process says."""
+    """Of a plain value, a tensor, a table of such, or a function; None for others, whose ``repr`` is another in each process."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
         return repr(value)
     if isinstance(value, torch.Tensor):

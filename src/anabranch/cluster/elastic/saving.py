@@ -4,8 +4,8 @@
                            manifest.json        # written last: without it nothing there is a checkpoint
 
 A file is a line of JSON and the bytes of a snapshot, with the same checksum. No file is written twice: a step that is saved again, by other
-ranks in another layout, is the old checkpoint until there is a new manifest, and the new one from then on. A rank that was held up for so long that others
-saved the step without it takes nothing of theirs.
+ranks in another layout, is the old checkpoint until there is a new manifest, and the new one from then on. A rank that was held up for so
+long that others saved the step without it takes nothing of theirs.
 """
 
 import json
