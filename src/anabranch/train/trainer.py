@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 # Of metrics, what a process that does not write keeps: more than pass until the loss of the one that does is seen.
 _KEPT_LINES = 16
+# Between tries to have the folder of a run whose writer was cast out and has not ended.
+_FOLDER_S = 0.5
 
 
 # What is trained: a language model's run, written short, or any other task's.
@@ -232,10 +234,10 @@ class Trainer(Generic[R]):
         elif checkpoints(self.out)[-1:] != ([newest] if newest else []):
             raise DataError(f"another process has trained in {self.out} since this one began; resume it again")
 
-    def _take_over(self, *, must: bool = True) -> None:
+    def _take_over(self, *, must: bool = True, tells: bool = True) -> None:
         """Where processes share the run: the first of them writes, and goes on in the folder where one before it is lost.
 
-        Raises DataError where another process holds the folder, if it ``must``; else it tries again at the next step.
+        Raises DataError where another process holds the folder, if it ``must``; else it tries again at the next step, and ``tells`` so.
         """
         if self._elastic is None or not self._elastic.is_first or self._elastic.holds_folder:
             return
@@ -245,7 +247,8 @@ class Trainer(Generic[R]):
             if must:
                 raise
             # One that was cast out may live on for a while; training need not wait for it.
-            log.warning("nothing is written for now: %s", error)
+            if tells:
+                log.warning("nothing is written for now: %s", error)
             return
         if not self._resumes and self._progress.step == 0:
             check_new(self.out)
@@ -263,8 +266,19 @@ class Trainer(Generic[R]):
         self._emit("start")
 
     def _saved_for_all(self) -> Path:
-        """The last checkpoint, written by this process if the one before it did not come to it."""
-        self._take_over()
+        """The last checkpoint, written by this process if the one before it did not come to it.
+
+        One that was cast out and stands still holds the folder: what was learned is here until it ends, or this run is told to stop.
+        """
+        assert self._elastic is not None
+        is_told = False
+        while self._elastic.is_first and not self._elastic.holds_folder:
+            self._take_over(must=self._elastic.is_stopped(), tells=not is_told)
+            if not self._elastic.holds_folder:
+                if not is_told:
+                    log.warning("all is learned, and written as soon as that process has ended: end it, or wake it")
+                is_told = True
+                time.sleep(_FOLDER_S)
         self._save()
         assert self._checkpoints.newest is not None
         return self._checkpoints.newest
