@@ -194,6 +194,11 @@ class Elastic:
                 raise
             # Each step has its batch, also those that were made without this process; and those that the others have yet to make.
             if self._trainer.steps < step:
+                log.warning(
+                    "the others are at step %d and this process at %d: it goes back to where they are",
+                    self._trainer.steps,
+                    step,
+                )
                 self._stream.load_state_dict(self._began)
                 step = 0
             for _ in range(self._trainer.steps - step):
