@@ -113,9 +113,6 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     raises_after, quits_after = given.pop("raises_after", None), given.pop("quits_after", None)
     raises_at_step, tells = given.pop("raises_at_step", None), given.pop("tells", False)
     pace_s, pace_step = given.pop("pace_s", pace_s), given.pop("pace_step", None)
-    if raising is not None:
-        layers[raising].register_forward_hook(raise_at(3))
-
     # By state, seconds for which this rank is there and does nothing; and likewise before a step, (step, seconds).
     naps, stuck = given.pop("naps", {}), given.pop("stuck", (None, 0))
     cuts = given.pop("cuts", None)
@@ -158,6 +155,9 @@ def train(rank, world, address, steps, options=None, die=None, pace_s=0.0, own=N
     told = Told(tells)
     with told, made as trainer:
         built.append(trainer)
+        if raising is not None:
+            # What comes later nobody compares.
+            layers[raising].register_forward_hook(raise_at(3))
         losses = {}
         began = trainer.steps
         while trainer.steps < steps:
@@ -202,7 +202,7 @@ def alone(steps, options=None, *, by_block=True):
     for step in range(steps):
         for module in model.modules():
             if isinstance(module, KeyedDropout):
-                module.step, module.first_row = step, 0
+                module.step, module.first_row, module.run_seed = step, 0, given["seed"]
         x, target = batch_of(step, given["global_batch"], dtype)
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * halved(step)
