@@ -327,7 +327,9 @@ def test_one_that_cannot_be_missed_is_waited_for():
     assert room.why_lost() == {}
     assert room.made.stopped is None
     noted = [more for what, more in room.history if what == "stuck"]
-    assert noted == [{"rank": 1, "why": "rank 0 has waited too long for it; nobody has a copy of what it has"}]
+    assert noted == [
+        {"rank": 1, "why": "it is stuck: rank 0 has waited too long for it; nobody has a copy of what it has"}
+    ]
 
 
 def test_a_newcomer_that_waits_for_its_turn_accuses_nobody():
@@ -398,7 +400,7 @@ def test_a_newcomer_that_does_not_reach_the_others_costs_nobody_a_seat():
         assert room.made.layout.grid.stages == ((0, 1, 2),)
         room.ready_but(3)
     assert list(room.why_lost()) == [3]
-    assert "cast this rank out" in line.said[-1]["why"]
+    assert line.said[-1]["why"] == "the coordinator has cast this rank out: ranks 3 and 0 do not reach each other"
     assert room.made.stopped is None
 
 

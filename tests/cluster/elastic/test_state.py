@@ -193,3 +193,14 @@ def test_layers_that_cannot_move_by_themselves_are_refused():
     ]:
         with pytest.raises(ConfigError, match=said):
             check_layers(layers)
+
+
+def test_a_rate_that_is_a_tensor_stays_what_it_is():
+    """It was multiplied in place at each use: by itself, and by how often a step was made again."""
+    rate = torch.tensor(0.1)
+    made = Updater(lambda parameters: torch.optim.SGD(parameters, lr=rate), lambda version: 0.5)
+    plain = Updater(lambda parameters: torch.optim.SGD(parameters, lr=0.1), lambda version: 0.5)
+    slices, gradient = {0: Slice(0, 3, {PARAM: torch.ones(3)})}, {0: torch.ones(3)}
+    found, expected = (one.next_slices(slices, gradient, 3)[0].tensors[PARAM] for one in (made, plain))
+    assert torch.allclose(found, expected)
+    assert float(rate) == pytest.approx(0.1)

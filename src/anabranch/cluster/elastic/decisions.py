@@ -100,7 +100,7 @@ class Decisions:
         if found.rank is None:
             self._untie({rank: one.waits for rank, one in standing.items() if one.waits})
         else:
-            self._cast_out([found.rank], f"rank {found.by} has waited too long for it")
+            self._cast_out([found.rank], f"it is stuck: rank {found.by} has waited too long for it")
 
     def has_stood_still(self, seconds: float, now: float) -> None:
         """For so long this coordinator heard nobody, whatever they said."""
@@ -112,7 +112,7 @@ class Decisions:
         """One who holds up the others is lost: the first of these who can be missed, since a wait is better than an end."""
         for rank in blamed:
             if self.ledger.way_back(self.members.keys() - {rank}, self.version).why is None:
-                self.lose([rank], f"it is stuck: {why}")
+                self.lose([rank], why)
                 return
         if blamed and self._spared != blamed[0]:
             self._spared = blamed[0]

@@ -234,7 +234,8 @@ class Updater:
                 parameter.grad = gradients[key][first - own.first : end - own.first].to(parameter.dtype)
         if self._learning_rate is not None:
             for group in optimizer.param_groups:
-                group["lr"] *= self._learning_rate(version)
+                # Not in place: a rate may be a tensor, which the factory gives each time.
+                group["lr"] = group["lr"] * self._learning_rate(version)
         optimizer.step()
         return {
             key: Slice.joined(
