@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from anabranch.cluster.elastic.cuts import bounds
-from anabranch.cluster.elastic.state import Slice, State, Updater, check_layers, flat_of, install, snapshot_of
+from anabranch.cluster.elastic.state import PARAM, Slice, State, Updater, check_layers, flat_of, install, snapshot_of
 from anabranch.errors import ConfigError, InputError
 
 OPTIMIZERS = {
