@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from anabranch.errors import CapacityError, InputError, RateError, UnknownModelError
@@ -13,6 +14,7 @@ from anabranch.gateway.core.bounds import Bounds
 from anabranch.gateway.core.model_calls import ModelCalls
 from anabranch.gateway.core.purse import Purse
 from anabranch.gateway.core.request_state import RequestState
+from anabranch.gateway.counted_texts import Texts
 from anabranch.gateway.media_requests import asked_of_media, check_media, count_media, is_media
 from anabranch.gateway.native_tokens import count_native
 from anabranch.gateway.prompt_tokens import count_prompt, has_images
@@ -35,8 +37,24 @@ async def apart(state: RequestState, work: Callable[[], T]) -> T:
     return await state.services.turns.run(state.tenant, work) if state.is_long_to_read else work()
 
 
+async def read_in_turns(state: RequestState) -> None:
+    """`read`, beside the event loop where that takes long; what a tokenizer counts in many turns. Raises ApiError."""
+    texts = await apart(state, lambda: _read(state))
+    if texts is not None:
+        state.count = await texts.counted(state.count, partial(apart, state))
+        await apart(state, lambda: _look(state))
+
+
 def read(state: RequestState) -> None:
     """Check the body, and find out where it wants to go and how long it is. Raises ApiError."""
+    texts = _read(state)
+    if texts is not None:
+        state.count = texts.counted_at_once(state.count)
+        _look(state)
+
+
+def _read(state: RequestState) -> Texts | None:
+    """The texts that are still to be counted before `_look`; None where it is done."""
     _check(state)
     body, runtime = state.body, state.runtime
     try:
@@ -50,9 +68,18 @@ def read(state: RequestState) -> None:
         if state.target.model is None:
             raise wrong("model", f"{state.endpoint} need a model by its name; strategies choose among models of text")
         state.count, state.asked = count_media(state.endpoint, body), asked_of_media(state.endpoint, body)
-        return
+        return None
     native, counter = state.native, runtime.counters.get(state.target.model or "")
-    state.count = count_prompt(body, counter) if native is None else count_native(body, native.body, counter)
+    texts = None if counter is None else Texts(counter)
+    state.count = count_prompt(body, texts) if native is None else count_native(body, native.body, texts)
+    if texts is None:
+        _look(state)
+    return texts
+
+
+def _look(state: RequestState) -> None:
+    """What there is to know of a request of text once it is known how long it is."""
+    body, native = state.body, state.native
     state.asked = asked_of(body if native is None else native.body, state.count)
     if state.endpoint == "chat" and state.target.strategy is not None:
         state.has_images = has_images(body["messages"])

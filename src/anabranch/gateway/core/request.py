@@ -12,7 +12,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.core import beginning, choice, ending
-from anabranch.gateway.core.beginning import apart
 from anabranch.gateway.core.cached_answers import CachedAnswers
 from anabranch.gateway.core.failures import refusal_of
 from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
@@ -55,7 +54,7 @@ class RequestRun:
             clock.begin("key")
             state.record = key.record if isinstance(key, KnownKey) else await state.services.authenticate(key)
             clock.begin("read")
-            await apart(state, lambda: beginning.read(state))
+            await beginning.read_in_turns(state)
             await beginning.name(state)
             await beginning.admit(state)
             beginning.assign(state)

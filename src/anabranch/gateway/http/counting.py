@@ -7,6 +7,7 @@ from anabranch.errors import InputError, UnknownModelError
 from anabranch.gateway.config import find_target
 from anabranch.gateway.core.engine_counts import engine_count
 from anabranch.gateway.core.request_state import TOKENIZED
+from anabranch.gateway.counted_texts import Texts
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.exchange import Exchange, Received
 from anabranch.gateway.native_tokens import count_native
@@ -47,7 +48,11 @@ async def _counted(gateway: Gateway, exchange: Exchange, received: Received, is_
         counter = runtime.counters.get(target.model or "")
         work = partial(count_native, chat, received.body) if is_native else partial(count_prompt, chat)
         is_long = received.is_long or (counter is not None and received.num_bytes > TOKENIZED)
-        count = await exchange.apart(received.key, is_long, partial(work, counter))
+        texts = None if counter is None else Texts(counter)
+        beside = partial(exchange.apart, received.key, is_long)
+        count = await beside(partial(work, texts))
+        if texts is not None:
+            count = await texts.counted(count, beside)
         if target.model is None:
             return count.tokens
         sender, request = (
