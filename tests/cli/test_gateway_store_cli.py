@@ -324,3 +324,22 @@ def test_mistakes(here, store, monkeypatch, arguments, message):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_spend_by_key_shows_names_beside_ids(run, facts, store):
+    """Keys are known to all other commands by name; here they were ids alone."""
+
+    async def more():
+        async with open_store(store) as opened:
+            _, key = await opened.create_key("web")
+            held = await opened.reserve("r9", subjects_of(key), 10**9)
+            await opened.settle(held, LedgerRow(request_id="r9", key_id=key.id, cost_nano=5 * 10**9, model="m0"))
+            return key.id
+
+    id = asyncio.run(more())
+    groups = facts("ledger", "spend", "--by", "model", "--by", "key")["groups"]
+    assert {one["key"]: one["key_name"] for one in groups}[id] == "web"
+    assert {one["key_name"] for one in groups if one["key"]} == {"web", "ci"}
+    assert {one["key_name"] for one in groups if not one["key"]} == {""}
+    assert f"web ({id})" in run("ledger", "spend", "--by", "key")
+    assert "key_name" not in facts("ledger", "spend")["groups"][0]

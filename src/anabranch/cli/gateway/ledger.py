@@ -18,7 +18,7 @@ from anabranch.extras import require
 from anabranch.files import atomic_file, check_apart, mode_of
 
 if TYPE_CHECKING:
-    from anabranch.gateway.store import LedgerRow, Store
+    from anabranch.gateway.store import LedgerRow, Spend, Store
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at the ledger, and take it elsewhere.")
 PAGE = 5000
@@ -91,11 +91,17 @@ def spend(
     """
     names = by or ["model"]
     bounds = {"since_s": moment(since, "--since"), "until_s": moment(until, "--until")}
-    found = with_store(store, lambda opened: opened.spend(names, **bounds))
+
+    async def read(opened: Store) -> tuple[list[Spend], dict[str, str]]:
+        called = {key.id: key.name for key in await opened.keys()} if "key" in names else {}
+        return await opened.spend(names, **bounds), called
+
+    found, called = with_store(store, read)
     if as_json:
         groups = [
             {
                 **dict(zip(names, one.group, strict=True)),
+                **({"key_name": called.get(one.group[names.index("key")], "")} if "key" in names else {}),
                 **{k: v for k, v in dataclasses.asdict(one).items() if k != "group"},
             }
             for one in found
@@ -104,13 +110,19 @@ def spend(
         return
     rows = [
         [
-            *(text or "-" for text in one.group), f"{one.requests:,}", f"{one.errors:,}", f"{one.prompt_tokens:,}",
+            *(_named(name, text, called) or "-" for name, text in zip(names, one.group, strict=True)),
+            f"{one.requests:,}", f"{one.errors:,}", f"{one.prompt_tokens:,}",
             f"{one.completion_tokens:,}", amount(one.cost_nano),
         ]
         for one in found
     ]  # fmt: skip
     heads = [*names, "requests", "not ok", "tokens\nin", "tokens\nout", "cost\n($)"]
     table(heads, rows, text_columns=len(names))
+
+
+def _named(by: str, text: str, called: dict[str, str]) -> str:
+    """What a group is called: of a key its id, with its name where it has one."""
+    return f"{called[text]} ({text})" if by == "key" and called.get(text) else text
 
 
 @app.command()

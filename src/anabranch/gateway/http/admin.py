@@ -20,7 +20,7 @@ from anabranch.gateway.http.peers import PeerError, Peers
 from anabranch.gateway.lane import BypassError
 from anabranch.gateway.refusals import unavailable
 from anabranch.gateway.shared import AwayError, Shared
-from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, key_rows
+from anabranch.gateway.store import GROUPS, Budget, KeyRecord, LedgerQuery, Spend, key_rows
 from anabranch.gateway.store.key_rows import FIELDS, UnknownKeyError
 from anabranch.gateway.store.period import PERIODS
 from anabranch.routers.contract.dataset import Recorded
@@ -257,8 +257,15 @@ class AdminRoutes:
         if unknown := [name for name in by if name not in GROUPS]:
             raise wrong("by", f"by is {unknown[0][:40]!r}; it takes {', '.join(GROUPS)}")
         since = call.number("days", 30, 36_500) * 86_400
-        rows = await self._gateway.store.spend(by, since_s=self._gateway.now_s() - since)
-        return {"spend": _rows(rows, lambda row: {**_fields(row), "cost_usd": dollars(row.cost_nano)})}
+        store = self._gateway.store
+        called = {key.id: key.name for key in await store.keys()} if "key" in by else {}
+        rows = await store.spend(by, since_s=self._gateway.now_s() - since)
+
+        def told(row: Spend) -> dict[str, Any]:
+            name = {"key_name": called.get(row.group[by.index("key")], "")} if "key" in by else {}
+            return {**_fields(row), **name, "cost_usd": dollars(row.cost_nano)}
+
+        return {"spend": _rows(rows, told)}
 
     async def _clear(self, call: _Call) -> Any:
         try:
