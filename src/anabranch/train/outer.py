@@ -17,7 +17,7 @@ from torch import nn
 
 from anabranch.bounds import MOST_SEED
 from anabranch.cluster.keyed_random import random_key
-from anabranch.cluster.pccl import Communicator, DiLoCo, PeerLost
+from anabranch.cluster.pccl import Communicator, DiLoCo, MasterLost, PeerLost
 from anabranch.errors import ConfigError
 from anabranch.train.config import DiLoCoConfig, RunConfig, TaskRunConfig
 from anabranch.train.parallel import Workers
@@ -81,7 +81,7 @@ class Outer:
             if self._rounds is None:
                 self._rounds = self._joined(step)
             return self._rounds.steps if self._rounds.begin_step() else step
-        except PeerLost:
+        except (PeerLost, MasterLost):
             if self.is_stopped():
                 return None
             raise
@@ -109,7 +109,7 @@ class Outer:
     def _own_if_stopped(self) -> Iterator[None]:
         try:
             yield
-        except PeerLost:
+        except (PeerLost, MasterLost):
             if not self.is_stopped():
                 raise
             log.warning(

@@ -359,3 +359,21 @@ def test_what_cannot_be_is_told(settings, told):
         DiLoCo(made(), None, **settings)
     with pytest.raises(InputError, match="no floating-point parameters that learn"):
         DiLoCo(nn.Identity(), None)
+
+
+def test_where_memory_runs_out_at_a_round_s_end_weights_are_what_was_trained():
+    """A trainer saves them then; half of them at the outer weights would be a mixture."""
+    model = torch.nn.Linear(3, 2)
+    outer = DiLoCo(model, None, every=1, asynchronous=True)
+    before = [value.detach().clone() for value in model.parameters()]
+
+    class Own(dict):
+        def __getitem__(self, name):
+            if name == "bias":
+                raise MemoryError("no memory")
+            return super().__getitem__(name)
+
+    with pytest.raises(MemoryError):
+        outer._go_ahead(Own(weight=torch.ones(2, 3)))
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    outer.close()

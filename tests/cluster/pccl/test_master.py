@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.cluster.pccl import Communicator, Kicked, Master, MasterLost, Refused, SharedState
+from anabranch.cluster.pccl import Communicator, Kicked, Master, MasterLost, PeerLost, Refused, SharedState
 from anabranch.cluster.pccl import master as module_of_master
 from anabranch.cluster.pccl.addresses import parse_address
 from anabranch.cluster.pccl.handshake import Called, call
+from anabranch.cluster.pccl.records import waits_for
 from anabranch.cluster.pccl.wire import HEADER, VERSION, Kind, Reader, WireError, packed, receive_frame
 from anabranch.errors import DataError, InputError
 from pccl_peers import Killed, Peer, a_master, together
@@ -307,6 +308,35 @@ def test_without_a_journal_the_run_is_over_and_peers_are_told():
         first.stop()
         with Master(address, **QUICK), pytest.raises(Kicked, match="not in this run"):
             peers.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("how", ["wait_s", "gives_up"])
+def test_who_gives_up_while_the_master_is_away_is_told_when_it_is_back(tmp_path, how):
+    """What it withdraws then goes to no connection."""
+    is_over = threading.Event()
+    limits = {"wait_s": 1.0} if how == "wait_s" else {"gives_up": is_over.is_set}
+    journal, told = tmp_path / "j", []
+    old = Master("127.0.0.1:0", journal=journal, heartbeat_s=0.1, dead_s=8.0).start()
+    with Communicator(old.address) as first:
+        late = Peer(old.address, lambda _, mine: told.append(waits(mine)), 1, master_wait_s=20.0, **limits)
+        until = time.monotonic() + 20
+        while first.world_size < 2 and time.monotonic() < until:
+            first.update_topology()
+        while not any(waits_for(member, "sync") for member in old.state.members.values()) and time.monotonic() < until:
+            time.sleep(0.01)
+        old.stop()
+        is_over.set()
+        time.sleep(1.2)
+        with restarted(old, journal):
+            late.wait()
+            assert told == [False]
+
+
+def waits(peers):
+    """Whether what ended this peer's wait for others may be tried again."""
+    with pytest.raises(PeerLost) as told:
+        peers.sync_shared_state(SharedState({"x": torch.ones(1)}, revision=1))
+    return told.value.retryable
 
 
 def test_a_master_that_does_not_come_back_is_given_up():

@@ -40,6 +40,8 @@ __all__ = ["DiLoCo", "Round"]
 # Numbers of a tensor below which it is not worth a range of its own.
 _SMALL = 1024
 _TRIES = 16
+# After which a round begins without those who wait to be let in, and whom others do not reach.
+_TRIES_TO_LET_IN = 2
 # The same on all peers, whatever pools they have.
 _BUCKETS = 4
 
@@ -187,9 +189,11 @@ class DiLoCo:
     @torch.no_grad()
     def _go_ahead(self, own: dict[str, Tensor]) -> None:
         """Begin a round at the outer weights and what this peer has learned that is not in them yet."""
+        # All of them before the first is changed, so that where memory runs out weights are what was trained.
+        begun = {name: value.detach() - own[name] for name, value in self._local.items()}
         for name, value in self._local.items():
-            value.sub_(own[name])
-            self._begun[name] = value.detach().clone()
+            value.copy_(begun[name])
+        self._begun = begun
 
     def _launch(self, deltas: dict[str, Tensor]) -> None:
         """Send deltas on their way, while the next round is trained."""
@@ -228,7 +232,7 @@ class DiLoCo:
         return shared.is_first
 
     def _shared(self) -> Shared:
-        for _ in range(_TRIES):
+        for _ in range(_TRIES_TO_LET_IN):
             try:
                 self.peers.admit()
                 break

@@ -36,6 +36,7 @@ class _Open:
     body: dict[str, Any]
     done: threading.Event = field(default_factory=threading.Event)
     reply: dict[str, Any] | None = None
+    is_withdrawn: bool = False
 
 
 class Line:
@@ -112,8 +113,11 @@ class Line:
         try:
             if not _waited(vote.done, timeout_s, gives_up):
                 with self._lock:
+                    # Where the master is away just now, the next connection says it.
+                    vote.is_withdrawn = True
                     self._write(Kind.WITHDRAW, {"req": req})
-                vote.done.wait()
+                if not vote.done.wait(self._dead_s + self._master_wait_s + HANDSHAKE_S):
+                    self.fail(MasterLost(f"the master at {self._shown()} does not answer"))
         except BaseException:
             # Interrupted: what the others decide with this vote has nobody to carry it out.
             self.fail(Kicked("it was interrupted in the midst of a vote"))
@@ -197,6 +201,8 @@ class Line:
             for vote in self._open.values():
                 if not vote.done.is_set():
                     self._write(Kind.VOTE, vote.body)
+                    if vote.is_withdrawn:
+                        self._write(Kind.WITHDRAW, {"req": vote.body["req"]})
 
     def _write(self, kind: Kind, body: dict[str, Any]) -> None:
         """Send, with the lock held. Where the connection is gone the thread notices, and says it again."""

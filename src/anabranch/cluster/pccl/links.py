@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,12 @@ log = logging.getLogger(__name__)
 FIRST_PORT, _PORTS_TRIED = 48149, 64
 _MOST_GUESTS = 64
 MOST_POOL = 64
+# Links that others have made ahead of this peer: those of two rings, and as many of who has no part in them.
+_MOST_OFFERS = 4 * MOST_POOL
+# Calls for links at a time: over a long way each takes three round trips.
+_CALLS = 16
+# Between two looks whether what is waited for is still wanted: a small part of the time in which an abort must be answered.
+_LOOK_S = 0.05
 
 
 class LinkError(Exception):
@@ -160,6 +167,14 @@ def call_peer(
         raise LinkError(f"peer {place.peer} at {place.host}:{place.port}: {error}", place.peer) from None
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """A link that another peer has made, from which host."""
+
+    sock: socket.socket
+    host: str
+
+
 class Links:
     """The links of this peer with its neighbours in the ring.
 
@@ -179,7 +194,9 @@ class Links:
         self.epoch = -1
         self.to_next: list[socket.socket] = []
         self.from_previous: list[socket.socket] = []
-        self._offers: dict[tuple[int, int, int], socket.socket] = {}
+        self._offers: dict[tuple[int, int, int], _Offer] = {}
+        # Ring that is being made, and whose links of it are awaited.
+        self._wanted = (-1, -1)
         self._came = threading.Condition()
         self._is_closed = False
 
@@ -187,14 +204,33 @@ class Links:
         """Another peer has called for a link."""
         key = (number(hello, "epoch"), number(hello, "from"), number(hello, "index", MOST_POOL - 1))
         send_all(sock, packed(Kind.WELCOME), time.monotonic() + HANDSHAKE_S)
+        gone: list[_Offer] = []
+        offered = _Offer(sock, _host_of(sock))
         with self._came:
-            is_old = key[0] <= self.epoch or self._is_closed or len(self._offers) >= 4 * MOST_POOL
-            old = sock if is_old else self._offers.pop(key, None)
-            if not is_old:
-                self._offers[key] = sock
+            if self._is_closed or key[0] <= self.epoch or key[0] < self._wanted[0]:
+                gone.append(offered)
+            else:
+                if key in self._offers:
+                    gone.append(self._offers.pop(key))
+                elif len(self._offers) >= _MOST_OFFERS and key[:2] != self._wanted:
+                    gone.append(self._offers.pop(self._too_many()))
+                self._offers[key] = offered
             self._came.notify_all()
-        if old is not None:
-            old.close()
+        for one in gone:
+            one.sock.close()
+
+    def _too_many(self) -> tuple[int, int, int]:
+        """Of what nobody awaits the oldest of the host that has offered most: who fills it takes no place of others."""
+        unwanted = {key: one.host for key, one in self._offers.items() if key[:2] != self._wanted}
+        most = Counter(unwanted.values()).most_common(1)[0][0]
+        return next(key for key, host in unwanted.items() if host == most)
+
+    def _give_up(self, is_stale: Callable[[int], bool]) -> None:
+        """Offers of rings that are no more."""
+        with self._came:
+            stale = [self._offers.pop(key) for key in list(self._offers) if is_stale(key[0])]
+        for one in stale:
+            one.sock.close()
 
     def build(self, epoch: int, ring: list[Place], me: int, run: str, check: Callable[[], None] = lambda: None) -> None:
         """Make the links of a ring; those of others are closed.
@@ -209,22 +245,26 @@ class Links:
         Raises LinkError, which accuses the neighbour that cannot be reached.
         """
         self.drop()
+        place = next(number for number, peer in enumerate(ring) if peer.peer == me)
+        following, previous = ring[(place + 1) % len(ring)], ring[place - 1]
+        with self._came:
+            self._wanted = (epoch, previous.peer)
+        # Those of rings that were given up would fill the place of what comes.
+        self._give_up(lambda of: of < epoch)
         if len(ring) > 1:
-            place = next(number for number, peer in enumerate(ring) if peer.peer == me)
-            following, previous = ring[(place + 1) % len(ring)], ring[place - 1]
             pool = min(peer.pool for peer in ring)
             deadline = time.monotonic() + self.connect_s
-            for index in range(pool):
-                check()
+
+            def called(index: int) -> socket.socket:
                 hello = {"purpose": "link", "run": run, "epoch": epoch, "from": me, "index": index}
-                self.to_next.append(call_peer(following, self._secret, run, hello, deadline, self._congestion)[0])
+                return call_peer(following, self._secret, run, hello, deadline, self._congestion)[0]
+
+            self.to_next = _Calls(called, pool).wait(check)
             for index in range(pool):
                 self.from_previous.append(self._await((epoch, previous.peer, index), deadline, check))
         with self._came:
             self.epoch = epoch
-            stale = [self._offers.pop(key) for key in list(self._offers) if key[0] <= epoch]
-        for sock in stale:
-            sock.close()
+        self._give_up(lambda of: of <= epoch)
 
     def _await(self, key: tuple[int, int, int], deadline: float, check: Callable[[], None]) -> socket.socket:
         with self._came:
@@ -232,8 +272,8 @@ class Links:
                 check()
                 if time.monotonic() >= deadline:
                     raise LinkError(f"peer {key[1]} made no link within {self.connect_s:g} s", key[1])
-                self._came.wait(0.05)
-            return self._offers.pop(key)
+                self._came.wait(_LOOK_S)
+            return self._offers.pop(key).sock
 
     def drop(self) -> None:
         """Close the links there are."""
@@ -247,5 +287,71 @@ class Links:
         with self._came:
             self._is_closed = True
             offers, self._offers = list(self._offers.values()), {}
-        for sock in offers:
+        for one in offers:
+            one.sock.close()
+
+
+class _Calls:
+    """Calls to a neighbour for its links, some at a time: whoever waits for them looks meanwhile whether they are still wanted.
+
+    Args:
+        call: makes the link of a number; raises what is raised by `wait`.
+        count: of links.
+    """
+
+    def __init__(self, call: Callable[[int], socket.socket], count: int) -> None:
+        self._call, self._count = call, count
+        self._left = deque(range(count))
+        self._made: dict[int, socket.socket] = {}
+        self._failure: BaseException | None = None
+        self._is_over = False
+        self._came = threading.Condition()
+
+    def wait(self, check: Callable[[], None]) -> list[socket.socket]:
+        """All of them, in order; none where ``check`` or one of them raises."""
+        try:
+            for _ in range(min(self._count, _CALLS)):
+                # One that hangs ends by its own deadline, and nobody waits for it.
+                threading.Thread(target=self._work, name="pccl call", daemon=True).start()
+            with self._came:
+                while len(self._made) < self._count:
+                    check()
+                    if self._failure is not None:
+                        raise self._failure
+                    self._came.wait(_LOOK_S)
+                return [self._made[index] for index in range(self._count)]
+        except BaseException:
+            with self._came:
+                self._is_over = True
+                made = list(self._made.values())
+            for sock in made:
+                sock.close()
+            raise
+
+    def _work(self) -> None:
+        while True:
+            with self._came:
+                if self._is_over or self._failure is not None or not self._left:
+                    return
+                index = self._left.popleft()
+            try:
+                sock = self._call(index)
+            except BaseException as error:
+                with self._came:
+                    self._failure = self._failure or error
+                    self._came.notify_all()
+                return
+            with self._came:
+                if not self._is_over:
+                    self._made[index] = sock
+                    self._came.notify_all()
+                    continue
             sock.close()
+
+
+def _host_of(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        # It has closed it already.
+        return ""
