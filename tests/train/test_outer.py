@@ -137,7 +137,7 @@ def test_told_to_stop_at_the_end_of_a_round_it_keeps_its_own_weights():
             model.weight.add_(1.0)
         own = model.weight.detach().clone()
         outer.is_stopped = lambda: True
-        in_time(lambda: outer.after(is_last=True))
+        assert in_time(lambda: outer.after(is_last=True)) is False
         outer.finish()
         outer.close()
         assert not told
@@ -313,6 +313,40 @@ def test_what_was_trained_is_saved_where_the_end_of_a_round_fails(make_run, tmp_
         learning = with_peers(run, master=master.address, every=2, asynchronous=asynchronous)
         assert Trainer(learning, tmp_path / "a", resume=True).fit().step == 8
     assert train_steps(tmp_path / "a") == list(range(1, 9))
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_last_round_without_an_end_is_not_the_end_of_the_run(make_run, tmp_path, monkeypatch, is_told):
+    """Once it was saved as finished, with weights that nobody had averaged, and nothing resumed it."""
+    run, joined = make_run(steps=4, checkpoint_every=100, eval_every=100), []
+    real = DiLoCo._reduce, Outer._join
+
+    def fails(self):
+        if self.steps >= 4:
+            if is_told:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise PeerLost("it failed")
+        return real[0](self)
+
+    def join(self, *given):
+        joined.append(given)
+        return real[1](self, *given)
+
+    with a_master() as master:
+        learning = with_peers(run, master=master.address, every=2)
+        with monkeypatch.context() as patched:
+            patched.setattr(DiLoCo, "_reduce", fails)
+            if is_told:
+                result = Trainer(learning, tmp_path / "a").fit()
+                assert (result.status, result.signal, result.step) == ("interrupted", "SIGTERM", 3)
+            else:
+                with pytest.raises(PeerLost, match="it failed"):
+                    Trainer(learning, tmp_path / "a").fit()
+        assert saved_steps(tmp_path / "a") == [3]
+        monkeypatch.setattr(Outer, "_join", join)
+        result = Trainer(learning, tmp_path / "a", resume=True).fit()
+    assert (result.status, result.step, len(joined)) == ("finished", 4, 1)
+    assert train_steps(tmp_path / "a") == [1, 2, 3, 4]
 
 
 def test_a_newcomer_s_hooks_are_told_the_step_that_it_goes_on_from(make_run, tmp_path):

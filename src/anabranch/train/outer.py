@@ -86,10 +86,11 @@ class Outer:
                 return None
             raise
 
-    def after(self, *, is_last: bool = False) -> None:
+    def after(self, *, is_last: bool = False) -> bool:
         """After a step; the last takes what is still on its way, so that what is evaluated and saved is what was trained.
 
-        Where the run was told to stop while it waited for others at the end of a round, its weights stay those that it has trained itself.
+        Where the run was told to stop while it waited for others at the end of a round, its weights stay those that it has trained itself,
+        and this returns False.
         """
         assert self._rounds is not None
         with self._own_if_stopped():
@@ -98,6 +99,8 @@ class Outer:
                 told = self._rounds.finish() or told
             if told is not None:
                 log.info("round %d: %d peers, delta %.3g", told.number, told.peers, told.delta_norm)
+            return True
+        return False
 
     def finish(self) -> None:
         """At the end of the training, also where it ended with the others' last step: take what is still on its way."""

@@ -367,12 +367,16 @@ class Trainer(Generic[R]):
             self._count_skipped(gradient)
             record = self._record(gradient) if is_logged else {}
             failure: Exception | None = None
+            is_last, is_over = progress.step == settings.steps, True
             try:
                 if self._outer is not None:
-                    self._outer.after(is_last=progress.step == settings.steps)
+                    is_over = self._outer.after(is_last=is_last) is not False
             except Exception as error:
                 # The step is whole all the same, with the weights that were trained here.
                 failure = error
+            if isinstance(self._outer, Outer) and is_last and (failure is not None or not is_over):
+                # The run is not at its end without the others' mean: it is saved as one step less, and meets them again.
+                progress.step -= 1
             if gradient.is_finite:
                 self._checkpoints.prune()
             sync_loads(self.model)

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_one_dies_and_one_comes_and_all_end_with_the_same_bits(master, asynchron
             late.append(Peer(master.address, trained(8, asynchronous=asynchronous), 7))
             # It is let in when the others meet next.
             while not any(not member.is_accepted and member.vote for member in list(master.state.members.values())):
-                pass
+                time.sleep(0.005)
             arrived.set()
         if number == 1 and outer.steps == 3 * EVERY + 1:
             assert arrived.wait(20)
@@ -219,7 +220,7 @@ def test_a_newcomer_with_other_settings_is_told_which_and_the_others_go_on(other
         if outer.steps == 1:
             late.append(Peer(master.address, trained(3, **{"every": EVERY, **other}), 2))
             while not any(not member.is_accepted and member.vote for member in list(master.state.members.values())):
-                pass
+                time.sleep(0.005)
 
     with a_master() as master:
         first = Peer(master.address, trained(3, after=after)).wait()

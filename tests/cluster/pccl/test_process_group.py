@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -336,3 +337,19 @@ def test_a_group_that_begins_on_another_machine_names_that_one(made, monkeypatch
     store = dist.HashStore()
     in_time(lambda: made(store))
     assert store.get("pccl").decode().startswith("127.0.0.1:")
+
+
+def test_a_work_is_completed_once_its_collectives_are():
+    """Torch's own answer knows nothing of them: it said no after `wait` too."""
+    from anabranch.cluster.pccl.process_group import _Work
+
+    handle = Future()
+    work = _Work([handle], [1], lambda: None, lambda error: error)
+    assert not work.is_completed()
+    handle.set_result(None)
+    assert work.wait()
+    assert work.is_completed()
+    failed = Future()
+    work = _Work([failed], [1], lambda: None, lambda error: error)
+    failed.set_exception(PeerLost("gone"))
+    assert work.is_completed()

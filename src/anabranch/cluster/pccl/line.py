@@ -25,6 +25,8 @@ from anabranch.errors import InputError
 log = logging.getLogger(__name__)
 
 _AGAIN_S = 0.2
+# For finding the master's addresses and reaching one of them.
+_REACH_S = 15.0
 # Between two questions whether a caller still waits.
 _ASK_S = 0.25
 
@@ -174,8 +176,9 @@ class Line:
     # The connection
 
     def _called(self, hello: dict[str, Any]) -> tuple[socket.socket, dict[str, Any]]:
+        # A resolver whose first server is dead takes as long as a handshake may.
+        sock = connected(*self._address, time.monotonic() + _REACH_S)
         deadline = time.monotonic() + HANDSHAKE_S
-        sock = connected(*self._address, deadline)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock, call(sock, self._secret, hello, deadline)
@@ -237,7 +240,8 @@ class Line:
             return "it is closed"
         while self._error is None:
             now = time.monotonic()
-            if now - heard > self._dead_s:
+            # What waits there to be read counts, however late this thread comes to it.
+            if now - heard > self._dead_s and not poll.poll(0):
                 return f"nothing was heard for {self._dead_s:g} s"
             if now - beaten >= self._heartbeat_s:
                 beaten = now

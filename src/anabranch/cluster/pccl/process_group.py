@@ -48,6 +48,8 @@ _OPS = {
 }
 _MOST_TAG = 1 << 20
 _WAIT_S = 300.0
+# At least, without a sign of life of a rank that is there.
+_SILENT_S = 5.0
 
 
 class _Work(dist._Work):
@@ -96,6 +98,10 @@ class _Work(dist._Work):
         """Until it is done; raises what went wrong. Peers that are lost are found without ``timeout``."""
         self._future.wait()
         return True
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        return bool(self._future.done())
 
     def get_future(self) -> torch.futures.Future[Any]:
         """Of the result."""
@@ -302,7 +308,9 @@ def _made(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.P
             if rank == 0:
                 # Known to those who share the store.
                 made = secrets.token_hex(16)
-                master = Master(":0", secret=made).start()
+                # A rank that ends is found at once by its connection; one that is silent may be busy, for as long as `timeout`.
+                silent_s = min(max(timeout.total_seconds(), _SILENT_S), _WAIT_S)
+                master = Master(":0", secret=made, dead_s=silent_s).start()
                 store.set("pccl", f"{_own_host(store, is_default)}:{master.address.rpartition(':')[2]} {made}")
             address, _, secret = store.get("pccl").decode().partition(" ")
         is_own = secret is not None
