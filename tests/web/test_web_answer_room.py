@@ -49,22 +49,65 @@ def test_an_answer_counts_until_it_is_closed_not_until_it_is_made():
     room.enter("a", nobody).more(51)
 
 
-def test_what_comes_first_of_a_source_is_taken_where_there_is_room():
+def test_what_comes_first_of_a_source_may_be_more_than_its_part_and_leaves_room_for_others():
     room, _, _ = room_of()
-    room.enter("a", nobody).more(80)
-    other = room.enter("b", nobody)
-    for _ in range(2):
-        other.more(10)
-    assert "answers take all the room" in refused(other, 1)
-    assert "answers take all the room" in refused(room.enter("c", nobody), 1)
+    large = room.enter("a", nobody)
+    for _ in range(75):
+        large.more(1)
+    # Three quarters of all. Another has half of what is left, and so on.
+    others = [room.enter(source, nobody) for source in "bc"]
+    others[0].more(12)
+    assert "answers to this sender" in refused(others[0], 1)
+    others[1].more(6)
+    large.close()
+    # Beside others that much has to stay free.
+    again = room.enter("a", nobody)
+    again.more(57)
+    assert "answers to this sender" in refused(again, 1)
+
+
+def test_who_is_over_its_part_cuts_nobody_else():
+    room, clock, _ = room_of(24)
+    cut = []
+    reads = room.enter("c", lambda: cut.append("c"))
+    reads.more(7)
+    reads.is_read()
+    clock.now += 2 * PATIENCE_S
+    asks = room.enter("a", nobody)
+    assert "answers to this sender" in refused(asks, 17)
+    asks.more(8)
+    with pytest.raises(ApiError):
+        for _ in range(10):
+            asks.more(1)
+    assert (cut, room.num_bytes) == ([], 18)
+    room.enter("b", nobody).more(3)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.integers(1, 75)), max_size=60))
+def test_whatever_others_ask_for_there_is_room_for_one_more_and_its_readers_are_not_cut(moves):
+    room, clock, _ = room_of(1000)
+    reads = room.enter("d", lambda: pytest.fail("it is cut for others"))
+    reads.more(100)
+    reads.is_read()
+    held = {source: [] for source in "abc"}
+    for source, is_new, size in moves:
+        clock.now += 1.0
+        if is_new or not held[source]:
+            held[source].append(room.enter(source, lambda: None))
+        try:
+            held[source][-1].more(10 * size)
+        except ApiError:
+            held[source][-1].is_read()
+        room.enter("e", nobody).close()
+    room.enter("e", nobody).more(25)
 
 
 def test_what_never_has_room_is_not_to_be_asked_for_again():
     room, _, told = room_of()
     held = room.enter("a", nobody)
     held.more(60)
-    with pytest.raises(ApiError, match="over 100 bytes") as caught:
-        held.more(41)
+    with pytest.raises(ApiError, match="over 75 bytes") as caught:
+        held.more(16)
     assert (caught.value.status, caught.value.code, caught.value.headers) == (400, "over_limit", {})
     assert (room.num_bytes, told) == (60, [1])
 
@@ -75,9 +118,9 @@ def test_the_first_that_is_made_of_a_source_is_not_held_up_by_those_behind_it():
     first.more(10)
     second.more(39)
     refused(second, 2)
-    # Alone it might have all that others leave.
-    first.more(40)
-    assert "answers take all the room" in refused(first, 12)
+    # Up to what one answer may leave free.
+    first.more(26)
+    assert "answers to this sender" in refused(first, 1)
     first.is_read()
     # What waits to be read counts against all of them.
     assert "answers to this sender" in refused(second, 1)
@@ -100,7 +143,7 @@ def test_slow_readers_make_room_for_those_of_their_source_that_lacks_its_part():
 
 
 def test_where_all_lack_room_the_source_with_most_makes_some():
-    room, clock, _ = room_of()
+    room, clock, _ = room_of(share=1.0)
     cut = []
     for name, source, size in (("b", "b", 10), ("a1", "a", 40), ("a2", "a", 5)):
         held = room.enter(source, lambda name=name: cut.append(name))
@@ -113,7 +156,7 @@ def test_where_all_lack_room_the_source_with_most_makes_some():
 
 
 def test_who_is_being_answered_is_not_cut():
-    room, clock, _ = room_of()
+    room, clock, _ = room_of(share=1.0)
     room.enter("a", nobody).more(90)
     clock.now += 100
     refused(room.enter("b", nobody), 20)

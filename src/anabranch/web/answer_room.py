@@ -9,12 +9,14 @@ An answer counts until it has been read, so that who asks for much and reads slo
 the others leave. Where an answer grows and there is no room, those that have been read for longer than `PATIENCE_S` make some, of the
 source that has most first (of its own, where its part is used up): a slow reader is one who is slow while others wait. If none does, it
 is refused. Of those of a source that are made, the first is looked at as if it were alone: so they are made one after the other rather
-than all of them in part.
+than all of them in part. One that is alone may be larger than the part, up to what one source may have and then one more of what is left
+(three quarters of all, where a part is half), if others have so little that this much stays free. Nobody else is cut for it.
 """
 
 import time
 from collections.abc import Callable
 
+from anabranch.sharing import most_beside
 from anabranch.web.api_error import ApiError
 from anabranch.web.room import PATIENCE_S, Held, Lack, Room
 
@@ -42,9 +44,10 @@ class AnswerRoom(Room):
         return HeldAnswer(self, source, cut)
 
     def _keep(self, held: "HeldAnswer", more: int) -> None:
-        if held.num_bytes + more > self.limit:
+        most = int(self._most_with_one)
+        if held.num_bytes + more > most:
             self._refused()
-            what = f"the answer takes over {self.limit:,} bytes, which is all the room that the server has for answers"
+            what = f"the answer takes over {most:,} bytes, which is all the room that the server has for one answer"
             raise ApiError(400, "over_limit", f"{what}; ask for less at once")
         while (why_not := self._lack(held, more)) is not None:
             late = self._late(held.source if why_not == "share" else None)
@@ -59,9 +62,19 @@ class AnswerRoom(Room):
         made = list(self._made.get(held.source, ()))
         if made and made[0] is not held:
             return self._why_not(held.source, more)
-        if self._why_not(held.source, held.num_bytes + more, made or [held]) == "share":
+        total, own = self.num_bytes + more, self._of_source[held.source]
+        part = most_beside(self.num_bytes - own, self.limit, self._share)
+        read = own - sum(each.num_bytes for each in made or [held])
+        is_alone = not read or read + held.num_bytes + more <= part
+        if self._share < 1 and own + more > part and not (is_alone and total <= self._most_with_one):
             return "share"
-        return "room" if self.num_bytes + more > self.limit else None
+        return "room" if total > self.limit else None
+
+    @property
+    def _most_with_one(self) -> float:
+        """Bytes of all that are kept, where one answer is larger than the part of its source: another key has its part of the rest."""
+        part = most_beside(0, self.limit, self._share)
+        return part + most_beside(part, self.limit, self._share)
 
     def _late(self, source: str | None) -> "HeldAnswer | None":
         """Who makes room, of one source or of all."""

@@ -59,9 +59,9 @@ def in_memory(shelf):
     return {facts["name"] for facts in shelf.facts() if facts["in_memory"]}
 
 
-def begin(shelf, id, *names):
+def begin(shelf, id, *names, key=""):
     """A request with these adapters, once all are read."""
-    future = shelf.lease(id, tuple((name, 1.0) for name in names))
+    future = shelf.lease(id, tuple((name, 1.0) for name in names), key)
     if future is not None:
         future.result(10)
     return [held.version for _, held, _ in shelf.held_by(id)]
@@ -282,6 +282,73 @@ def test_an_error_keeps_nothing_of_what_was_read(shelf, folders):
             until(lambda: made[-1]() is None, 2)
     finally:
         gc.enable()
+
+
+def asks(shelf, id, *names, key):
+    """Whether a request has its adapters; one that has not is gone."""
+    try:
+        return bool(begin(shelf, id, *names, key=key))
+    except BusyError:
+        shelf.release(id)
+        return False
+
+
+@pytest.fixture
+def timed(folders):
+    """A shelf, and the seconds that it is told."""
+    now = [0.0]
+    made = AdapterShelf(folders, 100, lambda: now[0])
+    for name in "pqrs":
+        made.register(name, f"50/{name}")
+    made.register("all", "100/all")
+    yield made, now
+    made.close()
+
+
+@pytest.mark.parametrize("wanted", ["r", "all"])
+def test_a_key_that_always_uses_all_of_the_memory_makes_room_for_another(timed, wanted):
+    shelf, _ = timed
+    running, served = [], []
+    for number in range(40):
+        for key, name in (("a", "pq"[number % 2]), ("b", wanted)):
+            if asks(shelf, f"{key}{number}", name, key=key):
+                running.append(f"{key}{number}")
+                served.append(key)
+        # Of a's one always overlaps the next.
+        while len(running) > 2 or any(id[0] == "b" for id in running[:-1]):
+            shelf.release(running.pop(0))
+    assert served.count("b") >= 5
+    assert served.count("a") >= 5
+
+
+def test_of_three_keys_none_is_kept_out(timed):
+    shelf, _ = timed
+    running, served = {}, []
+    for number in range(60):
+        for key, name in zip("abc", "pqr", strict=True):
+            if asks(shelf, f"{key}{number}", name, key=key):
+                served.append(key)
+                before, running[key] = running.get(key), f"{key}{number}"
+                if before is not None:
+                    shelf.release(before)
+            elif key in running:
+                shelf.release(running.pop(key))
+    assert min(served.count(key) for key in "abc") >= 5
+
+
+def test_a_claim_is_for_those_who_ask_again_soon(timed):
+    shelf, now = timed
+    assert asks(shelf, "1", "p", key="a")
+    assert asks(shelf, "2", "q", key="a")
+    assert not asks(shelf, "3", "r", key="b")
+    now[0] += 1.0
+    assert not asks(shelf, "4", "p", key="a")
+    assert not asks(shelf, "5", "q", key="c"), "who came later waits as well"
+    now[0] += 1.1
+    assert asks(shelf, "6", "p", key="a")
+    # With one key nobody waits for anybody.
+    assert not asks(shelf, "7", "r", key="a")
+    assert asks(shelf, "8", "p", key="a")
 
 
 @settings(max_examples=60, deadline=None)

@@ -102,11 +102,12 @@ def test_room_is_for_the_key_that_it_was_made_for():
 
 
 def test_who_made_room_waits_for_its_turn_as_others_do():
-    driven = drive(max_seqs=3, min_run=4)
+    driven = drive(num_blocks=2000, max_seqs=3, min_run=4, quantum=4)
     add(driven, "a", 1, max_tokens=20)
-    add(driven, "a", 2, first=1)
+    add(driven, "a", 2, first=1, max_tokens=150)
     steps_until(driven, lambda: driven.steps >= 8)
-    add(driven, "b", 2)
+    # The first was out of turn and is owed, but both cost less than what a1 has left.
+    add(driven, "b", 2, max_tokens=40)
     steps_until(driven, lambda: seats_of(driven) == {"a": 2, "b": 1})
     steps_until(driven, lambda: driven.seen["a0"].finish is not None)
     driven.step()
@@ -233,7 +234,7 @@ def state(id, key, *, serial, ahead_since=0, blocks=1, priority=0):
 
 
 def seated(*states, waits="w"):
-    seats = Seats(4)
+    seats = Seats(4, 100)
     for one in states:
         seats.come(one.key)
         seats.sit(one.key)
@@ -260,14 +261,22 @@ def test_the_last_in_rank_of_the_key_with_most_seats_makes_room():
 def test_a_last_seat_is_given_where_no_key_has_two():
     running = [state("a", "a", serial=0), state("b", "b", serial=1)]
     seats, waits = seated(*running)
-    seats.computed("a", 3)
+    seats.computed({"a": 3})
     assert seats.who_rises("seat", waits, running, 4) is running[0], "more was computed for it"
 
 
 def test_for_room_in_the_cache_the_key_with_most_blocks_gives_some():
     running = [state("a0", "a", serial=0), state("a1", "a", serial=1), state("b", "b", serial=2, blocks=3)]
     seats, waits = seated(*running)
-    assert seats.who_rises("room", waits, running, 4) is running[2]
+    assert seats.who_rises("room", waits, running, 4, short=2) is running[2]
+
+
+def test_a_last_seat_is_not_given_for_room_that_others_can_make():
+    running = [state("a0", "a", serial=0), state("a1", "a", serial=1), state("b", "b", serial=2, blocks=9)]
+    seats, waits = seated(*running)
+    assert seats.who_rises("room", waits, running, 4, short=1) is running[1]
+    # If not nobody makes room in vain.
+    assert seats.who_rises("room", waits, running, 4, short=2) is running[2]
 
 
 def test_a_key_with_seats_gets_another_of_one_with_two_more_and_no_less_computed():
@@ -275,16 +284,16 @@ def test_a_key_with_seats_gets_another_of_one_with_two_more_and_no_less_computed
     seats, waits = seated(*running)
     assert seats.who_rises("seat", waits, running, 4) is running[2]
     assert seats.passed_over({"a", "w"}) == {"a"}
-    seats.computed("w", 1)
+    seats.computed({"w": 1})
     assert seats.who_rises("seat", waits, running, 4) is None
     assert seats.passed_over({"a", "w"}) == set()
-    seats.computed("a", 1)
+    seats.computed({"a": 1})
     seats.rise("a")
     assert seats.who_rises("seat", waits, running[:2] + running[3:], 4) is None, "then they would have to change again"
 
 
 def test_the_key_without_a_seat_for_longest_is_first():
-    seats = Seats(1)
+    seats = Seats(1, 10**6)
     for key in "abc":
         seats.come(key)
     assert seats.longest_without({"c", "b"}) == "b"
@@ -297,9 +306,9 @@ def test_the_key_without_a_seat_for_longest_is_first():
 
 
 def test_who_comes_owes_nothing_to_those_who_were_here():
-    seats = Seats(1)
+    seats = Seats(1, 10**6)
     seats.come("a")
-    seats.computed("a", 1000)
+    seats.computed({"a": 1000})
     seats.come("b")
     for _ in range(3):
         seats.sit("a")
@@ -307,6 +316,85 @@ def test_who_comes_owes_nothing_to_those_who_were_here():
     for _ in range(6):
         seats.sit("b")
     assert seats.passed_over({"a", "b"}) == {"b"}, "what was computed for a before does not count"
+
+
+def test_who_comes_begins_as_who_has_least():
+    seats = Seats(1, 100)
+    for key in "ab":
+        seats.come(key)
+        seats.computed({key: 10 if key == "a" else 50})
+    seats.come("c")
+    seats.sit("c")
+    seats.sit("c")
+    seats.sit("c")
+    # As many as a, and fewer than b.
+    assert seats.passed_over({"a", "c"}) == {"c"}
+    assert seats.passed_over({"b", "c"}) == set()
+
+
+def test_who_has_fewest_seats_is_who_others_owe_some():
+    seats = Seats(1, 100)
+    for key, count, computed in (("p", 1, 50), ("q", 3, 10), ("r", 3, 60)):
+        seats.come(key)
+        for _ in range(count):
+            seats.sit(key)
+    seats.computed({"p": 50, "q": 10, "r": 60})
+    assert seats.passed_over({"p", "q", "r"}) == {"r"}
+
+
+def test_nobody_is_further_behind_than_a_turn_of_all_seats():
+    seats = Seats(4, 5)
+    for key in "ab":
+        seats.come(key)
+    for _ in range(3):
+        seats.sit("b")
+    for _ in range(100):
+        seats.computed({"a": 10})
+    seats.computed({"b": 19})
+    assert seats.passed_over({"a", "b"}) == set()
+    seats.computed({"b": 1})
+    assert seats.passed_over({"a", "b"}) == {"b"}
+
+
+def test_a_key_that_asked_for_little_for_long_soon_has_no_more_than_others():
+    """What was computed for others before pinned them to one seat, for as long as the key had been there."""
+    driven = drive(num_blocks=4000, max_positions=4000, max_seqs=8, min_run=8)
+    add(driven, "b", 1, max_tokens=3000)
+    driven.step()
+    driven.pause("b0")
+    serial = 0
+
+    def clients():
+        nonlocal serial
+        while sum(one.key == "a" for one in driven.scheduler.states()) < 5:
+            add(driven, "a", 1, first=serial, max_tokens=12 + serial % 5)
+            serial += 1
+
+    for _ in range(400):
+        clients()
+        driven.step()
+    add(driven, "b", 20, first=1, max_tokens=900)
+    had = []
+    for _ in range(160):
+        clients()
+        driven.step()
+        had.append(seats_of(driven)["a"])
+    assert sum(had[40:]) / len(had[40:]) > 3
+    for id in list(driven.scheduler._states):
+        driven.abort(id)
+
+
+@pytest.mark.parametrize("owned", [(1, 1, 4), (2, 3, 3), (0, 4, 4), (0, 1, 1)])
+def test_keys_that_wait_in_vain_are_those_for_which_nobody_rises(owned):
+    running = [state(f"{key}{n}", key, serial=10 * at + n, ahead_since=at) for at, key in enumerate("abc") for n in range(owned[at])]
+    seats = Seats(4, 100)
+    for key in "abc":
+        seats.come(key)
+    for one in running:
+        seats.sit(one.key)
+    for step in range(9):
+        vain = seats.in_vain({"a", "b", "c"}, running, step)
+        assert vain == {key for key in "abc" if seats.who_rises("seat", state("w", key, serial=99), running, step) is None}
 
 
 # Whatever comes

@@ -272,6 +272,44 @@ def test_beyond_the_bound_a_key_is_given_only_what_it_gave_back_since_both_wait(
     assert len(queue._charged) == len(running)
 
 
+@settings(deadline=None)
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(1, 1500), st.integers(0, 4))
+def test_to_look_at_all_keys_gives_nobody_a_turn(cost_of_a, cost_of_b, quantum, looks):
+    """The scheduler looks at one key after the other; each look once gave quanta until the key was covered."""
+    queue, serial, given_to = WaitingQueue(quantum), 0, {"a": 0, "b": 0}
+    costs = {"a": cost_of_a, "b": cost_of_b}
+
+    def add(key):
+        nonlocal serial
+        queue.add(Item((0, float(serial), serial), key, costs[key]))
+        serial += 1
+
+    for _ in range(3):
+        add("a")
+        add("b")
+    for _ in range(150):
+        for _ in range(looks):
+            passed = set()
+            while (item := queue.peek(passed)) is not None:
+                passed.add(item.key)
+        item = queue.pop()
+        given_to[item.key] += item.cost
+        add(item.key)
+        assert abs(given_to["a"] - given_to["b"]) <= quantum + 2 * max(costs.values())
+
+
+def test_who_comes_between_a_look_and_what_is_taken_is_last():
+    queue = WaitingQueue(10)
+    first = [Item((0, 0.0, number), "ab"[number % 2], 25) for number in range(4)]
+    for item in first:
+        queue.add(item)
+    shown = queue.peek()
+    late = Item((0, 0.0, 9), "c", 25)
+    queue.add(late)
+    queue.take(shown)
+    assert [shown, *drain(queue)] == [first[0], first[1], late, first[2], first[3]]
+
+
 # Out of turn
 
 

@@ -260,7 +260,52 @@ def test_a_request_s_own_priority_goes_before_others_of_its_key_and_no_other_s()
         put(book, f"a{number}", "a", own_priority=-number)
     put(book, "b", "b")
     put(book, "urgent", "c", priority=-1)
-    assert order_of(book, 6) == ["first", "urgent", "a2", "b", "a1", "a0"]
+    # Each key has one with the rank, whose own seats say whose turn it is.
+    assert [id for _, name, id in book.ranks.news() if name == "submit"] == ["first", "b", "urgent"]
+    book.gives("b", 5, finish=Finish.LENGTH)
+    book.gives("urgent", 5, finish=Finish.LENGTH)
+    book.gives("first", 5, finish=Finish.LENGTH)
+    assert order_of(book, 3) == ["a2", "a1", "a0"]
+
+
+def test_no_key_waits_for_the_end_of_another_s_requests():
+    book = Book(0, 1, max_seqs=4)
+    for number in range(20):
+        put(book, f"a{number}", "a")
+    assert len(book.ranks.news()) == 8
+    for number in range(9):
+        put(book, f"b{number}", "b")
+    # Half of each rank's places.
+    told = book.ranks.news()
+    assert [id for _, _, id in told] == [f"b{number}" for number in range(4)]
+    assert sorted(device for device, _, _ in told) == [0, 0, 1, 1]
+    put(book, "c", "c")
+    assert [id for _, _, id in book.ranks.news()] == ["c"]
+    # a's end: its rank has as many as it runs even so, and b has its part.
+    book.gives("a0", 5, finish=Finish.LENGTH)
+    assert book.ranks.news() == []
+
+
+def test_what_keys_pay_and_do_not_use_they_get_back_and_nothing_is_kept_of_it():
+    book = Book(0, max_seqs=2)
+    for number in range(6):
+        put(book, f"a{number}", "a")
+        put(book, f"b{number}", "b")
+    book.ledger.abort("a0")
+    book.ledger.pause_request("b0")
+    book.ledger.withdraw_paused(book.ranks)
+    book.ledger.resume_request("b0")
+    while book.ledger.live:
+        for live in list(book.ledger.live.values()):
+            if live.instance is not None:
+                book.gives(live.request.id, 7, finish=Finish.STOP)
+    assert book.ledger._queue._charged == {}
+    for number in range(4):
+        put(book, f"c{number}", "c")
+    refunded, book.ledger._queue.refund = [], lambda live, tokens: refunded.append((live.request.id, tokens))
+    book.gives("c0", 7, 8)
+    book.gives("c0", 9, finish=Finish.STOP)
+    assert refunded == [("c0", 400 - 3)]
 
 
 def test_keys_take_turns_by_tokens():
@@ -270,10 +315,12 @@ def test_keys_take_turns_by_tokens():
         put(book, f"a{number}", "a")
     for number in range(4):
         put(book, f"b{number}", "b", tokens=200)
-    taken = order_of(book, 9)
-    # A turn is 512 tokens: one of a's, two of b's.
-    assert taken[:5] == ["first", "a0", "b0", "b1", "a1"]
-    assert sorted(taken[1:]) == sorted(f"{key}{number}" for key in "ab" for number in range(4))
+    # Both have one with the rank. It is given another when there is a place.
+    assert [id for _, name, id in book.ranks.news() if name == "submit"] == ["first", "b0"]
+    for live in list(book.ledger.live.values()):
+        book.ledger.pause_request(live.request.id) if live.instance is not None else None
+    (first,) = [id for _, name, id in book.ranks.news() if name == "submit"]
+    assert first == "a0"
 
 
 def test_one_that_was_paused_while_it_waited_keeps_its_place_and_is_taken_once():

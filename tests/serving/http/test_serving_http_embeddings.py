@@ -244,7 +244,7 @@ def test_the_texts_of_one_key_keep_no_other_key_out(model):
         assert 200 in {answer[0] for answer in answers}
         assert admission.in_flight == admission.queued_tokens == 0
         # The pace is that of texts, not of whole requests.
-        assert admission._token_rate._amount / admission._request_rate._amount < 120
+        assert admission._token_rate._amount / admission._line.rate._amount < 120
 
 
 def test_more_than_fits_in_the_queue_waits_for_what_is_in_it(model):

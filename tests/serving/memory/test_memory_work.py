@@ -113,7 +113,12 @@ def test_a_plan_counts_prompts_that_run_whole_before_their_pieces():
     assert routed == work(long, tokens=long)
     # Keys and values of two heads of 64 in one layer, and states, of two prompts.
     kept = dtype_of(ServingConfig(model="m")).itemsize
-    assert pruned - routed == 2 * long * (2 * 2 * 64 * kept + 256 * 4)
+    kept_bytes = 2 * long * (2 * 2 * 64 * kept + 256 * 4)
+    # And what a skipper looks at of attention: a million scores and weights of each head, or all of a short prompt.
+    heads = shape.attention.num_heads
+    assert pruned - routed == kept_bytes + 2 * 4 * heads * (1 << 20)
+    short = work(64, skipper="s") - work(64, routers="r")
+    assert short == 2 * 64 * (2 * 2 * 64 * kept + 256 * 4) + 2 * 4 * heads * 64 * 64
     assert work(long) < routed
     assert work(64, tokens=long, routers="r") == work(64, tokens=long)
 

@@ -4,12 +4,16 @@ An adapter is known by a name and comes from a folder. The least recently used o
 again when somebody asks for them; those that are pinned stay, and so does what a request under way uses. Under a name another adapter may
 take the place of the one before: requests that began with that one end with it.
 
+Where a key's request finds no room beside what others use, the key has a claim for `CLAIM_S`: until it has asked again, those who came after
+it are told to ask again too, if what they use left it no room. So adapters fall idle and make some, and keys take turns.
+
 Reading is for a thread of the shelf's own. All methods may be called from any thread.
 """
 
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +26,9 @@ from anabranch.serving.core.mixture import Mixture, check_name
 __all__ = ["AdapterShelf", "Held", "Read"]
 
 logger = logging.getLogger(__name__)
+
+# Seconds in which one who was told to ask again has to.
+CLAIM_S = 2.0
 
 
 class Held(Protocol):
@@ -94,6 +101,19 @@ class _Lease(Generic[H]):
     uses: tuple[tuple[_Entry[H], float], ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class _Claim(Generic[H]):
+    """Room that a key waits for.
+
+    Attributes:
+        entries: what it is for.
+        until: seconds.
+    """
+
+    entries: tuple[_Entry[H], ...]
+    until: float
+
+
 class AdapterShelf(Generic[H]):
     """See the module.
 
@@ -103,10 +123,13 @@ class AdapterShelf(Generic[H]):
     Args:
         read: what is in a folder, see `Read`; raises AnabranchError for one that cannot be had.
         most_bytes: see above.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, read: Read[H], most_bytes: int) -> None:
-        self._read, self.most_bytes = read, most_bytes
+    def __init__(self, read: Read[H], most_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._read, self.most_bytes, self._time = read, most_bytes, clock
+        # By key, the oldest first.
+        self._claims: dict[str, _Claim[H]] = {}
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._entries: dict[str, _Entry[H]] = {}
@@ -209,24 +232,31 @@ class AdapterShelf(Generic[H]):
 
     # What requests do
 
-    def lease(self, id: str, mixture: Mixture) -> "Future[None] | None":
-        """Begin a request with these adapters; a future where some of them have to be read first, None where all are there.
+    def lease(self, id: str, mixture: Mixture, key: str = "") -> "Future[None] | None":
+        """Begin a request of a key with these adapters; a future where some of them have to be read first, None where all are there.
 
         Until `release` they stay in memory. Raises InputError for a name that there is not. The future raises `BusyError` where there is no
-        room beside those that others use, or one cannot be read (why is logged), and CapacityError where they have no room together.
+        room beside those that others use, where another key is to have some first, or where one cannot be read (why is logged), and
+        CapacityError where they have no room together.
         """
         with self._lock:
             unknown = [name for name, _ in mixture if name not in self._entries]
             if unknown:
                 raise InputError(self._unknown(unknown[0]))
             uses = tuple((self._entries[name], weight) for name, weight in mixture)
+            if self._gives_way(key, [entry for entry, _ in uses]):
+                waits: Future[None] = Future()
+                waits.set_exception(BusyError("another key waits for memory for its adapters, and is first; ask again"))
+                return waits
             for entry, _ in uses:
                 entry.uses += 1
                 entry.used_at = next(self._clock)
             self._leases[id] = _Lease(uses)
             entries = [entry for entry, _ in uses]
             is_there = all(entry.held is not None for entry in entries)
-        return None if is_there else self._submit(lambda: self._fill(entries))
+            if is_there:
+                self._claims.pop(key, None)
+        return None if is_there else self._submit(lambda: self._fill(entries, key))
 
     def held_by(self, id: str) -> tuple[tuple[str, H, float], ...]:
         """(name, what it holds, weight) of what a request uses, whose adapters are all there; nothing for one that has begun with none."""
@@ -258,8 +288,18 @@ class AdapterShelf(Generic[H]):
                 self._worker = ThreadPoolExecutor(1, "anabranch-adapters")
             return self._worker.submit(_bare, work)
 
-    def _fill(self, entries: Sequence[_Entry[H]]) -> None:
-        """Read those of a request that are not in memory."""
+    def _fill(self, entries: Sequence[_Entry[H]], key: str) -> None:
+        """Read those of a request of a key that are not in memory."""
+        try:
+            self._read_missing(entries)
+        except _NoRoomError:
+            with self._lock:
+                self._claims[key] = _Claim(tuple(entries), self._time() + CLAIM_S)
+            raise
+        with self._lock:
+            self._claims.pop(key, None)
+
+    def _read_missing(self, entries: Sequence[_Entry[H]]) -> None:
         for entry in entries:
             # Another request may have waited for the same.
             if entry.held is not None:
@@ -289,6 +329,20 @@ class AdapterShelf(Generic[H]):
         )
 
     # With the lock
+
+    def _gives_way(self, key: str, entries: Sequence[_Entry[H]]) -> bool:
+        """Whether a request of a key has to wait, since with these adapters in use too another key would have no room that is first."""
+        now = self._time()
+        self._claims = {other: claim for other, claim in self._claims.items() if claim.until > now}
+        everyone = (*self._entries.values(), *self._leaving)
+        used = {entry for entry in everyone if entry.uses}.union(entries)
+        stays = {entry for entry in everyone if entry.is_pinned}
+        for other, claim in self._claims.items():
+            if other == key:
+                return False
+            if sum(entry.size for entry in used.union(claim.entries, stays)) > self.most_bytes:
+                return True
+        return False
 
     def _check_place(self, name: str, is_pinned: bool) -> None:
         check_name(name)
@@ -342,7 +396,7 @@ class AdapterShelf(Generic[H]):
             leaving.append(other)
             total -= other.nbytes
         if total + nbytes > self.most_bytes:
-            raise BusyError(
+            raise _NoRoomError(
                 f"adapter {entry.name!r} takes {nbytes:,} bytes, and those in use {total:,} of {self.most_bytes:,}; ask again"
             )
         return leaving
@@ -358,6 +412,10 @@ class AdapterShelf(Generic[H]):
         known = [repr(other) for other in itertools.islice(self._entries, 10)]
         more = f" and {len(self._entries) - len(known)} more" if len(self._entries) > len(known) else ""
         return f"there is no adapter {name!r:.80}; there {'are ' + ', '.join(known) + more if known else 'is none'}"
+
+
+class _NoRoomError(BusyError):
+    """There is none beside what others use."""
 
 
 def _bare(work: Callable[[], R]) -> R:

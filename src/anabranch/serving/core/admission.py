@@ -2,6 +2,9 @@
 
 A queue without a bound serves everybody too late. What is over a limit is refused at once, and so is a request that would get its
 first token after its deadline; both are told after how many seconds there should be room, from how fast the queue has drained lately.
+
+Where keys share an engine, one that has fewer seats than another gets some of those (`anabranch.serving.core.seats`), however long the
+requests of that other one take. What it waits for is known from those that came like it, not from a queue that stands still.
 """
 
 import math
@@ -14,7 +17,7 @@ from typing import Self
 
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import InputError, LimitError
-from anabranch.serving.core.pace import DrainRate, Pace
+from anabranch.serving.core.pace import DrainRate, Line
 from anabranch.sharing import most_beside
 
 # The official Python client gives up rather than wait longer.
@@ -78,6 +81,11 @@ class Held:
     queued_tokens: int = 0
     counted_tokens: int = 0
 
+    @property
+    def started(self) -> int:
+        """Those that have a first token."""
+        return self.in_flight - self.queued
+
     def enter(self, num_tokens: int, counted: int) -> None:
         """One more, queued."""
         self.in_flight += 1
@@ -116,14 +124,12 @@ class Admission(Held):
         self.config, self._is_shared, self._clock = config or AdmissionConfig(), is_shared, clock
         self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self._of_key: dict[str, Held] = {}
-        # Since when each of the queued waits, the one that came first first.
-        self._waiting: dict[Ticket, float] = {}
         window_s = self.config.window_s
-        # That leave the queue.
-        self._token_rate, self._request_rate = DrainRate(window_s), DrainRate(window_s)
-        # Requests that end.
-        self._end_rate = DrainRate(window_s)
-        self._pace = Pace(window_s)
+        # The queued; and of them those for which other keys make room.
+        self._line: Line[Ticket] = Line(window_s)
+        self._owed: Line[Ticket] = Line(window_s)
+        # Prompt tokens that leave the queue, and requests that end.
+        self._token_rate, self._end_rate = DrainRate(window_s), DrainRate(window_s)
 
     def admit(self, num_tokens: int, key: str = "", deadline_s: float | None = None) -> "Ticket":
         """Let a request of ``num_tokens`` prompt tokens in; close the ticket when it ends.
@@ -174,7 +180,15 @@ class Admission(Held):
                 text = f"the first token is expected in {expected_s:.1f} s, after the deadline of {deadline_s:g} s"
                 self.rejections["deadline"] += 1
                 raise self._refusal("deadline", text, expected_s - deadline_s)
-        return Ticket(self, num_tokens, key, self._counted(num_tokens, key))
+        return Ticket(self, num_tokens, key, self._counted(num_tokens, key), is_owed=self._is_owed(key))
+
+    def _is_owed(self, key: str) -> bool:
+        """Whether another key makes room for one more of this: it has no seat yet, or were all it has seated, the other had two more."""
+        if not self._is_shared:
+            return False
+        own = self._of_key.get(key, Held())
+        most = max((held.started for name, held in self._of_key.items() if name != key), default=0)
+        return not own.in_flight or most - own.queued >= own.in_flight + 2
 
     def _counted(self, num_tokens: int, key: str) -> int:
         """As how many tokens a prompt counts for the limit: the only one of a key, however long, leaves the others their part."""
@@ -209,16 +223,14 @@ class Admission(Held):
     def expected_first_token_s(self, num_tokens: int, key: str = "") -> float | None:
         """Seconds to the first token of a request that came now; None before anything is known of the engine's pace.
 
-        Keys take turns in the queue, so of each other key only so much is before it as there is of its own.
+        For one that is owed a seat that is the pace of those that were, if none of them has waited lately nothing is known.
         """
-        own = self._of_key.get(key, Held())
-        count, tokens = own.queued + 1, own.queued_tokens + num_tokens
-        others = [held for name, held in self._of_key.items() if name != key]
-        expected_s = self._pace.expected_s(
-            count + sum(min(held.queued, count) for held in others),
-            tokens + sum(min(held.queued_tokens, tokens) for held in others),
-        )
-        return None if expected_s is None else expected_s * self._request_rate.slowdown(self._clock())
+        now = self._clock()
+        expected_s = self._line.expected_s(key, num_tokens, now)
+        if expected_s is None or not self._is_owed(key):
+            return expected_s
+        owed_s = None if self._owed.is_old(now) else self._owed.expected_s(key, num_tokens, now)
+        return None if owed_s is None else min(expected_s, owed_s)
 
     def check(self, num_tokens: int, key: str = "") -> None:
         """Raises OverloadError for a request that would not be let in now, whatever its deadline."""
@@ -242,7 +254,7 @@ class Admission(Held):
                 "key_concurrency", f"{own} requests of this key are in flight, as many as may be", wait_s
             )
         if config.max_queued is not None and self.queued >= config.max_queued:
-            wait_s = _wait_s(self.queued + 1 - config.max_queued, self._request_rate.per_s(now))
+            wait_s = _wait_s(self.queued + 1 - config.max_queued, self._line.rate.per_s(now))
             raise self._refusal("queued", f"{self.queued} requests wait, as many as may", wait_s)
         counted, limit = self._counted(num_tokens, key), config.max_queued_tokens
         over = 0 if limit is None else self.counted_tokens + counted - limit
@@ -255,7 +267,7 @@ class Admission(Held):
     def _tokens_before(self, over: float, key: str | None = None) -> int:
         """Prompt tokens that are through when ``over`` of what they count for are, of all or of one key: a prompt goes as a whole."""
         tokens, freed = 0, 0.0
-        for ticket in self._waiting:
+        for ticket in self._line.waiting:
             if freed >= over:
                 break
             if key is None or ticket.key == key:
@@ -270,7 +282,7 @@ class Admission(Held):
         most_tokens = config.max_queued_tokens
         for what, limit, total, has, more, rate in (
             ("requests of this key are in flight", config.max_in_flight, self.in_flight, held.in_flight, 1, self._end_rate),
-            ("requests of this key wait", config.max_queued, self.queued, held.queued, 1, self._request_rate),
+            ("requests of this key wait", config.max_queued, self.queued, held.queued, 1, self._line.rate),
             ("prompt tokens of this key wait", most_tokens, self.counted_tokens, held.counted_tokens, num_tokens, self._token_rate),
         ):  # fmt: skip
             most = math.inf if limit is None else most_beside(total - has, limit, config.key_share)
@@ -296,26 +308,25 @@ class Admission(Held):
         now = self._clock()
         self.enter(ticket.num_tokens, ticket.counted)
         self._of_key.setdefault(ticket.key, Held()).enter(ticket.num_tokens, ticket.counted)
-        self._waiting[ticket] = now
-        for rate in (self._token_rate, self._request_rate, self._end_rate):
+        self._line.join(ticket, now)
+        if ticket.is_owed:
+            self._owed.join(ticket, now)
+        for rate in (self._token_rate, self._end_rate):
             rate.resume(now)
 
     def _dequeue(self, ticket: "Ticket", *, is_served: bool) -> None:
         now = self._clock()
         self.dequeue(ticket.num_tokens, ticket.counted)
         self._of_key[ticket.key].dequeue(ticket.num_tokens, ticket.counted)
-        del self._waiting[ticket]
+        for line in (self._line, self._owed):
+            line.leave(ticket, now, is_served=is_served)
         if is_served:
             self._token_rate.drained(ticket.num_tokens, now)
-            self._pace.took(ticket.num_tokens, self._request_rate.drained(1, now))
         else:
-            # One that goes away makes room, but says nothing of the engine's pace: only those that still wait tell of a standstill.
-            since = next(iter(self._waiting.values()), now)
-            self._token_rate.forget(since, now)
-            self._request_rate.forget(since, now)
+            # One that goes away makes room, but says nothing of the engine's pace.
+            self._token_rate.forget(next(iter(self._line.waiting.values()), now), now)
         if not self.queued:
             self._token_rate.pause(now)
-            self._request_rate.pause(now)
 
     def _leave(self, ticket: "Ticket") -> None:
         now = self._clock()
@@ -331,10 +342,11 @@ class Admission(Held):
 class Ticket:
     """A request that was let in. Also a context manager that closes it."""
 
-    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "key", "num_tokens")
+    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "is_owed", "key", "num_tokens")
 
-    def __init__(self, admission: Admission, num_tokens: int, key: str, counted: int) -> None:
+    def __init__(self, admission: Admission, num_tokens: int, key: str, counted: int, *, is_owed: bool) -> None:
         self._admission, self.num_tokens, self.key, self.counted = admission, num_tokens, key, counted
+        self.is_owed = is_owed
         self._is_open = self._is_queued = True
         admission._enter(self)
 

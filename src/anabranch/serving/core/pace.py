@@ -1,6 +1,8 @@
 """How fast a queue drains, and what of it each request and each token of a prompt takes."""
 
 import math
+from collections import Counter
+from typing import Generic, Protocol, TypeVar
 
 
 class DrainRate:
@@ -101,3 +103,70 @@ class Pace:
             # Up to where a request alone costs nothing.
             per_token = min(max(slope, 0.0), mean_s / mean_tokens)
         return (mean_s - per_token * mean_tokens) * count + per_token * num_tokens
+
+
+class Waits(Protocol):
+    """One that waits for its first token."""
+
+    @property
+    def key(self) -> str:
+        """Whose it is."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of its prompt."""
+
+
+W = TypeVar("W", bound=Waits)
+
+
+class Line(Generic[W]):
+    """Requests that wait for their first tokens, and how fast these come.
+
+    Attributes:
+        waiting: since when each waits, the one that came first first.
+        rate: of requests.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self.waiting: dict[W, float] = {}
+        self.rate, self._pace = DrainRate(window_s), Pace(window_s)
+        self._window_s, self._left_at = window_s, -math.inf
+
+    def join(self, one: W, now: float) -> None:
+        """One more."""
+        self.waiting[one] = now
+        self.rate.resume(now)
+
+    def leave(self, one: W, now: float, *, is_served: bool) -> None:
+        """One has its first token, or has gone away without it; nothing for one that is not here."""
+        if self.waiting.pop(one, None) is None:
+            return
+        self._left_at = now
+        if is_served:
+            self._pace.took(one.num_tokens, self.rate.drained(1, now))
+        else:
+            # Only those that still wait tell of a standstill.
+            self.rate.forget(next(iter(self.waiting.values()), now), now)
+        if not self.waiting:
+            self.rate.pause(now)
+
+    def is_old(self, now: float) -> bool:
+        """Whether what is known of the pace is of long ago: nobody has waited for a window."""
+        return not self.waiting and now - self._left_at > self._window_s
+
+    def expected_s(self, key: str, num_tokens: int, now: float) -> float | None:
+        """Seconds to the first token of a prompt that joined now; None before anything is known of the pace.
+
+        Keys take turns, so of each other key only so much is before it as there is of its own.
+        """
+        counts: Counter[str] = Counter({key: 1})
+        tokens: Counter[str] = Counter({key: num_tokens})
+        for one in self.waiting:
+            counts[one.key] += 1
+            tokens[one.key] += one.num_tokens
+        expected_s = self._pace.expected_s(
+            sum(min(count, counts[key]) for count in counts.values()),
+            sum(min(count, tokens[key]) for count in tokens.values()),
+        )
+        return None if expected_s is None else expected_s * self.rate.slowdown(now)

@@ -65,6 +65,8 @@ class WaitingQueue(Generic[T]):
         # How often a key has begun to wait; and by serial number, how often it had when an item was charged for.
         self._joined = 0
         self._charged: dict[int, int] = {}
+        # What `peek` has shown in its key's turn.
+        self._shown: tuple[T, _Turn[T]] | None = None
 
     def __len__(self) -> int:
         return len(self._where)
@@ -100,7 +102,7 @@ class WaitingQueue(Generic[T]):
 
     def first_of(self, key: str) -> T:
         """The next item of one of `keys`, whoever's turn it is."""
-        level = self._first_level()
+        level, self._shown = self._first_level(), None
         assert level is not None, "keys() has it"
         sent_back = [entry for entry in self._front(level) if entry[1].key == key]
         if sent_back:
@@ -110,16 +112,22 @@ class WaitingQueue(Generic[T]):
         return flow.heap[0][1]
 
     def peek(self, passed: Container[str] = ()) -> T | None:
-        """The next item, None if there is none. Keys in ``passed`` are passed over, and what their turn has left stays theirs."""
-        level = self._first_level()
+        """The next item, None if there is none. Keys in ``passed`` are passed over, and what their turn has left stays theirs.
+
+        To look changes nothing: turns go by as items are taken.
+        """
+        level, self._shown = self._first_level(), None
         if level is None:
             return None
         if level.front.count:
             sent_back = [entry for entry in self._front(level) if entry[1].key not in passed]
             if sent_back:
                 return min(sent_back)[1]
-        flow = self._turn(level, passed)
-        return None if flow is None else flow.heap[0][1]
+        turn = self._turn(level, passed)
+        if turn is None:
+            return None
+        self._shown = turn.flow.heap[0][1], turn
+        return turn.flow.heap[0][1]
 
     def pop(self) -> T:
         """Take the item that `peek` shows. Raises IndexError if there is none."""
@@ -137,8 +145,10 @@ class WaitingQueue(Generic[T]):
             heappop(flow.heap)
         else:
             self._rebuild(flow)
-        level = self._levels[item.rank[0]]
+        level, shown, self._shown = self._levels[item.rank[0]], self._shown, None
         if flow is not level.front:
+            if shown is not None and shown[0] is item:
+                shown[1].begin(level)
             self._charge(level, flow, item)
 
     def remove(self, item: T) -> None:
@@ -208,34 +218,36 @@ class WaitingQueue(Generic[T]):
         front = level.front
         return [entry for entry in front.heap if self._where.get(entry[0][-1]) is front] if front.count else []
 
-    def _turn(self, level: "_Level[T]", passed: Container[str]) -> "_Flow[T] | None":
-        """The key whose turn it is, but for those that are passed over, and whose deficit covers its first item."""
-        active, unserved = level.active, 0
+    def _turn(self, level: "_Level[T]", passed: Container[str]) -> "_Turn[T] | None":
+        """The key whose turn it is, but for those that are passed over, and whose deficit then covers its first item."""
         # Who waits for nothing keeps nothing.
-        for flow in [flow for flow in active if not self._trim(flow)]:
-            active.remove(flow)
+        for flow in [flow for flow in level.active if not self._trim(flow)]:
+            level.active.remove(flow)
             del level.flows[flow.key]
-        able = [flow for flow in active if flow.key not in passed]
+        able = [flow for flow in level.active if flow.key not in passed]
+        turn, unserved = _Turn(level), 0
+        lacks = {flow: flow.heap[0][1].cost - self._has(level, flow) for flow in able}
         while able:
-            flow = active[0]
-            if flow.key in passed:
-                active.rotate(-1)
+            flow = turn.order[0]
+            if flow not in lacks:
+                turn.order.rotate(-1)
                 continue
-            if self._has(level, flow) >= flow.heap[0][1].cost:
-                return flow
+            if lacks[flow] <= turn.quanta[flow] * self._quantum:
+                turn.flow, turn.quantum = flow, self._quantum
+                return turn
             # Its quantum is used up.
-            if flow.has_turn:
-                flow.has_turn = False
-                active.rotate(-1)
+            if flow in turn.under_way:
+                turn.under_way.discard(flow)
+                turn.order.rotate(-1)
                 continue
             # A whole round without anyone covered: as many rounds as it takes, at once.
             if unserved >= len(able):
-                rounds = min(-(-(each.heap[0][1].cost - self._has(level, each)) // self._quantum) for each in able)
+                rounds = min(-(-lacks[each] // self._quantum) - turn.quanta[each] for each in able)
                 for each in able:
-                    each.deficit += (rounds - 1) * self._quantum
+                    turn.quanta[each] += rounds - 1
                 unserved = 0
-            flow.deficit += self._quantum
-            flow.has_turn = True
+            turn.quanta[flow] += 1
+            turn.under_way.add(flow)
             unserved += 1
         return None
 
@@ -277,3 +289,31 @@ class _Level(Generic[T]):
         self.front: _Flow[T] = _Flow()
         self.flows: dict[str, _Flow[T]] = {}
         self.active: deque[_Flow[T]] = deque()
+
+
+class _Turn(Generic[T]):
+    """What a key's turn takes: how the others' go by until then.
+
+    Attributes:
+        flow: the key, whose first item is covered then.
+        order: of keys.
+        quanta: that each gets.
+        under_way: keys that have had theirs in this round.
+    """
+
+    __slots__ = ("flow", "order", "quanta", "quantum", "under_way")
+
+    def __init__(self, level: _Level[T]) -> None:
+        self.order = deque(level.active)
+        self.quanta: Counter[_Flow[T]] = Counter()
+        self.under_way = {flow for flow in level.active if flow.has_turn}
+        self.flow, self.quantum = level.front, 0
+
+    def begin(self, level: _Level[T]) -> None:
+        """It is taken. Keys that have come since are last."""
+        here = set(self.order)
+        self.order.extend([flow for flow in level.active if flow not in here])
+        level.active = self.order
+        for flow in level.active:
+            flow.deficit += self.quanta[flow] * self.quantum
+            flow.has_turn = flow in self.under_way

@@ -171,7 +171,7 @@ class Scheduler:
         self._stop_tokens = frozenset(config.stop_tokens)
         self._states: dict[str, RequestState] = {}
         self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
-        self._seats = Seats(config.min_run)
+        self._seats = Seats(config.min_run, self._most_running)
         # One that waits, for which there is a way.
         self._invited: RequestState | None = None
         self._running: list[RequestState] = []  # by rank
@@ -312,8 +312,10 @@ class Scheduler:
         if not parts:
             return None
         if self._seats.is_shared:
+            computed: Counter[str] = Counter()
             for state, _, chunk in parts:
-                self._seats.computed(state.key, len(chunk.tokens))
+                computed[state.key] += len(chunk.tokens)
+            self._seats.computed(computed)
         if self._drafts is not None:
             budget = self._drafts.extend(parts, budget)
         tables = self._tables
@@ -359,9 +361,9 @@ class Scheduler:
         self._invited = None
         if not self._seats.is_shared or not len(self._waiting):
             return
-        if self._is_full and not any(self._seats.had_run(state, self._step) for state in self._running):
-            return
         passed: set[str] = set()
+        if self._is_full:
+            passed = self._seats.in_vain(self._waiting.keys(), self._running, self._step)
         while (state := self._next(passed)) is not None:
             lack = self._clear_way(state)
             if lack is None:
@@ -378,25 +380,25 @@ class Scheduler:
         """
         while True:
             lack: Lack = "seat"
+            short = 0
             if not self._is_full:
                 cached = self._tables.look_up(state)
                 if cached is None:
                     return "step"
-                if not self._lacks_room(state, cached):
+                short = self._tables.short(state, cached, self._tables.promised(self._running), is_later=True)
+                if short <= 0 and self._is_admitted(state):
                     return None
                 lack = "room"
-            other = self._seats.who_rises(lack, state, self._running, self._step)
+            other = self._seats.who_rises(lack, state, self._running, self._step, short)
             if other is None:
                 return lack
             self._make_way(other)
 
-    def _lacks_room(self, state: RequestState, cached: Sequence[list[int]]) -> bool:
+    def _is_admitted(self, state: RequestState) -> bool:
         memory, running = self._memory, self._running
-        if not self._tables.fits(state, cached, self._tables.promised(running), is_later=True):
-            return True
         if memory is None or not running:
-            return False
-        return not memory.admits([self._expected(each, memory) for each in running], self._expected(state, memory))
+            return True
+        return memory.admits([self._expected(each, memory) for each in running], self._expected(state, memory))
 
     def _prompt_shares(
         self, running: Sequence[RequestState], counts: Sequence[int], budget: int
@@ -501,7 +503,7 @@ class Scheduler:
                 waiting.take(state)
                 later.append(state)
                 continue
-            if not tables.fits(state, cached, promised):
+            if tables.short(state, cached, promised) > 0:
                 break
             if self._memory is not None and expected is not None:
                 candidate = self._expected(state, self._memory)

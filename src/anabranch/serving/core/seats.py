@@ -6,8 +6,8 @@ A request that runs keeps its seat while nobody lacks one. Where several keys ha
 2. Otherwise keys take turns by tokens (`WaitingQueue`); those with two seats more than another key that waits, for which no more has been
    computed, are passed over.
 3. If there is no seat for it, or no room for its keys and values, one of the others makes room: for a key without a seat any other
-   (a seat that is a key's last one only if none has several); for a key that has some, one that has two more, and for which no less has
-   been computed. Of these it is the key with most seats (most blocks, where these lack), then the one with most computed, and its request
+   (a seat that is a key's last one only if none has several, or what these have beyond their last is not room enough); for a key that has
+   some, one that has two more, and for which no less has been computed. Of these it is the key with most seats (most blocks, where these lack), then the one with most computed, and its request
    of last rank.
 4. Nobody makes room before ``min_run`` steps from when it computed what it never had before. So nothing is thrown away again and again,
    and whoever is first in rank gets on by as many steps each time: every request ends.
@@ -18,10 +18,12 @@ and those that requests need to get back to where they were; with more keys than
 before it. With one key nothing of this happens.
 
 What is computed for a key counts from when it came, and it begins as who has least: keys that were here for long owe nothing for it.
+Nobody falls further behind the one with most than all seats compute in ``min_run`` steps of one token: who asked for little for long may
+then have more for about as long, not until it has had as much.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from anabranch.serving.core.state import RequestState
@@ -35,10 +37,11 @@ class Seats:
 
     Args:
         min_run: see above.
+        seats: that there are.
     """
 
-    def __init__(self, min_run: int) -> None:
-        self._min_run = min_run
+    def __init__(self, min_run: int, seats: int) -> None:
+        self._min_run, self._most_behind = min_run, min_run * seats
         self._keys: dict[str, _Key] = {}
         # Of what happened to keys.
         self._serial = 0
@@ -76,9 +79,13 @@ class Seats:
         if not held.seats:
             held.without_since = self._next()
 
-    def computed(self, key: str, tokens: int) -> None:
-        """So many tokens are computed for a key."""
-        self._keys[key].computed += tokens
+    def computed(self, tokens: Mapping[str, int]) -> None:
+        """So many tokens are computed in a step, by key."""
+        for key, count in tokens.items():
+            self._keys[key].computed += count
+        least = max(held.computed for held in self._keys.values()) - self._most_behind
+        for held in self._keys.values():
+            held.computed = max(held.computed, least)
 
     def _next(self) -> int:
         self._serial += 1
@@ -106,12 +113,31 @@ class Seats:
         """Whether a request may be asked to make room before this step."""
         return 0 <= state.ahead_since <= step - self._min_run
 
+    def in_vain(self, waiting: Collection[str], running: Iterable[RequestState], step: int) -> set[str]:
+        """Of keys that wait those to which none of those that run gives its seat now."""
+        keys = self._keys
+        givers = [keys[key] for key in {each.key for each in running if self.had_run(each, step)}]
+        first = any(held.seats >= self._fewest for held in givers)
+        return {
+            key
+            for key in waiting
+            if not (any(held.owes(keys[key]) for held in givers if held.seats > 2) if keys[key].seats else first)
+        }
+
+    @property
+    def _fewest(self) -> int:
+        """Seats of a key that gives one to a key without any."""
+        return min(2, max(held.seats for held in self._keys.values()))
+
     def who_rises(
-        self, lack: Lack, state: RequestState, running: Iterable[RequestState], step: int
+        self, lack: Lack, state: RequestState, running: Iterable[RequestState], step: int, short: int = 0
     ) -> RequestState | None:
-        """Of those that run the one that makes room for one that waits; None if nobody has to, or not yet."""
+        """Of those that run the one that makes room for one that waits; None if nobody has to, or not yet.
+
+        ``short``: blocks that it lacks.
+        """
         own = self._keys[state.key]
-        fewest = min(2, max(held.seats for held in self._keys.values())) if lack == "seat" else 1
+        fewest = self._fewest if lack == "seat" else 1
 
         def gives(key: str) -> bool:
             other = self._keys[key]
@@ -124,10 +150,21 @@ class Seats:
             return None
         blocks: Counter[str] = Counter()
         if lack == "room":
+            found = self._beyond_last(found, short) or found
             for each in found:
                 blocks[each.key] += len(each.blocks)
         keys = self._keys
         return max(found, key=lambda each: (blocks[each.key], keys[each.key].seats, keys[each.key].computed, each.rank))
+
+    def _beyond_last(self, found: Sequence[RequestState], short: int) -> list[RequestState]:
+        """Those whose keys keep a seat though they rise; none if that is not room enough."""
+        left = {each.key: self._keys[each.key].seats - 1 for each in found}
+        able = []
+        for each in sorted(found, key=lambda each: each.rank, reverse=True):
+            if left[each.key]:
+                left[each.key] -= 1
+                able.append(each)
+        return able if sum(len(each.blocks) for each in able) >= short else []
 
 
 class _Key:

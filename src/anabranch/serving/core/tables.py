@@ -85,19 +85,19 @@ class BlockTables:
         own_streams = None if request.num_streams == self._num_streams else request.num_streams
         return self.prefixes.root(request.cache_salt, request.options, num_streams=own_streams, path=request.path)
 
-    def fits(
+    def short(
         self, state: RequestState, cached: Sequence[Sequence[int]], promised: Sequence[int], *, is_later: bool = False
-    ) -> bool:
-        """Whether there is room for a waiting request as long as it is now, beside ``promised`` blocks of others, by kind.
+    ) -> int:
+        """Blocks that a waiting request as long as it is now lacks beside the ``promised`` ones of others, of the kind with fewest left.
 
-        ``is_later``: when the steps under way have run.
+        There is room for it where that is 0 or less. ``is_later``: when the steps under way have run.
         """
+        lacking = []
         for kind, table, others in zip(self.kinds, cached, promised, strict=True):
             new, pool = kind.missing(table, len(state.tokens)), kind.pool
             revived = sum([pool.holders(block) == 0 for block in table[kind.num_gone(table) :]])
-            if new + revived + others > pool.num_free + is_later * kind.num_held:
-                return False
-        return True
+            lacking.append(new + revived + others - pool.num_free - is_later * kind.num_held)
+        return max(lacking)
 
     def promised(self, states: Iterable[RequestState]) -> list[int]:
         """Blocks that running requests lack for the tokens they have now, by kind."""
@@ -112,7 +112,7 @@ class BlockTables:
             counts[place] += kind.missing(table, len(state.tokens))
 
     def begin(self, state: RequestState, cached: list[list[int]]) -> None:
-        """Give a waiting request, which `fits`, what is cached of it; all that follows is to be computed."""
+        """Give a waiting request, for which there is room (`short`), what is cached of it; all that follows is to be computed."""
         for kind, table in zip(self.kinds, cached, strict=True):
             kind.hold(table)
         state.blocks, state.local = cached[0], cached[1] if len(cached) > 1 else []

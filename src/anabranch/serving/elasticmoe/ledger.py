@@ -10,6 +10,8 @@ A request whose reader is slow is paused in the rank that has it, and takes no p
 handed to are told, and should its rank die it does not begin again before its reader has caught up.
 
 Who waits here is taken as in the queue of one engine (`WaitingQueue`): by priority, then the keys in turn, each by its own priorities.
+A rank with as many requests as it runs gets more of a key that has fewer there than its part of the places: the rank's own `Seats` then
+have another key's make room. So no key waits for the end of another's requests.
 """
 
 import random
@@ -120,6 +122,7 @@ class Ledger:
             if self.is_paused:
                 self._aborted.add(id)
             self._unqueue(live)
+            self._refund(live)
             self._tell(live, "abort")
             self.counted["finished_abort"] += 1
             live.emit(Output(id=id, finish=Finish.ABORT))
@@ -172,12 +175,27 @@ class Ledger:
             for live in self.with_instance(active):
                 if live.device is not None and live.paused is None:
                     held[live.device].append(live)
-            while (first := self._queue.peek()) is not None:
-                device = min(held, key=lambda device: len(held[device]))
-                if len(held[device]) >= self.limits.max_seqs or not self._has_room(device, first, held[device]):
+            passed: set[str] = set()
+            while (first := self._queue.peek(passed)) is not None:
+                device = self._place_of(first.key, held)
+                if device is None:
+                    passed.add(first.key)
+                    continue
+                if not self._has_room(device, first, held[device]):
                     return
                 held[device].append(first)
                 self._give(first, active, device)
+
+    def _place_of(self, key: str, held: Mapping[int, Sequence[Live]]) -> int | None:
+        """A device with a place that is free, else one where a key has fewer requests than its part of the places; None if there is none."""
+        most = self.limits.max_seqs
+        free = min(held, key=lambda device: len(held[device]))
+        if len(held[free]) < most:
+            return free
+        has = {device: sum(each.key == key for each in here) for device, here in held.items()}
+        device = min(held, key=lambda device: (has[device], len(held[device])))
+        keys = {key, *(each.key for each in held[device])}
+        return device if has[device] < max(1, most // len(keys)) else None
 
     def _dispatch_alone(self, active: Instance, live: Live) -> None:
         """Let one request run once nothing else does."""
@@ -187,11 +205,10 @@ class Ledger:
                 self._give(live, active, devices[0])
 
     def _give(self, live: Live, active: Instance, device: int) -> None:
-        if live is self._queue.peek():
+        if live.is_queued:
             # Its key is charged with it.
-            self._queue.pop()
+            self._queue.take(live)
             live.is_queued = False
-        self._unqueue(live)
         live.instance, live.device = active, device
         active.tell(device, "submit", request=live.request, output=tuple(live.output), num_scored=live.num_scored)
 
@@ -208,6 +225,7 @@ class Ledger:
                 self._clock(live, output, now)
                 if output.finish is not None:
                     del self.live[output.id]
+                    self._refund(live)
                     has_changed = True
                 elif output.tokens or output.prompt_logprobs:
                     has_changed |= self._clear(live)
@@ -260,6 +278,7 @@ class Ledger:
                 count += 1
                 if ran == [live] and (live.failures > SUSPECT or live.reruns > _MOST_RERUNS):
                     del self.live[live.request.id]
+                    self._refund(live)
                     error = f"the ranks that ran it failed {live.reruns} times, in the end with nothing else to run"
                     self.counted["finished_error"] += 1
                     for other in self.live.values():  # it was not they
@@ -277,6 +296,8 @@ class Ledger:
             for live in self.with_instance(instance):
                 if live.paused is not None:
                     self._tell(live, "abort")
+                    # It begins again as one that comes anew.
+                    self._refund(live)
                     live.instance = live.device = None
 
     def resume(self, active: Instance, room: Mapping[int, int] | None = None) -> None:
@@ -352,6 +373,10 @@ class Ledger:
         if live.is_queued:
             live.is_queued = False
             self._queue.remove(live)
+
+    def _refund(self, live: Live) -> None:
+        """Its key paid for tokens that it has not had."""
+        self._queue.refund(live, live.request.sampling.max_tokens - len(live.output))
 
     def _clock(self, live: Live, output: Output, now: float) -> None:
         self.counted["generation_tokens"] += len(output.tokens)

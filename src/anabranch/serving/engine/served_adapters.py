@@ -135,7 +135,7 @@ class ServedAdapters:
         if not request.adapters:
             return None
         # One without a weight is checked, and then of no account.
-        reading = self.shelf.lease(request.id, request.adapters)
+        reading = self.shelf.lease(request.id, request.adapters, request.key)
         if request.instruction is None or (reading is None and not self._compares(request)):
             return reading
         if self._comparing is None:

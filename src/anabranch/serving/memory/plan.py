@@ -13,7 +13,7 @@ planned around it; ``experts`` stays where they are on disk, and says nothing wh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.lm.checkpoint import find_model, open_model, quantization_of
@@ -281,8 +281,13 @@ class Ladder:
         if config.depth.skipper is None:
             return step
         # What it computes is kept until the last piece, of one prompt at a time, and there is the one that runs.
-        kinds = form.kinds(config)
-        return step + 2 * (kinds.bytes_of(kinds.needed(positions)) + FLOAT * form.model.config.dim * positions)
+        from anabranch.depth.ftp.attention_scores import ELEMENTS
+
+        kinds, attention = form.kinds(config), cast(Any, form.model.config.attention)
+        kept = 2 * (kinds.bytes_of(kinds.needed(positions)) + FLOAT * form.model.config.dim * positions)
+        # And to see how much attention a token gets it looks at weights of many queries at a time, once as scores and once as weights.
+        looked_at = min(max(ELEMENTS, positions), positions * positions)
+        return step + kept + 2 * FLOAT * attention.num_heads * looked_at
 
     def _left(self, made: MemoryPlan, form: Form, *, on_disk: bool) -> int:
         """Bytes that slots, or keys and values, can have beside what they have in a plan; 0 for one that does not fit.
