@@ -379,9 +379,7 @@ def test_where_the_scheduler_gives_a_seat_admission_lets_in(waited):
 
     def add(id, key, new, deadline_s):
         tickets[id] = admission.admit(4, key, deadline_s)
-        scheduler.add(
-            Request(id=id, prompt=(1, 2, 3, 4), key=key, sampling=Sampling(max_tokens=new, ignore_eos=True))
-        )
+        scheduler.add(Request(id=id, prompt=(1, 2, 3, 4), key=key, sampling=Sampling(max_tokens=new, ignore_eos=True)))
 
     def step():
         clock.now += 1.0

@@ -334,7 +334,7 @@ def test_who_comes_begins_as_who_has_least():
 
 def test_who_has_fewest_seats_is_who_others_owe_some():
     seats = Seats(1, 100)
-    for key, count, computed in (("p", 1, 50), ("q", 3, 10), ("r", 3, 60)):
+    for key, count in (("p", 1), ("q", 3), ("r", 3)):
         seats.come(key)
         for _ in range(count):
             seats.sit(key)
@@ -386,7 +386,11 @@ def test_a_key_that_asked_for_little_for_long_soon_has_no_more_than_others():
 
 @pytest.mark.parametrize("owned", [(1, 1, 4), (2, 3, 3), (0, 4, 4), (0, 1, 1)])
 def test_keys_that_wait_in_vain_are_those_for_which_nobody_rises(owned):
-    running = [state(f"{key}{n}", key, serial=10 * at + n, ahead_since=at) for at, key in enumerate("abc") for n in range(owned[at])]
+    running = [
+        state(f"{key}{n}", key, serial=10 * at + n, ahead_since=at)
+        for at, key in enumerate("abc")
+        for n in range(owned[at])
+    ]
     seats = Seats(4, 100)
     for key in "abc":
         seats.come(key)
@@ -394,7 +398,9 @@ def test_keys_that_wait_in_vain_are_those_for_which_nobody_rises(owned):
         seats.sit(one.key)
     for step in range(9):
         vain = seats.in_vain({"a", "b", "c"}, running, step)
-        assert vain == {key for key in "abc" if seats.who_rises("seat", state("w", key, serial=99), running, step) is None}
+        assert vain == {
+            key for key in "abc" if seats.who_rises("seat", state("w", key, serial=99), running, step) is None
+        }
 
 
 # Whatever comes

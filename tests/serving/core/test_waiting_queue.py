@@ -307,7 +307,7 @@ def test_who_comes_between_a_look_and_what_is_taken_is_last():
     late = Item((0, 0.0, 9), "c", 25)
     queue.add(late)
     queue.take(shown)
-    assert [shown, *drain(queue)] == [first[0], first[1], late, first[2], first[3]]
+    assert [shown, *drain(queue)] == [*first, late]
 
 
 # Out of turn

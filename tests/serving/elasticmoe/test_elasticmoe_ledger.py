@@ -308,19 +308,17 @@ def test_what_keys_pay_and_do_not_use_they_get_back_and_nothing_is_kept_of_it():
     assert refunded == [("c0", 400 - 3)]
 
 
-def test_keys_take_turns_by_tokens():
+def test_each_key_has_as_many_with_a_rank_as_its_part_however_much_they_cost():
     book = Book(0)
     put(book, "first", "a")
     for number in range(4):
         put(book, f"a{number}", "a")
     for number in range(4):
         put(book, f"b{number}", "b", tokens=200)
-    # Both have one with the rank. It is given another when there is a place.
     assert [id for _, name, id in book.ranks.news() if name == "submit"] == ["first", "b0"]
-    for live in list(book.ledger.live.values()):
-        book.ledger.pause_request(live.request.id) if live.instance is not None else None
-    (first,) = [id for _, name, id in book.ranks.news() if name == "submit"]
-    assert first == "a0"
+    for id, instead in (("first", "a0"), ("b0", "b1")):
+        book.ledger.pause_request(id)
+        assert book.ranks.news() == [(0, "pause_request", id), (0, "submit", instead)]
 
 
 def test_one_that_was_paused_while_it_waited_keeps_its_place_and_is_taken_once():

@@ -4,8 +4,8 @@ An adapter is known by a name and comes from a folder. The least recently used o
 again when somebody asks for them; those that are pinned stay, and so does what a request under way uses. Under a name another adapter may
 take the place of the one before: requests that began with that one end with it.
 
-Where a key's request finds no room beside what others use, the key has a claim for `CLAIM_S`: until it has asked again, those who came after
-it are told to ask again too, if what they use left it no room. So adapters fall idle and make some, and keys take turns.
+Where a key's request finds no room beside what others use, the key has a claim for `CLAIM_S`: until it has asked again, those who came
+after it are told to ask again too, if what they use left it no room. So adapters fall idle and make some, and keys take turns.
 
 Reading is for a thread of the shelf's own. All methods may be called from any thread.
 """

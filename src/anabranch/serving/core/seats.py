@@ -6,9 +6,9 @@ A request that runs keeps its seat while nobody lacks one. Where several keys ha
 2. Otherwise keys take turns by tokens (`WaitingQueue`); those with two seats more than another key that waits, for which no more has been
    computed, are passed over.
 3. If there is no seat for it, or no room for its keys and values, one of the others makes room: for a key without a seat any other
-   (a seat that is a key's last one only if none has several, or what these have beyond their last is not room enough); for a key that has
-   some, one that has two more, and for which no less has been computed. Of these it is the key with most seats (most blocks, where these lack), then the one with most computed, and its request
-   of last rank.
+   (a seat that is a key's last one only if none has several, or what these have beyond their last is not room enough); for a key that
+   has some, one that has two more, and for which no less has been computed. Of these it is the key with most seats (most blocks, where
+   these lack), then the one with most computed, and its request of last rank.
 4. Nobody makes room before ``min_run`` steps from when it computed what it never had before. So nothing is thrown away again and again,
    and whoever is first in rank gets on by as many steps each time: every request ends.
 

@@ -187,7 +187,7 @@ class Ledger:
                 self._give(first, active, device)
 
     def _place_of(self, key: str, held: Mapping[int, Sequence[Live]]) -> int | None:
-        """A device with a place that is free, else one where a key has fewer requests than its part of the places; None if there is none."""
+        """A device with a free place, else one where a key has fewer requests than its part of the places; None if there is none."""
         most = self.limits.max_seqs
         free = min(held, key=lambda device: len(held[device]))
         if len(held[free]) < most:
