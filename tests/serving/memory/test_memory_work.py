@@ -117,8 +117,14 @@ def test_a_plan_counts_prompts_that_run_whole_before_their_pieces():
     # And what a skipper looks at of attention: a million scores and weights of each head, or all of a short prompt.
     heads = shape.attention.num_heads
     assert pruned - routed == kept_bytes + 2 * 4 * heads * (1 << 20)
-    short = work(64, skipper="s") - work(64, routers="r")
-    assert short == 2 * 64 * (2 * 2 * 64 * kept + 256 * 4) + 2 * 4 * heads * 64 * 64
+
+    def step(**depth):
+        config = ServingConfig(model="m", memory="1TiB", max_positions=64, depth=DepthConfig(**depth))
+        ladder = Ladder(config, shape, measure=lambda model, processes: 0)
+        return ladder._step(ladder.resident[0], on_disk=False)
+
+    short = 2 * 64 * (2 * 2 * 64 * kept + 256 * 4) + 2 * 4 * heads * 64 * 64
+    assert step(skipper="s") - step(routers="r") == short
     assert work(long) < routed
     assert work(64, tokens=long, routers="r") == work(64, tokens=long)
 
