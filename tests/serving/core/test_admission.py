@@ -529,7 +529,8 @@ def test_an_idle_server_admits_whatever_was_before(steps, deadline_s, tokens, co
     for ticket in live:
         ticket.close()
     assert (admission.in_flight, admission.queued, admission.queued_tokens) == (0, 0, 0)
-    assert not admission._waiting
+    assert not admission._line.waiting
+    assert not admission._owed.waiting
     admission.admit(tokens, "c", deadline_s).close()
     for ticket in admission.admit_all([10] * count, "c", deadline_s):
         ticket.close()
