@@ -33,4 +33,6 @@ class Sending:
 
     async def send(self, body, more=True):
         self.pieces.put_nowait({"type": "http.request", "body": body, "more_body": more})
-        await asyncio.sleep(0.01)
+        # However late this process runs, the application has its turns.
+        for _ in range(20):
+            await asyncio.sleep(0.0005)

@@ -1,8 +1,10 @@
 """One thread, fixed seeds, and hypothesis profiles: ``HYPOTHESIS_PROFILE=deep pytest`` looks much longer."""
 
 import gc
+import itertools
 import logging
 import os
+import re
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+# Numbers of folders.
+_FOLDERS = itertools.count()
 
 # Where to record how long each test takes.
 _DURATIONS = []
@@ -113,7 +118,19 @@ def _load_again():
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    # `torch.manual_seed` writes down the stack for each kind of device that has not begun, which takes milliseconds.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture
+def tmp_path(request, tmp_path_factory):
+    """A folder of this test's own. That of pytest looks through the folders of all tests before: 8 ms after four thousand of them."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.getbasetemp() / f"{name}{next(_FOLDERS)}"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ def call(
     url: str, method: str, path: str, body: Any = None, key: str | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, Any, Any]:
     """Status, body (read, if it is JSON) and headers of the answer to one request on a connection of its own."""
-    link = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    link = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     try:
         sent = {"authorization": f"Bearer {key}"} if key else {}
         sent |= {} if body is None else {"content-type": "application/json"}

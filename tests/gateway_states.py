@@ -21,6 +21,7 @@ from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import RateLimits, Reservation
 from anabranch.routers.money import Price
 from anabranch.web.turns import Turns
+from paced_time import run_paced
 
 
 class FakeStore:
@@ -121,8 +122,8 @@ def state_of(body=None, *, lent=None, of=None, endpoint="chat", headers=None, **
 
 
 def run(work, *given, **named):
-    """What a coroutine function gives, on a loop of its own."""
-    return asyncio.run(work(*given, **named))
+    """What a coroutine function gives, on a loop of its own, whose time passes as `paced_time` says."""
+    return run_paced(work(*given, **named))
 
 
 def at_once(work):

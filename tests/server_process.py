@@ -50,7 +50,7 @@ def started(*arguments: str, environment: dict[str, str] | None = None) -> Itera
             while not said.endswith(b"\n}\n"):
                 line = process.stdout.readline()
                 if not line:
-                    process.wait(10)
+                    process.wait(60)
                     raise AssertionError(f"the server did not start: {log.read_text()}")
                 said += line
             yield Served(json.loads(said)["url"], process, log)
@@ -58,7 +58,7 @@ def started(*arguments: str, environment: dict[str, str] | None = None) -> Itera
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 try:
-                    process.wait(15)
+                    process.wait(60)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

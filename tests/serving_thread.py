@@ -15,6 +15,7 @@ from anabranch.serving.http.config import HttpConfig
 from anabranch.serving.http.frontend import Frontend
 from anabranch.serving.http.reading import Reader
 from fake_engine import FakeEngine, Script
+from waiting import until
 
 HELLO = {"model": "fake", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -61,7 +62,7 @@ class Serving:
         async def call() -> Any:
             return function(*arguments)
 
-        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(60)
 
     @contextlib.contextmanager
     def holds(self) -> Iterator[list[float]]:
@@ -93,7 +94,7 @@ class Serving:
     def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> tuple[int, Any, Any]:
         """Status, headers, body: JSON where it is. ``_`` in names of headers stands for ``-``."""
         raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             given = {name.replace("_", "-"): value for name, value in headers.items()}
             if raw is not None:
@@ -126,22 +127,14 @@ def serving(script: Any = None, reader: Reader | None = None, *, wait: bool = Tr
     thread = threading.Thread(target=made._run)
     thread.start()
     try:
-        assert made._bound.wait(10)
+        assert made._bound.wait(60)
         if wait:
             made.wait_ready()
         yield made
     finally:
         made.loop.call_soon_threadsafe(made._stop.set)
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
-
-
-def until(true: Any, timeout_s: float = 10.0) -> None:
-    """Wait for it."""
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.005)
 
 
 def events(raw: bytes) -> list[Any]:

@@ -611,11 +611,11 @@ def test_a_lock_is_waited_for_as_long_as_was_said(tmp_path):
     def hold():
         with locked(path):
             holding.set()
-            freed.wait(5)
+            freed.wait(60)
 
     other = threading.Thread(target=hold)
     other.start()
-    assert holding.wait(5)
+    assert holding.wait(60)
     with locked(path, wait_s=math.inf, on_wait=freed.set) as mine:
         assert mine
     other.join()

@@ -302,5 +302,5 @@ def test_ctrl_c_is_one_line(environment):
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")

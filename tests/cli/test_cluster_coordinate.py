@@ -4,12 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from anabranch.cluster.elastic.wire import connect
 from anabranch.train import read_metrics
+from waiting import until
 
 MODULE = [sys.executable, "-m", "anabranch"]
 
@@ -32,7 +32,7 @@ def begun(tmp_path, environment):
     yield start
     for process in running:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
 
 
 def told(process):
@@ -56,15 +56,8 @@ def test_it_says_where_it_is_keeps_strangers_out_and_is_stopped(begun, tmp_path)
     with pytest.raises(Exception, match="another secret, or no listener of ours"):
         connect(host, int(port), b"delta", on_frame=print, on_close=print)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert process.said.read_text().splitlines()[-1] == "stopped"
-
-
-def until(holds, seconds=400):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def steps_in(folder):
@@ -91,23 +84,23 @@ def test_from_text_to_a_trained_model_through_a_kill_and_a_newcomer(begun, cli, 
     line = ["train", *settings, "--out", "shared", "--resume", "auto", *where]
     runs = [begun(*line, **secret) for _ in range(4)]
     shared = tmp_path / "shared"
-    until(lambda: steps_in(shared) >= 8)
+    until(lambda: steps_in(shared) >= 8, 400)
     # The one that writes shows how it goes on.
     writer = next(run for run in runs if "held-out text:" in run.said.read_text())
     writer.kill()
     runs = [run for run in runs if run is not writer]
-    until(lambda: "is lost" in host.said.read_text())
+    until(lambda: "is lost" in host.said.read_text(), 400)
     # So that the end does not come before the newcomer, which takes a while to start.
     runs[0].send_signal(signal.SIGSTOP)
     runs.append(begun(*line, **secret))
-    until(lambda: "rank 4 is here" in host.said.read_text())
+    until(lambda: "rank 4 is here" in host.said.read_text(), 400)
     runs[0].send_signal(signal.SIGCONT)
     found = []
     for run in runs:
         out, _ = run.communicate(timeout=400)
         assert run.returncode == 0, run.said.read_text()
         found.append(json.loads(out))
-    assert host.wait(20) == 0, host.said.read_text()
+    assert host.wait(60) == 0, host.said.read_text()
     said = host.said.read_text()
     assert said.count("is lost") == 1
     assert "rank 4 is here" in said
@@ -133,10 +126,10 @@ def test_a_run_that_lost_too_much_says_what_is_left_and_goes_on_alone(begun, cli
     address = told(host)["address"]
     line = ["train", *settings, "--out", "shared", f"--set=parallel.elastic.coordinator={address}"]
     runs = [begun(*line) for _ in range(2)]
-    until(lambda: steps_in(tmp_path / "shared") >= 7)
+    until(lambda: steps_in(tmp_path / "shared") >= 7, 400)
     for run in runs:
         run.kill()
-    assert host.wait(30) == 2
+    assert host.wait(60) == 2
     assert "no rank is left" in (said := host.said.read_text().splitlines()[-1])
     assert "the last checkpoint: shared/checkpoints/step-" in said
     words = ["--resume", "--steps", 12, "--set=parallel.elastic.coordinator=none", "--json", "--quiet"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
-from anabranch.cli.main import app
+from anabranch.cli.main import _built, app
 
 FILE = Path(__file__).with_name("help.txt")
 SCRIPT = """
@@ -33,9 +33,9 @@ def commands(group, prefix=""):
     return found
 
 
-def shown():
+def shown(group=None):
     """Every command with its help, and every option with its names, value, need and help."""
-    group = typer.main.get_command(app)
+    group = group or typer.main.get_command(app)
     lines = ["$ anabranch", inspect.cleandoc(group.help)]
     for name, command in commands(group).items():
         lines += ["", f"$ anabranch {name}", inspect.cleandoc(command.help), ""]
@@ -52,6 +52,13 @@ def shown():
 
 def test_help_is_as_reviewed():
     assert shown() == FILE.read_text()
+
+
+def test_a_command_that_is_made_alone_is_as_among_all():
+    group = _built("nonsense")
+    whole = shown(group)
+    head = whole.partition("\n\n$ anabranch ")[0] + "\n"
+    assert head + "".join(shown(_built(name)).removeprefix(head) for name in group.commands) == whole
 
 
 def test_every_option_is_explained_in_a_sentence():

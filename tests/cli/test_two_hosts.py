@@ -74,6 +74,6 @@ def test_what_a_host_finds_wrong_ends_both(hosts, tiny, data):
 
 
 def test_without_arguments_it_says_what_it_takes():
-    done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "PROCESSES-PER-HOST MBIT COMMAND" in done.stdout

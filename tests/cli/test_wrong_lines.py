@@ -561,10 +561,9 @@ def test_every_command_is_among_them():
 
     from anabranch.cli.main import app
 
-    groups = {name for name, command in get_command(app).commands.items() if hasattr(command, "commands")}
-    known = set(get_command(app).commands) | {
-        f"{group} {name}" for group in groups for name in get_command(app).commands[group].commands
-    }
+    commands = get_command(app).commands
+    groups = {name for name, command in commands.items() if hasattr(command, "commands")}
+    known = set(commands) | {f"{group} {name}" for group in groups for name in commands[group].commands}
     used = {" ".join(line.split()[: 2 if line.split()[0] in groups else 1]) for line in LINES}
     assert known - groups - used <= {"doctor"}
     assert len(LINES) >= 60

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from anabranch.cluster.ranks import _watch
 from anabranch.testing import RankError, Ranks, run_ranks
+from waiting import until
 
 
 def test_each_rank_gives_its_value():
@@ -34,11 +34,9 @@ def test_a_rank_that_vanishes_is_told_with_what_it_printed():
 
 
 def test_a_hang_is_bounded_and_says_where_it_stood():
-    start = time.monotonic()
     with pytest.raises(RankError, match="rank 1: no result after 1 s") as caught:
         run_ranks(pipes.wait_forever, 2, timeout_s=1)
     assert "_asleep" in str(caught.value)
-    assert time.monotonic() - start < 30
 
 
 def test_a_rank_is_killed_and_another_joins():
@@ -76,7 +74,7 @@ def test_a_rank_ends_by_itself_when_the_other_end_is_closed_too_soon(tmp_path, m
         told.set()
     assert not ended
     ours.close()
-    watch.join(30)
+    watch.join(60)
     assert (ended, folder.exists()) == (([], True) if has_told else ([1], False))
 
 
@@ -95,19 +93,12 @@ def test_ranks_end_when_whoever_started_them_is_gone(tmp_path):
     script.write_text(PARENT)
     path = os.pathsep.join([str(Path(pipes.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
-    _until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
     ranks = [int(file.name.removeprefix("pid-")) for file in tmp_path.glob("pid-*")]
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    _until(lambda: not any(_is_there(rank) for rank in ranks))
-    _until(lambda: not list(tmp_path.glob("anabranch-ranks-*")))
-
-
-def _until(holds, seconds=60):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    until(lambda: not any(_is_there(rank) for rank in ranks))
+    until(lambda: not list(tmp_path.glob("anabranch-ranks-*")))
 
 
 def _is_there(pid):

@@ -117,7 +117,7 @@ def chat(url, key, text, model="auto/best-of", **fields):
 def test_the_official_client_is_given_the_commonest_answer(place, key):
     url, small = place
     small.scripts["apples"] = ["It is 5.", "The answer is 4.", "4"]
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60) as client:
         assert "auto/best-of" in {model.id for model in client.models.list()}
         raw = client.chat.completions.with_raw_response.create(
             model="auto/best-of", messages=[{"role": "user", "content": "how many apples?"}], max_tokens=20, seed=7

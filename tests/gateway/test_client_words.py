@@ -93,8 +93,8 @@ def gateway_of(path, models):
 @contextlib.contextmanager
 def clients_of(url):
     with (
-        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=30) as one,
-        anthropic.Anthropic(base_url=url, api_key="any", max_retries=0, timeout=30) as other,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=60) as one,
+        anthropic.Anthropic(base_url=url, api_key="any", max_retries=0, timeout=60) as other,
     ):
         yield {"openai": one, "anthropic": other}
 

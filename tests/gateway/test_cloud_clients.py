@@ -90,7 +90,7 @@ def gateway(upstream, tmp_path_factory):
 @pytest.fixture
 def client(gateway, upstream):
     del upstream.faults[:]
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="anything", max_retries=0, timeout=30) as made:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="anything", max_retries=0, timeout=60) as made:
         yield made
     assert not upstream.faults, "\n".join(upstream.faults)
     assert KEY not in gateway.log.read_text()
@@ -187,7 +187,7 @@ def messages(gateway, upstream):
     """Asks through the client of Anthropic."""
     anthropic = pytest.importorskip("anthropic")
     del upstream.faults[:]
-    with anthropic.Anthropic(base_url=gateway.url, api_key="anything", max_retries=0, timeout=30) as made:
+    with anthropic.Anthropic(base_url=gateway.url, api_key="anything", max_retries=0, timeout=60) as made:
         yield made.messages
     assert not upstream.faults, "\n".join(upstream.faults)
 

@@ -59,8 +59,8 @@ def test_the_image_starts_a_gateway_and_sees_whether_it_lives(right):
     with served() as running:
         code = command[2].replace("http://127.0.0.1:8080", running.url)
         assert code != command[2]
-        assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 0
-    gone = subprocess.run([sys.executable, "-c", code], timeout=30, check=False, capture_output=True)
+        assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    gone = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, capture_output=True)
     assert gone.returncode != 0
 
 

@@ -13,7 +13,7 @@ OPEN = "require_key = false\n"
 
 def send(url, headers, path="/v1/chat/completions", body=BODY, method="POST"):
     """Status, and the error's code, or its type in the Messages API's form; a Host that is given takes the place of the usual one."""
-    link = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    link = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     try:
         raw = None if body is None else json.dumps(body).encode()
         link.putrequest(method, path, skip_host="host" in headers)

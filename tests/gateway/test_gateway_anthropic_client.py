@@ -61,21 +61,21 @@ def gateway(upstream, tmp_path_factory):
 
 @pytest.fixture
 def messages(gateway, upstream):
-    with anthropic.Anthropic(base_url=gateway.url, api_key="any", max_retries=0, timeout=30) as client:
+    with anthropic.Anthropic(base_url=gateway.url, api_key="any", max_retries=0, timeout=60) as client:
         yield client.messages
     assert upstream.faults == []
 
 
 @pytest.fixture
 def chats(gateway, upstream):
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
         yield client.chat.completions
     assert upstream.faults == []
 
 
 @pytest.fixture
 def responses(gateway, upstream):
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
         yield client.responses
     assert upstream.faults == []
 

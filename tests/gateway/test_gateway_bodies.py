@@ -47,7 +47,7 @@ def key(server, name, **limits):
 
 def post(server, secret, body=BODY, path="/v1/chat/completions"):
     """Status and error code of the answer."""
-    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         link.request("POST", path, body, {"content-type": "application/json", "authorization": f"Bearer {secret}"})
         answer = link.getresponse()
@@ -59,7 +59,7 @@ def post(server, secret, body=BODY, path="/v1/chat/completions"):
 
 def begun(server, secret, *, path="/v1/chat/completions", body=BODY, num_bytes=SIZE):
     """A connection on which so much of a body has been sent, and the rest never comes."""
-    link = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    link = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {secret}\r\ncontent-type: application/json\r\n"
     # One that is refused at its head is closed while the rest is sent.
     with contextlib.suppress(ConnectionError):

@@ -19,6 +19,7 @@ from anabranch.gateway.cache import (
     exact_key,
 )
 from anabranch.routers.retrieve import Exact, Hnsw
+from paced_time import run_paced
 
 
 class Clock:
@@ -247,7 +248,7 @@ def test_a_hundred_identical_misses_make_one_call():
         assert sorted(calls) == ["a", "b"]
         assert len(flights) == 0
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_an_error_reaches_all_who_wait_and_the_next_asks_anew():
@@ -262,7 +263,7 @@ def test_an_error_reaches_all_who_wait_and_the_next_asks_anew():
         assert calls == ["a"]
         assert await ask(flights, "a", calls, lambda: "up") == "up"
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_when_the_first_goes_away_the_next_takes_over():
@@ -277,7 +278,7 @@ def test_when_the_first_goes_away_the_next_takes_over():
         assert calls == ["a", "a"]
         assert len(flights) == 0
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_those_who_are_released_each_fetch_for_themselves_and_wait_for_nobody():
@@ -294,7 +295,7 @@ def test_those_who_are_released_each_fetch_for_themselves_and_wait_for_nobody():
         ticket.land("late")
         assert len(flights) == 0
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_one_who_waits_may_leave_without_harm():
@@ -307,4 +308,4 @@ def test_one_who_waits_may_leave_without_harm():
         assert (got[0], got[2]) == ("x", "x")
         assert calls == ["a"]
 
-    asyncio.run(main())
+    run_paced(main())

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from gateway_process import served
+from waiting import PATIENCE_S, until
 
 CONFIG = """
 require_key = false
@@ -16,7 +17,7 @@ store = "hostile.db"
 [limits]
 body_bytes = 12_000_000
 header_timeout_s = 0.6
-body_timeout_s = 0.6
+body_timeout_s = 1.5
 [strategies.cheapest]
 kind = "cheapest"
 [[models]]
@@ -45,7 +46,7 @@ def still_well(server):
 
 
 def post(server, body, path="/v1/chat/completions", method="POST", headers=None):
-    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
     try:
         link.request(method, path, body, {"content-type": "application/json", **(headers or {})})
         answer = link.getresponse()
@@ -54,10 +55,9 @@ def post(server, body, path="/v1/chat/completions", method="POST", headers=None)
         link.close()
 
 
-def raw(server, data, wait_s=3.0, then=b""):
-    """What comes back for these bytes, until the other side closes or the time is up; and how long it took."""
-    begin = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=wait_s) as link:
+def raw(server, data, then=b""):
+    """What comes back for these bytes until the other side closes, which it has to."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as link:
         link.sendall(data)
         if then:
             time.sleep(0.05)
@@ -66,9 +66,9 @@ def raw(server, data, wait_s=3.0, then=b""):
         try:
             while part := link.recv(65536):
                 parts.append(part)
-        except (TimeoutError, ConnectionError):
+        except ConnectionError:
             pass
-    return b"".join(parts), time.monotonic() - begin
+    return b"".join(parts)
 
 
 def error_of(body):
@@ -96,18 +96,14 @@ def test_an_unknown_model_is_a_404_with_near_names(server):
     assert "small" in error_of(answer)["message"]
 
 
-def test_a_prompt_of_ten_megabytes_is_answered_or_refused_in_time(server):
-    begin = time.monotonic()
+def test_a_prompt_of_ten_megabytes_is_answered_or_refused(server):
     body = json.dumps({**HELLO, "messages": [{"role": "user", "content": "river " * 1_700_000}]}).encode()
     status, _, answer = post(server, body)
     assert status in (200, 400), answer
-    assert time.monotonic() - begin < 10
 
 
 def test_a_body_over_the_limit_is_a_413(server):
-    answer, _ = raw(
-        server, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n{"
-    )
+    answer = raw(server, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n{")
     assert answer.startswith(b"HTTP/1.1 413")
     assert error_of(answer.split(b"\r\n\r\n", 1)[1])["code"] == "request_too_large"
 
@@ -119,7 +115,7 @@ def test_a_body_that_takes_long_to_parse_is_a_400(server):
 
 def test_a_chunked_body_over_the_limit_is_a_413(server):
     chunk = b"%x\r\n" % 1_000_000 + b" " * 1_000_000 + b"\r\n"
-    answer, _ = raw(
+    answer = raw(
         server,
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + chunk * 12,
         then=chunk,
@@ -132,55 +128,53 @@ def test_a_chunked_body_is_read(server):
     half = len(body) // 2
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:half], body[half:])) + b"0\r\n\r\n"
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
-    assert raw(server, head, then=chunks)[0].startswith(b"HTTP/1.1 200")
+    assert raw(server, head, then=chunks).startswith(b"HTTP/1.1 200")
 
 
 def test_broken_chunks_are_a_400(server):
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
-    answer, seconds = raw(server, head, then=b"zz\r\nhello\r\n")
+    answer = raw(server, head, then=b"zz\r\nhello\r\n")
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 408"))
-    assert seconds < 2.5
 
 
 def test_a_slow_body_is_a_408(server):
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 500\r\n\r\n{"
-    answer, seconds = raw(server, head)
+    answer = raw(server, head)
     assert answer.startswith(b"HTTP/1.1 408")
-    assert seconds < 3
 
 
 @pytest.mark.parametrize("size", [20, 3 << 20])
 def test_who_waits_until_the_body_is_wanted_is_told_so(server, size):
     said = json.dumps({**HELLO, "messages": [{"role": "user", "content": "x" * size}]}).encode()
     head = f"POST {{}} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {len(said)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as link:
         link.sendall(head.format("/v1/chat/completions").encode())
         assert link.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         link.sendall(said)
         assert link.recv(65536).startswith(b"HTTP/1.1 200")
     # Not so a body that nobody would read.
-    assert raw(server, head.format("/v1/none").encode(), 0.5)[0].startswith(b"HTTP/1.1 404")
+    assert raw(server, head.format("/v1/none").encode()).startswith(b"HTTP/1.1 404")
 
 
 @pytest.mark.parametrize("begin", [b"", b"POST /v1/chat", b"POST / HTTP/1.1\r\nhost: localhost\r\nx-a: "])
 def test_slow_headers_are_dropped(server, begin):
     """Slowloris: a connection that never finishes its headers is closed, byte by byte or not at all."""
-    link = socket.create_connection(("127.0.0.1", server.port), timeout=3)
-    started = time.monotonic()
+    link = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
     link.sendall(begin)
     link.setblocking(False)
-    is_open = True
-    while is_open and time.monotonic() - started < 3:
+
+    def is_closed():
         time.sleep(0.1)
         try:
             link.sendall(b"x")
-            is_open = link.recv(10) != b""
+            return link.recv(10) == b""
         except BlockingIOError:
-            pass
+            return False
         except ConnectionError:
-            is_open = False
+            return True
+
+    until(is_closed)
     link.close()
-    assert not is_open
 
 
 @pytest.mark.parametrize(
@@ -191,9 +185,8 @@ def test_slow_headers_are_dropped(server, begin):
      LINE + b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\nabc"],
 )  # fmt: skip
 def test_what_is_no_http_or_too_much_of_it_is_refused(server, head):
-    answer, seconds = raw(server, head)
+    answer = raw(server, head)
     assert answer == b"" or answer.split(b" ")[1] in (b"400", b"413", b"414", b"431", b"505"), answer[:200]
-    assert seconds < 2.5
     if answer:
         error_of(answer.split(b"\r\n\r\n", 1)[1])
 
@@ -210,7 +203,7 @@ def test_a_compressed_body_is_refused(server):
      "/ui/page.py", "/.git/config"],
 )  # fmt: skip
 def test_no_path_leads_to_a_file(server, path):
-    answer, _ = raw(server, f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
+    answer = raw(server, f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n".encode())
     assert answer.startswith((b"HTTP/1.1 404", b"HTTP/1.1 400"))
     assert b"root:" not in answer
 
@@ -236,7 +229,7 @@ def test_names_cannot_inject_headers(server, text):
 def test_pipelined_requests_are_answered_in_order(server):
     one = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     last = b"GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
-    answer, _ = raw(server, one * 5 + last)
+    answer = raw(server, one * 5 + last)
     assert answer.count(b"HTTP/1.1 200") == 6
     assert answer.rindex(b"ready") > answer.rindex(b'"ok"')
 

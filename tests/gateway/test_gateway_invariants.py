@@ -33,6 +33,7 @@ from anabranch.web.api_error import ApiError
 from gateway_process import served
 from gateway_stores import missing, server
 from paced_time import pace, run_paced
+from waiting import until
 
 STEPS = (
     *("ok",) * 9, *("slow:0.3",) * 5, "500", "429:0", "cut:2", "reset", "garbage", "slow:0.05", "filter", "credit", "html",
@@ -260,7 +261,7 @@ class Client(threading.Thread):
         self.answered, self.begun = [], 0
 
     def run(self):
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             while True:
                 streams = self.draw.random() < 0.4
@@ -304,15 +305,13 @@ def drill(tmp_path, kills, store=None):
             clients = [Client(running.port, f"{number}-{at}") for at in range(6)]
             for client in clients:
                 client.start()
-            until = time.monotonic() + 20
-            while not any(client.begun for client in clients) and time.monotonic() < until:
-                time.sleep(0.005)
+            until(lambda clients=clients: any(client.begun for client in clients))
             time.sleep(draw.random() * 0.4)
             running.process.send_signal(signal.SIGKILL)
             killed = time.monotonic()
-            running.process.wait(20)
+            running.process.wait(60)
             for client in clients:
-                client.join(20)
+                client.join(60)
         old = {id for client in clients for at, id in client.answered if at < killed - GATHER_S}
         all_told = {id for client in clients for _, id in client.answered}
         crashed, told = asyncio.run(_check(store, limits, old, all_told))

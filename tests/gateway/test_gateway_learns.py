@@ -62,13 +62,13 @@ def post(url, path, body):
     request = urllib.request.Request(
         url + path, json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"
     )
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
 def admin(url, path):
     request = urllib.request.Request(url + path, headers={"authorization": f"Bearer {ADMIN}"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 

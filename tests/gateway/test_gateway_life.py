@@ -26,6 +26,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.money import Price, dollars
 from anabranch.web.api_error import ApiError
+from paced_time import run_paced
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
 
@@ -62,7 +63,7 @@ def run(config, work, **options):
             assert all(budget.reserved_nano == 0 for budget in await gateway.store.budgets())
             return found, rows
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 async def everything(gateway, body, **options):
@@ -293,7 +294,7 @@ def test_calls_of_a_strategy_are_charged_and_answers_are_judged(tmp_path):
         answer = await gateway.achat(ask(model="auto/picky"))
         id = (await gateway.store.ledger())[0].request_id
         told = await gateway.feedback({"request_id": id, "score": 0.5})
-        async with asyncio.timeout(30):  # it learns in a thread of its own, and closing drops what waits there
+        async with asyncio.timeout(60):  # it learns in a thread of its own, and closing drops what waits there
             while len(strategy.told) < 2:
                 await asyncio.sleep(0.001)
         return answer, told

@@ -29,6 +29,8 @@ from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
+from paced_time import run_paced
+from waiting import until_async
 
 # 1,000 and 20,000 nano-dollars a token.
 PRICE = Price.of_dollars(1, 20)
@@ -68,7 +70,7 @@ def run(config, work, **options):
             await gateway.store.set_budget("global", 10**12)
             return await work(gateway)
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 async def money_of(gateway):
@@ -126,7 +128,7 @@ def test_an_answer_that_does_not_come_in_time_is_charged_what_may_be_billed(tmp_
     async def work(gateway):
         with pytest.raises(ApiError):
             await gateway.achat(ask())
-        await asyncio.wait_for(gateway.settled(), 20)
+        await asyncio.wait_for(gateway.settled(), 60)
         return await rows_of(gateway), await money_of(gateway)
 
     retries = RetryConfig(attempts=1)
@@ -404,7 +406,7 @@ async def against(tmp_path, answer, work, scheme="http", provider=OpenAI, **limi
             return await work(gateway)
     finally:
         server.close()
-        await asyncio.wait(handlers, timeout=5)
+        await asyncio.wait(handlers, timeout=60)
 
 
 async def fails(gateway, **fields):
@@ -620,10 +622,7 @@ def test_a_score_does_not_wait_for_what_its_request_cost(tmp_path):
         assert said["request_id"] in gateway.unsettled
         before = list(strategy.told)
         await gateway.settled()
-        for _ in range(100):
-            if await gateway.store.feedbacks():
-                break
-            await asyncio.sleep(0.01)
+        await until_async(gateway.store.feedbacks)
         with pytest.raises(ApiError, match="has scored"):
             await gateway.feedback(said, key=mine)
         return answer["learned"], before, await gateway.store.feedbacks(), await rows_of(gateway)

@@ -16,6 +16,8 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import LedgerQuery
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
+from paced_time import run_paced
+from waiting import until_async
 
 NAMED = {"idempotency-key": "n1", "x-cache": "deny"}
 
@@ -57,7 +59,7 @@ def run(config, work):
             assert len(gateway.caches.named.flights) == len(gateway.caches.named._marks) == 0
             return found, await gateway.store.ledger(LedgerQuery(limit=100, newest_first=False))
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 def text_of(answer):
@@ -67,12 +69,6 @@ def text_of(answer):
 async def streamed(gateway, body, **options):
     chunks = [chunk async for chunk in await gateway.achat({**body, "stream": True}, **options)]
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk.get("choices"))
-
-
-async def until(is_so):
-    async with asyncio.timeout(5):
-        while not is_so():
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -108,7 +104,7 @@ def test_it_is_asked_and_paid_for_once(tmp_path, exact):
 def test_another_request_under_the_same_name_is_refused_before_and_after_the_answer(tmp_path):
     async def work(gateway):
         first = asyncio.create_task(gateway.achat(ask(), headers=NAMED))
-        await until(lambda: len(gateway.caches.named.flights) == 1)
+        await until_async(lambda: len(gateway.caches.named.flights) == 1)
         refusals = []
         for _ in range(2):
             with pytest.raises(ApiError, match="another request") as caught:
@@ -169,12 +165,12 @@ def test_a_client_that_gives_up_and_comes_back_gets_what_was_paid_for(tmp_path, 
 
     async def work(gateway):
         task = asyncio.create_task(gateway.achat(ask(stream=streams), headers=NAMED))
-        await until(lambda: gateway.runtime.dispatcher.states()[0]["in_flight"] == 1)
+        await until_async(lambda: gateway.runtime.dispatcher.states()[0]["in_flight"] == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         if waits:
-            await until(lambda: not gateway.caches.named.flights)
+            await until_async(lambda: not gateway.caches.named.flights)
         return await gateway.achat(ask(), headers=NAMED)
 
     answer, rows = run(config(tmp_path, model(latency_s=0.05)), work)
@@ -213,7 +209,7 @@ def test_an_answer_that_comes_after_the_gateways_own_time_is_kept_for_the_retry(
         # It is read on: who asks meanwhile is not charged, and is told to come again.
         with pytest.raises(ApiError) as busy:
             await gateway.achat(ask(), headers=NAMED)
-        await until(lambda: not gateway.caches.named.flights)
+        await until_async(lambda: not gateway.caches.named.flights)
         return late.value, busy.value, await gateway.achat(ask(), headers=NAMED)
 
     (late, busy, answer), rows = run(made, work)
@@ -227,7 +223,7 @@ def test_names_outlive_a_new_config(tmp_path):
 
     async def work(gateway):
         first = asyncio.create_task(gateway.achat(ask(), headers=NAMED))
-        await until(lambda: len(gateway.caches.named.flights) == 1)
+        await until_async(lambda: len(gateway.caches.named.flights) == 1)
         await gateway.reload(made)
         under_way = await gateway.achat(ask(), headers=NAMED)
         await gateway.reload(replace(made, deadline_s=9.0))

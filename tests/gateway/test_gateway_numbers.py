@@ -96,7 +96,7 @@ def ask(tmp_path_factory):
     config = tmp_path_factory.mktemp("numbers") / "gateway.toml"
     config.write_text(CONFIG)
     with served("--config", str(config), environment={"NUMBERS_ADMIN_KEY": KEY}) as running:
-        link = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+        link = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
 
         def asked(method, path, body=None):
             headers = {"content-type": "application/json"}

@@ -24,7 +24,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="anything", max_retries=0, timeout=30) as made:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="anything", max_retries=0, timeout=60) as made:
         yield made
 
 

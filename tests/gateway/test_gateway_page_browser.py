@@ -49,7 +49,7 @@ def browser(tmp_path_factory):
 def ask(server, model, text, **fields):
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": text}], **fields}).encode()
     request = urllib.request.Request(f"{server.url}/v1/chat/completions", body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return answer.headers["x-request-id"]
 
 

@@ -17,6 +17,8 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.gateway.providers.provider import Failure, UpstreamError
+from paced_time import run_paced
+from waiting import until_async
 
 
 class Source:
@@ -82,25 +84,18 @@ def impatient(monkeypatch):
     monkeypatch.setattr(relay, "PATIENCE_S", 0.02)
 
 
-async def until(is_so):
-    async with asyncio.timeout(5):
-        while not is_so():
-            await asyncio.sleep(0.002)
-
-
 def test_a_reader_that_stands_still_holds_up_nobody_and_loses_nothing():
     async def main():
         source, others = Source(b"a", b"b", b"c"), Others()
         stream = others.relay(source)
         assert await anext(stream) == b"a"
-        await until(lambda: others.ends)
-        assert (others.ends, others.closed) == ([False], 0)
+        await until_async(lambda: (others.ends, others.closed) == ([False], 0))
         assert [piece async for piece in stream] == [b"b", b"c"]
         assert others.closed == 1
         await stream.aclose()
         assert (others.ends, others.closed) == ([False], 1)
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_a_reader_that_trickles_is_counted_in_all():
@@ -111,10 +106,10 @@ def test_a_reader_that_trickles_is_counted_in_all():
             await anext(stream)
             # Each wait alone is short of what is borne.
             await asyncio.sleep(0.008)
-        await until(lambda: others.ends)
+        await until_async(lambda: others.ends)
         assert len([piece async for piece in stream]) == 42
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_where_nobody_else_wants_it_nothing_is_read_ahead():
@@ -127,7 +122,7 @@ def test_where_nobody_else_wants_it_nothing_is_read_ahead():
         await stream.aclose()
         assert (others.ends, source.is_closed, others.closed) == ([True], True, 1)
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_what_is_too_long_is_not_read_ahead_and_others_do_without(monkeypatch):
@@ -137,13 +132,13 @@ def test_what_is_too_long_is_not_read_ahead_and_others_do_without(monkeypatch):
         source, others = Source(*[b"12345"] * 100), Others()
         stream = others.relay(source)
         await anext(stream)
-        await until(lambda: others.released)
+        await until_async(lambda: others.released)
         await asyncio.sleep(0.02)
         assert source.num_read <= 5
         assert len([piece async for piece in stream]) == 99
         assert others.ends == [False]
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_nothing_is_read_ahead_while_nobody_waits():
@@ -154,7 +149,7 @@ def test_nothing_is_read_ahead_while_nobody_waits():
         await asyncio.sleep(0.06)
         assert (source.num_read, others.tasks, others.ahead.size) == (1, [], 0)
         others.is_awaited = True
-        await until(lambda: source.num_read > 3)
+        await until_async(lambda: source.num_read > 3)
         # Who waited has gone.
         others.is_awaited = False
         await asyncio.sleep(0.01)
@@ -162,12 +157,11 @@ def test_nothing_is_read_ahead_while_nobody_waits():
         await asyncio.sleep(0.03)
         assert source.num_read == read or others.ends
         others.is_awaited = True
-        await until(lambda: others.ends)
-        assert others.ahead.size == 29
+        await until_async(lambda: others.ends and others.ahead.size == 29)
         assert len([piece async for piece in stream]) == 29
         assert (others.ahead.size, others.released) == (0, 0)
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_all_streams_together_are_read_ahead_only_so_far(monkeypatch):
@@ -179,14 +173,13 @@ def test_all_streams_together_are_read_ahead_only_so_far(monkeypatch):
         streams = [others.relay(source) for source in sources]
         for stream in streams:
             await anext(stream)
-        await until(lambda: others.released >= 8)
         # A piece of each is on its way.
-        assert others.ahead.size <= 20 + 5 * 8
+        await until_async(lambda: others.released >= 8 and others.ahead.size <= 20 + 5 * 8)
         await streams[0].aclose()
         assert [len([piece async for piece in stream]) for stream in streams[1:]] == [99] * 7
-        await until(lambda: others.ahead.size == 0)
+        await until_async(lambda: others.ahead.size == 0)
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 @pytest.mark.parametrize("is_awaited", [False, True])
@@ -200,12 +193,12 @@ def test_a_reader_that_leaves_takes_it_along_only_if_nobody_else_wants_it(is_awa
             stream._read_on()
         await anext(stream)
         await stream.aclose()
-        await until(lambda: others.closed)
+        await until_async(lambda: others.closed)
         goes_on = is_awaited or to_the_end
         assert others.ends == [not goes_on]
         assert (source.num_read == 30) is goes_on
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_what_breaks_while_it_is_read_ahead_ends_it():
@@ -213,21 +206,20 @@ def test_what_breaks_while_it_is_read_ahead_ends_it():
         source, others = Source(b"a", b"b", error=UpstreamError(Failure(kind="cut", message="cut"))), Others()
         stream = others.relay(source)
         await anext(stream)
-        await until(lambda: others.ends)
+        await until_async(lambda: others.ends)
         assert [piece async for piece in stream] == [b"b"]
         assert (others.ends, others.closed) == ([False], 1)
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_one_that_nobody_holds_any_more_is_closed():
     async def main():
         source, others = Source(b"a", b"b"), Others()
         others.relay(source)
-        await until(lambda: others.closed)
-        assert (others.ends, source.is_closed) == ([True], True)
+        await until_async(lambda: others.closed and (others.ends, source.is_closed) == ([True], True))
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_a_gateway_that_stops_ends_what_is_read_ahead():
@@ -242,7 +234,7 @@ def test_a_gateway_that_stops_ends_what_is_read_ahead():
         await stream.aclose()
         assert others.closed == 1
 
-    asyncio.run(main())
+    run_paced(main())
 
 
 def test_one_slow_reader_fails_nobody_elses_identical_request(tmp_path):
@@ -273,7 +265,7 @@ def test_one_slow_reader_fails_nobody_elses_identical_request(tmp_path):
                 port = listener.sockets[0].getsockname()[1]
                 asked = {"model": "m", "messages": [{"role": "user", "content": "hours?"}], "temperature": 0}
                 with stuck_client(port, {**asked, "stream": True}):
-                    await until(lambda: calls)
+                    await until_async(lambda: calls)
                     async with (
                         aiohttp.ClientSession() as client,
                         client.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked) as answer,

@@ -35,6 +35,8 @@ from anabranch.routers.embed.hashed import Hashed
 from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.api_error import ApiError
 from anabranch.web.sse import DONE, event
+from paced_time import run_paced
+from waiting import until_async
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
 
@@ -76,7 +78,7 @@ def run(config, work, **options):
             assert [state["in_flight"] for state in gateway.runtime.dispatcher.states() if state["in_flight"]] == []
             return found, rows
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 async def read(reply):
@@ -437,7 +439,7 @@ def test_those_who_wait_have_ids_of_their_own(tmp_path):
 def test_those_who_wait_do_so_until_their_deadline(tmp_path):
     async def work(gateway):
         first = await gateway.handle("chat", ask(stream=True, temperature=0))  # and does not read it
-        error = await asyncio.wait_for(refused(gateway.handle("chat", ask(temperature=0))), 2)
+        error = await asyncio.wait_for(refused(gateway.handle("chat", ask(temperature=0))), 60)
         await first.stream.aclose()
         return error
 
@@ -537,13 +539,6 @@ def served(config, work, **options):
     return run(config, inside)
 
 
-async def until(is_so, seconds=5.0):
-    end = asyncio.get_running_loop().time() + seconds
-    while not is_so():
-        assert asyncio.get_running_loop().time() < end
-        await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings", "responses", "feedback"])
 def test_the_body_of_somebody_without_a_key_is_not_read(tmp_path, path):
     async def work(gateway, url):
@@ -551,7 +546,7 @@ def test_the_body_of_somebody_without_a_key_is_not_read(tmp_path, path):
         writer.write(
             f"POST /v1/{path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n\r\n".encode() + b"{" * 1000
         )
-        answer = await asyncio.wait_for(reader.read(), 3)
+        answer = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         return answer
 
@@ -587,7 +582,7 @@ def test_a_client_that_is_gone_before_the_head_is_settled(tmp_path, monkeypatch,
         async with aiohttp.ClientSession() as session:
             with pytest.raises(aiohttp.ClientError):
                 await session.post(f"{url}/v1/{path}", json=body)
-        await until(lambda: gateway.in_flight == 0)
+        await until_async(lambda: gateway.in_flight == 0)
 
     _, [row] = served(config(tmp_path, model("small", tokens_per_s=50)), work)
     assert row.status == "cancelled"
@@ -604,8 +599,8 @@ def test_a_client_that_does_not_read_is_not_waited_for_without_end(tmp_path, mon
         link.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
         )
-        await until(lambda: gateway.in_flight == 1)
-        await until(lambda: gateway.in_flight == 0, 8.0)
+        await until_async(lambda: gateway.in_flight == 1)
+        await until_async(lambda: gateway.in_flight == 0)
         link.close()
 
     made = config(tmp_path, model("small", tokens=60_000), deadline_s=0.5)

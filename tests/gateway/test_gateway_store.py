@@ -28,6 +28,7 @@ from anabranch.gateway.store import (
 )
 from anabranch.gateway.store.ledger_rows import ledger_values
 from anabranch.routers.money import Price
+from waiting import until_async
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86_400.0
@@ -320,10 +321,7 @@ def test_whoever_stops_waiting_for_a_reservation_does_not_keep_it(url):
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            for _ in range(200):
-                if entries := await store.ledger():
-                    break
-                await asyncio.sleep(0.01)
+            entries = await until_async(store.ledger)
             assert [(one.request_id, one.status) for one in entries] == [("a", "cancelled")]
             assert (await one_budget(store)).remaining_nano == 100
 
@@ -506,10 +504,7 @@ def test_the_living_are_left_alone(url, monkeypatch):
             assert other.recovered == 0
             await other.reserve("left", ["global"], 2)
             await other.close()
-            for _ in range(100):
-                await asyncio.sleep(0.02)
-                if entries := await living.ledger():
-                    break
+            entries = await until_async(living.ledger)
             assert [(one.request_id, one.status) for one in entries] == [("left", "crashed")]
             await living.settle(mine, row("mine", 1))
             assert [one.status for one in await living.ledger(LedgerQuery(request_id="mine"))] == ["ok"]

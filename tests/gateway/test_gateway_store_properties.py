@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import BudgetError
 from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store
+from waiting import until
 
 SUBJECTS = ("global", "team:a", "user:x", "tag:t")
 REQUESTS = st.lists(
@@ -201,12 +202,10 @@ def drill(folder: Path, kills: int) -> None:
     for number in range(kills):
         with said.open("w") as out:
             child = subprocess.Popen([sys.executable, "-c", CHILD, str(path), f"p{number}"], stdout=out, env=os.environ)
-            until = time.monotonic() + 30
-            while said.stat().st_size == 0 and time.monotonic() < until:
-                time.sleep(0.005)
+            until(lambda: said.stat().st_size)
             time.sleep(draw.random() * 0.15)
             child.send_signal(signal.SIGKILL)
-            assert child.wait(30) == -signal.SIGKILL
+            assert child.wait(60) == -signal.SIGKILL
         for line in said.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
                 word, name = line.split()

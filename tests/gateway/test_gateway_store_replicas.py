@@ -14,6 +14,7 @@ from anabranch.gateway.store import LedgerQuery, LedgerRow, open_store, writer
 from anabranch.gateway.store.batch import recover
 from anabranch.gateway.store.jobs import Do
 from anabranch.gateway.store.sqlite import SqliteDatabase
+from waiting import until_async
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 HOUR = 3600.0
@@ -40,13 +41,6 @@ async def give_up(store, other):
     store._database.dead = lambda connection: [other._database.replica]
     work = Do(lambda connection: recover(store._database, connection, store._now_us()), in_transaction=False)
     return await store._writer.give(work, at_once=True)
-
-
-async def until(condition, limit_s=8.0):
-    end = time.monotonic() + limit_s
-    while not await condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.02)
 
 
 @pytest.fixture
@@ -89,7 +83,7 @@ def test_a_replica_that_says_nothing_any_more_is_dead(databases, hasty):
             await silent.reserve("a", ["global"], 5)
             silent._database._ends.set()
             began = time.monotonic()
-            await until(other.ledger)
+            await until_async(other.ledger)
             assert time.monotonic() - began > 0.3
             assert told(await other.ledger()) == [("a", "crashed", 5, ("recovered",))]
 
@@ -109,7 +103,7 @@ def test_a_clock_that_leaps_makes_nobody_dead_and_nobody_immortal(databases, has
             await living.reserve("alive", ["global"], 5)
             silent._database._ends.set()
             await other._do(leap)
-            await until(other.ledger)
+            await until_async(other.ledger)
             await asyncio.sleep(0.7)
             assert told(await other.ledger()) == [("dead", "crashed", 5, ("recovered",))]
 
@@ -133,19 +127,20 @@ def test_what_others_left_is_settled_under_load_too(tmp_path, monkeypatch):
             left = open_store(url)
             await left.reserve("left", ["global"], 5)
             await left.close()
-            number = 0
+            number, waiting = 0, []
 
             async def is_settled():
                 nonlocal number
                 for _ in range(600):
                     number += 1
                     busy.append(row(f"r{number}"))
+                waiting.append(len(busy._writer._jobs))
                 return await onlooker._ask(
                     lambda connection: connection.rows("SELECT status FROM ledger WHERE request_id = 'left'")
                 )
 
-            await until(is_settled)
-            assert busy._writer._jobs
+            await until_async(is_settled)
+            assert max(waiting) > 0
 
     asyncio.run(main())
 

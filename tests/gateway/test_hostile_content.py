@@ -37,6 +37,8 @@ from anabranch.registry import kinds, resolve
 from anabranch.web.api_error import ApiError
 from anabranch.web.body import MOST_DEPTH, is_too_deep
 from anabranch.web.sse import DONE, event
+from paced_time import run_paced
+from waiting import until_async
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -268,14 +270,13 @@ def run(config, work):
     async def main():
         async with Gateway(config) as gateway:
             found = await work(gateway)
-            await asyncio.sleep(0.01)
-            assert gateway.in_flight == gateway.runtime.users == 0
+            await until_async(lambda: gateway.in_flight == gateway.runtime.users == 0)
             assert [state["in_flight"] for state in gateway.runtime.dispatcher.states()] == [0]
             left = await gateway.store._read(lambda connection: connection.rows("SELECT request_id FROM reservations"))
             assert left == []
             return found, await gateway.store.ledger(LedgerQuery(limit=1000, newest_first=False))
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 def called(arguments):

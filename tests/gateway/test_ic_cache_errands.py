@@ -528,7 +528,7 @@ def test_pool_metrics_headers_and_erasure_over_http(tmp_path):
             url + path, None if body is None else json.dumps(body).encode(),
             {"content-type": "application/json", "authorization": "Bearer operator"},
         )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return dict(answer.headers), answer.read()
 
     def chat(text, **fields):

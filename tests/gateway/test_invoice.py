@@ -271,7 +271,7 @@ class Client(threading.Thread):
         self.port, self.numbers, self.draw = port, numbers, random.Random(seed)
 
     def run(self):
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(link):
             for number in self.numbers:
                 asked = json.dumps(body(self.draw, number))
@@ -320,9 +320,9 @@ def killed(tmp_path, requests, kills):
                 while part.at < size - draw.randrange(1, 10) and any(client.is_alive() for client in clients):
                     time.sleep(0.005)
                 running.process.send_signal(signal.SIGKILL)
-                running.process.wait(20)
+                running.process.wait(60)
                 for client in clients:
-                    client.join(30)
+                    client.join(60)
                 numbers.at = size
 
     async def main():

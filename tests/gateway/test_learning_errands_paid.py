@@ -21,6 +21,7 @@ from anabranch.gateway.store import LedgerQuery
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price
+from paced_time import run_paced
 
 PRICE = Price.of_dollars(1, 20)
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -54,7 +55,7 @@ def run(config, work, strategies=None):
             assert all(row.tags == ("learning",) and row.cost_nano <= row.reserved_nano for row in rows)
             return found, rows, budget
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 async def ask(gateway):

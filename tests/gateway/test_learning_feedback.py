@@ -413,7 +413,7 @@ def call(url, path, body=None, key=None):
         url + path, None if body is None else json.dumps(body).encode(),
         {"content-type": "application/json", "authorization": f"Bearer {key}"},
     )  # fmt: skip
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(answer.headers), answer.read()
 
 

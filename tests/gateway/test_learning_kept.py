@@ -641,7 +641,7 @@ def call(url, path, body):
     request = urllib.request.Request(
         url + path, json.dumps(body).encode(), {"content-type": "application/json", "authorization": "Bearer operator"}
     )
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(answer.headers), json.load(answer)
 
 

@@ -17,6 +17,7 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.routers.money import Price
 from anabranch.web.api_error import ApiError
 from gateway_process import ask, call, mock_config, served
+from waiting import until
 
 SECRET = "a-text-that-stays-out"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -107,24 +108,17 @@ def test_over_http_each_request_has_one_line_and_hup_goes_on_in_a_new_file(tmp_p
             "POST /v1/feedback",
             "GET /ui",
         ]
-        _until(lambda: log.exists() and len(lines(log)) == len(expected))
+        until(lambda: log.exists() and len(lines(log)) == len(expected))
         assert [line["endpoint"] for line in lines(log)] == expected
         assert [line["status"] for line in lines(log)] == [200, 200, 401, 401, 404, 404, 200, 400, 401]
         assert [line["key"] == made["key"]["id"] for line in lines(log)] == [at in (1, 4, 6, 7, 8) for at in range(9)]
         os.rename(log, tmp_path / "old.log")
         running.process.send_signal(signal.SIGHUP)
-        _until(log.exists)
+        until(log.exists)
         assert ask(running.url, key=secret)[0] == 200
-        _until(lambda: len(lines(log)) == 1)
+        until(lambda: len(lines(log)) == 1)
     assert len(lines(tmp_path / "old.log")) == len(expected)
     assert "k" not in [line.get("key") for line in lines(log)]
-
-
-def _until(is_so, most_s=10.0):
-    end = time.monotonic() + most_s
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_a_file_that_cannot_be_opened_is_a_clear_mistake(tmp_path):
@@ -169,7 +163,7 @@ def test_a_full_disk_leaves_lines_out_and_the_next_one_begins_a_line(tmp_path, m
     monkeypatch.setattr("anabranch.gateway.observe.access_log.os.write", some)
     log = AccessLog(str(tmp_path / "a.log"), left_out)
     log.put({"number": 1})
-    assert broken.wait(10)
+    assert broken.wait(60)
     log.put({"number": 2})
     log.close()
     assert (tmp_path / "a.log").read_text() == '{"numbe\n{"number":2}\n'

@@ -20,6 +20,7 @@ from anabranch.gateway.store import Budget, LedgerRow, alerts, open_store
 from anabranch.routers.money import Price
 from gateway_process import ask, call, served
 from gateway_upstream import noting
+from waiting import until
 
 SECRET = "the-secret-of-the-webhook"
 DOLLAR = 10**9
@@ -325,10 +326,6 @@ deployments = [{{ provider = {{ kind = "mock", model = "small", tokens = 10 }} }
             assert ask(running.url, key=made["secret"])[0] == 200
             shown = call(running.url, "GET", "/admin/config", key=SECRET)[1]
             assert "/hook" not in json.dumps(shown)
-            for _ in range(150):
-                if receiver.seen:
-                    break
-                call(running.url, "GET", "/health")
-                asyncio.run(asyncio.sleep(0.1))
+            until(lambda: receiver.seen)
         (found,) = told(receiver)
         assert found["budget"]["subject"] == f"key:{made['key']['id']}"

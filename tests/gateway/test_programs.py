@@ -37,6 +37,7 @@ from anabranch.routers.contract.query import Candidate, Decision, Model, Pool, Q
 from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.api_error import ApiError
 from anabranch.web.sse import read_data
+from paced_time import run_paced
 
 SMALL, LARGE = Price.of_dollars(1, 2), Price.of_dollars(10, 20)
 
@@ -97,7 +98,7 @@ def run(config, work, program):
             assert all(not state["in_flight"] for state in gateway.runtime.dispatcher.states())
             return found, rows
 
-    return (*asyncio.run(main()), made.get("prog"))
+    return (*run_paced(main()), made.get("prog"))
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,5 @@
 """SCALE in a gateway in this process: what changes under it while it runs, and what a request may have in all."""
 
-import asyncio
 import json
 
 import pytest
@@ -21,6 +20,7 @@ from anabranch.gateway.store import LedgerQuery
 from anabranch.routers.money import Price, nano_dollars
 from anabranch.routers.scale import Scale
 from anabranch.web.api_error import ApiError
+from paced_time import run_paced
 
 BODY = {"model": "auto/scale", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 20}
 # What small says: an outline, a choice of it and a score in one, however little sense it makes as an answer.
@@ -65,7 +65,7 @@ def run(config, work, **strategies):
             [decision, *_] = await gateway.store.decisions()
             return found, rows, decision.body["details"].get("trace", [])
 
-    return asyncio.run(main())
+    return run_paced(main())
 
 
 def test_a_price_that_changes_meanwhile_is_that_of_the_next_request(tmp_path):

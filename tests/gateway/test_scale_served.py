@@ -118,7 +118,7 @@ def key(server):
 
 @pytest.fixture(scope="module")
 def client(server, key):
-    with openai.OpenAI(base_url=f"{server}/v1", api_key=key, max_retries=0, timeout=30) as made:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key=key, max_retries=0, timeout=60) as made:
         yield made
 
 
@@ -222,7 +222,7 @@ def test_hostile_models_are_bounded_charged_and_told(client, server, question, a
 def test_a_key_without_money_for_system_2_has_system_1_answer(server):
     """The most that an answer of large may cost is 16 cents; the purse has 5."""
     secret = admin(server, "POST", "keys", {"name": "poor", "budget_usd": 0.05})["secret"]
-    with openai.OpenAI(base_url=f"{server}/v1", api_key=secret, max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key=secret, max_retries=0, timeout=60) as client:
         said, _, _, trace, rows, headers = ask(client, server, "What is a + b?")
     assert said.endswith(r"\boxed{small}")
     assert headers["x-route-model"] == "small"
@@ -275,7 +275,7 @@ def test_as_a_library_over_the_official_client(server, make, tmp_path):
     question = "What is a + b? small:score=99"
 
     async def main():
-        made = make(base_url=f"{server}/v1", api_key=secret["secret"], max_retries=0, timeout=30)
+        made = make(base_url=f"{server}/v1", api_key=secret["secret"], max_retries=0, timeout=60)
         models = ClientAsk(made, prices={"small": Price.of_dollars(1, 1), "large": Price.of_dollars(1, 20)})
         systems = {f"system{at}": System(arm=Arm(name), max_tokens=500) for at, name in ((1, "small"), (2, "large"))}
         reasoner = SelectiveReasoner(**systems, k=2, tau=0.2)

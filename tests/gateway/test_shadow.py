@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import signal
-import time
 from collections import Counter
 from functools import partial
 
@@ -26,6 +25,7 @@ from anabranch.routers.data import load_outcomes
 from anabranch.routers.data.table import Row
 from gateway_process import call, served
 from gateway_scripted import scripted, whole
+from waiting import until, until_async
 
 MODEL = """
 [[models]]
@@ -54,14 +54,6 @@ def write(folder, wanted=WANTED, scripts=None, prompts=True, replies=None, **mor
 def quick(monkeypatch):
     monkeypatch.setattr(shadow, "EVERY_S", 0.01)
     monkeypatch.setattr(shadow, "AWAY_S", 0.01)
-
-
-async def until(is_so, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not (found := await is_so()):
-        assert time.monotonic() < end, "it did not come to that"
-        await asyncio.sleep(0.01)
-    return found
 
 
 async def ask(gateway, numbers, key=None, model="a", **more):
@@ -102,13 +94,6 @@ def outcomes_at(url):
     return 0 if found is None else float(found[1])
 
 
-def wait_for(is_so, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.05)
-
-
 def test_live_questions_become_judged_outcomes_of_all_models_and_a_kill_loses_none(tmp_path):
     path = write(tmp_path, admin='{ key = "env:TEST_ADMIN_KEY" }')
 
@@ -137,7 +122,7 @@ def test_live_questions_become_judged_outcomes_of_all_models_and_a_kill_loses_no
 
     with served(*arguments, environment={"TEST_ADMIN_KEY": "operator-key-1"}) as server:
         send(server.url, range(3))
-        wait_for(lambda: outcomes_at(server.url) >= 3)
+        until(lambda: outcomes_at(server.url) >= 3)
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
     rows, _ = asyncio.run(look())
@@ -145,7 +130,7 @@ def test_live_questions_become_judged_outcomes_of_all_models_and_a_kill_loses_no
     assert sum(SHADOW in row.tags for row in rows) == 9
     with served(*arguments, environment={"TEST_ADMIN_KEY": "operator-key-1"}) as server:
         send(server.url, range(2, 4))
-        wait_for(lambda: outcomes_at(server.url) >= 1)
+        until(lambda: outcomes_at(server.url) >= 1)
     rows, budgets = asyncio.run(look())
     theirs, ours = ([row for row in rows if (SHADOW in row.tags) == side] for side in (False, True))
     assert (len(theirs), len(ours)) == (5, 12)
@@ -169,17 +154,13 @@ def test_what_fails_aside_touches_no_live_request(tmp_path, quick):
     async def work():
         async with Gateway(load_config(path)) as gateway:
             await ask(gateway, range(4))
-            await until(lambda: _later(count_of(gateway, "failed") == 4))
+            await until_async(lambda: count_of(gateway, "failed") == 4)
             states = {state["deployment"]: state["breaker"] for state in gateway.runtime.dispatcher.states()}
             assert states["b"] == "closed"
             assert gateway.metrics.now().errors == 0
             assert not await outcomes(gateway)
 
     run(work)
-
-
-async def _later(value):
-    return value
 
 
 def test_its_own_budget_bounds_it_and_it_goes_on_where_it_was(tmp_path, quick, monkeypatch):
@@ -190,14 +171,14 @@ def test_its_own_budget_bounds_it_and_it_goes_on_where_it_was(tmp_path, quick, m
         async with Gateway(load_config(path)) as gateway:
             await gateway.store.set_budget(GLOBAL, 10**9)
             await ask(gateway, range(30))
-            await until(lambda: _later(count_of(gateway, "over_budget") >= 2))
+            await until_async(lambda: count_of(gateway, "over_budget") >= 2)
             [budget] = [one for one in await gateway.store.budgets() if one.subject == "tag:shadow"]
             assert budget.spent_nano <= budget.limit_nano == 30_000_000
             first = len(await outcomes(gateway))
             assert 0 < first < 30
             # There is more money from now on.
             await gateway.reload(load_config(write(tmp_path, WANTED + "\nbudget_usd = 1", require_key="false")))
-            await until(partial(has, gateway, 30))
+            await until_async(partial(has, gateway, 30))
             rows = await sampled(gateway)
             # Nothing was paid for twice.
             assert len([row for row in rows if row.status == "ok"]) == 90
@@ -212,15 +193,15 @@ def test_of_processes_on_one_store_one_does_it_and_another_goes_on(tmp_path, qui
     async def work():
         async with Gateway(load_config(path)) as one:
             await ask(one, range(3))
-            await until(partial(has, one, 3))
+            await until_async(partial(has, one, 3))
             other = Gateway(load_config(path))
             await other.start()
             await ask(other, range(3, 6))
-            await until(lambda: _later(count_of(one, "judged") == 6))
+            await until_async(lambda: count_of(one, "judged") == 6)
             assert count_of(other, "judged") == 0
             await one.shadow.stop()
             await ask(one, range(6, 8))
-            await until(lambda: _later(count_of(other, "judged") == 2))
+            await until_async(lambda: count_of(other, "judged") == 2)
             assert (count_of(one, "judged"), count_of(other, "judged")) == (6, 2)
             assert len(await sampled(other)) == 24
             await other.stop()
@@ -237,7 +218,7 @@ def test_the_config_turns_it_on_and_off_while_the_gateway_serves(tmp_path, quick
             assert gateway.shadow._task is None
             await gateway.reload(with_it)
             # What was asked within the last day is asked too.
-            await until(partial(has, gateway, 2))
+            await until_async(partial(has, gateway, 2))
             await gateway.reload(without)
             await ask(gateway, range(2, 4))
             await asyncio.sleep(0.1)
@@ -256,7 +237,7 @@ def test_a_share_is_of_the_questions_and_always_the_same(tmp_path, quick, share,
             secret = await gateway.store.secret(SHADOW)
             expected = [n for n in range(40) if shadow.share(SHADOW, secret, f"question {n}?") < share]
             assert wanted in (len(expected), None)
-            found = await until(partial(has, gateway, len(expected)))
+            found = await until_async(partial(has, gateway, len(expected)))
             await asyncio.sleep(0.05)
             assert {one["query"] for one in found} == {f"question {n}?" for n in expected}
             assert len(await outcomes(gateway)) == len(expected) > 0
@@ -299,12 +280,12 @@ def test_what_stands_around_a_question_forges_no_outcome_of_it(tmp_path, quick, 
             [row] = await gateway.store.ledger(LedgerQuery())
             await gateway.feedback({"request_id": row.request_id, "score": 0.75}, key=theirs)
             await gateway.achat({"model": "a", "messages": forged}, key=other)
-            await until(partial(has, gateway, 1))
+            await until_async(partial(has, gateway, 1))
             assert await learned(gateway) == {"question 1?": {"b": 0.75}}
             assert "outcomes of conversations that are left out: 1;" in caplog.text
             # Whole outcomes of the text alone, on the other hand, take the place of what was said of it; not of what ended in it.
             await gateway.achat({"model": "a", "messages": [{"role": "user", "content": "question 2?"}]}, key=other)
-            await until(partial(has, gateway, 2))
+            await until_async(partial(has, gateway, 2))
             assert (await learned(gateway))["question 2?"] == {"b": 0.5, "a": 0.5}
             reply = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "QUESTION 2?"}]
             await gateway.achat({"model": "a", "messages": reply}, key=theirs)
@@ -325,7 +306,7 @@ def test_a_dear_tier_is_no_cost_of_a_model(tmp_path, quick):
         async with Gateway(load_config(path)) as gateway:
             await ask(gateway, [1])
             await ask(gateway, [2], service_tier="priority")
-            first, second = await until(partial(has, gateway, 2))
+            first, second = await until_async(partial(has, gateway, 2))
             assert first["cost"] == second["cost"]
             mine = [row for row in await gateway.store.ledger(LedgerQuery()) if not row.tags]
             assert max(row.cost_nano for row in mine) == 90 * min(row.cost_nano for row in mine)
@@ -343,13 +324,13 @@ def test_whose_key_may_not_use_a_model_and_who_forbids_it_are_left_out(tmp_path,
             await ask(gateway, [1], narrow)
             await ask(gateway, [2], wide, store=False)
             await ask(gateway, [3], wide)
-            found = await until(partial(has, gateway, 1))
-            await until(lambda: _later(count_of(gateway, "not_allowed") == 1))
+            found = await until_async(partial(has, gateway, 1))
+            await until_async(lambda: count_of(gateway, "not_allowed") == 1)
             assert [one["query"] for one in found] == ["question 3?"]
             assert {one["request_id"] for one in found} <= {row.request_id for row in await gateway.store.ledger()}
             # What one key may not show, another may, also where both ask at once; and each is told of once.
             await asyncio.gather(*(ask(gateway, [1, 4], key) for key in (wide, narrow)))
-            found = await until(partial(has, gateway, 3))
+            found = await until_async(partial(has, gateway, 3))
             assert sorted(one["query"] for one in found) == [f"question {number}?" for number in (1, 3, 4)]
             assert count_of(gateway, "not_allowed") <= 2
 
@@ -366,8 +347,8 @@ def test_in_one_page_a_narrow_key_behind_hides_nobodys_question(tmp_path, quick)
             for key in (narrow, wide, narrow):
                 await ask(gateway, [1], key)
             await gateway.reload(with_it)
-            await until(partial(has, gateway, 1))
-            assert (count_of(gateway, "judged"), count_of(gateway, "not_allowed")) == (1, 1)
+            await until_async(partial(has, gateway, 1))
+            await until_async(lambda: (count_of(gateway, "judged"), count_of(gateway, "not_allowed")) == (1, 1))
 
     run(work)
 
@@ -386,8 +367,8 @@ def test_one_vain_question_after_another_makes_it_rest(tmp_path, quick, monkeypa
 
             monkeypatch.setattr(gateway.shadow, "rest", rest)
             await ask(gateway, range(shadow.IN_VAIN))
-            await until(lambda: _later(count_of(gateway, "unjudged") == shadow.IN_VAIN))
-            await until(lambda: _later(shadow.REST_S in rested))
+            await until_async(lambda: count_of(gateway, "unjudged") == shadow.IN_VAIN)
+            await until_async(lambda: shadow.REST_S in rested)
 
     run(work)
 
@@ -398,7 +379,7 @@ def test_an_outcome_goes_when_its_question_goes(tmp_path, quick):
     async def work():
         async with Gateway(load_config(path)) as gateway:
             await ask(gateway, range(2))
-            found = await until(partial(has, gateway, 2))
+            found = await until_async(partial(has, gateway, 2))
             await gateway.shadow.stop()
             id = found[0]["request_id"]
             assert await gateway.store.change(lambda connection: erase_texts(connection, request_id=id)) == 2
@@ -500,7 +481,7 @@ def test_from_an_app_with_a_system_prompt_to_a_router_that_serves_it(tmp_path, c
         with served("--config", app_config(tmp_path, url, ""), environment=environment) as server:
             for number in range(20):
                 chat(server.url, "a", number)
-            wait_for(lambda: outcomes_at(server.url) >= 20)
+            until(lambda: outcomes_at(server.url) >= 20)
             store, routers = str(tmp_path / "gateway.db"), str(tmp_path / "routers")
             fit = ["gateway", "fit", store, "--out", routers, "--strategy", "ridge", "--hold-out", "0", "--quiet"]
             assert main(fit) == 2
@@ -514,7 +495,7 @@ def test_from_an_app_with_a_system_prompt_to_a_router_that_serves_it(tmp_path, c
             assert call(server.url, "POST", "/admin/reload", key="operator-key-1")[0] == 200
             for number in range(20, 24):
                 chat(server.url, "a", number)
-            wait_for(lambda: outcomes_at(server.url) >= 24)
+            until(lambda: outcomes_at(server.url) >= 24)
             assert spent["spend"]
         assert main(fit) == 0
         data = load_outcomes(tmp_path / "gateway.db")
@@ -533,7 +514,7 @@ def test_from_an_app_with_a_system_prompt_to_a_router_that_serves_it(tmp_path, c
                 assert text == ("a: good", "b: good")[number % 2]
                 assert headers.get("x-route-bypassed") is None
             # This config does not vouch for them any more: nobody learns from them.
-            wait_for(lambda: not learns(store))
+            until(lambda: not learns(store))
         capsys.readouterr()
         assert main(fit) == 2
         assert "are left out: 2" in capsys.readouterr().err
@@ -573,13 +554,13 @@ def test_what_an_earlier_config_vouched_for_is_withdrawn_and_can_be_vouched_for_
             async def have(marks):
                 return sorted(await marked(gateway), key=str) == marks
 
-            await until(lambda: have([None, True, True, True, True]))
+            await until_async(lambda: have([None, True, True, True, True]))
             before = await parts(gateway)
             await gateway.reload(without)
-            await until(lambda: have([None] * 5))
+            await until_async(lambda: have([None] * 5))
             assert await parts(gateway) == [{k: v for k, v in one.items() if k != stored.VOUCHED} for one in before]
             await gateway.reload(vouching)
-            await until(lambda: have([None, True, True, True, True]))
+            await until_async(lambda: have([None, True, True, True, True]))
             found = await gateway.store.look(lambda connection: connection.rows("SELECT key, body FROM collected"))
             assert odd.items() <= dict(found).items()
 

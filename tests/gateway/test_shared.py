@@ -20,6 +20,7 @@ from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.shared import AwayError, clears, leases, link
 from anabranch.gateway.store import RateLimits
 from redis_process import needs_redis, processes, redis_server
+from waiting import until_async
 
 pytestmark = needs_redis
 
@@ -153,7 +154,7 @@ async def _levels(client, bucket, sums):
 
 def test_what_redis_did_while_it_was_too_slow_to_say_so_is_not_done_again(server, prefix):
     async def main():
-        async with processes(server, prefix, 1) as [shared]:
+        async with processes(server, prefix, 1, timeout_s=0.2) as [shared]:
             assert await shared.counts.admit("k", "1", 10, Limits(None, 100_000, None))
             shared.counts.correct("k", 50_000, 100_000)
             server.hang()
@@ -224,7 +225,7 @@ def test_requests_under_way_are_counted_together(server, prefix):
 
 
 def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not(server, prefix, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "LEASE_S", 1.0)
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
 
     async def main():
@@ -234,17 +235,19 @@ def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not
             await gone.enter("k", "a", 1, limits)
             await lives.enter("other", "b", 1, limits)
             assert await told(lives.enter("k", "c", 1, limits)) == "max_in_flight"
-            for _ in range(8):
-                await asyncio.sleep(0.06)
+
+            async def is_let_in():
                 await shared[1].counts.tell()
-            await lives.enter("k", "c", 1, limits)
+                return await told(lives.enter("k", "c", 1, limits)) == ""
+
+            await until_async(is_let_in)
             assert await told(gone.enter("other", "d", 1, limits)) == "max_in_flight"
 
     asyncio.run(main())
 
 
 def test_a_lease_of_a_process_that_is_gone_ends_beside_those_of_one_that_lives(server, prefix, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "LEASE_S", 1.0)
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
 
     async def main():
@@ -254,10 +257,12 @@ def test_a_lease_of_a_process_that_is_gone_ends_beside_those_of_one_that_lives(s
             await gone.enter("k", "a", 1, limits)
             await lives.enter("k", "b", 1, limits)
             assert await told(lives.enter("k", "c", 1, limits)) == "max_in_flight"
-            for _ in range(8):
-                await asyncio.sleep(0.06)
+
+            async def is_let_in():
                 await shared[1].counts.tell()
-            await lives.enter("k", "c", 1, limits)
+                return await told(lives.enter("k", "c", 1, limits)) == ""
+
+            await until_async(is_let_in)
             assert await told(gone.enter("k", "d", 1, limits)) == "max_in_flight"
 
     asyncio.run(main())

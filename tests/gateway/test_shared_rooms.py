@@ -151,7 +151,7 @@ def test_attempts_under_way_are_counted_together_and_end(server, prefix):
 
 @needs_redis
 def test_leases_of_a_process_that_is_gone_end_and_those_of_one_that_lives_do_not(server, prefix, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "LEASE_S", 1.0)
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
 
     async def main():

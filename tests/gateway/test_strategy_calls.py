@@ -26,6 +26,7 @@ from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price, dollars, nano_dollars
 from anabranch.web.api_error import ApiError
+from paced_time import run_paced
 
 PRICE = Price.of_dollars(1, 2)  # 1,000 and 2,000 nano-dollars a token
 
@@ -103,7 +104,7 @@ def run(config, work, decides=None, accepts=None):
             assert [state["in_flight"] for state in gateway.runtime.dispatcher.states() if state["in_flight"]] == []
             return found, await gateway.store.ledger(LedgerQuery(calls=True, limit=10_000, newest_first=False))
 
-    return (*asyncio.run(main()), strategy)
+    return (*run_paced(main()), strategy)
 
 
 async def check_books(gateway):

@@ -8,7 +8,7 @@ from anabranch.gateway.core.unsettled import Unsettled
 def test_each_waits_for_its_own_and_one_for_all():
     async def main():
         held, ended = Unsettled(), []
-        await asyncio.wait_for(held.wait(), 1)
+        await asyncio.wait_for(held.wait(), 60)
         held.add("a")
         held.add("b")
         held.add("a")
@@ -24,7 +24,7 @@ def test_each_waits_for_its_own_and_one_for_all():
             for _ in range(5):
                 await asyncio.sleep(0)
             assert expected is None or ended == expected
-        await asyncio.wait_for(asyncio.gather(*waits), 1)
+        await asyncio.wait_for(asyncio.gather(*waits), 60)
         assert set(ended) == {"a", "b", "c", None}
         assert len(held) == 0
 

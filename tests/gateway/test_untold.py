@@ -102,7 +102,7 @@ def charged(tmp_path, handler, until=None, most=100, **fields):
                     if until(one):
                         break
                 await given.aclose()
-            await asyncio.wait_for(gateway.settled(), 10)
+            await asyncio.wait_for(gateway.settled(), 60)
             [row] = await gateway.store.ledger()
             [*budgets] = await gateway.store.budgets()
             assert not budgets
@@ -146,7 +146,7 @@ def test_what_was_asked_counts_among_what_is_held_for_streams_that_are_read_on(t
                     break
                 await given.aclose()
                 found.append((len(late), sum(size for _, size in late._open.values())))
-            await asyncio.wait_for(gateway.settled(), 10)
+            await asyncio.wait_for(gateway.settled(), 60)
             return found
 
     found = asyncio.run(main())
@@ -282,7 +282,7 @@ def test_what_cannot_be_paid_is_charged_as_far_as_it_can(tmp_path):
         async with serving(tmp_path, whole(body("ok", told)), price=dear) as gateway:
             await gateway.store.set_budget("global", MOST_NANO)
             assert (await gateway.achat(ask(max_tokens=5)))["choices"]
-            await asyncio.wait_for(gateway.settled(), 10)
+            await asyncio.wait_for(gateway.settled(), 60)
             return await gateway.store.ledger(), await gateway.store.budgets()
 
     [row], [budget] = asyncio.run(main())
@@ -358,7 +358,7 @@ def test_one_that_brought_no_token_in_time_is_read_on_too(tmp_path, stops):
         ) as gateway:
             with pytest.raises(ApiError):
                 await gateway.achat(ask(stream=True))
-            await asyncio.wait_for(gateway.settled(), 10)
+            await asyncio.wait_for(gateway.settled(), 60)
             [row] = await gateway.store.ledger()
             return row
 

@@ -38,7 +38,7 @@ def run(answer, work):
         async with served(answer) as url:
             transport = UpstreamBeside()
             try:
-                return await asyncio.wait_for(work(transport, url), 20)
+                return await asyncio.wait_for(work(transport, url), 60)
             finally:
                 await transport.close()
                 assert threads() == 0
@@ -175,11 +175,11 @@ def test_work_for_a_loop_that_has_ended_fails_and_is_no_bug():
         late = _ReplyBeside(NeverRead(), loop)
         for failing in (under_way.done, late.read_some()):
             with pytest.raises(UpstreamError):
-                await asyncio.wait_for(failing, 5)
+                await asyncio.wait_for(failing, 60)
         late.close()
         transport._loop = loop
         with pytest.raises(UpstreamError) as caught:
-            await asyncio.wait_for(transport.open(HttpCall("http://127.0.0.1:9/", {}, LARGE)), 5)
+            await asyncio.wait_for(transport.open(HttpCall("http://127.0.0.1:9/", {}, LARGE)), 60)
         # It never went out: nobody bills it.
         assert caught.value.failure.kind == "connect"
         transport._loop = None
@@ -193,7 +193,7 @@ def test_work_that_is_posted_while_the_loop_stops_ends_too():
         inner, posted = loop._loop.stop, threading.Event()
 
         def stop():
-            posted.wait(5)
+            posted.wait(60)
             inner()
 
         loop._loop.stop = stop
@@ -202,7 +202,7 @@ def test_work_that_is_posted_while_the_loop_stops_ends_too():
         work = _Work(loop, asyncio.sleep(20))
         posted.set()
         with pytest.raises(UpstreamError):
-            await asyncio.wait_for(work.done, 5)
+            await asyncio.wait_for(work.done, 60)
         await ending
         assert threads() == 0
 
@@ -309,7 +309,7 @@ def test_what_is_under_way_ends_with_the_transport():
             await asyncio.sleep(0.1)
             await transport.close()
             assert threads() == 0
-            found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+            found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
             assert all(isinstance(one, UpstreamError) for one in found)
             # It begins anew.
             with pytest.raises(UpstreamError):

@@ -124,7 +124,7 @@ def answers(transport, url, body, times):
 
     async def main():
         try:
-            return [await asyncio.wait_for(one(), 20) for _ in range(times)]
+            return [await asyncio.wait_for(one(), 60) for _ in range(times)]
         finally:
             await transport.close()
 

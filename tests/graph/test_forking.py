@@ -66,11 +66,11 @@ def test_a_child_whose_fork_did_not_wait_gets_a_lock_of_its_own(monkeypatch):
     def compile():
         lock.acquire()
         has.set()
-        may.wait(10)
+        may.wait(60)
 
     thread = threading.Thread(target=compile)
     thread.start()
-    assert has.wait(10)
+    assert has.wait(60)
     forking.after_in_child()
     assert lock._lock.acquire(blocking=False)
     may.set()

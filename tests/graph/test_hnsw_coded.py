@@ -278,13 +278,13 @@ def test_searches_go_on_while_codes_are_learned(monkeypatch):
 
     def slow(*arguments):
         entered.set()
-        assert leave.wait(30)
+        assert leave.wait(60)
         return own(*arguments)
 
     monkeypatch.setattr(coded.Coded, "learned", slow)
     thread = threading.Thread(target=index.train)
     thread.start()
-    assert entered.wait(30)
+    assert entered.wait(60)
     assert index.search(VECTORS[:3], 1)[0].tolist() == [[0], [1], [2]]
     leave.set()
     thread.join()

@@ -266,9 +266,8 @@ def test_searches_beside_all_kinds_of_changes_return_what_is_or_was_there():
     for one in threads:
         one.start()
     try:
-        end = time.monotonic() + 1.5
         turn = 0
-        while time.monotonic() < end or min(searches) < 20:
+        while turn < 60 or min(searches) < 20:
             index.add(VECTORS[300 + turn % 300 : 320 + turn % 300])
             index.remove(index.ids[turn % 50 : turn % 50 + 12])
             if turn % 5 == 0:

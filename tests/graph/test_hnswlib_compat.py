@@ -398,7 +398,7 @@ def test_several_threads_add_at_once_and_no_label_is_given_twice(tmp_path, how):
 
     def work(number):
         try:
-            begin.wait(20)
+            begin.wait(60)
             for turn in range(10):
                 first = 100 + 120 * number + 10 * turn
                 index.add_items(vectors[first : first + 10], num_threads=1 + turn % 2)

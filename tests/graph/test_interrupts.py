@@ -15,6 +15,7 @@ from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.interrupts import Interrupts
 from hnsw_checks import check_graph, drawn, graph_bytes
+from waiting import until
 
 VECTORS = drawn(2600, 8, 3)
 
@@ -115,15 +116,18 @@ def test_an_interrupt_while_a_lock_is_waited_for_keeps_nobody_out(kind):
     def hold():
         with lock.write():
             inside.set()
-            leave.wait(20)
+            leave.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    inside.wait(20)
-    timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt), getattr(lock, kind)():
-        pass
+    inside.wait(60)
+
+    def interrupt():
+        until(lambda: lock._queue or lock._writers)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        wait_in(lock, kind, threading.Thread(target=interrupt))
     leave.set()
     holder.join()
     done = []
@@ -136,8 +140,14 @@ def test_an_interrupt_while_a_lock_is_waited_for_keeps_nobody_out(kind):
 
     thread = threading.Thread(target=both, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(60)
     assert done == ["read", "write"]
+
+
+def wait_in(lock, kind, interrupting):
+    interrupting.start()
+    with getattr(lock, kind)():
+        pass
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -294,7 +304,7 @@ def test_interrupts_in_a_loop_of_searches_leave_the_lock_whole():
         runs = threading.Event()
 
         def interrupt(runs=runs, turn=turn):
-            runs.wait(20)
+            runs.wait(60)
             time.sleep(0.0005 + 0.00003 * turn)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
@@ -304,7 +314,7 @@ def test_interrupts_in_a_loop_of_searches_leave_the_lock_whole():
             search_for_ever(index, runs)
         thread.join()
         assert (index._lock._readers, index._lock._due, index._lock._queue) == (0, 0, [])
-        assert index._lock._changed.acquire(timeout=5)
+        assert index._lock._changed.acquire(timeout=60)
         index._lock._changed.release()
 
 
@@ -420,7 +430,7 @@ def test_a_handler_is_called_while_a_lock_is_waited_for_and_may_use_it(alarms):
     def hold():
         with lock.read():
             inside.set()
-            leave.wait(20)
+            leave.wait(60)
 
     def used(number, frame):
         with lock.read():
@@ -429,7 +439,7 @@ def test_a_handler_is_called_while_a_lock_is_waited_for_and_may_use_it(alarms):
 
     holder = threading.Thread(target=hold)
     holder.start()
-    inside.wait(20)
+    inside.wait(60)
     signal.signal(signal.SIGUSR1, used)
     timer = threading.Timer(0.05, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1))
     timer.start()
@@ -515,11 +525,11 @@ def test_a_fork_in_the_middle_of_a_change_is_told_so():
     def change():
         with index._lock.write():
             inside.set()
-            leave.wait(20)
+            leave.wait(60)
 
     thread = threading.Thread(target=change)
     thread.start()
-    inside.wait(20)
+    inside.wait(60)
     try:
         for work in (lambda: index.search(VECTORS[0], 1), lambda: index.remove([1]), lambda: index.stats()):
             assert in_a_fork(work).startswith(
@@ -544,7 +554,7 @@ def test_a_fork_beside_one_that_comes_alone(is_last, monkeypatch):
     def wait(self, *asked):
         found = whole(self, *asked)
         inside.set()
-        leave.wait(20)
+        leave.wait(60)
         return found
 
     def work():
@@ -555,7 +565,7 @@ def test_a_fork_beside_one_that_comes_alone(is_last, monkeypatch):
     monkeypatch.setattr(Linker, name, wait)
     thread = threading.Thread(target=lambda: index.add(VECTORS[310]))
     thread.start()
-    inside.wait(20)
+    inside.wait(60)
     try:
         found = in_a_fork(work)
     finally:

@@ -16,6 +16,7 @@ from anabranch.graph.hnsw import HNSW
 from anabranch.graph.live import LiveIndex, NoRoomError, background, live_folder, open_index
 from anabranch.graph.live.log import Log
 from hnsw_checks import check_graph, drawn
+from waiting import until
 
 DIM, COUNT = 6, 60
 VECTORS = drawn(600, DIM, 5)
@@ -149,23 +150,16 @@ def test_snapshots_come_by_themselves(path, tmp_path):
         for number in range(60):
             live.upsert([number], VECTORS[100 + number][None])
             if number == 40:
-                wait_until(lambda: live.counts.snapshots)
+                until(lambda: live.counts.snapshots)
         expected = {id: VECTORS[100 + id].tolist() for id in range(60)}
         assert after_a_crash(path, tmp_path) == expected
-        wait_until(lambda: live.log_bytes < 2000)
+        until(lambda: live.log_bytes < 2000)
     # A log that is long already is cut when it is opened.
     with opened(path) as live:
         for number in range(60):
             live.upsert([number], VECTORS[200 + number][None])
     with opened(path, snapshot_bytes=2000) as live:
-        wait_until(lambda: live.log_bytes < 2000)
-
-
-def wait_until(holds, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.005)
+        until(lambda: live.log_bytes < 2000)
 
 
 def test_a_snapshot_that_fails_costs_nothing_and_is_not_tried_at_every_change(path, tmp_path, monkeypatch):
@@ -209,7 +203,7 @@ def test_without_memory_for_a_copy_changes_wait_and_searches_go_on(path, tmp_pat
         monkeypatch.setattr(machine, "room_bytes", lambda: 10)
         thread = threading.Thread(target=live.snapshot)
         thread.start()
-        inside.wait(20)
+        inside.wait(60)
         live.delete([8])
         thread.join()
         assert order == [[[0]], COUNT - 1]
@@ -221,7 +215,7 @@ def test_changes_of_many_threads_share_writes(path, tmp_path, monkeypatch):
     own, gate = Log.sync, threading.Event()
 
     def slow(self):
-        gate.wait(20)
+        gate.wait(60)
         own(self)
 
     monkeypatch.setattr(Log, "sync", slow)
@@ -231,12 +225,12 @@ def test_changes_of_many_threads_share_writes(path, tmp_path, monkeypatch):
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(live.groups.waiting) == 7)
+        until(lambda: len(live.groups.waiting) == 7)
         # Nobody sees what is not on the disk.
         assert len(live) == COUNT
         gate.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert (live.counts.writes, live.number, live.counts.syncs) == (2, 2, 2)
         assert after_a_crash(path, tmp_path) == {**start(), **{100 + n: VECTORS[n].tolist() for n in range(8)}}
 
@@ -268,7 +262,7 @@ def test_when_the_disk_is_waited_for(path, tmp_path):
             elif fsync == "never":
                 assert live.counts.syncs == 0
             else:
-                wait_until(lambda live=live: live.counts.syncs and not live.logs.current.is_dirty)
+                until(lambda live=live: live.counts.syncs and not live.logs.current.is_dirty)
             assert after_a_crash(path, tmp_path) == content(live.index)
         shutil.rmtree(live_folder(path))
 

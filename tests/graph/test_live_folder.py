@@ -286,7 +286,7 @@ def test_changes_that_wait_together_fit_in_a_frame_each(path, monkeypatch):
         gate, own = threading.Event(), Log.append
 
         def slow(self, payload):
-            gate.wait(30)
+            gate.wait(60)
             return own(self, payload)
 
         monkeypatch.setattr(Log, "append", slow)

@@ -193,7 +193,7 @@ def test_who_has_nothing_to_bring_to_the_disk_waits_for_who_brings_it(path, monk
 
     def broken(handle):
         inside.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         raise OSError(errno.EIO, "Input/output error")
 
     def sync():
@@ -205,7 +205,7 @@ def test_who_has_nothing_to_bring_to_the_disk_waits_for_who_brings_it(path, monk
     monkeypatch.setattr(os, "fdatasync", broken)
     threads = [threading.Thread(target=sync) for _ in range(2)]
     threads[0].start()
-    assert inside.wait(30)
+    assert inside.wait(60)
     threads[1].start()
     threads[1].join(0.05)
     assert threads[1].is_alive()

@@ -22,6 +22,7 @@ from anabranch.graph.live.log import Log
 from anabranch.graph.names import GrowingNames, Names, names_path, write_names
 from anabranch.graph.serve import Limits, Sources, Writes, create_app
 from hnsw_checks import check_graph, drawn
+from waiting import until
 
 DIM, COUNT = 4, 20
 VECTORS = drawn(300, DIM, 3)
@@ -153,7 +154,7 @@ def test_threads_that_bring_one_name_share_its_element(path, monkeypatch):
     own, gate = Log.sync, threading.Event()
 
     def slow(self):
-        gate.wait(20)
+        gate.wait(60)
         own(self)
 
     monkeypatch.setattr(Log, "sync", slow)
@@ -167,12 +168,10 @@ def test_threads_that_bring_one_name_share_its_element(path, monkeypatch):
         threads.append(threading.Thread(target=lambda: live.delete_named(["own99", "n0"])))
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 20
-        while len(live.groups.waiting) < 6 and time.monotonic() < deadline:
-            time.sleep(0.005)
+        until(lambda: len(live.groups.waiting) >= 6)
         gate.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         # One write of who came first, one of all others.
         assert live.number == 2
         assert sorted(found) == [[False, False]] + [[True, False]] * 5

@@ -12,6 +12,8 @@ from anabranch.errors import DataError, InputError
 from anabranch.graph.rank import NONE, Defences, GossipServer, Peer, Row, run_swarm
 from anabranch.graph.rank.rows import Ranges
 from anabranch.graph.rank.transport import _ending
+from paced_time import run_paced
+from waiting import until_async
 
 
 def peer(name, clicks=(), **others):
@@ -32,7 +34,7 @@ async def raw(address, data, *, end=True):
         writer.write(data)
         if end:
             writer.write_eof()
-        return await asyncio.wait_for(reader.read(), 5)
+        return await asyncio.wait_for(reader.read(), 60)
     finally:
         writer.close()
         with contextlib.suppress(OSError):
@@ -66,7 +68,7 @@ def test_pull_bootstrap_and_push():
             assert one.sent_bytes > 100
             assert one.received_bytes > 100
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 BAD = {
@@ -114,7 +116,7 @@ def test_strangers_do_no_harm():
             async with GossipServer(peer("b")) as other:
                 assert (await other.pull(server.address)).added == 1
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_random_bytes_do_no_harm():
@@ -131,7 +133,7 @@ def test_random_bytes_do_no_harm():
             async with GossipServer(peer("b")) as other:
                 assert (await other.pull(server.address)).added == 1
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_slow_and_many_strangers_are_dropped():
@@ -139,16 +141,16 @@ def test_slow_and_many_strangers_are_dropped():
         mine = peer("a", [("t", 1)])
         async with GossipServer(mine, timeout=0.3, max_connections=2) as server:
             idle = [await asyncio.open_connection(*server.address) for _ in range(2)]
-            await asyncio.sleep(0.05)
+            await until_async(lambda: len(server._open) == 2)
             answer = await raw(server.address, frame({"type": "pull", "from": "x", "since": {}}))
             assert "busy" in json.loads(answer[4:])["message"]
             for reader, writer in idle:
-                assert await asyncio.wait_for(reader.read(), 5) == b""  # hung up on after the timeout
+                assert await asyncio.wait_for(reader.read(), 60) == b""  # hung up on after the timeout
                 writer.close()
             async with GossipServer(peer("b")) as other:
                 assert (await other.pull(server.address)).added == 1
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 LARGE = Defences(max_message_bytes=16 << 20, reply_rows_per_origin=10_000)
@@ -169,9 +171,8 @@ def test_answers_that_nobody_reads_are_let_go_of():
             with narrow(socket.socket()) as stranger:
                 stranger.connect(server.address)
                 stranger.sendall(frame({"type": "pull", "from": "x", "since": {}}))
-                await asyncio.sleep(0.1)
-                (task,) = server._open
-                await asyncio.wait_for(asyncio.wait([task]), 5)
+                (task,) = await until_async(lambda: server._open)
+                await asyncio.wait_for(asyncio.wait([task]), 60)
                 assert not server._open
                 assert server.errors == {"TimeoutError": 1}
                 # Hung up on, with bytes left.
@@ -184,7 +185,7 @@ def test_answers_that_nobody_reads_are_let_go_of():
             async with GossipServer(peer("b", defences=LARGE)) as other:
                 assert (await other.pull(server.address)).added == 800
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_the_last_bytes_are_waited_for_too():
@@ -205,7 +206,7 @@ def test_the_last_bytes_are_waited_for_too():
                 await say()
             assert writer.transport.get_write_buffer_size() == 0
 
-    asyncio.run(asyncio.wait_for(run(), 10))
+    run_paced(asyncio.wait_for(run(), 60))
 
 
 def test_a_question_that_nobody_reads_ends_in_time():
@@ -218,9 +219,9 @@ def test_a_question_that_nobody_reads_ends_in_time():
             deaf.listen(4)
             asker = GossipServer(mine, timeout=0.5)
             with pytest.raises(DataError, match="did not answer within"):
-                await asyncio.wait_for(asker.pull(deaf.getsockname()), 10)
+                await asyncio.wait_for(asker.pull(deaf.getsockname()), 60)
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_bad_answers_are_errors(answer, message):
                 await asker.pull(server.sockets[0].getsockname()[:2])
         assert rows(asker.peer) == {}
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_bad_rows_of_an_answer_are_left_out():
@@ -275,7 +276,7 @@ def test_bad_rows_of_an_answer_are_left_out():
         assert (found.added, found.refused) == (1, {"malformed": 2})
         assert asker.addresses == {"b": address, "c": ("127.0.0.1", 7)}
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_nobody_there_and_no_answer():
@@ -298,7 +299,7 @@ def test_nobody_there_and_no_answer():
             with pytest.raises(InputError, match="cannot listen"):
                 await GossipServer(peer("c"), port=busy.address[1]).start()
 
-    asyncio.run(run())
+    run_paced(run())
     with pytest.raises(InputError, match="timeout is 0"):
         GossipServer(peer("a"), timeout=0)
 
@@ -316,7 +317,7 @@ def test_a_long_log_comes_in_several_messages():
         assert len(added) > 2
         assert rows(taker) == rows(giver)
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_a_log_full_of_gaps_is_still_asked_with():
@@ -344,7 +345,7 @@ def test_a_log_full_of_gaps_is_still_asked_with():
             # The answer holds a vector.
             assert await two.push(one.address) == 0
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_long_names_of_others_leave_room_for_rows():
@@ -361,7 +362,7 @@ def test_long_names_of_others_leave_room_for_rows():
             # The newest first.
             assert two.addresses["short"] == ("x", 8)
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_sockets_and_memory_end_in_the_same_state():
@@ -386,7 +387,7 @@ def test_sockets_and_memory_end_in_the_same_state():
         for server in servers:
             await server.close()
 
-    asyncio.run(run())
+    run_paced(run())
     for one, other in zip(here, there, strict=True):
         assert rows(one) == rows(other)
         assert [one.rank(f"t{number}") for number in range(3)] == [other.rank(f"t{number}") for number in range(3)]

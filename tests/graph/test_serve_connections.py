@@ -13,6 +13,7 @@ from anabranch.graph import HNSW
 from anabranch.graph.serve import Limits
 from anabranch.graph.serve.connections import Bounds
 from server_process import started
+from waiting import until
 
 COUNT, DIM, CONNECTIONS = 3000, 4, 8
 LARGE = {"ids": [*range(500)], "k": 1000, "ef": 1000}
@@ -35,7 +36,7 @@ def connected(server, receive=None):
     with socket.socket() as made:
         if receive is not None:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
-        made.settimeout(20)
+        made.settimeout(60)
         made.connect(("127.0.0.1", server.port))
         yield made
 
@@ -47,7 +48,7 @@ def head(path, body=b"", method="POST"):
 
 
 def ask(server, path, body=None):
-    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         link.request(
             "GET" if body is None else "POST",
@@ -69,13 +70,6 @@ def metric(server, name):
     return float(lines[0].split()[-1]) if lines else 0.0
 
 
-def until(holds, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.05)
-
-
 SLOW = 'anabranch_cut_off_total{reason="slow"}'
 
 
@@ -86,7 +80,7 @@ def test_answers_that_nobody_reads_are_let_go_of(server):
         for _ in range(2):
             stack.enter_context(connected(server, 4096)).sendall(request)
         until(lambda: metric(server, SLOW) == before + 2)
-        assert metric(server, "anabranch_answer_bytes") == 0.0
+        until(lambda: metric(server, "anabranch_answer_bytes") == 0.0)
         assert ask(server, "/search", {"ids": [1], "k": 3})[0] == 200
     until(lambda: metric(server, "anabranch_connections") == 1)
 
@@ -108,8 +102,7 @@ def test_a_slow_reader_gets_all_of_it(server):
         found = bytearray(made.recv(1 << 16))
         length = int(found.partition(b"content-length: ")[2].split()[0])
         # Within this machine the system tells of it in pieces of 64 KiB.
-        end = time.monotonic() + 3.5
-        while time.monotonic() < end:
+        for _ in range(120):
             found += made.recv(1 << 13)
             time.sleep(0.03)
         while len(found) < length:
@@ -137,16 +130,17 @@ def test_who_is_silent_is_let_go_of(server, said):
 @pytest.mark.parametrize("is_first", [True, False])
 def test_one_who_drips_a_head_is_let_go_of(server, is_first):
     with connected(server) as made:
-        began = time.monotonic()
-        with contextlib.suppress(OSError):
-            if not is_first:
-                made.sendall(head("/healthz", method="GET"))
-                assert b" 200 OK" in made.recv(1 << 16)
-            made.sendall(b"GET /healthz HTTP/1.1\r\n")
-            while time.monotonic() < began + 20:
-                made.sendall(b"x: y\r\n")
-                time.sleep(0.1)
-        assert time.monotonic() < began + 15
+        if not is_first:
+            made.sendall(head("/healthz", method="GET"))
+            assert b" 200 OK" in made.recv(1 << 16)
+        made.sendall(b"GET /healthz HTTP/1.1\r\n")
+
+        def drip():
+            made.sendall(b"x: y\r\n")
+            time.sleep(0.1)
+
+        with pytest.raises(OSError, match=r"reset|[Bb]roken"):
+            until(drip)
 
 
 def test_beyond_the_limit_only_whether_it_lives_is_told(server):

@@ -21,6 +21,7 @@ from anabranch.graph.serve.text import PART, SHORT, Sent, Text
 from anabranch.web.json_text import to_json
 from anabranch.web.large_json import LARGE
 from asgi_sending import Sending
+from waiting import until_async
 
 COUNT = 600
 
@@ -269,15 +270,9 @@ async def asked(app, body):
         await ready(app)
         one = Sending(app, "a")
         await one.send(json.dumps(body).encode(), more=False)
-        await asyncio.wait_for(one.task, 20)
+        await asyncio.wait_for(one.task, 60)
         assert one.status == 200, one.answer
         return json.loads(one.answer)
-
-
-async def until(holds):
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 def test_answers_that_nobody_reads_are_counted_and_give_way(path, monkeypatch):
@@ -291,7 +286,7 @@ def test_answers_that_nobody_reads_are_counted_and_give_way(path, monkeypatch):
             room = await ready(app)
             first = Unread(app, "a", 2)
             await first.send(large, more=False)
-            await until(lambda: first.parts == 2)
+            await until_async(lambda: first.parts == 2)
             size = room.num_bytes
             assert 4 * PART < size < 1 << 19
             assert b"anabranch_answer_bytes %.1f" % size in app.state.serving.metrics.text()
@@ -299,25 +294,24 @@ def test_answers_that_nobody_reads_are_counted_and_give_way(path, monkeypatch):
             for host in "ab":
                 one = Sending(app, host)
                 await one.send(small, more=False)
-                await asyncio.wait_for(one.task, 20)
+                await asyncio.wait_for(one.task, 60)
                 assert one.status == 200
             # The next of the same address needs the room.
             second = Unread(app, "a", 0)
             await second.send(large, more=False)
-            await until(lambda: second.status == 200)
-            assert room.num_bytes == size + 2 * PART
+            await until_async(lambda: second.status == 200 and room.num_bytes == size + 2 * PART)
             assert b'anabranch_cut_off_total{reason="room"} 1.0' in app.state.serving.metrics.text()
             second.go.set()
-            await asyncio.wait_for(second.task, 20)
+            await asyncio.wait_for(second.task, 60)
             assert len(json.loads(second.answer)["results"]) == 20
             first.go.set()
-            await asyncio.wait_for(first.task, 20)
+            await asyncio.wait_for(first.task, 60)
             # It got no more than what was on its way.
             assert first.parts == 3
             assert room.num_bytes == 0
             more = Sending(app, "a")
             await more.send(json.dumps({"ids": [*range(30)], "k": COUNT - 1, "ef": COUNT}).encode(), more=False)
-            await asyncio.wait_for(more.task, 20)
+            await asyncio.wait_for(more.task, 60)
             assert (more.status, json.loads(more.answer)["error"]["code"]) == (400, "over_limit")
             assert room.num_bytes == 0
 
@@ -333,24 +327,24 @@ def test_nothing_is_computed_for_an_answer_that_finds_no_room(path, monkeypatch)
             room = await ready(app)
             first = Unread(app, "a", 0)
             await first.send(large, more=False)
-            await until(lambda: first.status == 200)
+            await until_async(lambda: first.status == 200)
             size, searches, search = room.num_bytes, [], HNSW.search
             monkeypatch.setattr(HNSW, "search", lambda *all, **other: searches.append(1) or search(*all, **other))
             for _ in range(3):
                 one = Sending(app, "a")
                 await one.send(large, more=False)
-                await asyncio.wait_for(one.task, 20)
+                await asyncio.wait_for(one.task, 60)
                 assert (one.status, json.loads(one.answer)["error"]["code"]) == (429, "overloaded")
             assert not searches
             assert room.num_bytes == size
             first.go.set()
-            await asyncio.wait_for(first.task, 20)
+            await asyncio.wait_for(first.task, 60)
             # What is thought of it beforehand is near what it is.
             reserved, reserve = [], HeldAnswer.reserve
             monkeypatch.setattr(HeldAnswer, "reserve", lambda self, more: reserved.append(more) or reserve(self, more))
             one = Sending(app, "a")
             await one.send(large, more=False)
-            await asyncio.wait_for(one.task, 20)
+            await asyncio.wait_for(one.task, 60)
             assert 0.8 * size < reserved[0] < 1.3 * size
             assert room.num_bytes == 0
 
@@ -361,7 +355,7 @@ def test_an_answer_that_comes_too_late_leaves_nothing(path, monkeypatch):
     go, search = threading.Event(), HNSW.search
 
     def slow(*arguments, **others):
-        assert go.wait(30)
+        assert go.wait(60)
         return search(*arguments, **others)
 
     async def main():
@@ -371,11 +365,10 @@ def test_an_answer_that_comes_too_late_leaves_nothing(path, monkeypatch):
             monkeypatch.setattr(HNSW, "search", slow)
             one = Sending(app, "a")
             await one.send(b'{"ids": [1], "k": 3}', more=False)
-            await asyncio.wait_for(one.task, 20)
+            await asyncio.wait_for(one.task, 60)
             assert one.status == 503
             go.set()
-            await until(lambda: app.state.serving.gate.taken == 0)
-            assert room.num_bytes == 0
+            await until_async(lambda: app.state.serving.gate.taken == room.num_bytes == 0)
 
     asyncio.run(main())
 
@@ -415,7 +408,7 @@ def reserved_by(app, body, monkeypatch, route="/v1/search"):
                 await ready(app)
                 one = Sending(app, "a", path=route)
                 await one.send(json.dumps(body).encode(), more=False)
-                await asyncio.wait_for(one.task, 20)
+                await asyncio.wait_for(one.task, 60)
                 assert one.status == 200, one.answer
                 return one.answer
 

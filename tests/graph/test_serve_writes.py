@@ -22,6 +22,7 @@ from anabranch.graph.names import Names, write_names
 from anabranch.graph.serve import Limits, Sources, Writes, create_app, server
 from hnsw_checks import drawn
 from server_process import started
+from waiting import until
 
 DIM, COUNT = 4, 40
 LIMITS = Limits(body_bytes=4096, batch=4, k=8, concurrency=2, waiting=2, timeout_s=5.0)
@@ -44,7 +45,7 @@ def path(tmp_path):
 def served(path, writes=None, limits=LIMITS, **options):
     client = TestClient(create_app(Sources([path], writes=writes or Writes()), limits, **options), base_url=HERE)
     client.__enter__()
-    wait_until(lambda: client.get("/readyz").status_code == 200)
+    until(lambda: client.get("/readyz").status_code == 200)
     return client
 
 
@@ -53,13 +54,6 @@ def client(path):
     client = served(path)
     yield client
     client.__exit__(None, None, None)
-
-
-def wait_until(holds, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to be"
-        time.sleep(0.02)
 
 
 def nearest(client, row, k=1, **more):
@@ -345,7 +339,7 @@ def test_a_token_is_asked_for_where_there_is_one(path):
 def test_a_server_may_only_read(path, tmp_path):
     client = TestClient(create_app(Sources([path]), LIMITS))
     with client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
+        until(lambda: client.get("/readyz").status_code == 200)
         assert error_of(client.post("/delete", json={"ids": [1]}))[:2] == (403, "read_only")
         assert "writes" not in client.get("/v1/info").json()["search"]
 
@@ -358,7 +352,7 @@ def test_addresses_that_others_see_need_a_token(path):
         assert is_loopback(host) == expected
     client = TestClient(create_app(Sources([path], why_read_only="there is no token"), LIMITS))
     with client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
+        until(lambda: client.get("/readyz").status_code == 200)
         found = error_of(client.post("/upsert", json={"ids": [1], "vectors": GOOD}))
         assert found[1:] == ("read_only", "this server takes no changes: there is no token")
 
@@ -521,7 +515,7 @@ class Client(threading.Thread):
 
     def run(self):
         try:
-            with httpx.Client(timeout=30) as client:
+            with httpx.Client(timeout=60) as client:
                 while True:
                     self.version += 1
                     self.tried = None if self.version % 5 == 0 else self.version
@@ -562,7 +556,7 @@ def hostile(url, over):
     with contextlib.suppress(OSError):
         while not over.is_set():
             for part in parts:
-                held.append(socket.create_connection((host, int(port)), timeout=30))
+                held.append(socket.create_connection((host, int(port)), timeout=60))
                 held[-1].sendall(part)
             while len(held) > 40:
                 held.pop(0).close()
@@ -587,14 +581,14 @@ def drill(path, kills, pauses, *options):
                 refuses_what_it_may_not_take(server.url)
             if turn == kills:
                 server.process.send_signal(signal.SIGTERM)
-                assert server.process.wait(30) == 0
+                assert server.process.wait(60) == 0
                 assert server.log.read_text() == ""
                 return
             clients, over = [Client(server.url, number + 1, 100 * turn) for number in range(3)], threading.Event()
             threads = [*clients, threading.Thread(target=hostile, args=(server.url, over))]
             for thread in threads:
                 thread.start()
-            wait_until(lambda clients=clients, turn=turn: min(client.version for client in clients) > 100 * turn + 10)
+            until(lambda clients=clients, turn=turn: min(client.version for client in clients) > 100 * turn + 10)
             time.sleep(generator.uniform(*pauses))
             over.set()
             server.process.send_signal(signal.SIGKILL)
@@ -605,7 +599,7 @@ def drill(path, kills, pauses, *options):
 
 def refuses_what_it_may_not_take(url):
     """A page whose name was made to lead here, what is no origin, and half of a character: a word in JSON, and no fault."""
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=60) as http:
         for headers, code in (
             ({"Host": "evil.example", "Origin": "http://evil.example"}, "other_host"),
             ({"Origin": "http://[::1"}, "other_origin"),
@@ -622,7 +616,7 @@ def check(url, found, clients, *, is_closed):
     """That the files, and a server that has begun with them, hold what the clients know of; one that is closed asks for its token."""
     for one in clients:
         one.check(found)
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=60) as http:
         assert http.get("/v1/info").json()["search"]["vectors"] == len(found)
         assert http.post("/delete", json={"ids": [1]}).status_code == (401 if is_closed else 200)
         answer = http.post("/delete", json={"ids": [1]}, headers={"Authorization": "Bearer secret"})

@@ -47,7 +47,7 @@ def test_results_as_they_are_done(workers):
 
     def work(task):
         if task == 0 and workers > 1:
-            hold.wait(10)
+            hold.wait(60)
         return task * task
 
     found = {}
@@ -105,7 +105,7 @@ def test_all_are_over_when_an_error_goes_on():
         if number == 0:
             gate.set()
             raise ValueError("no")
-        gate.wait(10)
+        gate.wait(60)
         time.sleep(0.02)
         over.append(number)
 

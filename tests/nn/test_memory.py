@@ -45,6 +45,6 @@ def test_memory_may_return_while_the_same_thread_looks_for_some():
 
     thread = threading.Thread(target=collect_inside, daemon=True)
     thread.start()
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert memory._free.pop(1) == [None]

@@ -79,11 +79,9 @@ def run(ask, query=None, pool=POOL, left_s=math.inf, settings=None, **fields):
 
 
 def test_one_that_never_answers_does_not_keep_the_others():
-    began = time.monotonic()
-    step, done, _ = run(Scripted(30.0, "4"), batch=4, decides="prior", deadline_s=0.3)
+    step, done, _ = run(Scripted(3000.0, "4"), batch=4, decides="prior", deadline_s=0.5)
     assert done.message["content"] == "4"
     assert (step["reason"], step["samples"], step["failed"]) == ("deadline", 3, 1)
-    assert time.monotonic() - began < 10
 
 
 def test_the_requests_own_end_counts_too():
@@ -280,13 +278,11 @@ def test_a_judge_that_hangs_leaves_the_vote():
     class Hanging(Scripted):
         async def __call__(self, arm, messages, **how):
             if arm == "large":
-                await asyncio.sleep(30)
+                await asyncio.sleep(3000)
             return await super().__call__(arm, messages, **how)
 
-    began = time.monotonic()
     step, done, _ = run(Hanging("5", "4", "4"), select="judge", judge="large", batch=3, max_n=3, left_s=1.0)
     assert (done.message["content"], step["samples"]) == ("4", 3)
-    assert time.monotonic() - began < 10
 
 
 def test_code_is_not_run_where_it_cannot_be_run_apart(monkeypatch, tmp_path):
@@ -302,13 +298,11 @@ def test_code_is_not_run_where_it_cannot_be_run_apart(monkeypatch, tmp_path):
 @needs_jail
 def test_code_that_hangs_is_not_verified_and_not_waited_for():
     question = Query(text="Write one.\n\n>>> one()\n1\n")
-    began = time.monotonic()
     step, done, _ = run(
         Scripted("```python\nwhile True: pass\n```"), query=question, verifier="examples", batch=1, max_n=2, left_s=1.0
     )
     assert step["verified"] == 0
     assert done is not None
-    assert time.monotonic() - began < 4
 
 
 @needs_jail
@@ -548,7 +542,7 @@ def test_who_decides_waits_for_no_fit(monkeypatch):
     def fit(self, *pair):
         fits.append((pair, threading.current_thread() is threading.main_thread()))
         began.set()
-        assert goes_on.wait(20)
+        assert goes_on.wait(60)
         return first(self, *pair)
 
     monkeypatch.setattr(Priors, "_fit", fit)
@@ -557,7 +551,7 @@ def test_who_decides_waits_for_no_fit(monkeypatch):
         program.observe(outcome(f"q{number}", quality=1.0, task="math"))
         for task in ("math", f"new {number}"):
             assert program.route(Query(text="q", task=task), POOL).details["curve"] == before
-    assert began.wait(20)
+    assert began.wait(60)
     goes_on.set()
     program.settle()
     assert program.route(Query(text="q", task="math"), POOL).details["curve"] != before

@@ -2,7 +2,6 @@ import asyncio
 import itertools
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from anabranch.errors import CapacityError, CheckpointError, InputError
 from anabranch.routers.coe import ExpertQueue, ExpertStore
 from anabranch.routers.coe.lease import signature_of
 from anabranch.routers.coe.tier import Tier, Usage, quantile
+from waiting import until
 
 PATIENCE_S = 20.0  # nothing here takes this long; a test that hangs fails
 
@@ -45,13 +45,6 @@ class Gate:
         self.begun.set()
         assert self.go.wait(PATIENCE_S)
         return path.read_bytes()
-
-
-def until(condition):
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 # Who goes

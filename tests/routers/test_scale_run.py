@@ -286,7 +286,7 @@ def test_whatever_models_do_a_run_ends_is_bounded_and_adds_up(script, k, rescore
         return [event async for event in running.events()]
 
     try:
-        asyncio.run(asyncio.wait_for(run(), 20))
+        asyncio.run(asyncio.wait_for(run(), 60))
     except BackendError:
         pass
     trace, totals = running.trace, running.trace.totals.all

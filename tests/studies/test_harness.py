@@ -1,6 +1,5 @@
 import json
 import multiprocessing
-import time
 from pathlib import Path
 
 import pytest
@@ -352,22 +351,25 @@ def test_a_run_that_fails_leaves_the_finished_ones(tmp_path):
     assert outcome.claims[0].baseline == 2.0  # of the seeds that both have, not of all
 
 
-def slowly(config, seed, progress):
-    time.sleep(0.3)
-    return measured(config, seed, progress) | {"process": multiprocessing.current_process().name}
-
-
-def work(folder):
-    run_study(make(slowly), folder)
-
-
 def test_two_processes_share_the_work(tmp_path):
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(tmp_path,), name=f"worker{n}") for n in range(2)]
+    both, begun = context.Barrier(2), []
+
+    def beside(config, seed, progress):
+        # None of them has done all before the other begins.
+        if not begun:
+            both.wait(60)
+        begun.append(seed)
+        return measured(config, seed, progress) | {"process": multiprocessing.current_process().name}
+
+    def work():
+        run_study(make(beside), tmp_path)
+
+    workers = [context.Process(target=work, name=f"worker{n}") for n in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     records = [json.loads(path.read_text()) for path in (tmp_path / "made_up").glob("*-seed*.json")]
     assert len(records) == 4

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,6 +22,7 @@ from anabranch.test_time import verify as module
 from anabranch.test_time.verify import MOST_CODE, code_of
 from jailed import LACK, needs_jail
 from real_data import needs_data, real_data
+from waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="code is run on POSIX alone")
 
@@ -491,16 +491,16 @@ def test_nothing_outlives_its_run_or_the_process_that_watches():
         waiting = pool.submit(CodeVerifier(seconds=2.0).run, "import time; time.sleep(60)", "")
         killed_in_the_middle()
         # It is begun again.
-        assert waiting.result(20).why == "TimeoutError"
+        assert waiting.result(60).why == "TimeoutError"
 
 
 def killed_in_the_middle():
     # The walls' own process, the first one behind them, and the Python that runs the code: it has taken its job, and sleeps.
-    wait_for(lambda: [last for last in pythons() if is_at_work(last)])
+    until(lambda: [last for last in pythons() if is_at_work(last)])
     [last] = pythons()
     [watcher] = [one for one in sandbox.Sandbox.of(module._WORK).workers if one.process and children(one.process.pid)]
     os.kill(watcher.process.pid, signal.SIGKILL)
-    wait_for(lambda: has_ended(last))
+    until(lambda: has_ended(last))
 
 
 def pythons():
@@ -522,13 +522,6 @@ def has_ended(pid):
             return "State:\tZ" in file.read()
     except OSError:
         return True
-
-
-def wait_for(is_so):
-    until = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 # Real data

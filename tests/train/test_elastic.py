@@ -20,6 +20,7 @@ from anabranch.train import Constant, Trainer, checkpoints, read_metrics, read_r
 from anabranch.train import elastic as elastic_module
 from anabranch.train.config import DiLoCoConfig, ElasticConfig, Parallel
 from anabranch.train.elastic_layers import block_loss, elastic_layers
+from waiting import until
 
 # Sums in another order.
 CLOSE = {"rel": 2e-5, "abs": 2e-6}
@@ -115,7 +116,7 @@ def test_alone_it_is_the_plain_run(make_run, tmp_path, clip):
     Trainer(run, tmp_path / "plain").fit()
     with Coordinator(replicas=1, stages=1) as host:
         result = Trainer(shared(run, host), tmp_path / "alone").fit()
-        assert host.wait_for(lambda host: host.has_ended, 5)
+        assert host.wait_for(lambda host: host.has_ended, 60)
     assert (result.status, result.step) == ("finished", 6)
     assert result.checkpoint == checkpoints(tmp_path / "alone")[-1]
     check_same(tmp_path / "alone", tmp_path / "plain")
@@ -147,21 +148,29 @@ def test_it_goes_on_from_a_plain_run_and_a_plain_run_from_it(make_run, tmp_path)
     run = make_run(dense(), steps=9, schedule=Constant.Config())
     Trainer(run, tmp_path / "plain").fit()
 
-    def until(steps, folder, **parallel):
+    def go_on(steps, folder, **parallel):
         part = run.replace(train=run.train.replace(steps=steps), **parallel)
         return Trainer(part, tmp_path / folder, resume=(tmp_path / folder).exists()).fit()
 
-    until(3, "mixed")
+    go_on(3, "mixed")
     with Coordinator(replicas=1, stages=1) as host:
         elastic = shared(run, host).parallel
-        assert until(6, "mixed", parallel=elastic).step == 6
-    until(9, "mixed")
+        assert go_on(6, "mixed", parallel=elastic).step == 6
+    go_on(9, "mixed")
     check_same(tmp_path / "mixed", tmp_path / "plain")
 
 
 def test_told_to_stop_it_waits_for_nobody(make_run, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop():
+        # Once it is caught, or it would end this process.
+        until(lambda: signal.getsignal(signal.SIGTERM) is not before)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     with Coordinator(replicas=2, stages=1) as host:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Thread(target=stop).start()
         result = Trainer(shared(make_run(dense()), host), tmp_path / "a").fit()
     assert (result.status, result.signal, result.step, result.checkpoint) == ("interrupted", "SIGTERM", 0, None)
     assert not (tmp_path / "a").exists()
@@ -209,9 +218,7 @@ def trained(rank, world, place, name, die=None, waits_at=None, resumes=False):
 
     def between(**how):
         after(**how)
-        end = time.monotonic() + 60
-        while trainer._progress.step == waits_at and not os.path.exists(f"{place}/come") and time.monotonic() < end:
-            time.sleep(0.02)
+        until(lambda: trainer._progress.step != waits_at or os.path.exists(f"{place}/come"))
         if trainer._progress.step == (die or {}).get(rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -237,7 +244,7 @@ def together(
             if while_running is not None:
                 while_running(ranks, host)
             found = ranks.wait()
-        assert host.wait_for(lambda host: host.has_ended, 10)
+        assert host.wait_for(lambda host: host.has_ended, 60)
         return found, host
 
 

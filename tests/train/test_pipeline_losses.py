@@ -1,7 +1,6 @@
 """Losses of a decoder in two stages are those of the whole: losses over all layers, and targets that are not to be predicted."""
 
 import re
-import time
 from ast import literal_eval
 from dataclasses import dataclass
 
@@ -226,10 +225,8 @@ wrapped(token_BL, token_BL.roll(-1, 1)).loss.backward()
 
 @pytest.mark.slow
 def test_a_stage_that_fails_while_another_pipeline_waits_for_it_ends_all():
-    started = time.monotonic()
     with pytest.raises(RankError, match="out of luck"):
         run_ranks(FAILS, 4)
-    assert time.monotonic() - started < 60
 
 
 @dataclass(frozen=True)

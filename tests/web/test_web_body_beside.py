@@ -16,6 +16,7 @@ from anabranch.web import body_beside
 from anabranch.web.answers import error_response, read_parts
 from anabranch.web.api_error import ApiError
 from anabranch.web.body_beside import BESIDE_BYTES, TAKEN, BodyBeside, _threads
+from waiting import until_async
 
 uvloop = pytest.importorskip("uvloop")
 LARGE = os.urandom(BESIDE_BYTES) * 3 + b"end"
@@ -60,7 +61,7 @@ def run(work, *, runner=asyncio.run, **fields):
         listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname()[:2])
         try:
-            return await asyncio.wait_for(work(made, reader, writer), 20)
+            return await asyncio.wait_for(work(made, reader, writer), 60)
         finally:
             writer.close()
             listener.close()
@@ -338,11 +339,7 @@ def test_who_goes_away_in_the_middle_is_noticed_and_nothing_is_left(is_reset):
         while not made.errors:
             await asyncio.sleep(0.001)
         assert isinstance(made.errors[0], ConnectionResetError | asyncio.CancelledError)
-        for _ in range(200):
-            if open_sockets() < before:
-                break
-            await asyncio.sleep(0.005)
-        assert open_sockets() < before
+        await until_async(lambda: open_sockets() < before)
 
     run(work)
 

@@ -203,12 +203,12 @@ def serving(handler, stall_s):
     begun = threading.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
     thread.start()
-    begun.wait(10)
+    begun.wait(60)
     try:
         yield made["port"], made["readers"]
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 
@@ -230,9 +230,9 @@ def test_an_aiohttp_server_lets_go_of_answers_that_nobody_reads(close, monkeypat
             sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sleeper.connect(("127.0.0.1", port))
             sleeper.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert cut.wait(10)
+            assert cut.wait(60)
             # Another is answered, and one who reads gets all.
-            link = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             for path, body in (("/", b"ok"), ("/large", large)):
                 link.request("GET", path)
                 assert link.getresponse().read() == body

@@ -16,7 +16,7 @@ async def served(handler, work):
     server = web.Server(handler)
     listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await work(listener.sockets[0].getsockname()[1])
     finally:
         listener.close()

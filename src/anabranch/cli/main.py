@@ -1,11 +1,12 @@
 """The command ``anabranch``. Every command is a module here that loads what it needs when it is called, so help is quick."""
 
 import difflib
+import functools
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import typer
@@ -39,16 +40,6 @@ from anabranch.cli.study import study
 from anabranch.cli.train import TrainCommand, train
 from anabranch.extras import explain
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="""Train, measure, compare and run routed language models.
-
-    Start with [bold]anabranch train demo --out runs/demo[/bold] (a few minutes on two cores, no download).""",
-    rich_markup_mode="rich",
-)
-
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -56,7 +47,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     context: typer.Context,
     version: bool = typer.Option(
@@ -87,8 +77,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "info": info,
     "doctor": doctor,
 }
-for _name, _command in _COMMANDS.items():
-    app.command(_name, cls=TrainCommand if _command is train else None)(_command)
 _GROUPS = {
     "adapters": adapters,
     "cluster": cluster,
@@ -101,8 +89,35 @@ _GROUPS = {
     "routers": routers,
     "gateway": gateway,
 }
-for _name, _group in _GROUPS.items():
-    app.add_typer(_group, name=_name)
+
+
+def _app_of(names: Iterable[str]) -> typer.Typer:
+    """The command line with these commands and groups."""
+    made = typer.Typer(
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+        help="""Train, measure, compare and run routed language models.
+
+    Start with [bold]anabranch train demo --out runs/demo[/bold] (a few minutes on two cores, no download).""",
+        rich_markup_mode="rich",
+    )
+    made.callback()(_root)
+    for name in names:
+        if name in _COMMANDS:
+            made.command(name, cls=TrainCommand if name == "train" else None)(_COMMANDS[name])
+        else:
+            made.add_typer(_GROUPS[name], name=name)
+    return made
+
+
+app = _app_of([*_COMMANDS, *_GROUPS])
+
+
+@functools.cache
+def _built(name: str) -> Any:
+    """The command or group of this name, or all where there is none: of a start, the options of all others would take a quarter."""
+    return typer.main.get_command(_app_of([name]) if name in _COMMANDS or name in _GROUPS else app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int | None:
         # Not app(...): that turns an EOFError of a reader's and an interrupt into other things.
-        command: Any = typer.main.get_command(app)
+        command = _built(arguments[0])
         # A shell that completes a line asks by a variable, and wants nothing else.
         command._main_shell_completion({}, "anabranch")
         try:

@@ -9,6 +9,30 @@ from anabranch.cluster.elastic.control import Control
 from anabranch.cluster.elastic.links import CalledAwayError
 from anabranch.cluster.elastic.wire import Listener
 from anabranch.errors import PeerError
+from waiting import until
+
+
+class Clock:
+    """Stands for the module ``time``: it goes on by what somebody sleeps, when a test says so."""
+
+    def __init__(self):
+        self.now, self.ticks = time.monotonic(), threading.Semaphore(0)
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.ticks.acquire()
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr("anabranch.cluster.elastic.control.time", made)
+    yield made
+    # Nobody sleeps on.
+    made.ticks.release(1000)
 
 
 class Desk:
@@ -22,7 +46,7 @@ class Desk:
         self.control = Control(self.changed, timeout_s=timeout_s)
         self.control.connect(f"127.0.0.1:{self.listener.port}", b"s")
         self.control.tell("hello")
-        assert self.there.wait(5)
+        assert self.there.wait(60)
         self.control.is_in, self.control.epoch = True, 3
 
     def on_frame(self, channel, header, body):
@@ -37,12 +61,19 @@ class Desk:
     def say(self, kind, **more):
         self.channel.send({"kind": kind, **more})
 
-    def wait_for(self, holds, timeout_s=10.0):
-        deadline = time.monotonic() + timeout_s
-        while not (found := [header for header in self.heard if holds(header)]):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        return found[-1]
+    def wait_for(self, holds):
+        return until(lambda: [header for header in self.heard if holds(header)])[-1]
+
+    def beats(self):
+        return [header for header in self.heard if header["kind"] == "beat"]
+
+    def beat(self, clock):
+        """The next beat, for which time goes on; where it is answered the rank has heard that."""
+        number = len(self.beats())
+        clock.ticks.release()
+        until(lambda: len(self.beats()) > number)
+        until(lambda: not self.answers_beats or self.control._heard_s == clock.now)
+        return self.beats()[-1]
 
     def later(self, work):
         found = []
@@ -57,7 +88,7 @@ class Desk:
         thread.start()
 
         def result():
-            thread.join(10)
+            thread.join(60)
             assert found
             return found[0]
 
@@ -89,24 +120,30 @@ def test_beats_tell_who_is_waited_for_and_that_nobody_is(desk):
     desk.wait_for(lambda header: header["kind"] == "beat" and header["waits"] is None)
 
 
-def test_a_long_wait_is_told_as_long():
+def test_a_long_wait_is_told_as_long(clock):
     desk = Desk(timeout_s=1.2)
     desk.control.start()
     result = desk.later(lambda: desk.control.agree("weights"))
-    assert not desk.wait_for(lambda header: header.get("waits") == {"round": "weights"})["is_long"]
-    desk.wait_for(lambda header: header.get("waits") == {"round": "weights"} and header["is_long"])
+    until(lambda: desk.control._standing[0])
+    told = [desk.beat(clock) for _ in range(4)]
+    assert [beat["waits"] for beat in told] == [{"round": "weights"}] * 4
+    assert [beat["is_long"] for beat in told] == [False, False, True, True]
     desk.say("done", what="weights")
     assert result() is None
     desk.close()
 
 
-def test_a_coordinator_that_says_nothing_ends_every_wait_and_one_that_answers_ends_none():
+def test_a_coordinator_that_says_nothing_ends_every_wait_and_one_that_answers_ends_none(clock):
     desk = Desk(timeout_s=1.0)
     desk.control.start()
     result = desk.later(lambda: desk.control.decided("commit"))
-    time.sleep(2.0)
+    for _ in range(6):
+        desk.beat(clock)
     assert desk.control.stop is None
     desk.answers_beats = False
+    for _ in range(3):
+        assert desk.control.stop is None
+        desk.beat(clock)
     assert isinstance(result(), CalledAwayError)
     with pytest.raises(PeerError, match="the coordinator has said nothing for 1 s"):
         desk.control.raise_if_stopped()
@@ -134,7 +171,7 @@ def test_a_decision_is_taken_before_a_layout_that_came_after_it(desk):
     desk.say("commit", epoch=3, step=7)
     desk.say("epoch", epoch=4)
     with desk.changed:
-        desk.changed.wait_for(desk.control.is_called, 5)
+        assert desk.changed.wait_for(desk.control.is_called, 60)
     assert desk.control.decided("commit")["step"] == 7
     # What is next is no commit, and stays for who acts on it.
     with pytest.raises(CalledAwayError):
@@ -196,7 +233,7 @@ def test_a_newcomer_takes_no_layout_for_a_commit(desk):
     desk.control.is_in = False
     desk.say("epoch", epoch=4)
     with desk.changed:
-        desk.changed.wait_for(lambda: desk.control.news, 5)
+        assert desk.changed.wait_for(lambda: desk.control.news, 60)
     with pytest.raises(CalledAwayError):
         desk.control.decided("commit")
     assert desk.control.news[0]["kind"] == "epoch"

@@ -16,6 +16,7 @@ from anabranch.cluster.elastic.snapshots import Snapshots
 from anabranch.cluster.elastic.state import Slice, State, Updater, flat_of, learning
 from anabranch.cluster.elastic.streaming import Stream
 from anabranch.errors import PeerError
+from waiting import until
 
 SIZES = [20, 15]
 
@@ -216,12 +217,5 @@ def test_a_newcomer_takes_no_layout_for_a_commit_and_waits_for_its_turn(make):
     assert "observe" in new.states
     assert thread.is_alive()
     new.control.hear("stop", why="training has ended")
-    thread.join(10)
+    thread.join(60)
     assert found == ["training has ended"]
-
-
-def until(holds, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

@@ -41,7 +41,7 @@ class _Links:
 
     def receive(self, source, tag):
         with self.post.there:
-            assert self.post.there.wait_for(lambda: (source, self.rank, tag) in self.post.mail, 5), (
+            assert self.post.there.wait_for(lambda: (source, self.rank, tag) in self.post.mail, 60), (
                 source,
                 self.rank,
                 tag,
@@ -94,7 +94,7 @@ def move(before, after, *, lost=(), spoil=None, damage=None):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     return found, errors, damaged
 
 

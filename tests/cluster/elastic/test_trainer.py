@@ -2,7 +2,6 @@
 
 import random
 import re
-import time
 
 import pytest
 
@@ -374,7 +373,6 @@ def schedule_of(seed):
 
 def check_seed(seed, whole):
     die = schedule_of(seed)
-    began = time.monotonic()
     found, host = run(die)
     same(found, whole)
     lost = {details["rank"] for _, what, details in host.history if what == "lost"}
@@ -382,7 +380,6 @@ def check_seed(seed, whole):
     assert lost <= set(die), [(what, str(details)) for _, what, details in host.history][-9:]
     if len(found) == len(host.layout.grid.ranks):
         check_whole(found, host)
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("seed", range(1))

@@ -9,6 +9,7 @@ import pytest
 from anabranch.cluster.fabric import Flows, Topology, plan, sending
 from anabranch.cluster.fabric.sending import FRAME, MAGIC, SplitReceiver, SplitSender, TransferError, as_bytes
 from anabranch.errors import InputError
+from waiting import until
 
 ANY = ("", 0)
 
@@ -34,7 +35,7 @@ class Receiving(threading.Thread):
             self.error = error
 
     def end(self):
-        self.join(30)
+        self.join(60)
         assert not self.is_alive()
         return self.error
 
@@ -213,18 +214,11 @@ def test_a_transfer_stays_its_senders_while_one_of_its_connections_is_there(rece
     assert got.tolist() == [1] * 6 + [2, 2, 3, 3]
 
 
-def wait_until(holds):
-    end = time.monotonic() + 15
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_whoever_has_no_secret_makes_room_for_others(receiver, monkeypatch):
     monkeypatch.setattr(sending, "MOST_LINKS", 4)
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection(receiver.address)) for _ in range(4)]
-        wait_until(lambda: len(receiver._strangers) == 4)
+        until(lambda: len(receiver._strangers) == 4)
         got = np.zeros(10, np.uint8)
         waiting = Receiving(receiver, got)
         with SplitSender(receiver.address, [ANY, ANY], secret=b"s3cret") as sender:
@@ -244,7 +238,7 @@ def test_whoever_has_no_secret_makes_room_for_others(receiver, monkeypatch):
 def test_whoever_has_the_secret_stays(receiver, monkeypatch):
     monkeypatch.setattr(sending, "MOST_LINKS", 2)
     with hello(receiver) as first, hello(receiver) as second:
-        wait_until(lambda: len(receiver._links) == 2 and not receiver._strangers)
+        until(lambda: len(receiver._links) == 2 and not receiver._strangers)
         with socket.create_connection(receiver.address) as late:
             late.settimeout(10)
             assert late.recv(1) == b""
@@ -259,12 +253,10 @@ def test_whoever_has_the_secret_stays(receiver, monkeypatch):
 def test_one_buffer_at_a_time_and_closing_ends_it():
     receiver = SplitReceiver()
     waiting = Receiving(receiver, np.zeros(4, np.uint8))
-    end = time.monotonic() + 10
-    while receiver._waiting is None and time.monotonic() < end:
-        time.sleep(0.005)
+    until(lambda: receiver._waiting is not None)
     with pytest.raises(InputError, match="one at a time"):
         receiver.receive(np.zeros(4, np.uint8))
     receiver.close()
     assert "did not come: the receiver was closed" in str(waiting.end())
-    receiver._thread.join(10)
+    receiver._thread.join(60)
     assert not receiver._thread.is_alive()

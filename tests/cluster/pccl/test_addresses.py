@@ -15,31 +15,30 @@ from anabranch.cluster.pccl.wire import Kind, WireError, packed
 from pccl_peers import Peer, a_master, together
 
 
-def held_up(monkeypatch, seconds):
-    """Names that end in ``.slow`` are looked up for so long, and then not found."""
-    real = socket.getaddrinfo
+@pytest.fixture
+def slow_names(monkeypatch):
+    """Names that end in ``.slow`` are looked up until the test has ended, and then not found."""
+    real, over = socket.getaddrinfo, threading.Event()
 
     def look_up(host, *rest, **more):
         if str(host).endswith(".slow"):
-            time.sleep(seconds)
+            over.wait(3000)
             raise socket.gaierror(-3, "Temporary failure in name resolution")
         return real(host, *rest, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield
+    over.set()
 
 
-def test_a_name_that_is_not_resolved_takes_no_longer_than_there_is_time(monkeypatch):
-    held_up(monkeypatch, 5.0)
-    began = time.monotonic()
+def test_a_name_that_is_not_resolved_takes_no_longer_than_there_is_time(slow_names):
     with pytest.raises(LinkError, match="was not resolved in time") as told:
-        call_peer(Place(3, "a.slow", 1, 1), b"", "run", {"purpose": "link"}, began + 0.3)
+        call_peer(Place(3, "a.slow", 1, 1), b"", "run", {"purpose": "link"}, time.monotonic() + 0.3)
     assert told.value.accused == 3
-    assert time.monotonic() - began < 4.0
 
 
-def test_names_that_are_looked_up_at_a_time_are_bounded(monkeypatch):
+def test_names_that_are_looked_up_at_a_time_are_bounded(monkeypatch, slow_names):
     """Each has a thread until the resolver answers."""
-    held_up(monkeypatch, 1.0)
     monkeypatch.setattr(addresses, "_lookups", threading.Semaphore(2))
     for name in ("a.slow", "b.slow"):
         with pytest.raises(TimeoutError):
@@ -88,28 +87,24 @@ def neighbour(way, server, key):
 
 
 @pytest.mark.parametrize("way", ["name", "is silent", "trickles", "makes no link"])
-def test_whatever_a_neighbour_does_links_stand_or_fail_in_time(monkeypatch, way):
+def test_whatever_a_neighbour_does_links_stand_or_fail_in_time(slow_names, way):
     """The master waits for twice as long, and then it would be this peer that is late."""
-    held_up(monkeypatch, 8.0)
     links = Links(b"s", 0.4, None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=neighbour, args=(way, server, link_key(b"s", "run")), daemon=True)
         thread.start()
         host = "neighbour.slow" if way == "name" else "127.0.0.1"
         ring = [Place(0, "127.0.0.1", 1, 1), Place(1, host, server.getsockname()[1], 1)]
-        began = time.monotonic()
         with pytest.raises(LinkError) as told:
             links.build(1, ring, 0, "run")
-        assert time.monotonic() - began < 6.0
         assert told.value.accused == 1
         links.close()
     if way != "name":
-        thread.join(10)
+        thread.join(60)
 
 
-def test_a_newcomer_whose_name_is_resolved_slowly_is_sent_away_alone(monkeypatch):
+def test_a_newcomer_whose_name_is_resolved_slowly_is_sent_away_alone(slow_names):
     """Those who called it were once late with their links, and the master dropped them for it."""
-    held_up(monkeypatch, 4.0)
     late = []
 
     def work(number, peers):
@@ -126,7 +121,7 @@ def test_a_newcomer_whose_name_is_resolved_slowly_is_sent_away_alone(monkeypatch
             assert peers.all_reduce(is_over, op="max").world == 2
         return failed
 
-    # The master would wait for 1.2 s.
-    with a_master(connect_s=0.3, dead_s=0.6) as master:
+    # The master would wait for 2.1 s.
+    with a_master(connect_s=0.3, dead_s=1.5) as master:
         assert together(master.address, 2, work, connect_s=8.0) == [2, 2]
         assert isinstance(late[0].wait().error, Kicked)

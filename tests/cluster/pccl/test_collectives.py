@@ -30,6 +30,7 @@ from anabranch.cluster.pccl.links import LinkError, Links
 from anabranch.cluster.pccl.ring import HEAD, OPS, WIDER, chunk_ranges
 from anabranch.errors import InputError
 from pccl_peers import BOUND_S, a_master, together
+from waiting import until
 
 SIZES = (0, 1, 3, 7, 1000)
 FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
@@ -234,7 +235,7 @@ def test_in_the_midst_of_one_nothing_else_begins(master):
 
     def work(number, peers):
         if number == 1:
-            assert gate.wait(20)
+            assert gate.wait(60)
             return peers.all_reduce(torch.ones(3))
         handle = peers.all_reduce_async(torch.ones(3))
         for call in (
@@ -500,11 +501,10 @@ def test_more_at_a_time_than_the_master_takes_wait_for_each_other(master):
 
     def work(number, peers):
         if number:
-            assert gate.wait(20)
+            assert gate.wait(60)
         handles = [peers.all_reduce_async(torch.ones(2), tag=tag) for tag in range(64)]
         if not number:
-            while sum(len(member.initiates) for member in master.state.members.values()) < 64:
-                pass
+            until(lambda: sum(len(member.initiates) for member in master.state.members.values()) >= 64)
             gate.set()
         peers.all_reduce(torch.ones(2), tag=99)
         return sum(handle.result().world for handle in handles)
@@ -563,20 +563,14 @@ def test_who_does_not_take_what_it_is_sent_is_late_and_not_who_sent_before():
     out, following = socket.socketpair()
     with ours, previous, out, following:
         wires = ring.Wires(out, ours, 7, 8, 0, 0, 0.2, lambda: None)
-        value = torch.ones(4 << 20)
-        head = HEAD.pack(b"pccl", 2, 0, 0, value.numel())
-        done = threading.Event()
-
-        def send():
-            previous.sendall(head + bytes(value.numel() * 4))
-            done.set()
-
-        threading.Thread(target=send, daemon=True).start()
-        # All of the previous one comes; the next takes nothing.
+        value = torch.ones(1 << 15)
+        # All of the previous one has come; the next takes nothing, and there is little room on the way to it.
+        out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        previous.settimeout(60)
+        previous.sendall(HEAD.pack(b"pccl", 2, 0, 0, value.numel()) + bytes(value.numel() * 4))
         with pytest.raises(LinkError, match="peer 7 did nothing") as told:
             ring.ring_all_reduce(value, "sum", 0, 2, wires, None)
         assert told.value.accused == 7
-        assert done.wait(20)
     ours, previous = socket.socketpair()
     out, following = socket.socketpair()
     wires = ring.Wires(out, ours, 7, 8, 0, 0, 0.2, lambda: None)

@@ -13,6 +13,7 @@ import torch
 
 from anabranch.cluster.pccl import Kicked, PeerLost, SharedState, TopologyFailed
 from pccl_peers import BOUND_S, Killed, Peer, a_master, together
+from waiting import until
 
 # All that a peer is about to do when a schedule may end it, in an order of first appearance.
 MOMENTS = (
@@ -216,7 +217,7 @@ def test_a_peer_that_hangs_is_dropped_and_told_when_it_wakes(master):
             return peers.group_size
         # As SIGSTOP: it neither beats nor votes.
         with peers._line._lock:
-            assert woken.wait(20)
+            assert woken.wait(60)
         with pytest.raises(Kicked, match=r"not in this run, or no more|nothing was heard of it"):
             peers.all_reduce(torch.ones(3))
         return "told"
@@ -225,7 +226,7 @@ def test_a_peer_that_hangs_is_dropped_and_told_when_it_wakes(master):
         assert together(quick.address, 2, begin, master_wait_s=3.0) == [1, "told"]
 
 
-@pytest.mark.parametrize(("stalls_s", "dead_s", "left"), [(0.8, 5.0, 3), (1.8, 0.6, 2)])
+@pytest.mark.parametrize(("stalls_s", "dead_s", "left"), [(0.8, 5.0, 3), (2.8, 1.2, 2)])
 def test_a_neighbour_that_does_nothing_is_given_up(stalls_s, dead_s, left):
     """Its connections stand and it shows signs of life; but its part of the collective does not move."""
     has_stalled = threading.Event()
@@ -267,8 +268,7 @@ def test_after_a_newcomer_that_nobody_reaches_the_next_reduction_goes_through(ma
         peers.all_reduce(torch.ones(2))
         if number == 0:
             late.append(Peer(master.address, lambda _, mine: None, 9, advertise="127.0.0.1:1"))
-        while not peers.are_peers_pending():
-            time.sleep(0.01)
+        until(peers.are_peers_pending)
         with pytest.raises(TopologyFailed):
             peers.update_topology()
         return peers.all_reduce(torch.ones(2)).world, [row.failures for row in master.state.members.values()]
@@ -292,15 +292,14 @@ def test_of_two_at_a_time_neither_waits_for_the_other_when_a_third_dies(master):
         def slow(flat):
             # As the copy of a large buffer.
             if flat.numel() == 5:
-                gate.wait(20)
+                gate.wait(60)
                 time.sleep(0.3)
             return copied(flat)
 
         peers._backup = slow
         first = peers.all_reduce_async(torch.ones(5), tag=1)
         if number == 2:
-            while peers.peer in master.state.members and not master.state.running:
-                time.sleep(0.01)
+            until(lambda: peers.peer not in master.state.members or master.state.running)
             gate.set()
             raise Killed
         second = peers.all_reduce_async(torch.ones(7), tag=2)

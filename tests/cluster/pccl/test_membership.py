@@ -21,7 +21,7 @@ def test_who_does_not_want_to_wait_withdraws_and_goes_on(master):
 
     def work(number, peers):
         if number:
-            assert together_now.wait(20)
+            assert together_now.wait(60)
             return peers.all_reduce(torch.ones(1)).world
         peers._wait_s = 0.05
         for call in (lambda: peers.all_reduce(torch.ones(1)), peers.update_topology):

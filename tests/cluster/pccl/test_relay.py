@@ -41,7 +41,7 @@ def test_bytes_come_back_as_they_went(settings):
             while data := sock.recv(4096):
                 back += data
             sender.join()
-        thread.join(10)
+        thread.join(60)
     assert back == sent
 
 

@@ -13,6 +13,7 @@ from anabranch.cluster.pccl.hashing import tensor_hash
 from anabranch.cluster.pccl.links import LinkError
 from anabranch.errors import InputError
 from pccl_peers import Peer, a_master, together, until_somebody_waits
+from waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,7 @@ def test_newcomers_receive_what_others_have(master):
         late = None
         if number == 0:
             late = Peer(master.address, lambda _, mine: newcomer(mine), 9)
-        while not peers.are_peers_pending():
-            pass
+        until(lambda: peers.are_peers_pending())
         peers.update_topology()
         state.revision += 1
         peers.sync_shared_state(state)

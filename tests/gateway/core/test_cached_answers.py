@@ -104,7 +104,7 @@ def test_those_who_wait_get_the_answer_and_fail_with_it():
         assert (sharing.is_awaited(), sharing.to_the_end, first.wants_streams) == (True, False, True)
         end(first)
         first.end()
-        found = await asyncio.wait_for(waiting, 1)
+        found = await asyncio.wait_for(waiting, 60)
         second.end()
         lent.caches.clear()
         return found
@@ -234,7 +234,7 @@ def test_whoever_sends_a_name_again_waits_while_its_answer_is_read_on():
         attempt.is_late = False
         state.report.now_known()
         # None came: it is to ask.
-        assert await asyncio.wait_for(waiting, 1) is None
+        assert await asyncio.wait_for(waiting, 60) is None
         again.end()
 
     run(work)

@@ -16,6 +16,7 @@ from anabranch.gateway.store import KeyRecord
 from anabranch.web.api_error import ApiError
 from anabranch.web.body_room import BodyRoom
 from gateway_states import FakeStore, config, model, run, services
+from waiting import until_async
 
 KEY = KnownKey(KeyRecord(id="k"))
 
@@ -69,8 +70,7 @@ def test_whole_answers_are_counted_out_at_once_and_streams_at_their_end():
         # Whoever had it let go of it, and never read it.
         del reply
         gc.collect()
-        await asyncio.sleep(0.01)
-        assert is_empty(intake, runtime, lent)
+        await until_async(lambda: is_empty(intake, runtime, lent))
 
     run(work)
 
@@ -150,8 +150,6 @@ def test_a_body_is_held_until_its_request_ends_and_has_one_place(body, is_named)
             assert (room.num_bytes, senders._counts) == (10, {"k": 1})
             await task.result().stream.aclose()
         await asyncio.gather(task, *seen.tasks, return_exceptions=True)
-        while not is_empty(intake, runtime, lent):
-            await asyncio.sleep(0.001)
-        assert room.num_bytes == 0
+        await until_async(lambda: is_empty(intake, runtime, lent) and room.num_bytes == 0)
 
     run(work)

@@ -105,7 +105,7 @@ def test_a_request_ends_once_its_calls_have():
         ended = asyncio.Event()
         state.calls.close(ended.set)
         assert not ended.is_set()
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 60)
         with pytest.raises(asyncio.CancelledError):
             await asking
         assert (state.calls.made[0].status, state.purse.held_nano) == ("cancelled", 0)

@@ -1,7 +1,6 @@
 """Episodes played by the serving engine: tokens in and out, log probabilities as in training, weights in their place, routes."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -239,20 +238,25 @@ def test_worlds_that_wait_are_answered_side_by_side_and_nothing_is_mixed_up():
     class Slow(Hostile):
         running, most = 0, 0
         lock = threading.Lock()
+        # Where none goes on alone: each is met by another in its first step.
+        both = None
 
         def step(self, turn):
             self.steps += 1
             with self.lock:
                 Slow.running += 1
                 Slow.most = max(Slow.most, Slow.running)
-            time.sleep(0.02)
+            if Slow.both is not None and self.steps == 1:
+                Slow.both.wait(60)
             with self.lock:
                 Slow.running -= 1
             return Told((INFO,), self.steps == 3)
 
     engine = PolicyEngine(decoder(), slots=6)
     plays = [Slow() for _ in range(6)]
+    Slow.both = threading.Barrier(2)
     waited = engine.play(plays, list(range(6)), DRAWN, waits=True)
+    Slow.both = None
     assert Slow.most > 1
     at_once = engine.play([Slow() for _ in range(6)], list(range(6)), DRAWN)
     assert [each.tokens for each in waited] == [each.tokens for each in at_once]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anabranch.errors import CapacityError, CheckpointError, InputError
 from anabranch.serving.core.adapter_shelf import AdapterShelf
 from anabranch.serving.core.client import BusyError
-from serving_thread import until
+from waiting import until
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class Folders:
         self.gate.set()
 
     def __call__(self, folder, root, check):
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         self.roots.append(root)
         if folder in self.gone:
             raise CheckpointError(f"no adapter at /somewhere/{folder}")
@@ -63,13 +63,13 @@ def begin(shelf, id, *names, key=""):
     """A request with these adapters, once all are read."""
     future = shelf.lease(id, tuple((name, 1.0) for name in names), key)
     if future is not None:
-        future.result(10)
+        future.result(60)
     return [held.version for _, held, _ in shelf.held_by(id)]
 
 
 def test_the_least_recently_used_leaves_and_comes_again(shelf, folders):
     for name in "abc":
-        assert shelf.load(name, f"40/{name}").result(10)["in_memory"]
+        assert shelf.load(name, f"40/{name}").result(60)["in_memory"]
     assert in_memory(shelf) == {"b", "c"}
     assert begin(shelf, "1", "b") == ["40/b"]
     shelf.release("1")
@@ -84,10 +84,10 @@ def test_the_least_recently_used_leaves_and_comes_again(shelf, folders):
 
 def test_what_is_used_or_pinned_stays(shelf):
     shelf.load_now("p", "50", is_pinned=True)
-    shelf.load("a", "50/a").result(10)
+    shelf.load("a", "50/a").result(60)
     assert begin(shelf, "1", "a") == ["50/a"]
     with pytest.raises(BusyError, match="'b' takes 50 bytes, and those in use 100 of 100"):
-        shelf.load("b", "50/b").result(10)
+        shelf.load("b", "50/b").result(60)
     assert shelf.names == ("p", "a")
     shelf.register("b", "50/b")
     with pytest.raises(BusyError):
@@ -99,14 +99,14 @@ def test_what_is_used_or_pinned_stays(shelf):
     with pytest.raises(
         CapacityError, match="takes 60 bytes beside 50 of those that are pinned, and adapters may take 100"
     ):
-        shelf.load("c", "60").result(10)
+        shelf.load("c", "60").result(60)
     assert in_memory(shelf) == {"p", "b"}
 
 
 def test_one_takes_the_place_of_another(shelf):
-    shelf.load("a", "40/1").result(10)
+    shelf.load("a", "40/1").result(60)
     assert begin(shelf, "old", "a") == ["40/1"]
-    shelf.load("a", "40/2").result(10)
+    shelf.load("a", "40/2").result(60)
     assert [held.version for _, held, _ in shelf.held_by("old")] == ["40/1"]
     assert begin(shelf, "new", "a") == ["40/2"]
     assert shelf.stats().gauges["adapters_in_memory"] == 2
@@ -114,14 +114,14 @@ def test_one_takes_the_place_of_another(shelf):
     assert shelf.stats().gauges == {"adapters_in_memory": 1, "adapter_resident_bytes": 40}
     shelf.release("new")
     # Nobody uses the one before, which gives its room.
-    assert shelf.load("a", "100").result(10)["bytes"] == 100
+    assert shelf.load("a", "100").result(60)["bytes"] == 100
     with pytest.raises(CheckpointError):
-        shelf.load("a", "gone").result(10)
+        shelf.load("a", "gone").result(60)
     assert begin(shelf, "1", "a") == ["100"]
 
 
 def test_unloading(shelf):
-    shelf.load("a", "40/a").result(10)
+    shelf.load("a", "40/a").result(60)
     begin(shelf, "1", "a")
     assert shelf.remove("a") == {
         "name": "a", "folder": "40/a", "pinned": False, "in_memory": True, "bytes": 40, "version": "40/a", "requests": 1, "kind": "made up",
@@ -146,7 +146,7 @@ def test_unloading(shelf):
 
 def test_what_cannot_be_read_leaves_nothing(shelf):
     with pytest.raises(CheckpointError):
-        shelf.load("a", "gone").result(10)
+        shelf.load("a", "gone").result(60)
     with pytest.raises(InputError, match="name of an adapter"):
         shelf.load("a+b", "40")
     with pytest.raises(InputError, match="name of an adapter"):
@@ -171,14 +171,14 @@ def test_reading_holds_nobody_up_and_is_done_once(shelf, folders):
     assert not first.done()
     assert shelf.facts()[0]["requests"] == 2
     folders.gate.set()
-    first.result(10), second.result(10)
+    first.result(60), second.result(60)
     assert folders.read == ["10/b", "10/a"]
     assert [(held.version, weight) for _, held, weight in shelf.held_by("2")] == [("10/a", 0.5), ("10/b", 2.0)]
 
 
 def test_who_asks_for_one_whose_folder_went_is_not_told_where_it_was(shelf, folders, caplog):
-    shelf.load("a", "40/a").result(10)
-    shelf.load("b", "80/b").result(10)
+    shelf.load("a", "40/a").result(60)
+    shelf.load("b", "80/b").result(60)
     folders.gone.add("40/a")
     with pytest.raises(BusyError, match="'a' is known and cannot be read now") as raised:
         begin(shelf, "1", "a")
@@ -202,9 +202,9 @@ def test_one_that_cannot_be_read_for_no_reason_that_is_known(shelf, folders, cap
 
 
 def test_the_root_is_known_at_every_read(shelf, folders):
-    shelf.load("a", "40/a", "/root").result(10)
+    shelf.load("a", "40/a", "/root").result(60)
     shelf.load_now("p", "10", is_pinned=True)
-    shelf.load("b", "80/b").result(10)
+    shelf.load("b", "80/b").result(60)
     begin(shelf, "1", "a")
     shelf.release("1")
     shelf.register("c", "40/c", "/other")
@@ -213,11 +213,11 @@ def test_the_root_is_known_at_every_read(shelf, folders):
 
 
 def test_what_has_no_room_is_not_read(shelf, folders):
-    shelf.load("a", "60/a").result(10)
+    shelf.load("a", "60/a").result(60)
     begin(shelf, "1", "a")
     for folder, error in (("101/b", CapacityError), ("41/b", BusyError)):
         with pytest.raises(error):
-            shelf.load("b", folder).result(10)
+            shelf.load("b", folder).result(60)
         shelf.register(f"later-{error.__name__}", folder)
         with pytest.raises(error):
             begin(shelf, "2", f"later-{error.__name__}")
@@ -228,7 +228,7 @@ def test_what_has_no_room_is_not_read(shelf, folders):
 def test_a_mixture_that_never_fits_is_not_asked_for_again(shelf, folders):
     shelf.load_now("p", "20", is_pinned=True)
     for name in "abc":
-        shelf.load(name, f"40/{name}").result(10)
+        shelf.load(name, f"40/{name}").result(60)
     with pytest.raises(
         CapacityError, match="takes 40 bytes beside 20 of those that are pinned and 80 of the others in its mixture"
     ):
@@ -255,7 +255,7 @@ def test_room_is_looked_for_again_where_the_size_was_told_too_small(shelf):
         begin(shelf, "1", "a", "b")
     shelf.release("1")
     with pytest.raises(CapacityError, match="takes 101 bytes, and"):
-        shelf.load("d", "101").result(10)
+        shelf.load("d", "101").result(60)
     assert begin(shelf, "2", "c") == ["60/c"]
 
 
@@ -279,7 +279,7 @@ def test_an_error_keeps_nothing_of_what_was_read(shelf, folders):
             future = shelf.load("a", folder)
             kept = future.exception(10)
             assert isinstance(kept, error)
-            until(lambda: made[-1]() is None, 2)
+            until(lambda: made[-1]() is None)
     finally:
         gc.enable()
 
@@ -374,7 +374,7 @@ def test_no_room_is_ever_overdrawn_and_nobody_loses_an_adapter(steps):
                 future = shelf.lease(str(number), ((name, 1.0),))
                 try:
                     if future is not None:
-                        future.result(10)
+                        future.result(60)
                 except BusyError:
                     shelf.release(str(number))
                 else:

@@ -9,6 +9,7 @@ from anabranch.errors import InputError
 from anabranch.serving.core import stream as streams
 from anabranch.serving.core.request import Finish, Output
 from anabranch.serving.core.stream import Stream, joined
+from waiting import until_async
 
 
 class Told:
@@ -53,7 +54,7 @@ def test_a_stream_may_have_limits_of_its_own(monkeypatch):
         assert told.calls == [("pause", "a"), ("resume", "a")]
         hasty = told.stream(buffer=1, stall_s=0.001)
         push(hasty, 0)
-        await asyncio.sleep(0.02)
+        await until_async(lambda: len(told.calls) == 4)
         assert told.calls[2:] == [("pause", "a"), ("abort", "a")]
 
     asyncio.run(main())

@@ -27,17 +27,17 @@ def make():
 def held(turns, source="first"):
     """A thread of ``turns`` that is busy until the event is set."""
     began, may_go = threading.Event(), threading.Event()
-    future = turns.submit(source, lambda: began.set() or may_go.wait(20))
-    began.wait(20)
+    future = turns.submit(source, lambda: began.set() or may_go.wait(60))
+    began.wait(60)
     return may_go, future
 
 
 def test_what_a_function_gives_or_raises_is_told(make):
     turns = make()
-    assert turns.submit("a", int, "7").result(20) == 7
+    assert turns.submit("a", int, "7").result(60) == 7
     with pytest.raises(ValueError, match="invalid literal"):
-        turns.submit("a", int, "x").result(20)
-    assert turns.submit("a", dict, b=1).result(20) == {"b": 1}
+        turns.submit("a", int, "x").result(60)
+    assert turns.submit("a", dict, b=1).result(60) == {"b": 1}
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30))
@@ -48,7 +48,7 @@ def test_sources_take_turns_each_in_its_order(sources):
     futures = [turns.submit(source, order.append, (source, number)) for number, source in enumerate(sources)]
     may_go.set()
     for future in futures:
-        future.result(20)
+        future.result(60)
     turns.close()
     waiting = {}
     for number, source in enumerate(sources):
@@ -66,11 +66,11 @@ def test_a_source_has_no_more_threads_than_it_may(make):
     turns = make(threads=3, at_once=2)
     gates = [held(turns, "a")[0], held(turns, "a")[0]]
     third = turns.submit("a", int)
-    assert turns.submit("b", int).result(20) == 0
+    assert turns.submit("b", int).result(60) == 0
     assert not third.running()
     assert not third.done()
     gates[0].set()
-    assert third.result(20) == 0
+    assert third.result(60) == 0
     gates[1].set()
 
 
@@ -85,7 +85,7 @@ def test_what_is_cancelled_never_runs_and_makes_room(make):
     assert first.cancel()
     third = turns.submit("a", ran.append, 5)
     may_go.set()
-    third.result(20)
+    third.result(60)
     assert ran == [2, 4, 5]
     assert second.done()
     assert not turns._waiting
@@ -97,6 +97,6 @@ def test_what_waits_at_the_end_is_cancelled(make):
     waiting = turns.submit("a", int)
     turns.close()
     with pytest.raises(CancelledError):
-        waiting.result(20)
+        waiting.result(60)
     may_go.set()
-    assert running.result(20)
+    assert running.result(60)

@@ -17,6 +17,7 @@ from anabranch.serving.elasticmoe.backend import backend_of
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Policy
+from waiting import until
 
 NEW_TOKENS = 40
 
@@ -192,7 +193,7 @@ def test_sampled_streams_are_those_of_a_group_that_never_changed(make):
         client.wait_tokens(8)
         for devices in changes:
             group.scale(devices)
-        client.wait(4)
+        client.wait(count=4)
         streams.append(dict(client.tokens))
         group.close()
     assert streams[0] == streams[1]
@@ -309,7 +310,7 @@ def test_clients_that_leave_during_a_change(make, greedy):
         client.submit(f"r{number}", prompt_of(number))
     client.wait_tokens(4)
     group.scale(2)
-    client.wait(4)
+    client.wait(count=4)
     assert client.finish["r0"] is Finish.ABORT
     for number in (1, 2, 3):
         assert client.tokens[f"r{number}"] == greedy(number)
@@ -375,10 +376,8 @@ def test_nothing_is_left_behind(folder, fork_server, device):
     group.scale(2)
     pids += group.ledger.active.pids.values()
     group.close()
-    time.sleep(0.05)
-    assert set(os.listdir("/proc/self/fd")) <= before
-    for pid in pids:
-        assert not os.path.exists(f"/proc/{pid}") or _is_zombie(pid)
+    until(lambda: set(os.listdir("/proc/self/fd")) <= before)
+    until(lambda: all(not os.path.exists(f"/proc/{pid}") or _is_zombie(pid) for pid in pids))
 
 
 def _is_zombie(pid):

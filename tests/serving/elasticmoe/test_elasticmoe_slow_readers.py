@@ -10,6 +10,7 @@ from anabranch.serving.core import stream as streams
 from anabranch.serving.core.request import Finish, Request, Sampling
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.coordinator import Coordinator
+from waiting import until_async
 
 BUFFER = 4
 COUNT = 120  # tokens of the slow one: more than a second of steps, so that it is paused long before it ends
@@ -68,11 +69,6 @@ async def answer(engine, id):
     return await read(submit(engine, id))
 
 
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.005)
-
-
 def given(engine, id="slow"):
     return len(engine.group.ledger.live[id].output)
 
@@ -84,7 +80,7 @@ async def settled(engine):
 
 async def paused(engine, id="slow"):
     """Until a request stands still; how many tokens it has given by then."""
-    await until(lambda: engine.group.ledger.live[id].paused is not None)
+    await until_async(lambda: engine.group.ledger.live[id].paused is not None)
     await settled(engine)
     return given(engine, id)
 
@@ -135,7 +131,7 @@ def test_it_stays_paused_through_changes_of_devices(run, alone, mode):
         stream, tokens, count = await begin(engine)
         live = engine.group.ledger.live["slow"]
         running = asyncio.create_task(answer(engine, "b"))
-        await until(lambda: "b" in engine.group.ledger.live)
+        await until_async(lambda: "b" in engine.group.ledger.live)
         # The change ends while the reader does not read: its device stays, leaves, and comes back.
         for devices, device in (((0, 1), 0), ((1,), 1), ((1, 0), 1)):
             await engine.control("scale", devices=devices, mode=mode)
@@ -159,7 +155,7 @@ def test_it_stays_paused_when_its_rank_dies(run, alone):
         stream, tokens, count = await begin(engine)
         old = engine.group.ledger.active
         old.kill(0)
-        await until(lambda: engine.group.ledger.active is not old)
+        await until_async(lambda: engine.group.ledger.active is not old)
         await others(engine, alone)
         assert is_still(engine, count)
         live = engine.group.ledger.live["slow"]
@@ -182,7 +178,7 @@ def test_an_abort_while_it_is_paused(run, alone, where):
         if where == "with none":
             old = engine.group.ledger.active
             old.kill(0)
-            await until(lambda: engine.group.ledger.active is not old)
+            await until_async(lambda: engine.group.ledger.active is not old)
         await engine.abort("slow")
         rest, finish = await read(stream)
         assert (tokens + rest, finish) == (alone["slow"][:count], Finish.ABORT)
@@ -199,7 +195,7 @@ def test_a_reader_that_does_not_come_has_its_request_ended(run, alone, monkeypat
         monkeypatch.setattr(streams, "STALL_S", 0.05)
         stream = submit(engine, "slow")
         tokens = list((await anext(stream)).tokens)
-        await until(lambda: "slow" not in engine.group.ledger.live)
+        await until_async(lambda: "slow" not in engine.group.ledger.live)
         monkeypatch.setattr(streams, "STALL_S", 30.0)
         await others(engine, alone)
         rest, finish = await read(stream)

@@ -1,43 +1,87 @@
 """When a process that has stopped is ended: with made-up ranks, on the clock; and each kind of process of a real group, stopped or dead."""
 
+import heapq
+import math
 import os
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.elasticmoe import watchdog
 from anabranch.serving.elasticmoe.config import ElasticConfig
 from anabranch.serving.elasticmoe.group import Group
 from anabranch.serving.elasticmoe.policy import Policy
 from anabranch.serving.elasticmoe.watchdog import Watchdog, Watched
-from serving_thread import until
+from waiting import until
 
 PATIENCE_S = 0.6
 
 
+class Clock:
+    """Stands for the modules ``time`` and ``threading`` of a watchdog: time goes on by what it waits, and ends after ``end_s``."""
+
+    Thread = threading.Thread
+
+    def __init__(self):
+        self.now, self.end_s, self._later = 0.0, math.inf, []
+
+    def monotonic(self):
+        return self.now
+
+    def after(self, seconds, do):
+        heapq.heappush(self._later, (self.now + seconds, len(self._later), do))
+
+    def Event(self):
+        return SimpleNamespace(wait=self._wait)
+
+    def _wait(self, seconds):
+        end = self.now + seconds
+        while self._later and self._later[0][0] <= end:
+            self.now, _, do = heapq.heappop(self._later)
+            do()
+        self.now = end
+        return end > self.end_s
+
+    def watch(self, watched, patience_s, end_s):
+        """All that a watchdog does by then."""
+        self.end_s = end_s
+        Watchdog(watched, patience_s)._thread.join()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(watchdog, "time", made)
+    monkeypatch.setattr(watchdog, "threading", made)
+    return made
+
+
 class Ranks:
-    """Of one instance; they answer at once, or as long after as a step takes, until they hang."""
+    """Of one instance; they answer at once, or as long after as a step takes, until one has answered so often that it hangs."""
 
     is_broken = is_closed = False
 
-    def __init__(self, devices=(0, 1), step_s=0.0):
-        self.devices, self.step_s, self.hangs = devices, step_s, set()
-        self.heard, self.killed = {}, {}
+    def __init__(self, clock, devices=(0, 1), step_s=0.0, hangs=None):
+        self.clock, self.devices, self.step_s, self.hangs = clock, devices, step_s, hangs or {}
+        self.heard, self.killed, self.answers = {}, {}, Counter()
 
     def call(self, device, name):
         assert name == "ping"
         future = Future()
-        if device not in self.hangs:
-            timer = threading.Timer(self.step_s, self._answer, (device, future))
-            timer.start()
+        if self.answers[device] < self.hangs.get(device, math.inf):
+            self.answers[device] += 1
+            self.clock.after(self.step_s, partial(self._answer, device, future))
         return future
 
     def _answer(self, device, future):
-        self.heard[device] = time.monotonic()
+        self.heard[device] = self.clock.now
         future.set_result(None)
 
     def watched(self):
@@ -49,33 +93,23 @@ class Ranks:
         ]
 
     def kill(self, device):
-        self.killed.setdefault(device, time.monotonic())
+        self.killed.setdefault(device, self.clock.now)
         self.is_broken = True
 
 
 @pytest.mark.parametrize("answers", [1, 2, 3])
-def test_a_rank_is_ended_when_it_has_been_silent_for_so_long_and_not_half_as_long_again(answers):
-    ranks = Ranks()
-    watchdog = Watchdog(ranks.watched, PATIENCE_S)
-    try:
-        for _ in range(answers):
-            before = ranks.heard.get(1)
-            until(lambda before=before: ranks.heard.get(1) != before)
-        ranks.hangs.add(1)
-        until(lambda: 1 in ranks.killed)
-        assert PATIENCE_S <= ranks.killed[1] - ranks.heard[1] < 1.25 * PATIENCE_S
-        assert 0 not in ranks.killed
-    finally:
-        watchdog.close()
+def test_a_rank_is_ended_when_it_has_been_silent_for_so_long_and_not_half_as_long_again(clock, answers):
+    ranks = Ranks(clock, hangs={1: answers})
+    clock.watch(ranks.watched, PATIENCE_S, 10 * PATIENCE_S)
+    assert PATIENCE_S <= ranks.killed[1] - ranks.heard[1] + 1e-9 < 1.25 * PATIENCE_S
+    assert 0 not in ranks.killed
 
 
-def test_ranks_whose_steps_are_long_but_not_too_long_are_left_alone():
-    ranks = Ranks(step_s=0.6 * PATIENCE_S)
-    watchdog = Watchdog(ranks.watched, PATIENCE_S)
-    time.sleep(4 * PATIENCE_S)
-    watchdog.close()
+def test_ranks_whose_steps_are_long_but_not_too_long_are_left_alone(clock):
+    ranks = Ranks(clock, step_s=0.6 * PATIENCE_S)
+    clock.watch(ranks.watched, PATIENCE_S, 20 * PATIENCE_S)
     assert not ranks.killed
-    assert ranks.heard
+    assert ranks.answers[0] == ranks.answers[1] > 10
 
 
 def test_of_a_process_that_is_gone_one_is_told_once():
@@ -94,7 +128,7 @@ def test_of_a_process_that_is_gone_one_is_told_once():
             for name in processes
         ]
 
-    watchdog = Watchdog(watched, 0.2)
+    watching = Watchdog(watched, 0.2)
     until(lambda: lost == ["first"])
     time.sleep(0.2)
     processes[:] = ["second"]
@@ -102,18 +136,16 @@ def test_of_a_process_that_is_gone_one_is_told_once():
     processes[:] = ["third"]
     # It is there, but never answers.
     until(lambda: lost == ["first", "second", "third"])
-    watchdog.close()
+    watching.close()
 
 
 @pytest.mark.parametrize("start_s", [0.0, 1.0])
-def test_one_that_starts_has_the_time_that_takes(start_s):
-    killed, began = [], time.monotonic()
-    watched = [Watched(("a",), "a", Future, lambda: killed.append(time.monotonic()), start_s=start_s)]
-    watchdog = Watchdog(lambda: watched, 0.2)
-    until(lambda: killed)
-    watchdog.close()
-    assert killed[0] - began >= max(start_s, 0.2)
-    assert start_s or killed[0] - began < 0.9
+def test_one_that_starts_has_the_time_that_takes(clock, start_s):
+    killed = []
+    watched = [Watched(("a",), "a", Future, lambda: killed.append(clock.now), start_s=start_s)]
+    clock.watch(lambda: watched if not killed else [], 0.2, 5.0)
+    # Looked at for the first time after a quarter of its patience.
+    assert killed == [pytest.approx(0.05 + max(start_s, 0.2))]
 
 
 @pytest.fixture
@@ -161,18 +193,18 @@ def test_whichever_process_of_a_group_stops_or_dies_requests_are_answered_and_de
         group.ledger.submit(Request(id=id, prompt=(1, 2, 3), sampling=sampling), emit)
         return done
 
-    assert ask("alone").wait(30)
+    assert ask("alone").wait(60)
     pid = PROCESSES[name](group)
     # Each has been heard by then; before its first sign of life a fork server has the time that a start may take.
     time.sleep(group.config.watchdog_s)
     os.kill(pid, number)
     # What was stopped is found out without anybody asking for it.
     done = ask("meanwhile")
-    until(lambda: pid not in group.pids, 30)
-    assert done.wait(30)
+    until(lambda: pid not in group.pids)
+    assert done.wait(60)
     assert outputs["meanwhile"] == outputs["alone"]
     report = group.scale(3)
     assert report.new == (0, 1, 2)
-    assert ask("after").wait(30)
+    assert ask("after").wait(60)
     assert outputs["after"] == outputs["alone"]
     assert group.is_serving

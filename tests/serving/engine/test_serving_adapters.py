@@ -24,7 +24,7 @@ from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.loop import _reply
 from anabranch.serving.engine.messages import Control, Refused, Reply
 from served_adapters import ATTENTION, DIM, LAYERS, VOCAB, Runs, layers_of, make_adapters, make_model, scores
-from serving_thread import until
+from waiting import until
 
 PROMPTS = [
     tuple((7 * at + 31 * number) % VOCAB for at in range(length))
@@ -263,7 +263,7 @@ def test_a_load_holds_no_step_up(folders):
     shelf, gate, read = runs.engine.adapters.shelf, threading.Event(), runs.engine.adapters.shelf._read
 
     def slow(*where):
-        assert gate.wait(20)
+        assert gate.wait(60)
         return read(*where)
 
     shelf._read = slow
@@ -395,7 +395,7 @@ def test_a_refused_load_keeps_nothing_in_memory(case, tmp_path):
     try:
         replies = [_reply_of(runs, tmp_path / "x") for _ in range(3)]
         # The worker's thread may still be on its way out of the last one.
-        until(lambda: _big_tensors() <= before, 2)
+        until(lambda: _big_tensors() <= before)
     finally:
         gc.enable()
     wanted = CheckpointError if case == "not a number" else CapacityError

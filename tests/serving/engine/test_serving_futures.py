@@ -20,7 +20,7 @@ def test_it_gives_what_both_give():
     second.set_result(2)
     assert not made.done()
     first.set_result(1)
-    assert made.result(1) == (1, 2)
+    assert made.result(60) == (1, 2)
 
 
 def test_it_raises_what_comes_first():
@@ -28,10 +28,10 @@ def test_it_raises_what_comes_first():
     made = both(first, second)
     second.set_exception(ValueError("second"))
     with pytest.raises(ValueError, match="second"):
-        made.result(1)
+        made.result(60)
     first.set_exception(ValueError("first"))
     with pytest.raises(ValueError, match="second"):
-        made.result(1)
+        made.result(60)
 
 
 def test_to_cancel_it_cancels_both():
@@ -46,7 +46,7 @@ def test_one_that_is_cancelled_cancels_the_other():
     made = both(first, second)
     first.cancel()
     with pytest.raises(CancelledError):
-        made.result(1)
+        made.result(60)
     assert second.cancelled()
 
 
@@ -62,8 +62,8 @@ def test_work_that_follows(executor):
     assert not made.done()
     assert done == []
     first.set_result(None)
-    assert made.result(5) == "made"
-    assert after(None, executor, lambda: 7).result(5) == 7
+    assert made.result(60) == "made"
+    assert after(None, executor, lambda: 7).result(60) == 7
 
 
 def test_work_does_not_follow_what_failed(executor):
@@ -71,13 +71,13 @@ def test_work_does_not_follow_what_failed(executor):
     made = after(first, executor, lambda: done.append(1))
     first.set_exception(ValueError("first"))
     with pytest.raises(ValueError, match="first"):
-        made.result(5)
+        made.result(60)
 
     def fails():
         raise KeyError("work")
 
     with pytest.raises(KeyError, match="work"):
-        after(None, executor, fails).result(5)
+        after(None, executor, fails).result(60)
     assert done == []
 
 
@@ -91,7 +91,7 @@ def test_to_cancel_it_cancels_what_it_waits_for(executor):
     waiting = after(None, executor, lambda: done.append(2))
     assert waiting.cancel()
     gate.set()
-    executor.submit(int).result(5)
+    executor.submit(int).result(60)
     cancelled = Future()
     follows = after(cancelled, executor, lambda: done.append(3))
     cancelled.cancel()
@@ -103,4 +103,4 @@ def test_of_an_executor_that_was_shut_down_nothing_follows():
     executor = ThreadPoolExecutor(1)
     executor.shutdown()
     with pytest.raises(CancelledError):
-        after(None, executor, lambda: 1).result(5)
+        after(None, executor, lambda: 1).result(60)

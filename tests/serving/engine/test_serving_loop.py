@@ -13,7 +13,7 @@ from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.core.scheduler import SchedulerConfig
 from anabranch.serving.engine.loop import EngineLoop
 from anabranch.serving.engine.messages import Abort, Add, Close, Closed, Control, Refused, Reply
-from serving_thread import until
+from waiting import until
 
 
 class Counting:
@@ -92,7 +92,7 @@ def test_the_next_step_is_scheduled_while_one_runs():
     class Waiting(Counting):
         def run(self, batch):
             if batch.step == 0:
-                assert second_is_formed.wait(10), "step 1 was not formed while step 0 ran"
+                assert second_is_formed.wait(60), "step 1 was not formed while step 0 ran"
             return super().run(batch)
 
     watch = Watch(Waiting(), is_async=True)
@@ -180,7 +180,7 @@ def test_a_crash_is_raised_to_whoever_runs_the_loop_until_idle(is_async):
 
 
 @BOTH
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_an_engine_that_failed_says_so_to_all_who_come_later(is_async):
     class Failing(Counting):
         def run(self, batch):
@@ -248,12 +248,13 @@ def test_an_idle_loop_says_how_it_is_once_and_waits():
     watch = Watch(sources=[lambda: EngineStats(gauges={"expert_resident_bytes": 7})])
     thread = threading.Thread(target=watch.loop.run)
     thread.start()
+    until(lambda: watch.of(EngineStats))
     thread.join(0.05)
     assert thread.is_alive()
     assert len(watch.of(EngineStats)) == 1
     assert watch.of(EngineStats)[0].gauges["expert_resident_bytes"] == 7
     watch.loop.put(Close())
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -282,7 +283,7 @@ def test_a_request_waits_for_what_is_prepared_and_holds_up_no_other(is_async):
     until(lambda: watch.ends("slow"))
     assert watch.tokens("slow") == [11, 12, 13, 14, 15]
     watch.loop.put(Close())
-    thread.join(20)
+    thread.join(60)
     del future, thing
     watch.loop._prepare = None
     assert held() is None  # nothing keeps it for a request that is over

@@ -207,7 +207,7 @@ def test_closing_ends_the_wait_of_another_thread(native: bool, tmp_path: Path) -
         thread.start()
         threading.Event().wait(0.01 * turn)
         one.mover.close()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     assert len(told) == 5
     assert all("closed" in text for text in told)

@@ -25,7 +25,8 @@ from anabranch.serving.engine.local import LocalEngine
 from anabranch.serving.http.serve import ServeConfig
 from served_adapters import layers_of, make_adapters, make_model
 from serving_models import serve_process
-from serving_thread import serving, until
+from serving_thread import serving
+from waiting import until
 
 openai = pytest.importorskip("openai")
 BASE, TOKEN = "demo", "operators-only"
@@ -337,7 +338,7 @@ def test_a_running_request_keeps_its_adapter(server, root):
     assert change(server, {"name": "x", "folder": "b"})[0] == 200
     assert change(server, None, "DELETE", "/x")[0] == 200
     assert say(server, model="x")[0] == 404
-    thread.join(20)
+    thread.join(60)
     assert made == [wanted]
 
 
@@ -413,7 +414,7 @@ def test_a_server_of_its_own_and_the_official_client(tmp_path, root):
             for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
         ]
         os.kill(engine, signal.SIGKILL)
-        until(lambda: _said(client, greedy) == third, 60)
+        until(lambda: _said(client, greedy) == third)
         assert client.delete("/adapters/c", cast_to=object)["deleted"]
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="c", **greedy)
@@ -534,7 +535,7 @@ def test_nobody_waits_while_a_folder_is_looked_at(own, monkeypatch):
 
     def slow(*where):
         come.set()
-        assert gate.wait(20)
+        assert gate.wait(60)
         return folder_of(*where)
 
     monkeypatch.setattr(adapter_reader, "folder_of", slow)
@@ -542,12 +543,12 @@ def test_nobody_waits_while_a_folder_is_looked_at(own, monkeypatch):
     thread = threading.Thread(target=lambda: made.append(change(own, {"name": "x", "folder": "c"}, token=None)[0]))
     thread.start()
     try:
-        assert come.wait(10)
+        assert come.wait(60)
         assert own.ask("/health")[0] == 200
         assert say(own)[0] == 200
     finally:
         gate.set()
-        thread.join(20)
+        thread.join(60)
     assert made == [200]
 
 
@@ -560,7 +561,7 @@ def test_a_load_goes_on_where_its_sender_leaves(own, before, monkeypatch):
 
     def slow(*where):
         come.set()
-        assert gate.wait(20)
+        assert gate.wait(60)
         return folder_of(*where)
 
     monkeypatch.setattr(adapter_reader, "folder_of", slow)
@@ -570,7 +571,7 @@ def test_a_load_goes_on_where_its_sender_leaves(own, before, monkeypatch):
     try:
         with socket.create_connection(("127.0.0.1", own.port)) as link:
             link.sendall(head.encode() + body)
-            assert come.wait(10)
+            assert come.wait(60)
         until(lambda: own.app.under_way == 0)
     finally:
         gate.set()

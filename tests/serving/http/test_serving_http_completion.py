@@ -14,6 +14,8 @@ from anabranch.serving.http.completion import Completion
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.scores import PromptScores
 from anabranch.web.api_error import ApiError
+from paced_time import run_paced
+from waiting import until_async
 
 READER = Reader(ByteTokenizer())
 
@@ -70,7 +72,7 @@ async def read(completion):
 def test_every_choice_is_told_to_its_end_and_gives_its_place_back():
     engine = Engine("one", "and two", "x")
     completion, tickets = completion_of(engine)
-    assert asyncio.run(read(completion)) == ["one", "and two", "x"]
+    assert run_paced(read(completion)) == ["one", "and two", "x"]
     assert [choice.finish for choice in completion.choices] == [Finish.LENGTH] * 3
     assert all(ticket.log[0] == "started" and ticket.log[-1] == "closed" for ticket in tickets)
     assert sorted(engine.closed) == [0, 1, 2]
@@ -82,13 +84,15 @@ def test_of_a_choice_that_nobody_reads_one_change_waits_and_no_more_are_asked_fo
     async def run():
         completion, _ = completion_of(engine)
         async with completion:
+            await until_async(lambda: engine.told == [1, 1])
             await asyncio.sleep(0.02)
             assert engine.told == [1, 1]
             assert [change.text for change in await completion.take()] == ["a", "a"]
+            await until_async(lambda: engine.told == [2, 2])
             await asyncio.sleep(0.02)
             assert engine.told == [2, 2]
 
-    asyncio.run(run())
+    run_paced(run())
     assert sorted(engine.closed) == [0, 1]
 
 
@@ -101,7 +105,7 @@ def test_nothing_in_time_is_nothing_and_what_is_left_is_aborted():
             assert await completion.take(0.01) == []
         return tickets
 
-    [ticket] = asyncio.run(run())
+    [ticket] = run_paced(run())
     assert engine.closed == [0]
     assert ticket.log == ["closed"]
 
@@ -117,7 +121,7 @@ def test_nothing_in_time_is_nothing_and_what_is_left_is_aborted():
 def test_one_that_fails_fails_all_and_says_which_field_it_was(error, status, code):
     completion, _ = completion_of(Engine("", "b", error=error), param="tools")
     with pytest.raises(ApiError) as raised:
-        asyncio.run(read(completion))
+        run_paced(read(completion))
     assert (raised.value.status, raised.value.code) == (status, code)
     assert raised.value.param == (None if status == 500 else "tools")
 
@@ -130,7 +134,7 @@ def test_an_engine_that_ends_without_a_reason_has_failed():
 
     completion, _ = completion_of(Mute("a"))
     with pytest.raises(ApiError, match="ended a request without a reason"):
-        asyncio.run(read(completion))
+        run_paced(read(completion))
 
 
 def test_what_is_told_from_outside_comes_after_what_is_held():
@@ -144,7 +148,7 @@ def test_what_is_told_from_outside_comes_after_what_is_held():
             with pytest.raises(ApiError, match="stopped"):
                 await completion.take()
 
-    asyncio.run(run())
+    run_paced(run())
 
 
 def test_choices_wait_for_the_scores_that_the_first_brings():
@@ -172,5 +176,5 @@ def test_choices_wait_for_the_scores_that_the_first_brings():
                 texts |= {change.index: texts.get(change.index, "") + change.text for change in taken}
         return texts
 
-    assert asyncio.run(run()) == {0: "A", 1: "A"}
+    assert run_paced(run()) == {0: "A", 1: "A"}
     assert scores.rows == [row, row]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from serving_models import serve_process
-from serving_thread import until
+from waiting import until
 
 MIB = 1 << 20
 KEYS = ("--api-key", "alice=a", "--api-key", "bob=b")
@@ -75,14 +75,14 @@ class Innocent:
         self._threads = [threading.Thread(target=self._stream), threading.Thread(target=self._look)]
         for thread in self._threads:
             thread.start()
-        until(lambda: self.events > 3 or self.wrong, 20)
+        until(lambda: self.events > 3 or self.wrong)
         self.gap = 0.0
         return self
 
     def __exit__(self, *_):
         self._is_over.set()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()
 
     def _stream(self):
@@ -193,9 +193,7 @@ def slow_senders(server):
             link.sendall(b"x")
         # That there is no such model is found out when a body was read.
         assert send(server.port, raw)[0] == 404
-        began = time.monotonic()
         assert [answered(link)[0] for link in links] == [408] * 6
-        assert time.monotonic() - began < 8
 
 
 def connections(server):

@@ -13,7 +13,8 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from serving_models import EXPERTS, LAYERS, small_moe
-from serving_thread import events, serving, streamed, until
+from serving_thread import events, serving, streamed
+from waiting import until
 
 openai = pytest.importorskip("openai")
 MODEL = "small"
@@ -47,7 +48,7 @@ def server(model):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="anything", max_retries=0, timeout=30) as made:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="anything", max_retries=0, timeout=60) as made:
         yield made
 
 
@@ -69,9 +70,11 @@ def test_greedy_text_is_that_of_the_model(server, model):
 def test_requests_that_an_engine_had_not_begun_are_answered_by_the_next(model):
     """The first hangs in its step; two wait behind it, one of them with two choices."""
     config = ServingConfig(num_blocks=256, name=MODEL, dtype="float32", max_seqs=1, scheduling="sync")
-    may_go, made = threading.Event(), []
+    may_go, may_load, made = threading.Event(), threading.Event(), []
 
     def make_engine():
+        if made:
+            assert may_load.wait(60)
         engine = Engine.of(model, config, tokenizer=ByteTokenizer())
         run = engine.runner.run
         is_first = not made
@@ -79,14 +82,14 @@ def test_requests_that_an_engine_had_not_begun_are_answered_by_the_next(model):
 
         def hanging(batch):
             if is_first and batch.new:
-                may_go.wait(20)
+                may_go.wait(60)
             return run(batch)
 
         engine.runner.run = hanging
         return engine
 
     body = {"model": MODEL, "prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    with serving(lambda: LocalEngine(make_engine, watchdog_s=0.5)) as running, ThreadPoolExecutor(3) as pool:
+    with serving(lambda: LocalEngine(make_engine, watchdog_s=1.5)) as running, ThreadPoolExecutor(3) as pool:
         first = pool.submit(running.ask, "/v1/completions", body)
         until(
             lambda: running.frontend.admission.in_flight == 1 and running.frontend.engine.stats().gauges["streams"] == 1
@@ -94,13 +97,14 @@ def test_requests_that_an_engine_had_not_begun_are_answered_by_the_next(model):
         others = [pool.submit(running.ask, "/v1/completions", {**body, "n": n}) for n in (1, 2)]
         until(lambda: running.frontend.state == "loading")
         assert running.ask("/health/ready")[0] == running.ask("/health")[0] == 503
-        status, _, answer = first.result(20)
+        may_load.set()
+        status, _, answer = first.result(60)
         assert (status, answer["error"]["code"]) == (500, "engine_failed")
-        texts = [[choice["text"] for choice in other.result(20)[2]["choices"]] for other in others]
+        texts = [[choice["text"] for choice in other.result(60)[2]["choices"]] for other in others]
         assert texts[0] * 2 == texts[1]
         assert len(made) == 2
         assert running.metrics()["engine_restarts_total"] == 1
-        assert running.frontend.admission.in_flight == 0
+        until(lambda: running.frontend.admission.in_flight == 0)
         may_go.set()
 
 

@@ -404,7 +404,7 @@ def test_who_waits_until_the_body_is_wanted_is_told_so(server):
     said = json.dumps(HELLO).encode()
     more = f"host: localhost\r\nexpect: 100-continue\r\ncontent-length: {len(said)}\r\n"
     for kind, told in (("application/json", b"HTTP/1.1 100 Continue\r\n\r\n"), ("text/plain", b"HTTP/1.1 415 ")):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
             link.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{more}content-type: {kind}\r\n\r\n".encode())
             assert link.recv(65536).startswith(told)
             if b" 100 " in told:

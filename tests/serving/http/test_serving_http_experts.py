@@ -127,7 +127,7 @@ def test_the_record_at_the_start_says_what_predicts(folder):
         line = process.stdout.readline()
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert line == (
         "experts 146 KiB of 576 KiB in memory, policy plec, predictor encdec, dual batches of 2, regrouped\n"
     )

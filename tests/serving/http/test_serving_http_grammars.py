@@ -67,7 +67,7 @@ def beside(server, schema, **fields):
     began = threading.Event()
     with ThreadPoolExecutor(4) as pool:
         innocent = pool.submit(stream, server, began)
-        assert began.wait(30)
+        assert began.wait(60)
         hostile = [pool.submit(follow, server, schema, **fields) for _ in range(3)]
         return innocent.result(), [future.result() for future in hostile]
 
@@ -80,7 +80,7 @@ def server():
 
 
 def restarts(server):
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
         (line,) = [line for line in answer.read().decode().splitlines() if "restarts_total " in line and line[0] != "#"]
     return float(line.split()[-1])
 

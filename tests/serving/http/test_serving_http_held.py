@@ -10,7 +10,8 @@ import pytest
 from anabranch.serving.http.config import Limits
 from anabranch.web import answer_room
 from fake_engine import Script
-from serving_thread import serving, until
+from serving_thread import serving
+from waiting import until
 
 KEYS = ("alice=a", "bob=b")
 # 17 MB of scores, told four times over: more than the system's buffers take.
@@ -44,8 +45,8 @@ def test_answers_that_are_not_read_count_against_their_sender(monkeypatch):
         answers = server.frontend.answers
         with slow_reader(server, "a", SCORES):
             # Nothing is in the engine, and all of it is still here.
-            assert server.frontend.admission.in_flight == 0
-            assert answers.num_bytes == HELD
+            until(lambda: server.frontend.admission.in_flight == 0)
+            until(lambda: answers.num_bytes == HELD)
             before = len(server.script.requests)
             status, headers, told = ask(server, "a", **SCORES)
             assert (status, told["error"]["code"], headers["retry-after"]) == (429, "overloaded", "1")
@@ -59,24 +60,24 @@ def test_answers_that_are_not_read_count_against_their_sender(monkeypatch):
             assert (status, told["error"]["code"], headers["retry-after"]) == (429, "overloaded", "1")
             until(lambda: len(server.engine.aborted) == 1)
             assert server.metrics()['aborted_total{reason="room"}'] == 1
-            assert answers.num_bytes == HELD
+            until(lambda: answers.num_bytes == HELD)
         # It has left.
-        until(lambda: answers.num_bytes == 0, 60)
+        until(lambda: answers.num_bytes == 0)
         with slow_reader(server, "a", SCORES):
-            assert answers.num_bytes == HELD
+            until(lambda: answers.num_bytes == HELD)
 
 
 def test_a_slow_reader_makes_room_when_it_is_needed(monkeypatch):
     monkeypatch.setattr(answer_room, "PATIENCE_S", 0.0)
     with serving(api_keys=KEYS, limits=Limits(answers_bytes=24 << 20)) as server:
         with slow_reader(server, "a", SCORES) as link, slow_reader(server, "a", SCORES):
-            assert server.frontend.answers.num_bytes == HELD
+            until(lambda: server.frontend.answers.num_bytes == HELD)
             last = b""
             with contextlib.suppress(ConnectionError):
                 while part := link.recv(1 << 16):
                     last = part
             assert not last.endswith(b"0\r\n\r\n"), "half an answer must not look like one"
-        until(lambda: server.frontend.answers.num_bytes == 0, 60)
+        until(lambda: server.frontend.answers.num_bytes == 0)
 
 
 def test_a_reader_that_is_too_slow_is_cut_however_little_it_waits_for_each_slice(monkeypatch):
@@ -127,7 +128,7 @@ def test_a_stream_lets_go_of_scores_that_have_been_told():
             while b"text_offset" not in raw:
                 raw += link.recv(1 << 16)
             until(lambda: server.frontend.answers.num_bytes == 0)
-            assert server.frontend.admission.in_flight == 1
+            until(lambda: server.frontend.admission.in_flight == 1)
             while b"[DONE]" not in raw:
                 raw += link.recv(1 << 16)
 

@@ -16,7 +16,8 @@ from anabranch.serving.engine.local import LocalEngine
 from fake_engine import Script
 from hostile import FORMS
 from serving_models import serve_process, small_moe
-from serving_thread import serving, until
+from serving_thread import serving
+from waiting import until
 
 KEYS = ("alice=a", "bob=b")
 # Those that take no process to try a grammar out, or none for long.
@@ -113,8 +114,7 @@ def test_a_hostile_client_hurts_nobody():
         assert wrong == []
         assert {name for name, _ in told} == QUICK
         assert {200, 400, None} <= {code for _, code in told}
-        until(lambda: server.frontend.admission.in_flight == 0)
-        assert server.frontend.state == "ready"
+        until(lambda: server.frontend.admission.in_flight == 0 and server.frontend.state == "ready")
         shown = server.metrics()
         assert shown["engine_restarts_total"] == 0
         assert shown['aborted_total{reason="engine_failed"}'] == 0

@@ -17,6 +17,7 @@ from anabranch.serving.http.inside_config import InsideConfig
 from anabranch.serving.http.reading import Reader
 from fake_engine import Script
 from serving_thread import HELLO, events, serving, streamed
+from waiting import until_async
 
 ASKED = {"model": "fake", "messages": HELLO["messages"]}
 
@@ -33,7 +34,7 @@ def run(script, work, **fields):
         made = inside(script, **fields)
         await made.start()
         try:
-            return await asyncio.wait_for(work(made), 20)
+            return await asyncio.wait_for(work(made), 60)
         finally:
             await made.close()
 
@@ -126,9 +127,7 @@ def test_who_closes_a_stream_ends_its_row_and_leaves_its_place():
         status, headers, refused = await ask(made, key="other", max_tokens=1)
         assert (status, refused["error"]["code"], headers["Retry-After"]) == (429, "overloaded", "1")
         first.close()
-        while made.frontend.admission.in_flight:
-            await asyncio.sleep(0.001)
-        assert len(script.made[0].aborted) == 1
+        await until_async(lambda: not made.frontend.admission.in_flight and len(script.made[0].aborted) == 1)
         return (await ask(made, key="other", max_tokens=1))[0]
 
     assert run(script, work, admission=AdmissionConfig(max_in_flight=1)) == 200
@@ -143,9 +142,7 @@ def test_who_stops_waiting_for_a_whole_answer_ends_its_row():
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        while made._answering:
-            await asyncio.sleep(0.001)
-        assert not made.frontend.admission.in_flight
+        await until_async(lambda: not made._answering and not made.frontend.admission.in_flight)
         return script.made[0].aborted, made.frontend.metrics.requests.labels("chat", "499")._value.get()
 
     aborted, gone = run(script, work)
@@ -301,7 +298,7 @@ def test_whatever_is_asked_gets_an_answer_and_leaves_nothing(asked):
     async def work(made):
         for kind, body in asked:
             reply = await made.ask(kind, body)
-            raw = await asyncio.wait_for(read(reply), 5)
+            raw = await asyncio.wait_for(read(reply), 60)
             assert reply.status in (200, 400, 404, 501), raw
             if reply.status != 200:
                 assert json.loads(raw)["error"]["message"]
@@ -336,11 +333,8 @@ def test_whoever_goes_away_whenever_leaves_nothing_and_holds_nobody_up(asked, sl
             return True
 
         assert all(await asyncio.gather(*(one(*each) for each in asked)))
-        while made._answering:
-            await asyncio.sleep(0)
-        assert not made.frontend.admission.in_flight
-        assert not script.made[0].running
-        assert not made.frontend._live
+        await until_async(lambda: not (made._answering or made.frontend.admission.in_flight or made.frontend._live))
+        await until_async(lambda: not script.made[0].running)
         assert (await ask(made, max_tokens=2))[0] == 200
 
     run(script, work)

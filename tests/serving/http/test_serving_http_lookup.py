@@ -28,7 +28,7 @@ def answers(model, number):
     found = []
     with (
         serving(lambda: LocalEngine(lambda: Engine.of(model, config, tokenizer=ByteTokenizer()))) as running,
-        openai.OpenAI(base_url=f"{running.url}/v1", api_key="anything", max_retries=0, timeout=30) as client,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="anything", max_retries=0, timeout=60) as client,
     ):
         before = running.metrics()
         assert before["drafted_tokens_total"] == before["accepted_draft_tokens_total"] == 0

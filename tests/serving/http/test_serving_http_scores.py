@@ -190,7 +190,7 @@ def test_the_official_client_as_an_evaluator_uses_it(server, model):
     """lm-evaluation-harness: context and continuation as token ids, of which the continuation's scores are added up."""
     pairs = [("2 + 2 =", " 4"), ("the sky is", " blue")]
     ids = [ByteTokenizer().encode(context + more) for context, more in pairs]
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="anything", max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="anything", max_retries=0, timeout=60) as client:
         answer = client.completions.create(
             model=MODEL, prompt=ids, max_tokens=1, logprobs=1, temperature=0, echo=True, seed=1234
         )

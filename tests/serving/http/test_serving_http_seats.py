@@ -9,7 +9,8 @@ from anabranch.serving.config import ServingConfig
 from anabranch.serving.engine import Engine
 from anabranch.serving.engine.local import LocalEngine
 from serving_models import small_moe
-from serving_thread import serving, streamed, until
+from serving_thread import serving, streamed
+from waiting import until
 
 KEYS = ("alice=a", "bob=b")
 LONG = {"model": "small-moe", "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}

@@ -12,7 +12,8 @@ from anabranch.data import templates
 from anabranch.data.bpe import train_bpe
 from anabranch.data.tokenizer import HuggingFaceTokenizer
 from anabranch.serving.http.reading import Reader
-from serving_thread import serving, until
+from serving_thread import serving
+from waiting import until
 
 
 class Waiting(Reader):
@@ -27,7 +28,7 @@ class Waiting(Reader):
     def render(self, messages, tools, **more):
         self.is_asked.set()
         self.asked.append(messages)
-        assert self.may_answer.wait(5)
+        assert self.may_answer.wait(60)
         return super().render(messages, tools, **more)
 
 
@@ -45,7 +46,7 @@ def test_others_are_answered_while_a_template_is_rendered(path):
             assert not made
         finally:
             reader.may_answer.set()
-            thread.join(10)
+            thread.join(60)
         assert made[0][0] == 200
 
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import sys
 import time
 
 import pytest
@@ -27,6 +28,7 @@ from anabranch.serving.memory.plan import Ladder
 from anabranch.serving.memory.work import load_bytes, step_bytes
 from anabranch.sizes import parse_bytes
 from served_adapters import make_adapters, make_model, make_routers
+from waiting import until
 
 PROGRAM = 100 << 20
 MIXTURE = Decoder.Config(
@@ -305,8 +307,15 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_that_waits_is_told_for_what(saved, monkeypatch):
     monkeypatch.setattr("anabranch.cli.memory.PATIENCE_S", 0.05)
-    measure = "anabranch.serving.memory.plan.program_bytes"
-    monkeypatch.setattr(measure, lambda model, processes: time.sleep(0.3) or 5 << 20)
+
+    def measured(model, processes):
+        if sys.stderr.isatty():
+            until(sys.stderr.getvalue)
+        else:
+            time.sleep(0.2)
+        return 5 << 20
+
+    monkeypatch.setattr("anabranch.serving.memory.plan.program_bytes", measured)
     said = []
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr("sys.stderr", stream)

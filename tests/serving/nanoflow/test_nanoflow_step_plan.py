@@ -110,7 +110,7 @@ def test_shares_are_cores_and_a_product_takes_what_is_left(share, beside, alone)
     )
     graph = LayerGraph(made, 1, ("a", "b"), ("c",)).split()
     schedule = Schedule(graph, (0, 1, 2), (share, 0.1, 0.1))
-    both, cores = threading.Barrier(2, timeout=20), {}
+    both, cores = threading.Barrier(2, timeout=60), {}
 
     def work(layer, op):
         cores[op.op] = torch.get_num_threads()
