@@ -211,7 +211,7 @@ def held_up():
     class Held(Learning):
         def route(self, query, pool):
             order.append(query.tenant)
-            assert released.wait(10)
+            assert released.wait(60)
             return say("small")(query, pool)
 
         def observe(self, outcome):
@@ -222,7 +222,7 @@ def held_up():
 
 
 async def until(holds):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not holds():
             await asyncio.sleep(0.001)
 

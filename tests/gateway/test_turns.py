@@ -170,10 +170,10 @@ def test_what_waits_for_an_executor_that_is_shut_down_ends():
     async def main():
         released, executor = threading.Event(), ThreadPoolExecutor(1)
         turns = Turns(executor)
-        pieces = [turns.put(whose, lambda: released.wait(10)) for whose in "abc"]
+        pieces = [turns.put(whose, lambda: released.wait(60)) for whose in "abc"]
         executor.shutdown(wait=False, cancel_futures=True)
         released.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await asyncio.wait(pieces)
         return [piece.cancelled() for piece in pieces]
 

@@ -191,7 +191,7 @@ def test_a_layout_for_which_all_were_ready_is_taken_before_the_next_one(desk):
 def test_growth_waits_until_all_have_done_what_they_do_after_the_step(desk):
     desk.say("epoch", epoch=4, is_growth=True)
     with desk.changed:
-        desk.changed.wait_for(desk.control.is_called, 5)
+        desk.changed.wait_for(desk.control.is_called, 60)
 
     def work():
         with desk.control.staying():

@@ -8,6 +8,7 @@ import pytest
 
 from anabranch.cluster.pccl import links as module
 from anabranch.cluster.pccl.links import AbortedError, LinkError, Links, Listener, Place, call_peer
+from waiting import until
 
 KEY = b"s"
 
@@ -49,7 +50,7 @@ class Two:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         return found
 
 
@@ -79,9 +80,7 @@ def test_who_fills_the_places_for_links_takes_none_of_others(monkeypatch, epoch)
         for index in range(module._MOST_OFFERS + 8):
             hello = {"purpose": "link", "run": "run", "epoch": epoch, "from": 5 + index, "index": 0}
             call_peer(two.places[1], KEY, "run", hello, time.monotonic() + 5)[0].close()
-        until = time.monotonic() + 5
-        while len(two.links[1]._offers) < module._MOST_OFFERS and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: len(two.links[1]._offers) == module._MOST_OFFERS)
         assert len(two.links[1]._offers) == module._MOST_OFFERS
         assert two.build(2) == {0: None, 1: None}
         assert two.build(3) == {0: None, 1: None}
@@ -119,10 +118,9 @@ def test_who_calls_a_neighbour_that_hangs_hears_meanwhile_that_it_is_over(pool):
         timer = threading.Timer(0.3, over.set)
         timer.start()
         ring = [Place(0, "127.0.0.1", 1, pool), Place(1, "127.0.0.1", server.getsockname()[1], pool)]
-        began = time.monotonic()
+        # Within the 30 s that a call may take: a later error would be another.
         with pytest.raises(AbortedError):
             links.build(1, ring, 0, "run", check)
-        assert time.monotonic() - began < 5.0
         assert not links.to_next
         links.close()
 
@@ -134,7 +132,7 @@ def test_links_that_come_after_the_end_are_closed():
 
         def call(index):
             called.set()
-            assert over.wait(10)
+            assert over.wait(60)
             return socket.create_connection(server.getsockname())
 
         def check():

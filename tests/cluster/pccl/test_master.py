@@ -19,6 +19,7 @@ from anabranch.cluster.pccl.records import waits_for
 from anabranch.cluster.pccl.wire import HEADER, VERSION, Kind, Reader, WireError, packed, receive_frame
 from anabranch.errors import DataError, InputError
 from pccl_peers import Killed, Peer, a_master, together
+from waiting import until
 
 QUICK = {"heartbeat_s": 0.1, "dead_s": 2.0, "connect_s": 4.0}
 
@@ -319,11 +320,8 @@ def test_who_gives_up_while_the_master_is_away_is_told_when_it_is_back(tmp_path,
     old = Master("127.0.0.1:0", journal=journal, heartbeat_s=0.1, dead_s=8.0).start()
     with Communicator(old.address) as first:
         late = Peer(old.address, lambda _, mine: told.append(waits(mine)), 1, master_wait_s=20.0, **limits)
-        until = time.monotonic() + 20
-        while first.world_size < 2 and time.monotonic() < until:
-            first.update_topology()
-        while not any(waits_for(member, "sync") for member in old.state.members.values()) and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: first.world_size == 2 or first.update_topology())
+        until(lambda: any(waits_for(member, "sync") for member in old.state.members.values()))
         old.stop()
         is_over.set()
         time.sleep(1.2)
@@ -510,9 +508,7 @@ def test_nor_does_any_other_fault_of_ours_end_the_loop(master, monkeypatch, capl
         if name == "lost":
             sock, _ = joined(master.address)
             sock.close()
-        until = time.monotonic() + 10
-        while not faults and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: faults)
     assert faults
     monkeypatch.undo()
     assert works(master.address)
