@@ -110,6 +110,8 @@ def row(system: str, edges: Path, few: Path, memory: int, partitions: int, round
     size, stored = float(np.median([run["shuffle_bytes"] for run in found[1]])), last["stored"]
     return {
         "case": f"{system}, {last['num_nodes']:,} nodes, {stored:,} stored edges",
+        "ours": round(seconds[2], 1), "peer": round(seconds[1], 1), "ratio": round(seconds[1] / seconds[2], 2), "unit": "s",
+        "peer_name": "two executors beside one",
         "num_nodes": last["num_nodes"], "stored_edges": stored, "partitions": partitions, "executor_mb": memory,
         "cores": machine.usable_cores(), "settings": SYSTEMS[system],
         "seconds": {str(executors): round(seconds[executors], 1) for executors in EXECUTORS},

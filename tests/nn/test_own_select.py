@@ -5,7 +5,7 @@ import torch
 
 from anabranch.config import Field, configclass
 from anabranch.errors import ConfigError
-from anabranch.experts.rexmoe import ReXMoE
+from anabranch.experts.rexmoe import ProgressiveScaling, ReXMoE
 from anabranch.experts.versatile import VersatileFFN
 from anabranch.lm import Decoder, upcycle
 from anabranch.nn import MoE, SwiGLU
@@ -63,7 +63,7 @@ def test_active_parameters_are_those_of_its_choices(make, kind):
 
 
 def test_as_many_slots_stay_open_as_it_takes():
-    model = decoder(Best.Config(k=4), ReXMoE, num_experts=4, reuse=2).build()
+    model = decoder(Best.Config(k=4), ReXMoE, num_experts=4, reuse=2, psr=ProgressiveScaling.Config()).build()
     assert model.blocks[0].feed_forward.router.candidates.min_open == 4
 
 

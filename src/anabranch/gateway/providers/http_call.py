@@ -71,12 +71,12 @@ class Transport(Protocol):
 async def read_all(reply: Reply, most: int = BODY_BYTES, begun: Sequence[bytes] = ()) -> bytes:
     """The rest of an answer, behind what has ``begun``. Raises UpstreamError (``excess``) beyond ``most`` bytes."""
     parts, size = list(begun), sum(map(len, begun))
-    while part := await reply.read_some():
+    while size <= most and (part := await reply.read_some()):
         size += len(part)
-        if size > most:
-            reply.close()
-            raise excess(f"an answer of more than {most:,} bytes")
         parts.append(part)
+    if size > most:
+        reply.close()
+        raise excess(f"an answer of more than {most:,} bytes")
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
