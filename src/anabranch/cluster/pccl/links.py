@@ -351,7 +351,9 @@ class _Calls:
 
 def _host_of(sock: socket.socket) -> str:
     try:
-        return str(sock.getpeername()[0])
+        name = sock.getpeername()
     except OSError:
         # It has closed it already.
         return ""
+    # One of this machine alone has no host.
+    return str(name[0]) if isinstance(name, tuple) else ""
