@@ -311,8 +311,13 @@ def test_without_a_journal_the_run_is_over_and_peers_are_told():
             peers.all_reduce(torch.ones(1))
 
 
-# Two masters in one process, one after the other, now and then answer a peer from two threads (BufferError in `_send`): not yet understood.
-@pytest.mark.slow
+def test_a_master_that_serves_already_is_begun_once():
+    """``with Master(...).start()`` had two threads answer its peers: one wrote what the other was sending."""
+    with Master("127.0.0.1:0", **QUICK).start() as master:
+        thread = master._thread
+        assert master.start()._thread is thread
+
+
 @pytest.mark.parametrize("how", ["wait_s", "gives_up"])
 def test_who_gives_up_while_the_master_is_away_is_told_when_it_is_back(tmp_path, how):
     """What it withdraws then goes to no connection."""

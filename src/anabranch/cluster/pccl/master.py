@@ -150,9 +150,11 @@ class Master:
             self._close()
 
     def start(self) -> Master:
-        """Serve in a thread."""
-        self._thread = threading.Thread(target=self.run, name="pccl master", daemon=True)
-        self._thread.start()
+        """Serve in a thread; one that does so already goes on."""
+        # Two threads would answer peers at once: `with Master(...).start()` begins it twice.
+        if self._thread is None:
+            self._thread = threading.Thread(target=self.run, name="pccl master", daemon=True)
+            self._thread.start()
         return self
 
     @property
