@@ -81,7 +81,8 @@ def connected(host: str, port: int, deadline: float) -> socket.socket:
 def _addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
     if _is_number(host):
         return _looked_up(host, port)
-    if not _lookups.acquire(blocking=False):
+    places = _lookups
+    if not places.acquire(blocking=False):
         raise OSError(f"{_MOST_LOOKUPS} names are being looked up")
     answer: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
 
@@ -91,7 +92,7 @@ def _addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
         except Exception as error:
             answer.put(error)
         finally:
-            _lookups.release()
+            places.release()
 
     # A resolver whose servers do not answer waits for longer than anybody here would, and there is no end to ask it for.
     threading.Thread(target=look_up, name="pccl name", daemon=True).start()
