@@ -24,8 +24,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_file, parse_json
+from anabranch.graph.arguments import as_path
 from anabranch.graph.beside import MAGIC, new_file
 from anabranch.graph.header import KINDS, check_header
 
@@ -188,7 +190,7 @@ def check_how(mmap: Any, verify: Any) -> None:
     """Raise InputError unless ``mmap`` is a truth value, and ``verify`` one or None: what a file says is not left to a word for either."""
     for name, value, also in (("mmap", mmap, ""), ("verify", verify, ", or None")):
         if not (isinstance(value, bool | np.bool_) or (also and value is None)):
-            raise InputError(f"{name} is {value!r:.80}; it must be True or False{also}")
+            raise InputError(f"{name} is {shown(value)}; it must be True or False{also}")
 
 
 def read_arrays(
@@ -208,7 +210,7 @@ def read_arrays(
         DataError: there is no such file, or it is foreign, of another kind or version, truncated or altered.
     """
     check_how(mmap, verify)
-    path = Path(path)
+    path = as_path(path)
     header, start = _header(path)
     _check_kind(path, header, kind, versions)
     verify = not mmap if verify is None else verify
@@ -235,7 +237,7 @@ def read_beside(
 
     Raises DataError as `read_arrays`, and where ``left`` is not there.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         file = open(path, "rb", buffering=0)
     except OSError as error:
@@ -292,7 +294,7 @@ def verify(path: str | Path, kind: str, *, versions: tuple[int, ...] = (1,)) -> 
 
 def kind_of(path: str | Path) -> str:
     """What a file holds. Raises DataError for a foreign or damaged one."""
-    return _header(Path(path))[0]["kind"]
+    return _header(as_path(path))[0]["kind"]
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_file, explained
+from anabranch.graph.arguments import as_path
 
 try:
     import fcntl
@@ -103,13 +104,14 @@ def new_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
 
     Raises as `atomic_file`, and as `replacing` where an array file or a folder of changes is there.
     """
+    path = as_path(path)
     with contextlib.ExitStack() as stack:
-        if is_replacing := _may_have_changes(Path(path)):
+        if is_replacing := _may_have_changes(path):
             stack.enter_context(replacing(path))
         with atomic_file(path, mode=mode, clears=True) as temporary:
             yield temporary
             # Where nothing was when this began, an index may have come since, and taken changes. Held until the file is in place.
-            if not is_replacing and _may_have_changes(Path(path)):
+            if not is_replacing and _may_have_changes(path):
                 stack.enter_context(replacing(path))
 
 

@@ -1,8 +1,8 @@
 """What a graph is checked for before it is built: ends, weights and names, with messages that name the edge."""
 # Shapes: N nodes, E edges
 
-import operator
 from collections import Counter
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anabranch import machine
+from anabranch.bounds import LARGEST_INT, is_whole, shown
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.masks import unmasked
 
@@ -51,12 +52,7 @@ def checked_ends(source: ArrayLike, target: ArrayLike, num_nodes: int | None) ->
     if len(source_E) != len(target_E):
         raise InputError(f"source has {len(source_E):,} ends and target {len(target_E):,}; they must be as many")
     largest = max((int(array.max()) for array in (source_E, target_E) if array.size), default=-1)
-    try:
-        count = largest + 1 if num_nodes is None else operator.index(num_nodes)
-    except TypeError:
-        raise InputError(f"num_nodes is {num_nodes!r}; it must be a whole number") from None
-    if count < 0 and num_nodes is not None:
-        raise InputError(f"num_nodes is {num_nodes}; it must not be negative")
+    count = largest + 1 if num_nodes is None else checked_count(num_nodes)
     for name, array in (("source", source_E), ("target", target_E)):
         if array.size and (array.min() < 0 or array.max() >= count):
             bad = np.flatnonzero((array < 0) | (array >= count))[0]
@@ -64,6 +60,17 @@ def checked_ends(source: ArrayLike, target: ArrayLike, num_nodes: int | None) ->
             raise InputError(f"edge {bad} has the {name} {array[bad]}; {allowed}")
     check_room(count)
     return source_E, target_E, count
+
+
+def checked_count(num_nodes: Any) -> int:
+    """A number of nodes. Raises InputError for others."""
+    if not is_whole(num_nodes):
+        raise InputError(f"num_nodes is {shown(num_nodes)}; it must be a whole number")
+    if num_nodes < 0:
+        raise InputError(f"num_nodes is {shown(num_nodes)}; it must not be negative")
+    if num_nodes > LARGEST_INT:
+        raise InputError(f"num_nodes is {shown(num_nodes)}; it must be at most {LARGEST_INT:,}")
+    return int(num_nodes)
 
 
 def _plain_ids(array: np.ndarray) -> np.ndarray:
@@ -121,6 +128,8 @@ def checked_names(names: Any, count: int) -> np.ndarray | None:
     if names is None:
         return None
     names = unmasked(names, "names")
+    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+        raise InputError(f"names is {shown(names)}; it must be a list, one name per node")
     listed = names if isinstance(names, np.ndarray) else list(names)
     found = np.asarray(listed) if isinstance(listed, np.ndarray) or all(_is_integer(name) for name in listed) else None
     if found is None or found.dtype.kind not in "iu":
@@ -134,7 +143,7 @@ def checked_names(names: Any, count: int) -> np.ndarray | None:
         raise InputError(f"names must be integers, text or other values that can be hashed: {error}") from None
     if distinct != count:
         twice = next(name for name, count in Counter(found.tolist()).items() if count > 1)
-        raise InputError(f"names must be distinct; at least two nodes are called {twice!r}")
+        raise InputError(f"names must be distinct; at least two nodes are called {shown(twice)}")
     return found
 
 

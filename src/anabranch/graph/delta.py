@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import LARGEST_INT, is_whole, shown
 from anabranch.errors import InputError
 from anabranch.graph.checks import is_known, near_name
 from anabranch.graph.coerce import as_graph
@@ -124,7 +125,7 @@ def _plain(graph: Graph, column: Sequence[Any]) -> list[Any]:
             raise InputError(f"the end {end} of an edge is no node: it is neither a name nor a whole number")
         if isinstance(end, float):
             if not end.is_integer():
-                raise InputError(f"the end {end!r} of an edge is no node: it is neither a name nor a whole number")
+                raise InputError(f"the end {shown(end)} of an edge is no node: it is neither a name nor a whole number")
             ends[place] = int(end)
     return ends
 
@@ -148,7 +149,7 @@ def _place(graph: Graph, index: dict[Any, int], end: Any) -> int:
     if not _is_name(graph, end):
         return int(graph.check_nodes([end])[0])
     if not is_known(end, index):
-        raise InputError(f"the graph has no node {end!r}{near_name(end, index)}, and so none of its edges")
+        raise InputError(f"the graph has no node {shown(end)}{near_name(end, index)}, and so none of its edges")
     return index[end]
 
 
@@ -178,7 +179,7 @@ def _without(
     if not there.all():
         row = int(np.flatnonzero(~there)[0])
         raise InputError(
-            f"the graph has no edge ({named[0][row]!r}, {named[1][row]!r}) that could be removed (row {row} of those to remove)"
+            f"the graph has no edge ({shown(named[0][row])}, {shown(named[1][row])}) that could be removed (row {row} of those to remove)"
         )
     kept = np.ones(len(key_E), bool)
     kept[place] = False
@@ -235,7 +236,7 @@ def _check_name(graph: Graph, kinds: set[type], name: Any) -> None:
             if is_number
             else " or ".join(sorted(_WORDS.get(kind, kind.__name__) for kind in kinds))
         )
-        raise InputError(f"{name!r:.80} cannot be the name of a new node: nodes of this graph are called by {called}")
+        raise InputError(f"{shown(name)} cannot be the name of a new node: nodes of this graph are called by {called}")
 
 
 def _weights(weight: Sequence[Any] | None, count: int) -> np.ndarray:
@@ -257,8 +258,8 @@ def _checked_count(num_nodes: int | None, count: int, names: np.ndarray | None) 
     """Nodes afterwards."""
     if num_nodes is None:
         return count
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int | np.integer) or num_nodes < count:
-        raise InputError(f"num_nodes is {num_nodes!r}; old nodes and edges need at least {count:,}")
+    if not is_whole(num_nodes) or not count <= num_nodes <= LARGEST_INT:
+        raise InputError(f"num_nodes is {shown(num_nodes)}; old nodes and edges need at least {count:,}")
     if names is not None and num_nodes > count:
         raise InputError(
             f"num_nodes is {num_nodes} and {count:,} nodes have names; nodes without an edge would have none"

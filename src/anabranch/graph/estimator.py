@@ -1,6 +1,7 @@
 """What estimators of this package have in common, in the form scikit-learn users know, and look-ups in embeddings."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -39,6 +40,15 @@ class Estimator:
         for name in params:
             setattr(self, name, getattr(checked, name))
         return self
+
+    @classmethod
+    def _of_file(cls, params: Mapping[str, Any], lawful: Mapping[str, Any]) -> Self:
+        """What a file was made with; ``lawful`` are its arguments as they may be today, where limits have become narrower since."""
+        made = cls(**lawful)
+        for name, value in params.items():
+            if value is not lawful[name]:
+                setattr(made, name, value)
+        return made
 
     def _note_fit(self) -> None:
         """It was fitted, or read, with the arguments that it has now."""

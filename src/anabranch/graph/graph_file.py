@@ -36,7 +36,7 @@ def write(
     write_arrays(path, KIND, {**arrays, **names_arrays(names)}, {"is_directed": is_directed})
 
 
-def read(path: str | Path, *, mmap: bool, verify: bool) -> Stored:
+def read(path: str | Path, *, mmap: bool, verify: bool | None) -> Stored:
     """``indptr``, ``indices``, ``weights``, ``is_directed`` and ``names`` of a graph. Raises as `Graph.load`."""
     found = read_arrays(path, KIND, mmap=mmap, verify=verify)
     with described(path, "a graph"):

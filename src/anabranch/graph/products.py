@@ -79,7 +79,8 @@ class Products(Protocol):
 
 def ranges(count: int, parts: int) -> list[tuple[int, int]]:
     """0 ... count - 1 in at most ``parts`` runs (first, last + 1)."""
-    bounds = np.linspace(0, count, max(parts, 1) + 1).astype(int).tolist()
+    # More than there is work would be numbers for nothing.
+    bounds = np.linspace(0, count, min(max(parts, 1), max(count, 1)) + 1).astype(int).tolist()
     return [(first, last) for first, last in itertools.pairwise(bounds) if last > first]
 
 
@@ -90,7 +91,7 @@ class NumbaProducts:
         self.operator, self.pool = operator, pool
         # Runs of rows with as many edges each, four per thread so that none waits long.
         work = operator.indptr + np.arange(operator.num_rows + 1)
-        goal = np.linspace(0, work[-1], (4 * pool.count if pool.count > 1 else 1) + 1)
+        goal = np.linspace(0, work[-1], min(4 * pool.count if pool.count > 1 else 1, max(operator.num_rows, 1)) + 1)
         bounds = np.unique(np.searchsorted(work, goal)).tolist()
         self.runs = list(itertools.pairwise(bounds))
         self._spare: list[np.ndarray] = []

@@ -18,6 +18,8 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from anabranch.bounds import shown
+from anabranch.errors import InputError
 from anabranch.graph.random import next_bits, stream, to_unit
 
 BLOCK = 32
@@ -49,16 +51,30 @@ class SparseProjection:
 
 
 def key_of(name: Any) -> int:
-    """The 64 bits that stand for a node's outside name: an integer itself, text by its hash; the same on every machine."""
+    """The 64 bits that stand for a node's outside name: an integer itself, text by its hash; the same on every machine.
+
+    Raises InputError for text that is none in UTF-8.
+    """
     if isinstance(name, int | np.integer):
         return int(name) & 0xFFFFFFFFFFFFFFFF
-    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "little")
+    try:
+        text = str(name).encode()
+    except ValueError:
+        # Half of a pair of UTF-16, which Python's text may hold.
+        raise InputError(f"the name {shown(name)} is no text in UTF-8, which vectors of nodes are made of") from None
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def keys_of(names: Iterable[Any]) -> np.ndarray:
     """uint64 [N]: `key_of` of each name."""
     if isinstance(names, np.ndarray) and names.dtype.kind in "iu":
         return names.astype(np.int64 if names.dtype.kind == "i" else np.uint64).view(np.uint64)
+    if (
+        isinstance(names, str | bytes)
+        or not isinstance(names, Iterable)
+        or (isinstance(names, np.ndarray) and not names.ndim)
+    ):
+        raise InputError(f"names is {shown(names)}; it must be a list of names")
     return np.array([key_of(name) for name in names], np.uint64)
 
 

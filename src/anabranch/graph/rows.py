@@ -19,9 +19,11 @@ from numpy.typing import ArrayLike
 
 from anabranch.bounds import is_whole, shown
 from anabranch.errors import DataError, InputError
+from anabranch.graph.arguments import as_path
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import check_unchanged
 from anabranch.graph.header import described, whole
+from anabranch.graph.masks import unmasked
 
 KIND = "sparse-rows"
 INT32 = np.iinfo(np.int32).max
@@ -128,8 +130,8 @@ class SparseRows:
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and values of a row, views. Raises InputError for a row that is not there."""
-        if not 0 <= number < len(self):
-            raise InputError(f"row {number} is not one of the {len(self):,} rows")
+        if not is_whole(number) or not 0 <= number < len(self):
+            raise InputError(f"row {shown(number)} is not one of the {len(self):,} rows")
         start, end = self.indptr[number], self.indptr[number + 1]
         return self.ids[start:end], self.values[start:end]
 
@@ -144,15 +146,16 @@ class SparseRows:
 
     def top(self, k: int) -> "SparseRows":
         """Every row cut to its ``k`` largest entries. Raises InputError unless k is at least 1."""
-        check_top_k(k)
-        length_R = np.minimum(np.diff(self.indptr), k)
+        if k is None:
+            raise InputError("k is None; it must be a whole number of at least 1")
+        length_R = np.minimum(np.diff(self.indptr), check_top_k(k, "k"))
         indptr = np.append(0, np.cumsum(length_R)).astype(np.int64)
         kept = np.repeat(self.indptr[:-1] - indptr[:-1], length_R) + np.arange(indptr[-1])
         return replace(self, indptr=indptr, ids=self.ids[kept], values=self.values[kept])
 
     def take(self, numbers: np.ndarray) -> "SparseRows":
-        """The rows of these numbers, in this order; itself where that is all of them as they are."""
-        numbers = np.asarray(numbers, np.int64)
+        """The rows of these numbers, in this order; itself where that is all of them as they are. Raises InputError for others."""
+        numbers = _row_numbers(numbers, len(self))
         if np.array_equal(numbers, np.arange(len(self))):
             return self
         length_R = np.diff(self.indptr)[numbers]
@@ -202,6 +205,22 @@ class SparseRows:
             if not has_place or nodes.min(initial=0) < 0:
                 raise DataError(f"{path} is damaged: its nodes are out of range; make it again")
         return cls(indptr, ids, values, num_columns, nodes)  # type: ignore[arg-type]
+
+
+def _row_numbers(numbers: Any, count: int) -> np.ndarray:
+    """int64, from 0 to below ``count``. Raises InputError for others."""
+    try:
+        found = np.asarray(unmasked(numbers, "numbers"))
+    except ValueError as error:
+        raise InputError(f"numbers of rows must be one list: {error}") from None
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise InputError(
+            f"numbers of rows are {found.dtype} {list(found.shape)}; they must be one list of whole numbers"
+        )
+    bad = np.flatnonzero((found < 0) | (found >= count))
+    if bad.size:
+        raise InputError(f"row {found[bad[0]]} is not one of the {count:,} rows")
+    return found.astype(np.int64)
 
 
 class RowFile:
@@ -259,7 +278,7 @@ def row_file(
         extra: further arrays of the file, read when it is written (they may be filled while rows are).
         meta: further facts, read at the end too.
     """
-    path = Path(path)
+    path = as_path(path)
     # In the end it would be too late to say so.
     check_unchanged(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,12 +291,12 @@ def row_file(
             rows.close()
 
 
-def check_top_k(top_k: int | None) -> int:
-    """``top_k`` as a number, 0 for None (all). Raises InputError unless it is at least 1."""
+def check_top_k(top_k: int | None, name: str = "top_k") -> int:
+    """``top_k`` as a number, 0 for None (all). Raises InputError, which begins with ``name``, unless it is at least 1."""
     if top_k is None:
         return 0
     if not is_whole(top_k) or top_k < 1:
-        raise InputError(f"top_k is {shown(top_k)}; it must be a whole number of at least 1, or None for all")
+        raise InputError(f"{name} is {shown(top_k)}; it must be a whole number of at least 1, or None for all")
     # More than there can be nodes, and a number that kernels take.
     return min(int(top_k), 2**40)
 

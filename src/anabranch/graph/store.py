@@ -23,10 +23,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anabranch.bounds import shown
+from anabranch.bounds import shown, whole
 from anabranch.errors import InputError
 from anabranch.graph import csr, graph_file, transform
 from anabranch.graph.alias import AliasTable, build_alias
+from anabranch.graph.arguments import as_number_type, check_flag, check_one_of
 from anabranch.graph.checks import checked_ends, checked_names, checked_weights, has_text, is_known, near_name
 from anabranch.graph.csr import DUPLICATES, NO_WEIGHTS
 from anabranch.graph.masks import unmasked
@@ -109,8 +110,9 @@ class Graph:
             InputError: arrays of different length or kind, an id out of range, a weight that is not finite or not positive (with
                 the number of the edge), sums of duplicates that are 0 or beyond float32, names that do not fit.
         """
-        if duplicates not in DUPLICATES:
-            raise InputError(f"duplicates is {duplicates!r}; it must be one of {', '.join(DUPLICATES)}")
+        check_one_of("duplicates", duplicates, DUPLICATES)
+        directed, drop_zero = check_flag("directed", directed), check_flag("drop_zero", drop_zero)
+        allow_negative = check_flag("allow_negative", allow_negative)
         source_E, target_E, count = checked_ends(source, target, num_nodes)
         weight_E = None if weight is None else checked_weights(weight, len(source_E), drop_zero, allow_negative)
         if weight_E is not None and drop_zero and not weight_E.all():
@@ -121,12 +123,12 @@ class Graph:
         indptr, indices, weights = csr.compress(
             lambda: [chunk],
             count,
-            directed=bool(directed),
+            directed=directed,
             is_weighted=weight_E is not None,
             duplicates=duplicates,
             drop_zero=drop_zero,
         )
-        return cls(indptr, indices, weights, bool(directed), found_names)
+        return cls(indptr, indices, weights, directed, found_names)
 
     @classmethod
     def from_scipy(
@@ -152,13 +154,15 @@ class Graph:
         """
         from scipy.sparse import coo_array
 
+        directed = None if directed is None else check_flag("directed", directed)
+        matrix = unmasked(matrix, "an adjacency matrix")
         if not hasattr(matrix, "shape"):
             raise InputError(f"an adjacency matrix is a scipy or numpy matrix, not {type(matrix).__name__}")
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InputError(f"an adjacency matrix is square, this one has the shape {tuple(matrix.shape)}")
+        if matrix.dtype.kind not in "biuf":
+            raise InputError(f"entries of an adjacency matrix are real numbers, not {matrix.dtype}")
         coo = matrix.tocoo() if hasattr(matrix, "tocoo") else coo_array(matrix)
-        if coo.data.dtype.kind not in "biuf":
-            raise InputError(f"entries of an adjacency matrix are real numbers, not {coo.data.dtype}")
         graph = cls.from_edges(
             coo.row,
             coo.col,
@@ -184,6 +188,8 @@ class Graph:
 
         The edges given (16 bytes each as two int64 arrays), names and alias tables (8 S) are not part of it.
         """
+        num_nodes, num_edges = whole("num_nodes", num_nodes, 0), whole("num_edges", num_edges, 0)
+        weighted, directed = check_flag("weighted", weighted), check_flag("directed", directed)
         stored = num_edges if directed else 2 * num_edges
         width = np.dtype(csr.id_type(num_nodes, stored)).itemsize + (4 if weighted else 0)
         final = 8 * (num_nodes + 1) + stored * width
@@ -250,7 +256,7 @@ class Graph:
 
     def neighbors(self, node: Any) -> np.ndarray:
         """Targets of the edges of a node, given by id or name, as ids. Raises InputError for a node that is not there."""
-        place = self.resolve(node)[0]
+        place = self.place_of(node)
         return self.indices[self.indptr[place] : self.indptr[place + 1]]
 
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -265,13 +271,17 @@ class Graph:
         """The adjacency matrix as `scipy.sparse.csr_array` [N, N]; ones where there are no weights."""
         from scipy.sparse import csr_array
 
+        dtype = as_number_type(dtype)
         weights = np.ones(len(self.indices), dtype) if self.weights is None else self.weights.astype(dtype, copy=False)
         indptr = self.indptr.astype(self.indices.dtype, copy=False)
         return csr_array((weights, self.indices, indptr), shape=(self.num_nodes, self.num_nodes))
 
     def check_nodes(self, nodes: ArrayLike) -> np.ndarray:
         """``nodes`` as int64 ids. Raises InputError naming the first that is not an id of this graph."""
-        found = np.atleast_1d(np.asarray(unmasked(nodes, "nodes")))
+        try:
+            found = np.atleast_1d(np.asarray(unmasked(nodes, "nodes")))
+        except ValueError as error:
+            raise InputError(f"nodes are one, or a list of them: {error}") from None
         if found.size and found.dtype.kind not in "iu":
             raise InputError(f"node ids are integers, not {found.dtype}; `ids_of` translates names")
         bad = np.flatnonzero((found < 0) | (found >= self.num_nodes))
@@ -283,10 +293,12 @@ class Graph:
 
     def ids_of(self, names: Iterable[Any]) -> np.ndarray:
         """Ids, int64, of nodes by their outside names. Raises InputError naming the first unknown one."""
-        if self.names is None:
-            return self.check_nodes(list(names))
-        self._fill_index()
+        if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+            raise InputError(f"names is {shown(names)}; it must be a list of names")
         given = list(names)
+        if self.names is None:
+            return self.check_nodes(given)
+        self._fill_index()
         try:
             return np.array([self._index[name] for name in given], np.int64)
         except (KeyError, TypeError):
@@ -316,6 +328,13 @@ class Graph:
         # A tuple may be the name of one node, as in networkx.
         is_one = isinstance(nodes, str) or not hasattr(nodes, "__iter__") or self._has(nodes)
         return self.ids_of([nodes] if is_one else nodes.tolist() if isinstance(nodes, np.ndarray) else list(nodes))
+
+    def place_of(self, node: Any) -> int:
+        """The id of one node, given by id or name. Raises InputError as `resolve`, and for none or several."""
+        found = self.resolve(node)
+        if found.size != 1:
+            raise InputError(f"node is {shown(node)}, which are {found.size:,} nodes; give one")
+        return int(found.reshape(-1)[0])
 
     def numbered(self) -> "Graph":
         """The same graph whose integers are ids: itself unless `by_name`. What algorithms work on, which call nodes by number."""
@@ -356,6 +375,8 @@ class Graph:
         given twice.
         """
         kept = self.resolve(nodes)
+        if kept.ndim != 1:
+            raise InputError(f"nodes have the shape {kept.shape}; give one list of nodes")
         indptr, indices, weights = transform.subgraph(self, kept)
         return Graph(indptr, indices, weights, self.is_directed, self.names_of(kept), self.by_name)
 
@@ -432,7 +453,7 @@ class Graph:
         Raises:
             DataError: the file is missing, foreign, truncated or damaged.
         """
-        return cls(*graph_file.read(path, mmap=mmap, verify=not mmap if verify is None else verify))
+        return cls(*graph_file.read(path, mmap=mmap, verify=verify))
 
     def __repr__(self) -> str:
         kind = "directed" if self.is_directed else "undirected"

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
 from anabranch.graph import csr
 from anabranch.graph.checks import checked_weights
@@ -80,7 +81,10 @@ def components(graph: Rows) -> np.ndarray:
 
 def aligned_weights(graph: Rows, weights: ArrayLike) -> np.ndarray:
     """float32 [M] of weights given per stored edge or per edge. Raises InputError."""
-    given = np.asarray(unmasked(weights, "weights"))
+    try:
+        given = np.asarray(unmasked(weights, "weights"))
+    except ValueError as error:
+        raise InputError(f"weights must be one list of numbers: {error}") from None
     if given.shape == (graph.num_edges,) and not graph.is_directed and graph.num_edges != len(graph.indices):
         source_E, target_E, _ = graph.edges()
         checked = checked_weights(given, graph.num_edges, False, False)
@@ -141,6 +145,8 @@ def _spread(count_N: np.ndarray) -> dict[str, float | int]:
 
 def difference(first: Rows, second: Rows) -> str | None:
     """The first thing in which two graphs differ; None if they are equal to the byte."""
+    if not isinstance(second, type(first)):
+        raise InputError(f"other is {shown(second)}; it must be a Graph")
     if first.is_directed != second.is_directed:
         return "one is directed, the other is not"
     for name in ("indptr", "indices", "weights", "names"):

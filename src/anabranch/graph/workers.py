@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Self, TypeVar
 
 from anabranch import machine
+from anabranch.bounds import shown
 from anabranch.errors import InputError
 
 Task = TypeVar("Task")
@@ -19,17 +20,21 @@ Result = TypeVar("Result")
 # What ``workers`` of an index was called before.
 FORMER = "num_threads"
 
+# Beyond that threads would wait for processors, and take memory; what comes out does not depend on it.
+MOST_THREADS = 4096
+
 # Of `Workers.run`, per thread, so that threads finish together.
 PIECES = 4
 
 
 def num_workers(asked: int | None = None) -> int:
-    """What is asked for; by default as many as can really run at once, or fewer where NUMBA_NUM_THREADS in the environment says so.
+    """What is asked for, `MOST_THREADS` at most.
 
-    The one default of this package. Numba itself is not asked: that would start its own threads, and set how many torch uses.
+    By default as many as can really run at once, or fewer where NUMBA_NUM_THREADS in the environment says so: the one default of this
+    package. Numba itself is not asked: that would start its own threads, and set how many torch uses.
     """
     if asked is not None:
-        return int(asked)
+        return min(int(asked), MOST_THREADS)
     most = os.environ.get("NUMBA_NUM_THREADS", "").strip()
     return min(machine.usable_cores(), int(most)) if most.isdecimal() and int(most) else machine.usable_cores()
 
@@ -50,7 +55,9 @@ def asked_workers(workers: int | None, former: Mapping[str, Any], call: str) -> 
         if name != FORMER:
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
     if workers is not None and former[FORMER] is not None:
-        raise InputError(f"workers is {workers!r}, and {FORMER}, its former name, {former[FORMER]!r}; give one of them")
+        raise InputError(
+            f"workers is {shown(workers)}, and {FORMER}, its former name, {shown(former[FORMER])}; give one of them"
+        )
     return former[FORMER] if workers is None else workers
 
 

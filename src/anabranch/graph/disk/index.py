@@ -7,14 +7,16 @@ from typing import Any, Self
 
 import numpy as np
 
+from anabranch.bounds import LARGEST_INT
 from anabranch.errors import CapacityError, DataError, InputError
+from anabranch.graph.arguments import as_path
 from anabranch.graph.array_file import check_how
 from anabranch.graph.disk import search, stored
 from anabranch.graph.disk.answering import Asked
 from anabranch.graph.disk.blocks import Form, read_blocks
 from anabranch.graph.disk.slots import Slots
 from anabranch.graph.hnsw.arrays import aligned
-from anabranch.graph.hnsw.checks import as_ids, as_positive, as_vectors, like, results
+from anabranch.graph.hnsw.checks import as_ids, as_one_id, as_positive, as_vectors, like, results
 from anabranch.graph.hnsw.filters import Filter, Prepared, prepared
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.workers import FORMER, Workers, asked_workers, num_workers
@@ -64,8 +66,9 @@ class DiskIndex:
         check_how(mmap, None)
         workers = asked_workers(workers, former, "DiskIndex")
         self.workers = None if workers is None else as_positive(workers, "workers")
-        self._options = {"memory": None if memory is None else as_positive(memory, "memory"), "mmap": bool(mmap)}
-        self.path = Path(path)
+        memory = None if memory is None else as_positive(memory, "memory", LARGEST_INT)
+        self._options = {"memory": memory, "mmap": bool(mmap)}
+        self.path = as_path(path)
         self._held = stored.read(self.path, mmap=mmap)
         self._slots = Slots(self._held)
         self._lock = ReadWriteLock()
@@ -80,9 +83,9 @@ class DiskIndex:
     def __len__(self) -> int:
         return self._form.elements
 
-    def __contains__(self, id: int) -> bool:
-        id = int(id)
-        return 0 <= id <= np.iinfo(np.int64).max and bool(self.contains(np.array([id]))[0])
+    def __contains__(self, id: Any) -> bool:
+        known = as_one_id(id)
+        return known is not None and bool(self.contains(np.array([known]))[0])
 
     def contains(self, ids: Any) -> np.ndarray:
         """Which of some ids are in it, bool [N]. Raises InputError for what are no ids."""

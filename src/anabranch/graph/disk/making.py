@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from anabranch import machine
+from anabranch.bounds import LARGEST_INT, MOST_SEED, shown, whole
 from anabranch.errors import DataError, InputError
 from anabranch.files import explained
+from anabranch.graph.arguments import as_path, check_one_of
 from anabranch.graph.codes import ProductCodes
 from anabranch.graph.disk import shards
 from anabranch.graph.disk.index import DiskIndex
@@ -35,6 +37,7 @@ from anabranch.graph.disk.stored import METRICS, check_system
 from anabranch.graph.disk.writing import Graph, write
 from anabranch.graph.hnsw import HNSW, layout
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive
+from anabranch.graph.hnsw.options import MAX_EF, MAX_M
 from anabranch.graph.interrupts import Interrupts
 from anabranch.graph.workers import asked_workers, num_workers
 
@@ -113,11 +116,11 @@ def build(
     """
     workers = asked_workers(workers, former, "build")
     check_system()
-    if metric not in METRICS:
-        raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+    check_one_of("metric", metric, METRICS)
+    place = as_path(path)
     source = Rows(vectors, metric)
     id_N = None if ids is None else as_distinct(as_ids(ids, source.count))
-    M, memory = as_positive(M, "M"), _limit(memory, source)
+    M, memory = as_positive(M, "M", MAX_M), _limit(memory, source)
     plan = planned(
         source.count,
         source.dim,
@@ -127,12 +130,15 @@ def build(
         has_ids=id_N is not None,
         num_shards=None if num_shards is None else as_positive(num_shards, "num_shards"),
     )
-    ef_construction = as_positive(ef_construction, "ef_construction")
+    ef_construction, seed = as_positive(ef_construction, "ef_construction", MAX_EF), whole("seed", seed, 0, MOST_SEED)
+    workers = None if workers is None else as_positive(workers, "workers")
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress is {shown(progress)}; it must be a function of one number, or None")
     told = progress if progress is not None else _silent
-    with explained(Path(path)):
+    with explained(place):
         # Here: links wait beside the place, which must be there.
-        Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
-        _make(_Job(source, id_N, Path(path), plan, metric, M, ef_construction, seed, workers, told))
+        place.resolve().parent.mkdir(parents=True, exist_ok=True)
+        _make(_Job(source, id_N, place, plan, metric, M, ef_construction, seed, workers, told))
     # So that what is held from now on finds room where all that was.
     machine.give_back_freed()
     return DiskIndex(path, memory=memory, workers=workers)
@@ -178,11 +184,15 @@ def from_hnsw(
     Raises as `build`, and InputError where elements are deleted.
     """
     workers = asked_workers(workers, former, "from_hnsw")
+    workers = None if workers is None else as_positive(workers, "workers")
     check_system()
+    place = as_path(path)
+    if not isinstance(index, HNSW):
+        raise InputError(f"index is {shown(index)}; it must be an HNSW")
     if index.metric not in METRICS:
         raise InputError(f"an index on disk measures {', '.join(METRICS)}, not {index.metric!r}")
     with index._lock.still() as interrupts:
-        memory = _put(index, Path(path), memory, code_bytes, workers, interrupts)
+        memory = _put(index, place, memory, code_bytes, workers, interrupts)
     return DiskIndex(path, memory=memory, workers=workers)
 
 
@@ -239,7 +249,7 @@ def _share_of(progress: Callable[[int], None], before: int, share: float) -> Cal
 def _limit(memory: int | None, source: Source) -> int:
     if memory is None:
         return max(LEAST, int(SHARE * 4 * source.count * source.dim))
-    return as_positive(memory, "memory")
+    return as_positive(memory, "memory", LARGEST_INT)
 
 
 def _drawn(source: Source, count: int, seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ interpreter with its libraries, and the system's cache of files, which it takes 
 
 from dataclasses import dataclass
 
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import CapacityError, InputError
 from anabranch.graph.codes import CENTRES, ENOUGH
 from anabranch.graph.disk.blocks import padded_width
@@ -66,8 +67,8 @@ def planned(
 
     Raises CapacityError where there is none, with the least that suffices, and InputError for a length of codes that vectors cannot have.
     """
-    if code_bytes is not None and not 1 <= code_bytes <= dim:
-        raise InputError(f"code_bytes is {code_bytes}; vectors of {dim} numbers have codes of 1 to {dim} bytes")
+    if code_bytes is not None and (not is_whole(code_bytes) or not 1 <= code_bytes <= dim):
+        raise InputError(f"code_bytes is {shown(code_bytes)}; vectors of {dim} numbers have codes of 1 to {dim} bytes")
 
     def tried(size: int) -> Plan | None:
         return _within(count, dim, size, M, code_bytes, has_ids, num_shards, is_built)

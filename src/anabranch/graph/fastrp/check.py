@@ -22,6 +22,13 @@ CHOICES = {
 FLAGS = ("normalize", "standardize", "concatenate", "allow_negative", "keep_powers")
 
 
+# Larger ones may be in files of before.
+LIMITS = {
+    **dict.fromkeys(("chunk", "threads", "workers", "partitions"), MOST_SIZE),
+    **dict.fromkeys(("s", "beta", "weights", "self_weight"), LARGEST_FLOAT),
+}
+
+
 def num_parts(model: Any) -> int:
     """Vectors that a `FastRP` puts side by side."""
     return sum(map(bool, model.weights)) + bool(model.self_weight) if model.concatenate else 1
@@ -56,7 +63,12 @@ def check(model: Any) -> None:
             raise InputError(f"{name} is {shown(value)}; it must be a number, {limits}")
     if model.s is not None and not (_is_finite(model.s) and model.s >= 1):
         raise InputError(f"s is {shown(model.s)}; it must be a number, at least 1 (None: sqrt of the number of nodes)")
-    check_weights(tuple(model.weights) if np.iterable(model.weights) else model.weights, model.self_weight)
+    check_weights(as_weights(model.weights), model.self_weight)
+
+
+def as_weights(weights: Any) -> Any:
+    """A list of any kind as a tuple; what is none, as it is."""
+    return tuple(weights) if np.iterable(weights) else weights
 
 
 def check_weights(weights: Any, own: float) -> None:

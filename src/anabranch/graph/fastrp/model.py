@@ -25,12 +25,13 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 
+from anabranch.bounds import MOST_REPEATS, shown, whole
 from anabranch.errors import DataError, InputError
-from anabranch.graph.arguments import params_of_file
+from anabranch.graph.arguments import check_flag, params_of_file, within
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.evaluate import HeldOut
 from anabranch.graph.fastrp import storage
-from anabranch.graph.fastrp.check import FLAGS, check, check_weights, num_parts
+from anabranch.graph.fastrp.check import FLAGS, LIMITS, as_weights, check, check_weights, num_parts
 from anabranch.graph.fastrp.start import DENSE_BELOW, Setup, sparsity
 from anabranch.graph.fastrp.steps import Powers, Steps
 from anabranch.graph.fastrp.stored import StoredVectors
@@ -132,6 +133,8 @@ class FastRP(Steps):
         Raises InputError for a graph or features that do not fit; of ``spark`` DataError for files that cannot be read, BackendError
         where Spark is missing or fails.
         """
+        # A file of before may hold what may not be fitted with today.
+        check(self)
         if self.engine == "spark":
             return self._fit_files(graph)
         given = as_graph(graph, allow_negative=self.allow_negative)
@@ -246,7 +249,8 @@ class FastRP(Steps):
         """
         params, arrays, nodes, setup = storage.read(path)
         with described(path, "a FastRP of this release"):
-            made = cls(**params_of_file(params, FLAGS))
+            params = params_of_file(params, FLAGS)
+            made = cls._of_file(params, within(params, LIMITS))
             storage.check_widths(arrays, setup, made.dim, num_parts(made))
         made.embedding_, made._nodes, made._setup = arrays["embedding"], nodes, setup
         made._mean_D, made._factor_D = arrays["mean"], arrays["factor"]
@@ -260,15 +264,15 @@ class FastRP(Steps):
 
     def powers(self, graph: Any, order: int | None = None) -> Powers:
         """L R and N_1 ... N_q of a graph, for `combine`; they do not depend on weights. ``order`` is q, by default that of ``weights``."""
-        count = len(self.weights) if order is None else order
-        if count < 1:
-            raise InputError(f"order is {order}; it must be at least 1")
+        count = len(self.weights) if order is None else whole("order", order, 1, MOST_REPEATS)
         with Workers(self._num_workers) as pool:
             return self._powers(self._prepare(graph), pool, count)
 
     def combine(self, powers: Powers, weights: Sequence[float] | None = None) -> np.ndarray:
         """Vectors of these powers with other weights (default: its own), which must not be more than there are powers."""
-        chosen = tuple(self.weights if weights is None else weights)
+        if not isinstance(powers, Powers):
+            raise InputError(f"powers is {shown(powers)}; it must be what powers(graph) gave")
+        chosen = as_weights(self.weights if weights is None else weights)
         check_weights(chosen, self.self_weight)
         if len(chosen) > len(powers.power_KND):
             raise InputError(
@@ -291,6 +295,9 @@ class FastRP(Steps):
         (and ``self_weight``) if rows are normalised or kept side by side, 1 otherwise, q + 2 with ``keep_powers``. Then R's entries of a
         chunk, weights of edges in the working type, and per node 40 bytes.
         """
+        num_nodes = whole("num_nodes", num_nodes, 0)
+        num_stored_edges = whole("num_stored_edges", num_stored_edges, 0)
+        is_weighted = check_flag("is_weighted", is_weighted)
         b = np.dtype(self.dtype).itemsize
         parts = sum(weight != 0 for weight in self.weights)
         vectors = (parts if self.normalize or self.concatenate else min(parts, 1)) + (self.self_weight != 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
 from anabranch.graph.fastrp.start import Setup, inverse_power
 from anabranch.graph.masks import unmasked
@@ -96,10 +97,13 @@ def edges_of_new(nodes: Graph, source: Any, target: Any, weight: Any) -> tuple[A
     """See `anabranch.graph.fastrp.model.FastRP.edges_of_new`. ``nodes`` are those that were fitted."""
     from scipy.sparse import coo_array
 
-    sources, targets = list(unmasked(source, "source")), list(unmasked(target, "target"))
+    sources, targets = (_names(given, what) for given, what in ((source, "source"), (target, "target")))
     if len(sources) != len(targets):
         raise InputError(f"there are {len(sources):,} sources and {len(targets):,} targets; give as many of both")
-    weight_E = np.ones(len(sources)) if weight is None else np.asarray(unmasked(weight, "weight"), np.float64)
+    try:
+        weight_E = np.ones(len(sources)) if weight is None else np.asarray(unmasked(weight, "weight"), np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"weights are numbers: {error}") from None
     if weight_E.shape != (len(sources),):
         raise InputError(f"weight has the shape {weight_E.shape}; there are {len(sources):,} edges")
     known = {
@@ -108,7 +112,7 @@ def edges_of_new(nodes: Graph, source: Any, target: Any, weight: Any) -> tuple[A
     }
     for name in sources:
         if name in known:
-            raise InputError(f"node {name!r} was fitted; new edges start at new nodes")
+            raise InputError(f"node {shown(name)} was fitted; new edges start at new nodes")
     new = {
         name: place
         for place, name in enumerate(dict.fromkeys([*sources, *(name for name in targets if name not in known)]))
@@ -123,3 +127,16 @@ def edges_of_new(nodes: Graph, source: Any, target: Any, weight: Any) -> tuple[A
         weight_E = np.append(weight_E, weight_E[both])
     shape = (len(new), nodes.num_nodes + len(new))
     return coo_array((weight_E, (row_E, column_E)), shape=shape).tocsr(), list(new)
+
+
+def _names(given: Any, what: str) -> list[Any]:
+    """Names of nodes. Raises InputError for what is no list of them."""
+    given = unmasked(given, what)
+    if isinstance(given, str | bytes) or not np.iterable(given):
+        raise InputError(f"{what} is {shown(given)}; it must be a list of names")
+    found = list(given)
+    try:
+        hash(tuple(found))
+    except TypeError:
+        raise InputError(f"{what} must be a list of names: one of them cannot be hashed") from None
+    return found

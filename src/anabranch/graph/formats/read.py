@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import DataError, InputError
+from anabranch.graph.arguments import as_path
 from anabranch.graph.array_file import MAGIC
 from anabranch.graph.checks import near_name
 from anabranch.graph.csr import DUPLICATES
@@ -101,7 +102,7 @@ def read_graph(
         InputError: an argument that does not fit, such as a column that is not there.
         CapacityError: memory_limit, the disk or this machine's memory does not suffice.
     """
-    path = Path(path)
+    path = as_path(path)
     rules = _rules(
         directed=directed,
         ids=ids,

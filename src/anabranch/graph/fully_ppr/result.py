@@ -13,15 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anabranch.bounds import MOST_SIZE
+from anabranch.bounds import MOST_SIZE, is_whole, shown
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.files import atomic_write_json, parse_json
+from anabranch.graph.arguments import as_path
 from anabranch.graph.array_file import check_how, read_arrays, write_arrays
 from anabranch.graph.beside import new_file
 from anabranch.graph.checks import is_known
 from anabranch.graph.header import described, whole
 from anabranch.graph.names import names_arrays, names_from
-from anabranch.graph.rows import SparseRows, id_type
+from anabranch.graph.rows import SparseRows, check_top_k, id_type
 from anabranch.graph.stored_folder import FACTS, SCORES, read_facts, read_table
 
 KIND = "fully-ppr"
@@ -70,9 +71,11 @@ class FullyPPRResult:
 
     def row_of(self, node: int) -> int:
         """Which row is about a node. Raises InputError where none is."""
-        if isinstance(node, bool) or not isinstance(node, int | np.integer):
-            raise InputError(f"node {node!r} is not an id; `top_named` takes outside names")
-        if self.rows.nodes is None:
+        if not is_whole(node):
+            raise InputError(f"node {shown(node)} is not an id; `top_named` takes outside names")
+        if not 0 <= node <= MOST_SIZE:
+            row = -1
+        elif self.rows.nodes is None:
             row = int(node)
         else:
             place = int(np.searchsorted(self.rows.nodes, node, sorter=self._order))
@@ -82,7 +85,7 @@ class FullyPPRResult:
                 else -1
             )
         if not 0 <= row < len(self.rows):
-            raise InputError(f"node {node} is not one of the {len(self.rows):,} sources")
+            raise InputError(f"node {shown(node)} is not one of the {len(self.rows):,} sources")
         return row
 
     def top(self, node: Any, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -90,11 +93,10 @@ class FullyPPRResult:
 
         Raises InputError for another node, or a k below 1.
         """
-        if k is not None and k < 1:
-            raise InputError(f"k is {k}; it must be at least 1, or None for all")
+        kept = check_top_k(k, "k") or None
         is_name = self.names is not None and (self.by_name or isinstance(node, str))
         ids, scores = self.rows.row(self.row_of(self._id_of(node) if is_name else node))
-        return self.names[ids[:k]] if is_name else ids[:k], scores[:k]  # type: ignore[index]
+        return self.names[ids[:kept]] if is_name else ids[:kept], scores[:kept]  # type: ignore[index]
 
     def top_named(self, name: Any, k: int | None = None) -> list[tuple[Any, float]]:
         """The same by outside names: pairs of name and score."""
@@ -106,7 +108,7 @@ class FullyPPRResult:
 
     def _id_of(self, name: Any) -> int:
         if not is_known(name, self._index):
-            raise InputError(f"the graph has no node {name!r}")
+            raise InputError(f"the graph has no node {shown(name)}")
         return self._index[name]
 
     @cached_property
@@ -128,7 +130,7 @@ class FullyPPRResult:
 
     def save(self, path: str | Path) -> None:
         """Write everything into one file, all or nothing: Parquet for a name that ends in ``.parquet``, a checked array file otherwise."""
-        path = Path(path)
+        path = as_path(path)
         if path.suffix == ".parquet":
             with parquet_writer(path, self.num_nodes, self.rows.values.dtype, self.names, self._meta()) as write:
                 write(self.rows, 0)
@@ -155,7 +157,7 @@ class FullyPPRResult:
         Raises DataError for a file that is missing, foreign or damaged.
         """
         check_how(mmap, verify)
-        path = Path(path)
+        path = as_path(path)
         if path.suffix == ".parquet" or path.is_dir():
             return cls._from_parquet(path)
         found = read_arrays(path, KIND, mmap=mmap, verify=verify)

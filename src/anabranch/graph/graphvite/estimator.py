@@ -146,6 +146,7 @@ class GraphVite(Estimator):
             CapacityError: two parts do not fit into ``memory_limit``.
             BackendError: the device or its library is not there.
         """
+        settings.check(self.get_params())
         graph = as_graph(graph, allow_negative=True)
         settings.check_graph(graph)
         return self._train(graph, Counters(total=settings.total_of(self.epochs, graph)), {})
@@ -158,6 +159,7 @@ class GraphVite(Estimator):
         Raises InputError if nothing is fitted, the graph has another number of nodes, there is no run to end, or it has more samples than
         1,000,000 epochs of the graph; and as `fit`.
         """
+        settings.check(self.get_params() if epochs is None else {**self.get_params(), "epochs": epochs})
         graph = as_graph(graph, allow_negative=True)
         settings.check_graph(graph)
         self._need("context")
@@ -183,7 +185,6 @@ class GraphVite(Estimator):
             )
         counters = Counters(**asdict(before))
         if epochs is not None:
-            settings.check({**self.get_params(), "epochs": epochs})
             counters.done, counters.total = 0, settings.total_of(epochs, graph)
         return self._train(graph, counters, dict(self._arrays))
 
@@ -365,7 +366,12 @@ class GraphVite(Estimator):
     def predict(self, edges: Any) -> np.ndarray:
         """Scores V_u . C_v of edges (u, v), [E, 2] of nodes by id or name; float32 [E]. The larger, the likelier is the edge."""
         edges = unmasked(edges, "edges")
-        ends = np.asarray(edges)
+        try:
+            ends = np.asarray(edges)
+        except ValueError as error:
+            raise InputError(
+                f"edges have the shape [edges, 2], these are lists of different lengths: {error}"
+            ) from None
         # Text beside integers would be made text.
         ends = np.asarray(edges, object) if ends.dtype.kind in "SU" else ends
         if ends.ndim != 2 or ends.shape[1] != 2:
@@ -422,7 +428,8 @@ class GraphVite(Estimator):
         arrays, meta = saved.arrays, saved.meta
         with described(path, "a GraphVite of this release"):
             params = meta.get("params", {"dim": arrays["vertex"].shape[1]})
-            found = cls(**params_of_file(params, settings.FLAGS))
+            params = params_of_file(params, settings.FLAGS)
+            found = cls._of_file(params, settings.lawful(params))
             found._counters = Counters(**meta.get("counters", {}))
             for name in ("walks", "episodes", "pairs", "done", "total"):
                 whole(getattr(found._counters, name), name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from anabranch.bounds import LARGEST_FLOAT, LARGEST_INT, MOST_REPEATS, MOST_SIZE, is_whole, shown
 from anabranch.errors import CapacityError, InputError
-from anabranch.graph.arguments import check_flag, check_one_of, is_number, plain
+from anabranch.graph.arguments import check_flag, check_one_of, is_number, plain, within
 from anabranch.graph.graphvite.augmentation import auto_augmentation, pairs_of_walk
 from anabranch.graph.graphvite.train import OPTIMIZERS
 from anabranch.graph.store import Graph
@@ -39,6 +39,24 @@ MOST_EPOCHS = 1_000_000
 MOST_PAIRS = 1 << 24
 
 FLAGS = ("normalize",)
+
+
+# Larger ones may be in files of before.
+LIMITS: dict[str, float] = {
+    "epochs": MOST_EPOCHS,
+    **dict.fromkeys(("walk_length", "negatives", "samplers"), MOST_REPEATS),
+}
+
+
+def lawful(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a file of before as they may be today: what was trained with others is as good as ever."""
+    found = within(given, LIMITS)
+    steps, length = (given.get(name) for name in ("augmentation", "walk_length"))
+    # Together within `MOST_PAIRS`, and one not beyond the other, which may have become shorter.
+    if is_whole(steps) and is_whole(length) and 1 <= steps <= length:
+        if steps > found["walk_length"] or pairs_of_walk(found["walk_length"], steps) > MOST_PAIRS:
+            found["augmentation"] = "auto"
+    return found
 
 
 def check(given: dict[str, Any]) -> None:

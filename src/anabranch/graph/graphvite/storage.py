@@ -14,6 +14,7 @@ import numpy as np
 
 from anabranch.errors import DataError, InputError
 from anabranch.files import parse_json
+from anabranch.graph.arguments import as_path
 from anabranch.graph.array_file import MAGIC, read_arrays, write_arrays
 from anabranch.graph.beside import new_file
 
@@ -38,7 +39,7 @@ class Saved:
 
 def write(path: str | Path, saved: Saved) -> None:
     """Write a file of the form that the name ends in; other names get our array file. All or nothing."""
-    path = Path(path)
+    path = as_path(path)
     if path.suffix == ".npz":
         import json
 
@@ -53,7 +54,7 @@ def write(path: str | Path, saved: Saved) -> None:
 
 def read(path: str | Path) -> Saved:
     """Read what `write` wrote, in whichever form. Raises DataError for a file that is missing, foreign, truncated or damaged."""
-    path = Path(path)
+    path = as_path(path)
     try:
         with open(path, "rb") as file:
             first = file.read(len(MAGIC))

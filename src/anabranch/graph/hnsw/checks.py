@@ -1,6 +1,7 @@
 """What callers pass: vectors, ids and filters as arrays that kernels can trust, or an error that names the row."""
 # Shapes: N vectors, D dimension
 
+import operator
 import sys
 import warnings
 from typing import Any
@@ -207,6 +208,15 @@ def as_ids(value: Any, count: int | None, what: str = "ids") -> np.ndarray:
     if bad.size:
         raise InputError(f"{what}[{bad[0]}] is {found[bad[0]]}; ids are 0 to {limit} (-1 stands for no result)")
     return found.astype(np.int64, copy=False)
+
+
+def as_one_id(value: Any) -> int | None:
+    """An id; None for what is none, so that nothing is called so."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        return None
+    return found if 0 <= found <= np.iinfo(np.int64).max else None
 
 
 def as_distinct(id_N: np.ndarray, what: str = "ids") -> np.ndarray:

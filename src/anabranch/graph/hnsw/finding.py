@@ -4,6 +4,7 @@
 from typing import Any
 
 from anabranch.errors import CapacityError
+from anabranch.graph.arguments import check_flag
 from anabranch.graph.hnsw.checks import as_positive, as_vectors, like, results
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.lock import ReadWriteLock
@@ -103,12 +104,12 @@ class Finding:
             CapacityError: memory does not hold the results.
             DataError: a distance is no number, since a mapped file was damaged.
         """
-        ef = 64 if ef is None else as_positive(ef, "ef")
+        exact, ef = check_flag("exact", exact), 64 if ef is None else as_positive(ef, "ef")
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         radius_Q = as_radius(radius, len(query_QD))
         try:
             with self._pool(workers, former, "range_search") as pool:
-                rows, _ = self._ranges.many(query_QD, radius_Q, ef, filter, bool(exact), pool, self._lock)
+                rows, _ = self._ranges.many(query_QD, radius_Q, ef, filter, exact, pool, self._lock)
             found = Within.of(rows)
         except MemoryError as error:
             raise CapacityError(
@@ -135,15 +136,14 @@ class Finding:
             ids, int64 [Q, K], and distances, float32 [Q, K], as `search`; and how many are within, int64 [Q]. Tensors, on their device,
             where queries are.
         """
+        exact = check_flag("exact", exact)
         k, ef = as_positive(k, "k"), 64 if ef is None else as_positive(ef, "ef")
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
         radius_Q = as_radius(radius, len(query_QD))
         id_QK, distance_QK = results(len(query_QD), k)
         try:
             with self._pool(workers, {}, "nearest_within") as pool:
-                rows, number_Q = self._ranges.many(
-                    query_QD, radius_Q, ef, filter, bool(exact), pool, self._lock, most=k
-                )
+                rows, number_Q = self._ranges.many(query_QD, radius_Q, ef, filter, exact, pool, self._lock, most=k)
         except (MemoryError, ValueError) as error:
             raise CapacityError(f"no memory for {k:,} results of {len(query_QD):,} queries; ask for fewer") from error
         for number, (ids, distances) in enumerate(rows):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import whole
 from anabranch.errors import InputError
 from anabranch.graph.arguments import check_flag, plain
 from anabranch.graph.hnsw import layout
@@ -13,6 +14,7 @@ from anabranch.graph.hnsw.changing import Changes
 from anabranch.graph.hnsw.checks import (
     as_distinct,
     as_ids,
+    as_one_id,
     as_positive,
     as_vectors,
     like,
@@ -127,12 +129,11 @@ class HNSW(Kept, Finding):
         # Both change while elements are taken out.
         return max(0, self._storage.count - int(self._storage.graph[layout.NUM_DELETED]))
 
-    def __contains__(self, id: int) -> bool:
-        id = int(id)
-        if not 0 <= id <= np.iinfo(np.int64).max:
+    def __contains__(self, id: Any) -> bool:
+        if (known := as_one_id(id)) is None:
             return False
         with self._lock.read():
-            return bool(self._slots.known(np.array([id]))[0])
+            return bool(self._slots.known(np.array([known]))[0])
 
     def contains(self, ids: Any) -> np.ndarray:
         """Which of some ids are in it, bool [N]. Raises InputError for what are no ids."""
@@ -169,6 +170,7 @@ class HNSW(Kept, Finding):
 
     def growth_bytes(self, count: int) -> int:
         """Bytes that arrays take anew so that ``count`` more elements fit; 0 where there is room for them."""
+        count = whole("count", count, 0)
         with self._lock.read():
             return self._storage.growth_bytes(count)
 
@@ -230,6 +232,7 @@ class HNSW(Kept, Finding):
                 not fit, or no ids left after the largest.
             CapacityError: memory does not suffice; the index is as it was.
         """
+        update, repair, reuse = check_flag("update", update), check_flag("repair", repair), check_flag("reuse", reuse)
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         warn_of_short(vector_ND, self.metric, "vectors")
         given = None if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
@@ -292,6 +295,7 @@ class HNSW(Kept, Finding):
 
         Raises InputError for unknown ids, and as `add`.
         """
+        repair = check_flag("repair", repair)
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         warn_of_short(vector_ND, self.metric, "vectors")
         id_N = as_distinct(as_ids(ids, len(vector_ND)))
@@ -342,6 +346,7 @@ class HNSW(Kept, Finding):
 
         Arrays become as small as what they hold.
         """
+        repair = check_flag("repair", repair)
         with self._lock.write(), self._pool(workers, former, "compact") as pool:
             found = self._changes.compact(pool, repair=repair)
             self._changes.learn_after_loss(pool)

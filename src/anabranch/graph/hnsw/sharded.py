@@ -11,9 +11,10 @@ from typing import Any, Self
 import numpy as np
 
 from anabranch.errors import DataError, InputError
+from anabranch.graph.arguments import check_flag
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described
-from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, like
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_one_id, as_positive, as_vectors, like
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
 from anabranch.graph.hnsw.ranges import Within
@@ -86,8 +87,9 @@ class ShardedHNSW:
     def __len__(self) -> int:
         return sum(map(len, self.shards))
 
-    def __contains__(self, id: int) -> bool:
-        return id in self.shards[int(id) % self.num_shards]
+    def __contains__(self, id: Any) -> bool:
+        known = as_one_id(id)
+        return known is not None and known in self.shards[known % self.num_shards]
 
     def __repr__(self) -> str:
         return f"ShardedHNSW({len(self):,} vectors of {self.dim} in {self.num_shards} shards, {self.metric})"
@@ -99,6 +101,7 @@ class ShardedHNSW:
 
     def add(self, vectors: Any, ids: Any = None, *, update: bool = False, repair: bool = False) -> np.ndarray:
         """Insert vectors, as `HNSW.add`. All arguments are checked before any shard changes."""
+        update, repair = check_flag("update", update), check_flag("repair", repair)
         vector_ND = as_vectors(vectors, self.dim, self.metric, "vectors")
         with self._changing:
             return self._add(vector_ND, ids, update, repair)

@@ -7,14 +7,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from anabranch.bounds import is_whole, shown, whole
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_flag, check_one_of, is_number
 from anabranch.graph.powerwalk.batch import backward_rows, forward_rows, prefers_backward
 from anabranch.graph.powerwalk.held import Held
 from anabranch.graph.powerwalk.query import Follow, decompose_one, take
 from anabranch.graph.powerwalk.stored import Index
 from anabranch.graph.ppr.pagerank import PageRank
-from anabranch.graph.ppr.rules import GOES_ON, answer
-from anabranch.graph.ppr.walks import check_count
+from anabranch.graph.ppr.rules import GOES_ON, answer, as_queries
+from anabranch.graph.ppr.walks import check_seed
 from anabranch.graph.rows import SparseRows, check_top_k, order_top
 from anabranch.graph.workers import num_workers
 
@@ -58,6 +60,8 @@ class Asking(Held):
         """
         index, kept = self._built(), check_top_k(top_k)
         number, budget = _rounds(rounds)
+        # A kernel takes it, which is compiled anew for each type.
+        use_index = check_flag("use_index", use_index)
         transition = index.transition
         ids, share = self._parsed(seeds)
         buffers = index.take_buffers()
@@ -110,12 +114,12 @@ class Asking(Held):
             InputError: a bad argument, there is no index, or ``backward`` needs a fingerprint that is not there.
         """
         index, kept = self._built(), check_top_k(top_k)
-        if method not in ("auto", "forward", "backward"):
-            raise InputError(f"method is {method!r}; it must be 'auto', 'forward' or 'backward'")
+        check_one_of("method", method, ("auto", "forward", "backward"))
         number, budget = _rounds(rounds)
         if method == "backward" and budget:
             raise InputError("method='backward' needs a number of rounds, not 'auto'")
-        parsed = [self._parsed(seeds) for seeds in seeds_list]
+        eps = _eps(eps)
+        parsed = [self._parsed(seeds) for seeds in as_queries(seeds_list)]
         found = self._batch(index, parsed, number, budget, eps, kept, method)
         return replace(found, names=self.graph.names)
 
@@ -131,7 +135,7 @@ class Asking(Held):
             exact = PageRank(self.alpha, tol=1e-4, dangling=self.dangling)
             found = exact.batch(index.transition.graph, parsed, kept or None)
             return SparseRows(found.indptr, found.ids, found.values.astype(np.float32), found.num_columns)
-        return forward_rows(index, parsed, number, budget, _eps(eps), kept, num_workers(self.workers))
+        return forward_rows(index, parsed, number, budget, eps, kept, num_workers(self.workers))
 
     def _probed(self, parsed: list[tuple[np.ndarray, np.ndarray]], rounds: int, budget: int) -> float:
         """Mean entries read by 16 of the queries; of two rounds where the number of rounds is open."""
@@ -141,13 +145,13 @@ class Asking(Held):
     def fingerprint(self, node: Any) -> tuple[np.ndarray, np.ndarray]:
         """Nodes and float64 estimate of the leaky vector of a node, as the index holds it. Raises InputError where there is none."""
         self._built()
-        ids, value = self._row(int(self.graph.resolve(node)[0]), node)
+        ids, value = self._row(self.graph.place_of(node), node)
         return self.graph.answer(ids, node), value
 
     def _row(self, place: int, node: Any) -> tuple[np.ndarray, np.ndarray]:
         index = self._built()
         if not index.has_N[place]:
-            raise InputError(f"node {node} has no fingerprint")
+            raise InputError(f"node {shown(node)} has no fingerprint")
         row = slice(index.indptr[place], index.indptr[place + 1])
         return index.ids[row].astype(np.int64), index.counts[row].astype(np.float64) * index.lookup.scale_N[place]
 
@@ -162,9 +166,9 @@ class Asking(Held):
         number, budget = _rounds(rounds)
         if budget:
             raise InputError("rounds is 'auto'; a bound needs a number of rounds")
-        worst = 2.0
-        if sample:
-            worst = max(self._row_errors(check_count("sample", sample), seed))
+        worst, seed = 2.0, check_seed(seed)
+        if sample := whole("sample", sample, 0):
+            worst = max(self._row_errors(sample, seed))
         alive = (1.0 - self.alpha) ** number
         # Given that walks end at all, more of them are still under way.
         if self.dangling in GOES_ON:
@@ -189,14 +193,15 @@ class Asking(Held):
 
 def _rounds(rounds: Any) -> tuple[int, int]:
     """A number of rounds, and a budget of entries or 0."""
-    if rounds == "auto":
+    # An array compares with a name to an array.
+    if isinstance(rounds, str) and rounds == "auto":
         return MOST_ROUNDS, BUDGET
-    if isinstance(rounds, bool) or not isinstance(rounds, int | np.integer) or not 0 <= rounds <= 1000:
-        raise InputError(f"rounds is {rounds!r}; it must be a whole number from 0 to 1000, or 'auto'")
+    if not is_whole(rounds) or not 0 <= rounds <= 1000:
+        raise InputError(f"rounds is {shown(rounds)}; it must be a whole number from 0 to 1000, or 'auto'")
     return int(rounds), 0
 
 
 def _eps(eps: Any) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating) or not 0 <= eps < 1:
-        raise InputError(f"eps is {eps!r}; the flow below which nothing is followed must lie in [0, 1)")
+    if not is_number(eps) or not 0 <= eps < 1:
+        raise InputError(f"eps is {shown(eps)}; the flow below which nothing is followed must lie in [0, 1)")
     return float(eps)

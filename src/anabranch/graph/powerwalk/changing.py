@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_flag, is_number
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.delta import with_changes
 from anabranch.graph.powerwalk.held import DTYPES, Held
@@ -51,7 +53,7 @@ class Changing(Held):
             InputError: a graph and edges, or neither; edges as in `with_changes`; a graph of fewer nodes or other names; or the index
                 cannot say where walks passed.
         """
-        index = self._built()
+        index, refresh = self._built(), check_flag("refresh", refresh)
         old = index.transition.graph
         changes = (edges_added, edges_removed, num_nodes)
         if (graph is None) == all(change is None for change in changes):
@@ -88,8 +90,8 @@ class Changing(Held):
 
     def refresh(self, fraction: float = 1.0) -> int:
         """Walk again for ``fraction`` of the stale rows, the most affected first. Returns how many."""
-        if not 0 < fraction <= 1:
-            raise InputError(f"fraction is {fraction!r}; the share of stale rows to refresh must lie in (0, 1]")
+        if not is_number(fraction) or not 0 < fraction <= 1:
+            raise InputError(f"fraction is {shown(fraction)}; the share of stale rows to refresh must lie in (0, 1]")
         index, stale = self._built(), self.stale
         nodes = np.sort(stale[: int(np.ceil(fraction * len(stale)))])
         if len(nodes):

@@ -10,7 +10,7 @@ import numpy as np
 
 from anabranch.bounds import shown, whole
 from anabranch.errors import DataError, InputError
-from anabranch.graph.arguments import check_flag, check_one_of, is_number
+from anabranch.graph.arguments import as_path, check_flag, check_one_of, is_number
 from anabranch.graph.array_file import check_how
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.header import described
@@ -132,6 +132,9 @@ class PowerWalk(Asking, Changing):
             InputError: an unknown node, a graph without nodes or with negative weights. DataError, CapacityError: ``out`` cannot be
                 written. BackendError: Spark is asked for, and is missing or fails.
         """
+        if progress is not None and not callable(progress):
+            raise InputError(f"progress is {shown(progress)}; it must be a function of one number, or None")
+        out = None if out is None else out if self.engine == "spark" else as_path(out, "out")
         if self.engine == "spark":
             return self._build_files(graph, nodes, out, progress)
         given = as_graph(graph, allow_negative=True)
@@ -184,6 +187,8 @@ class PowerWalk(Asking, Changing):
                 from, and cannot stand for each other.
         """
         made = cls(**{"dtype": "f32", **params})
+        if not isinstance(rows, SparseRows):
+            raise InputError(f"rows is {shown(rows)}; it must be SparseRows")
         try:
             check_rows(rows.indptr, rows.ids, rows.values, rows.num_columns, None, "rows", "scores")
         except DataError as error:
@@ -252,10 +257,11 @@ class PowerWalk(Asking, Changing):
         Raises DataError for a file that is missing, foreign, truncated or damaged, or that was made of another graph.
         """
         check_how(mmap, verify)
+        path = as_path(path)
         given = as_graph(graph, allow_negative=True)
         graph = given.numbered()
-        if Path(path).is_dir():
-            gathered, params = read_folder(Path(path), given, DTYPES.__getitem__)
+        if path.is_dir():
+            gathered, params = read_folder(path, given, DTYPES.__getitem__)
             made = cls._of(path, params, workers)
             made._index = gathered.index(Transition(graph, made.alpha, made.dangling), made._unit())
         else:

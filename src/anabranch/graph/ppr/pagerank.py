@@ -8,7 +8,8 @@ from typing import Any, Generic, Literal, Self, TypeVar, get_args
 
 import numpy as np
 
-from anabranch.graph.arguments import check_one_of
+from anabranch.bounds import whole
+from anabranch.graph.arguments import check_flag, check_one_of
 from anabranch.graph.coerce import as_graph
 from anabranch.graph.estimator import Estimator
 from anabranch.graph.ppr.blocks import Blocks
@@ -21,6 +22,7 @@ from anabranch.graph.ppr.rules import (
     Dangling,
     Transition,
     answer,
+    as_queries,
     check_alpha,
     check_dangling,
     check_tol,
@@ -134,7 +136,10 @@ class PageRank(Estimator):
         prepared: bool = False,
     ) -> int:
         """Bytes that a query by ``auto`` holds at most beside the graph, before it is prepared or after; see the formula of the class."""
-        entries, width = num_stored_edges + num_nodes, 4 + 4 * is_weighted
+        num_nodes = whole("num_nodes", num_nodes, 0)
+        num_stored_edges = whole("num_stored_edges", num_stored_edges, 0)
+        is_directed, prepared = check_flag("is_directed", is_directed), check_flag("prepared", prepared)
+        entries, width = num_stored_edges + num_nodes, 4 + 4 * check_flag("is_weighted", is_weighted)
         once = 215 * num_nodes + width * num_stored_edges if is_directed else 180 * num_nodes
         return once + 30 * entries if prepared and num_stored_edges <= LARGE else once
 
@@ -205,7 +210,7 @@ class PageRank(Estimator):
         """
         check_top_k(top_k)
         prepared = self._prepared(graph)
-        asked, names = [prepared.by_id(seeds) for seeds in seeds_list], prepared.graph.names
+        asked, names = [prepared.by_id(seeds) for seeds in as_queries(seeds_list)], prepared.graph.names
         if self.method == "power":
             found = power_rows(prepared.transition, asked, tol=self.tol, top_k=top_k, block=BLOCK)
             return replace(found, names=names)

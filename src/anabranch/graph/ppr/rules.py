@@ -22,7 +22,7 @@ signed or not, also after the policy (``absorb`` counts what arrives at dead end
 """
 # Shapes: N nodes, M stored edges, S seeds
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -88,7 +88,22 @@ def seed_nodes(graph: Graph, seeds: Any) -> tuple[Any, Any]:
 
 
 def _is_list(part: Any) -> bool:
-    return isinstance(part, list | np.ndarray) or (not isinstance(part, str) and np.ndim(part) == 1)
+    if isinstance(part, list | np.ndarray):
+        return True
+    try:
+        return not isinstance(part, str) and np.ndim(part) == 1
+    except ValueError:
+        # Lists of different lengths.
+        return False
+
+
+def as_queries(seeds_list: Any) -> list[Any]:
+    """Seeds of many queries. Raises InputError for what is no list of them."""
+    seeds_list = unmasked(seeds_list, "seeds_list")
+    is_list = not isinstance(seeds_list, str | bytes | Mapping) and isinstance(seeds_list, Iterable)
+    if not is_list or (isinstance(seeds_list, np.ndarray) and not seeds_list.ndim):
+        raise InputError(f"seeds_list is {shown(seeds_list)}; it must be a list, of the seeds of one query each")
+    return list(seeds_list)
 
 
 def answer(graph: Graph, ids: np.ndarray, seeds: Any) -> np.ndarray:

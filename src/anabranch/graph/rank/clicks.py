@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError, first_line
+from anabranch.graph.arguments import as_path
 from anabranch.graph.masks import unmasked
 
 
@@ -24,8 +26,10 @@ def read_clicks(
         DataError: a file that cannot be read, or lacks a column, or has an empty cell (with its row).
         InputError: arrays of different length or kind.
     """
+    if not isinstance(columns, list | tuple) or len(columns) != 3 or not all(isinstance(name, str) for name in columns):
+        raise InputError(f"columns is {shown(columns)}; it must be the names of three: nodes, terms and items")
     if isinstance(source, str | Path):
-        source = _read_file(Path(source), columns)
+        source = _read_file(as_path(source, "clicks"), columns)
     if hasattr(source, "column_names") or hasattr(source, "columns") or isinstance(source, dict):
         names = (
             list(source.keys())
@@ -51,10 +55,15 @@ def read_clicks(
 
 
 def _of_triples(source: Iterable[Any]) -> list[Any]:
-    rows = source.tolist() if isinstance(source, np.ndarray) else list(source)
+    rows = source.tolist() if isinstance(source, np.ndarray) else source
+    if not np.iterable(rows) or isinstance(rows, bytes):
+        raise InputError(
+            f"clicks are {shown(source)}; they must be a path, a table, three arrays, or (node, term, item) rows"
+        )
+    rows = list(rows)
     for number, row in enumerate(rows):
         if isinstance(row, str) or not hasattr(row, "__len__") or len(row) != 3:
-            raise InputError(f"click {number} is {row!r:.80}; a click is (node, term, item)")
+            raise InputError(f"click {number} is {shown(row)}; a click is (node, term, item)")
     return [list(part) for part in zip(*rows, strict=True)] if rows else [[], [], []]
 
 
@@ -97,7 +106,7 @@ def _column(values: Any, name: str) -> np.ndarray:
     if found.dtype.kind != "O" or wrong:
         row = wrong[0] if wrong else 0
         raise DataError(
-            f"click {row} has the {name} {found[row]!r:.80}; nodes and items are integers or texts, terms are texts"
+            f"click {row} has the {name} {shown(found[row])}; nodes and items are integers or texts, terms are texts"
         )
     return found.astype(str)
 

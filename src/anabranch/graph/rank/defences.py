@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
+from anabranch.graph.arguments import check_one_of, is_number
 
 Saturation = Literal["cap", "log"] | None
 
@@ -41,17 +43,17 @@ class Defences:
     signed: bool = False
 
     def __post_init__(self) -> None:
-        if self.saturation not in ("cap", "log", None):
-            raise InputError(f"saturation is {self.saturation!r}; it is 'cap', 'log' or None")
+        if self.saturation is not None:
+            check_one_of("saturation", self.saturation, ("cap", "log"), ", or None")
         least = {"click_cap": 1, "min_common": 0, "reply_rows": 1, "reply_rows_per_origin": 1, "max_rows": 1}
         least |= {"max_message_bytes": 1 << 18}
         least |= {} if self.rows_per_origin is None else {"rows_per_origin": 1}
         for name, limit in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not limit <= value < 2**63:
-                raise InputError(f"{name} is {value!r}; it is a whole number of at least {limit}, below 2**63")
-        if self.ttl is not None and not (isinstance(self.ttl, int | float) and 0 < self.ttl < float("inf")):
-            raise InputError(f"ttl is {self.ttl!r}; it is a positive number of seconds, or None")
+                raise InputError(f"{name} is {shown(value)}; it is a whole number of at least {limit}, below 2**63")
+        if self.ttl is not None and not (is_number(self.ttl) and 0 < self.ttl < float("inf")):
+            raise InputError(f"ttl is {shown(self.ttl)}; it is a positive number of seconds, or None")
 
 
 NONE = Defences(saturation=None, pull_only=False, rows_per_origin=None)

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described
@@ -270,12 +271,12 @@ class GRank:
 
     def _place(self, node: Any) -> int:
         self._check_fitted()
-        place = (
-            int(np.searchsorted(self.nodes_, node)) if isinstance(node, str) == (self.nodes_.dtype.kind == "U") else -1
-        )
+        is_text = self.nodes_.dtype.kind == "U"
+        is_name = isinstance(node, str) if is_text else is_whole(node) and -(2**63) <= node < 2**63
+        place = int(np.searchsorted(self.nodes_, node)) if is_name else -1
         if not 0 <= place < len(self.nodes_) or self.nodes_[place] != node:
             raise InputError(
-                f"no clicks of node {node!r:.80}; there are {len(self.nodes_):,} nodes (node=None ranks for everybody)"
+                f"no clicks of node {shown(node)}; there are {len(self.nodes_):,} nodes (node=None ranks for everybody)"
             )
         return place
 

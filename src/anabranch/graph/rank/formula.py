@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import LARGEST_INT, is_whole, shown
 from anabranch.errors import InputError
+from anabranch.graph.arguments import is_number
 from anabranch.graph.rank.defences import Defences
 
 
@@ -60,9 +62,9 @@ def top_terms_mask(count_NT: np.ndarray, number: int) -> np.ndarray:
 
 def check_parameters(F: float, explore: float, top_terms: int) -> None:
     """Raises InputError for an F below 0, an ``explore`` outside 0 to 1, a negative or fractional ``top_terms``."""
-    if not (isinstance(F, int | float) and 0 <= F <= sys.float_info.max):
-        raise InputError(f"F is {F}; the isolation constant is a finite number of at least 0")
-    if not (isinstance(explore, int | float) and 0 <= explore <= 1):
-        raise InputError(f"explore is {explore}; it is a probability, 0 to 1")
-    if isinstance(top_terms, bool) or not isinstance(top_terms, int | np.integer) or top_terms < 0:
-        raise InputError(f"top_terms is {top_terms}; it is a whole number of at least 0")
+    if not (is_number(F) and 0 <= F <= sys.float_info.max):
+        raise InputError(f"F is {shown(F)}; the isolation constant is a finite number of at least 0")
+    if not (is_number(explore) and 0 <= explore <= 1):
+        raise InputError(f"explore is {shown(explore)}; it is a probability, 0 to 1")
+    if not is_whole(top_terms) or not 0 <= top_terms <= LARGEST_INT:
+        raise InputError(f"top_terms is {shown(top_terms)}; it is a whole number of at least 0")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
 
 Id = int | str
@@ -71,6 +72,8 @@ def matches(term: str, item: Item) -> bool:
 def by_id(items: Iterable[Item]) -> dict[Id, Item]:
     """Items by id. Raises InputError for something else, or for two items of one id."""
     found: dict[Id, Item] = {}
+    if not np.iterable(items):
+        raise InputError(f"items is {shown(items)}; it must be a list of `Item`s")
     for item in items:
         if not isinstance(item, Item):
             raise InputError(f"a library holds `Item`s, not {type(item).__name__}")

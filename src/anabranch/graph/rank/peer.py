@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from anabranch.bounds import is_whole, shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.rank import peer_file
 from anabranch.graph.rank.defences import Defences
@@ -425,5 +426,5 @@ class Peer:
 
 
 def _check_k(k: int | None) -> None:
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
-        raise InputError(f"k is {k!r}; it is a whole number of at least 1")
+    if k is not None and (not is_whole(k) or k < 1):
+        raise InputError(f"k is {shown(k)}; it is a whole number of at least 1")
