@@ -561,6 +561,28 @@ def test_edges_of_new_nodes_by_name():
             model.edges_of_new(*edges)
 
 
+@pytest.mark.parametrize("before", [{"chunk": 2**40}, {"workers": 2**33}, {"s": 1e200}, {"weights": [1, 1e38]}])
+def test_files_of_before_are_read_where_only_a_new_fit_would_be_refused(before, tmp_path):
+    graph, path = drawn(), tmp_path / "m.anb"
+    model = FastRP(8, (1, 2), keep_powers=True).fit(graph)
+    model.save(path)
+    found = read_arrays(path, "fastrp")
+    arrays = {name: np.array(array) for name, array in found.arrays.items()}
+    write_arrays(path, "fastrp", arrays, {**found.meta, "params": {**found.meta["params"], **before}}, found.version)
+    read = FastRP.load(path)
+    assert {name: read.get_params()[name] for name in before} == before
+    assert np.array_equal(read.vectors([3, 1]), model.vectors([3, 1]))
+    assert read.transform(np.ones((2, 40))).shape == (2, 8)
+    read.save(tmp_path / "n.anb")
+    assert np.array_equal(FastRP.load(tmp_path / "n.anb").embedding_, model.embedding_)
+    with pytest.raises(InputError, match=f"^({next(iter(before))}|weight 2) is "):
+        read.fit(graph)
+    wrong = dict.fromkeys(before, -1)
+    write_arrays(path, "fastrp", arrays, {**found.meta, "params": {**found.meta["params"], **wrong}}, found.version)
+    with pytest.raises(DataError, match=f"{next(iter(before))} is "):
+        FastRP.load(path)
+
+
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("options", [{}, {"matrix": "symmetric", "concatenate": True}, {"feature_ratio": 0.5}])
 def test_saved_and_read_back(named, options, tmp_path):

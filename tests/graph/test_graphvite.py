@@ -306,6 +306,42 @@ def test_files_hold_what_was_given_before_it_was_looked_at(graph, tmp_path, norm
     assert GraphVite.load(path).normalize is bool(normalize)
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        {"epochs": 2e6},
+        {"walk_length": 70_000},
+        {"walk_length": 70_000, "augmentation": 69_000},
+        {"walk_length": 60_000, "augmentation": 50_000},
+        {"negatives": 70_000},
+        {"samplers": 70_000},
+    ],
+)
+def test_files_of_before_are_read_where_only_a_new_fit_would_be_refused(graph, tmp_path, before):
+    path = tmp_path / "a.anb"
+    model = GraphVite(**SMALL).fit(graph)
+    model.save(path)
+    found = read_arrays(path, "graphvite")
+    meta = {**found.meta, "params": {**found.meta["params"], **before}}
+    arrays = {name: np.array(array) for name, array in found.arrays.items()}
+    write_arrays(path, "graphvite", arrays, meta, found.version)
+    read = GraphVite.load(path)
+    assert {name: read.get_params()[name] for name in before} == before
+    assert np.array_equal(read.transform(), model.transform())
+    read.save(tmp_path / "b.anb")
+    assert np.array_equal(GraphVite.load(tmp_path / "b.anb").predict([[0, 1]]), model.predict([[0, 1]]))
+    for refused in (lambda: read.fit(graph), lambda: read.resume(graph)):
+        with pytest.raises(InputError, match=f"^({'|'.join(before)}) is "):
+            refused()
+    assert np.array_equal(read.transform(), model.transform())
+    read.set_params(**{name: GraphVite(**SMALL).get_params()[name] for name in before}).resume(graph, epochs=1)
+    # What never was allowed is no file of before.
+    for wrong in ({"epochs": -1}, {"epochs": "2e6"}, {"negatives": 1.5}, {"walk_length": 0}, {"lr": -1}):
+        write_arrays(path, "graphvite", arrays, {**meta, "params": {**found.meta["params"], **wrong}}, found.version)
+        with pytest.raises(DataError, match=f"{next(iter(wrong))} is "):
+            GraphVite.load(path)
+
+
 def test_what_cannot_go_on_is_said(graph):
     with pytest.raises(InputError, match="not fitted yet; call fit first"):
         GraphVite().resume(graph)

@@ -10,7 +10,8 @@ import pytest
 import anabranch.graph.hnswlib_compat as hnswlib
 from anabranch.errors import CapacityError
 from anabranch.graph.array_file import write_arrays
-from anabranch.graph.hnsw.storage import Storage
+from anabranch.graph.hnsw import HNSW
+from anabranch.graph.hnsw.storage import VERSION, Storage
 from anabranch.graph.hnswlib_compat import brute
 from hnsw_checks import WAIT_S, check_graph, drawn, naive, recall, wanted
 from hnsw_checks import thread as begun
@@ -468,3 +469,26 @@ def test_an_index_whose_elements_took_the_places_of_deleted_ones_is_read_again(t
         again = pickle.loads(pickle.dumps(index)) if way.endswith("pickle") else hnswlib.Index(index)
     assert again.knn_query(vectors[:1] + 9, 1)[0].tolist() == [[2000]]
     assert again._index._changes.next_id == 2001
+
+
+def test_vacant_places_of_a_file_are_no_deleted_elements(tmp_path):
+    """They were taken for elements called -1, whose places new ones took, on levels below zero: a raw error halfway."""
+    vectors = np.random.default_rng(0).standard_normal((330, 8)).astype(np.float32)
+    index = HNSW(8, "l2", 4, 10, compact_at=None, workers=1)
+    index.add(vectors[:300])
+    index.remove(range(40))
+    index.add(vectors[:1], [1000])
+    state = index.__getstate__()
+    assert len(index._storage.vacant_S)
+    meta = {"hnsw": state["meta"], "max_elements": 400}
+    write_arrays(tmp_path / "i", "hnswlib_compat index", state["arrays"], meta, VERSION)
+    again = hnswlib.Index(space="l2", dim=8)
+    again.load_index(tmp_path / "i", allow_replace_deleted=True)
+    assert min(again.get_ids_list()) >= 0
+    with pytest.raises(RuntimeError, match="Label not found"):
+        again.unmark_deleted(-1)
+    again.add_items(vectors[300:] + 5, np.arange(2000, 2030), replace_deleted=True)
+    assert again.knn_query(vectors[300:] + 5, 1)[0].ravel().tolist() == list(range(2000, 2030))
+    again.save_index(tmp_path / "j")
+    again.load_index(tmp_path / "j")
+    assert again.knn_query(vectors[300:] + 5, 1)[0].ravel().tolist() == list(range(2000, 2030))

@@ -33,18 +33,18 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Integral | float | np.floating) and not isinstance(value, bool)
 
 
-# Bytes of a name, in most file systems.
-_LONGEST_NAME = 255
+# Bytes of a name in most file systems, and of a path in a call of the system.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 def as_path(value: Any, name: str = "path") -> Path:
     """A path, of text or of `pathlib.Path`. Raises InputError for what is none, and for names that file systems do not take."""
     try:
         text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-        longest = 0 if not isinstance(text, str) or "\0" in text else max(map(len, os.fsencode(text).split(b"/")))
+        encoded = b"" if not isinstance(text, str) or "\0" in text else os.fsencode(text)
     except (TypeError, UnicodeEncodeError):
-        longest = 0
-    if not 0 < longest <= _LONGEST_NAME:
+        encoded = b""
+    if not 0 < max(map(len, encoded.split(b"/"))) <= _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
         raise InputError(
             f"{name} is {shown(value)}; it must be a path (text, or a pathlib.Path) whose names have 1 to {_LONGEST_NAME} bytes"
         )

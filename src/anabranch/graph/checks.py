@@ -2,7 +2,6 @@
 # Shapes: N nodes, E edges
 
 from collections import Counter
-from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -94,7 +93,7 @@ def checked_weights(weight: ArrayLike, count: int, drop_zero: bool, allow_negati
         # Infinite as a 32-bit number: refused below.
         with np.errstate(over="ignore"):
             weight_E = given.astype(np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"weights are numbers: {error}") from None
     if weight_E.shape != (count,):
         raise InputError(f"weight has the shape {weight_E.shape}; there are {count:,} edges")
@@ -128,7 +127,7 @@ def checked_names(names: Any, count: int) -> np.ndarray | None:
     if names is None:
         return None
     names = unmasked(names, "names")
-    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+    if isinstance(names, str | bytes) or not np.iterable(names):
         raise InputError(f"names is {shown(names)}; it must be a list, one name per node")
     listed = names if isinstance(names, np.ndarray) else list(names)
     found = np.asarray(listed) if isinstance(listed, np.ndarray) or all(_is_integer(name) for name in listed) else None

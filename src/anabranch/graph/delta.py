@@ -244,7 +244,7 @@ def _weights(weight: Sequence[Any] | None, count: int) -> np.ndarray:
         return np.ones(count, np.float32)
     try:
         found = np.asarray(weight, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"weights of edges to add are numbers: {error}") from None
     with np.errstate(over="ignore"):
         small = found.astype(np.float32)

@@ -69,11 +69,7 @@ def keys_of(names: Iterable[Any]) -> np.ndarray:
     """uint64 [N]: `key_of` of each name."""
     if isinstance(names, np.ndarray) and names.dtype.kind in "iu":
         return names.astype(np.int64 if names.dtype.kind == "i" else np.uint64).view(np.uint64)
-    if (
-        isinstance(names, str | bytes)
-        or not isinstance(names, Iterable)
-        or (isinstance(names, np.ndarray) and not names.ndim)
-    ):
+    if isinstance(names, str | bytes) or not np.iterable(names):
         raise InputError(f"names is {shown(names)}; it must be a list of names")
     return np.array([key_of(name) for name in names], np.uint64)
 

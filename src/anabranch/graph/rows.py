@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from anabranch.bounds import is_whole, shown
 from anabranch.errors import DataError, InputError
+from anabranch.files import explained
 from anabranch.graph.arguments import as_path
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.beside import check_unchanged
@@ -281,8 +282,10 @@ def row_file(
     path = as_path(path)
     # In the end it would be too late to say so.
     check_unchanged(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    with beside as folder:
         rows = RowFile(Path(folder), num_columns, dtype)
         try:
             yield rows

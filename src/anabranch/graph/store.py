@@ -160,6 +160,7 @@ class Graph:
             raise InputError(f"an adjacency matrix is a scipy or numpy matrix, not {type(matrix).__name__}")
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InputError(f"an adjacency matrix is square, this one has the shape {tuple(matrix.shape)}")
+        matrix = matrix if hasattr(matrix, "tocoo") else np.asarray(matrix)
         if matrix.dtype.kind not in "biuf":
             raise InputError(f"entries of an adjacency matrix are real numbers, not {matrix.dtype}")
         coo = matrix.tocoo() if hasattr(matrix, "tocoo") else coo_array(matrix)
@@ -274,7 +275,10 @@ class Graph:
         dtype = as_number_type(dtype)
         weights = np.ones(len(self.indices), dtype) if self.weights is None else self.weights.astype(dtype, copy=False)
         indptr = self.indptr.astype(self.indices.dtype, copy=False)
-        return csr_array((weights, self.indices, indptr), shape=(self.num_nodes, self.num_nodes))
+        try:
+            return csr_array((weights, self.indices, indptr), shape=(self.num_nodes, self.num_nodes))
+        except ValueError:
+            raise InputError(f"dtype is {dtype}, of which scipy has no sparse matrices") from None
 
     def check_nodes(self, nodes: ArrayLike) -> np.ndarray:
         """``nodes`` as int64 ids. Raises InputError naming the first that is not an id of this graph."""
@@ -293,7 +297,7 @@ class Graph:
 
     def ids_of(self, names: Iterable[Any]) -> np.ndarray:
         """Ids, int64, of nodes by their outside names. Raises InputError naming the first unknown one."""
-        if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+        if isinstance(names, str | bytes) or not np.iterable(names):
             raise InputError(f"names is {shown(names)}; it must be a list of names")
         given = list(names)
         if self.names is None:
@@ -323,7 +327,7 @@ class Graph:
         if not self.are_names(nodes):
             return self.check_nodes(nodes)
         if self.names is None:
-            first = nodes if isinstance(nodes, str) else next(node for node in nodes if isinstance(node, str))
+            first = nodes if isinstance(nodes, str) else next((node for node in nodes if isinstance(node, str)), nodes)
             raise InputError(f"the graph has no node {shown(first)}: its nodes have no names, only numbers from 0")
         # A tuple may be the name of one node, as in networkx.
         is_one = isinstance(nodes, str) or not hasattr(nodes, "__iter__") or self._has(nodes)

@@ -278,8 +278,10 @@ def results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     as they are written.
     """
     if (size := 12 * num_queries * k) > _FEW_BYTES and size > room_bytes():
-        raise CapacityError(f"no memory for {k:,} results of {num_queries:,} queries; ask for fewer")
+        raise CapacityError(f"no memory for k = {shown(k)} results of {num_queries:,} queries; ask for fewer")
     try:
         return np.full((num_queries, k), -1), np.full((num_queries, k), np.inf, np.float32)
-    except (MemoryError, ValueError) as error:
-        raise CapacityError(f"no memory for {k:,} results of {num_queries:,} queries; ask for fewer") from error
+    except (MemoryError, ValueError, OverflowError) as error:
+        raise CapacityError(
+            f"no memory for k = {shown(k)} results of {num_queries:,} queries; ask for fewer"
+        ) from error

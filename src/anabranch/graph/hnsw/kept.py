@@ -8,6 +8,7 @@ import numpy as np
 from anabranch.graph.header import described, whole
 from anabranch.graph.hnsw import layout, storage
 from anabranch.graph.hnsw.changing import MOST, Changes
+from anabranch.graph.hnsw.checks import as_positive
 from anabranch.graph.hnsw.linking import Linker
 from anabranch.graph.hnsw.lock import ReadWriteLock
 from anabranch.graph.hnsw.slots import Slots
@@ -62,6 +63,8 @@ class Kept:
             DataError: the file is missing, foreign, truncated or damaged.
         """
         workers = asked_workers(workers, former, "load")
+        # Not told as a fault of the file.
+        workers = None if workers is None else as_positive(workers, "workers")
         arrays, meta = storage.read(path, mmap=mmap, verify=verify)
         return cls._made(arrays, meta, mapped=mmap, source=str(path), workers=workers)
 

@@ -304,7 +304,8 @@ class Index(Base):
 
     def _find_deleted(self) -> None:
         held = self._made()._storage
-        dead = np.flatnonzero(held.deleted[: held.count])
+        # Vacant places hold no element any more: in a file that another class wrote.
+        dead = np.setdiff1d(np.flatnonzero(held.deleted[: held.count]), held.vacant_S)
         self._deleted = dict(zip(held.label[dead].tolist(), dead.tolist(), strict=True))
 
 

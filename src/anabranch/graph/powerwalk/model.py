@@ -257,7 +257,7 @@ class PowerWalk(Asking, Changing):
         Raises DataError for a file that is missing, foreign, truncated or damaged, or that was made of another graph.
         """
         check_how(mmap, verify)
-        path = as_path(path)
+        path, workers = as_path(path), None if workers is None else check_count("workers", workers)
         given = as_graph(graph, allow_negative=True)
         graph = given.numbered()
         if path.is_dir():

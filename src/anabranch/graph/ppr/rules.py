@@ -22,7 +22,7 @@ signed or not, also after the policy (``absorb`` counts what arrives at dead end
 """
 # Shapes: N nodes, M stored edges, S seeds
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -100,8 +100,8 @@ def _is_list(part: Any) -> bool:
 def as_queries(seeds_list: Any) -> list[Any]:
     """Seeds of many queries. Raises InputError for what is no list of them."""
     seeds_list = unmasked(seeds_list, "seeds_list")
-    is_list = not isinstance(seeds_list, str | bytes | Mapping) and isinstance(seeds_list, Iterable)
-    if not is_list or (isinstance(seeds_list, np.ndarray) and not seeds_list.ndim):
+    is_list = not isinstance(seeds_list, str | bytes | Mapping) and np.iterable(seeds_list)
+    if not is_list:
         raise InputError(f"seeds_list is {shown(seeds_list)}; it must be a list, of the seeds of one query each")
     return list(seeds_list)
 
@@ -140,7 +140,7 @@ def parse_seeds(graph: Any, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
     else:
         try:
             share = np.asarray(unmasked(weights, "weights of seeds"), np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"weights of seeds are numbers: {error}") from None
         if share.shape != ids.shape:
             raise InputError(f"there are {len(ids):,} seeds and weights of the shape {share.shape}; give one per seed")
