@@ -127,7 +127,7 @@ def checked_names(names: Any, count: int) -> np.ndarray | None:
     if names is None:
         return None
     names = unmasked(names, "names")
-    if isinstance(names, str | bytes) or not np.iterable(names):
+    if not np.iterable(names):
         raise InputError(f"names is {shown(names)}; it must be a list, one name per node")
     listed = names if isinstance(names, np.ndarray) else list(names)
     found = np.asarray(listed) if isinstance(listed, np.ndarray) or all(_is_integer(name) for name in listed) else None

@@ -297,7 +297,7 @@ class Graph:
 
     def ids_of(self, names: Iterable[Any]) -> np.ndarray:
         """Ids, int64, of nodes by their outside names. Raises InputError naming the first unknown one."""
-        if isinstance(names, str | bytes) or not np.iterable(names):
+        if not np.iterable(names):
             raise InputError(f"names is {shown(names)}; it must be a list of names")
         given = list(names)
         if self.names is None:
