@@ -564,8 +564,9 @@ def test_sparse_rows_are_a_value(tmp_path):
     assert again.take([2, 0]).row(1)[0].tolist() == [3, 1]
     with pytest.raises(InputError, match="row 3 is not one of the 3 rows"):
         again.row(3)
-    with pytest.raises(InputError, match="^k is 0"):
+    with pytest.raises(InputError, match=r"^k is 0"):
         again.top(0)
+    assert again.top(None) is again
 
 
 def test_bad_arguments_name_what_is_wrong():

@@ -145,10 +145,10 @@ class SparseRows:
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return (self.row(number) for number in range(len(self)))
 
-    def top(self, k: int) -> "SparseRows":
-        """Every row cut to its ``k`` largest entries. Raises InputError unless k is at least 1."""
+    def top(self, k: int | None) -> "SparseRows":
+        """Every row cut to its ``k`` largest entries, None for all. Raises InputError unless k is at least 1."""
         if k is None:
-            raise InputError("k is None; it must be a whole number of at least 1")
+            return self
         length_R = np.minimum(np.diff(self.indptr), check_top_k(k, "k"))
         indptr = np.append(0, np.cumsum(length_R)).astype(np.int64)
         kept = np.repeat(self.indptr[:-1] - indptr[:-1], length_R) + np.arange(indptr[-1])
