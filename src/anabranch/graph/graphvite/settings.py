@@ -51,9 +51,9 @@ LIMITS: dict[str, float] = {
 def lawful(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a file of before as they may be today: what was trained with others is as good as ever."""
     found = within(given, LIMITS)
-    steps, length = (given.get(name) for name in ("augmentation", "walk_length"))
+    steps, length = given.get("augmentation"), given.get("walk_length")
     # Together within `MOST_PAIRS`, and one not beyond the other, which may have become shorter.
-    if is_whole(steps) and is_whole(length) and 1 <= steps <= length:
+    if isinstance(steps, int) and isinstance(length, int) and 1 <= steps <= length:
         if steps > found["walk_length"] or pairs_of_walk(found["walk_length"], steps) > MOST_PAIRS:
             found["augmentation"] = "auto"
     return found
