@@ -74,6 +74,32 @@ def test_linear_sums_halves_and_says_what_that_costs():
     assert combine([first], [0.0], "linear").error == 0
 
 
+def test_a_mean_is_that_of_each_half():
+    """Weights are shares; scales go into both halves, and products of halves of different adapters come in."""
+    first, second = adapter([2, 2, 0]), adapter([2, 0, 2], -4.0, seed=1)
+    made = combine([first, second], [3.0, 1.0], "mean")
+    (a1, b1), (a2, b2) = ((one.pairs[NAMES[0]].a_RC, one.pairs[NAMES[0]].b_OR) for one in (first, second))
+    first_scale, second_scale = math.sqrt(8 / 2), math.sqrt(4 / 2)
+    half_b = 0.75 * first_scale * b1 + 0.25 * second_scale * b2
+    half_a = 0.75 * first_scale * a1 - 0.25 * second_scale * a2
+    torch.testing.assert_close(made.adapter.pairs[NAMES[0]].delta(), half_b @ half_a)
+    # Where one of them adds nothing it counts as zeros, in both halves.
+    torch.testing.assert_close(made.adapter.pairs[NAMES[1]].delta(), 0.75**2 * first.pairs[NAMES[1]].delta())
+    # It is told how far that is from the mean of what they add.
+    assert made.error > 0.1
+    assert combine([first, first], [1.0, 1.0], "mean").error < 1e-12
+    assert combine([first], [7.0], "mean").error < 1e-12
+    # Great weights have a sum too.
+    again = combine([first, second], [3e307, 1e307], "mean")
+    torch.testing.assert_close(again.adapter.pairs[NAMES[0]].delta(), half_b @ half_a)
+
+
+@pytest.mark.parametrize("weights", [[1.0, -0.5], [0.0, 0.0]])
+def test_a_mean_takes_nothing_away(weights):
+    with pytest.raises(ConfigError, match="a mean has weights of 0 and above, of which one is not 0"):
+        combine([adapter([1, 1, 1])] * 2, weights, "mean")
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3, 9, None])
 def test_svd_is_the_best_of_its_rank_and_says_what_it_lacks(rank):
     adapters, weights = [adapter([2, 1, 2]), adapter([1, 2, 0], 4.0, True, seed=1)], [0.5, -1.5]
@@ -257,7 +283,8 @@ def test_what_cannot_be_combined(make, weights, method, message):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sum_that_its_type_cannot_hold_is_refused(method):
     """And not written, as nobody reads it."""
-    one = adapter([2, 2, 2], alpha=2e9, dtype=torch.float32)
+    # Of a mean weights are shares, so that scales alone are too great.
+    one = adapter([2, 2, 2], alpha=2e78 if method == "mean" else 2e9, dtype=torch.float32)
     message = r"the sum has numbers in \S+ that float32 cannot hold; give weights nearer to 0"
     with pytest.raises(ConfigError, match=message):
         combine([one] * 2, [3e38, 3e38], method)

@@ -118,3 +118,10 @@ def test_weights_for_the_rows_of_a_model(place, method):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_mean_has_no_weights_that_are_found():
+    with pytest.raises(
+        ConfigError, match="weights that are found may be negative, which those of method 'mean' are not"
+    ):
+        lorahub_weights([], None, BYTES, [], method="mean")

@@ -226,6 +226,35 @@ def test_mixtures_that_cannot_be(here, base, options, message):
     assert not (base / "none").exists()
 
 
+def clustered(here, base):
+    """The pool shown, merged into a smaller one that routes, and routed in two levels: what `route` says of that."""
+    code, out, err = here("adapters", "cluster", base / "pool", "--clusters", 1)
+    assert code == 0, err
+    assert "cluster-1" in out
+    assert "law, sql" in out
+    code, out, err = here("adapters", "cluster", base / "pool", "--clusters", 1, "--out", base / "small", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["clusters"] == {"cluster-1": ["law", "sql"]}
+    assert told["similarity"][0][0] == 1
+    assert told["errors"]["cluster-1"] > 0
+    code, out, err = here("adapters", "route", base / "small", "which law is it", "--model", base / "base", "--json")
+    assert code == 0, err
+    assert [one["name"] for one in json.loads(out)["experts"]] == ["cluster-1"]
+    for line, message in (
+        (("--clusters", 3), "clusters is 3; of 2 experts there are 1 to 2"),
+        (("--clusters", 1, "--rank", 2), "--out asks for"),
+        (("--clusters", 1, "--out", base / "pool"), "would be lost if"),
+        (("--clusters", 1, "--out", base / "small"), "holds"),
+    ):
+        code, _, err = here("adapters", "cluster", base / "pool", *line)
+        assert (code, message in err) == (2, True), (line, err)
+    line = ["which law is it", "--model", base / "base", "--clusters", 2, "--json"]
+    code, out, err = here("adapters", "route", base / "pool", *line)
+    assert code == 0, err
+    return json.loads(out)
+
+
 def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
     """From training each adapter and its gates apart to the command that says which of them a query is for."""
     asked = {
@@ -262,10 +291,14 @@ def test_a_pool_of_adapters_with_gates_routes_queries(here, base):
     assert code == 0, err
     assert "law" in out
     assert "global share" in out
+    told = clustered(here, base)
+    assert told["weights"]["blocks.0.attention.q"].keys() == {"law", "sql"}
     for line, message in (
         ((base / "rows.jsonl", "x"), "no pool at"),
         ((base / "base", "x"), "has no folder with adapter_config.json"),
         ((base / "pool", " "), "there is nothing to route"),
+        ((base / "pool", "x", "--clusters", 2), "--clusters is 2, which tokens choose among, and there are none"),
+        ((base / "pool", "x", "--clusters", 3, "--model", base / "base"), "clusters is 3; of 2 experts"),
     ):
         code, _, err = here("adapters", "route", *line)
         assert (code, message in err) == (2, True), (line, err)

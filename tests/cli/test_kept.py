@@ -100,6 +100,7 @@ COMMANDS = {
         {"model": "m/config.json", "data": "text/a.txt", "routers": "b/config.json"},
         {"OUT": "rep/report.json"},
     ),
+    "adapters cluster": ("{pool} --clusters 1 --out {OUT}", {"pool": "p/adapter_config.json"}, {"OUT": "p"}),
     "adapters merge": ("{adapters} --out {OUT}", {"adapters": "a/adapter_config.json"}, {"OUT": "a"}),
     "adapters export": (
         "{model} {adapters} --out {OUT}", {"adapters": "a/adapter_config.json", "model": "m/config.json"}, {"OUT": "a"}
@@ -151,7 +152,7 @@ READ = {
     "routers replay router", "routers replay prices", "routers route router", "adapters recommend", "adapters eval",
 }  # fmt: skip
 # What is named on the command line is not the file but its folder.
-FOLDERS = {"model": "m", "run": "m", "router": "routers", "adapters": "a", "adapter": "a", "routers": "b"}
+FOLDERS = {"model": "m", "run": "m", "router": "routers", "adapters": "a", "adapter": "a", "routers": "b", "pool": "p"}
 
 
 def _commands(command, name=()):

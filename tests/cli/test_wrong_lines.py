@@ -347,6 +347,10 @@ heads report trained
 heads report no.gguf
 heads report trained --trace z
 adapters route trained x
+adapters cluster trained --clusters 1
+adapters cluster trained --clusters 0 --out z
+adapters cluster trained --clusters {HUGE} --out z
+adapters cluster nowhere --clusters 1 --out z
 adapters route nowhere x --model trained
 adapters route trained ''
 depth search trained no.jsonl --out z

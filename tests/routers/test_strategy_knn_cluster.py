@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import DataError, InputError
+from anabranch.kmeans import MOST_ITERATIONS, _lloyd, _seeds, by_size, distances, kmeans
 from anabranch.routers import strategies
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model, Pool, Query
-from anabranch.routers.kmeans import MOST_ITERATIONS, _lloyd, _seeds, by_size, distances, kmeans
 from anabranch.routers.strategies.knn import Knn, top_k
 
 POOL = Pool((Model(name="a"), Model(name="b")))
@@ -201,7 +201,7 @@ def test_kmeans_on_the_sphere_stands_still_there(monkeypatch):
         mean = x[cluster == number].mean(0)
         np.testing.assert_allclose(centre[number], mean / np.linalg.norm(mean), atol=1e-5)
     # In blocks of rows it is the same.
-    monkeypatch.setattr("anabranch.routers.kmeans.PIECE", 50)
+    monkeypatch.setattr("anabranch.kmeans.PIECE", 50)
     again, same = kmeans(x, 6, num_starts=1, on_sphere=True)
     np.testing.assert_array_equal(cluster, same)
     np.testing.assert_allclose(centre, again, atol=1e-6)

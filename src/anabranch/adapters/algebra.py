@@ -4,6 +4,8 @@
     svd      the best adapter of a given rank for that sum, by its singular values (Eckart-Young)
     linear   A = sum_i c_i A_i and B = sum_i |c_i| B_i with c_i = sign(w_i scale_i) sqrt |w_i scale_i|: ranks stay, and the products of
              halves of different adapters, which are in no sum, come in
+    mean     A and B each the mean of theirs (AdapterSoup, arXiv 2302.07027): weights count by their share of all of them, and products of
+             halves of different adapters come in, each times both of their shares
     ties     halves as in ``linear``, each by TIES: trimmed to its greatest numbers, signs elected, mean of those that have them
     dare     halves as in ``linear``, of each of which random numbers are dropped and the others rescaled; also called ``dare_linear``
     dare_ties, magnitude_prune
@@ -11,10 +13,10 @@
     ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
              the same of what adapters add, matrix by matrix, and the best adapter of a given rank for that; ranks may differ
 
-Each but ``exact`` and ``dare`` has the name that the package peft gives it in ``add_weighted_adapter``, and makes what peft makes, but for
-four things: one adapter alone goes through the rule, where peft takes ``linear``; a density has a usual value; what is dropped depends
-on the seed, the layer and the place of the adapter among those that have it, not on what drew before; and where no rank is given, that of a
-layer is the greatest that the adapters have there, where peft takes the greatest of all their layers.
+Each but ``exact``, ``mean`` and ``dare`` has the name that the package peft gives it in ``add_weighted_adapter``, and makes what peft
+makes, but for four things: one adapter alone goes through the rule, where peft takes ``linear``; a density has a usual value; what is
+dropped depends on the seed, the layer and the place of the adapter among those that have it, not on what drew before; and where no rank
+is given, that of a layer is the greatest that the adapters have there, where peft takes the greatest of all their layers.
 
 Each result is one plain LoRA adapter, which every program reads that reads peft's. How far it is from the exact sum is told.
 """
@@ -42,6 +44,7 @@ Method = Literal[
     "exact",
     "svd",
     "linear",
+    "mean",
     "ties",
     "dare",
     "dare_linear",
@@ -127,7 +130,7 @@ def combine(
 
     Args:
         adapters: of one model; they may have other layers, ranks and scales.
-        weights: of each; negative ones take away.
+        weights: of each; negative ones take away. Those of ``mean`` are divided by their sum, and none is negative.
         method: see the top of this file.
         rank: of the result of ``svd`` and of what ends so; None for the greatest that a layer has in any of them.
         density: the share of numbers that TIES, DARE and magnitude pruning keep; None for a fifth where it trims, half where it drops.
@@ -135,12 +138,14 @@ def combine(
         majority: which sign wins where signs are elected: that of the ``"total"`` of numbers (None too), or their ``"frequency"``.
 
     Raises ConfigError: no adapters, another number of weights, one that is not finite, an unknown method, layers of other widths, ranks
-    that differ where halves are combined, a sum that the type of the adapters cannot hold, a ``rank`` below 1, a ``density`` that is not
-    above 0 and at most 1, a seed that no generator takes, any of them for a method that has no use for it, or adapters that bring whole
-    tensors, which have no sum, or hold other numbers of the base than each other.
+    that differ where halves are combined, negative weights of a mean, or zeros alone, a sum that the type of the adapters cannot hold, a
+    ``rank`` below 1, a ``density`` that is not above 0 and at most 1, a seed that no generator takes, any of them for a method that has no
+    use for it, or adapters that bring whole tensors, which have no sum, or hold other numbers of the base than each other.
     """
     way = _way(method, rank, density, seed, majority)
     _check(adapters, weights)
+    if method == "mean":
+        weights = _shares(weights)
     layers = {}
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.pairs):
         parts = [
@@ -233,6 +238,15 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
             )
 
 
+def _shares(weights: Sequence[float]) -> list[float]:
+    """Each of all. Raises ConfigError for a negative one: in both halves it would take nothing away."""
+    if min(weights) < 0 or not any(weights):
+        raise ConfigError(f"a mean has weights of 0 and above, of which one is not 0; they are {list(weights)}")
+    # First by the greatest: a sum of great ones has an end.
+    parts = [weight / max(weights) for weight in weights]
+    return [part / math.fsum(parts) for part in parts]
+
+
 def _check_sizes(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) -> None:
     sizes = {(pair.a_RC.shape[1], pair.b_OR.shape[0]) for pair, _ in parts}
     if len(sizes) > 1:
@@ -241,7 +255,7 @@ def _check_sizes(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) ->
         )
     ranks = {pair.rank for pair, _ in parts}
     if way.rule is not None and not way.method.endswith(_SVD) and len(ranks) > 1:
-        other = {"linear": "exact", "dare": "dare_linear_svd"}.get(way.method, way.method + _SVD)
+        other = {"linear": "exact", "mean": "svd", "dare": "dare_linear_svd"}.get(way.method, way.method + _SVD)
         raise ConfigError(f"{module} has ranks {sorted(ranks)}; method {way.method!r} needs one, {other!r} does not")
 
 
@@ -308,8 +322,13 @@ def _kept(left: Tensor, value: Tensor, right: Tensor, rank: int) -> tuple[Pair, 
 
 
 def _by_halves(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) -> Pair:
-    """A of all A and B of all B by the rule, each with the root of its weight; the sign of a weight is in A, as in peft."""
-    roots = [math.sqrt(abs(weight * pair.scale)) for pair, weight in parts]
+    """A of all A and B of all B by the rule, each with the root of its weight, or its share of a mean; the sign of a weight is in A, as in
+    peft.
+    """
+    if way.method == "mean":
+        roots = [weight * math.sqrt(abs(pair.scale)) for pair, weight in parts]
+    else:
+        roots = [math.sqrt(abs(weight * pair.scale)) for pair, weight in parts]
     signed = [math.copysign(root, weight * pair.scale) for root, (pair, weight) in zip(roots, parts, strict=True)]
     a_RC = _by_rule(module, "A", [_wide(pair.a_RC) for pair, _ in parts], signed, way)
     b_OR = _by_rule(module, "B", [_wide(pair.b_OR) for pair, _ in parts], roots, way)

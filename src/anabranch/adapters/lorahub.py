@@ -177,8 +177,10 @@ def lorahub_weights(
         steps, on_step: as of `search`; ``search_seed`` is its seed.
         template, most_tokens, batch_size: as of `measure_rows`.
 
-    Raises as `search`, `combine`, `load_peft` and `measure_rows`.
+    Raises as `search`, `combine`, `load_peft` and `measure_rows`, ConfigError for ``mean``, which has no negative weights.
     """
+    if method == "mean":
+        raise ConfigError("weights that are found may be negative, which those of method 'mean' are not; use 'linear'")
 
     def loss(weights: Sequence[float]) -> float:
         told = {"template": template, "most_tokens": most_tokens, "batch_size": batch_size}

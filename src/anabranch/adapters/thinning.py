@@ -38,6 +38,7 @@ class Rule:
 # TIES keeps a fifth as its paper does; DARE's papers and tools keep from a tenth to a half of an adapter.
 RULES = {
     "linear": Rule(),
+    "mean": Rule(),
     "ties": Rule("trim", True, 0.2),
     "dare": Rule("drop", False, 0.5),
     "dare_linear": Rule("drop", False, 0.5),

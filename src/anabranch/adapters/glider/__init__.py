@@ -14,6 +14,7 @@ prototypes those of Arrow (arXiv 2405.11157).
 
 from anabranch.adapters.glider.baselines import merged_experts
 from anabranch.adapters.glider.calibration import Calibration
+from anabranch.adapters.glider.clusters import Clusters, merge_clusters
 from anabranch.adapters.glider.embed import HiddenStates, TextEmbedder, TextFeatures
 from anabranch.adapters.glider.explaining import Explained, Explanation, explain
 from anabranch.adapters.glider.folder import describe_expert
@@ -26,6 +27,7 @@ from anabranch.adapters.glider.writing import prompt_of
 
 __all__ = [
     "Calibration",
+    "Clusters",
     "Explained",
     "Explanation",
     "GateMethod",
@@ -43,6 +45,7 @@ __all__ = [
     "describe_expert",
     "explain",
     "mean_activations",
+    "merge_clusters",
     "merged_experts",
     "prompt_of",
     "standardised",

@@ -1,5 +1,5 @@
 """What GLIDER is held against: one adapter of all, whose mean is factored again. Retrieval is `GliderPool.retrieve` with `rows_for`, mean
-activations are gates (`mean_activations`)."""
+activations are gates (`mean_activations`), clusters of experts `merge_clusters` and ``GliderConfig(clusters=...)``."""
 
 from collections.abc import Sequence
 from pathlib import Path

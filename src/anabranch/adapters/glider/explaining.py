@@ -109,14 +109,14 @@ def _used(
     for part, layer in layers.items():
         router = layer.router
         assert router is not None
-        local_NE = seen[id(router.score)]
+        score: Any = router.score
+        local_NE = seen[id(score)]
         is_open_E = torch.ones(len(names), dtype=torch.bool)
         is_open_E[list(layer.config.closed)] = False
-        logit_NE = (local_NE + bias_E.to(local_NE)).masked_fill(~is_open_E.to(local_NE.device), -torch.inf)
+        open_E = is_open_E.to(local_NE.device)
+        logit_NE = (score.within_cluster(local_NE) + bias_E.to(local_NE)).masked_fill(~open_E, -torch.inf)
         # As the router decided: the same score, and the same select.
-        routing = router.select(
-            router.score.activate(logit_NE), logit_NE=logit_NE, open_NE=is_open_E.to(local_NE.device)
-        )
+        routing = router.select(score.activate(logit_NE), logit_NE=logit_NE, open_NE=open_E)
         mean_E = local_NE.new_zeros(local_NE.shape).scatter_add(
             1, routing.index_NK.clamp_min(0), routing.weight_NK * routing.used_NK
         )

@@ -26,12 +26,14 @@ from anabranch.adapters.by_row import telling
 from anabranch.adapters.glider.calibration import Calibration
 from anabranch.adapters.glider.embed import TextEmbedder
 from anabranch.adapters.glider.folder import expert_folders, read_described, texts_of
+from anabranch.adapters.glider.giving import give_vectors
 from anabranch.adapters.glider.matcher import Match, Matcher
 from anabranch.adapters.glider.score import GliderScore, Local, bias_rows
-from anabranch.adapters.glider.vectors import arrow_prototype, check_gates, standardised
+from anabranch.adapters.glider.vectors import check_gates
 from anabranch.adapters.glider.writing import Example, prompt_of
 from anabranch.adapters.lora_mixer import MixedLowRank, load_mixture, mixed_layers
 from anabranch.adapters.peft_folder import CONFIG
+from anabranch.bounds import Size
 from anabranch.config import Config, Field, configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
@@ -57,6 +59,8 @@ class GliderConfig(Config):
         gamma, beta: see ``weight``.
         threshold: p; None for what `GliderPool.calibrate` finds.
         temperature: of ``arrow``; the reference's is 10, peft's 1.
+        clusters: G, of experts whose vectors are alike (see `clusters_of`): a token chooses a cluster, and its experts among the members of
+            that, fewer than ``top_k`` where it has no more. None for one choice among all.
     """
 
     local: Local = "phatgoose"
@@ -68,13 +72,18 @@ class GliderConfig(Config):
     beta: float = Field(default=3.0, ge=0)
     threshold: float | None = Field(default=None, ge=-1, le=1)
     temperature: float = Field(default=1.0, gt=0)
+    clusters: Size | None = Field(default=None, ge=1)
 
     def __post_init__(self) -> None:
+        if self.clusters is not None and self.local == "none":
+            raise ConfigError(
+                f"clusters is {self.clusters}, and local 'none' gives tokens no vectors to choose one by; use 'phatgoose' or 'arrow'"
+            )
         if self.top_k is not None and self.top_p is not None:
             raise ConfigError(f"top_k is {self.top_k} and top_p is {self.top_p}; give one of them")
 
     def router(self, num_experts: int) -> Router.Config:
-        """For each matrix. Raises ConfigError for ``top_k`` above the number of experts."""
+        """For each matrix. Raises ConfigError for ``top_k``, or ``clusters``, above the number of experts."""
         select: Select.Config
         if self.top_p is not None:
             select = HybridEntropy.Config(
@@ -82,7 +91,9 @@ class GliderConfig(Config):
             )
         else:
             select = TopK.Config(top_k=min(2, num_experts) if self.top_k is None else self.top_k, normalize="sum")
-        score = GliderScore.Config(local=self.local, temperature=self.temperature)
+        if self.clusters is not None and self.clusters > num_experts:
+            raise ConfigError(f"clusters is {self.clusters}; of {num_experts} experts there are 1 to {num_experts}")
+        score = GliderScore.Config(local=self.local, temperature=self.temperature, clusters=self.clusters)
         router = Router.Config(score=score, select=select, balance=())
         router.check(num_experts)
         return router
@@ -270,7 +281,8 @@ class GliderPool:
         try:
             router = self.config.router(len(experts))
             load_mixture(folders, model, router=router, groups={}, family=family, draws=False)
-            self._give_vectors(experts, model)
+            gates = {name: expert.gates for name, expert in experts.items()}
+            give_vectors(model, gates, self.config.local, self.config.clusters)
         except BaseException:
             # Not what somebody else put on, for which this was refused.
             if getattr(model, ATTACHED, None) is not before:
@@ -278,24 +290,6 @@ class GliderPool:
             raise
         self._model, self._family = model, family
         self._attached, self._there = attached_on(model), dict(experts)
-
-    def _give_vectors(self, experts: Mapping[str, _Expert], model: Decoder) -> None:
-        module_of = {place.part: module for module, place in attached_on(model).names.places.items()}
-        for part, layer in mixed_layers(model).items():
-            assert layer.router is not None
-            score: Any = layer.router.score
-            for number, expert in enumerate(experts.values()):
-                gate_C = expert.gates.get(module_of[part])
-                vector_C, unsigned = self._vector(layer, number, gate_C)
-                score.vectors.data[number] = vector_C.to(score.vectors)
-                score.unsigned_E[number] = unsigned
-
-    def _vector(self, layer: MixedLowRank, number: int, gate_C: Tensor | None) -> tuple[Tensor, bool]:
-        """(v_C, whether it has no sign)."""
-        if self.config.local == "phatgoose" and gate_C is not None:
-            return standardised(gate_C), False
-        vector_C = arrow_prototype(layer.pool.pair(number))
-        return (vector_C, True) if self.config.local == "arrow" else (standardised(vector_C), True)
 
     @property
     def _on(self) -> Decoder | None:

@@ -2,8 +2,10 @@
 
 z_e(u) = local_e(u) + bias_e          local_e(u) = LayerNorm(u) . v_e / sqrt(C)     (PHATGOOSE, arXiv 2402.05859)
                                       local_e(u) = |u . v_e| / temperature          (Arrow, arXiv 2405.11157)
+
+With clusters of adapters a token first chooses the cluster whose members' mean local score is greatest, and the others are closed to it.
 """
-# Shapes: N items, E adapters, C inputs, B rows, L positions
+# Shapes: N items, E adapters, G clusters, C inputs, B rows, L positions
 
 import math
 from typing import Any, Literal
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.errors import InputError
 from anabranch.precision import cast, full_precision, wide
@@ -53,6 +56,7 @@ class GliderScore(Score, kind="glider"):
     Attributes:
         vectors: parameter [E, C], frozen. Zero for an adapter that this matrix lacks.
         unsigned_E: bool [E], adapters whose vector has no sign, so that the magnitude of its product counts.
+        member_GE: bool [G, E], who is in which cluster, of those that this matrix has; only with clusters.
     """
 
     @configclass
@@ -62,13 +66,16 @@ class GliderScore(Score, kind="glider"):
         Attributes:
             local: see the top of this file; ``none`` leaves it to what rows are told.
             temperature: of ``arrow``.
+            clusters: G; None for one choice among all.
         """
 
         local: Local = "phatgoose"
         temperature: float = Field(default=1.0, gt=0)
+        clusters: Size | None = Field(default=None, ge=1)
 
     config: Config
     unsigned_E: Tensor
+    member_GE: Tensor
 
     def __init__(
         self, config: Config, dim: int, num_destinations: int, *, generator: torch.Generator | None = None
@@ -76,14 +83,20 @@ class GliderScore(Score, kind="glider"):
         super().__init__(config)
         self.vectors = nn.Parameter(torch.zeros(num_destinations, dim), requires_grad=False)
         self.register_buffer("unsigned_E", torch.zeros(num_destinations, dtype=torch.bool))
+        if config.clusters is not None:
+            # All in the first, until a pool says who is where.
+            member_GE = torch.zeros(config.clusters, num_destinations, dtype=torch.bool)
+            member_GE[0] = True
+            self.register_buffer("member_GE", member_GE)
 
     def project(self, x_ND: Tensor, context: RoutingContext) -> Tensor:
         """logit_NE. Raises InputError where rows were told terms of other adapters, or of another pass."""
         x_ND = wide(x_ND)
         with full_precision(x_ND.device.type):
             local_NE = self.local(x_ND)
-        if _SEEN in context.state:
-            context.state[_SEEN].value[id(self)] = local_NE
+            if _SEEN in context.state:
+                context.state[_SEEN].value[id(self)] = local_NE
+            local_NE = self.within_cluster(local_NE)
         if _BIAS not in context.state:
             return local_NE
         bias_NE = context.state[_BIAS].flatten(0, -2)
@@ -104,3 +117,16 @@ class GliderScore(Score, kind="glider"):
         dim = x_ND.shape[1]
         product_NE = F.linear(F.layer_norm(x_ND, (dim,)), vector_EC) / math.sqrt(dim)
         return torch.where(self.unsigned_E, product_NE.abs(), product_NE)
+
+    def within_cluster(self, local_NE: Tensor) -> Tensor:
+        """The same, -inf outside of the cluster that each token chooses; as it is without clusters.
+
+        A cluster's score is the mean of its members', which of gates is the score of their mean; the first of equals counts.
+        """
+        if self.config.clusters is None:
+            return local_NE
+        share_GE = self.member_GE.to(local_NE)
+        count_G = share_GE.sum(1)
+        mean_NG = local_NE @ (share_GE / count_G.clamp_min(1).unsqueeze(1)).T
+        best_N = mean_NG.masked_fill(count_G == 0, -torch.inf).argmax(1)
+        return local_NE.masked_fill(~self.member_GE[best_N], -torch.inf)

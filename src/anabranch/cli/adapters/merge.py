@@ -37,6 +37,7 @@ def merge(
             "exact",
             "svd",
             "linear",
+            "mean",
             "ties",
             "dare",
             "dare_linear",
@@ -50,8 +51,8 @@ def merge(
         typer.Option(
             metavar="METHOD",
             help="exact: the weighted sum, of all ranks together. svd: the best of a lower rank. linear: halves summed apart, as by peft. "
-            "ties, dare (or dare_linear), dare_ties, magnitude_prune: halves thinned and summed, as by peft; with _svd after it, whole "
-            "matrices.",
+            "mean: the mean of halves (AdapterSoup). ties, dare (or dare_linear), dare_ties, magnitude_prune: halves thinned and summed, "
+            "as by peft; with _svd after it, whole matrices.",
         ),
     ] = "exact",
     rank: Annotated[

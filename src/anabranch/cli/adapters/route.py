@@ -31,6 +31,14 @@ def route(
         Literal["phatgoose", "arrow", "none"],
         typer.Option(help="With --model, how tokens choose: by gates, by prototypes, or not at all."),
     ] = "phatgoose",
+    clusters: Annotated[
+        int | None,
+        typer.Option(
+            metavar="G",
+            min=1,
+            help="With --model, tokens choose one of so many clusters of adapters, and then among its members.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -44,7 +52,11 @@ def route(
 
     if not (query if instruction is None else instruction).strip():
         raise ConfigError("there is nothing to route: the query (or --instruction) is empty")
-    made = GliderPool.load(pool, GliderConfig(local=local))
+    if clusters is not None and model is None:
+        raise ConfigError(
+            f"--clusters is {clusters}, which tokens choose among, and there are none; give the base with --model"
+        )
+    made = GliderPool.load(pool, GliderConfig(local=local, clusters=clusters))
     ids = None
     if model is not None:
         from anabranch.lm import load_model

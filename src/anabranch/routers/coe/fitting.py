@@ -6,6 +6,7 @@ from typing import Self
 import numpy as np
 
 from anabranch.errors import InputError
+from anabranch.kmeans import by_size, kmeans
 from anabranch.routers.coe.category import CategoryRouter
 from anabranch.routers.coe.choice import MapKind, best_kind, largest_trade_off
 from anabranch.routers.coe.expert_map import Limits
@@ -14,7 +15,6 @@ from anabranch.routers.coe.going_on import GoingOn
 from anabranch.routers.coe.quality import table_of_scores
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.query import Model
-from anabranch.routers.kmeans import by_size, kmeans
 
 
 class Fitting(GoingOn):

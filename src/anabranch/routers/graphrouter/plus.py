@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anabranch.extras import require
+from anabranch.kmeans import kmeans
 from anabranch.routers.contract.strategy import Arrays, Facts
 from anabranch.routers.graphrouter import placement
 from anabranch.routers.graphrouter.centre import kappa_of, means
@@ -17,7 +18,6 @@ from anabranch.routers.graphrouter.neighbours import Neighbours
 from anabranch.routers.graphrouter.observed import Observed
 from anabranch.routers.graphrouter.placement import Placement
 from anabranch.routers.graphrouter.settings import PlusConfig
-from anabranch.routers.kmeans import kmeans
 
 if TYPE_CHECKING:
     from anabranch.routers.graphrouter.plus_network import Material, PlusNetwork

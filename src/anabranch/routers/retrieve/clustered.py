@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from anabranch.config import Field, Seed, configclass
+from anabranch.kmeans import kmeans
 from anabranch.routers.contract.strategy import Arrays
-from anabranch.routers.kmeans import kmeans
 from anabranch.routers.retrieve.index import Allow, Index, Shard
 from anabranch.routers.retrieve.rows import Rows, nearest
 

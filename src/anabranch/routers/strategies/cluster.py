@@ -20,11 +20,11 @@ from typing import Any, Self
 import numpy as np
 
 from anabranch.config import Field, configclass
+from anabranch.kmeans import distances, kmeans
 from anabranch.routers.contract.dataset import Recorded
 from anabranch.routers.contract.predictor import Prediction, Predictor
 from anabranch.routers.contract.query import Query
 from anabranch.routers.contract.strategy import Facts
-from anabranch.routers.kmeans import distances, kmeans
 from anabranch.routers.strategies.knn import one_vector, top_k
 from anabranch.routers.strategies.training import (
     Kept,
