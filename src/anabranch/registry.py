@@ -72,7 +72,8 @@ BUILTIN: dict[str, dict[str, str]] = {
     "linear": {
         "dense": "anabranch.nn.linear:Dense",
         "low_rank": "anabranch.adapters:LowRank",
-        "gated_low_rank": "anabranch.adapters.glider:GatedLowRank",
+        "gated_low_rank": "anabranch.adapters.gated:GatedLowRank",
+        "gated_bottleneck": "anabranch.adapters.gated:GatedBottleneck",
         "dora": "anabranch.adapters:Dora",
         "scaling": "anabranch.adapters:Scaling",
         "skilled_low_rank": "anabranch.adapters:SkilledLowRank",
@@ -85,6 +86,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "hashed_delta": "anabranch.adapters:HashedDelta",
         "serial_bottleneck": "anabranch.adapters:SerialBottleneck",
         "scale_shift": "anabranch.adapters:ScaleShift",
+        "adapter_fusion": "anabranch.adapters.fusion:AdapterFusion",
     },
     "streams": {
         "parscale": "anabranch.experts.parscale:ParScale",
@@ -217,6 +219,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "highway": "anabranch.rl:Highway",
     },
     "adapter_method": {
+        "adapter-fusion": "anabranch.adapters.adapt.fusing:FusionMethod",
         "catalogue": "anabranch.adapters.adapt.catalogued:Catalogued",
         "dynmole": "anabranch.adapters.adapt.mixtures:Dynmole",
         "gate": "anabranch.adapters.glider.gates:GateMethod",

@@ -59,8 +59,12 @@ class SerialBottleneck(Linear, kind="serial_bottleneck"):
     def around(self, rows: Rows, context: Any = None) -> Tensor:
         """y. It is computed in the adapter's type, which may be wider than that of the matrix."""
         y = rows.y.to(self.down.dtype)
+        return (y + self.made(y)).to(rows.y.dtype)
+
+    def made(self, y: Tensor) -> Tensor:
+        """U act(D y + e) + f."""
         low = ACTIVATIONS[self.config.activation](F.linear(y, self.down, self.down_bias))
-        return (y + F.linear(low, self.up, self.up_bias)).to(rows.y.dtype)
+        return F.linear(low, self.up, self.up_bias)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -4,14 +4,19 @@
                  no token changes, as they stand in front, so they are met as keys and values
     keys         prefix tuning (Li and Liang 2021, arXiv 2101.00190): learned keys, not rotated, and values of each layer
 
+Keys and values may stand behind a gate of each layer, as in UniPELT (Mao et al. 2021, arXiv 2110.07577): a token whose attention gets x
+multiplies them by sigmoid(v . x + c), which starts as 1/2.
+
 They are the one stream of a decoder, see `anabranch.nn.streams`: a cache holds them once for all sequences.
 """
 # Shapes: M virtual tokens, W numbers of each, P = 1 stream, H key-value heads, D head width, N layers
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anabranch.adapters.names import names_of
@@ -22,7 +27,7 @@ from anabranch.bounds import Size
 from anabranch.config import Field, configclass
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.nn import BuildContext, Count
+from anabranch.nn import BuildContext, Count, SelfAttention
 from anabranch.nn.streams import Streams
 from anabranch.routing import RoutingContext
 
@@ -39,14 +44,18 @@ class Front(Streams, kind="front"):
         Attributes:
             num_tokens: M.
             of: what is learned of them: their ``embeddings``, or their ``keys`` and values in each layer.
+            gated: whether keys and values have gates.
         """
 
         num_tokens: Size = Field(default=8, ge=1)
         of: Literal["embeddings", "keys"] = "embeddings"
+        gated: bool = False
 
         def __post_init__(self) -> None:
             if self.num_streams != 1:
                 raise ConfigError(f"num_streams is {self.num_streams}; behind virtual tokens there is one stream")
+            if self.gated and self.of != "keys":
+                raise ConfigError(f"gated is for keys and values, and of is {self.of!r}; use of='keys'")
 
         @property
         def choices(self) -> tuple[int, ...]:
@@ -58,8 +67,8 @@ class Front(Streams, kind="front"):
             return dim if self.of == "embeddings" else num_layers * 2 * attention.kv_heads * attention.width(dim)
 
         def count(self, layers: Count, dim: int, num_layers: int, attention: Any) -> Count:
-            """M W numbers; each query meets M more keys in each layer."""
-            made = self.num_tokens * self.width(dim, num_layers, attention)
+            """M W numbers, and D + 1 of each gate; each query meets M more keys in each layer."""
+            made = self.num_tokens * self.width(dim, num_layers, attention) + self.gated * num_layers * (dim + 1)
             met = 4 * attention.num_heads * attention.width(dim) * self.num_tokens * num_layers
             return layers + Count(made, made, met)
 
@@ -71,6 +80,13 @@ class Front(Streams, kind="front"):
         self.weight = nn.Parameter(torch.empty(config.num_tokens, width))
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=context.init_std, generator=context.generator)
+        if config.gated:
+            if getattr(attention, "owner", None) is not SelfAttention:
+                raise ConfigError(
+                    f"attention of kind {attention.owner.kind!r} knows no gates of virtual tokens; use of='keys' without them"
+                )
+            self.gate_ND = nn.Parameter(torch.zeros(context.num_layers, context.dim))
+            self.gate_bias_N = nn.Parameter(torch.zeros(context.num_layers))
 
     @property
     def num_streams(self) -> int:
@@ -92,6 +108,17 @@ class Front(Streams, kind="front"):
         return self.config.num_tokens
 
     @property
+    def front_gates(self) -> Callable[[int, Tensor], Tensor] | None:
+        """As configured."""
+        return self._gate if self.config.gated else None
+
+    def _gate(self, layer: int, x_BLD: Tensor) -> Tensor:
+        """gate_BL, in the type of the gates."""
+        own = slice(layer, layer + 1)
+        gate_BL1 = F.linear(x_BLD.to(self.gate_ND.dtype), self.gate_ND[own], self.gate_bias_N[own])
+        return gate_BL1.sigmoid().squeeze(-1)
+
+    @property
     def prompt_MW(self) -> Tensor | None:
         """The embeddings, where it is these that are learned."""
         return self.weight if self.config.of == "embeddings" else None
@@ -106,11 +133,17 @@ class Front(Streams, kind="front"):
         return x_BLW
 
     def put(self, weight_MW: Tensor, device: torch.device | None = None, *, trainable: bool = False) -> None:
-        """Take over the virtual tokens of an adapter."""
+        """Take over the virtual tokens of an adapter. Gates are those that training starts from."""
         self.weight = frozen_as(weight_MW, device, trainable=trainable)
+        if self.config.gated:
+            for name in ("gate_ND", "gate_bias_N"):
+                shape = getattr(self, name).shape
+                setattr(self, name, frozen_as(torch.zeros(shape), device, trainable=trainable))
 
     def described(self, config: Decoder.Config) -> dict[str, Any]:
-        """What the config of an adapter of peft's says of them."""
+        """What the config of an adapter of peft's says of them. Raises ConfigError for gates, which none has."""
+        if self.config.gated:
+            raise ConfigError("no adapter of peft's has gates of virtual tokens")
         layers, _, heads, width = self.heads
         of_keys = self.config.of == "keys"
         return {
@@ -124,7 +157,7 @@ class Front(Streams, kind="front"):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"tokens={self.config.num_tokens}, of={self.config.of}"
+        return f"tokens={self.config.num_tokens}, of={self.config.of}{', gated' * self.config.gated}"
 
 
 def front_of(adapter: Adapter, config: Decoder.Config, folder: Path, family: str | None) -> Decoder.Config:

@@ -66,6 +66,20 @@ def _check_streams(rows: Sequence[int], num_streams: int) -> None:
         )
 
 
+class PrefixApart(Prefix):
+    """The same, met apart from each sequence's own keys and values: where queries have gates for it. Of one stream."""
+
+    def append(
+        self, layer: int, key_BHLD: Tensor, value_BHLD: Tensor, *, visit: int = 0, rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, None]:
+        """What is given."""
+        return key_BHLD, value_BHLD, None
+
+    def front(self, layer: int, rows: Sequence[int] | None = None) -> SharedPrefix:
+        """What stands in front of all rows."""
+        return self.layers[layer]
+
+
 @dataclass
 class _Slot:
     """What one visit of a layer left behind.

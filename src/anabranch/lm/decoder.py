@@ -22,7 +22,7 @@ from anabranch.bounds import MOST_LAYERS
 from anabranch.config import Config as BaseConfig
 from anabranch.config import Field, Part, Size, configclass
 from anabranch.errors import ConfigError
-from anabranch.lm.cache import KeyValueCache, Prefix, attention_mask
+from anabranch.lm.cache import KeyValueCache, Prefix, PrefixApart, attention_mask
 from anabranch.lm.virtual import entries_of
 from anabranch.nn.attention import Attention, SelfAttention, distinct
 from anabranch.nn.block import Block, PreNorm
@@ -325,6 +325,7 @@ class Decoder(Part, nn.Module):
             cache=store,
             token_BL=token_BL,
             path=path,
+            front_gates=None if self.streams is None else self.streams.front_gates,
         )
 
     def hidden(self, token_BL: Tensor, context: ForwardContext, *, keep_L: Tensor | None = None) -> Tensor:
@@ -429,7 +430,11 @@ class Decoder(Part, nn.Module):
                     f"{wanted[1]}; make a new one with model.new_cache"
                 )
             return cache
-        return Prefix(self.prefixes(num_streams)) if num_prefix else None
+        if not num_prefix:
+            return None
+        assert self.streams is not None
+        made = Prefix if self.streams.front_gates is None else PrefixApart
+        return made(self.prefixes(num_streams))
 
     @property
     def first_position(self) -> int:

@@ -19,7 +19,7 @@ from anabranch.nn.context import BuildContext, Count, ForwardContext
 from anabranch.nn.linear import Projection, build_linear, call_linear, count_linear, is_plain
 from anabranch.nn.rotary import Rotary, rotate
 from anabranch.nn.scored import PLAIN, Scoring, scored_attention
-from anabranch.nn.shared_prefix import SharedPrefix, attend_few, with_prefix
+from anabranch.nn.shared_prefix import SharedPrefix, attend_few, gated_sum, side_by_side, with_prefix
 from anabranch.nn.some_heads import SomeHeads, attention_of_some, can_spare, project_some
 from anabranch.nn.visits import next_visits
 
@@ -202,7 +202,8 @@ class SelfAttention(Attention, kind="attention"):
         # A subclass may have a `project` of before.
         told = {} if some is None else {"some": some}
         query, key, value = self.project(x_BLW, context, **told)
-        return attend(query, key, value, context, self.layer, self.scoring, some)
+        gate_BL = None if context.front_gates is None else context.front_gates(self.layer, x_BLW)
+        return attend(query, key, value, context, self.layer, self.scoring, some, gate_BL)
 
     def project(
         self, x_BLW: Tensor, context: ForwardContext, some: SomeHeads | None = None
@@ -255,6 +256,7 @@ def attend(
     layer: int,
     scoring: Scoring = PLAIN,
     some: SomeHeads | None = None,
+    gate_BL: Tensor | None = None,
 ) -> Tensor:
     """y_BHLD: each query sees earlier positions, itself, and no padding. What is new is stored where there is a ``context.cache``.
 
@@ -269,8 +271,9 @@ def attend(
         layer: index of the layer.
         scoring: how scores become weights.
         some: the heads that are wanted, where not all; others may be computed all the same, or be 0.
+        gate_BL: what each query multiplies keys and values in front of all sequences by; None for 1.
 
-    Raises ConfigError where the store cannot keep another visit of a layer, or weighs plainly alone.
+    Raises ConfigError where the store cannot keep another visit of a layer, weighs plainly alone, or knows no gates.
     """
     visits = next_visits(context.visits, layer, query_BHLD.shape[0])
     if context.cache is None:
@@ -285,11 +288,13 @@ def attend(
             some=some,
         )
     if len(visits) == 1:
-        return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0], scoring, some)
+        return _stored(query_BHLD, key_BGLD, value_BGLD, context, layer, *visits[0], scoring, some, gate_BL)
     y_BHLD = query_BHLD.new_empty(*query_BHLD.shape[:3], scoring.value_width or value_BGLD.shape[-1])
     for visit, rows in visits:
         part = some if some is None or rows is None else some.of_rows(rows)
-        made = _stored(query_BHLD[rows], key_BGLD[rows], value_BGLD[rows], context, layer, visit, rows, scoring, part)
+        parts = query_BHLD[rows], key_BGLD[rows], value_BGLD[rows]
+        gate = None if gate_BL is None else gate_BL[rows]
+        made = _stored(*parts, context, layer, visit, rows, scoring, part, gate)
         y_BHLD[rows] = made.to(y_BHLD.dtype)
     return y_BHLD
 
@@ -304,6 +309,7 @@ def _stored(
     rows: list[int] | None,
     scoring: Scoring,
     some: SomeHeads | None = None,
+    gate_BL: Tensor | None = None,
 ) -> Tensor:
     """y_BHLD of the sequences ``rows`` of the pass (None: all), which come to this layer for the ``visit``-th time."""
     store: Any = context.cache
@@ -320,7 +326,12 @@ def _stored(
                 f"the key-value store of this pass weighs all positions by their scores alone, and attention of layer {layer} has a "
                 "window, sinks, a scale of its own or shared keys and values"
             )
+        if gate_BL is not None and not getattr(store, "takes_gates", False):
+            raise ConfigError(
+                "the key-value store of this pass knows no gates of what stands in front, which the model's virtual tokens have"
+            )
         options: dict[str, Any] = {"visit": visit} if visit else {}
+        options |= {} if gate_BL is None else {"gate_BL": gate_BL}
         return store.attend(layer, query, key, value, **options, **({} if scoring is PLAIN else {"scoring": scoring}))
     here = rows if context.rows is None else context.rows if rows is None else [context.rows[row] for row in rows]
     kept_window = {} if scoring.window is None else {"window": scoring.window}
@@ -332,7 +343,7 @@ def _stored(
     if mask is not None and scoring.window is not None:
         # Of what a window lets a store forget there is no key.
         mask = mask[..., -key.shape[2] :]
-    return _among(query, key, value, mask, seen, context.is_causal, front, scoring, some)
+    return _among(query, key, value, mask, seen, context.is_causal, front, scoring, some, gate_BL)
 
 
 def distinct(position_BL: Tensor) -> Tensor:
@@ -357,6 +368,7 @@ def _among(
     front: SharedPrefix | None = None,
     scoring: Scoring = PLAIN,
     some: SomeHeads | None = None,
+    gate_BL: Tensor | None = None,
 ) -> Tensor:
     """Attention under the mask of the pass, apart from positions that are not there (``seen_BL`` is False).
 
@@ -371,9 +383,12 @@ def _among(
                 mask = mask.tril(key.shape[2] - query.shape[2])[None, None]
             if seen_BL is not None:
                 mask = seen_BL[:, None, None] if mask is None else mask & seen_BL[:, None, None]
-            return attend_few(query, key, value, front, mask)
-        key, value = with_prefix(key, front[0]), with_prefix(value, front[1])
+            return attend_few(query, key, value, front, mask, gate_BL)
         seen_BL = None if seen_BL is None else F.pad(seen_BL, (num_shared, 0), value=True)
+        if gate_BL is not None:
+            wide = side_by_side(query, key, value, front, gate_BL)
+            return gated_sum(_among(*wide, mask, seen_BL, is_causal), gate_BL)
+        key, value = with_prefix(key, front[0]), with_prefix(value, front[1])
     if seen_BL is not None:
         length, past = query.shape[2], key.shape[2] - query.shape[2]
         if mask is None:

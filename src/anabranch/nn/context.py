@@ -156,7 +156,7 @@ class AttendingStore(Protocol):
 
     It keeps one visit of each layer, by all sequences; or several, if it has ``keeps_visits`` and ``attend`` takes ``visit``, the number
     of one that is not the first. Where it has ``takes_scoring``, ``attend`` takes ``scoring``, how scores become weights, which is an
-    `anabranch.nn.scored.Scoring`.
+    `anabranch.nn.scored.Scoring`; where it has ``takes_gates``, ``gate_BL``, what each query multiplies by what stands in front of all.
     """
 
     def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor) -> Tensor:
@@ -179,6 +179,7 @@ class ForwardContext(RoutingContext):
         path: blocks that the model runs instead of each once: in order, or so for each sequence; None for each once.
         visits: how often each layer's attention has run.
         rows: which sequences of the cache this pass is of, see `on_rows`; None means all, in their order.
+        front_gates: see `anabranch.nn.streams.Streams.front_gates`.
     """
 
     position_BL: Tensor
@@ -190,6 +191,7 @@ class ForwardContext(RoutingContext):
     path: Path | None = None
     visits: Visits = field(default_factory=dict)
     rows: list[int] | None = None
+    front_gates: Callable[[int, Tensor], Tensor] | None = None
 
     def fork(self, carry: dict[str, Any] | None = None) -> Self:
         """See `RoutingContext.fork`; visits are counted on from here, on its own."""

@@ -1,6 +1,7 @@
 """Parallel streams: the interface of a design that runs one decoder several times at once and merges what comes out."""
 # Shapes: B sequences, P streams, L positions, H key-value heads, M prefix entries, D head width, W model width
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -76,6 +77,14 @@ class Streams(Part, nn.Module, family="streams"):
     @property
     def prompt_MW(self) -> Tensor | None:
         """Embeddings of virtual tokens, where the prefixes are what the model's layers make of them; None where `prefixes` has them."""
+        return None
+
+    @property
+    def front_gates(self) -> Callable[[int, Tensor], Tensor] | None:
+        """What each query multiplies the prefixes' keys and values by, gate_BL of a layer by what goes into its attention, ``[B, L, W]``.
+
+        None for 1. Attention of another kind than `anabranch.nn.SelfAttention` knows of none.
+        """
         return None
 
     def prefixes(self, num_streams: int | None = None) -> list[tuple[Tensor, Tensor]]:

@@ -47,6 +47,7 @@ CASES = {
     "ia3": {},
     "ssf": {},
     "adapter-houlsby": {"width": 16},
+    "adapter-fusion": {"width": 16, "number": 3},
     "lst": {},
     "bitfit": {},
     "ln-tuning": {},
@@ -55,6 +56,7 @@ CASES = {
 }
 # Their FLOPs depend on how attention is computed.
 IN_FRONT = {"prompt-tuning": {"tokens": 6}, "prefix-tuning": {"tokens": 6}, "mam": {"tokens": 6, "width": 16}}
+IN_FRONT |= {"unipelt": {"tokens": 6, "rank": 8, "width": 16}}
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +285,7 @@ KEPT = {
     "lora-fa": {"rank": 16},
     "adapter-drop": {"rank": 16, "drop": 2},
     "adapter-houlsby": {"width": 16},
+    "adapter-fusion": {"width": 16, "number": 3},
     "adapter-parallel": {"width": 16},
     "ia3": {},
     "ssf": {},
@@ -291,6 +294,7 @@ KEPT = {
     "attention-tuning": {},
     "full": {},
     "lst": {},
+    "unipelt": {"tokens": 6, "rank": 8, "width": 16},
     "prompt-tuning": {"tokens": 6},
 }
 

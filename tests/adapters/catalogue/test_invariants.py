@@ -43,6 +43,8 @@ OWN = {
     "prompt-tuning": {"tokens": 5},
     "prefix-tuning": {"tokens": 5},
     "mam": {"tokens": 5, "width": 3},
+    "unipelt": {"tokens": 5, "rank": 4, "width": 3},
+    "adapter-fusion": {"width": 3, "number": 3},
     "lst": {"reduction": 4, "expansion": 2},
     "bitfit": {},
     "ln-tuning": {},

@@ -1,16 +1,31 @@
 """Cards of what adds modules, tokens or factors to a model that stays as it is."""
 
-from anabranch.adapters.catalogue.card import Card, Op, Paper, Work
-from anabranch.adapters.catalogue.works import BOTTLENECK, ELEMENTWISE, each
+from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
+from anabranch.adapters.catalogue.shape import Matrix
+from anabranch.adapters.catalogue.works import BOTTLENECK, ELEMENTWISE, SERIAL, each, serial
 
 __all__ = ["CARDS"]
 
-_SERIAL = Work(
-    "4 d m",
-    lambda matrix, options: [
-        Op(2 * options["width"] * matrix.out_dim),
-        Op(2 * options["width"] * matrix.out_dim, takes_x=False),
-    ],
+
+def _fusion(matrix: Matrix, options: Options) -> list[Op]:
+    """Of each adapter its two matrices; Q and K, the sum by scores, and V."""
+    outputs, adapters, narrow = matrix.out_dim, options["number"], options["number"] * options["width"]
+    return [
+        Op(2 * narrow * outputs),
+        Op(2 * narrow * outputs, takes_x=False),
+        Op(2 * outputs**2),
+        Op(2 * outputs**2, takes_x=False),
+        Op(2 * adapters * outputs, takes_x=False),
+        Op(2 * outputs**2, takes_x=False),
+    ]
+
+
+_FUSION = Work(
+    "k (4 d m + 2 d) + 6 d^2",
+    _fusion,
+    is_behind=lambda matrix: True,
+    # What each adapter makes of it, and what is asked of them.
+    kept=lambda matrix, options: (options["number"] + 1.0) * matrix.out_dim,
 )
 _TOKENS = "p vectors stand in front of every sequence, so attention, cache and every layer see p more positions"
 _POSITIONS = "2 n p d_kv numbers stand in the cache of every sequence"
@@ -26,8 +41,8 @@ CARDS = (
         (Paper("Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751"),),
         backend="own",
         options={"width": 64, "targets": ("o", "down")},
-        count=each(lambda matrix, options: 2 * matrix.out_dim * options["width"] + matrix.out_dim + options["width"]),
-        work=_SERIAL,
+        count=each(serial),
+        work=SERIAL,
         limits="adds latency that no merge takes away; of a sublayer's last matrix, which is the sublayer's output",
     ),
     Card(
@@ -40,8 +55,8 @@ CARDS = (
         (Paper("AdapterFusion", 2021, "2005.00247"),),
         backend="own",
         options={"width": 64, "targets": ("down",)},
-        count=each(lambda matrix, options: 2 * matrix.out_dim * options["width"] + matrix.out_dim + options["width"]),
-        work=_SERIAL,
+        count=each(serial),
+        work=SERIAL,
         limits="adds latency that no merge takes away",
     ),
     Card(
@@ -62,13 +77,15 @@ CARDS = (
         "adapter-fusion",
         "AdapterFusion",
         "additive/composition",
-        "attention over the outputs of k trained adapters: softmax(q(h) . k(z_i)) v(z_i)",
-        "behind the adapters of each layer",
-        "3 d^2 per layer, besides the k adapters",
+        "attention over the outputs of k adapters: softmax(q(h) . k(z_i)) v(z_i)",
+        "behind the adapters, which are behind the feed-forward layer (target down)",
+        "3 d^2 per layer; where the k adapters are not given, k (2 d m + d + m) more",
         (Paper("AdapterFusion", 2021, "2005.00247"),),
-        options={},
-        count=lambda matrices, shape, options: 3 * shape.dim**2 * shape.num_layers,
-        limits="all k adapters run for every token; the package adapters has it as fusion",
+        backend="own",
+        options={"number": 4, "width": 64, "targets": ("down",)},
+        count=each(lambda matrix, options: options["number"] * serial(matrix, options) + 3 * matrix.out_dim**2),
+        work=_FUSION,
+        limits="all k adapters run for every token; `adapt --method adapter-fusion --set method.adapters=[...]` takes trained ones",
     ),
     Card(
         "adamix",
@@ -97,7 +114,7 @@ CARDS = (
         count=lambda matrices, shape, options: 0,
         merges="yes",
         mixed="pool",
-        limits="of LoRA adapters it is a mixture with equal weights, which `adapters merge` and `export` make exactly",
+        limits="`adapters merge --method mean` makes it of LoRA adapters; the mean of what they add is `--method exact` with equal weights",
     ),
     Card(
         "mera",

@@ -28,6 +28,8 @@ from anabranch.adapters.catalogue.shape import Matrix, Shape, is_bias, is_norm
 from anabranch.adapters.catalogue.table import CARDS, find
 from anabranch.adapters.dora import Dora
 from anabranch.adapters.front import Front
+from anabranch.adapters.fusion import AdapterFusion
+from anabranch.adapters.gated import GatedBottleneck, GatedLowRank
 from anabranch.adapters.graft import layers_of, patterns_of
 from anabranch.adapters.hashed_delta import HashedDelta
 from anabranch.adapters.ladder import Ladder
@@ -61,6 +63,7 @@ _AROUND: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "prompt-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"])},
     "prefix-tuning": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
     "mam": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys")},
+    "unipelt": lambda options: {"front": Front.Config(num_tokens=options["tokens"], of="keys", gated=True)},
     "lst": lambda options: {"ladder": Ladder.Config(reduction=options["reduction"], expansion=options["expansion"])},
 }
 
@@ -290,6 +293,12 @@ def _layer(card: Card, matrix: Matrix, options: Mapping[str, Any]) -> Linear.Con
         return ScaleShift.Config()
     if card.id in ("adapter-houlsby", "adapter-pfeiffer"):
         return SerialBottleneck.Config(width=options["width"])
+    if card.id == "adapter-fusion":
+        return AdapterFusion.Config(widths=(options["width"],) * options["number"])
+    if card.id == "unipelt":
+        if matrix.word == "down":
+            return GatedBottleneck.Config(width=options["width"])
+        return GatedLowRank.Config(rank=options["rank"], alpha=float(options["alpha"]), biased=True)
     if card.id == "dylora":
         return NestedLowRank.Config(rank=options["rank"], alpha=float(options["alpha"]))
     if card.id in _LOW_RANK:

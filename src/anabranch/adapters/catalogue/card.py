@@ -40,10 +40,19 @@ class Op:
 
 @dataclass(frozen=True)
 class Work:
-    """What a method computes beside each adapted matrix: in words, per token, and product by product."""
+    """What a method computes beside each adapted matrix.
+
+    Attributes:
+        told: per token, in words.
+        ops: product by product.
+        is_behind: whether it takes what comes out of the matrix, and not what goes into it.
+        kept: numbers of a token that a training step keeps besides those that its products say, see `anabranch.adapters.catalogue.kept`.
+    """
 
     told: str
     ops: Callable[[Matrix, Options], list[Op]]
+    is_behind: Callable[[Matrix], bool] = lambda matrix: False
+    kept: Callable[[Matrix, Options], float] = lambda matrix, options: 0.0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from anabranch.adapters.catalogue.card import Card, Op, Options, Paper, Work
 from anabranch.adapters.catalogue.low_rank import CARDS as _LOW_RANK
 from anabranch.adapters.catalogue.shape import Matrix, Shape
-from anabranch.adapters.catalogue.works import BOTTLENECK, LOW_RANK, each, low_rank
+from anabranch.adapters.catalogue.works import BOTTLENECK, LOW_RANK, SERIAL, each, low_rank, serial
 from anabranch.adapters.ladder import Ladder
 
 __all__ = ["CARDS"]
@@ -206,6 +206,26 @@ def _kept(shape: Shape, options: Options) -> int:
     return shape.num_layers * (shape.dim + rung) + shape.dim + 2 * width
 
 
+def _unified(matrix: Matrix, options: Options) -> int:
+    """What UniPELT has at one matrix: an adapter behind ``down``, LoRA elsewhere, and its gate."""
+    if matrix.word == "down":
+        return serial(matrix, options) + matrix.out_dim + 1
+    return low_rank(matrix, options) + matrix.in_dim + 1
+
+
+_UNIFIED_WORK = Work(
+    "2 r (C + O) + 2 C, or 4 d m + 2 d of the adapter",
+    lambda matrix, options: (
+        [*SERIAL.ops(matrix, options), Op(2 * matrix.out_dim)]
+        if matrix.word == "down"
+        else [*LOW_RANK.ops(matrix, options), Op(2 * matrix.in_dim)]
+    ),
+    is_behind=lambda matrix: matrix.word == "down",
+    # What is behind the gate, and the gate.
+    kept=lambda matrix, options: matrix.out_dim + 1.0,
+)
+
+
 _HYBRID = (
     Card(
         "mam",
@@ -230,17 +250,20 @@ _HYBRID = (
         "unipelt",
         "UniPELT",
         "hybrid",
-        "prefix, LoRA and adapter at once, each under a learned sigmoid gate of the layer's input",
-        "every layer",
-        "the sum of the three, and d + 1 for each gate",
+        "prefix, LoRA and adapter at once, each behind a sigmoid gate of what it takes",
+        "prefix in attention and LoRA beside q and v of every layer, an adapter behind the feed-forward layer (target down)",
+        "2 n p d_kv + r (C + O) + 2 d m + d + m, and a gate of each: its inputs + 1",
         (Paper("UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", 2021, "2110.07577"),),
-        options={"tokens": 10, "rank": 8, "width": 48, "targets": _QV},
+        backend="own",
+        options={"tokens": 10, "rank": 8, "alpha": 8.0, "width": 48, "targets": ("q", "v", "down")},
         count=lambda matrices, shape, options: (
-            2 * shape.num_layers * options["tokens"] * shape.kv_width
-            + sum(low_rank(matrix, options) for matrix in matrices)
-            + shape.num_layers * (options["width"] * (2 * shape.dim + 1) + shape.dim + 3 * (shape.dim + 1))
+            shape.num_layers * (2 * options["tokens"] * shape.kv_width + shape.dim + 1)
+            + sum(_unified(matrix, options) for matrix in matrices)
         ),
+        work=_UNIFIED_WORK,
+        prefix_positions=lambda options: options["tokens"],
         starts_as_base=False,
+        limits="gates are of each token, where the paper's code has their mean over a sequence; the prefix has no network that makes it",
     ),
     Card(
         "llm-adapters",

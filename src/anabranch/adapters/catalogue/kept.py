@@ -51,12 +51,13 @@ class _Pass:
 
     def takes(self, matrix: Matrix) -> bool:
         """Whether what goes into a matrix is kept for something that learns by it."""
-        return self.trains(matrix) or (any(op.trains and op.takes_x for op in self.ops(matrix)) and not self.is_behind)
+        return self.trains(matrix) or (
+            any(op.trains and op.takes_x for op in self.ops(matrix)) and not self.is_behind(matrix)
+        )
 
-    @property
-    def is_behind(self) -> bool:
+    def is_behind(self, matrix: Matrix) -> bool:
         """Whether the adapter takes what comes out of a matrix."""
-        return self.card.family == "additive/adapter-serial"
+        return self.card.work is not None and self.card.work.is_behind(matrix)
 
     def beside(self, matrix: Matrix) -> float:
         """What is kept beside one matrix, but what goes into it."""
@@ -66,7 +67,8 @@ class _Pass:
             is_input = matrix.word in self.options.get("feedforward", ())
             return 0.0 if is_input else float(matrix.out_dim)
         narrow = sum(op.flops / (2 * matrix.out_dim) for op in self.ops(matrix) if op.trains and not op.takes_x)
-        return narrow + (matrix.out_dim if self.is_behind else 0.0)
+        own = 0.0 if self.card.work is None else self.card.work.kept(matrix, self.options)
+        return narrow + own + (matrix.out_dim if self.is_behind(matrix) else 0.0)
 
     def sublayer(self, matrices: Sequence[Matrix], last: str, stream: bool) -> tuple[float, bool]:
         """(what half a block keeps, whether gradients go on behind it)."""

@@ -15,8 +15,10 @@ __all__ = [
     "FROZEN_PAIR",
     "LOW_RANK",
     "LOW_RANK_B",
+    "SERIAL",
     "each",
     "low_rank",
+    "serial",
 ]
 
 Count = Callable[[Sequence[Matrix], Shape, Options], int]
@@ -30,6 +32,11 @@ def each(count: Callable[[Matrix, Options], int]) -> Count:
 def low_rank(matrix: Matrix, options: Options) -> int:
     """r (C + O)."""
     return options["rank"] * (matrix.in_dim + matrix.out_dim)
+
+
+def serial(matrix: Matrix, options: Options) -> int:
+    """2 d m + d + m, of a bottleneck of m behind a matrix of d outputs."""
+    return 2 * matrix.out_dim * options["width"] + matrix.out_dim + options["width"]
 
 
 def _low_rank_ops(trains_a: bool, trains_b: bool) -> Callable[[Matrix, Options], list[Op]]:
@@ -48,6 +55,15 @@ BOTTLENECK = Work(
         Op(2 * options["width"] * matrix.in_dim),
         Op(2 * options["width"] * matrix.out_dim, takes_x=False),
     ],
+)
+# Of a bottleneck behind the matrix.
+SERIAL = Work(
+    "4 d m",
+    lambda matrix, options: [
+        Op(2 * options["width"] * matrix.out_dim),
+        Op(2 * options["width"] * matrix.out_dim, takes_x=False),
+    ],
+    is_behind=lambda matrix: True,
 )
 # A matrix of its own beside the first: entries that are masked or made from few numbers.
 DENSE = Work("2 C O", lambda matrix, options: [Op(2 * matrix.size)])

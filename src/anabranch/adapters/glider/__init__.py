@@ -12,13 +12,14 @@
 prototypes those of Arrow (arXiv 2405.11157).
 """
 
+from anabranch.adapters.gated import GatedLowRank
 from anabranch.adapters.glider.baselines import merged_experts
 from anabranch.adapters.glider.calibration import Calibration
 from anabranch.adapters.glider.clusters import Clusters, merge_clusters
 from anabranch.adapters.glider.embed import HiddenStates, TextEmbedder, TextFeatures
 from anabranch.adapters.glider.explaining import Explained, Explanation, explain
 from anabranch.adapters.glider.folder import describe_expert
-from anabranch.adapters.glider.gates import GatedLowRank, GateMethod
+from anabranch.adapters.glider.gates import GateMethod
 from anabranch.adapters.glider.matcher import Match, Matcher
 from anabranch.adapters.glider.pool import GliderConfig, GliderPool
 from anabranch.adapters.glider.score import GliderScore, bias_rows

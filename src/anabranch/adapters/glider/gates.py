@@ -6,62 +6,27 @@
 
 writes the adapter and its gates as one folder, which a `GliderPool` takes.
 """
-# Shapes: C inputs, R rank
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.attached import attached_on, begin, check_bare, our_layers
 from anabranch.adapters.copies import without_copies
 from anabranch.adapters.fits import check_fits
+from anabranch.adapters.gated import GatedLowRank
 from anabranch.adapters.glider.folder import describe_expert, read_instructions
 from anabranch.adapters.graft import check_pools, graft, layers_of, with_layers
-from anabranch.adapters.low_rank import LowRank, Pair
 from anabranch.adapters.names import names_of
 from anabranch.adapters.peft_folder import read_peft, write_peft
 from anabranch.adapters.whole import with_parted_head
 from anabranch.config import configclass
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
-from anabranch.nn import BuildContext, Count, Linear
-from anabranch.nn.linear import Projection
+from anabranch.nn import Linear
 
-__all__ = ["GateMethod", "GatedLowRank"]
-
-
-class GatedLowRank(LowRank, kind="gated_low_rank"):
-    """sigmoid(v . x) scale B A x.
-
-    Attributes:
-        gate: parameter [C], v; 0 at first, which halves what the adapter adds.
-    """
-
-    @configclass
-    class Config(LowRank.Config):
-        """As of `LowRank`."""
-
-        def count(self, projection: Projection, context: BuildContext) -> Count:
-            """R (C + O) weights, and C of the gate."""
-            return Count.dense(self.rank * (projection.in_dim + projection.out_dim) + projection.in_dim)
-
-    def __init__(self, config: Config, projection: Projection, context: BuildContext) -> None:
-        super().__init__(config, projection, context)
-        self.gate = nn.Parameter(torch.zeros(projection.in_dim))
-
-    def forward(self, x: Tensor, context: Any = None) -> Tensor:
-        """What is added to y."""
-        wide = x.to(self.gate.dtype)
-        return (wide @ self.gate).sigmoid().unsqueeze(-1) * self.product(self.dropped(x))
-
-    def put(self, pair: Pair, device: torch.device | None = None, *, trainable: bool = False) -> None:
-        """Take over the numbers of a pair; the gate is 0 and learns, the pair does so if ``trainable``."""
-        super().put(pair, device, trainable=trainable)
-        self.gate = nn.Parameter(torch.zeros(self.a.shape[1], device=device))
+__all__ = ["GateMethod"]
 
 
 class GateMethod(Method, kind="gate"):

@@ -15,6 +15,7 @@ from anabranch.lm.decoder import Decoder
 from anabranch.nn.kernels import paged as native
 from anabranch.nn.kernels.operands import takes
 from anabranch.nn.scored import PLAIN, Scoring, scored_attention
+from anabranch.nn.shared_prefix import gated_sum, side_by_side
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.steady_attention import steady_attention
 
@@ -255,6 +256,7 @@ class PagedStore:
 
     keeps_visits = True
     takes_scoring = True
+    takes_gates = True
 
     def __init__(
         self,
@@ -279,12 +281,14 @@ class PagedStore:
         *,
         visit: int = 0,
         scoring: Scoring = PLAIN,
+        gate_BL: Tensor | None = None,
     ) -> Tensor:
-        """y_BHLD; B is the streams P of the pass, L its rows T."""
+        """y_BHLD; B is the streams P of the pass, L its rows T. ``gate_BL`` is what a row multiplies the prefix by; None for 1."""
         prefix = self.prefix[layer] if self.prefix else None
         streams, slot = len(query_BHLD), self._visits.of(layer, visit)
         key_PSGD, value_PSGD = self.pool.key[slot, :streams], self.pool.value[slot, :streams]
-        if self.use_kernel and scoring is PLAIN and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
+        is_plain = scoring is PLAIN and gate_BL is None
+        if self.use_kernel and is_plain and takes(query_BHLD, key_BGLD, value_BGLD, *(prefix or ())):
             layout = self.layout
             return native.attend(
                 query_BHLD, key_BGLD, value_BGLD, key_PSGD, value_PSGD, layout.sequence_N4, layout.table_U,
@@ -293,8 +297,8 @@ class PagedStore:
         for stored_PSGD, new_BGLD in ((key_PSGD, key_BGLD), (value_PSGD, value_BGLD)):
             stored_PSGD.index_copy_(1, self.layout.slot_T, new_BGLD.transpose(1, 2))
         if scoring is not PLAIN or self.is_steady:
-            return self._one_by_one(query_BHLD, key_PSGD, value_PSGD, scoring, prefix)
-        return self._gathered(query_BHLD, key_PSGD, value_PSGD, prefix)
+            return self._one_by_one(query_BHLD, key_PSGD, value_PSGD, scoring, prefix, gate_BL)
+        return self._gathered(query_BHLD, key_PSGD, value_PSGD, prefix, gate_BL)
 
     def _one_by_one(
         self,
@@ -303,6 +307,7 @@ class PagedStore:
         value_PSGD: Tensor,
         scoring: Scoring,
         prefix: tuple[Tensor, Tensor] | None,
+        gate_PT: Tensor | None,
     ) -> Tensor:
         """y_PHTV, sequence by sequence; of one with a window only what its rows see is gathered."""
         made = []
@@ -310,34 +315,49 @@ class PagedStore:
             seen = span.length if scoring.window is None else min(span.length, span.count - 1 + scoring.window)
             slot_S = torch.from_numpy(self.layout.slots(number)[-seen:]).to(self.pool.device)
             key, value = (part_PSGD[:, slot_S].transpose(1, 2) for part_PSGD in (key_PSGD, value_PSGD))
-            query = query_PHTD[:, :, span.first : span.first + span.count]
-            if self.is_steady:
+            rows = slice(span.first, span.first + span.count)
+            query = query_PHTD[:, :, rows]
+            if gate_PT is not None and prefix is not None:
+                wide, gate = side_by_side(query, key, value, prefix, gate_PT[:, rows]), gate_PT[:, rows]
+                past = span.past + prefix[0].shape[2]
+                made.append(gated_sum(steady_attention(*wide, PLAIN, past), gate))
+            elif self.is_steady:
                 made.append(steady_attention(query, key, value, scoring, span.past, prefix))
             else:
                 made.append(scored_attention(query, key, value, scoring))
         return torch.cat(made, dim=2)
 
     def _gathered(
-        self, query_PHTD: Tensor, key_PSGD: Tensor, value_PSGD: Tensor, prefix: tuple[Tensor, Tensor] | None
+        self,
+        query_PHTD: Tensor,
+        key_PSGD: Tensor,
+        value_PSGD: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        gate_PT: Tensor | None,
     ) -> Tensor:
         y_PHTD = torch.empty_like(query_PHTD)
-        num_heads, num_kv_heads = query_PHTD.shape[1], key_PSGD.shape[2]
+        streams, num_heads, num_kv_heads = len(query_PHTD), query_PHTD.shape[1], key_PSGD.shape[2]
         for group in self.layout.groups:
             size, count = group.row_NL.shape
             query = query_PHTD[:, :, group.row_NL.reshape(-1)].unflatten(2, (size, count))  # [P, H, N, L, D]
             key, value = (_gather(part_PSGD, group.slot_NS) for part_PSGD in (key_PSGD, value_PSGD))  # [P, N, G, S, D]
-            mask = group.sees_NLS[:, None]
+            mask, gate = group.sees_NLS[:, None], None
+            query = query.transpose(1, 2).flatten(0, 1)
             if prefix is not None:
-                key, value = (_behind(front, part) for front, part in zip(prefix, (key, value), strict=True))
                 mask = F.pad(mask, (prefix[0].shape[2], 0), value=True)
-            mask = mask.repeat(query.shape[0], 1, 1, 1)
+            if prefix is not None and gate_PT is not None:
+                gate = gate_PT[:, group.row_NL.reshape(-1)].view(-1, count)
+                query, *both = side_by_side(query, key.flatten(0, 1), value.flatten(0, 1), prefix, gate)
+            else:
+                both = [part if prefix is None else _behind(prefix[at], part) for at, part in enumerate((key, value))]
+                both = [part.flatten(0, 1) for part in both]
             y = F.scaled_dot_product_attention(
-                query.transpose(1, 2).flatten(0, 1),
-                key.flatten(0, 1),
-                value.flatten(0, 1),
-                attn_mask=mask,
+                query,
+                *both,
+                attn_mask=mask.repeat(streams, 1, 1, 1),
                 enable_gqa=num_heads != num_kv_heads,
             )  # [P N, H, L, D]
+            y = y if gate is None else gated_sum(y, gate)
             y = y.unflatten(0, (-1, size)).transpose(1, 2).flatten(2, 3)
             y_PHTD[:, :, group.row_NL.reshape(-1)] = y
         return y_PHTD
@@ -353,13 +373,21 @@ class StoreByKind:
 
     keeps_visits = True
     takes_scoring = True
+    takes_gates = True
 
     def __init__(self, stores: Sequence[PagedStore], kind_of: Mapping[int, int]) -> None:
         self.stores, self._kind_of = stores, kind_of
 
-    def attend(self, layer: int, *parts: Tensor, visit: int = 0, scoring: Scoring = PLAIN) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        *parts: Tensor,
+        visit: int = 0,
+        scoring: Scoring = PLAIN,
+        gate_BL: Tensor | None = None,
+    ) -> Tensor:
         """See `PagedStore.attend`."""
-        return self.stores[self._kind_of[layer]].attend(layer, *parts, visit=visit, scoring=scoring)
+        return self.stores[self._kind_of[layer]].attend(layer, *parts, visit=visit, scoring=scoring, gate_BL=gate_BL)
 
 
 def _gather(part_PSGD: Tensor, slot_NS: Tensor) -> Tensor:

@@ -665,6 +665,7 @@ class ModelRunner:
                 layout, chunks, self._prefixes[streams], variant.path, is_open=variant.chooser is not None, told=told
             ),
             token_BL=token_1T.expand(streams, -1),
+            front_gates=None if self.model.streams is None else self.model.streams.front_gates,
         )
 
 
