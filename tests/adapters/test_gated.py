@@ -1,4 +1,4 @@
-"""Gates of adapters and of virtual tokens (UniPELT): formulas by hand; the same in one pass, with a cache, padded, recomputed and served."""
+"""Gates of adapters and of virtual tokens (UniPELT): formulas by hand; the same in one pass, with a cache, padded, and served."""
 
 import copy
 

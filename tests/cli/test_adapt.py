@@ -226,6 +226,51 @@ def test_mixtures_that_cannot_be(here, base, options, message):
     assert not (base / "none").exists()
 
 
+def test_adapters_are_fused_and_kinds_unified_from_training_to_generation(here, base):
+    """Two bottlenecks that were trained apart, and attention over them; and UniPELT: what `adapters fuse` makes of both generates."""
+    for name in ("law", "sql"):
+        given = ["--method", "adapter-pfeiffer", "--set=method.width=3", "--out", base / f"{name}-apart", "--steps", 3]
+        told = adapted(here, base / "base", base / "rows.jsonl", *given)
+        assert told["form"] == "anabranch"
+    folders = json.dumps([str(base / f"{name}-apart" / "adapter") for name in ("law", "sql")])
+    given = ["--method", "adapter-fusion", f"--set=method.adapters={folders}", "--out", base / "attended", "--steps", 3]
+    told = adapted(here, base / "base", base / "rows.jsonl", *given)
+    # Q, K and V of both blocks.
+    assert (told["method"], told["form"], told["parameters"]) == ("adapter-fusion", "anabranch", 2 * 3 * 32 * 32)
+    unified = ["--method", "unipelt", "--rank", 2, "--set=method.tokens=3", "--set=method.width=3", "--steps", 3]
+    told = adapted(here, base / "base", base / "rows.jsonl", *unified, "--out", base / "unified")
+    assert (told["method"], told["form"]) == ("unipelt", "anabranch")
+    plain = nats(here, base)
+    for name, kind in (("attended", "adapter_fusion"), ("unified", "front")):
+        adapter = base / name / "adapter"
+        assert nats(here, base, "--adapter", adapter) != plain
+        code, out, err = here("adapters", "card", adapter, "--json")
+        assert code == 0, err
+        assert kind in json.loads(out)["kinds"]
+        code, out, err = here("adapters", "fuse", base / "base", adapter, "--out", base / f"{name}-whole", "--json")
+        assert code == 0, err
+        assert json.loads(out)["difference"] < 1e-3
+        line = ["--prompt", "name a law", "--max-tokens", 4, "--temperature", 0, "--quiet"]
+        code, out, err = here("generate", base / f"{name}-whole", *line)
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "adapter-fusion", "--set=method.adapters=[]"], "adapters is empty; name at least one folder"),
+        (["--method", "adapter-fusion", '--set=method.adapters=["a"]'], "no adapter of anabranch's in a"),
+        (["--method", "adapter-fusion", "--set=method.number=0"], "number"),
+        (["--method", "unipelt", "--set=method.tokens=0"], "tokens"),
+        (["--method", "unipelt", "--set=method.number=3"], "unipelt has no option 'number'"),
+    ],
+)
+def test_what_cannot_be_fused_or_unified(here, base, options, message):
+    code, _, err = here("adapt", base / "base", base / "rows.jsonl", "--out", base / "none", *options, *QUICK)
+    assert (code, message in err) == (2, True), err
+    assert not (base / "none").exists()
+
+
 def clustered(here, base):
     """The pool shown, merged into a smaller one that routes, and routed in two levels: what `route` says of that."""
     code, out, err = here("adapters", "cluster", base / "pool", "--clusters", 1)

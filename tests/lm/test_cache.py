@@ -59,6 +59,53 @@ def test_rows_can_leave():
     assert cache.valid_BL.tolist() == [[True, True]]
 
 
+def test_a_cache_grows_and_keeps_what_it_has():
+    cache, other = KeyValueCache(num_layers=2, max_length=3), KeyValueCache(num_layers=2, max_length=9)
+    fill(cache, 3), fill(other, 3)
+    with pytest.raises(CapacityError, match="the cache holds 3 positions, but 5 are needed"):
+        fill(cache, 2, seed=5)
+    cache.begin(3)
+    cache.grow(9)
+    for (*_, key, value), (*_, wanted_key, wanted_value) in zip(
+        fill(cache, 2, seed=5), fill(other, 2, seed=5), strict=True
+    ):
+        assert torch.equal(key, wanted_key)
+        assert torch.equal(value, wanted_value)
+    with pytest.raises(InputError, match="max_length is 8; the cache has room for 9 already"):
+        cache.grow(8)
+
+
+def test_a_cache_of_which_some_rows_passed_over_a_layer_grows():
+    found = []
+    for most in (2, 6):
+        cache = KeyValueCache(num_layers=1, max_length=most)
+        key = torch.arange(8.0).view(2, 1, 2, 2)
+        cache.append(0, key[:, :, :1], key[:, :, :1])
+        cache.advance(1)
+        cache.append(0, key[:1, :, 1:], key[:1, :, 1:], rows=[0])
+        cache.advance(1)
+        if most < 6:
+            cache.grow(6)
+        found.append(cache.append(0, key[:, :, :1] + 9, key[:, :, :1] - 9))
+    for part, wanted in zip(*found, strict=True):
+        assert torch.equal(part, wanted)
+    assert found[0][2].tolist() == [[True, True, True], [True, False, True]]
+
+
+def test_layers_of_another_cache_are_taken_where_there_are_none():
+    cache, other = KeyValueCache(num_layers=2, max_length=3), KeyValueCache(num_layers=2, max_length=3)
+    fill(other, 3)
+    key = torch.zeros(2, 3, 3, 4)
+    cache.append(1, key, key)
+    cache.advance(3)
+    cache.take_layers(other)
+    cache.grow(4)
+    new = torch.ones(2, 3, 1, 4)
+    first, second = (cache.append(layer, new, new)[0] for layer in (0, 1))
+    assert torch.equal(first[:, :, :3], fill(KeyValueCache(num_layers=2, max_length=3), 3)[0][0])
+    assert not second[:, :, :3].any()
+
+
 def test_memory_is_what_the_buffers_take():
     cache = KeyValueCache(num_layers=2, max_length=8)
     assert cache.size_bytes == 0

@@ -122,6 +122,16 @@ class _Slot:
             self.filled_BS = filled_BS
         self.first = start - kept
 
+    def widen(self, places: int) -> None:
+        """Have room for so many places, at least as many as there are."""
+        for name in ("key_BHSD", "value_BHSD"):
+            part_BHSD = getattr(self, name)
+            wider = part_BHSD.new_empty(*part_BHSD.shape[:2], places, part_BHSD.shape[3])
+            wider[:, :, : self.length] = part_BHSD[:, :, : self.length]
+            setattr(self, name, wider)
+        if self.filled_BS is not None:
+            self.filled_BS = F.pad(self.filled_BS, (0, places - self.filled_BS.shape[1]))
+
     def has_before(self, position: int) -> bool:
         """Whether what ``position`` sees is still there."""
         return self.window is None or self.first <= max(0, position - self.window + 1)
@@ -272,6 +282,21 @@ class KeyValueCache:
                     slot.filled_BS[:, end:] = False
         if self.valid_BL is not None:
             self.valid_BL = self.valid_BL[:, : self.length]
+
+    def grow(self, max_length: int) -> None:
+        """Make room for up to ``max_length`` positions. Raises InputError for fewer than there was room for."""
+        if max_length < self.max_length:
+            raise InputError(f"max_length is {max_length}; the cache has room for {self.max_length} already")
+        for slot in self._slots.values():
+            # One with a window makes room for what it sees as it goes on.
+            if slot.window is None:
+                slot.widen(max_length)
+        self.max_length = max_length
+
+    def take_layers(self, other: "KeyValueCache") -> None:
+        """Take over what ``other``, of the same sequences and positions, has of layers that were not run here."""
+        for key, slot in other._slots.items():
+            self._slots.setdefault(key, slot)
 
     def advance(self, num_positions: int) -> None:
         """Count positions that every layer has stored."""

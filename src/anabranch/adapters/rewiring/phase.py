@@ -17,11 +17,13 @@ from torch import Tensor
 
 from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.measure import confidence, difference, row_means, token_losses
+from anabranch.adapters.rewiring.prefill import Prefill
 from anabranch.adapters.rewiring.prefix import Prefix
 from anabranch.adapters.rewiring.state import Phase, RewiringState
 from anabranch.adapters.rewiring.step import Optimizer, layer_weights
 from anabranch.adapters.rewiring.vectors import Seen, Texts, Vectors, Watch, has_gradient, is_shift_free, router_of, run
 from anabranch.errors import ConfigError
+from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.generate import evaluating, pad_left
 from anabranch.routing.discovery import RouterLayer
@@ -37,10 +39,12 @@ def fit(
     states: Sequence[RewiringState],
     clock: Clock = time.perf_counter,
     texts: Texts | None = None,
+    prefill: Prefill | None = None,
 ) -> list[Phase]:
     """One phase 1 of each request: its ``states`` go on, each with a report more, which is given too.
 
-    ``texts`` say which of those that were told something the contexts are; None for each in turn.
+    ``texts`` say which of those that were told something the contexts are; None for each in turn. ``prefill`` is given the keys and values
+    of the last pass, where that ran all contexts whole.
 
     Raises ConfigError for a model through whose experts no gradient comes, or that was made in inference mode.
     """
@@ -50,7 +54,10 @@ def fit(
         raise ConfigError(
             "the model was made in inference mode, so nothing can be differentiated through it; load it outside"
         )
-    contexts = [context if config.window is None else context[-config.window :] for context in contexts]
+    if config.window is not None:
+        if any(len(context) > config.window for context in contexts):
+            prefill = None
+        contexts = [context[-config.window :] for context in contexts]
     reports = [
         Phase(length=len(context), skipped=_why_not(config, len(context), state))
         for context, state in zip(contexts, states, strict=True)
@@ -59,7 +66,8 @@ def fit(
     if going:
         own_contexts, own = [contexts[row] for row in going], [states[row] for row in going]
         with _frozen(model, config.checkpointing):
-            batch = _Batch(model, layers, config, own_contexts, own, texts.of(going), begun, clock)
+            told = prefill if len(going) == len(contexts) else None
+            batch = _Batch(model, layers, config, own_contexts, own, texts.of(going), begun, clock, told)
             done = batch.fitted()
         seconds = clock() - begun
         for row, report in zip(going, done, strict=True):
@@ -108,6 +116,16 @@ class _Taken:
     skipped: list[str | None]
 
 
+@dataclass
+class _Read:
+    """The last pass: nats ``[C, B, L - 1]``, decisions, logits behind the last tokens ``[C B, V]``, and keys and values if asked for."""
+
+    loss_CBL: Tensor
+    seen: list[Seen]
+    logits_BV: Tensor
+    cache: KeyValueCache | None
+
+
 class _Batch:
     """The requests of one phase 1 that have something to fit."""
 
@@ -121,9 +139,10 @@ class _Batch:
         texts: Texts,
         begun: float,
         clock: Clock,
+        prefill: Prefill | None = None,
     ) -> None:
         self.model, self.layers, self.config, self.states = model, layers, config, states
-        self.texts, self.begun, self.clock = texts, begun, clock
+        self.texts, self.begun, self.clock, self.prefill = texts, begun, clock, prefill
         self.device = model.embedding.weight.device
         self.token_BL, self.mask_BL = pad_left(contexts, self.device)
         self.size, self.length = self.token_BL.shape
@@ -142,13 +161,20 @@ class _Batch:
         self.prefix = Prefix(model, layers)
         if self.prefix.is_there:
             told = self.texts.state(model, self.token_BL.shape[1])
-            context = model.context(self.token_BL, token_mask_BL=self.mask_BL, state=told)
+            context = model.context(self.token_BL, token_mask_BL=self.mask_BL, state=told, cache=self._new_cache())
             self.prefix.keep(model, self.token_BL, context)
+            if self.prefix.cache is not None and self.prefix.cache.state:
+                # What a design keeps there of its own is of no other cache.
+                self.prefill = None
         self.watch = Watch(layers)
         self.before: list[Seen] = []
         self.loss_before_B = torch.zeros(self.size)
         # Of each row the last with which the loss was a number.
         self.good = self.start
+
+    def _new_cache(self) -> KeyValueCache | None:
+        """For keys and values of the whole text; None where nobody wants them."""
+        return None if self.prefill is None else self.model.new_cache(self.length)
 
     def fitted(self) -> list[Phase]:
         """Take the steps, choose what is kept of them, put it into the states."""
@@ -252,18 +278,25 @@ class _Batch:
         )
 
     @torch.no_grad()
-    def _losses(self, candidates: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[Seen]]:
-        """(nats ``[C, B, L - 1]``, decisions) of the whole context with each of C candidates, in one pass: rows of the first come first."""
+    def _losses(self, candidates: Sequence[Sequence[Tensor]]) -> "_Read":
+        """The whole context with each of C candidates, in one pass: rows of the first come first."""
         count = len(candidates)
         delta = [torch.cat(of_layer) for of_layer in zip(*candidates, strict=True)]
         vectors = Vectors(self.layers, delta, self.length)
         texts = self.texts.of(list(range(self.size)) * count)
         token_BL = self.token_BL.repeat(count, 1)
         mask_BL = None if self.mask_BL is None else self.mask_BL.repeat(count, 1)
+        cache = self._new_cache()
         with self.watch.seeing(vectors):
-            logits_BLV = run(self.model, token_BL, mask_BL, vectors, texts, prefix=self.prefix)
+            logits_BLV = run(self.model, token_BL, mask_BL, vectors, texts, prefix=self.prefix, cache=cache)
             loss_BL = token_losses(logits_BLV, token_BL)
-        return loss_BL.view(count, self.size, -1), self.watch.seen
+        return _Read(loss_BL.view(count, self.size, -1), self.watch.seen, logits_BLV[:, -1].clone(), cache)
+
+    def _hand_on(self, read: "_Read", best_B: Tensor) -> None:
+        """Keys and values of the candidate that was chosen for each row."""
+        if self.prefill is not None and read.cache is not None:
+            row_B = best_B * self.size + torch.arange(self.size, device=self.device)
+            self.prefill.take(read.cache, read.logits_BV, row_B, self.prefix)
 
     def _guarded(self, new: list[Tensor]) -> tuple[list[Phase], list[Tensor]]:
         """All, half or nothing of the change, or no vectors at all: what is best on the part that was held back."""
@@ -272,9 +305,10 @@ class _Batch:
         scales: list[float | None] = [0.0, 0.5, 1.0]
         if any(bool(start_BE.any()) for start_BE in self.start):
             candidates, scales = [*candidates, [torch.zeros_like(start_BE) for start_BE in self.start]], [*scales, None]
-        loss_CBL, seen = self._losses(candidates)
-        loss_CB = torch.stack([row_means(loss_BL, self.real_BL) for loss_BL in loss_CBL])
-        tail_CB = torch.stack([row_means(loss_BL, self.tail_BL) for loss_BL in loss_CBL])
+        read = self._losses(candidates)
+        seen = read.seen
+        loss_CB = torch.stack([row_means(loss_BL, self.real_BL) for loss_BL in read.loss_CBL])
+        tail_CB = torch.stack([row_means(loss_BL, self.tail_BL) for loss_BL in read.loss_CBL])
         # The first of equals is the one that changes least.
         best_B = torch.where(torch.isfinite(tail_CB), tail_CB, torch.inf).argmin(0)
         reports = []
@@ -283,20 +317,22 @@ class _Batch:
             report = self._report(seen, seen, rows, loss_CB[0, row], loss_CB[best, row])
             before, after = float(tail_CB[0, row]), float(tail_CB[best, row])
             reports.append(replace(report, scale=scales[best], tail_before=before, tail_after=after))
+        self._hand_on(read, best_B)
         all_CBE = [torch.stack(of_layer) for of_layer in zip(*candidates, strict=True)]
         row_B = torch.arange(self.size, device=self.device)
         return reports, [delta_CBE[best_B, row_B] for delta_CBE in all_CBE]
 
     def _unguarded(self, new: list[Tensor]) -> tuple[list[Phase], list[Tensor]]:
         """All of the change, unless it ends in no number."""
-        loss_CBL, seen = self._losses([new])
-        after_B = row_means(loss_CBL[0], self.real_BL)
+        read = self._losses([new])
+        after_B = row_means(read.loss_CBL[0], self.real_BL)
         if not bool(torch.isfinite(after_B).all()):
             finite_B1 = torch.isfinite(after_B)[:, None]
             new = [torch.where(finite_B1, new_BE, good_BE) for new_BE, good_BE in zip(new, self.good, strict=True)]
-            loss_CBL, seen = self._losses([new])
-            after_B = row_means(loss_CBL[0], self.real_BL)
-        before = self.before
+            read = self._losses([new])
+            after_B = row_means(read.loss_CBL[0], self.real_BL)
+        self._hand_on(read, torch.zeros(self.size, dtype=torch.int64, device=self.device))
+        before, seen = self.before, read.seen
         reports = [
             self._report(before, seen, (row, row), self.loss_before_B[row], after_B[row]) for row in range(self.size)
         ]

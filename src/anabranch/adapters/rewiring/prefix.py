@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.lm.cache import KeyValueCache
 from anabranch.lm.decoder import Decoder
 from anabranch.nn.block import PreNorm
 from anabranch.nn.context import ForwardContext
@@ -29,6 +30,7 @@ class Prefix:
     Attributes:
         is_there: whether there is anything that can be kept: not of models that run as parallel streams, whose blocks, or hidden states,
             are made in other ways, or whose blocks somebody watches.
+        cache: keys and values of the layers that are run here; None where they were not asked for, or nothing is kept.
     """
 
     def __init__(self, model: Decoder, layers: Sequence[RouterLayer]) -> None:
@@ -43,10 +45,11 @@ class Prefix:
             and not any(hasattr(module, "is_router") for module in (*last.attention.modules(), *_all(blocks[:-1])))
         )
         self._x_BLD: Tensor | None = None
+        self.cache: KeyValueCache | None = None
 
     @torch.no_grad()
     def keep(self, model: Decoder, token_BL: Tensor, context: ForwardContext) -> None:
-        """Compute it, of the whole text."""
+        """Compute it, of the whole text; keys and values too where the context has an empty cache."""
         x_BLD = model.embed(token_BL)
         *before, last = list(model.blocks)[: self._block + 1]
         for block in before:
@@ -55,6 +58,7 @@ class Prefix:
         # What blocks hand on beside would be missing in the passes that do not run them.
         self.is_there = self.is_there and context.path is None and not context.carry
         self._x_BLD = x_BLD if self.is_there else None
+        self.cache = context.cache if self.is_there and isinstance(context.cache, KeyValueCache) else None
 
     def hidden(self, model: Decoder, token_BL: Tensor, context: ForwardContext) -> Tensor:
         """`Decoder.hidden` of the text's first positions: of its rows, or of these several times, one after another."""
@@ -69,6 +73,8 @@ class Prefix:
         for block in others:
             # The rest of that first block is kept for the backward pass even where blocks are run again.
             x_BLD = model._run(block, x_BLD, context)
+        if isinstance(context.cache, KeyValueCache):
+            context.cache.advance(length)
         made: Tensor = model.norm(x_BLD)
         return made
 

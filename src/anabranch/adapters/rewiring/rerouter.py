@@ -10,6 +10,7 @@ from torch import Tensor
 from anabranch.adapters.by_row import check_told, told_keys
 from anabranch.adapters.rewiring.config import Rewiring
 from anabranch.adapters.rewiring.phase import fit
+from anabranch.adapters.rewiring.prefill import Prefill
 from anabranch.adapters.rewiring.state import Phase, RewiringState
 from anabranch.adapters.rewiring.vectors import Texts, Vectors, routed_layers, router_of, run
 from anabranch.errors import CapacityError, ConfigError
@@ -61,12 +62,18 @@ class Rerouter:
         """
         return self._adapt(contexts, states, Texts.all(len(contexts)))
 
-    def _adapt(self, contexts: Sequence[Sequence[int]], states: Sequence[RewiringState], texts: Texts) -> list[Phase]:
+    def _adapt(
+        self,
+        contexts: Sequence[Sequence[int]],
+        states: Sequence[RewiringState],
+        texts: Texts,
+        prefill: Prefill | None = None,
+    ) -> list[Phase]:
         self._check(contexts, states)
         if not contexts:
             return []
         check_told(self.model, texts.total, "a rerouter")
-        return fit(self.model, self.layers, self.config, contexts, states, texts=texts)
+        return fit(self.model, self.layers, self.config, contexts, states, texts=texts, prefill=prefill)
 
     @contextmanager
     def attached(self, state: RewiringState) -> Iterator[None]:
@@ -136,8 +143,10 @@ class Rerouter:
                 if number == 0 and self.config.cache == "keep":
                     # Their keys and values are those of the vectors of before.
                     decoding.begin([text[:-1] for text in so_far], going, left + 1, those)
-                if self._adapt_once(so_far, going, those) and self.config.cache == "recompute":
+                prefill = Prefill() if self.config.cache == "recompute" else None
+                if self._adapt_once(so_far, going, those, prefill) and self.config.cache == "recompute":
                     decoding.forget()
+                decoding.go_on_from(prefill, left)
             logits_BV = decoding.next([texts[row] for row in rows], going, left, those)
             next_B = sample(logits_BV, sampling, generator)
             on = [token not in sampling.stop for token in next_B.tolist()]
@@ -151,7 +160,13 @@ class Rerouter:
                 texts[row].append(token)
             yield Step(list(rows), next_B.tolist())
 
-    def _adapt_once(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], those: Texts) -> bool:
+    def _adapt_once(
+        self,
+        texts: Sequence[Sequence[int]],
+        states: Sequence[RewiringState],
+        those: Texts,
+        prefill: Prefill | None = None,
+    ) -> bool:
         """`adapt`, of chains that begin alike once. Gives whether a vector has changed."""
         first: dict[object, int] = {}
         like = []
@@ -162,7 +177,9 @@ class Rerouter:
             like.append(first.setdefault((tuple(text), told[those.rows[row]]) if is_new else row, row))
         own = sorted(set(like))
         before = [state.delta for state in states]
-        self._adapt([texts[row] for row in own], [states[row] for row in own], those.of(own))
+        self._adapt([texts[row] for row in own], [states[row] for row in own], those.of(own), prefill)
+        if prefill is not None:
+            prefill.spread([own.index(source) for source in like])
         for row, source in enumerate(like):
             if row != source:
                 states[row].__dict__.update(vars(states[source].copy()))
@@ -192,6 +209,8 @@ class _Decoding:
         self._model, self._layers = rerouter.model, rerouter.layers
         self._keeps = rerouter.config.cache == "keep"
         self._cache: KeyValueCache | None = None
+        # Logits of what comes next, where a phase 1 has computed them.
+        self._next_BV: Tensor | None = None
 
     @torch.no_grad()
     def begin(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int, those: Texts) -> None:
@@ -202,13 +221,24 @@ class _Decoding:
     @torch.no_grad()
     def next(self, texts: Sequence[Sequence[int]], states: Sequence[RewiringState], room: int, those: Texts) -> Tensor:
         """logits_BV behind ``texts``, of which the cache has all but the last token, or which it is made of."""
+        if self._next_BV is not None:
+            logits_BV, self._next_BV = self._next_BV, None
+            return logits_BV
         if self._cache is not None and self._cache.length == self._cache.max_length:
             self.forget()
         return self._run(texts if self._cache is None else [text[-1:] for text in texts], states, room, those)
 
     def forget(self) -> None:
         """What was computed before is of other vectors."""
-        self._cache = None
+        self._cache = self._next_BV = None
+
+    def go_on_from(self, prefill: Prefill | None, room: int) -> None:
+        """Take over what a phase 1 has computed of the texts, for ``room`` tokens more, unless what is there is still of its vectors."""
+        if prefill is None or prefill.cache is None or prefill.logits_BV is None or self._cache is not None:
+            return
+        self._cache, self._next_BV = prefill.cache, prefill.logits_BV
+        length = self._cache.length
+        self._cache.grow(length + self._room(len(self._next_BV), length, room))
 
     def keep_rows(self, keep_B: Tensor) -> None:
         """Sequences that stopped leave."""
