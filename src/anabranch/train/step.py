@@ -17,10 +17,10 @@ from anabranch.train.optimizer import FACTOR, by_layout, full_tensor
 from anabranch.train.parallel import Workers
 from anabranch.train.task import Losses, Stream, Task, TaskContext, moved
 
-__all__ = ["Gradient", "Stepper"]
+__all__ = ["EVERYWHERE", "Gradient", "Stepper", "add_share"]
 
 # Stands in the place of a rank where torch's generators are seeded for hooks, which draw the same in all processes.
-_ALL = 2**32 - 1
+EVERYWHERE = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Stepper:
         """
         parts = self._settings.accumulation
         if self.hooks.before:
-            self._seed(context.step, _ALL)
+            self._seed(context.step, EVERYWHERE)
             self.hooks.run_before(context.step)
         self._seed(context.step, self.workers.draws_as)
         total: dict[str, Tensor] = {}
@@ -105,9 +105,9 @@ class Stepper:
                     losses = self.task.step(self.call, batch, context).weighed(weights)
                 self._check(losses)
                 (losses.total / parts).backward()
-            _add_share(total, {"total": losses.total}, parts)
-            _add_share(terms, losses.terms, parts)
-            _add_share(metrics, losses.metrics, parts)
+            add_share(total, {"total": losses.total}, parts)
+            add_share(terms, losses.terms, parts)
+            add_share(metrics, losses.metrics, parts)
         return Gradient(total["total"], terms, metrics, self.gradient_norm())
 
     def _batches(self, stream: Stream, context: TaskContext) -> Iterable[tuple[Any, Mapping[str, float]]]:
@@ -180,6 +180,7 @@ def _norm(parameters: Iterable[nn.Parameter]) -> float:
     return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
 
-def _add_share(total: dict[str, Tensor], values: Mapping[str, Tensor], parts: int) -> None:
+def add_share(total: dict[str, Tensor], values: Mapping[str, Tensor], parts: int) -> None:
+    """Add to each sum what one of ``parts`` has of it."""
     for name, value in values.items():
         total[name] = total.get(name, 0.0) + value.detach() / parts

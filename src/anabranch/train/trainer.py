@@ -36,6 +36,7 @@ from anabranch.train.idle import IdleWatch
 from anabranch.train.interrupt import Interrupts, has_lost_process
 from anabranch.train.meter import MEASURES, LoadMeter
 from anabranch.train.metrics import MetricsLog, read_metrics
+from anabranch.train.mezo import MeZOStepper, check_mezo
 from anabranch.train.optimizer import make_optimizer
 from anabranch.train.outer import Outer, own_order
 from anabranch.train.parallel import Workers
@@ -85,6 +86,7 @@ class Trainer(Generic[R]):
         self._settings = config.train
         self._on_event = on_event
         Elastic.check(config)
+        check_mezo(config)
         is_shared = config.parallel.elastic.coordinator is not None
         if not is_shared and (not dist.is_initialized() or dist.get_rank() == 0):
             # Where there is a group already the first process may be in the folder before the others have looked.
@@ -120,7 +122,8 @@ class Trainer(Generic[R]):
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
         if self._elastic is not None:
             self._elastic.at_step = self._hooks.run_after
-        self._stepper = Stepper(
+        made = MeZOStepper if config.train.optimizer == "mezo" else Stepper
+        self._stepper = made(
             self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context
         )
         self._checkpoints = CheckpointManager(

@@ -394,7 +394,7 @@ _CHEAPER = (
         "of what it trains",
         (Paper("Fine-Tuning Language Models with Just Forward Passes", 2023, "2305.17333"),),
         memory="that of inference",
-        limits="many more steps than with gradients",
+        limits="many more steps than with gradients; `train.optimizer=mezo` in training, of whatever learns (`adapt --set`)",
     ),
     Card(
         "galore",

@@ -1,0 +1,135 @@
+"""MeZO: steps without gradients, from the loss at two points (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
+
+    g      = (L(theta + e z) - L(theta - e z)) / 2e                 z ~ N(0, I), made anew by its seed wherever it is needed
+    theta <- theta - lr (g z + weight_decay theta)
+
+Nothing is differentiated, so that a step takes the memory of inference: no activations are kept, there are no gradients and no moments, and
+z exists a piece at a time. Both passes see the same batch and draw the same masks. With n directions g is the mean of their g z (n-SPSA,
+definition 1).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anabranch.errors import ConfigError
+from anabranch.train.config import RunConfig, TaskRunConfig
+from anabranch.train.evaluate import autocast
+from anabranch.train.optimizer import FACTOR
+from anabranch.train.step import EVERYWHERE, Gradient, Stepper, add_share
+from anabranch.train.task import Stream, TaskContext, moved
+
+__all__ = ["MeZOStepper", "check_mezo"]
+
+# Numbers of z that exist at a time, and what keeps its seeds apart from those of whatever else a step draws.
+_PIECE = 1 << 20
+_DIRECTION = 0x6D657A6F
+
+
+def check_mezo(config: RunConfig | TaskRunConfig) -> None:
+    """Raise ConfigError where other settings do not go together with it: all parameters must be whole in each process."""
+    train, parallel = config.train, config.parallel
+    if train.optimizer != "mezo":
+        return
+    beside = {
+        "train.parallel is fsdp": train.parallel == "fsdp",
+        "parallel.experts is set": parallel.experts > 1,
+        "parallel.context is set": parallel.context > 1,
+        "parallel.pipeline is set": parallel.pipeline > 1,
+        "parallel.exact is set": parallel.exact is not None,
+        "parallel.elastic.coordinator is set": parallel.elastic.coordinator is not None,
+    }
+    if refused := [said for said, is_so in beside.items() if is_so]:
+        raise ConfigError(
+            f"train.optimizer is mezo, and {refused[0]}; it moves whole parameters, so use one process, or replicas (ddp)"
+        )
+
+
+class MeZOStepper(Stepper):
+    """See above. The optimizer says rates and decays of groups of parameters, and has no state."""
+
+    # Of each direction of the step under way.
+    _slopes: list[float]
+
+    @torch.no_grad()
+    def gradient(self, stream: Stream, context: TaskContext) -> Gradient:
+        """The slope of the loss along each direction; weights are then where they were, but for rounding.
+
+        ``norm`` is the root of the mean square of slopes, and losses are means of those at both points.
+        """
+        parts, samples = self._settings.accumulation, self._settings.mezo_samples
+        if self.hooks.before:
+            self._seed(context.step, EVERYWHERE)
+            self.hooks.run_before(context.step)
+        self._seed(context.step, self.workers.draws_as)
+        total: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        apart_S = torch.zeros(samples, dtype=torch.float64, device=context.device)
+        for batch, weights in self._batches(stream, context):
+            batch = moved(batch, context.device)
+            for sample in range(samples):
+                for sign, again in ((1, True), (-1, False)):
+                    with self._moved(context.step, sample, sign), _same_draws(context.device, again):
+                        with autocast(context.device, self._settings.precision):
+                            losses = self.task.step(self.call, batch, context).weighed(weights)
+                    apart_S[sample] += sign * losses.total.double() / parts
+                    for into, values in (
+                        (total, {"total": losses.total}), (terms, losses.terms), (metrics, losses.metrics),
+                    ):  # fmt: skip
+                        add_share(into, values, 2 * parts * samples)
+        slope_S = self.workers.mean(apart_S) / (2 * self._settings.mezo_scale)
+        self._slopes = slope_S.tolist()
+        return Gradient(total["total"], terms, metrics, math.sqrt(sum(slope**2 for slope in self._slopes) / samples))
+
+    @torch.no_grad()
+    def apply(self, norm: float, step: int) -> None:
+        """Move the weights against the slopes. Nothing is clipped: one number along a direction has no length to clip."""
+        rates: dict[nn.Parameter, float] = {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step) * group.get(FACTOR, 1.0)
+            for parameter in group["params"]:
+                rates[parameter] = group["lr"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        for sample, slope in enumerate(self._slopes):
+            for parameter, piece, z in self._direction(step, sample):
+                piece.add_(z, alpha=-rates[parameter] * slope / len(self._slopes))
+
+    def _direction(self, step: int, sample: int) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+        """(parameter, some of its numbers, those of z), over all parameters: the same in all processes."""
+        sequence = np.random.SeedSequence([self._settings.seed, step, sample, _DIRECTION])
+        seed = int(sequence.generate_state(1, np.uint64)[0])
+        generators: dict[torch.device, torch.Generator] = {}
+        for parameter in self.parameters:
+            device = parameter.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(seed)
+            for piece in parameter.data.view(-1).split(_PIECE):
+                z = torch.randn(len(piece), generator=generators[device], device=device, dtype=piece.dtype)
+                yield parameter, piece, z
+
+    @contextmanager
+    def _moved(self, step: int, sample: int, sign: int) -> Iterator[None]:
+        """The weights at one of the two points; afterwards where they were, whatever happens there."""
+        scale = sign * self._settings.mezo_scale
+        for _, piece, z in self._direction(step, sample):
+            piece.add_(z, alpha=scale)
+        try:
+            yield
+        finally:
+            for _, piece, z in self._direction(step, sample):
+                piece.add_(z, alpha=-scale)
+
+
+@contextmanager
+def _same_draws(device: torch.device, again: bool) -> Iterator[None]:
+    """Whether what is drawn here is drawn again by what follows."""
+    if not again:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
