@@ -170,8 +170,8 @@ def test_micro_batches_are_the_batch(tmp_path):
     for parts in (1, 2):
         trainer = Trainer(run_of(accumulation=parts, steps=1), tmp_path / str(parts))
         if parts == 2:
-            rows = Rows().next_batch(4).split(2)
-            trainer.stream.next_batch = lambda size, rows=iter(rows): next(rows)
+            halves = iter(Rows().next_batch(4).split(2))
+            trainer.stream.next_batch = lambda size, halves=halves: next(halves)
         trainer.fit()
         found.append(trainer.model.weight.detach().clone())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
