@@ -38,7 +38,7 @@ from anabranch.adapters.thinning import RULES, Majority, Rule, merged
 from anabranch.bounds import MOST_SEED
 from anabranch.errors import ConfigError
 
-__all__ = ["METHODS", "Combined", "Method", "combine"]
+__all__ = ["METHODS", "Combined", "Method", "combine", "shares"]
 
 Method = Literal[
     "exact",
@@ -145,7 +145,7 @@ def combine(
     way = _way(method, rank, density, seed, majority)
     _check(adapters, weights)
     if method == "mean":
-        weights = _shares(weights)
+        weights = shares(weights)
     layers = {}
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.pairs):
         parts = [
@@ -238,9 +238,9 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
             )
 
 
-def _shares(weights: Sequence[float]) -> list[float]:
-    """Each of all. Raises ConfigError for a negative one: in both halves it would take nothing away."""
-    if min(weights) < 0 or not any(weights):
+def shares(weights: Sequence[float]) -> list[float]:
+    """Each of all, for a mean. Raises ConfigError for a negative one, which would take nothing away of halves, and for zeros alone."""
+    if min(weights) < 0 or not any(weights) or not all(map(math.isfinite, weights)):
         raise ConfigError(f"a mean has weights of 0 and above, of which one is not 0; they are {list(weights)}")
     # First by the greatest: a sum of great ones has an end.
     parts = [weight / max(weights) for weight in weights]

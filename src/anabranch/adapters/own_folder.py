@@ -13,11 +13,13 @@ LoRA is better kept as peft keeps it (`save_peft`), which other programs read; t
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from anabranch.adapters.around import around_config, bare_config, bare_name, put_around, take_around
 from anabranch.adapters.front import Front
@@ -31,7 +33,7 @@ from anabranch.lm.shards import write_file
 from anabranch.lm.tensors import FLOATS, SafetensorsFiles, read_json, some
 from anabranch.nn import Linear
 
-__all__ = ["OWN", "described_in", "is_own", "load_numbers", "read_own", "write_own"]
+__all__ = ["OWN", "OwnAdapter", "described_in", "is_own", "load_numbers", "read_own", "write_own"]
 
 OWN, NUMBERS = "adapter.json", "adapter.safetensors"
 FORMAT, SCHEMA = "anabranch-adapter", 1
@@ -75,6 +77,43 @@ class _Parts(Config):
             take_off(model)
 
 
+@dataclass(frozen=True, eq=False)
+class OwnAdapter:
+    """What is in a folder of this form, without a model.
+
+    Attributes:
+        table: its adapter.json.
+        parts: what the adapter is made of.
+        numbers: by our names.
+    """
+
+    table: Mapping[str, Any]
+    parts: _Parts
+    numbers: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Raises CheckpointError where there is none, or it is damaged."""
+        place = Path(folder)
+        table = _table_of(place)
+        parts, source = _parts_of(place, table), _opened(place / NUMBERS)
+        numbers = {name: source.read(name).clone() for name in source.names}
+        for name, value in numbers.items():
+            _check_finite(name, value, place / NUMBERS)
+        return cls(table, parts, numbers)
+
+    def with_numbers(self, numbers: Mapping[str, Tensor]) -> Self:
+        """The same adapter of other numbers."""
+        return replace(self, numbers=numbers)
+
+    def write(self, folder: str | Path) -> None:
+        """As `write_own`."""
+        replaced = _REPLACED if is_own(folder) else ""
+        with atomic_folder(folder, replacing=replaced) as temporary:
+            atomic_write_json(temporary / OWN, dict(self.table))
+            write_file(temporary / NUMBERS, {name: value.contiguous() for name, value in self.numbers.items()})
+
+
 def is_own(folder: str | Path) -> bool:
     """Whether ``folder`` holds an adapter of this form."""
     return (Path(folder) / OWN).is_file()
@@ -104,10 +143,7 @@ def write_own(folder: str | Path, model: Decoder, *, base: str | None = None) ->
         "num_layers": model.config.num_layers,
         "base_digest": base_digest(model),
     }
-    replaced = _REPLACED if is_own(folder) else ""
-    with atomic_folder(folder, replacing=replaced) as temporary:
-        atomic_write_json(temporary / OWN, {**told, **to_dict(parts)})
-        write_file(temporary / NUMBERS, numbers)
+    OwnAdapter({**told, **to_dict(parts)}, parts, numbers).write(folder)
 
 
 def read_own(
@@ -170,11 +206,7 @@ def described_in(folder: str | Path) -> dict[str, Any]:
     table = _table_of(place)
     parts, source = _parts_of(place, table), _opened(place / NUMBERS)
     for name in source.names:
-        value = source.read(name)
-        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"{name} in {place / NUMBERS} holds NaN or infinity; the adapter is damaged, or its training failed"
-            )
+        _check_finite(name, source.read(name), place / NUMBERS)
     around = [part for part in (parts.streams, parts.block) if part is not None]
     kinds = [config.owner.kind for config in (*parts.linears.values(), *around)]
     tasks = dict.fromkeys(task for config in parts.linears.values() for task in getattr(config, "tasks", ()))
@@ -274,11 +306,13 @@ def load_numbers(model: Any, path: Path, *, prefix: str = "", names: Sequence[st
             raise CheckpointError(
                 f"{name} in {path} has shape {list(value.shape)}, and the model's {list(target.shape)}; is it of another model?"
             )
-        if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed"
-            )
+        _check_finite(name, value, path)
         target.copy_(value)
+
+
+def _check_finite(name: str, value: Tensor, path: Path) -> None:
+    if value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{name} in {path} holds NaN or infinity; the adapter is damaged, or its training failed")
 
 
 def _opened(path: Path) -> SafetensorsFiles:

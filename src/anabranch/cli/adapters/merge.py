@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 def merge(
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER...", help="Folders of peft's, each with a LoRA adapter of one base model."),
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="Folders of peft's, each with a LoRA adapter of one base model; with --method mean also adapters of any kind that "
+            "anabranch adapt wrote with the same settings.",
+        ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The new folder.")],
     weights: Annotated[
@@ -97,11 +101,15 @@ def merge(
     """
     require("lm", by="anabranch adapters merge")
     from anabranch.adapters import combine, read_peft, write_peft
+    from anabranch.adapters.own_folder import is_own
 
     numbers = [1.0] * len(adapters) if weights is None else read_weights(weights, len(adapters))
     _check_search(weights, data, model, steps)
     check_apart([out], [*adapters, *(path for path in (data, model) if path is not None)])
     options: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "majority": majority}
+    if any(map(is_own, adapters)):
+        _average(adapters, numbers, out, method, {**options, "data": data}, quiet=quiet, as_json=as_json)
+        return
     parts, found = [read_peft(folder) for folder in adapters], None
     if data is not None and model is not None:
         # What is wrong with them is said before anything is searched for.
@@ -145,6 +153,44 @@ def merge(
         fact("error", told)
         if method.endswith("_svd"):
             fact("cut", f"{made.cut_off:.3g} of what {method.removesuffix('_svd')} made, which the rank could not hold")
+        wrote(f"{out}   {size(num_bytes)}", f"anabranch eval MODEL --adapter {shell_word(out)}")
+
+
+def _average(
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    out: str,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Adapters of our own form, whose numbers have a mean and nothing else."""
+    from anabranch.adapters.soup import average_own
+
+    used = [f"--{name}" for name, value in options.items() if value is not None]
+    if method != "mean" or used:
+        said = used[0] if used else f"--method {method}"
+        raise ConfigError(
+            f"{said} is for LoRA in folders of peft's; of adapters in anabranch's own form there is a mean: --method mean"
+        )
+    made = average_own(adapters, weights, out)
+    num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
+    if as_json:
+        print_json(
+            {
+                "folder": out,
+                "adapters": list(adapters),
+                "weights": list(weights),
+                "method": method,
+                "layers": made.layers,
+                "parameters": made.parameters,
+                "size_bytes": num_bytes,
+            }
+        )
+    elif not quiet:
+        fact("adapter", f"the mean of {len(adapters)}, {quantity(made.parameters)} numbers")
         wrote(f"{out}   {size(num_bytes)}", f"anabranch eval MODEL --adapter {shell_word(out)}")
 
 
