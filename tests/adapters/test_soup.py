@@ -1,7 +1,5 @@
 """Means of adapters of our own form: number by number, of whatever kind, and of what has no mean."""
 
-import copy
-import json
 import shutil
 
 import pytest
@@ -100,26 +98,3 @@ def test_what_has_no_mean_is_told_and_nothing_is_written(tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match=r"mine\.txt"):
         average_own([tmp_path / "a"], [1], tmp_path / "full")
-
-
-def test_the_command_takes_means_alone_of_our_own_form(tmp_path, here):
-    first, second = (trained(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
-    line = ["adapters", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "mean"]
-    code, out, err = here(*line, "--method", "mean", "--weights", "1,3", "--json")
-    assert code == 0, err
-    told = json.loads(out)
-    assert (told["method"], told["weights"], told["layers"]) == ("mean", [1.0, 3.0], 1)
-    found = load_file(tmp_path / "mean" / "adapter.safetensors")
-    assert told["parameters"] == sum(value.numel() for value in copy.copy(found).values())
-    for name, value in found.items():
-        torch.testing.assert_close(value, 0.25 * first[name] + 0.75 * second[name])
-    code, out, err = here(*line, "--method", "mean")
-    assert (code, "the mean of 2" in out) == (0, True), err
-    for options, message in (
-        ([], "--method exact is for LoRA in folders of peft's"),
-        (["--method", "svd"], "--method svd is for LoRA"),
-        (["--method", "mean", "--rank", 2], "--rank is for LoRA"),
-        (["--method", "mean", "--weights", "1,-1"], "a mean has weights of 0 and above"),
-    ):
-        code, out, err = here(*line, *options)
-        assert (code, out, message in err) == (2, "", True), err

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from adapter_models import KINDS, linear_layers, make_adapter, make_kind, stacked
 from anabranch.adapters import load_peft, read_peft
 from anabranch.adapters.algebra import METHODS
+from anabranch.adapters.catalogue import apply
+from anabranch.adapters.own_folder import write_own
 from anabranch.cli.adapters.merge import merge
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface, load_model, save_model
@@ -339,3 +341,32 @@ def test_what_is_wrong_is_one_line(here, adapted, trained, work, line, message):
     assert "fault inside" not in err
     assert sorted(str(path) for path in adapted.rglob("*")) == before
     assert not (work / "z").exists()
+
+
+def test_the_command_takes_means_alone_of_our_own_form(tmp_path, here):
+    found = []
+    for seed, name in enumerate(("a", "b")):
+        model = Decoder.Config(dim=16, num_layers=2, attention=SelfAttention.Config(num_heads=4)).build(seed=0)
+        apply(model, "adapter-pfeiffer", seed=seed, width=3)
+        write_own(tmp_path / name, model)
+        found.append(load_file(tmp_path / name / "adapter.safetensors"))
+    first, second = found
+    line = ["adapters", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "mean"]
+    code, out, err = here(*line, "--method", "mean", "--weights", "1,3", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["method"], told["weights"], told["layers"]) == ("mean", [1.0, 3.0], 1)
+    found = load_file(tmp_path / "mean" / "adapter.safetensors")
+    assert told["parameters"] == sum(value.numel() for value in found.values())
+    for name, value in found.items():
+        torch.testing.assert_close(value, 0.25 * first[name] + 0.75 * second[name])
+    code, out, err = here(*line, "--method", "mean")
+    assert (code, "the mean of 2" in out) == (0, True), err
+    for options, message in (
+        ([], "--method exact is for LoRA in folders of peft's"),
+        (["--method", "svd"], "--method svd is for LoRA"),
+        (["--method", "mean", "--rank", 2], "--rank is for LoRA"),
+        (["--method", "mean", "--weights", "1,-1"], "a mean has weights of 0 and above"),
+    ):
+        code, out, err = here(*line, *options)
+        assert (code, out, message in err) == (2, "", True), err
