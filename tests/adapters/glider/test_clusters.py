@@ -3,6 +3,7 @@
 
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -109,9 +110,10 @@ def root(tmp_path_factory):
 
 def gates(root, name):
     made = {}
-    for number, (module, pair) in enumerate(read_peft(root / "pool" / name).pairs.items()):
-        shared = torch.Generator().manual_seed(100 * ALIKE[name] + number)
-        own = torch.Generator().manual_seed(len(name) + number)
+    for module, pair in read_peft(root / "pool" / name).pairs.items():
+        shared, own = (
+            torch.Generator().manual_seed(zlib.crc32(f"{of} {module}".encode())) for of in (ALIKE[name], name)
+        )
         width = pair.a_RC.shape[1]
         made[module] = torch.randn(width, generator=shared) + 0.2 * torch.randn(width, generator=own)
     return made

@@ -132,7 +132,7 @@ def merge_clusters(
     gates = {name: dict(one.gates or {}) for name, one in described.items()}
     for name, adapter in adapters.items():
         adapter.check_low_rank("clusters are of plain LoRA alone", str(folders[name]))
-        _check_widths(adapter, adapters, name)
+    _check_widths(adapters)
     vectors = {name: _vectors(adapters[name], gates[name] if local == "phatgoose" else {}) for name in folders}
     similarity_EE = similarity(list(vectors.values()))
     label_E = spectral_clusters(similarity_EE, num_clusters).tolist()
@@ -157,13 +157,15 @@ def merge_clusters(
     return Clusters(members, similarity_EE, {cluster: one.error for cluster, one in made.items()})
 
 
-def _check_widths(adapter: Adapter, others: Mapping[str, Adapter], name: str) -> None:
-    """Raise CheckpointError for a matrix that another expert has with other inputs."""
-    for other, theirs in others.items():
+def _check_widths(adapters: Mapping[str, Adapter]) -> None:
+    """Raise CheckpointError for a matrix that two experts have with other inputs."""
+    first: dict[str, tuple[str, int]] = {}
+    for name, adapter in adapters.items():
         for module, pair in adapter.pairs.items():
-            if module in theirs.layers and (width := theirs.pairs[module].a_RC.shape[1]) != pair.a_RC.shape[1]:
+            other, width = first.setdefault(module, (name, pair.a_RC.shape[1]))
+            if pair.a_RC.shape[1] != width:
                 raise CheckpointError(
-                    f"{module} has {pair.a_RC.shape[1]} inputs in expert {name!r} and {width} in {other!r}; a pool is of one base model"
+                    f"{module} has {width} inputs in expert {other!r} and {pair.a_RC.shape[1]} in {name!r}; a pool is of one base model"
                 )
 
 
