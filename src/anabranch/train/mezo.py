@@ -131,5 +131,8 @@ def _same_draws(device: torch.device, again: bool) -> Iterator[None]:
     if not again:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = []
+    if device.type == "cuda":
+        devices = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices=devices):
         yield

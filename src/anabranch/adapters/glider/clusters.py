@@ -86,7 +86,7 @@ def clusters_of(experts: Mapping[str, Vectors], num_clusters: int) -> dict[str, 
     return dict(zip(experts, label_E.tolist(), strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clusters:
     """What `merge_clusters` found.
 
