@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from anabranch.data import ByteTokenizer
 from anabranch.lm import Decoder, export_huggingface
 from anabranch.nn import SelfAttention, SwiGLU
+from scripted_endpoint import chat, endpoint, vectors
 
 QUICK = [
     "--set=train.batch_size=4",
@@ -269,6 +270,58 @@ def test_what_cannot_be_fused_or_unified(here, base, options, message):
     code, _, err = here("adapt", base / "base", base / "rows.jsonl", "--out", base / "none", *options, *QUICK)
     assert (code, message in err) == (2, True), err
     assert not (base / "none").exists()
+
+
+def test_an_adapter_is_described_and_queries_are_written_of_by_an_endpoint(here, base):
+    """By hand, by a model that is shown rows, and asked in turn of a query and for vectors."""
+    adapted(here, base / "base", base / "rows.jsonl", "--rank", 2, "--out", base / "told", "--steps", 1)
+    pool = base / "described"
+    for name in ("one", "two"):
+        shutil.copytree(base / "told" / "adapter", pool / name)
+
+    def answer(path, body):
+        if path.endswith("embeddings"):
+            return 200, vectors(*[[float("one" in text), float("two" in text), 0.1] for text in body["input"]]), {}
+        asked = body["messages"][1]["content"]
+        return 200, chat("Say it as in task two." if "two" in asked else "Shout."), {}
+
+    code, out, err = here(
+        "adapters", "describe", pool / "one", "--instruction", "This is task one.", "--instruction", "One!", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["instructions"] == ["This is task one.", "One!"]
+    with endpoint(answer) as (url, seen):
+        given = ["--writer", url, "--writer-model", "w"]
+        line = ["adapters", "describe", pool / "two", "--data", base / "rows.jsonl", "--task", "two", *given]
+        code, out, err = here(*line)
+        assert (code, "Say it as in task two." in out) == (0, True), err
+        assert "Input: two: ab\nOutput: AB" in seen[0][1]["messages"][1]["content"]
+        assert json.loads((pool / "two" / "glider.json").read_text())["instructions"] == ["Say it as in task two."]
+        found = ["--embedder", url, "--embedder-model", "e", "--json"]
+        code, out, err = here("adapters", "route", pool, "what of two?", *given, *found)
+        assert code == 0, err
+        told = json.loads(out)
+        assert (told["instruction"], told["retrieved"][0]["name"]) == ("Say it as in task two.", "two")
+    for line, message in (
+        (["describe", pool / "one"], "say what the task is with --instruction, or give rows"),
+        (["describe", pool / "one", "--instruction", "x", "--data", base / "rows.jsonl"], "one of them"),
+        (["describe", pool / "one", "--data", base / "rows.jsonl"], "name one with --writer and --writer-model"),
+        (
+            ["describe", pool / "one", "--instruction", "x", "--task", "two"],
+            "--task is for instructions that are written",
+        ),
+        (["describe", pool / "one", "--instruction", " "], "the instruction of"),
+        (["describe", base / "base", "--instruction", "x"], "no adapter at"),
+        (["describe", pool / "one", "--data", base / "rows.jsonl", "--writer", url], "--writer-model is not"),
+        (["describe", pool / "one", "--data", base / "rows.jsonl", *given], "cannot reach"),
+        (["describe", pool / "one", "--data", base / "rows.jsonl", "--task", "no", *given], "--task is 'no', of which"),
+        (["route", pool, "x", "--embedder", url], "--embedder-model is not"),
+        (["route", pool, "x", "--embedder", url, "--embedder-model", "e"], "cannot reach"),
+        (["route", pool, "x", "--key-env", "HOME"], "--key-env is for --writer and --embedder"),
+    ):
+        code, _, err = here("adapters", *line)
+        assert (code, message in err) == (2, True), (line, err)
+    assert json.loads((pool / "one" / "glider.json").read_text())["instructions"] == ["This is task one.", "One!"]
 
 
 def clustered(here, base):

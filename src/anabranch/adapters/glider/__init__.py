@@ -17,6 +17,7 @@ from anabranch.adapters.glider.baselines import merged_experts
 from anabranch.adapters.glider.calibration import Calibration
 from anabranch.adapters.glider.clusters import Clusters, merge_clusters
 from anabranch.adapters.glider.embed import HiddenStates, TextEmbedder, TextFeatures
+from anabranch.adapters.glider.endpoint import ChatWriter, EndpointEmbedder
 from anabranch.adapters.glider.explaining import Explained, Explanation, explain
 from anabranch.adapters.glider.folder import describe_expert
 from anabranch.adapters.glider.gates import GateMethod
@@ -28,7 +29,9 @@ from anabranch.adapters.glider.writing import prompt_of
 
 __all__ = [
     "Calibration",
+    "ChatWriter",
     "Clusters",
+    "EndpointEmbedder",
     "Explained",
     "Explanation",
     "GateMethod",

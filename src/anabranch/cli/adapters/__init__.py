@@ -5,6 +5,7 @@ import typer
 from anabranch.cli.adapters.card import card
 from anabranch.cli.adapters.catalogue import estimate, list_methods, recommend
 from anabranch.cli.adapters.cluster import cluster
+from anabranch.cli.adapters.describe import describe
 from anabranch.cli.adapters.eval import evaluate
 from anabranch.cli.adapters.export import export
 from anabranch.cli.adapters.fuse import fuse
@@ -31,4 +32,5 @@ app.command("fuse")(fuse)
 app.command("eval")(evaluate)
 app.command("route")(route)
 app.command("cluster")(cluster)
+app.command("describe")(describe)
 app.command("report")(report)

@@ -4,6 +4,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from anabranch.cli.adapters.endpoints import (
+    Embedder,
+    EmbedderModel,
+    KeyEnv,
+    Writer,
+    WriterModel,
+    embedder_of,
+    writer_of,
+)
 from anabranch.cli.options import AsJson, Device, Dtype, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, table, visible
 from anabranch.errors import ConfigError
@@ -39,6 +48,11 @@ def route(
             help="With --model, tokens choose one of so many clusters of adapters, and then among its members.",
         ),
     ] = None,
+    writer: Writer = None,
+    writer_model: WriterModel = None,
+    embedder: Embedder = None,
+    embedder_model: EmbedderModel = None,
+    key_env: KeyEnv = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -56,7 +70,14 @@ def route(
         raise ConfigError(
             f"--clusters is {clusters}, which tokens choose among, and there are none; give the base with --model"
         )
-    made = GliderPool.load(pool, GliderConfig(local=local, clusters=clusters))
+    if key_env is not None and writer is None and embedder is None:
+        raise ConfigError("--key-env is for --writer and --embedder, and neither is given; leave it out")
+    made = GliderPool.load(
+        pool,
+        GliderConfig(local=local, clusters=clusters),
+        embedder=embedder_of(embedder, embedder_model, key_env),
+        writer=writer_of(writer, writer_model, key_env),
+    )
     ids = None
     if model is not None:
         from anabranch.lm import load_model

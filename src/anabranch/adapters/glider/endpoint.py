@@ -1,0 +1,174 @@
+"""Instructions and vectors of texts by an endpoint that speaks OpenAI's API, such as `anabranch serve` and `anabranch gateway serve`.
+
+writer = ChatWriter("http://127.0.0.1:8000/v1", "SmolLM2-135M-Instruct")
+pool = GliderPool.load("adapters", writer=writer)                                   # instructions of queries; or pool.add(examples=...)
+pool = GliderPool.load("adapters", embedder=EndpointEmbedder("http://127.0.0.1:8000/v1", "nomic-embed-text-v1.5"))
+"""
+# Shapes: N texts, D dimensions
+
+import http.client
+import json
+import math
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from anabranch.bounds import shown
+from anabranch.errors import ConfigError, DataError
+from anabranch.files import parse_json
+from anabranch.redaction import HIDDEN, hide_passwords
+
+__all__ = ["ChatWriter", "EndpointEmbedder"]
+
+# Of an answer, and texts of one call.
+_MOST_BYTES, _MOST_TEXTS = 64 << 20, 128
+# Of what an error says of itself.
+_LONGEST = 400
+_ROLE = (
+    "You describe tasks. In one or two sentences, describe the task that the user's text is of and the skills that it takes. Write it as "
+    "an instruction. Do not name a data set, and do not do the task."
+)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key is for the address that was told."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None: the answer is an error."""
+        return
+
+
+class _Endpoint:
+    """Where calls go.
+
+    Args:
+        url: up to and with the version, ``http://127.0.0.1:8000/v1``. No proxy is asked, whatever the environment says.
+        model: its name there.
+        key_env: environment variable that holds the key; None for an endpoint that wants none.
+        timeout_s: of a call.
+
+    Raises ConfigError for what is no such address, and a variable that is not set.
+    """
+
+    def __init__(self, url: str, model: str, *, key_env: str | None = None, timeout_s: float = 60.0) -> None:
+        try:
+            parts = urlsplit(url)
+            is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            is_one = is_one and not (parts.query or parts.fragment or parts.username) and url.isprintable()
+        except ValueError:
+            is_one = False
+        if not is_one:
+            raise ConfigError(f"the endpoint is {shown(hide_passwords(url, is_url=True))}; write http://HOST:PORT/v1")
+        if not model:
+            raise ConfigError(
+                f"no model is named at the endpoint {hide_passwords(url, is_url=True)}; name the one that is asked"
+            )
+        if not (0 < timeout_s < math.inf):
+            raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0 and finite")
+        self.url, self.model, self.timeout_s = url.rstrip("/"), model, timeout_s
+        self.name = hide_passwords(self.url, is_url=True)
+        self._key = None if key_env is None else os.environ.get(key_env)
+        if key_env is not None and not self._key:
+            raise ConfigError(f"the key of {self.name} is to be in {key_env}, which is not set")
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer, an object. Raises DataError, without the key, for any other."""
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
+        try:
+            with self._opener.open(request, timeout=self.timeout_s) as answer:
+                data = answer.read(_MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise DataError(f"{self.name} answers {error.code}: {self._without_key(_reason(error))}") from None
+        except TimeoutError:
+            raise DataError(f"{self.name} did not answer within {self.timeout_s:g} seconds") from None
+        except (urllib.error.URLError, OSError) as error:
+            if isinstance(getattr(error, "reason", None), TimeoutError):
+                raise DataError(f"{self.name} did not answer within {self.timeout_s:g} seconds") from None
+            raise DataError(f"cannot reach {self.name}: {getattr(error, 'reason', error)}") from None
+        except (http.client.HTTPException, ValueError):
+            raise DataError(f"{self.name} does not speak HTTP") from None
+        if len(data) > _MOST_BYTES:
+            raise DataError(f"{self.name} answers with more than {_MOST_BYTES >> 20} MiB")
+        try:
+            found = parse_json(data.decode("utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise DataError(f"{self.name} does not answer {path} with a JSON object")
+        return found
+
+    def _without_key(self, text: str) -> str:
+        """What an endpoint says may repeat what it was told."""
+        return text if not self._key else text.replace(self._key, HIDDEN)
+
+
+class ChatWriter(_Endpoint):
+    """Writes instructions: one or two sentences on the task that a text is of, by a chat without sampling.
+
+    A query is sent as it is, and so is what `prompt_of` makes of examples. Arguments are those of the endpoint: its ``url``, the ``model``
+    there, ``key_env`` and ``timeout_s``; and ``max_tokens``, of an instruction.
+    """
+
+    def __init__(self, url: str, model: str, *, max_tokens: int = 128, **options: Any) -> None:
+        super().__init__(url, model, **options)
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens is {max_tokens}; an instruction has at least one")
+        self.max_tokens = max_tokens
+
+    def __call__(self, text: str) -> str:
+        """The instruction. Raises DataError where the endpoint gives none."""
+        messages = [{"role": "system", "content": _ROLE}, {"role": "user", "content": text}]
+        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens, "temperature": 0}
+        found = self.post("/chat/completions", body)
+        try:
+            said = found["choices"][0]["message"]["content"]
+        except (LookupError, TypeError):
+            said = None
+        if not isinstance(said, str) or not said.strip():
+            raise DataError(f"{self.name} wrote no instruction: {self._without_key(shown(found))}")
+        return " ".join(said.split())
+
+
+class EndpointEmbedder(_Endpoint):
+    """Makes vectors of texts; its arguments are those of the endpoint."""
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 ``[N, D]``. Raises DataError where the endpoint gives anything else than a vector for each text, of one size."""
+        made: list[np.ndarray] = []
+        for first in range(0, len(texts), _MOST_TEXTS):
+            given = list(texts[first : first + _MOST_TEXTS])
+            found = self.post("/embeddings", {"model": self.model, "input": given, "encoding_format": "float"})
+            made += self._vectors(found, len(given))
+        if len({len(vector_D) for vector_D in made}) > 1:
+            raise DataError(f"{self.name} gives vectors of {sorted({len(vector_D) for vector_D in made})} numbers")
+        return np.stack(made) if made else np.zeros((0, 1), np.float32)
+
+    def _vectors(self, found: dict[str, Any], count: int) -> list[np.ndarray]:
+        data = found.get("data")
+        try:
+            by_place = {one["index"]: np.asarray(one["embedding"], np.float32) for one in data}  # type: ignore[union-attr]
+        except (LookupError, TypeError, ValueError):
+            by_place = {}
+        vectors = [by_place.get(place) for place in range(count)]
+        if len(by_place) != count or any(
+            vector_D is None or vector_D.ndim != 1 or not len(vector_D) or not np.isfinite(vector_D).all()
+            for vector_D in vectors
+        ):
+            raise DataError(f"{self.name} does not give a vector of finite numbers for each of {count} texts")
+        return [vector_D for vector_D in vectors if vector_D is not None]
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        said = str(parse_json(error.read(1 << 16))["error"]["message"])
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+        said = str(error.reason)
+    return " ".join(said.split())[:_LONGEST]

@@ -1,0 +1,56 @@
+"""Options of an endpoint that writes instructions, and of one that makes vectors of texts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anabranch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from anabranch.adapters.glider import ChatWriter, EndpointEmbedder
+
+Writer = Annotated[
+    str | None,
+    typer.Option(
+        "--writer", metavar="URL", help="An endpoint of OpenAI's form that writes instructions, http://HOST:PORT/v1."
+    ),
+]
+WriterModel = Annotated[str | None, typer.Option("--writer-model", metavar="NAME", help="The model there.")]
+Embedder = Annotated[
+    str | None,
+    typer.Option(
+        "--embedder", metavar="URL", help="An endpoint that makes vectors of texts. Default: words, pairs and letters."
+    ),
+]
+EmbedderModel = Annotated[str | None, typer.Option("--embedder-model", metavar="NAME", help="The model there.")]
+KeyEnv = Annotated[
+    str | None,
+    typer.Option("--key-env", metavar="NAME", help="The environment variable that holds the endpoints' key."),
+]
+
+
+def writer_of(url: str | None, model: str | None, key_env: str | None) -> ChatWriter | None:
+    """Who writes instructions; None where nobody is named. Raises ConfigError for half of an endpoint."""
+    if not _is_whole("--writer", url, model):
+        return None
+    from anabranch.adapters.glider import ChatWriter
+
+    return ChatWriter(str(url), str(model), key_env=key_env)
+
+
+def embedder_of(url: str | None, model: str | None, key_env: str | None) -> EndpointEmbedder | None:
+    """Who makes vectors; None where nobody is named. Raises ConfigError for half of an endpoint."""
+    if not _is_whole("--embedder", url, model):
+        return None
+    from anabranch.adapters.glider import EndpointEmbedder
+
+    return EndpointEmbedder(str(url), str(model), key_env=key_env)
+
+
+def _is_whole(option: str, url: str | None, model: str | None) -> bool:
+    if (url is None) != (model is None):
+        said, missing = (option, f"{option}-model") if model is None else (f"{option}-model", option)
+        raise ConfigError(f"{said} is given and {missing} is not; an endpoint is an address and a model")
+    return url is not None
