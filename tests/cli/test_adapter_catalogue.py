@@ -22,6 +22,14 @@ def test_methods_are_listed(here):
     assert code == 0
     assert out.splitlines()[1].startswith("lora ")
     assert "adapters card METHOD" in err
+    little = {one["id"] for one in told(here, "list", "--on", "dense", "--max-parameters", 2000)["methods"]}
+    assert "ln-tuning" in little
+    assert "full" not in little
+    assert {one["id"] for one in told(here, "list", "--biases")["methods"]} >= {"bitfit"}
+    assert "bitfit" not in {one["id"] for one in told(here, "list", "--no-biases")["methods"]}
+    for line in (["--on", "dense"], ["--max-parameters", 9]):
+        code, _, err = here("adapters", "list", *line)
+        assert (code, "give both --on MODEL and --max-parameters N" in err) == (2, True)
 
 
 def test_a_card_of_a_method(here):

@@ -8,6 +8,7 @@ import pytest
 from anabranch.adapters import catalogue
 from anabranch.adapters.catalogue import CARDS, find, listed
 from anabranch.errors import ConfigError
+from anabranch.lm import Decoder
 
 # The survey's methods, row by row.
 SURVEY = """
@@ -47,6 +48,20 @@ def test_a_card_says_what_it_must(id):
         assert card.peft_type
     if card.backend != "none":
         assert card.count is not None
+
+
+def test_lists_are_of_what_learns_little_on_a_model():
+    shape = catalogue.Shape.of(Decoder.Config(dim=32, num_layers=2))
+    few = {card.id for card in listed(max_parameters=1000, shape=shape)}
+    assert {"ln-tuning", "lorahub"} <= few
+    # What cannot be told, or has nothing to learn in such a model, is not among them.
+    assert not {"full", "lora", "s4", "bitfit"} & few
+    lora = catalogue.estimate(find("lora"), shape).trainable
+    for most, is_in in ((lora, True), (lora - 1, False)):
+        assert ("lora" in {card.id for card in listed(max_parameters=most, shape=shape)}) == is_in
+    for given in ({"max_parameters": 9}, {"shape": shape}):
+        with pytest.raises(ConfigError, match="give max_parameters and shape, or neither"):
+            listed(**given)
 
 
 def test_lists_are_of_what_was_asked():

@@ -4,6 +4,8 @@ import difflib
 
 from anabranch.adapters.catalogue import additive, composed, low_rank, selective, structured
 from anabranch.adapters.catalogue.card import Card
+from anabranch.adapters.catalogue.cost import estimate
+from anabranch.adapters.catalogue.shape import Shape
 from anabranch.errors import ConfigError
 
 __all__ = ["CARDS", "find", "listed"]
@@ -30,6 +32,8 @@ def listed(
     merges: bool | None = None,
     mixed: bool | None = None,
     needs_bias: bool | None = None,
+    max_parameters: int | None = None,
+    shape: Shape | None = None,
 ) -> list[Card]:
     """The cards that fit.
 
@@ -39,14 +43,19 @@ def listed(
         merges: whether a trained adapter can become part of the matrices.
         mixed: whether rows of a batch can have adapters of their own.
         needs_bias: whether the model must have biases.
+        max_parameters: most numbers that may learn on a model of ``shape``, with the usual options; a method that fits no such model, or
+            whose numbers cannot be told, is left out.
+        shape: of the model.
 
-    Raises ConfigError for a family or backend of none.
+    Raises ConfigError for a family or backend of none, and for ``max_parameters`` without a shape, or the other way round.
     """
     families = sorted({card.family for card in CARDS.values()})
     if family is not None and not any(family and _is_of(one, family) for one in families):
         raise ConfigError(f"there is no family {family!r}; use one of {', '.join(families)}")
     if backend not in (None, "own", "peft", "none"):
         raise ConfigError(f"backend is {backend!r}; use one of own, peft, none")
+    if (max_parameters is None) != (shape is None):
+        raise ConfigError("how many numbers learn depends on the model: give max_parameters and shape, or neither")
     return [
         card
         for card in CARDS.values()
@@ -55,7 +64,15 @@ def listed(
         and merges in (None, card.merges in ("yes", "is the base", "per task"))
         and mixed in (None, card.mixed != "no")
         and needs_bias in (None, card.needs_bias)
+        and (max_parameters is None or shape is None or _learns_at_most(card, shape, max_parameters))
     ]
+
+
+def _learns_at_most(card: Card, shape: Shape, most: int) -> bool:
+    try:
+        return estimate(card, shape).trainable <= most
+    except ConfigError:
+        return False
 
 
 def _is_of(family: str, wanted: str) -> bool:

@@ -52,6 +52,16 @@ def list_methods(
         bool | None,
         typer.Option("--mixed/--alone", help="Only what rows of one batch can have of their own, or cannot."),
     ] = None,
+    needs_bias: Annotated[
+        bool | None, typer.Option("--biases/--no-biases", help="Only what needs a model with biases, or does not.")
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", metavar="MODEL", help="A model, or the name of a preset, for --max-parameters."),
+    ] = None,
+    max_parameters: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only what learns at most so many numbers on that model.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods of parameter-efficient fine-tuning that the catalogue has a card of.
@@ -61,7 +71,19 @@ def list_methods(
     require("lm", by="anabranch adapters list")
     from anabranch.adapters.catalogue import listed
 
-    cards = listed(family=family, backend=backend, merges=merges, mixed=mixed)
+    if (on is None) != (max_parameters is None):
+        raise ConfigError(
+            "how many numbers learn depends on the model: give both --on MODEL and --max-parameters N, or neither"
+        )
+    cards = listed(
+        family=family,
+        backend=backend,
+        merges=merges,
+        mixed=mixed,
+        needs_bias=needs_bias,
+        max_parameters=max_parameters,
+        shape=None if on is None else _shape(on, "tiny", None)[0],
+    )
     if as_json:
         print_json({"methods": [card.to_dict() for card in cards]})
         return
