@@ -11,6 +11,7 @@ from anabranch.adapters.around import put_around, take_around
 from anabranch.adapters.catalogue import apply
 from anabranch.adapters.gated import GatedBottleneck, GatedLowRank
 from anabranch.adapters.graft import layers_of
+from anabranch.adapters.taking_in import can_take_in, take_in
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, SamplingConfig, generate
 from anabranch.nn import LatentAttention, SelfAttention, SwiGLU
@@ -175,6 +176,17 @@ def test_gates_are_of_keys_and_of_plain_attention():
         put_around(model, front=Front.Config(of="keys", gated=True))
     assert model.streams is None
     model(torch.tensor([text(4)]))
+
+
+def test_lora_behind_a_gate_is_taken_for_no_other(tmp_path):
+    """No matrix takes it in, and no folder of peft's holds it without its gate."""
+    model, layer = built(GatedLowRank.Config(rank=2))
+    assert not can_take_in(layer)
+    with pytest.raises(ConfigError, match="no matrix computes what a layer of kind 'gated_low_rank' does"):
+        take_in(model)
+    with pytest.raises(ConfigError, match="LoRA behind a gate is in no matrix, and in no adapter of peft's"):
+        save_peft(tmp_path / "none", model)
+    assert not (tmp_path / "none").exists()
 
 
 def test_peft_has_no_such_adapter(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.adapters.front import Front
+from anabranch.adapters.front import Front, check_gates
 from anabranch.adapters.ladder import LADDERED, Ladder
 from anabranch.errors import ConfigError
 from anabranch.lm.decoder import Decoder
@@ -68,6 +68,9 @@ def around_config(config: Decoder.Config, front: Front.Config | None, ladder: La
         raise ConfigError("the model has streams already, and virtual tokens are put in front of a plain one")
     if ladder is not None and isinstance(config.block, Ladder.Config):
         raise ConfigError("the model has a ladder already; take it off first")
+    if front is not None and front.gated:
+        for layer in range(config.num_layers):
+            check_gates(config.attention_of(layer))
     if front is not None:
         config = config.replace(streams=front)
     return config if ladder is None else config.replace(block=ladder.replace(inner=config.block))

@@ -31,7 +31,15 @@ from anabranch.nn import BuildContext, Count, SelfAttention
 from anabranch.nn.streams import Streams
 from anabranch.routing import RoutingContext
 
-__all__ = ["Front", "front_of"]
+__all__ = ["Front", "check_gates", "front_of"]
+
+
+def check_gates(attention: Any) -> None:
+    """Raise ConfigError for an attention, of this config, that knows no gates of virtual tokens."""
+    if attention.owner is not SelfAttention:
+        raise ConfigError(
+            f"attention of kind {attention.owner.kind!r} knows no gates of virtual tokens; leave the gates out, or the virtual tokens"
+        )
 
 
 class Front(Streams, kind="front"):
@@ -81,10 +89,7 @@ class Front(Streams, kind="front"):
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=context.init_std, generator=context.generator)
         if config.gated:
-            if getattr(attention, "owner", None) is not SelfAttention:
-                raise ConfigError(
-                    f"attention of kind {attention.owner.kind!r} knows no gates of virtual tokens; use of='keys' without them"
-                )
+            check_gates(attention)
             self.gate_ND = nn.Parameter(torch.zeros(context.num_layers, context.dim))
             self.gate_bias_N = nn.Parameter(torch.zeros(context.num_layers))
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from anabranch.adapters.after import SerialBottleneck
 from anabranch.adapters.low_rank import LowRank, Pair
+from anabranch.adapters.numbers import Numbers
 from anabranch.config import configclass
+from anabranch.errors import ConfigError
 from anabranch.nn import BuildContext, Count
 from anabranch.nn.linear import Projection, Rows
 
@@ -52,6 +54,10 @@ class GatedLowRank(LowRank, kind="gated_low_rank"):
         bias_1 = None if self.gate_bias is None else self.gate_bias.reshape(1)
         gate = F.linear(x.to(self.gate.dtype), self.gate.unsqueeze(0), bias_1).sigmoid()
         return gate * self.product(self.dropped(x))
+
+    def numbers(self) -> Numbers:
+        """There are none that peft, or a matrix, could have. Raises ConfigError."""
+        raise ConfigError("LoRA behind a gate is in no matrix, and in no adapter of peft's; leave it beside")
 
     def put(self, pair: Pair, device: torch.device | None = None, *, trainable: bool = False) -> None:
         """Take over the numbers of a pair; the gate is 0 and learns, the pair does so if ``trainable``."""

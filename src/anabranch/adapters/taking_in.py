@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anabranch.adapters.after import ScaleShift
+from anabranch.adapters.gated import GatedLowRank
 from anabranch.adapters.graft import layers_of
 from anabranch.adapters.numbers import Holder
 from anabranch.adapters.routed import RoutedLowRank
@@ -27,6 +28,8 @@ __all__ = ["can_take_in", "take_in"]
 
 def can_take_in(layer: Any) -> bool:
     """Whether a matrix can compute what this layer does beside it."""
+    if isinstance(layer, GatedLowRank):
+        return False
     if isinstance(layer, Holder):
         return layer.numbers().merges
     return isinstance(layer, ScaleShift) or (hasattr(layer, "delta") and not isinstance(layer, RoutedLowRank))
