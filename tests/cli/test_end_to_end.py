@@ -204,6 +204,10 @@ def test_generate_turns_the_routers_of_a_mixture_to_its_text(here, tmp_path):
     assert told["phases"][0]["loss_after"] == pytest.approx(state.phases[0].loss_after)
     code, text, _ = here("generate", tmp_path / "moe", *options, *settings)
     assert (code, text) == (0, prompt + found["text"] + "\n")
+    # Of experts that come when they are wanted, five in memory at a time.
+    code, out, err = here("generate", tmp_path / "moe", *options, *settings, "--expert-budget", "16KiB", "--json")
+    assert code == 0, err
+    assert json.loads(out)["token_ids"] == found["token_ids"]
     code, _, err = here("generate", tmp_path / "moe", "-p", "def", "--max-tokens", 1, "--rewire")
     assert code == 0
     assert "note: routers were not turned: a context of 3 tokens is too short for the guard" in err

@@ -54,11 +54,59 @@ def test_items_that_go_nowhere_are_zero_and_ask_for_no_expert():
     assert slots.used == []
 
 
-def test_gradients_are_refused():
-    _, _, offloaded = made()
-    routing = Routing(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), torch.zeros(1, 5))
-    with pytest.raises(ConfigError, match="offloaded experts cannot be trained"):
-        offloaded(torch.ones(1, 8, requires_grad=True), routing)
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_gradients_of_items_and_weights_are_those_of_all_experts_in_memory(weight_on):
+    """Experts come a second time, two by two; some choices go nowhere."""
+    pool, slots, offloaded = made()
+    g = torch.Generator().manual_seed(1)
+    score = torch.rand(10, 5, generator=g)
+    weight, index = score.topk(3, dim=-1)
+    index[3, 1] = index[7] = -1
+    x, dy = torch.randn(10, 8, generator=g), torch.randn(10, 8, generator=g)
+    found = []
+    for layer in (pool, offloaded):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = layer(leaves[0], Routing(index, leaves[1], score), weight_on=weight_on)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+    used = index >= 0
+    for (wanted, wanted_dx, wanted_dw), (got, dx, dw) in [found]:
+        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(dx, wanted_dx)
+        torch.testing.assert_close(dw[used], wanted_dw[used])
+        assert not dw[~used].any()
+    assert len(slots.used) == 6
+
+
+def test_slots_that_are_filled_meanwhile_do_not_matter():
+    """What brings experts fills free places while others are differentiated."""
+    _, slots, offloaded = made(2)
+    routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), torch.zeros(2, 2))
+
+    class Meddling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            # A place of the same tensor, though none that is read.
+            slots.w13_SFD[1].add_(0)
+            return dy
+
+    run = offloaded._run
+    offloaded._run = lambda x, *more: Meddling.apply(run(x, *more))
+    x = torch.randn(2, 8, requires_grad=True)
+    offloaded(x, routing).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_gradients_through_experts_in_few_bits_are_refused():
+    pool = ExpertPool(2, 64, 64, init_std=0.5, generator=torch.Generator().manual_seed(0))
+    slots = Slots(pool, packed=QuantizedPool.of(pool, "int8").packed)
+    offloaded = OffloadedPool(0, 2, 64, 64, "auto", slots, lambda *_: iter([{0: 0, 1: 1}]), is_watched=False)
+    routing = Routing(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), torch.zeros(1, 2))
+    with pytest.raises(ConfigError, match="no gradient goes through offloaded experts in few bits"):
+        offloaded(torch.ones(1, 64, requires_grad=True), routing)
 
 
 def test_it_owns_no_weights_and_shows_its_slots():

@@ -63,7 +63,8 @@ def generate(
         "--skipper": deep.skipper,
     }
     depth = deep.config()
-    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **apart, "--quantize": loading.quantize})
+    beside = {name: value for name, value in apart.items() if name != "--expert-budget"}
+    rewiring = rewiring_of(rewire, rewire_set, {"--context": context, **beside, "--quantize": loading.quantize})
     ran: dict[str, Any] = {}
     with ExitStack() as stack:
         ranks = stack.enter_context(over_ranks(context, loading.device, apart))
@@ -79,6 +80,8 @@ def generate(
         tokenizer: Any = loaded.tokenizer
         used = loaded.model.streams_of(streams)[0]
         prompt_ids = tokenizer.encode_prompt(text)
+        if rewiring is not None and loaded.experts is not None:
+            stack.callback(loaded.experts.close)
         rewired = None if rewiring is None else Rewired(loaded.model, rewiring)
         started = time.perf_counter()
         stop = {"stop": tuple(tokenizer.stop_ids)}

@@ -2,7 +2,7 @@
 # Shapes: N items, K choices, E experts, P = N K choices in a row, R rows of a wave, S slots, D width, F hidden
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class ExpertSlots(Protocol):
 
 
 class OffloadedPool(nn.Module):
-    """Experts of a layer that come when they are wanted; for inference.
+    """Experts of a layer that come when they are wanted, and do not learn.
 
     Args:
         layer: number among the routed layers.
@@ -80,14 +80,25 @@ class OffloadedPool(nn.Module):
         Each choice is computed as a row of its own and the rows of an item are added in the order of its choices, in float32, so that it
         does not matter in which waves they came.
 
-        Raises ConfigError where gradients are wanted, DataError if an expert cannot be loaded.
+        Gradients of items and of the weights of choices are made in the backward pass, for which experts come again; experts themselves
+        do not learn.
+
+        Raises ConfigError where gradients are wanted through experts in few bits, DataError if an expert cannot be loaded.
         """
+        carry = {} if context is None else context.carry
         if torch.is_grad_enabled() and (x_ND.requires_grad or routing.weight_NK.requires_grad):
-            raise ConfigError("offloaded experts cannot be trained; run under torch.inference_mode() or no_grad()")
+            if self.packed is not None:
+                raise ConfigError(
+                    "no gradient goes through offloaded experts in few bits; load them as they are, or without a budget"
+                )
+            through: Tensor = _Through.apply(x_ND, routing.weight_NK, self, routing, weight_on, carry)
+            return through
+        return self._forward(x_ND, routing, weight_on, carry)
+
+    def _forward(self, x_ND: Tensor, routing: Routing, weight_on: WeightOn, carry: Mapping[str, Tensor]) -> Tensor:
         num_items, num_choices = routing.index_NK.shape
         rows = _Rows(routing)
         y_PD: Tensor | None = None
-        carry = {} if context is None else context.carry
         for slot_of in self.waves(rows.experts, x_ND, routing.index_NK, carry):
             choice_R, offset_S = rows.of(slot_of, len(self.w13_SFD))
             choice_R, offset_S = choice_R.to(x_ND.device), offset_S.to(x_ND.device)
@@ -107,13 +118,36 @@ class OffloadedPool(nn.Module):
             total_ND = total_ND + y_NKD[:, choice]
         return total_ND.to(y_PD.dtype)
 
+    def _backward(
+        self, dy_ND: Tensor, x_ND: Tensor, routing: Routing, weight_on: WeightOn, carry: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(dx_ND, dweight_NK): each wave of experts is run again, and differentiated."""
+        num_choices = routing.index_NK.shape[1]
+        rows = _Rows(routing)
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        dx_ND, dweight_P = torch.zeros_like(x_ND, dtype=wide), torch.zeros_like(routing.weight_NK).reshape(-1)
+        for slot_of in self.waves(rows.experts, x_ND, routing.index_NK, carry):
+            choice_R, offset_S = (part.to(x_ND.device) for part in rows.of(slot_of, len(self.w13_SFD)))
+            item_R = choice_R // num_choices
+            with torch.enable_grad():
+                x_RD = x_ND[item_R].requires_grad_()
+                weight_R1 = routing.weight_NK.reshape(-1, 1)[choice_R].requires_grad_()
+                y_RD = self._run(x_RD, offset_S, weight_R1, weight_on)
+                dx_RD, dweight_R1 = torch.autograd.grad(y_RD, (x_RD, weight_R1), dy_ND[item_R].to(y_RD.dtype))
+            dx_ND.index_add_(0, item_R, dx_RD.to(wide))
+            dweight_P[choice_R] = dweight_R1.squeeze(1).to(dweight_P.dtype)
+            self.slots.mark_used(list(slot_of.values()))
+        return dx_ND.to(x_ND.dtype), dweight_P.view_as(routing.weight_NK)
+
     def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: WeightOn) -> Tensor:
         """Rows that are sorted by slot, each an item with one choice; those of packed experts are not weighted yet."""
         if self.packed is not None:
             x_RD = x_RD * weight_R1.to(x_RD.dtype) if weight_on == "input" else x_RD
             return packed_experts(*self.packed, x_RD, offset_S.tolist())
         plan = DispatchPlan(torch.arange(len(x_RD), device=x_RD.device), offset_S, len(x_RD), 1)
-        return expert_mlp(x_RD, plan, weight_R1, self.w13_SFD, self.w2_SDF, weight_on=weight_on, backend=self.backend)
+        # Other slots may be filled while these are differentiated, which their tensor would be told of.
+        slots = self.w13_SFD.data, self.w2_SDF.data
+        return expert_mlp(x_RD, plan, weight_R1, *slots, weight_on=weight_on, backend=self.backend)
 
     def waves(
         self, experts: list[int], x_ND: Tensor | None, index_NK: Tensor, carry: Mapping[str, Tensor]
@@ -148,6 +182,33 @@ class OffloadedPool(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, offloaded"
+
+
+class _Through(torch.autograd.Function):
+    """Keeps what goes in; experts are brought once more for the backward pass, one wave after another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_NK: Tensor,
+        pool: OffloadedPool,
+        routing: Routing,
+        weight_on: WeightOn,
+        carry: Mapping[str, Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_NK)
+        ctx.pool, ctx.weight_on = pool, weight_on
+        ctx.routing, ctx.carry = routing.index_NK, dict(carry)
+        return pool._forward(x_ND, routing, weight_on, carry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_NK = ctx.saved_tensors
+        routing = Routing(ctx.routing, weight_NK, weight_NK.new_zeros(len(x_ND), ctx.pool.num_experts))
+        dx_ND, dweight_NK = ctx.pool._backward(dy_ND, x_ND, routing, ctx.weight_on, ctx.carry)
+        return dx_ND, dweight_NK, None, None, None, None
 
 
 class _Rows:
