@@ -68,6 +68,7 @@ def test_groups_are_found_again(groups, seed):
     assert found.tolist() == [first[label] for label in groups]
 
 
+@pytest.mark.slow
 def test_clusters_are_those_of_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster")
     metrics = pytest.importorskip("sklearn.metrics")
