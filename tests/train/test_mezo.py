@@ -106,6 +106,7 @@ def direction(step, sample, *shape):
     return torch.randn(math.prod(shape), generator=generator).view(shape)
 
 
+@torch.no_grad()
 def naive(scale=1e-3, samples=1, decay=0.0, rate=1e-2):
     """Weights behind each step, in float64 but for what is drawn."""
     model, rows, found = Bent.build_model(None, None).double(), Rows(), []

@@ -124,11 +124,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         _check_state(state, path / TRAINER_FILE)
         tensors = _read_optimizer(path / OPTIMIZER_FILE)
         progress = state["progress"]
-        if not tensors and progress["step"] > progress["skipped"]:
+        if not tensors and _has_moments(path) and progress["step"] > progress["skipped"]:
             raise CheckpointError(f"{path / OPTIMIZER_FILE} holds no moments, after {progress['step']} steps")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; remove {path} to go on from the checkpoint before") from None
     return state, tensors
+
+
+def _has_moments(path: Path) -> bool:
+    """Whether the optimizer that the checkpoint's own config names has any."""
+    train = read_json(path / "config.json").get("train", {})
+    return not isinstance(train, dict) or train.get("optimizer") != "mezo"
 
 
 def _read_optimizer(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from anabranch.adapters.rewiring import Rerouter, Rewiring
-from anabranch.errors import ConfigError
 from anabranch.lm import Decoder, SamplingConfig
 from anabranch.nn import MoE
 from anabranch.routing import Router, TopK
@@ -46,12 +45,14 @@ def test_what_is_fitted_and_generated_is_what_would_be_with_all_in_memory(guard,
         torch.testing.assert_close(own_E, delta_E, rtol=1e-3, atol=1e-3)
 
 
-def test_experts_in_few_bits_are_told_to_have_no_gradients():
+def test_experts_that_are_stored_in_few_bits_and_run_in_floats_are_turned():
     model = Decoder.Config(
-        vocab_size=61, dim=64, num_layers=1, feed_forward=MoE.Config(num_experts=4, hidden_dim=64)
+        vocab_size=61, dim=64, num_layers=1, init_std=0.4, feed_forward=MoE.Config(num_experts=4, hidden_dim=64)
     ).build(seed=0)
-    with offload(model, None, tier="int8") as engine:
-        turned = Rerouter(model)
-        with pytest.raises(ConfigError, match=r"no gradient .*few bits"):
-            turned.adapt(TEXTS[:1], [turned.new_state()])
-        engine.close()
+    engine = offload(model, None, tier="int8")
+    turned = Rerouter(model, Rewiring(steps=2, eta=0.5, guard=False))
+    state = turned.new_state()
+    turned.adapt(TEXTS[:1], [state])
+    engine.close()
+    assert state.phases[0].steps == 2
+    assert not state.is_zero

@@ -86,6 +86,10 @@ class _Pass:
             if inner and self.front:
                 # Keys and values are copied behind those in front.
                 kept += 2 * (self.shape.query_width + self.shape.kv_width * (1 + self.front / self.length))
+                if self.card.id == "unipelt":
+                    # Heads twice as wide, behind each query's gate; and queries as they were.
+                    kept += 2 * (self.shape.query_width + self.shape.kv_width * (1 + self.front / self.length))
+                    kept += self.shape.query_width
             elif inner:
                 kept += 3 * (self.shape.query_width + self.shape.kv_width)
             elif any(self.takes(matrix) for matrix in final):
