@@ -107,8 +107,8 @@ def _free_place(path: Path, why: str) -> Path:
     return next(place for free in names if not os.path.lexists(place := path.with_name(free)))
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The trainer's state and the optimizer's tensors.
+def read_checkpoint(path: Path, *, has_moments: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The trainer's state and the optimizer's tensors; ``has_moments`` says whether that is an optimizer that has some.
 
     Raises CheckpointError if any file of the checkpoint is missing or damaged, or it is of a newer version. One that was written without
     digests is only looked through, with a warning.
@@ -124,17 +124,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         _check_state(state, path / TRAINER_FILE)
         tensors = _read_optimizer(path / OPTIMIZER_FILE)
         progress = state["progress"]
-        if not tensors and _has_moments(path) and progress["step"] > progress["skipped"]:
+        if has_moments and not tensors and progress["step"] > progress["skipped"]:
             raise CheckpointError(f"{path / OPTIMIZER_FILE} holds no moments, after {progress['step']} steps")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; remove {path} to go on from the checkpoint before") from None
     return state, tensors
-
-
-def _has_moments(path: Path) -> bool:
-    """Whether the optimizer that the checkpoint's own config names has any."""
-    train = read_json(path / "config.json").get("train", {})
-    return not isinstance(train, dict) or train.get("optimizer") != "mezo"
 
 
 def _read_optimizer(path: Path) -> dict[str, Tensor]:

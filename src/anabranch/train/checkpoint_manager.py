@@ -87,7 +87,7 @@ class CheckpointManager:
 
         Raises CheckpointError if it is damaged or does not fit, DataError if it is of other data.
         """
-        state, tensors = read_checkpoint(path)
+        state, tensors = read_checkpoint(path, has_moments=self.config.train.optimizer != "mezo")
         load_optimizer_tensors(self.model, self.optimizer, tensors)
         for load, name in ((stream.load_state_dict, "stream"), (self.task.load_state_dict, "task")):
             try:
