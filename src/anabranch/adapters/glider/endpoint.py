@@ -38,7 +38,7 @@ _ROLE = (
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A key is for the address that was told."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: Any, **__: Any) -> None:
         """None: the answer is an error."""
         return
 
@@ -154,7 +154,7 @@ class EndpointEmbedder(_Endpoint):
     def _vectors(self, found: dict[str, Any], count: int) -> list[np.ndarray]:
         data = found.get("data")
         try:
-            by_place = {one["index"]: np.asarray(one["embedding"], np.float32) for one in data}  # type: ignore[union-attr]
+            by_place = {one["index"]: np.asarray(one["embedding"], np.float32) for one in data}
         except (LookupError, TypeError, ValueError):
             by_place = {}
         vectors = [by_place.get(place) for place in range(count)]

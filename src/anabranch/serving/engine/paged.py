@@ -341,7 +341,8 @@ class PagedStore:
             size, count = group.row_NL.shape
             query = query_PHTD[:, :, group.row_NL.reshape(-1)].unflatten(2, (size, count))  # [P, H, N, L, D]
             key, value = (_gather(part_PSGD, group.slot_NS) for part_PSGD in (key_PSGD, value_PSGD))  # [P, N, G, S, D]
-            mask, gate = group.sees_NLS[:, None], None
+            mask = group.sees_NLS[:, None]
+            gate: Tensor | None = None
             query = query.transpose(1, 2).flatten(0, 1)
             if prefix is not None:
                 mask = F.pad(mask, (prefix[0].shape[2], 0), value=True)
