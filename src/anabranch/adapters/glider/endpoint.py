@@ -152,7 +152,7 @@ class EndpointEmbedder(_Endpoint):
         return np.stack(made) if made else np.zeros((0, 1), np.float32)
 
     def _vectors(self, found: dict[str, Any], count: int) -> list[np.ndarray]:
-        data = found.get("data")
+        data: Any = found.get("data")
         try:
             by_place = {one["index"]: np.asarray(one["embedding"], np.float32) for one in data}
         except (LookupError, TypeError, ValueError):

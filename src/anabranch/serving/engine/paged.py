@@ -346,15 +346,16 @@ class PagedStore:
             query = query.transpose(1, 2).flatten(0, 1)
             if prefix is not None:
                 mask = F.pad(mask, (prefix[0].shape[2], 0), value=True)
+            if prefix is not None and gate_PT is None:
+                key, value = (_behind(front, part) for front, part in zip(prefix, (key, value), strict=True))
+            key, value = key.flatten(0, 1), value.flatten(0, 1)
             if prefix is not None and gate_PT is not None:
                 gate = gate_PT[:, group.row_NL.reshape(-1)].view(-1, count)
-                query, *both = side_by_side(query, key.flatten(0, 1), value.flatten(0, 1), prefix, gate)
-            else:
-                both = [part if prefix is None else _behind(prefix[at], part) for at, part in enumerate((key, value))]
-                both = [part.flatten(0, 1) for part in both]
+                query, key, value = side_by_side(query, key, value, prefix, gate)
             y = F.scaled_dot_product_attention(
                 query,
-                *both,
+                key,
+                value,
                 attn_mask=mask.repeat(streams, 1, 1, 1),
                 enable_gqa=num_heads != num_kv_heads,
             )  # [P N, H, L, D]
