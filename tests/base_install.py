@@ -71,6 +71,8 @@ NEEDS = {  # a command as it is given, and the extras it names
     "cluster fabric --trace x.parquet": "lm",
     "adapters card x": "lm",
     "adapters list": "lm",
+    "adapters cluster x --clusters 2": "lm",
+    "adapters describe x --instruction y": "lm",
     "adapters estimate x y": "lm",
     "adapters recommend x": "lm",
     "adapters merge x --out y": "lm",

@@ -251,7 +251,7 @@ def test_adapters_are_fused_and_kinds_unified_from_training_to_generation(here, 
         code, out, err = here("adapters", "fuse", base / "base", adapter, "--out", base / f"{name}-whole", "--json")
         assert code == 0, err
         assert json.loads(out)["difference"] < 1e-3
-        line = ["--prompt", "name a law", "--max-tokens", 4, "--temperature", 0, "--quiet"]
+        line = ["--prompt", "name a law", "--max-tokens", 4, "--temperature", 0]
         code, out, err = here("generate", base / f"{name}-whole", *line)
         assert code == 0, err
 

@@ -123,9 +123,7 @@ class Trainer(Generic[R]):
         if self._elastic is not None:
             self._elastic.at_step = self._hooks.run_after
         made = MeZOStepper if config.train.optimizer == "mezo" else Stepper
-        self._stepper = made(
-            self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context
-        )
+        self._stepper = made(self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context)
         self._checkpoints = CheckpointManager(
             self.out, config, self.task, self.model, self.optimizer, self.workers, found
         )

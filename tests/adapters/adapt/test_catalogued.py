@@ -127,7 +127,7 @@ def test_whatever_a_card_may_be_told_can_be_said():
 
 def test_names():
     assert {"lora", "mhr", "gate", "dora", "lst", "full"} <= set(method_names())
-    assert not {"catalogue", "vera", "unipelt"} & set(method_names())
+    assert not {"catalogue", "vera"} & set(method_names())
     assert method_named("dora") == Catalogued.Config(id="dora")
     # Those that have more to them than the catalogue knows are themselves.
     assert method_named("mhr").owner.kind == "mhr"
@@ -139,7 +139,7 @@ def test_names():
     [
         (lambda: method_named("lorra"), "did you mean 'lora'"),
         (lambda: method_named("vera"), "run by peft, not by code of ours; train it with the package peft"),
-        (lambda: method_named("unipelt"), "method is 'unipelt', which is run by none"),
+        (lambda: method_named("adamix"), "method is 'adamix', which is run by none"),
         (lambda: method_named("catalogue"), "takes a method's id"),
         (lambda: Catalogued.Config(id="dora", width=3), "dora has no option 'width'; it has rank, alpha, targets"),
         (lambda: Catalogued.Config(id="dorra"), "there is no method 'dorra'; did you mean 'dora'"),
