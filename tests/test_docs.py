@@ -26,7 +26,7 @@ STUDIES = ROOT / "src" / "anabranch" / "studies"
 # Folders of designs that are parts of a model; other systems have names and tests of several kinds.
 OF_TOKENS = ("experts", "heads", "depth", "adapters", "subnets")
 # What these have in common, and is no system.
-SHARED_PARTS = {("adapters", "adapt"), ("adapters", "ladder")}
+SHARED_PARTS = {("adapters", name) for name in ("adapt", "fusion", "gated", "ladder")}
 # Designs whose page says that no study of them is written yet; everything else that a design has they have.
 WITHOUT_STUDY: set[str] = set()
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```\s*$", re.MULTILINE | re.DOTALL)
