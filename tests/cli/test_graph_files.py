@@ -11,8 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.cli.graph.files import read_arrow
+from anabranch.cli.graph.inputs import is_row_of_nodes, read_table
+from anabranch.cli.graph.models import read_edges
 from anabranch.cli.graph.vectors import read_vectors
 from anabranch.errors import DataError
+from anabranch.graph import Graph
 
 
 def npy(header):
@@ -129,6 +132,11 @@ def test_memory_that_is_no_amount_is_told(here, tmp_path, memory):
         ("5\n6\n", ["f0"], 2),
         ("x\n6\n", ["x"], 1),
         ("2,2\n1,2\n", ["f0", "f1"], 2),
+        # Columns that are called by numbers, behind one that says what it is.
+        ("id,2019,2020\n7,.5,.1\n8,.25,.2\n", ["id", "2019", "2020"], 2),
+        ("Name,3,7\na,.5,.1\n", ["Name", "3", "7"], 1),
+        (",2019,2020\n0,.5,.1\n", ["", "2019", "2020"], 1),
+        ("id,0,1\n7,1,0\n8,0,1\n", ["id", "0", "1"], 2),
     ],
 )
 def test_a_first_line_of_numbers_is_a_row(tmp_path, text, names, count):
@@ -154,3 +162,67 @@ def test_what_numpy_writes_is_read_whole(tmp_path, rows):
     path = tmp_path / "v.csv"
     np.savetxt(path, np.array(rows, np.float32) + np.float32(0.1), delimiter=",", fmt="%.9e")
     np.testing.assert_array_equal(read_vectors(path).array, np.array(rows, np.float32) + np.float32(0.1))
+
+
+def test_a_column_without_a_name_in_front_names_the_rows(tmp_path):
+    """As data frames write their index: it was taken for a number of each vector."""
+    path = tmp_path / "v.csv"
+    path.write_text(",a,b\n5,.5,.25\n9,1,0\n")
+    found = read_vectors(path)
+    assert (found.array.tolist(), found.names.tolist()) == ([[0.5, 0.25], [1, 0]], [5, 9])
+
+
+GRAPHS = {
+    "named": Graph.from_edges([0, 1, 2], [1, 2, 0], names=["ann", "bob", "cy"]),
+    "numbered": Graph.from_edges([0, 5], [5, 6], num_nodes=7),
+}
+
+
+@pytest.mark.parametrize(
+    ("graph", "text", "rows"),
+    [
+        ("named", "ann\nbob\n", ["ann", "bob"]),
+        ("named", "ann\n", ["ann"]),
+        ("named", "node\nann\n", ["ann"]),
+        ("named", "person\nann\n", ["ann"]),
+        ("named", "ann,2\nbob,1\n", ["ann", "bob"]),
+        ("numbered", "5,red\n6,blue\n0,red\n", [5, 6, 0]),
+        ("numbered", "0,1\n1,0\n", [0, 1]),
+        ("numbered", "id,0\n5,1\n", [5]),
+        ("numbered", "5\n", [5]),
+    ],
+)
+def test_a_first_line_that_begins_with_a_node_is_a_row(tmp_path, graph, text, rows):
+    path = tmp_path / "s.csv"
+    path.write_text(text)
+    table = read_table(str(path), is_row_of_nodes(GRAPHS[graph]))
+    assert next(iter(table.values())) == rows
+
+
+@pytest.mark.parametrize(
+    ("graph", "text", "count"),
+    [
+        ("named", "ann,bob\nbob,cy\ncy,ann\n", 3),
+        ("named", "ann,dan\n", 1),
+        ("named", "dan,ann\n", 1),
+        ("named", "from,to\ndan,eve\n", 1),
+        ("named", "follower,followee\nann,bob\n", 1),
+        ("numbered", "5,6,0.5\n6,0,0.5\n", 2),
+        ("numbered", "0,1\n1,5\n", 2),
+        ("numbered", "5,9\n", 1),
+    ],
+)
+def test_a_first_line_of_edges_is_a_row_or_names(tmp_path, graph, text, count):
+    """It was taken for names wherever it was not all numbers: one edge of each table was lost without a word."""
+    path = tmp_path / "e.csv"
+    path.write_text(text)
+    source, target, _ = read_edges(str(path), GRAPHS[graph])
+    assert len(source) == len(target) == count
+
+
+@pytest.mark.parametrize("text", ["dan,eve\n", "dan,eve\nfay,gus\n"])
+def test_edges_of_which_nobody_can_tell_are_refused(tmp_path, text):
+    path = tmp_path / "e.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"e\.csv: is its first line, dan,eve, an edge, .*Begin it with source,target"):
+        read_edges(str(path), GRAPHS["named"])

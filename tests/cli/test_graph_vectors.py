@@ -233,7 +233,7 @@ def test_names_of_a_link_are_those_of_its_file(named):
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2], [1, 2, 3], [2, 1, 0], [0], [8, 0]])
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize("ending", ["parquet", "csv", "anb"])
 def test_vectors_whose_table_says_their_ids_are_moved(facts, ids, ending):
     """Ids 0 ... k - 1 were taken for no ids: the vectors came in anew."""
     index = HNSW(4, workers=1)
@@ -242,6 +242,9 @@ def test_vectors_whose_table_says_their_ids_are_moved(facts, ids, ending):
     table = pa.table({"id": ids, **{f"x{column}": [9.0 + one for one in ids] for column in range(4)}})
     pq.write_table(table, "v.parquet")
     pa.csv.write_csv(table, "v.csv")
+    own = HNSW(4, workers=1)
+    own.add(np.array([[9.0 + one] * 4 for one in ids], np.float32), ids)
+    own.save("v.anb")
     told = facts("update", "i.anb", f"v.{ending}", "--out", "new.anb")
     new = sum(one >= 8 for one in ids)
     assert (told["new"], told["moved"], told["vectors"]) == (new, len(ids) - new, 8 + new)

@@ -34,7 +34,7 @@ class Fitted(Half):
     _OF_FIT = ("size", "names")
 
     def fit(self):
-        self._note_fit()
+        self._become()
         return self
 
     def ask(self):
@@ -62,6 +62,11 @@ def test_what_a_fit_is_of_may_not_change_behind_it():
     assert model.fit().ask() == 4
     # Of either kind the number is the same.
     assert model.set_params(size=np.int64(4)).ask() == 4
+    # What was given may be changed in place.
+    model.set_params(names=["a", "b"]).fit()
+    model.names[0] = "c"
+    with pytest.raises(InputError, match=r"names is .*, and was .* when this Fitted was fitted"):
+        model.ask()
 
 
 def test_a_change_that_is_not_allowed_changes_nothing():

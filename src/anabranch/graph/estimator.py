@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -50,15 +51,22 @@ class Estimator:
                 setattr(made, name, value)
         return made
 
-    def _note_fit(self) -> None:
-        """It was fitted, or read, with the arguments that it has now."""
-        self._at_fit = {name: getattr(self, name) for name in self._OF_FIT}
+    def _become(self, **fitted: Any) -> None:
+        """Take what was fitted, or read, with the arguments that it has now: all at once, so that a fit that is refused or interrupted
+        leaves what there was.
+
+        Args:
+            fitted: attributes by name.
+        """
+        # Copies: whoever gave a list may change what is in it.
+        fitted["_at_fit"] = {name: deepcopy(getattr(self, name)) for name in self._OF_FIT}
+        vars(self).update(fitted)
 
     def _check_as_fitted(self) -> None:
         """Raises InputError if an argument is not what it was when this was fitted: arrays of two kinds would meet, or of two meanings."""
         for name, then in (self._at_fit or {}).items():
             now = getattr(self, name)
-            if now is not then and not _is_equal(now, then):
+            if not _is_equal(now, then):
                 raise InputError(
                     f"{name} is {shown(now)}, and was {shown(then)} when this {type(self).__name__} was fitted; fit again, or set it back"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tokenize
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from anabranch.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
+
+# What columns that name the rows are called, in any case.
+NAMES = ("node", "name", "id", "key")
 
 # What numpy raises for a file that is none of its own, or is damaged: its header is read as an expression of Python.
 DAMAGED = (
@@ -26,11 +30,17 @@ DAMAGED = (
 )
 
 
-def read_arrow(path: str | Path) -> Any:
+# Whether the first line of a text is a row, by its cells and those of the second (empty where there is none); None: numbers shall tell.
+IsRow = Callable[[list[str], list[str]], bool | None]
+
+
+def read_arrow(path: str | Path, is_row: IsRow | None = None) -> Any:
     """A table of Arrow from .parquet, .pq, .csv, .tsv or .txt (tabs), the last three also with .gz.
 
     The first line of a text names its columns. One of numbers (behind a first name, too) is a row, and columns are then called f0, f1 and
-    so on; one of the numbers of columns, from 0 or 1, above numbers that are not whole, names them.
+    so on; one of the numbers of columns, from 0 or 1, above numbers that are not whole, names them, and so does one that begins with
+    nothing or with what columns of names are called (`NAMES`), whatever numbers stand behind it.
+    Whoever knows what its cells are about says it by ``is_row``.
 
     Raises DataError for a file that is missing, foreign or malformed, where two columns have one name, text is not UTF-8, or nobody can
     tell whether the first line is a row.
@@ -47,7 +57,7 @@ def read_arrow(path: str | Path) -> Any:
         raise DataError(f"cannot tell what {path} is; tables come as .parquet, .csv or .tsv")
     try:
         if is_text:
-            table = _text_table(path, "," if name.endswith(".csv") else "\t")
+            table = _text_table(path, "," if name.endswith(".csv") else "\t", is_row)
         else:
             table = parquet.read_table(path)
         names = table.column_names
@@ -64,7 +74,7 @@ def read_arrow(path: str | Path) -> Any:
     return table
 
 
-def _text_table(path: Path, delimiter: str) -> Any:
+def _text_table(path: Path, delimiter: str, is_row: IsRow | None) -> Any:
     """Raises DataError, OSError and those of Arrow."""
     import pyarrow as pa
     from pyarrow import csv
@@ -72,6 +82,14 @@ def _text_table(path: Path, delimiter: str) -> Any:
     options = csv.ParseOptions(delimiter=delimiter)
     table = csv.read_csv(path, parse_options=options)
     first = table.column_names
+    told = None
+    if is_row is not None:
+        told = is_row(first, [str(column[0].as_py()) for column in table.columns] if table.num_rows else [])
+    if told:
+        return csv.read_csv(path, csv.ReadOptions(autogenerate_column_names=True), options)
+    # As data frames write years or chosen columns, with an index.
+    if told is False or (len(first) > 1 and first[0].lower() in ("", *NAMES)):
+        return table
     numbers = first if _is_number(first[0]) or len(first) == 1 else first[1:]
     if not all(map(_is_number, numbers)):
         return table

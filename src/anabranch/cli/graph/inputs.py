@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.graph.files import read_arrow
+from anabranch.cli.graph.files import NAMES, IsRow, read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
@@ -214,10 +214,52 @@ def numbers(text: str, option: str = "--rows") -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def read_table(path: str) -> dict[str, list[Any]]:
-    """Columns of a CSV, TSV or Parquet file as lists. Raises DataError."""
-    table = read_arrow(path)
+def read_table(path: str, is_row: IsRow | None = None) -> dict[str, list[Any]]:
+    """Columns of a CSV, TSV or Parquet file as lists; ``is_row`` as in `read_arrow`. Raises DataError."""
+    table = read_arrow(path, is_row)
     return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def is_row_of_nodes(graph: Graph | None) -> IsRow:
+    """For tables of nodes, which stand in their first column: a line that begins with a node is a row.
+
+    Without a graph whatever is not called as columns of nodes are (`NAMES`).
+    """
+
+    def is_row(first: list[str], second: list[str]) -> bool:
+        return first[0].lower() not in ("", *NAMES) and (graph is None or _is_node(graph, first[0]))
+
+    return is_row
+
+
+def is_row_of_edges(graph: Graph, path: str) -> IsRow:
+    """For tables of edges, which may be of new nodes: by the rules of `read_graph`, and by the nodes that there are.
+
+    Raises DataError, when asked, where nobody can tell.
+    """
+    from anabranch.graph.formats.edge_list import SOURCES, TARGETS
+
+    def is_row(first: list[str], second: list[str]) -> bool:
+        low = {cell.lower() for cell in first}
+        if low & set(SOURCES) and low & set(TARGETS):
+            return False
+        if any(_is_node(graph, cell) for cell in first[:2]):
+            return True
+        if any(_is_node(graph, cell) for cell in second[:2]):
+            return False
+        raise DataError(
+            f"{path}: is its first line, {','.join(first):.60}, an edge, or are these names of columns? Begin it with source,target"
+        )
+
+    return is_row
+
+
+def _is_node(graph: Graph, text: str) -> bool:
+    try:
+        nodes_of(graph, [text])
+    except InputError:
+        return False
+    return True
 
 
 def read_items(path: str) -> list[Item]:
@@ -257,7 +299,7 @@ def read_labels(path: str, graph: Graph) -> Any:
     import numpy as np
     from scipy.sparse import coo_array
 
-    table = read_table(path)
+    table = read_table(path, is_row_of_nodes(graph))
     if len(table) < 2:
         raise DataError(f"{path} has {len(table)} column(s); labels are a table of node and label")
     names = ("node", "label") if {"node", "label"} <= table.keys() else list(table)[:2]

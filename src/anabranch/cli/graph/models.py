@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.graph.inputs import nodes_of, read_table
+from anabranch.cli.graph.inputs import is_row_of_edges, nodes_of, read_table
 from anabranch.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -39,12 +39,16 @@ def check_saved(path: Path | None) -> None:
         raise InputError(f"--save is {str(path)!r}; its name must end in .anb")
 
 
-def read_edges(path: str) -> tuple[list[Any], list[Any], list[Any] | None]:
+def read_edges(path: str, nodes: Graph) -> tuple[list[Any], list[Any], list[Any] | None]:
     """Columns source, target and (None where there is none) weight of a table: of these names, else the first two and the third.
+
+    Args:
+        path: of the table; its first line is an edge or names of columns, see `is_row_of_edges`.
+        nodes: a graph that knows nodes of them.
 
     Raises DataError naming the row of an empty cell, or of a weight that is not a number.
     """
-    table = read_table(path)
+    table = read_table(path, is_row_of_edges(nodes, path))
     if len(table) < 2:
         raise DataError(
             f"{path} has {len(table)} column(s); edges are a table of source and target, and perhaps weight"
@@ -68,7 +72,7 @@ def pairs_of(nodes: Graph, path: str) -> tuple[np.ndarray, list[str], list[str]]
     """Ids [E, 2] of pairs of known nodes in a table, and what they are called there. Raises DataError."""
     import numpy as np
 
-    source, target, _ = read_edges(path)
+    source, target, _ = read_edges(path, nodes)
     called = [[str(cell) for cell in part] for part in (source, target)]
     try:
         ids = [nodes_of(nodes, part) for part in called]
@@ -81,7 +85,9 @@ def said_as(nodes: Graph, cells: list[Any]) -> list[Any]:
     """Cells of a table as the nodes of a graph are called: text where those are, else whole numbers. Raises InputError."""
     if nodes.names is not None and nodes.names.dtype.kind not in "iu":
         return [str(cell) for cell in cells]
+    # Data frames write whole numbers as 5.0 where a cell of the column was empty once.
+    cells = [int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in cells]
     wrong = next((cell for cell in cells if isinstance(cell, bool) or not isinstance(cell, int)), None)
     if wrong is not None:
-        raise InputError(f"nodes of the model are called by numbers; {wrong!r:.40} is none")
+        raise InputError(f"nodes are called by numbers here; {wrong!r:.40} is none")
     return cells

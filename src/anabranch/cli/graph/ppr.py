@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.cluster import edge_files, is_edges, rank_files
-from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed, read_table, weighted_nodes
+from anabranch.cli.graph.inputs import (
+    Opened,
+    check_untyped,
+    is_row_of_nodes,
+    open_graph,
+    open_typed,
+    read_table,
+    weighted_nodes,
+)
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Relation, Share, Top, WeightOf, Workers
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
 from anabranch.cli.graph.waiting import Rate, waiting
@@ -168,7 +176,7 @@ def _given_names(nodes: list[str] | None, file: Path | None) -> list[str] | None
         return nodes or None
     if nodes:
         raise InputError("seeds come as arguments or by --seeds, not both")
-    columns = read_table(str(file))
+    columns = read_table(str(file), is_row_of_nodes(None))
     node = "node" if "node" in columns else next(iter(columns))
     if not columns[node]:
         raise DataError(f"{file} has no rows")
@@ -204,7 +212,7 @@ def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[
 
     from anabranch.cli.graph.inputs import nodes_of
 
-    columns = read_table(str(file))
+    columns = read_table(str(file), is_row_of_nodes(opened.graph))
     names = list(columns)
     node = "node" if "node" in columns else names[0]
     weights = columns.get("weight")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.inputs import read_table
+from anabranch.cli.graph.models import read_edges, said_as
 from anabranch.cli.graph.options import GraphSource, Workers
 from anabranch.cli.graph.reading import AS_IT_SAYS, Reading
 from anabranch.cli.graph.waiting import waiting
@@ -87,30 +87,10 @@ def rewalk(
 
 
 def _edges(path: Path, graph: Graph) -> tuple[list[Any], ...]:
-    """Columns of a table: source, target and, where there is one, weight; ends as the graph calls its nodes."""
-    table = read_table(str(path))
-    if len(table) < 2:
-        raise DataError(
-            f"{path} has {len(table)} column(s); edges are a table of source and target, and perhaps weight"
-        )
-    listed = list(table)
-    ends = ["source", "target"] if {"source", "target"} <= table.keys() else listed[:2]
-    weight = "weight" if "weight" in table else next((name for name in listed if name not in ends), None)
-    as_text = graph.names is not None and graph.names.dtype.kind not in "iu"
-    found = []
-    for name in ends:
-        empty = next((row for row, cell in enumerate(table[name]) if cell in (None, "")), None)
-        if empty is not None:
-            raise DataError(f"{path}, row {empty}: an empty cell")
-        try:
-            found.append([str(cell) if as_text else _number(cell) for cell in table[name]])
-        except (TypeError, ValueError, OverflowError) as error:
-            raise DataError(f"{path}: nodes of this graph are numbers ({error})") from None
-    return (*found, table[weight]) if weight is not None else tuple(found)
-
-
-def _number(cell: Any) -> int:
-    number = int(cell)
-    if isinstance(cell, float) and cell != number:
-        raise ValueError(f"{cell} is not whole")
-    return number
+    """Columns of a table: source, target and, where there is one, weight; ends as the graph calls its nodes. Raises DataError."""
+    source, target, weight = read_edges(str(path), graph)
+    try:
+        ends = said_as(graph, source), said_as(graph, target)
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from None
+    return ends if weight is None else (*ends, weight)

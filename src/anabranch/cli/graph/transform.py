@@ -102,7 +102,7 @@ def _new(model: Any, edges: str, features: str | None, path: str) -> tuple[np.nd
         raise InputError(
             f"{path} is a {type(model).__name__}, which has vectors only of nodes that it was trained on; FastRP has more"
         )
-    source, target, weight = read_edges(edges)
+    source, target, weight = read_edges(edges, model.nodes)
     try:
         rows, names = model.edges_of_new(said_as(model.nodes, source), said_as(model.nodes, target), weight)
     except InputError as error:

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.cli.graph.files import DAMAGED, open_array, read_arrow
+from anabranch.cli.graph.files import DAMAGED, NAMES, open_array, read_arrow
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.beside import new_file
 
 WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
-_NAMES = ("node", "name", "id", "key")
 
 
 @dataclass(frozen=True)
@@ -122,17 +121,20 @@ def _index(path: Path) -> Vectors:
     index, names = open_named(path)
     ids = index.ids
     if names is not None:
-        return Vectors(index.vectors(ids), names.array[ids])
-    return Vectors(index.vectors(ids), None if np.array_equal(ids, np.arange(len(ids))) else ids)
+        return Vectors(index.vectors(ids), names.array[ids], is_named=True)
+    return Vectors(index.vectors(ids), None if np.array_equal(ids, np.arange(len(ids))) else ids, is_named=True)
 
 
 def _table(path: Path) -> Vectors:
     import pyarrow as pa
 
     table = read_arrow(path)
-    names = next((name for name in table.column_names if name.lower() in _NAMES), None)
-    if names is None and table.num_columns > 1 and pa.types.is_string(table.schema.field(0).type):
-        names = table.column_names[0]
+    names = next((name for name in table.column_names if name.lower() in NAMES), None)
+    first = table.schema.field(0)
+    # A data frame's index has no name.
+    is_index = first.name == "" and pa.types.is_integer(first.type)
+    if names is None and table.num_columns > 1 and (is_index or pa.types.is_string(first.type)):
+        names = first.name
     rest = [name for name in table.column_names if name != names]
     if not rest:
         raise DataError(f"{path} has no columns of numbers")

@@ -84,6 +84,11 @@ class FastRP(Steps):
     """
 
     embedding_: Any
+    powers_: Powers
+    _nodes: Graph
+    _setup: Setup | None
+    _mean_D: np.ndarray
+    _factor_D: np.ndarray
 
     def __init__(
         self,
@@ -139,15 +144,16 @@ class FastRP(Steps):
             return self._fit_files(graph)
         given = as_graph(graph, allow_negative=self.allow_negative)
         setup = self._prepare(given)
+        kept: dict[str, Any] = {"_setup": None}
         with Workers(self._num_workers) as pool:
             if self.keep_powers:
-                self.powers_ = self._powers(setup, pool, len(self.weights))
-                found = self._combine(self.powers_, tuple(self.weights), self.self_weight, pool)
+                powers = self._powers(setup, pool, len(self.weights))
+                found = self._combine(powers, tuple(self.weights), self.self_weight, pool)
+                kept = {"_setup": setup, "powers_": powers}
             else:
                 found = self._embed(setup, pool)
-            self._mean_D, self._factor_D = self._standardize(found, pool)
-        self.embedding_, self._setup, self._nodes = found, setup if self.keep_powers else None, given.bare()
-        self._note_fit()
+            mean_D, factor_D = self._standardize(found, pool)
+        self._become(embedding_=found, _nodes=given.bare(), _mean_D=mean_D, _factor_D=factor_D, **kept)
         return self
 
     def _fit_files(self, edges: Any) -> Self:
@@ -157,9 +163,7 @@ class FastRP(Steps):
             )
         from anabranch.graph.fastrp.from_edges import run_from_edges
 
-        self.embedding_ = run_from_edges(self, EdgeFiles.of(edges))
-        self._setup = None
-        self._note_fit()
+        self._become(embedding_=run_from_edges(self, EdgeFiles.of(edges)), _setup=None)
         return self
 
     def fit_transform(self, graph: Any, y: Any = None) -> np.ndarray:
@@ -252,14 +256,18 @@ class FastRP(Steps):
             params = params_of_file(params, FLAGS)
             made = cls._of_file(params, within(params, LIMITS))
             storage.check_widths(arrays, setup, made.dim, num_parts(made))
-        made.embedding_, made._nodes, made._setup = arrays["embedding"], nodes, setup
-        made._mean_D, made._factor_D = arrays["mean"], arrays["factor"]
+        made._become(
+            embedding_=arrays["embedding"],
+            _nodes=nodes,
+            _setup=setup,
+            _mean_D=arrays["mean"],
+            _factor_D=arrays["factor"],
+        )
         if setup is not None:
             powers = [arrays[f"power{number}"] for number in range(len(made.weights) + 1) if f"power{number}" in arrays]
             if len(powers) != len(made.weights) + 1:
                 raise DataError(f"{path} is damaged: it does not hold the powers of its {len(made.weights)} weights")
             made.powers_ = Powers(powers[0], tuple(powers[1:]))
-        made._note_fit()
         return made
 
     def powers(self, graph: Any, order: int | None = None) -> Powers:

@@ -164,7 +164,7 @@ class FullyPPR(Estimator):
         if isinstance(graph, EdgeFiles) or (self.engine == "spark" and is_parquet(graph)):
             return self._fit_files(options, EdgeFiles.of(graph))
         given = as_graph(graph, allow_negative=True)
-        graph, self._by_name = given.numbered(), given.by_name
+        graph = given.numbered()
         # Refuses graphs without nodes, or of negative weights.
         Transition(graph, self.alpha, self.dangling)
         source_S, is_all = check_sources(given, self.sources)
@@ -173,9 +173,10 @@ class FullyPPR(Estimator):
         if engine == "spark":
             from anabranch.graph.fully_ppr.spark import run_spark
 
-            self._found = run_spark(self, options, graph, source_S, is_all)
+            found = run_spark(self, options, graph, source_S, is_all)
         else:
-            self._found = self._fit_local(options, graph, source_S, is_all, begun)
+            found = self._fit_local(options, graph, source_S, is_all, begun)
+        self._found, self._by_name = found, given.by_name
         return self
 
     def _fit_files(self, options: Options, given: EdgeFiles) -> Self:

@@ -290,10 +290,11 @@ class GraphVite(Estimator):
             arrays["vertex"][~arrays["trained"]] = 0
         if graph.names is not None:
             arrays["names"] = graph.names
-        self._arrays, self._counters, self._nodes = arrays, counters, graph.bare()
-        self._peak_part_bytes = parts.peak_bytes
-        # Its files live as long as what is mapped from them.
-        self._keep = parts if isinstance(parts, MappedParts) else None
+        # Files of parts live as long as what is mapped from them.
+        kept = parts if isinstance(parts, MappedParts) else None
+        self._become(
+            _arrays=arrays, _counters=counters, _nodes=graph.bare(), _peak_part_bytes=parts.peak_bytes, _keep=kept
+        )
 
     def peak_bytes(self, graph: Any) -> int:
         """Bytes that `fit` on this graph holds at most in this process's memory beyond the graph: CPU threads, all parameters in memory.

@@ -59,10 +59,10 @@ class Held(Estimator):
         self._check_as_fitted()
         return self._index
 
-    def _is_built(self) -> None:
-        """The index is of the arguments that there are now, and no row of it is stale."""
-        self._note_fit()
-        self._stale_N = np.zeros(self._built().transition.num_nodes)
+    def _take(self, index: Index, given: Graph | None, *, is_chosen: bool) -> None:
+        """An index of the arguments that there are now, of which no row is stale."""
+        stale_N = np.zeros(index.transition.num_nodes)
+        self._become(_index=index, _asked=given, _is_chosen=is_chosen, _stale_N=stale_N)
 
     def _sources(self, graph: Graph, nodes: ArrayLike | None) -> np.ndarray:
         """Nodes that get a row: ``nodes``, or all of ``min_in_degree``."""

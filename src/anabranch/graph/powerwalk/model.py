@@ -141,24 +141,22 @@ class PowerWalk(Asking, Changing):
         graph = given.numbered()
         transition = Transition(graph, self.alpha, self.dangling)
         sources = self._sources(graph, None if nodes is None else given.resolve(nodes))
-        self._is_chosen = self._differs(graph, sources)
+        is_chosen = self._differs(graph, sources)
         chunks = make_chunks(graph, self._plan(), sources, num_workers(self.workers), progress)
         gathered = Gathered(graph.num_nodes, sources, DTYPES[self.dtype], self.track)
         if out is None:
             for chunk in chunks:
                 gathered.append(chunk)
-            self._index, self._asked = gathered.index(transition, self._unit()), given
-            self._is_built()
+            self._take(gathered.index(transition, self._unit()), given, is_chosen=is_chosen)
             return self
         facts: dict[str, np.ndarray] = {}
-        meta = {**self._meta(), "graph": mark(graph)}
+        meta = {**self._meta(is_chosen), "graph": mark(graph)}
         with row_file(out, graph.num_nodes, DTYPES[self.dtype], kind=KIND, extra=facts, meta=meta) as file:
             for chunk in chunks:
                 gathered.append(chunk, file)
             facts |= gathered.facts()
         arrays, _ = read(out, mmap=True)
-        self._index, self._asked = Index(transition, arrays, self._unit()), given
-        self._is_built()
+        self._take(Index(transition, arrays, self._unit()), given, is_chosen=is_chosen)
         return self
 
     fit = build
@@ -210,9 +208,7 @@ class PowerWalk(Asking, Changing):
         order = np.argsort(nodes)
         gathered = Gathered(graph.num_nodes, nodes[order], DTYPES[made.dtype], track=False)
         gathered.append(adopted(rows.take(order), graph.num_nodes))
-        made._index, made._asked = gathered.index(transition, 0.0), given
-        made._is_chosen = made._differs(graph, nodes[order])
-        made._is_built()
+        made._take(gathered.index(transition, 0.0), given, is_chosen=made._differs(graph, nodes[order]))
         return made
 
     def _unit(self) -> float:
@@ -221,8 +217,8 @@ class PowerWalk(Asking, Changing):
             return 0.0
         return (self.alpha if self.mode == "fullpath" else 1.0) / self.walks
 
-    def _meta(self) -> dict[str, Any]:
-        return {"params": self.stored_params(), "chosen": self._is_chosen}
+    def _meta(self, is_chosen: bool) -> dict[str, Any]:
+        return {"params": self.stored_params(), "chosen": is_chosen}
 
     def stored_params(self) -> dict[str, Any]:
         """Arguments that decide the index, as JSON."""
@@ -235,7 +231,7 @@ class PowerWalk(Asking, Changing):
         index = self._built()
         if len(self.stale):
             raise InputError(f"{len(self.stale):,} rows are stale; refresh() before saving")
-        index.save(path, self._meta())
+        index.save(path, self._meta(self._is_chosen))
 
     @classmethod
     def load(
@@ -263,18 +259,16 @@ class PowerWalk(Asking, Changing):
         if path.is_dir():
             gathered, params = read_folder(path, given, DTYPES.__getitem__)
             made = cls._of(path, params, workers)
-            made._index = gathered.index(Transition(graph, made.alpha, made.dangling), made._unit())
+            index, is_chosen = gathered.index(Transition(graph, made.alpha, made.dangling), made._unit()), False
         else:
             arrays, meta = read(path, mmap=mmap, verify=verify)
             check_mark(path, meta["graph"], graph)
             made = cls._of(path, meta.get("params", {}), workers)
-            made._index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
+            index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
             # Of an older release the rows say it.
             chosen = meta.get("chosen")
-            has_row = np.flatnonzero(made._index.has_N)
-            made._is_chosen = made._differs(graph, has_row) if chosen is None else bool(chosen)
-        made._asked = given
-        made._is_built()
+            is_chosen = made._differs(graph, np.flatnonzero(index.has_N)) if chosen is None else bool(chosen)
+        made._take(index, given, is_chosen=is_chosen)
         return made
 
     @classmethod

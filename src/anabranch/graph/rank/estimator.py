@@ -11,9 +11,10 @@ something with it.
 # Shapes: N nodes, T terms, I items, D cells
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -51,6 +52,8 @@ class GRank:
         items_: ids of items, sorted, [I].
         num_clicks_: clicks counted.
     """
+
+    _library: dict[Any, Item]
 
     def __init__(
         self,
@@ -103,14 +106,13 @@ class GRank:
         Raises as `read_clicks`, and InputError for bad parameters.
         """
         self._defences()
-        self._library = by_id(items)
+        library = by_id(items)
         nodes, terms, found = read_clicks(clicks, columns)
-        if len(found) and any(isinstance(id, str) != (found.dtype.kind == "U") for id in self._library):
+        if len(found) and any(isinstance(id, str) != (found.dtype.kind == "U") for id in library):
             raise InputError(
                 "ids of items in clicks and of `items` are of different types; use integers or texts in both"
             )
-        self._count(nodes, self._keys(terms), found, np.ones(len(nodes), np.int64))
-        return self
+        return self._become(library, nodes, self._keys(terms), found, np.ones(len(nodes), np.int64))
 
     def partial_fit(
         self, clicks: Any, y: Any = None, *, columns: tuple[str, str, str] = ("node", "term", "item")
@@ -122,8 +124,7 @@ class GRank:
         old = self.nodes_[self._node_D], self.terms_[self._term_D], self.items_[self._item_D]
         new = nodes, self._keys(terms), items
         if not len(old[0]):
-            self._count(*new, np.ones(len(nodes), np.int64))
-            return self
+            return self._become(self._library, *new, np.ones(len(nodes), np.int64))
         for name, before, after in zip(columns, old, new, strict=True):
             if len(after) and (before.dtype.kind == "U") != (after.dtype.kind == "U"):
                 raise InputError(
@@ -131,7 +132,8 @@ class GRank:
                 )
         if len(nodes):
             all_nodes, all_terms, all_items = (np.concatenate(pair) for pair in zip(old, new, strict=True))
-            self._count(all_nodes, all_terms, all_items, np.concatenate([self._count_D, np.ones(len(nodes), np.int64)]))
+            weight = np.concatenate([self._count_D, np.ones(len(nodes), np.int64)])
+            self._become(self._library, all_nodes, all_terms, all_items, weight)
         return self
 
     def _defences(self) -> Defences:
@@ -146,6 +148,16 @@ class GRank:
             if len(terms)
             else terms
         )
+
+    def _become(
+        self, library: dict[Any, Item], nodes: np.ndarray, terms: np.ndarray, items: np.ndarray, weight: np.ndarray
+    ) -> Self:
+        """Count these, and be of them all at once: what is refused or interrupted leaves what there was."""
+        made = copy(self)
+        made._library = library
+        made._count(nodes, terms, items, weight)
+        vars(self).update(vars(made))
+        return self
 
     def _count(self, nodes: np.ndarray, terms: np.ndarray, items: np.ndarray, weight: np.ndarray) -> None:
         self.nodes_, node = np.unique(nodes, return_inverse=True)
@@ -174,26 +186,21 @@ class GRank:
         self._clicker = both % max(len(self.nodes_), 1)
         self._start_I = np.searchsorted(both // max(len(self.nodes_), 1), np.arange(len(self.items_) + 1))
         self._num_items_N = np.bincount(self._clicker, minlength=len(self.nodes_))
-        shape = len(self.nodes_), len(self.terms_)
-        self._top_of: list[np.ndarray] | None = None
-        self._shape = shape
+        self._top: _Top | None = None
 
-    def _top_terms(self) -> list[np.ndarray]:
-        """The most searched terms of each node, sorted; made when first needed."""
-        if self._top_of is None:
-            self._top_of = []
-            for node in range(len(self.nodes_)):
-                cells = self._by_node[self._start_N[node] : self._start_N[node + 1]]
-                term, place = np.unique(self._term_D[cells], return_inverse=True)
-                count = np.bincount(place, self._count_D[cells])
-                kept = top_terms_mask(count[None, :], int(self.top_terms))[0]
-                self._top_of.append(term[kept])
-            self._nodes_of_top = _inverted(self._top_of, len(self.terms_))
-            self._top_size = int(self.top_terms)
-        elif self._top_size != self.top_terms:
-            self._top_of = None
-            return self._top_terms()
-        return self._top_of
+    def _top_terms(self) -> "_Top":
+        """The most searched terms of each node; made when first needed, and kept once it is whole."""
+        size = int(self.top_terms)
+        if (found := self._top) is not None and found.size == size:
+            return found
+        terms_N = []
+        for node in range(len(self.nodes_)):
+            cells = self._by_node[self._start_N[node] : self._start_N[node + 1]]
+            term, place = np.unique(self._term_D[cells], return_inverse=True)
+            count = np.bincount(place, self._count_D[cells])
+            terms_N.append(term[top_terms_mask(count[None, :], size)[0]])
+        self._top = found = _Top(size, terms_N, *_inverted(terms_N, len(self.terms_)))
+        return found
 
     def similarity(self, node: Any) -> np.ndarray:
         """S of every node of ``nodes_`` as ``node`` sees it, float64 ``[N]``: 0 to 1, 1 of itself.
@@ -202,8 +209,8 @@ class GRank:
         """
         i, count = self._place(node), len(self.nodes_)
         own = self._by_node[self._start_N[i] : self._start_N[i + 1]]
-        top = self._top_terms()[i]
-        terms_N = _count_lists(self._nodes_of_top[1], self._nodes_of_top[0], top, count)
+        top = self._top_terms()
+        terms_N = _count_lists(top.nodes, top.start_T, top.terms_N[i], count)
         common_N = _count_lists(self._node_D, self._start_P, self._pair_D[own], count)
         items = np.unique(self._item_D[own])
         shared_N = _count_lists(self._clicker, self._start_I, items, count)
@@ -345,6 +352,15 @@ def _check_cells(model: GRank, arrays: dict[str, np.ndarray]) -> None:
     rising = np.lexsort((model._node_D, model._item_D, model._term_D))
     if (rising != np.arange(len(rising))).any():
         raise ValueError("cells are not in order")
+
+
+class _Top(NamedTuple):
+    """The ``size`` most searched terms of each node, sorted, and the nodes that have each term among theirs."""
+
+    size: int
+    terms_N: list[np.ndarray]
+    start_T: np.ndarray
+    nodes: np.ndarray
 
 
 def _inverted(lists: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
