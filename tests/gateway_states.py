@@ -9,12 +9,12 @@ from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig, DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.core import beginning
 from anabranch.gateway.core.admission import Admission
-from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming
 from anabranch.gateway.core.relay import Ahead
 from anabranch.gateway.core.request_state import RequestState
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.core.unsettled import Unsettled
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.runtime import Runtime

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from anabranch.errors import RateError
 from anabranch.gateway.config import LimitsConfig
 from anabranch.gateway.core.admission import Admission, Limits, limits_of
-from anabranch.gateway.core.in_flight import InFlight, refusal_of_many
+from anabranch.gateway.in_flight import InFlight, refusal_of_many
 from anabranch.gateway.store import KeyRecord, RateLimits
 
 

@@ -44,7 +44,7 @@ class Case:
 
     def attempt(self, *, is_sent=True, most=MOST, **fields):
         call = HttpCall("http://nowhere", {}, b"{}", is_sent=is_sent)
-        ticket = self.live.begin(self.now_s, self.ends.tokens)
+        ticket = self.live.begin(self.now_s, self.ends.tokens, self.ends.plan.sender)
         made = Attempt(model="m", deployment="d", start_s=0.0, ticket=ticket, call=call, most=most, **fields)
         self.report.attempts.append(made)
         return made
@@ -238,10 +238,10 @@ def test_a_refusal_is_the_deployments_own_once_three_senders_in_a_row_met_it():
         case.ends.lost(case.live, case.attempt(), failed("forbidden", 403))
     assert case.live.breaker.phase == "closed"
     for sender in ("bob", "cay"):
-        ends = AttemptEnds(
+        case.ends = AttemptEnds(
             case.dispatcher, Plan(candidates=("m",), deadline=1e6, sender=sender), case.request, case.report, case.now_s
         )
-        ends.lost(case.live, case.attempt(), failed("forbidden", 403))
+        case.ends.lost(case.live, case.attempt(), failed("forbidden", 403))
     assert case.live.breaker.phase == "open"
 
 

@@ -17,11 +17,11 @@ from anabranch.gateway.cache import Entry
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.core import beginning, cached_answers, call_bodies
 from anabranch.gateway.core import relay as relayed
-from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.dispatch import stream as dispatched
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http import counting, exchange
 from anabranch.gateway.http.app import App
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.providers import upstream_request
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI

@@ -7,6 +7,7 @@ from anabranch.gateway.config import (
     DeploymentConfig,
     GatewayConfig,
     HedgeConfig,
+    LimitsConfig,
     LostConfig,
     ModelConfig,
     RetryConfig,
@@ -43,6 +44,13 @@ def test_rules_are_those_of_the_config():
     assert not rules_of(config()).hedge
     # None is none.
     assert (rules_of(config(retries=RetryConfig(budget=0.0))).min_extra, rules_of(config()).min_extra) == (0, 10)
+
+
+def test_a_deployments_places_are_shared_out_as_the_gateways_are():
+    written = DeploymentConfig(provider=Mock.Config(), max_in_flight=8)
+    for limits, share in ((LimitsConfig(), 0.75), (LimitsConfig(key_share=0.5), 0.5)):
+        [made] = groups_of(config(written, limits=limits))[0].deployments
+        assert (made.max_in_flight, made.key_share) == (8, share)
 
 
 def test_a_silent_upstream_leaves_time_for_others():

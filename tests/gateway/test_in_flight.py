@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.errors import RateError
-from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.in_flight import InFlight
 
 
 def test_one_sender_is_held_back_and_another_is_not():

@@ -8,9 +8,9 @@ import pytest
 from anabranch.errors import CapacityError, ConfigError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig
 from anabranch.gateway.core.admission import Admission
-from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.http.app import App
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.key_admission import KeyAdmission
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store import KeyRecord, RateLimits, Store

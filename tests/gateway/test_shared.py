@@ -13,8 +13,8 @@ from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig
 from anabranch.gateway.config.shared import SharedConfig
 from anabranch.gateway.core.admission import Admission, Limits
-from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.dispatch import Deployment, Dispatcher, Group
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.metrics import Metrics
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.shared import AwayError, clears, leases, link

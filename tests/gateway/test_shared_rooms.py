@@ -363,6 +363,7 @@ def test_where_there_is_no_room_another_is_asked_and_no_attempt_was_made(full):
         here = made.lives()[0]
         now = made.now()
         assert (here.in_flight, here.waiting, here.requests.at(now), here.tokens.at(now)) == (0, 0, 0, 0)
+        assert here._parts._counts == {}
         # Nobody is sent there in vain, as long as that is known.
         assert here.can_take(now, 7) is (full.wait_s is None)
         assert here.can_take(now, 6) is (full.wait_s is None or full.tokens > 0)

@@ -1,6 +1,6 @@
 """From what an operator writes to what the parts take: a `GatewayConfig` as groups of deployments and rules."""
 
-from anabranch.gateway.config import GatewayConfig, HedgeConfig, LostConfig, ModelConfig
+from anabranch.gateway.config import GatewayConfig, HedgeConfig, ModelConfig
 from anabranch.gateway.config.prices import deployment_price, model_price
 from anabranch.gateway.dispatch import BreakerRules, Deployment, DispatchRules, Group
 from anabranch.routers.money import Price
@@ -47,10 +47,7 @@ def rules_of(config: GatewayConfig) -> DispatchRules:
 
 
 def _group(model: ModelConfig, config: GatewayConfig) -> Group:
-    deployments = tuple(
-        _deployment(model, at, model.deadline_s or config.deadline_s, config.lost)
-        for at in range(len(model.deployments))
-    )
+    deployments = tuple(_deployment(model, at, config) for at in range(len(model.deployments)))
     return Group(
         name=model.name,
         deployments=deployments,
@@ -62,9 +59,9 @@ def _group(model: ModelConfig, config: GatewayConfig) -> Group:
     )
 
 
-def _deployment(model: ModelConfig, at: int, deadline_s: float, lost: LostConfig) -> Deployment:
+def _deployment(model: ModelConfig, at: int, config: GatewayConfig) -> Deployment:
     """What a deployment does not say of its times, its model says, and else the deadline of the request; likewise of its answers."""
-    one = model.deployments[at]
+    one, deadline_s, lost = model.deployments[at], model.deadline_s or config.deadline_s, config.lost
     price = deployment_price(model, one)
     timeout_s = one.timeout_s or model.timeout_s
     first_s = one.first_token_timeout_s or one.timeout_s or model.first_token_timeout_s or model.timeout_s
@@ -78,6 +75,7 @@ def _deployment(model: ModelConfig, at: int, deadline_s: float, lost: LostConfig
         rpm=one.rpm,
         tpm=one.tpm,
         max_in_flight=one.max_in_flight,
+        key_share=config.limits.key_share,
         output_speed=one.output_speed or model.output_speed or lost.output_speed,
         thinks=model.thinks if one.thinks is None else one.thinks,
         stops_when_closed=one.stops_when_closed,

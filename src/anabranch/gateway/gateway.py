@@ -29,7 +29,6 @@ from anabranch.gateway.config.source import told_where
 from anabranch.gateway.core.admission import Admission
 from anabranch.gateway.core.decision_log import Collecting, keeps_texts
 from anabranch.gateway.core.held_body import HeldBody
-from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming, Key, KnownKey
 from anabranch.gateway.core.intake import Intake
 from anabranch.gateway.core.relay import Ahead, Chunks
@@ -37,6 +36,7 @@ from anabranch.gateway.core.reply import Reply
 from anabranch.gateway.core.request import RequestRun
 from anabranch.gateway.core.services import Services
 from anabranch.gateway.core.unsettled import Unsettled
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.key_admission import KeyAdmission
 from anabranch.gateway.learning.erasures import Erasures
 from anabranch.gateway.learning.errands import ErrandRounds

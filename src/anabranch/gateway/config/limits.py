@@ -21,7 +21,8 @@ class LimitsConfig(Config):
         max_tokens: completion tokens reserved for a request that names none, of a model that says nothing.
         most_tokens: largest ``max_tokens`` a request may name.
         in_flight: requests at a time; more get 429.
-        key_share: of the requests that others leave of those, the part that one key may have at a time; 1 for all.
+        key_share: of the requests that others leave of those, the part that one key may have at a time; 1 for all. Likewise of a
+            deployment's ``max_in_flight``.
         rpm, tpm: requests and tokens a minute of a key that has no limits of its own; None is no limit.
         max_in_flight: requests at a time of such a key; None is no limit but ``in_flight``, which is of all together.
         strategy_calls: calls of models that a strategy may make for one request, to decide or to judge an answer.

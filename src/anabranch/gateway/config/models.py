@@ -26,7 +26,7 @@ class DeploymentConfig(Config):
             ``timeout_s``.
         rpm: requests a minute it takes; None is no limit.
         tpm: tokens a minute it takes; None is no limit.
-        max_in_flight: requests at a time; None is no limit.
+        max_in_flight: requests at a time; None is no limit. A key may have ``limits.key_share`` of those that others leave.
         output_speed: tokens a second of one answer, at most, of its fastest tier, thoughts among them. What was not seen of a stream that
             is left is charged by it; None takes the model's, and where that is None too, ``lost.output_speed``.
         thinks: its model may think what it does not show, unasked; false: it never does; None takes the model's.

@@ -8,7 +8,7 @@ from typing import Protocol
 from anabranch.errors import RateError
 from anabranch.gateway.config.limits import LimitsConfig
 from anabranch.gateway.core.held_body import HeldBody
-from anabranch.gateway.core.in_flight import InFlight
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.store import KeyRecord, RateLimits
 
 

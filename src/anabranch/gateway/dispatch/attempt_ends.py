@@ -61,7 +61,7 @@ class AttemptEnds:
         attempt.call, attempt.is_guess = None, usage.is_estimated
         self.charge(live, attempt, usage, attempt.seen)
         live.senders.answered(self.plan.sender, now)
-        live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None)
+        live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None, sender=self.plan.sender)
         self._leave_room(live, attempt)
         live.timed(attempt.total_s, attempt.first_token_s, usage.completion, waited_s)
         if attempt.first_token_s is None:
@@ -87,14 +87,15 @@ class AttemptEnds:
         self._leave_room(live, attempt)
         if failure is None:
             attempt.status = "cancelled"
-            live.end(attempt.ticket, "ignored", now, was_heard=was_heard)
+            live.end(attempt.ticket, "ignored", now, was_heard=was_heard, sender=self.plan.sender)
             return
         attempt.status, attempt.message = failure.kind, failure.message
         attempt.http_status = failure.status or attempt.http_status
         self.avoid.add(live.name)
         if failure.cause in DOUBTED and live.senders.doubted(self.plan.sender, now):
             live.is_doubted = True
-        live.end(attempt.ticket, self._outcome(live, attempt, failure), now, failure, was_heard)
+        outcome = self._outcome(live, attempt, failure)
+        live.end(attempt.ticket, outcome, now, failure, was_heard, self.plan.sender)
 
     def _be_told(self, live: Live, attempt: Attempt) -> None:
         """What was made of an attempt takes the place of the most that can have been, where its provider says so once it has stopped."""

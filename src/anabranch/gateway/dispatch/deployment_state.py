@@ -9,9 +9,10 @@ from anabranch.gateway.dispatch.bill import bill, is_unpriced
 from anabranch.gateway.dispatch.breaker import Breaker, BreakerRules, Outcome, admit, record, would_admit
 from anabranch.gateway.dispatch.deployments import Deployment
 from anabranch.gateway.dispatch.output_speed import OutputSpeed
-from anabranch.gateway.dispatch.senders import Senders
+from anabranch.gateway.dispatch.senders import OWN, Senders, is_own
 from anabranch.gateway.dispatch.shared_rooms import Full
 from anabranch.gateway.dispatch.window import SlidingSum
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.providers.provider import Failure, FailureKind, Provider, Transport, Usage
 from anabranch.routers.money import Price
 
@@ -84,6 +85,8 @@ class Live:
         # Tiers that were told and have no price, of which the log has spoken.
         self._odd_tiers: set[str] = set()
         self.senders = Senders(rules.window_s, rules.senders)
+        most, share = deployment.max_in_flight, deployment.key_share
+        self._parts = InFlight(None if most is None else lambda: (most, share))
         self.is_doubted = False
         # The last of what its breaker counts; None after a success.
         self.failed_of: FailureKind | None = None
@@ -130,8 +133,8 @@ class Live:
         """Nobody may be sent there, however much room there is: it is thought broken, or asked to be left alone."""
         return now < self.rests_until or not would_admit(self.breaker, self.rules, now)
 
-    def can_take(self, now: float, tokens: int) -> bool:
-        """Whether a request of so many tokens may go there."""
+    def can_take(self, now: float, tokens: int, sender: str | None = None) -> bool:
+        """Whether a request of so many tokens may go there. None asks for no sender: whether there is room for anybody."""
         own = self.deployment
         if self.is_shut(now):
             return False
@@ -139,9 +142,18 @@ class Live:
             return False
         if own.max_in_flight is not None and self.in_flight >= own.max_in_flight:
             return False
+        if sender is not None and not self._has_part(sender):
+            return False
         if own.rpm is not None and self.requests.at(now) + 1 > own.rpm:
             return False
         return own.tpm is None or self.tokens.at(now) + tokens <= own.tpm
+
+    def _has_part(self, sender: str) -> bool:
+        """Whether a free place is one for this sender. What the gateway asks for itself leaves others one more."""
+        most, is_ours = self.deployment.max_in_flight, is_own(sender)
+        if is_ours and most is not None and self.in_flight and self.in_flight + 1 >= most:
+            return False
+        return self._parts.has_part(_whose(sender), is_key=not is_ours)
 
     def free_in_s(self, now: float, tokens: int) -> float:
         """Seconds until it may be asked again, as far as that is known."""
@@ -155,8 +167,8 @@ class Live:
             waits.append(self.tokens.room_in_s(now, tokens, own.tpm))
         return max(0.0, *waits)
 
-    def begin(self, now: float, tokens: int) -> int:
-        """Count an attempt in; `can_take` must have said yes. Returns a ticket for `end`."""
+    def begin(self, now: float, tokens: int, sender: str = "") -> int:
+        """Count an attempt in; `can_take` must have said yes. Returns a ticket for `end`, which is told the same sender."""
         before = self.breaker
         self.breaker, ticket = admit(before, self.rules, now)
         assert ticket is not None
@@ -167,6 +179,7 @@ class Live:
             self._heard_at = now
         self.in_flight += 1
         self.waiting += 1
+        self._parts.count(_whose(sender))
         own = self.deployment
         if own.rpm is not None:
             self.requests.add(now)
@@ -175,9 +188,16 @@ class Live:
         return ticket
 
     def end(
-        self, ticket: int, outcome: Outcome, now: float, failure: Failure | None = None, was_heard: bool = False
+        self,
+        ticket: int,
+        outcome: Outcome,
+        now: float,
+        failure: Failure | None = None,
+        was_heard: bool = False,
+        sender: str = "",
     ) -> None:
         """Count an attempt out. Its first token ``was_heard`` if `heard` was called for it."""
+        self._parts.leave(_whose(sender))
         self.in_flight -= 1
         self.waiting -= not was_heard
         if outcome == "success":
@@ -193,9 +213,9 @@ class Live:
         if before.phase != self.breaker.phase:
             self._on_change(self, before.phase, "it works again" if failure is None else failure.kind, now)
 
-    def back_out(self, ticket: int, now: float, tokens: int, full: Full) -> None:
+    def back_out(self, ticket: int, now: float, tokens: int, full: Full, sender: str = "") -> None:
         """Count an attempt out as if it had never been: other processes had taken the room that it was given here."""
-        self.end(ticket, "ignored", now)
+        self.end(ticket, "ignored", now, sender=sender)
         if self.deployment.rpm is not None:
             self.requests.give_back(1)
         if self.deployment.tpm is not None:
@@ -318,6 +338,11 @@ class Live:
             "output_speed": self.speed.declared,
             "output_speed_exceeded": self.speed.exceeded(now),
         }
+
+
+def _whose(sender: str) -> str:
+    """Who shares places with others: all that the gateway asks for itself is one."""
+    return OWN if is_own(sender) else sender
 
 
 def _smoothed(old: float | None, new: float) -> float:

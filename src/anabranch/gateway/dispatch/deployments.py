@@ -28,6 +28,7 @@ class Deployment:
         rpm: most requests in a minute; None for no limit.
         tpm: most tokens in a minute, prompts and completions.
         max_in_flight: most requests at once.
+        key_share: of those that other senders leave, the part that one may have in this process; 1 for all.
         price: if it differs from the group's.
         is_priced: what it costs is known; otherwise its price says nothing.
         output_speed: tokens a second of one answer, at most.
@@ -44,6 +45,7 @@ class Deployment:
     rpm: int | None = None
     tpm: int | None = None
     max_in_flight: int | None = None
+    key_share: float = 1.0
     price: Price | None = None
     is_priced: bool = True
     output_speed: float = OUTPUT_SPEED

@@ -62,9 +62,9 @@ class LiveGroup:
         """How a deployment is chosen."""
         return self.group.balance
 
-    def free(self, now: float, tokens: int) -> list[Live]:
-        """Deployments that take a request of so many tokens now."""
-        return [live for live in self.lives if live.can_take(now, tokens)]
+    def free(self, now: float, tokens: int, sender: str | None = None) -> list[Live]:
+        """Deployments that take a request of so many tokens now, of a sender or (None) of anybody."""
+        return [live for live in self.lives if live.can_take(now, tokens, sender)]
 
     def worst_nano(self, most: Usage) -> int:
         """The most nano-dollars that one call may cost of the dearest deployment."""

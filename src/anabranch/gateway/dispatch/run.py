@@ -124,7 +124,7 @@ class Run:
 
     def _free(self, group: "LiveGroup", now: float) -> list[Live]:
         """Deployments that take this request now."""
-        return [live for live in group.free(now, self.tokens) if live.name not in self._crowded]
+        return [live for live in group.free(now, self.tokens, self.plan.sender) if live.name not in self._crowded]
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
@@ -188,7 +188,9 @@ class Run:
             await asyncio.sleep(wait_s)
         else:
             passes_s = min(self._passes_s(live, now) for live in group.lives)
-            self._skip(group.name, "no deployment takes requests", passes_s)
+            is_full = all(live.name in self._crowded for live in group.free(now, self.tokens))
+            why = "no deployment takes requests" if is_full else "this sender has its part of what its deployments take"
+            self._skip(group.name, why, passes_s)
 
     def _passes_s(self, live: Live, now: float) -> float:
         """As `_skip`: never for a prompt of more tokens than it may have in a minute, nor where it is thought broken for what lasts."""
@@ -297,7 +299,7 @@ class Run:
             if self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
                 return None
             other = pick(group.balance, free, now, self.dispatcher.rng)
-            still_free = other.can_take(self.dispatcher.now(), self.tokens)
+            still_free = other.can_take(self.dispatcher.now(), self.tokens, self.plan.sender)
             return other if still_free and self.dispatcher.budget.take(now, sender=self.plan.sender) else None
         return None
 
@@ -326,7 +328,7 @@ class Run:
         attempt = Attempt(
             model=live.model, deployment=live.name, start_s=start - self.began, is_hedge=is_hedge, most=most
         )
-        attempt.ticket = live.begin(start, self.tokens)
+        attempt.ticket = live.begin(start, self.tokens, self.plan.sender)
         self.report.attempts.append(attempt)
         return attempt
 
@@ -359,7 +361,7 @@ class Run:
         if full is None:
             attempt.place = place
             return
-        live.back_out(attempt.ticket, self.dispatcher.now(), self.tokens, full)
+        live.back_out(attempt.ticket, self.dispatcher.now(), self.tokens, full, self.plan.sender)
         if full.wait_s is None:
             self._crowded.add(live.name)
         self.report.attempts[:] = [one for one in self.report.attempts if one is not attempt]

@@ -14,10 +14,18 @@ TIMED_OUT = 8
 # Senders that are remembered; those seen last.
 KEPT = 1000
 
+# What the gateway's own senders are called together.
+OWN = "gateway"
+
 
 def own_sender(what: str) -> str:
     """The sender of what the gateway asks for itself, such as ``shadow``; others are ``team:``, ``user:`` or ``key:`` and a name."""
-    return f"gateway:{what}"
+    return f"{OWN}:{what}"
+
+
+def is_own(sender: str) -> bool:
+    """Whether it is one of the gateway's own."""
+    return sender.startswith(f"{OWN}:")
 
 
 class Senders:

@@ -8,7 +8,7 @@ from typing import Any
 
 from anabranch.errors import RateError
 from anabranch.gateway.core.admission import Limits
-from anabranch.gateway.core.in_flight import refusal_of_many
+from anabranch.gateway.in_flight import refusal_of_many
 from anabranch.gateway.shared import leases
 from anabranch.gateway.shared.link import AwayError, Script
 from anabranch.gateway.store.limits import rate_refusal
