@@ -56,9 +56,11 @@ def test_one_sender_leaves_a_place_for_another():
     tickets = begun(one, "key:a")
     assert (len(tickets), one.in_flight) == (3, 3)
     # There is room; for whoever has none of it.
-    assert one.can_take(0.0, 1) and one.can_take(0.0, 1, "key:b")
+    assert one.can_take(0.0, 1)
+    assert one.can_take(0.0, 1, "key:b")
     assert len(begun(one, "key:b")) == 1
-    assert not one.can_take(0.0, 1) and not one.can_take(0.0, 1, "key:c")
+    assert not one.can_take(0.0, 1)
+    assert not one.can_take(0.0, 1, "key:c")
     # What ends is there for who has none, not for who has the most.
     one.end(tickets.pop(), "success", 0.0, sender="key:a")
     assert (one.can_take(0.0, 1, "key:a"), one.can_take(0.0, 1, "key:c")) == (False, True)
