@@ -446,6 +446,28 @@ def test_an_engine_counts_what_it_will_say(tmp_path, kind, body):
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_cut_for_room_says_nothing_of_its_deployment(tmp_path, stream):
+    """It was read as half an answer, and an event behind that: garbage, which is held against the deployment."""
+
+    async def work():
+        async with Gateway(config(tmp_path, model("a", provider()))) as gateway:
+            [live] = gateway.runtime.dispatcher.lives()
+            fields = {"prompt": "one two three " * 20, "echo": True, "logprobs": 20, "max_tokens": 1, "stream": stream}
+            reply = await live.provider.ask(live.provider.build(UpstreamRequest("completions", {"model": "a", **fields})))
+            inside = live.provider._lent.inside
+            await until_async(lambda: inside.frontend.answers._read)
+            next(iter(inside.frontend.answers._read)).cut_off()
+            with pytest.raises(UpstreamError) as caught:
+                while await reply.read_some():
+                    pass
+            failure = caught.value.failure
+            assert (failure.kind, failure.status, failure.retry_after_s) == ("busy", 429, 1.0)
+            assert "others need the room" in failure.message
+
+    asyncio.run(work())
+
+
 def test_other_models_answer_while_one_is_loaded(tmp_path, monkeypatch):
     both = config(tmp_path, model("a", provider()), model("b", Mock.Config(reply="yes")))
     goes_on = asyncio.Event()

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,9 +13,10 @@ from anabranch.errors import CapacityError
 from anabranch.serving.config import ServingConfig
 from anabranch.serving.core.admission import AdmissionConfig
 from anabranch.serving.http import frontend as frontend_module
-from anabranch.serving.http.inside import Inside
+from anabranch.serving.http.inside import Inside, InsideReply
 from anabranch.serving.http.inside_config import InsideConfig
 from anabranch.serving.http.reading import Reader
+from anabranch.web.api_error import ApiError
 from fake_engine import Script
 from serving_thread import HELLO, events, serving, streamed
 from waiting import until_async
@@ -352,3 +354,109 @@ def test_a_fault_of_ours_is_told_as_one(monkeypatch, caplog):
     assert (status, answer["error"]["code"]) == (500, "internal_error")
     assert "secret" not in json.dumps(answer)
     assert "a bug: chat inside" in caplog.text
+
+
+LONG = {"completions": {"prompt": "x" * 200, "echo": True, "logprobs": 20, "max_tokens": 1}, "embeddings": {"input": ["x"] * 9}}
+
+
+async def cut_for_room(made, kind, **fields):
+    """A long answer that is cut for the room of others once some of it is there: its reply, and what was there."""
+    body = {"model": "fake", **LONG[kind], **fields}
+    reply = await made.ask(kind, json.dumps(body).encode())
+    await until_async(lambda: reply._held)
+    [held] = made.frontend.answers._read
+    held.cut_off()
+    return reply, reply.read_ready()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("embeddings", {}), ("completions", {}), ("completions", {"stream": True})]
+)
+def test_an_answer_that_is_cut_for_room_breaks_off_and_says_why(kind, fields):
+    """It ended with "the engine was stopped", as an event behind half a whole answer, or in the middle of another event."""
+
+    async def work(made):
+        reply, raw = await cut_for_room(made, kind, **fields)
+        assert reply.status == 200
+        # Half of an object, or of an event, and no error in the midst of it.
+        assert not raw.endswith((b"}", b"\n\n"))
+        assert b'"error"' not in raw
+        for _ in range(2):
+            with pytest.raises(ApiError, match="others need the room") as caught:
+                await reply.read_some()
+            assert (caught.value.status, caught.value.code) == (429, "overloaded")
+            assert caught.value.headers["Retry-After"] == "1"
+        await until_async(lambda: not made._answering)
+        assert (made.frontend.answers.num_bytes, reply.read_ready()) == (0, b"")
+        told = made.frontend.metrics.requests.labels(kind, "429")._value.get()
+        return told, (await ask(made, max_tokens=1))[0]
+
+    assert run(Script(width=1_000), work) == (1, 200)
+
+
+def told(error):
+    return b"data: " + json.dumps(error.to_dict()).encode() + b"\n\ndata: [DONE]\n\n"
+
+
+WHY = ApiError(429, "overloaded", "why")
+
+
+def test_before_its_status_is_known_an_answer_that_fails_is_the_error():
+    async def work():
+        reply = InsideReply()
+        reply.fail(WHY)
+        assert reply.begun.is_set()
+        assert (reply.status, json.loads(await read(reply))) == (429, WHY.to_dict())
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_stream_that_fails_between_two_events_ends_with_one_that_says_so(is_read):
+    async def work():
+        reply = InsideReply()
+        reply.begin(200, {}, told)
+        await reply.put(b"data: 1\n\n")
+        first = reply.read_ready() if is_read else b""
+        reply.fail(WHY)
+        # Who makes it may not know of that.
+        await reply.put(b"data: 2\n\n")
+        reply.end(web.StreamResponse())
+        assert first + await read(reply) == b"data: 1\n\n" + told(WHY)
+
+    asyncio.run(work())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=12), st.booleans(), st.integers(0, 12))
+def test_whenever_an_answer_fails_what_came_of_it_is_followed_by_nothing_else_or_by_one_whole_event(sizes, is_stream, after):
+    body = b"".join(b'data: {"n": %d}\n\n' % n for n in range(12)) if is_stream else bytes(range(97, 123)) * 12
+
+    async def work():
+        reply, at = InsideReply(), 0
+        reply.begin(200, {}, told if is_stream else None)
+
+        async def make():
+            nonlocal at
+            for number, size in enumerate(sizes):
+                if number == after:
+                    break
+                await reply.put(body[at : at + size])
+                at += size
+            reply.fail(WHY)
+
+        making, parts = asyncio.create_task(make()), []
+        try:
+            while part := await reply.read_some():
+                parts.append(part)
+        except ApiError as error:
+            assert error is WHY
+            assert b"".join(parts) == body[:at]
+            assert not is_stream or (at and not body[:at].endswith(b"\n\n"))
+        else:
+            assert is_stream
+            assert b"".join(parts) == body[:at] + told(WHY)
+            assert not at or body[:at].endswith(b"\n\n")
+        await making
+
+    asyncio.run(work())

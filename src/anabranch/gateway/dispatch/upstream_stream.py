@@ -256,7 +256,8 @@ class Opened:
         except UpstreamError as error:
             if self.has_finished:
                 data = b""
-            elif self._has_begun:
+            elif self._has_begun and error.failure.kind != "busy":
+                # One in this process says itself why.
                 raise UpstreamError(
                     Failure(kind="cut", message=f"{self.live.name} broke off: {error.failure.message}")
                 ) from None

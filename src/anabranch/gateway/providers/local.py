@@ -39,7 +39,7 @@ from anabranch.gateway.providers.provider import (
 from anabranch.web.api_error import ApiError
 
 if TYPE_CHECKING:
-    from anabranch.serving.http.inside import Inside, Kind
+    from anabranch.serving.http.inside import Inside, InsideReply, Kind
     from anabranch.serving.http.inside_config import InsideConfig
 
 logger = logging.getLogger(__name__)
@@ -208,13 +208,14 @@ class Local(Provider, kind="local"):
                 if not made.done():
                     made.set_result(Usage(prompt, completion, cached))
 
-        return await self._lent.inside.ask(
+        reply = await self._lent.inside.ask(
             kind,
             call.body,
             key=call.sender,
             default_tokens=None if default is None else int(default),
             on_end=told,
         )
+        return _Reply(self, reply)
 
 
 def _engine_class() -> "type[Inside]":
@@ -224,6 +225,31 @@ def _engine_class() -> "type[Inside]":
 
 
 _ENDPOINTS: "dict[str, Kind]" = {PATHS[name]: name for name in ("chat", "completions", "embeddings")}
+
+
+class _Reply:
+    """The engine's answer."""
+
+    def __init__(self, provider: Local, reply: "InsideReply") -> None:
+        self._provider, self._reply = provider, reply
+        self.status, self.headers = reply.status, reply.headers
+
+    def read_ready(self) -> bytes:
+        """See `anabranch.gateway.providers.http_call.Reply`."""
+        return self._reply.read_ready()
+
+    async def read_some(self) -> bytes:
+        """See there."""
+        try:
+            return await self._reply.read_some()
+        except ApiError as error:
+            headers = {name.lower(): value for name, value in error.headers.items()}
+            body = json.dumps(error.to_dict()).encode()
+            raise UpstreamError(self._provider.error(error.status, headers, body)) from None
+
+    def close(self) -> None:
+        """See there."""
+        self._reply.close()
 
 
 class _Call:

@@ -27,10 +27,10 @@ from anabranch.serving.http.generate import Generate
 from anabranch.serving.http.inside_config import InsideConfig
 from anabranch.serving.http.reading import Reader
 from anabranch.serving.http.serve import read_model
-from anabranch.web.answers import JSON, NOT_STORED
+from anabranch.web.answers import JSON, NOT_STORED, error_response
 from anabranch.web.api_error import ApiError
 from anabranch.web.ids import new_id
-from anabranch.web.json_text import to_json
+from anabranch.web.room import PATIENCE_S
 
 logger = logging.getLogger(__name__)
 Kind = Literal["chat", "completions", "embeddings"]
@@ -115,7 +115,7 @@ class Inside:
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
         # A task that is cancelled before it begins runs nothing of its own.
-        task.add_done_callback(lambda _: reply.end(_CUT))
+        task.add_done_callback(lambda _: reply.fail(_STOPPED))
         if on_end is not None:
             task.add_done_callback(lambda _: on_end(*asked.done_tokens))
         reply.task = task
@@ -159,7 +159,7 @@ class Inside:
     async def close(self) -> None:
         """Take no more requests, cut short those under way, and end the engine."""
         self.frontend.drain()
-        self.frontend.cut(ApiError(503, "shutting_down", "the engine was stopped before the answer was complete"))
+        self.frontend.cut(_STOPPED)
         if self._answering:
             await asyncio.wait(self._answering, timeout=TELL_S)
         left = list(self._answering)
@@ -171,6 +171,9 @@ class Inside:
 
 class InsideReply:
     """An answer under way. Who makes it waits until what came before has been read: a slow reader costs what it is made of (`Asked.hold`).
+
+    One that ends early says so in its own form: before its status is known it is the error itself, a stream between two events ends with an
+    event of it, and in the middle of an event, or of anything else, whoever reads meets it as an exception.
 
     Attributes:
         status: of HTTP.
@@ -185,13 +188,19 @@ class InsideReply:
         self.begun = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self._held, self._is_over = b"", False
+        # Of a stream that is between two events: what says there that it failed.
+        self._failed: Callable[[ApiError], bytes] | None = None
+        self._is_between = True
+        self._error: ApiError | None = None
         self._news, self._room = asyncio.Event(), asyncio.Event()
 
     # Who makes it
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """Status and headers are known."""
-        self.status, self.headers = status, headers
+    def begin(
+        self, status: int, headers: Mapping[str, str], failed: Callable[[ApiError], bytes] | None = None
+    ) -> None:
+        """Status and headers are known; of a stream also what ends it where it failed."""
+        self.status, self.headers, self._failed = status, headers, failed
         self.begun.set()
 
     async def put(self, data: bytes) -> None:
@@ -199,24 +208,43 @@ class InsideReply:
         while self._held and not self._is_over:
             self._room.clear()
             await self._room.wait()
+        if self._is_over:
+            # Somebody ended it meanwhile, and has said how.
+            return
         self._held += data
+        self._is_between = data.endswith(b"\n\n")
         self._news.set()
 
     def end(self, response: web.StreamResponse) -> None:
-        """No more comes behind ``response``: that is what was given, or all there is. A second call does nothing."""
+        """No more comes: ``response`` is what was given, or all there is. A second call does nothing."""
         if self._is_over:
             return
-        body = response.body if isinstance(response, web.Response) else None
-        data = body if isinstance(body, bytes) else b""
         if not self.begun.is_set():
+            body = response.body if isinstance(response, web.Response) else None
             self.begin(response.status, response.headers)
-            self._held = data
-        elif data:
-            # An error, behind the events of a stream.
-            self._held += b"data: " + data + b"\n\n"
+            self._held = body if isinstance(body, bytes) else b""
         self._is_over = True
         self._news.set()
         self._room.set()
+
+    def fail(self, error: ApiError) -> None:
+        """No more comes, though it is not whole. Nothing if it has ended."""
+        if self._is_over or not self.begun.is_set():
+            self.end(error_response(error))
+            return
+        if self._failed is not None and self._is_between:
+            self._held += self._failed(error)
+        else:
+            self._error = error
+        self._is_over = True
+        self._news.set()
+        self._room.set()
+
+    def cut(self, error: ApiError) -> None:
+        """As `fail`, and what is not made yet is not made."""
+        self.fail(error)
+        if self.task is not None:
+            self.task.cancel()
 
     # Who reads it
 
@@ -228,10 +256,15 @@ class InsideReply:
         return data
 
     async def read_some(self) -> bytes:
-        """What comes next, empty at the end. May be cancelled and called again without losing a byte."""
+        """What comes next, empty at the end. May be cancelled and called again without losing a byte.
+
+        Raises ApiError behind what came of an answer that broke off.
+        """
         while not self._held and not self._is_over:
             self._news.clear()
             await self._news.wait()
+        if not self._held and self._error is not None:
+            raise self._error
         return self.read_ready()
 
     def close(self) -> None:
@@ -256,7 +289,18 @@ class _AskedInside(Asked):
 
     def cut(self) -> None:
         """See `Asked`."""
-        self.reply.close()
+        message = f"others need the room that this answer takes, which was not read in {PATIENCE_S:g} s; try again in 1 s"
+        error = ApiError(
+            self._config.admission.status, "overloaded", message, type="rate_limit_error", headers={"Retry-After": "1"}
+        )
+        self.code = error.status
+        self.reply.cut(error)
+
+    def refuse(self, error: ApiError) -> web.Response:
+        """See `Asked`. What has begun says it in its own form."""
+        if self.reply.begun.is_set():
+            self.reply.fail(error)
+        return super().refuse(error)
 
     @property
     def done_tokens(self) -> tuple[int, int, int]:
@@ -294,22 +338,19 @@ class _AskedInside(Asked):
         """Hand on events as there is room for them."""
         first = await anext(events)
         failure: ApiError | None = None
-        self.reply.begin(200, {**headers, **STREAM_HEADERS})
+        self.reply.begin(200, {**headers, **STREAM_HEADERS}, lambda error: failed(error) + ending)
         await self.reply.put(first)
         try:
             async for data in events:
                 await self.reply.put(data)
         except ApiError as error:
             failure = error
-            await self.reply.put(failed(error))
-        await self.reply.put(ending)
+            self.reply.fail(error)
+        else:
+            await self.reply.put(ending)
         # Only its status is looked at: what it says has been handed on.
         return web.StreamResponse(status=200), failure
 
 
-def _error(error: ApiError) -> web.Response:
-    return web.Response(status=error.status, body=to_json(error.to_dict()), content_type="application/json")
-
-
 # The end of what nobody waits for any longer, or of what the end of the engine cut short.
-_CUT = _error(ApiError(503, "shutting_down", "the engine was stopped before the answer was complete"))
+_STOPPED = ApiError(503, "shutting_down", "the engine was stopped before the answer was complete")
