@@ -350,7 +350,7 @@ def test_a_stream_without_end_is_not_kept_without_bound(tmp_path, monkeypatch):
 
     async def work(gateway):
         reply = await gateway.handle("chat", ask(stream=True, temperature=0))
-        held.extend([sum(map(len, reply.stream._stream._kept)) async for _ in reply.stream])
+        held.extend([sum(map(len, reply.stream._stream._kept._blocks)) async for _ in reply.stream])
         await reply.stream.aclose()
 
     _, [row] = run(config(tmp_path), work)

@@ -28,7 +28,7 @@ from anabranch.gateway.http.app import App
 from anabranch.gateway.providers import local, local_engines
 from anabranch.gateway.providers.local import Local
 from anabranch.gateway.providers.mock import Mock
-from anabranch.gateway.providers.provider import HttpCall, UpstreamError, UpstreamRequest
+from anabranch.gateway.providers.provider import HttpCall, UpstreamError, UpstreamRequest, read_all
 from anabranch.gateway.providers.recorded import Record
 from anabranch.gateway.store import LedgerQuery
 from anabranch.routers.money import Price
@@ -454,13 +454,14 @@ def test_an_answer_that_is_cut_for_room_says_nothing_of_its_deployment(tmp_path,
         async with Gateway(config(tmp_path, model("a", provider()))) as gateway:
             [live] = gateway.runtime.dispatcher.lives()
             fields = {"prompt": "one two three " * 20, "echo": True, "logprobs": 20, "max_tokens": 1, "stream": stream}
-            reply = await live.provider.ask(live.provider.build(UpstreamRequest("completions", {"model": "a", **fields})))
+            reply = await live.provider.ask(
+                live.provider.build(UpstreamRequest("completions", {"model": "a", **fields}))
+            )
             inside = live.provider._lent.inside
             await until_async(lambda: inside.frontend.answers._read)
             next(iter(inside.frontend.answers._read)).cut_off()
             with pytest.raises(UpstreamError) as caught:
-                while await reply.read_some():
-                    pass
+                await read_all(reply)
             failure = caught.value.failure
             assert (failure.kind, failure.status, failure.retry_after_s) == ("busy", 429, 1.0)
             assert "others need the room" in failure.message

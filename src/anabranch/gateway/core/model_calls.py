@@ -324,11 +324,12 @@ async def _streamed(
             text = text_of(read_data(block))
             if text:
                 await pieces.put(Said(text))
+        if stream.failure is not None:
+            raise UpstreamError(stream.failure, stream.report)
+        return stream.answer()
     finally:
         await stream.aclose()
-    if stream.failure is not None:
-        raise UpstreamError(stream.failure, stream.report)
-    return stream.answer()
+        stream.forget()
 
 
 def body_of(

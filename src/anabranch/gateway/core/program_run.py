@@ -132,6 +132,10 @@ class ProgramRun:
             await self._pieces.aclose()
         self.drop()
 
+    def forget(self) -> None:
+        """Nobody asks for its `answer` any more."""
+        self._said.clear()
+
     def drop(self) -> None:
         """Stop, without waiting for the end of it."""
         if self._task is not None:

@@ -154,6 +154,12 @@ class RequestRun:
 
     def streamed(self, stream: Any, is_cut: bool = False) -> None:
         """A stream has ended, or its reader has gone."""
+        try:
+            self._streamed(stream, is_cut)
+        finally:
+            stream.forget()
+
+    def _streamed(self, stream: Any, is_cut: bool) -> None:
         state = self.state
         if state.is_over:
             return
@@ -172,13 +178,9 @@ class RequestRun:
                     answer: Answer = stream.answer()
                     self._cached.keep(answer)
                     state.note(answer)
-                except UpstreamError:
+                except UpstreamError as error:
                     # It went out as it came, but nobody else shall have it.
-                    logger.warning(
-                        "request %s: the stream of %s is not kept, since it makes no answer",
-                        state.id,
-                        report.deployment,
-                    )
+                    logger.warning("request %s: the stream of %s is not kept: %s", state.id, report.deployment, error)
             self.end("ok", 200)
 
     def _failed(self, error: BaseException) -> BaseException:

@@ -14,6 +14,7 @@ from anabranch.errors import AnabranchError, ConfigError
 from anabranch.gateway.dispatch.deployment_state import TOLD, Live
 from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
 from anabranch.gateway.dispatch.hedge import HedgeDelay
+from anabranch.gateway.dispatch.kept_stream import room_for_streams
 from anabranch.gateway.dispatch.large_answers import LargeAnswers
 from anabranch.gateway.dispatch.late import Exchange, Late, Reader, answer_of, exchanged
 from anabranch.gateway.dispatch.plan import Attempt, Plan
@@ -33,6 +34,7 @@ from anabranch.gateway.providers.provider import (
 )
 from anabranch.routers.contract.query import Model, Pool
 from anabranch.routers.money import Price
+from anabranch.web.answer_room import AnswerRoom
 from anabranch.web.turns import Turns
 
 # Large requests are written and large answers read here, one after another: the more threads want Python's lock, the longer the event loop
@@ -127,6 +129,7 @@ class Dispatcher:
         self._lingering: set[asyncio.Future[None]] = set()
         self.turns = Turns(_READERS)
         self.places: LargeAnswers = LargeAnswers() if previous is None else previous.places
+        self.kept: AnswerRoom = room_for_streams() if previous is None else previous.kept
         self.late = Late(self.rules.read_on_s, self.rules.read_on)
         self.groups: dict[str, LiveGroup] = {}
         names: set[str] = set()
@@ -262,16 +265,17 @@ class Dispatcher:
         return Reader(live.provider, request, self.turns, sender, self.places)
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
-        """A stream whose first token has come. Read it to the end, or close it.
+        """A stream whose first token has come. Read it to the end, or close it, and `forget` it where the plan keeps it.
 
         Where the plan judges answers, each but the last candidate's is whole before any of it is given; the last one's comes as it is made.
         Raises UpstreamError, with the report, when all that may be tried has failed before a first token.
         """
         run = Run(self, plan, request)
+        stream = Stream(run, request)
         try:
-            stream = Stream(run, request)
             await stream.open()
         except BaseException:
+            stream.forget()
             run.close()
             raise
         return stream

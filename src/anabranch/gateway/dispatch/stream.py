@@ -15,9 +15,11 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.kept_stream import KeptStream
 from anabranch.gateway.dispatch.outgoing import as_failure
 from anabranch.gateway.dispatch.plan import Attempt, Report
 from anabranch.gateway.dispatch.run import Run
@@ -26,7 +28,6 @@ from anabranch.gateway.providers.assembling import assembled
 from anabranch.gateway.providers.chunks import text_of
 from anabranch.gateway.providers.native_events import whole_of
 from anabranch.gateway.providers.provider import (
-    BODY_BYTES,
     Answer,
     Failure,
     Json,
@@ -34,7 +35,6 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
     Usage,
-    excess,
     read_all,
 )
 from anabranch.gateway.providers.sse import DONE_DATA, events
@@ -63,11 +63,9 @@ class Stream:
         self._run, self._request, self._now = run, request, run.dispatcher.now
         mode = run.plan.mid_stream or run.rules.mid_stream
         self._mode = "error" if mode == "restart" and run.plan.mid_stream is None else mode
-        self._keeps = run.plan.keep or run.plan.accept is not None or self._mode == "continue"
-        self._kept: list[bytes] = []
+        keeps = run.plan.keep or run.plan.accept is not None or self._mode == "continue"
+        self._kept = KeptStream(run.dispatcher.kept, run.plan.sender) if keeps else None
         self._answer: Answer | None = None
-        # Bytes of what would be kept.
-        self._size = 0
         # Of what the reader got: streams that broke and were gone on from, and the last.
         self._parts: list[Opened] = []
         self._stitch: Json | None = None
@@ -101,8 +99,9 @@ class Stream:
                 opened, attempt = await run.obtain(self._request, self._opening)
                 if accept is None or run.is_last:
                     break
+                beside = 0 if rejected is None else len(rejected[0].first)
                 try:
-                    await opened.read_whole()
+                    await opened.read_whole(partial(self._has_room, beside))
                 except UpstreamError as error:
                     run.failed(error)
                     continue
@@ -120,6 +119,10 @@ class Stream:
             attempt.status, rejected = "rejected", (opened, attempt)
             run.reject()
         self._take(opened)
+
+    def _has_room(self, beside: int, num_bytes: int) -> bool:
+        """Whether so many bytes of a whole answer may be kept beside those of another."""
+        return self._kept is None or self._kept.has_room(beside + num_bytes)
 
     def _take(self, opened: Opened) -> None:
         self._opened = opened
@@ -139,20 +142,26 @@ class Stream:
     @property
     def num_kept(self) -> int:
         """Bytes that `answer` is made of."""
-        return self._size
+        return 0 if self._kept is None else self._kept.size
 
     def answer(self) -> Answer:
-        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``. Raises UpstreamError if that is none.
+        """What the stream said, as a whole answer; needs ``Plan.keep`` or ``Plan.accept``.
 
-        It is put together once; in another thread, too, if the stream has ended.
+        It is put together once; in another thread, too, if the stream has ended. Raises UpstreamError if it is none, or is not kept, since
+        it is too long or there is no room for it.
         """
         if self._answer is None:
             answer = _whole(self._said(), self._request, self.usage)
             answer.report = self._run.report
             # A whole answer of steps is written in steps.
-            answer.is_large = self._size > LARGE
+            answer.is_large = self.num_kept > LARGE
             self._answer = answer
         return self._answer
+
+    def forget(self) -> None:
+        """Nobody asks for its `answer` any more: call it at the end of whatever the stream is of."""
+        if self._kept is not None:
+            self._kept.close()
 
     def drop(self) -> None:
         """Stop at once, as `aclose` does, without waiting for what is under way to notice."""
@@ -230,22 +239,13 @@ class Stream:
         self._mute_since = None
         if block is not HEARTBEAT:
             self._quiet_since = None
-            if self._keeps:
-                self._keep(block)
+            if self._kept is not None:
+                self._kept.add(block)
         return block
 
-    def _keep(self, block: bytes) -> None:
-        self._size += len(block)
-        if self._size <= BODY_BYTES:
-            self._kept.append(block)
-        else:
-            self._kept.clear()
-
     def _said(self) -> list[Json]:
-        """Chunks that were passed on. Raises UpstreamError (``excess``) if they were too much to keep."""
-        if self._size > BODY_BYTES:
-            raise excess(f"a stream of more than {BODY_BYTES:,} bytes, which is too long to be kept")
-        return list(_chunks(self._kept))
+        """Chunks that were passed on. Raises UpstreamError (``excess``, ``busy``) if they were too much to keep."""
+        return list(_chunks(() if self._kept is None else self._kept.blocks()))
 
     def _ready(self, opened: Opened) -> bytes:
         """What is there without waiting. Raises UpstreamError."""
@@ -291,9 +291,9 @@ class Stream:
             self.failure = last.failure
             return event(last.to_dict())
         if self._mode == "restart":
-            self._kept.clear()
             self._parts.clear()
-            self._size = 0
+            if self._kept is not None:
+                self._kept.begin_anew()
         else:
             self._stitch = self._parts[0].head
         self._coming = asyncio.ensure_future(self._run.obtain(request, self._opening))

@@ -8,11 +8,13 @@ import asyncio
 import logging
 import math
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from anabranch.gateway.dispatch.attempt_ends import OURS, stops
 from anabranch.gateway.dispatch.billed import broken_off
 from anabranch.gateway.dispatch.deployment_state import Live
+from anabranch.gateway.dispatch.kept_stream import no_room
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.dispatch.stream_lag import AHEAD_BYTES
 from anabranch.gateway.dispatch.stream_made import Made
@@ -215,8 +217,12 @@ class Opened:
                 Failure(kind="cut", message=f"{self.live.name} ended the stream before its first token")
             )
 
-    async def read_whole(self) -> None:
-        """Read to the end, and close the books. Raises UpstreamError, with the books closed too."""
+    async def read_whole(self, has_room: Callable[[int], bool]) -> None:
+        """Read to the end, and close the books. Raises UpstreamError, with the books closed too.
+
+        Args:
+            has_room: whether so many bytes of it may be held.
+        """
         try:
             while not self.is_done:
                 limit_s = self.live.deployment.idle_s
@@ -224,6 +230,8 @@ class Opened:
                     self.first += self.ready() or await self.next()
                 if len(self.first) > BODY_BYTES:
                     raise excess(f"an answer of more than {BODY_BYTES:,} bytes")
+                if not has_room(len(self.first)):
+                    raise no_room()
         except TimeoutError:
             error = self.run.timed_out(self.live, limit_s, "timeout")
             self.drop(error.failure)

@@ -196,9 +196,7 @@ class InsideReply:
 
     # Who makes it
 
-    def begin(
-        self, status: int, headers: Mapping[str, str], failed: Callable[[ApiError], bytes] | None = None
-    ) -> None:
+    def begin(self, status: int, headers: Mapping[str, str], failed: Callable[[ApiError], bytes] | None = None) -> None:
         """Status and headers are known; of a stream also what ends it where it failed."""
         self.status, self.headers, self._failed = status, headers, failed
         self.begun.set()
@@ -289,7 +287,9 @@ class _AskedInside(Asked):
 
     def cut(self) -> None:
         """See `Asked`."""
-        message = f"others need the room that this answer takes, which was not read in {PATIENCE_S:g} s; try again in 1 s"
+        message = (
+            f"others need the room that this answer takes, which was not read in {PATIENCE_S:g} s; try again in 1 s"
+        )
         error = ApiError(
             self._config.admission.status, "overloaded", message, type="rate_limit_error", headers={"Retry-After": "1"}
         )
