@@ -7,8 +7,8 @@ drawn from its number:
     slow      an answer after ``slow_s``. A whole one is made to its end and billed, also when the caller has gone; a stream stops within
               ``notices`` tokens of a connection that is gone, and is billed for what was made
     refused   429 or 500 at once, billed with nothing
-    lost      the answer is made and billed, and the connection breaks before its first byte; a stream whose caller has gone before that
-              stops within ``notices`` tokens, as above
+    lost      the answer is made and billed, and the connection breaks before its first byte. A stream takes as long as one that is sent, and
+              stops within ``notices`` tokens of a caller that has gone, as above
     cut       a stream breaks in the middle; what was made is billed, with up to ``ahead`` tokens that never went out. A whole answer
               breaks in its middle too, and is billed whole
 
@@ -129,9 +129,7 @@ class BillingProvider:
         if fate == "slow":
             await asyncio.sleep(self.slow_s)
         if fate == "lost":
-            # A stream of which nobody is there to take the first token stops as any other does.
-            is_gone = bool(body.get("stream")) and (request.transport is None or request.transport.is_closing())
-            self._bill(call, min(call.length, self.notices) if is_gone else call.length)
+            self._bill(call, await self._made_in_vain(request, call) if body.get("stream") else call.length)
             _break(request)
             return web.Response()
         if body.get("stream"):
@@ -149,6 +147,17 @@ class BillingProvider:
         _break(request)
         return response
 
+    async def _made_in_vain(self, request: web.Request, call: "Call") -> int:
+        """Make the tokens of a stream that never goes out, no faster than those of one that does: how many there were."""
+        made, unnoticed = 0, self.notices
+        while made < call.length and unnoticed > 0:
+            size = min(call.at_once, call.length - made)
+            made += size
+            await asyncio.sleep(size * self.token_s)
+            if _is_gone(request):
+                unnoticed -= size
+        return made
+
     async def _streamed(
         self, request: web.Request, form: "OpenAIForm | AnthropicForm", call: "Call", cut_at: int | None
     ) -> web.StreamResponse:
@@ -165,7 +174,7 @@ class BillingProvider:
                 made += size
                 if self.token_s:
                     await asyncio.sleep(size * self.token_s)
-                if request.transport is None or request.transport.is_closing():
+                if _is_gone(request):
                     # It takes a few tokens until it is seen that nobody is there.
                     unnoticed -= size
                     if unnoticed <= 0 or made == cut_at:
@@ -189,6 +198,11 @@ class BillingProvider:
 
     def _bill(self, call: "Call", made: int) -> None:
         self.bills[call.number] += call.nano(self.prices[call.model], made * call.choices)
+
+
+def _is_gone(request: web.Request) -> bool:
+    """Whether the caller has closed the connection."""
+    return request.transport is None or request.transport.is_closing()
 
 
 def _break(request: web.Request) -> None:

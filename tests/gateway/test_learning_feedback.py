@@ -279,6 +279,23 @@ def test_what_nobody_scored_teaches_costs_under_the_same_settings(tmp_path):
     assert run(tmp_path / "c", work, feedback=FeedbackConfig(free=1)) == [1, 2, 3]
 
 
+def test_senders_are_counted_when_keys_are_read_and_not_for_each_outcome(tmp_path):
+    class Unread(dict):
+        def values(self):
+            raise AssertionError("all keys are looked at")
+
+    async def work(gateway):
+        teaching = gateway.teaching
+        keys = await keys_of(gateway, a={}, b={}, boss={"is_admin": True})
+        await teaching.read_keys()
+        teaching._keys = Unread(teaching._keys)
+        before = await steps(gateway)
+        assert await score(gateway, keys["a"], await ask(gateway, keys["a"]))
+        return teaching.num_senders - (not gateway.config.require_key), await steps(gateway) - before
+
+    assert run(tmp_path, work) == (2, 1)
+
+
 def test_what_is_over_the_share_is_told_without_what_all_would_learn_from(tmp_path):
     class Notes(Strategy):
         keeps_answers = True

@@ -47,6 +47,8 @@ class Teaching:
         # By strategy, and whether the outcomes are scored: what comes by itself leaves the room for scores as it is.
         self._shares: dict[tuple[str, bool], FairShare] = {}
         self._keys: dict[str, KeyRecord] = {}
+        # Of them, those that are no operator's: each outcome asks for it, and there may be many thousands.
+        self._num_keys = 0
         self._keys_read_s = 0.0
         # Requests that are being scored now, by whom, and how.
         self._scoring: set[tuple[str, str, str]] = set()
@@ -257,7 +259,7 @@ class Teaching:
     @property
     def num_senders(self) -> int:
         """Keys that requests may come with, as far as known, but for operators'; all who need none are one."""
-        return sum(not key.is_admin for key in self._keys.values()) + (not self._services.config.require_key)
+        return self._num_keys + (not self._services.config.require_key)
 
     async def read_keys(self, fresh_s: float = 0.0) -> None:
         """Learn which keys there are, unless that was read so few seconds ago."""
@@ -265,6 +267,7 @@ class Teaching:
             return
         now_us = int(time.time() * 1e6)
         self._keys = {key.id: key for key in await self._services.store.keys() if key.is_valid(now_us)}
+        self._num_keys = sum(not key.is_admin for key in self._keys.values())
         self._keys_read_s = time.monotonic()
 
     def _lane(self, strategy: str) -> "Lane | None":
