@@ -7,8 +7,8 @@ drawn from its number:
     slow      an answer after ``slow_s``. A whole one is made to its end and billed, also when the caller has gone; a stream stops within
               ``notices`` tokens of a connection that is gone, and is billed for what was made
     refused   429 or 500 at once, billed with nothing
-    lost      the answer is made and billed, and the connection breaks before its first byte. A stream takes as long as one that is sent, and
-              stops within ``notices`` tokens of a caller that has gone, as above
+    lost      the answer is made and billed, and the connection breaks before its first byte. A stream takes as long as one that is sent
+              out, and stops within ``notices`` tokens of a caller that has gone, as above
     cut       a stream breaks in the middle; what was made is billed, with up to ``ahead`` tokens that never went out. A whole answer
               breaks in its middle too, and is billed whole
 
