@@ -368,3 +368,31 @@ def test_a_reading_that_is_cancelled_leaves_its_socket_to_the_thread_that_has_it
         theirs.close()
 
     asyncio.run(main())
+
+
+def test_a_reading_that_outlives_its_loop_leaves_no_socket_open(monkeypatch):
+    """Its socket was closed by the loop alone, and where that had ended, by nobody: "unclosed socket"."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    threads, goes_on = ThreadPoolExecutor(1), threading.Event()
+    monkeypatch.setattr(body_beside, "_threads", lambda: threads)
+    # The one thread has other things to do until the loop is gone.
+    threads.submit(goes_on.wait)
+
+    async def main():
+        request = SimpleNamespace(protocol=SimpleNamespace(resume_reading=lambda resume_parser: None))
+        one = BodyBeside(request, ours, 100)
+        task = asyncio.ensure_future(one.some())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        one.__exit__(None, None, None)
+        assert ours.fileno() >= 0
+
+    try:
+        asyncio.run(main())
+    finally:
+        goes_on.set()
+        threads.shutdown()
+    assert ours.fileno() == -1
+    theirs.close()

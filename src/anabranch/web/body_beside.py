@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -49,7 +49,7 @@ class BodyBeside:
         self._request, self._sock, self._left = request, sock, left
         # Set where nobody waits for what comes.
         self._is_over = threading.Event()
-        self._reading: asyncio.Future[tuple[list[bytes], bool]] | None = None
+        self._reading: Future[tuple[list[bytes], bool]] | None = None
 
     @classmethod
     def of(cls, request: web.BaseRequest) -> "tuple[BodyBeside | None, list[bytes]]":
@@ -84,10 +84,10 @@ class BodyBeside:
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
-        if self._reading is None or self._reading.done():
+        if self._reading is None:
             self._sock.close()
         else:
-            # The thread has it yet.
+            # The thread may have it yet, and have it when this loop has ended.
             self._reading.add_done_callback(lambda _: self._sock.close())
         if self._left:
             self._request.protocol.resume_reading(resume_parser=False)
@@ -98,8 +98,8 @@ class BodyBeside:
         """What comes next of the body; empty at its end. Raises ConnectionResetError where its sender goes away."""
         loop = asyncio.get_running_loop()
         while self._left:
-            self._reading = loop.run_in_executor(_threads(), _taken, self._sock, min(self._left, _STEP), self._is_over)
-            found, has_ended = await asyncio.shield(self._reading)
+            self._reading = _threads().submit(_taken, self._sock, min(self._left, _STEP), self._is_over)
+            found, has_ended = await asyncio.shield(asyncio.wrap_future(self._reading))
             self._left -= sum(map(len, found))
             if self._left and has_ended:
                 raise ConnectionResetError("the client went away in the middle of its body")
