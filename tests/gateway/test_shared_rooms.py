@@ -1,6 +1,7 @@
 """Limits of deployments that processes keep together on a real Redis, and what becomes of them while it is away."""
 
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.dispatch import BreakerRules, Deployment, Dispatcher, DispatchRules, Group, Plan
 from anabranch.gateway.dispatch.deployment_state import Live
-from anabranch.gateway.dispatch.shared_rooms import Full
+from anabranch.gateway.dispatch.senders import is_own
+from anabranch.gateway.dispatch.shared_rooms import Full, attempt_id, mark_of
 from anabranch.gateway.dispatch.window import SlidingSum
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest
@@ -147,6 +149,49 @@ def test_attempts_under_way_are_counted_together_and_end(server, prefix):
             assert await two.take(limited, "a", 1) == Full(None)
 
     asyncio.run(main())
+
+
+@needs_redis
+def test_one_sender_does_not_have_all_places_though_each_process_gives_it_some(server, prefix):
+    ids = itertools.count()
+
+    async def begun(where, limited, sender):
+        taken = []
+        while (full := await where.take(limited, id := attempt_id(next(ids), sender), 1)) is None:
+            taken.append(id)
+        assert full == Full(None)
+        return taken
+
+    async def main():
+        async with processes(server, prefix) as shared:
+            one, two = (each.rooms for each in shared)
+            limited = deployment(max_in_flight=8, key_share=0.75)
+            held = await begun(one, limited, "key:a")
+            assert (len(held), await begun(two, limited, "key:a")) == (6, [])
+            assert len(await begun(two, limited, "key:b")) == 1
+            # One more, for whoever comes; what the gateway asks for itself leaves it.
+            assert await begun(one, limited, "gateway:shadow") == []
+            assert len(await begun(one, limited, "key:c")) == 1
+            one.leave("d", held[0])
+            await one.tell()
+            assert await begun(two, limited, "key:a") == []
+            assert len(await begun(two, limited, "")) == 1
+            # Nothing is shared out where that is so written, nor among those without a key.
+            assert len(await begun(two, deployment("e", max_in_flight=3), "key:a")) == 3
+            assert len(await begun(two, deployment("f", max_in_flight=3, key_share=0.5), "")) == 3
+
+    asyncio.run(main())
+
+
+@given(st.text(min_size=1), st.text(min_size=1), st.integers(0, 10**9))
+def test_the_name_of_an_attempt_says_whose_it_is_and_not_who(sender, other, number):
+    id = attempt_id(number, sender)
+    assert mark_of(id) == mark_of(attempt_id(number + 1, sender)) != ""
+    assert id.endswith(mark_of(id))
+    assert (mark_of(id) == mark_of(attempt_id(number, other))) is (
+        sender == other or (is_own(sender) and is_own(other))
+    )
+    assert mark_of(attempt_id(number, "")) == ""
 
 
 @needs_redis

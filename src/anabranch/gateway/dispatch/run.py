@@ -20,7 +20,7 @@ from anabranch.gateway.dispatch.deployment_state import Live
 from anabranch.gateway.dispatch.outgoing import as_failure, built
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
-from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms
+from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms, attempt_id
 from anabranch.gateway.observe.trace_context import new_span_id
 from anabranch.gateway.providers.provider import (
     Failure,
@@ -356,7 +356,7 @@ class Run:
 
     async def _take_room(self, live: Live, attempt: Attempt, rooms: SharedRooms) -> None:
         """Count an attempt in for all processes. Raises NoRoomError, and it never was, where they have used up the deployment's limits."""
-        place = str(next(_places))
+        place = attempt_id(next(_places), self.plan.sender)
         full = await rooms.take(live.deployment, place, self.tokens)
         if full is None:
             attempt.place = place

@@ -7,7 +7,8 @@ clock of Redis, and the attempts under way as leases.
 from typing import Any
 
 from anabranch.gateway.dispatch.deployments import Deployment
-from anabranch.gateway.dispatch.shared_rooms import Full
+from anabranch.gateway.dispatch.senders import OWN
+from anabranch.gateway.dispatch.shared_rooms import Full, mark_of
 from anabranch.gateway.shared import leases
 from anabranch.gateway.shared.link import AwayError, Script
 
@@ -16,13 +17,15 @@ MINUTE_MS = 60_000
 PARTS = 64
 
 # KEYS: sums of requests and of tokens by parts of the minute, attempts under way. ARGV: rpm, tpm, most at a time (0 for no limit), tokens,
-# the name of the attempt, milliseconds of its lease, of the window, and of a part of it. Gives the limit that is in the way and the
+# the name of the attempt, milliseconds of its lease, of the window, and of a part of it, what the names of its sender's attempts end with
+# ("" shares nothing out) and the sender's part of what others leave of the attempts at a time. Gives the limit that is in the way and the
 # milliseconds to wait (0 until an attempt ends, -1 for ever); nothing if none is. A part counts until all of it is older than the window.
 # Parts of a time that is still to come, since the clock once ran ahead, are the newest there are: they count as of now. What is no part is
 # let go of.
 TAKE = Script(
     f"""
 {leases.ENDED}
+local OURS = '@{OWN}'
 local function whole(text) return #text <= 15 and string.find(text, '^-?%d+$') and tonumber(text) end
 """
     + """
@@ -32,7 +35,14 @@ local most, window, grain = tonumber(ARGV[3]), tonumber(ARGV[7]), tonumber(ARGV[
 local here = math.floor(now / grain)
 if most > 0 then
   let_go(KEYS[3], now, ARGV[6])
-  if redis.call('ZCARD', KEYS[3]) >= most then return {'max_in_flight', 0} end
+  local held, mark, own = redis.call('ZCARD', KEYS[3]), ARGV[9], 0
+  if held >= most or (mark == OURS and held > 0 and held + 1 >= most) then return {'max_in_flight', 0} end
+  if mark ~= '' and held > 0 then
+    for _, name in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+      if string.sub(name, -#mark) == mark then own = own + 1 end
+    end
+    if own > 0 and own + 1 > tonumber(ARGV[10]) * (most - held + own) then return {'max_in_flight', 0} end
+  end
 end
 for place, amount in ipairs({1, tonumber(ARGV[4])}) do
   local full = tonumber(ARGV[place])
@@ -141,7 +151,8 @@ class RedisRooms(leases.Leases):
             # Before it is asked: who is cancelled meanwhile may have a lease. And while it is away, so that it learns of it later.
             self._hold(name, id)
         limits = (deployment.rpm or 0, deployment.tpm or 0, deployment.max_in_flight or 0, tokens)
-        values = (*limits, self._name(id), int(leases.LEASE_S * 1e3), MINUTE_MS, MINUTE_MS / PARTS)
+        times = (int(leases.LEASE_S * 1e3), MINUTE_MS, MINUTE_MS / PARTS)
+        values = (*limits, self._name(id), *times, mark_of(id), deployment.key_share)
         try:
             full = await self._link.script(TAKE, self._keys(name), values, lambda found: _full(found, tokens))
         except AwayError:
