@@ -99,7 +99,7 @@ def chat():
 
 
 def plan(made, sender, **fields):
-    return Plan(candidates=("m",), deadline=made.now() + 60, sender=sender, **{"keep": True, **fields})
+    return Plan(**{"candidates": ("m",), "deadline": made.now() + 60, "sender": sender, "keep": True, **fields})
 
 
 async def read(stream):

@@ -224,14 +224,12 @@ class Opened:
             has_room: whether so many bytes of it may be held.
         """
         try:
+            self._check_held(has_room)
             while not self.is_done:
                 limit_s = self.live.deployment.idle_s
                 async with asyncio.timeout(max(min(limit_s, self.run.left_s), 0.0)):
                     self.first += self.ready() or await self.next()
-                if len(self.first) > BODY_BYTES:
-                    raise excess(f"an answer of more than {BODY_BYTES:,} bytes")
-                if not has_room(len(self.first)):
-                    raise no_room()
+                self._check_held(has_room)
         except TimeoutError:
             error = self.run.timed_out(self.live, limit_s, "timeout")
             self.drop(error.failure)
@@ -243,6 +241,12 @@ class Opened:
             self.drop()
             raise
         self.settle()
+
+    def _check_held(self, has_room: Callable[[int], bool]) -> None:
+        if len(self.first) > BODY_BYTES:
+            raise excess(f"an answer of more than {BODY_BYTES:,} bytes")
+        if not has_room(len(self.first)):
+            raise no_room()
 
     def ready(self) -> bytes:
         """What is passed on of what has come without waiting. Raises UpstreamError for what cannot be read."""

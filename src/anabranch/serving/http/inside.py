@@ -188,9 +188,9 @@ class InsideReply:
         self.begun = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self._held, self._is_over = b"", False
-        # Of a stream that is between two events: what says there that it failed.
+        # Of a stream: what says between two events, which its last bytes tell, that it failed.
         self._failed: Callable[[ApiError], bytes] | None = None
-        self._is_between = True
+        self._last = b"\n\n"
         self._error: ApiError | None = None
         self._news, self._room = asyncio.Event(), asyncio.Event()
 
@@ -210,7 +210,7 @@ class InsideReply:
             # Somebody ended it meanwhile, and has said how.
             return
         self._held += data
-        self._is_between = data.endswith(b"\n\n")
+        self._last = (self._last + data[-2:])[-2:]
         self._news.set()
 
     def end(self, response: web.StreamResponse) -> None:
@@ -230,7 +230,7 @@ class InsideReply:
         if self._is_over or not self.begun.is_set():
             self.end(error_response(error))
             return
-        if self._failed is not None and self._is_between:
+        if self._failed is not None and self._last == b"\n\n":
             self._held += self._failed(error)
         else:
             self._error = error
