@@ -116,7 +116,9 @@ def atomic_file(path: str | Path, *, mode: int | None = None, clears: bool = Fal
 
 def _temporary_file(path: Path) -> tuple[Path, None]:
     """A new file beside a place, which nothing tells from others."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # Of a name that leaves no room for more, the beginning.
+    name = path.name if len(os.fsencode(path.name)) <= _LONGEST else path.name[:50]
+    handle, name = tempfile.mkstemp(prefix=f".{name}.", dir=path.parent)
     os.close(handle)
     return Path(name), None
 

@@ -124,13 +124,17 @@ def test_memory_that_is_no_amount_is_told(here, tmp_path, memory):
         ("king,0.1,0.2\nqueen,0.3,0.4\n", ["f0", "f1", "f2"], 2),
         ("word,x,y\nqueen,0.3,0.4\n", ["word", "x", "y"], 1),
         # As data frames write columns without names, with an index and without.
-        ("0,1,2\n0.5,1,2\n", ["0", "1", "2"], 1),
-        ("1,2\n0.5,2\n", ["1", "2"], 1),
+        ("0,1,2,3\n0.5,1,2,3\n", ["0", "1", "2", "3"], 1),
+        ("1,2,3,4\n0.5,2,3,4\n", ["1", "2", "3", "4"], 1),
         ("id,0,1\n7,0.5,2\n", ["id", "0", "1"], 1),
         # Edges and other whole numbers.
         ("3,1\n1,2\n", ["f0", "f1"], 2),
         ("5\n6\n", ["f0"], 2),
         ("x\n6\n", ["x"], 1),
+        # One line, which does not end.
+        ("0.5,0.25", ["f0", "f1"], 1),
+        ("king,0.5", ["f0", "f1"], 1),
+        ("x,y\n1,2", ["x", "y"], 1),
         ("2,2\n1,2\n", ["f0", "f1"], 2),
         # Columns that are called by numbers, behind one that says what it is.
         ("id,2019,2020\n7,.5,.1\n8,.25,.2\n", ["id", "2019", "2020"], 2),
@@ -148,7 +152,18 @@ def test_a_first_line_of_numbers_is_a_row(tmp_path, text, names, count):
         assert (table.column_names, table.num_rows) == (names, count)
 
 
-@pytest.mark.parametrize("text", ["0,1\n1,2\n2,3\n", "king,0,1\nqueen,3,4\n", "1,2\n2,3\n", "0,1,2\n3,4,5\n", "0,1\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0,1\n1,2\n2,3\n",
+        "king,0,1\nqueen,3,4\n",
+        "1,2\n2,3\n",
+        "0,1,2\n3,4,5\n",
+        "0,1\n",
+        "0,1\n.6,.8\n.8,.6\n",
+        "0,1,2\n.5,1,2\n",
+    ],
+)
 def test_numbers_of_columns_above_whole_numbers_may_be_either(tmp_path, text):
     path = tmp_path / "v.csv"
     path.write_text(text)

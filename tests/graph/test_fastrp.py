@@ -848,6 +848,19 @@ def test_what_was_fitted_is_asked_with_the_arguments_that_it_was_fitted_with(tmp
         np.testing.assert_array_equal(one.set_params(**{name: before}, workers=2).transform(rows), right)
 
 
+@pytest.mark.parametrize("s", [0, -3, 0.5, float("nan"), float("inf")])
+def test_a_file_whose_projection_has_no_share_is_damaged(tmp_path, s):
+    """Transform divided by it."""
+    graph = Graph.from_edges(np.arange(30), (np.arange(30) * 7 + 1) % 30, num_nodes=30)
+    path = tmp_path / "m.anb"
+    FastRP(4, weights=(1.0, 1.0), keep_powers=True, self_weight=1.0).fit(graph).save(path)
+    found = read_arrays(path, "fastrp")
+    arrays = {key: np.array(value) for key, value in found.arrays.items()}
+    write_arrays(path, "fastrp", arrays, {**found.meta, "start": {**found.meta["start"], "s": str(s)}})
+    with pytest.raises(DataError, match="is damaged"):
+        FastRP.load(path)
+
+
 @pytest.mark.parametrize(
     "name", ["embedding", "mean", "factor", "key", "scale", "power0", "power1", "power2", "num_random", "right"]
 )

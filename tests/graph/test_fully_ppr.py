@@ -726,3 +726,46 @@ def test_a_table_of_scores_that_says_something_else_than_it_holds_is_damaged(tmp
             assert FullyPPRResult.load(path).num_nodes == 3
     with pytest.raises(DataError, match="is damaged"):
         FullyPPRResult.load(path)
+
+
+CALLED = {"source_name": ["a", "b", "c"], "target_name": ["b", "c", "a"]}
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ({}, {"source": [0, 0, 2], "target": [1, 1, 0]}),
+        ({}, {**CALLED, "target_name": ["x", "y", "z"]}),
+        ({}, {**CALLED, "source_name": [None, "b", "c"]}),
+        ({}, {"source_name": ["a"] * 3, "target_name": ["a"] * 3}),
+        ({}, {"source_name": CALLED["source_name"]}),
+        ({"ids": "names"}, {"score": pa.array([None, 0.5, 0.5])}),
+        ({"ids": "names"}, {"score": [float("nan"), 0.5, 0.5]}),
+        ({"ids": "names"}, {"score": ["a", "b", "c"]}),
+        ({"ids": "names"}, {"source": pa.array([None, 1, 2])}),
+        ({"ids": "names"}, {"source": [0, 0, 2], "target": [1, 1, 0]}),
+    ],
+)
+def test_names_and_pairs_that_cannot_be_are_damage(tmp_path, said, change):
+    """Rows came in an order of chance, or with numbers that are none."""
+    path = tmp_path / "s.parquet"
+    for rows in (ROWS, ROWS | change):
+        table = pa.table(rows).replace_schema_metadata({b"anabranch": json.dumps(FACTS | said).encode()})
+        pq.write_table(table, path)
+        if rows is ROWS:
+            assert FullyPPRResult.load(path).num_nodes == 3
+    with pytest.raises(DataError, match="is damaged"):
+        FullyPPRResult.load(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "more"),
+    [({"num_nodes": 2**31 - 1}, {}), ({"num_nodes": 2**40, "is_all": False}, CALLED)],
+)
+def test_a_small_file_of_many_nodes_asks_for_no_more_memory_than_there_is(tmp_path, monkeypatch, said, more):
+    monkeypatch.setattr("anabranch.machine.room_bytes", lambda *_: 1 << 30)
+    path = tmp_path / "s.parquet"
+    table = pa.table(ROWS | more).replace_schema_metadata({b"anabranch": json.dumps(FACTS | said).encode()})
+    pq.write_table(table, path)
+    with pytest.raises(CapacityError, match=r"nodes need .* GiB for their rows alone, 1\.0 GiB of memory are free"):
+        FullyPPRResult.load(path)

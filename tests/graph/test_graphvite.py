@@ -334,6 +334,11 @@ def test_files_of_before_are_read_where_only_a_new_fit_would_be_refused(graph, t
         with pytest.raises(InputError, match=f"^({'|'.join(before)}) is "):
             refused()
     assert np.array_equal(read.transform(), model.transform())
+    # Others may change, and it goes on for as long as is said.
+    read.set_params(workers=2)
+    assert {name: read.get_params()[name] for name in before} == before
+    if "epochs" in before:
+        read.resume(graph, epochs=1)
     read.set_params(**{name: GraphVite(**SMALL).get_params()[name] for name in before}).resume(graph, epochs=1)
     # What never was allowed is no file of before.
     for wrong in ({"epochs": -1}, {"epochs": "2e6"}, {"negatives": 1.5}, {"walk_length": 0}, {"lr": -1}):

@@ -212,12 +212,16 @@ def test_a_mask_ends_behind_the_largest_id_that_is_live():
     assert index.search([[3, 0]], 1, filter=np.array([], bool))[0].tolist() == [[-1]]
 
 
-@pytest.mark.parametrize("ask", ["search", "search many", "nearest_within", "brute_force", "disk"])
+@pytest.mark.parametrize(
+    "ask", ["search", "search many", "nearest_within", "brute_force", "disk", "shards", "shards, within"]
+)
 def test_more_results_than_memory_holds_are_refused_before_they_are_written(tmp_path, monkeypatch, ask):
     """A system that promises more memory than it has ended the process as they were: 26 GB for k = 2^31 of 40 elements."""
     vectors = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
     index = HNSW(8, M=4, ef_construction=10)
     index.add(vectors)
+    shards = ShardedHNSW(8, 2, M=4, ef_construction=10)
+    shards.add(vectors)
     on_disk = build(vectors, tmp_path / "d.anb", memory=32 << 20)
     monkeypatch.setattr(checks, "room_bytes", lambda: 100 << 20)
     one = vectors[:1]
@@ -227,6 +231,8 @@ def test_more_results_than_memory_holds_are_refused_before_they_are_written(tmp_
         "nearest_within": lambda k: index.nearest_within(one, 1.0, k),
         "brute_force": lambda k: brute_force(vectors, one, k),
         "disk": lambda k: on_disk.search(one, k),
+        "shards": lambda k: shards.search(one, k),
+        "shards, within": lambda k: shards.nearest_within(one, 1e9, k),
     }
     for k in (2**31, 10_000_000):
         with pytest.raises(CapacityError, match=r"no memory for .* queries; ask for fewer"):

@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from anabranch.errors import InputError
-from anabranch.graph.hnsw import ShardedHNSW
+from anabranch.errors import CapacityError, InputError
+from anabranch.graph.hnsw import ShardedHNSW, checks
 
 
 def test_threads_that_add_draw_different_ids():
@@ -85,3 +85,30 @@ def test_a_child_that_is_forked_while_a_thread_changes_it_goes_on():
             os._exit(0 if len(index) == 5 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert len(index) == 4
+
+
+def test_results_of_many_elements_are_looked_at_with_what_is_made_of_them(monkeypatch):
+    """Each shard looked at its own alone, and eight times as much was taken."""
+    index = ShardedHNSW(2, 2, M=4, ef_construction=8)
+    vectors = np.random.default_rng(0).standard_normal((400, 2)).astype(np.float32)
+    index.add(vectors)
+    queries = np.repeat(vectors, 25, 0)
+    k = 399
+    # Results alone take 48 MB.
+    monkeypatch.setattr(checks, "room_bytes", lambda: 100 << 20)
+    with pytest.raises(CapacityError, match=r"no memory for k = 399 results of 10,000 queries; ask for fewer"):
+        index.search(queries, k)
+
+
+@pytest.mark.parametrize("k", [39, 40, 41, 1000])
+def test_more_neighbours_than_there_are_stand_behind_all_of_them(k):
+    index = ShardedHNSW(4, 3, M=4, ef_construction=8)
+    vectors = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    index.add(vectors)
+    ids, distances = index.search(vectors[:3], k, ef=100)
+    exact = ((vectors[:3, None] - vectors) ** 2).sum(2).argsort(1)
+    held = min(k, 40)
+    assert ids.shape == distances.shape == (3, k)
+    np.testing.assert_array_equal(ids[:, :held], exact[:, :held])
+    assert (ids[:, held:] == -1).all()
+    assert np.isinf(distances[:, held:]).all()

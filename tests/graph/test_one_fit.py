@@ -123,3 +123,26 @@ def test_weights_that_were_changed_in_place_are_seen():
             model.transform(np.eye(2, 5))
         with pytest.raises(InputError, match="weights is"):
             model.save("never.anb")
+
+
+@pytest.mark.parametrize("ending", [".anb", ".npz"])
+def test_names_that_a_file_would_not_keep_apart_are_refused_before_it_is_written(tmp_path, ending):
+    """It was written, and then no release could read it."""
+    graph = Graph.from_edges([0, 1, 2], [1, 2, 0], names=[1, "1", 2])
+    for model in (GraphVite(dim=4, epochs=2, workers=1).fit(graph), FastRP(dim=4, workers=1).fit(graph)):
+        with pytest.raises(InputError, match="names can be saved if all are integers or all are text; 1 is not text"):
+            model.save(tmp_path / f"m{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [200, 241, 250, 251, 255])
+def test_names_of_files_may_be_as_long_as_file_systems_take(tmp_path, length):
+    path = tmp_path / ("n" * (length - 4) + ".anb")
+    if length > 250:
+        with pytest.raises(InputError, match="whose names have 1 to 250 bytes"):
+            FIRST.save(path)
+        return
+    for _ in range(2):
+        FIRST.save(path)
+    assert Graph.load(path).equals(FIRST)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -200,7 +200,8 @@ def _is_broken_off(path: Path) -> bool:
 
 
 def _may_have_changes(path: Path) -> bool:
-    if live_folder(path).is_dir():
+    # Beside a name of the full length nothing can lie.
+    if os.path.isdir(live_folder(path)):
         return True
     if not path.is_file():
         return False

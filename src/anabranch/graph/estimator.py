@@ -1,7 +1,6 @@
 """What estimators of this package have in common, in the form scikit-learn users know, and look-ups in embeddings."""
 
 import inspect
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, ClassVar, Self
 
@@ -37,14 +36,21 @@ class Estimator:
         for name in params:
             if name not in known:
                 raise ConfigError(f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}")
-        checked = type(self)(**{**self.get_params(), **params})
+        # What it has from a file of before stays as it is.
+        checked = type(self)(**{**self._lawful(self.get_params()), **params})
         for name in params:
             setattr(self, name, getattr(checked, name))
         return self
 
     @classmethod
-    def _of_file(cls, params: Mapping[str, Any], lawful: Mapping[str, Any]) -> Self:
-        """What a file was made with; ``lawful`` are its arguments as they may be today, where limits have become narrower since."""
+    def _lawful(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a file of before as they may be today, where limits have become narrower since."""
+        return params
+
+    @classmethod
+    def _of_file(cls, params: dict[str, Any]) -> Self:
+        """What a file was made with, also where another fit with these arguments would be refused today."""
+        lawful = cls._lawful(params)
         made = cls(**lawful)
         for name, value in params.items():
             if value is not lawful[name]:

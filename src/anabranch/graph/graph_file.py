@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import InputError
 from anabranch.graph import csr
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described
-from anabranch.graph.names import names_arrays, names_from
+from anabranch.graph.names import check_saved_names, names_arrays, names_from
 
 KIND = "graph"
 
@@ -29,10 +28,8 @@ def write(
     arrays = {"indptr": indptr, "indices": indices}
     if weights is not None:
         arrays["weights"] = weights
-    if names is not None and names.dtype.kind not in "iu":
-        strange = next((name for name in names.tolist() if not isinstance(name, str)), None)
-        if strange is not None:
-            raise InputError(f"names can be saved if all are integers or all are text; {strange!r} is not text")
+    if names is not None:
+        check_saved_names(names)
     write_arrays(path, KIND, {**arrays, **names_arrays(names)}, {"is_directed": is_directed})
 
 

@@ -219,6 +219,15 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
     return names
 
 
+def check_saved_names(names: np.ndarray) -> None:
+    """Raises InputError for names that a file would not keep apart: neither all integers nor all text."""
+    if names.dtype.kind in "iuU":
+        return
+    strange = next((name for name in names.tolist() if not isinstance(name, str)), None)
+    if strange is not None:
+        raise InputError(f"names can be saved if all are integers or all are text; {strange!r:.80} is not text")
+
+
 def names_arrays(names: np.ndarray | None) -> dict[str, np.ndarray]:
     """Names, [N] of integers or text, as arrays that a file can hold; none for None. Raises InputError for text that is not UTF-8."""
     if names is None:

@@ -221,9 +221,11 @@ def train_with_progress(
             progress.set_total(now.total)
             progress.update(min(now.done, now.total), text)
 
-        estimator.set_params(callbacks=(told,))
-        work(estimator)
-        estimator.set_params(callbacks=())
+        estimator.callbacks = (told,)
+        try:
+            work(estimator)
+        finally:
+            estimator.callbacks = ()
 
 
 def _alike(vectors_ND: np.ndarray) -> int:

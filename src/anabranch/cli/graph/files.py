@@ -30,6 +30,9 @@ DAMAGED = (
 )
 
 
+# From so many on, columns that are called 0, 1, 2, ... are no row of numbers that happen to be these.
+_SURELY_NAMES = 4
+
 # Whether the first line of a text is a row, by its cells and those of the second (empty where there is none); None: numbers shall tell.
 IsRow = Callable[[list[str], list[str]], bool | None]
 
@@ -38,9 +41,9 @@ def read_arrow(path: str | Path, is_row: IsRow | None = None) -> Any:
     """A table of Arrow from .parquet, .pq, .csv, .tsv or .txt (tabs), the last three also with .gz.
 
     The first line of a text names its columns. One of numbers (behind a first name, too) is a row, and columns are then called f0, f1 and
-    so on; one of the numbers of columns, from 0 or 1, above numbers that are not whole, names them, and so does one that begins with
-    nothing or with what columns of names are called (`NAMES`), whatever numbers stand behind it.
-    Whoever knows what its cells are about says it by ``is_row``.
+    so on; one of the numbers of four columns or more, from 0 or 1, above numbers that are not whole, names them, and so does one that
+    begins with nothing or with what columns of names are called (`NAMES`), whatever numbers stand behind it. Whoever knows what its cells
+    are about says it by ``is_row``.
 
     Raises DataError for a file that is missing, foreign or malformed, where two columns have one name, text is not UTF-8, or nobody can
     tell whether the first line is a row.
@@ -79,30 +82,39 @@ def _text_table(path: Path, delimiter: str, is_row: IsRow | None) -> Any:
     import pyarrow as pa
     from pyarrow import csv
 
-    options = csv.ParseOptions(delimiter=delimiter)
-    table = csv.read_csv(path, parse_options=options)
+    options, source = csv.ParseOptions(delimiter=delimiter), _ended(path)
+    table = csv.read_csv(source(), parse_options=options)
     first = table.column_names
     told = None
     if is_row is not None:
         told = is_row(first, [str(column[0].as_py()) for column in table.columns] if table.num_rows else [])
-    if told:
-        return csv.read_csv(path, csv.ReadOptions(autogenerate_column_names=True), options)
     # As data frames write years or chosen columns, with an index.
-    if told is False or (len(first) > 1 and first[0].lower() in ("", *NAMES)):
+    if told is False or (told is None and len(first) > 1 and first[0].lower() in ("", *NAMES)):
         return table
     numbers = first if _is_number(first[0]) or len(first) == 1 else first[1:]
-    if not all(map(_is_number, numbers)):
+    if told is None and not all(map(_is_number, numbers)):
         return table
     # As data frames write columns without names.
-    if numbers not in ([str(number + start) for number in range(len(numbers))] for start in (0, 1)):
-        return csv.read_csv(path, csv.ReadOptions(autogenerate_column_names=True), options)
+    if told or numbers not in ([str(number + start) for number in range(len(numbers))] for start in (0, 1)):
+        return csv.read_csv(source(), csv.ReadOptions(autogenerate_column_names=True), options)
     kinds = table.schema.types[len(first) - len(numbers) :]
-    if all(pa.types.is_integer(kind) or pa.types.is_null(kind) for kind in kinds):
+    if len(numbers) < _SURELY_NAMES or all(pa.types.is_integer(kind) or pa.types.is_null(kind) for kind in kinds):
         line = delimiter.join(first)
         raise DataError(
             f"{path}: is its first line, {line:.60}, a row, or are these names of columns? Begin it with a line of names"
         )
     return table
+
+
+def _ended(path: Path) -> Callable[[], Any]:
+    """What a text is read from, each time anew: one of a single line that does not end is none to Arrow, so its end is added."""
+    import pyarrow as pa
+
+    with pa.input_stream(path) as opened:
+        begin = opened.read(1 << 16)
+    if begin.strip() and len(begin) < 1 << 16 and not begin.endswith((b"\n", b"\r")):
+        return lambda: pa.BufferReader(begin + b"\n")
+    return lambda: path
 
 
 def _is_number(text: str) -> bool:

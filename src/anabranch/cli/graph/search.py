@@ -162,7 +162,8 @@ class _Wanted:
     def find(
         self, index: HNSW | DiskIndex, k: int, ef: int, workers: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and distances [Q, k], -1 and infinity behind the last."""
+        """Ids and distances [Q, k], or as many as there are elements, -1 and infinity behind the last."""
+        k = min(k, len(index))
         if self.own is None:
             return index.search(self.vectors, k, ef, self.filter, workers=workers)
         return _without(self.own, *index.search(self.vectors, k + 1, ef, self.filter, workers=workers))

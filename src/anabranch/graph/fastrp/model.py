@@ -254,7 +254,7 @@ class FastRP(Steps):
         params, arrays, nodes, setup = storage.read(path)
         with described(path, "a FastRP of this release"):
             params = params_of_file(params, FLAGS)
-            made = cls._of_file(params, within(params, LIMITS))
+            made = cls._of_file(params)
             storage.check_widths(arrays, setup, made.dim, num_parts(made))
         made._become(
             embedding_=arrays["embedding"],
@@ -269,6 +269,10 @@ class FastRP(Steps):
                 raise DataError(f"{path} is damaged: it does not hold the powers of its {len(made.weights)} weights")
             made.powers_ = Powers(powers[0], tuple(powers[1:]))
         return made
+
+    @classmethod
+    def _lawful(cls, params: dict[str, Any]) -> dict[str, Any]:
+        return within(params, LIMITS)
 
     def powers(self, graph: Any, order: int | None = None) -> Powers:
         """L R and N_1 ... N_q of a graph, for `combine`; they do not depend on weights. ``order`` is q, by default that of ``weights``."""

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.fastrp.start import Features, Projection, Setup
 from anabranch.graph.header import described
+from anabranch.graph.names import check_saved_names
 from anabranch.graph.store import Graph
 
 KIND = "fastrp"
@@ -30,8 +30,7 @@ def write(
     """
     meta: dict[str, Any] = {"params": params, "is_directed": nodes.is_directed}
     if nodes.names is not None:
-        if nodes.names.dtype.kind not in "iu" and not all(isinstance(name, str) for name in nodes.names.tolist()):
-            raise InputError("names can be saved if all are integers or all are text")
+        check_saved_names(nodes.names)
         arrays["names"] = nodes.names if nodes.names.dtype.kind in "iu" else np.array(nodes.names.tolist(), str)
     if setup is not None:
         start = setup.start
@@ -114,6 +113,8 @@ def check_widths(arrays: dict[str, np.ndarray], setup: Setup | None, dim: int, p
         if features is not None:
             wanted["feature_columns"] = (num, dim - random)
             wanted["feature_random"] = (features.num, dim - random)
+        if not 1 <= setup.start.s < np.inf:
+            raise ValueError(f"s is {setup.start.s}; it is a number of at least 1")
         if not 0 <= random <= dim or (features is None and random != dim):
             raise ValueError(
                 f"{random:,} of {dim:,} columns are random, and there are {'no ' if features is None else ''}features"

@@ -19,7 +19,7 @@ from anabranch.files import atomic_write_json, parse_json
 from anabranch.graph.arguments import as_path
 from anabranch.graph.array_file import check_how, read_arrays, write_arrays
 from anabranch.graph.beside import new_file
-from anabranch.graph.checks import is_known
+from anabranch.graph.checks import check_room, is_known
 from anabranch.graph.header import described, whole
 from anabranch.graph.names import names_arrays, names_from
 from anabranch.graph.rows import SparseRows, check_top_k, id_type
@@ -214,7 +214,9 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
     num_nodes = whole(facts["num_nodes"], "num_nodes")
     source, target = (_ids(table, name, num_nodes) for name in COLUMNS[:2])
     score = _column(table, COLUMNS[2])
-    order = np.lexsort((target, -score, source))
+    order = _order(source, target, score)
+    if facts["is_all"] or "source_name" in table.column_names:
+        check_room(num_nodes)
     # A source whose scores are all below `min_score` has an empty row.
     if facts["is_all"]:
         # Each is a row, if perhaps an empty one.
@@ -231,13 +233,35 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
         return rows, None
     # Nodes that no row tells of have none.
     names = np.full(num_nodes, None, object)
-    for ids, column in ((source, "source_name"), (target, "target_name")):
-        names[ids] = np.array(table[column].to_pylist(), object)
+    said = [
+        (ids, np.array(table[name].to_pylist(), object))
+        for ids, name in ((source, "source_name"), (target, "target_name"))
+    ]
+    for ids, called in said:
+        names[ids] = called
+    if any((names[ids] != called).any() or (called == None).any() for ids, called in said):  # noqa: E711
+        raise ValueError("names of nodes are missing, or do not agree")
+    known = [name for name in names.tolist() if name is not None]
+    if len(set(known)) < len(known):
+        raise ValueError("several nodes have one name")
     return rows, names
+
+
+def _order(source: np.ndarray, target: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Rows of scores by source, and falling. Raises ValueError for a pair that is there twice."""
+    by_pair = np.lexsort((target, source))
+    source, target = source[by_pair], target[by_pair]
+    if ((source[1:] == source[:-1]) & (target[1:] == target[:-1])).any():
+        raise ValueError("a pair of nodes is there twice")
+    # Stable, so that targets rise where scores are equal.
+    return by_pair[np.lexsort((-score[by_pair], source))]
 
 
 def _from_names(table: pa.Table) -> tuple[SparseRows, np.ndarray]:
     """Scores of a run from files of edges whose ids are not 0 ... N - 1: nodes are the ids that are named, in rising order."""
+    for name in ("source", "target"):
+        if table[name].null_count:
+            raise ValueError(f"{name} has {table[name].null_count:,} rows without a value")
     ends = pa.chunked_array([*table["source"].chunks, *table["target"].chunks], table["source"].type)
     codes = (
         ends.combine_chunks().dictionary_encode() if ends.num_chunks else pa.array([], ends.type).dictionary_encode()
@@ -249,8 +273,8 @@ def _from_names(table: pa.Table) -> tuple[SparseRows, np.ndarray]:
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     number = place[codes.indices.to_numpy()]
-    source, target, score = number[: len(table)], number[len(table) :], table["score"].to_numpy()
-    order_E = np.lexsort((target, -score, source))
+    source, target, score = number[: len(table)], number[len(table) :], _column(table, "score")
+    order_E = _order(source, target, score)
     nodes, length = np.unique(source, return_counts=True)
     indptr = np.append(0, np.cumsum(length)).astype(np.int64)
     rows = SparseRows(indptr, target[order_E].astype(id_type(len(found))), score[order_E], len(found), nodes)

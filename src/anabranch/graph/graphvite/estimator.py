@@ -24,6 +24,7 @@ from anabranch.graph.graphvite.torch_executor import TorchExecutor, auto_micro_b
 from anabranch.graph.graphvite.train import Rule
 from anabranch.graph.header import described, whole
 from anabranch.graph.masks import unmasked
+from anabranch.graph.names import check_saved_names
 from anabranch.graph.store import Graph
 from anabranch.graph.workers import num_workers
 
@@ -410,14 +411,22 @@ class GraphVite(Estimator):
 
     # On disk
 
+    @classmethod
+    def _lawful(cls, params: dict[str, Any]) -> dict[str, Any]:
+        return settings.lawful(params)
+
     def save(self, path: str | Path) -> None:
         """Write it: ``.npz`` or any other name (our checked array file) with all that `load`, `predict` and `resume` need; ``.txt``,
         ``.vec``, ``.emb`` or ``.w2v`` as word2vec text, vectors alone. All or nothing.
+
+        Raises InputError for names that are neither integers nor all text, and as `atomic_file`.
         """
         self._need("vertex")
         arrays = dict(self._arrays)
-        if "names" in arrays and arrays["names"].dtype == object:
-            arrays["names"] = np.array([str(name) for name in arrays["names"]])
+        if "names" in arrays:
+            check_saved_names(arrays["names"])
+            if arrays["names"].dtype == object:
+                arrays["names"] = np.array(arrays["names"].tolist(), str)
         params = {name: value for name, value in self.get_params().items() if name not in _NOT_SAVED}
         params["scratch"] = None if self.scratch is None else str(self.scratch)
         storage.write(path, storage.Saved(arrays, {"params": _plain(params), "counters": asdict(self._counters)}))
@@ -430,7 +439,7 @@ class GraphVite(Estimator):
         with described(path, "a GraphVite of this release"):
             params = meta.get("params", {"dim": arrays["vertex"].shape[1]})
             params = params_of_file(params, settings.FLAGS)
-            found = cls._of_file(params, settings.lawful(params))
+            found = cls._of_file(params)
             found._counters = Counters(**meta.get("counters", {}))
             for name in ("walks", "episodes", "pairs", "done", "total"):
                 whole(getattr(found._counters, name), name)

@@ -94,7 +94,9 @@ def _check(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if kinds == "f" and not np.isfinite(array).all():
             raise DataError(f"{path} is damaged: {name} has numbers that are not finite")
     if "names" in arrays and len(set(arrays["names"].tolist())) != shape[0]:
-        raise DataError(f"{path} is damaged: it has a name twice")
+        raise DataError(
+            f"{path} is damaged: two nodes have one name (a release before wrote 1 and '1' alike; fit again)"
+        )
 
 
 def _read_npz(path: Path) -> Saved:

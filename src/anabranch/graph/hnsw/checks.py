@@ -271,13 +271,18 @@ def as_filter(value: Any, label_N: np.ndarray, is_live_N: np.ndarray, *, is_begu
 _FEW_BYTES = 64 << 20
 
 
-def results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def results(num_queries: int, k: int, beside: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Room for the ids, int64 [Q, K], of -1, and distances, float32 [Q, K], of infinity, that a search writes.
+
+    Args:
+        num_queries: Q.
+        k: K.
+        beside: bytes of what else is made on the way.
 
     Raises CapacityError where they do not fit into the memory there is: a system that promises more would end the process, or another,
     as they are written.
     """
-    if (size := 12 * num_queries * k) > _FEW_BYTES and size > room_bytes():
+    if (size := 12 * num_queries * k + beside) > _FEW_BYTES and size > room_bytes():
         raise CapacityError(f"no memory for k = {shown(k)} results of {num_queries:,} queries; ask for fewer")
     try:
         return np.full((num_queries, k), -1), np.full((num_queries, k), np.inf, np.float32)

@@ -14,7 +14,7 @@ from anabranch.errors import DataError, InputError
 from anabranch.graph.arguments import check_flag
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described
-from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_one_id, as_positive, as_vectors, like
+from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_one_id, as_positive, as_vectors, like, results
 from anabranch.graph.hnsw.filters import Filter
 from anabranch.graph.hnsw.index import HNSW
 from anabranch.graph.hnsw.ranges import Within
@@ -154,7 +154,8 @@ class ShardedHNSW:
     def search(self, queries: Any, k: int = 10, ef: int | None = None, filter: Any = None) -> tuple[Any, Any]:
         """The k nearest among those that each shard finds, as `HNSW.search`."""
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        ids, distances = _merged(self._all(lambda shard: shard.search(query_QD, k, ef, filter)), k)
+        room, most = self._room(query_QD, k)
+        ids, distances = _merged(self._all(lambda shard: shard.search(query_QD, most, ef, filter)), *room)
         return like(ids, queries), like(distances, queries)
 
     def range_search(
@@ -174,8 +175,9 @@ class ShardedHNSW:
     ) -> tuple[Any, Any, Any]:
         """The k nearest within a radius and how many each shard finds there, as `HNSW.nearest_within`."""
         query_QD = as_vectors(queries, self.dim, self.metric, "queries")
-        found = self._all(lambda shard: shard.nearest_within(query_QD, radius, k, ef, filter, exact=exact))
-        ids, distances = _merged([one[:2] for one in found], k)
+        room, most = self._room(query_QD, k)
+        found = self._all(lambda shard: shard.nearest_within(query_QD, radius, most, ef, filter, exact=exact))
+        ids, distances = _merged([one[:2] for one in found], *room)
         return tuple(like(array, queries) for array in (ids, distances, sum(one[2] for one in found)))
 
     def prepare_filter(self, ids_or_mask: Any) -> Filter:
@@ -225,6 +227,15 @@ class ShardedHNSW:
         made.shards = shards
         return made
 
+    def _room(self, query_QD: np.ndarray, k: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+        """Room for k results of each query, and how many of them a shard can have at most.
+
+        Raises InputError for what is no k, CapacityError where memory for these and for what shards find does not suffice.
+        """
+        k = as_positive(k, "k")
+        most = min(k, max(1, *(len(shard) for shard in self.shards)))
+        return results(len(query_QD), k, _MERGED_BYTES * len(query_QD) * most * self.num_shards), most
+
     def _all(self, work: Callable[[HNSW], Any]) -> list[Any]:
         with Workers(min(num_workers(self.workers), self.num_shards)) as pool:
             return pool.map(work, self.shards)
@@ -242,9 +253,16 @@ class ShardedHNSW:
             raise InputError(f"ids[{bad[0]}] is {id_N[bad[0]]}, which is not in the index")
 
 
-def _merged(found: list[tuple[Any, Any]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest k of what shards found, -1 and infinity behind the last: ids and distances, [Q, K]."""
+# Of each result of a shard: it, again side by side, its place in the order, and what that is made of.
+_MERGED_BYTES = 12 + 12 + 8 + 8 + 8
+
+
+def _merged(found: list[tuple[Any, Any]], id_QK: np.ndarray, distance_QK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest of what shards found, -1 and infinity behind the last: ids and distances, which are written into."""
     id_QR, distance_QR = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
     by_id = np.where(id_QR < 0, np.iinfo(np.int64).max, id_QR)
-    best_QK = np.lexsort((by_id, distance_QR))[:, :k]
-    return np.take_along_axis(id_QR, best_QK, 1), np.take_along_axis(distance_QR, best_QK, 1)
+    best_QB = np.lexsort((by_id, distance_QR))[:, : id_QK.shape[1]]
+    width = best_QB.shape[1]
+    id_QK[:, :width] = np.take_along_axis(id_QR, best_QB, 1)
+    distance_QK[:, :width] = np.take_along_axis(distance_QR, best_QB, 1)
+    return id_QK, distance_QK
