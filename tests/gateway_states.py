@@ -137,6 +137,7 @@ def at_once(work):
 
 def begun(state):
     """Read, let in, and with a purse: ready to be decided on."""
+    beginning.take_place(state)
     beginning.read(state)
     at_once(beginning.name(state))
     at_once(beginning.admit(state))

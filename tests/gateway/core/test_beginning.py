@@ -105,6 +105,7 @@ def test_the_limits_of_a_key_go_before_those_of_the_config():
     def one(**fields):
         state = state_of(lent=lent, of=of)
         state.record = KeyRecord(id="k", **fields)
+        beginning.take_place(state)
         at_once(beginning.admit(state))
 
     one(rpm=2, max_in_flight=2)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from anabranch.gateway.config import LimitsConfig
 from anabranch.gateway.core.admission import Limits
 from anabranch.gateway.core.held_body import HeldBody
+from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming, KnownKey
 from anabranch.gateway.core.intake import Intake
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
 from anabranch.web.api_error import ApiError
 from anabranch.web.body_room import BodyRoom
+from anabranch.web.large_json import LARGE
 from gateway_states import FakeStore, config, model, run, services
 from waiting import until_async
 
@@ -40,9 +43,9 @@ def opened(of=None):
     return intake, runtime, lent, seen
 
 
-def incoming(headers=None, held=None, **body):
+def incoming(headers=None, held=None, num_bytes=0, **body):
     body = {"model": "small", "messages": [{"role": "user", "content": "hi"}], **body}
-    return Incoming(endpoint="chat", body=body, headers=headers or {}, held=held)
+    return Incoming(endpoint="chat", body=body, headers=headers or {}, held=held, num_bytes=num_bytes)
 
 
 def is_empty(intake, runtime, lent):
@@ -151,5 +154,39 @@ def test_a_body_is_held_until_its_request_ends_and_has_one_place(body, is_named)
             await task.result().stream.aclose()
         await asyncio.gather(task, *seen.tasks, return_exceptions=True)
         await until_async(lambda: is_empty(intake, runtime, lent) and room.num_bytes == 0)
+
+    run(work)
+
+
+@pytest.mark.parametrize("ends", ["read", "wrong", "gone"])
+def test_what_waits_to_be_read_is_of_its_sender_s_part(ends):
+    """A key without a budget had 1,024 bodies of many messages waiting to be read, and nobody else was let in."""
+
+    async def work():
+        intake, runtime, lent, _ = opened(config(limits=LimitsConfig(in_flight=8)))
+        senders = lent.admission._senders = InFlight(lambda: (8, 0.75))
+        gate, long = threading.Event(), {"num_bytes": LARGE + 1}
+        blocked = lent.turns.put("else", gate.wait)
+        body = {"messages": 1} if ends == "wrong" else {}
+        tasks = [asyncio.ensure_future(intake.take(incoming(**long, **body), KEY)) for _ in range(20)]
+        try:
+            await asyncio.sleep(0)
+            assert (intake.in_flight, senders._counts) == (6, {"k": 6})
+            for key in ("other", "third"):
+                reply = await intake.take(incoming(stream=True), KnownKey(KeyRecord(id=key)))
+                assert senders._counts == {"k": 6, key: 1}
+                await reply.stream.aclose()
+            if ends == "gone":
+                for task in tasks:
+                    task.cancel()
+        finally:
+            gate.set()
+        found = await asyncio.gather(*tasks, blocked, return_exceptions=True)
+        refused = [one for one in found if isinstance(one, ApiError) and one.status == 429]
+        assert len(refused) == 14
+        assert all("6 of the 8" in str(one) for one in refused)
+        wrong = [one for one in found if isinstance(one, ApiError) and one.status == 400]
+        assert len(wrong) == (6 if ends == "wrong" else 0)
+        assert is_empty(intake, runtime, lent)
 
     run(work)

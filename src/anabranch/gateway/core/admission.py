@@ -68,13 +68,34 @@ class Admission:
     def __init__(self, rates: RateLimits, senders: InFlight, shared: SharedCounts | None = None) -> None:
         self._rates, self._senders, self._shared = rates, senders, shared
 
-    async def enter(self, whose: str, id: str, tokens: int, limits: Limits, held: HeldBody | None = None) -> bool:
-        """Count a request of about ``tokens`` in, in the place that its body has if that was held; `leave` counts it out.
+    def place(self, whose: str, limits: Limits, held: HeldBody | None = None) -> None:
+        """A place among the requests of this process, before it is known what is asked: that of its body if that was held.
 
-        Returns whether its tokens count in all processes, for `correct`. Raises RateError, and it is not counted.
+        `enter` is told of it; where it does not come to that, `give_back` is. Raises RateError where it has none.
         """
         if held is None or not held.take_place():
             self._senders.enter(whose, limits.most)
+
+    def give_back(self, whose: str) -> None:
+        """A place that nobody entered with."""
+        self._senders.leave(whose)
+
+    async def enter(
+        self,
+        whose: str,
+        id: str,
+        tokens: int,
+        limits: Limits,
+        held: HeldBody | None = None,
+        *,
+        has_place: bool = False,
+    ) -> bool:
+        """Count a request of about ``tokens`` in, in its `place` if it has one, else in one that it is given; `leave` counts it out.
+
+        Returns whether its tokens count in all processes, for `correct`. Raises RateError, and it is not counted, and has no place.
+        """
+        if not has_place:
+            self.place(whose, limits, held)
         try:
             return await self._take(whose, id, tokens, limits)
         except BaseException:

@@ -136,12 +136,24 @@ async def _speaks_for(state: RequestState) -> tuple[str, ...]:
     return speaks_for(state.record, state.runtime.config.keys.speaks_for, has_keys=has_keys)
 
 
+def take_place(state: RequestState) -> None:
+    """One of its sender's among all requests, before it is read: those that wait to be read are under way too. Raises ApiError."""
+    limits = limits_of(state.record, state.runtime.config.limits)
+    try:
+        state.services.admission.place(state.tenant, limits, state.held)
+    except RateError as error:
+        raise limited(error) from None
+    state.has_place = True
+
+
 async def admit(state: RequestState) -> None:
     """Whether its sender has asked too much of late. Raises ApiError."""
     limits = limits_of(state.record, state.runtime.config.limits)
+    # It is given back with the rest where there is no room for it.
+    state.has_place = False
     try:
         state.is_rate_shared = await state.services.admission.enter(
-            state.tenant, state.id, state.count.tokens, limits, state.held
+            state.tenant, state.id, state.count.tokens, limits, has_place=True
         )
     except RateError as error:
         raise limited(error) from None

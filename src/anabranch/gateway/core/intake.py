@@ -111,5 +111,7 @@ class Intake:
         state.runtime.release()
         if state.is_counted:
             self._admission.leave(state.tenant, state.id)
+        elif state.has_place:
+            self._admission.give_back(state.tenant)
         if state.held is not None:
             state.held.close()

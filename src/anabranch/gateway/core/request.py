@@ -53,6 +53,7 @@ class RequestRun:
         try:
             clock.begin("key")
             state.record = key.record if isinstance(key, KnownKey) else await state.services.authenticate(key)
+            beginning.take_place(state)
             clock.begin("read")
             await beginning.read_in_turns(state)
             await beginning.name(state)

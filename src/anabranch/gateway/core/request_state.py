@@ -95,7 +95,9 @@ class RequestState:
         # Of a whole answer, for the strategy and the store.
         self.answer_text: str | None = None
         self.finish_reason: str | None = None
-        self.is_over = self.is_counted = False
+        # It has a place among its sender's requests that nothing else was counted with yet; all is counted.
+        self.has_place = self.is_counted = False
+        self.is_over = False
 
     @cached_property
     def is_long_to_read(self) -> bool:
