@@ -142,6 +142,19 @@ def test_a_schema_is_asked_for_where_the_model_knows_them_and_else_by_a_tool():
     assert "tools" not in made(NEW, response_format={"type": "text"})
 
 
+@pytest.mark.parametrize(
+    ("own", "most", "sent"),
+    [({}, 3, 3), ({"max_uses": 5}, 3, 3), ({"max_uses": 2}, 3, 2), ({"max_uses": 2}, None, 2), ({}, None, None), ({}, 0, None)],
+)  # fmt: skip
+def test_the_most_calls_of_tools_is_the_most_uses_of_each_that_runs_there(own, most, sent):
+    """It was left out: Claude searched as often as it liked."""
+    tools = [{"type": kind, "name": "t", **own} for kind in ("web_search_20250305", "web_fetch_20250910")]
+    given = [*tools, {"type": "bash_20250124", "name": "bash"}, TOOL]
+    found = made(NEW, tools=given, max_tool_calls=most)
+    assert "max_tool_calls" not in found
+    assert [tool.get("max_uses") for tool in found["tools"]] == [sent, sent, None, None]
+
+
 def test_marks_of_caches_go_along_wherever_they_are():
     body = {
         "messages": [

@@ -175,17 +175,25 @@ FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
         ({"speed": "fast", "service_tier": "priority"}, Asked(tier="priority fast")),
         ({"web_search_options": {}}, Asked(searches=1)),
         ({"tools": [{**SEARCH, "max_uses": 5}]}, Asked(searches=5, uses=5, page=30_000)),
-        ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
+        # Claude knows no such field, and chats have none: it bounded what was reserved, and nothing else.
+        ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(others=("tools[0].max_uses",), page=30_000)),
+        ({"tools": [FETCH], "max_tool_calls": 3}, Asked(others=("tools[0].max_uses",), page=125_000)),
+        ({"tools": [{"type": "web_search"}], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
+        ({"tools": [{"type": "web_search_2025_08_26"}], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
+        # And others know nothing of Claude's.
+        ({"tools": [{"type": "web_search", "max_uses": 3}]}, Asked(others=("max_tool_calls",), page=30_000)),
+        ({"tools": [{"type": "mcp", "max_uses": 3}]}, Asked(others=("tools[0]",), page=2_000_000, listed=2_000_000)),
+        ({"tools": [{"type": "mcp", "max_uses": 3}], "max_tool_calls": 5}, Asked(uses=5, page=2_000_000, listed=2_000_000)),
         ({"tools": [SEARCH]}, Asked(others=("tools[0].max_uses",), page=30_000)),
         ({"tools": [{**FETCH, "max_uses": 2}]}, Asked(uses=2, page=125_000)),
         ({"tools": [{**FETCH, "max_uses": 2, "max_content_tokens": 9_000}]}, Asked(uses=2, page=9_000)),
         ({"tools": [{**FETCH, "max_uses": 1}, {**SEARCH, "max_uses": 2}]}, Asked(searches=2, uses=3, page=125_000)),
-        ({"tools": [{"type": "mcp_toolset"}]}, Asked(uses=10, page=2_000_000)),
-        ({"tools": [{"type": "mcp_toolset"}] * 2, "mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000)),
-        ({"mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000)),
+        ({"tools": [{"type": "mcp_toolset"}]}, Asked(uses=10, page=2_000_000, listed=2_000_000)),
+        ({"tools": [{"type": "mcp_toolset"}] * 2, "mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000, listed=2_000_000)),
+        ({"mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000, listed=2_000_000)),
         ({"mcp_servers": []}, Asked()),
-        ({"tools": [{"type": "mcp"}], "max_tool_calls": 3}, Asked(uses=3, page=2_000_000)),
-        ({"tools": [{"type": "mcp"}]}, Asked(others=("tools[0]",), page=2_000_000)),
+        ({"tools": [{"type": "mcp"}], "max_tool_calls": 3}, Asked(uses=3, page=2_000_000, listed=2_000_000)),
+        ({"tools": [{"type": "mcp"}]}, Asked(others=("tools[0]",), page=2_000_000, listed=2_000_000)),
         ({"tools": [{"type": "shell"}, {"type": "shell", "environment": {"type": "local"}}]}, Asked()),
         ({"tools": [{"type": "shell", "environment": {"type": "container_auto"}}]}, Asked(others=("tools[0]",))),
         ({"tools": [FETCH]}, Asked(others=("tools[0].max_uses",), page=125_000)),
@@ -229,10 +237,29 @@ def test_what_servers_of_a_sender_tell_is_bounded_by_what_the_model_has_room_for
     """They were taken for tools that cost nothing: a key with 5 cents spent $2.70 by a server of its own that told 900,000 tokens."""
     count = PromptCount(100, 200, True)
     asked = asked_of({"mcp_servers": [{"type": "url", "url": "https://mine.example"}]})
-    # Ten rounds, each of which may read all that the model has room for; nobody knows better where its room is not known.
-    assert asked.most(count, 50, 200_000).prompt == 200 + 10 * 200_000
-    assert asked.most(count, 50).prompt >= 10 * 2_000_000
+    # What the server lists, and ten rounds, each of which may read all that the model has room for; nobody knows better where its room
+    # is not known.
+    assert asked.most(count, 50, 200_000).prompt == 11 * 200_000
+    assert asked.most(count, 50).prompt >= 11 * 2_000_000
     assert asked_of({"tools": [{"type": "function"}]}).most(count, 50, 200_000).prompt == 200
+
+
+@given(
+    st.integers(1, 900), st.integers(0, 300), st.integers(0, 4), st.integers(0, 400), st.sampled_from((0, 700)),
+    st.none() | st.integers(1, 1_500),
+)  # fmt: skip
+def test_what_is_read_again_and_again_is_never_more_than_the_most(prompt, completion, uses, page, listed, context):
+    """What a server lists was left out: of one use of two that each filled the model half was reserved."""
+    asked = Asked(uses=uses, page=page, listed=listed)
+    # Nobody reads more than there is room for.
+    first, room = (float("inf"),) * 2 if context is None else (max(context, prompt), max(context, prompt + completion))
+    read = [min(prompt + listed, first)]
+    for use in range(1, uses + 1):
+        read.append(min(prompt + listed + completion + use * page, room))
+    most = asked.most(PromptCount(prompt, prompt, True), completion, context)
+    assert sum(read) <= most.prompt
+    assert most.pages == most.prompt - prompt
+    assert context is not None or sum(read) == most.prompt
 
 
 def test_what_a_price_lacks():
@@ -384,6 +411,8 @@ def test_fields_that_change_a_price_go_where_they_have_one_and_are_refused_elsew
             assert (error.status, error.code) == (400, "unpriced")
             assert error.param.partition("[")[0] == field
             assert "claude has no price for" in str(error)
+        error = await refused(gateway, model="claude", tools=[SEARCH], max_tool_calls=1)
+        assert (error.status, error.code, error.param) == (400, "unpriced", "tools[0].max_uses")
         assert not provider.calls
         # What is not priced at one is sent to the next that prices it.
         answer = await gateway.achat({"model": "plain", "messages": HELLO, "max_tokens": 5, "service_tier": "priority"})

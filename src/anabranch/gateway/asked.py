@@ -3,6 +3,7 @@
 A sender chooses these. Each is priced where the model's price names it, and is refused where it does not: nobody could say what it costs.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,14 @@ FREE_TOOLS = (
 # and a long paper, unless the tool says how much (`max_content_tokens`). Anthropic, "Web search tool", "Web fetch tool".
 PAGES = {"web_search": 30_000, "web_fetch": 125_000}
 
-# What somebody's server tells (MCP) is read as a prompt too, and may be as long as a model has room for; none has more. Claude asks such
-# servers in so many rounds at most, each of which reads all again (Anthropic, "Handling stop reasons", pause_turn); elsewhere the sender
-# has to say how often (`max_tool_calls`).
+# What somebody's server tells (MCP) is read as a prompt too, and may be as long as a model has room for; none has more. So may be what it
+# lists, its tools, which is read before the first use of one. Claude asks such servers in so many rounds at most, each of which reads all
+# again (Anthropic, "Handling stop reasons", pause_turn); elsewhere the sender has to say how often (`max_tool_calls`).
 LARGEST_CONTEXT, ROUNDS = 2_000_000, 10
 _OF_SERVERS, _OF_CLAUDE = "mcp", "mcp_toolset"
+
+# Tools of Claude, which are held to their own `max_uses` and nothing else; others know no such field.
+_CLAUDES = re.compile(r"[a-z_]+_20\d{6}")
 
 # Of a request that has its prompt summed up on the way.
 COMPACTION = "context_management"
@@ -75,6 +79,7 @@ class Asked:
         uses: of tools that run at the provider, or that it asks a server for, and that bring pages, at most, the searches of such tools
             among them.
         page: tokens that one of these brings at most.
+        listed: tokens that servers say of their tools, at most, before the first of these.
     """
 
     tier: str = ""
@@ -87,6 +92,7 @@ class Asked:
     calls: int = 1
     uses: int = 0
     page: int = 0
+    listed: int = 0
 
     def lacks(self, price: Price) -> tuple[str, str] | None:
         """The first field that has no price, and what about it has none; None if all have one, or nothing costs anything."""
@@ -133,10 +139,14 @@ class Asked:
     def _pages(self, prompt: int, completion: int, context: int | None) -> int:
         """Prompt tokens beside the sender's: after each use the model reads all again, with what was found and said so far."""
         uses = self.uses
-        if not uses:
+        if not uses and not self.listed:
             return 0
-        read = uses * (prompt + completion) + self.page * uses * (uses + 1) // 2
-        return read if context is None else min(read, uses * max(context, prompt + completion))
+        read = uses * (prompt + completion) + self.page * uses * (uses + 1) // 2 + self.listed * (uses + 1)
+        if context is None:
+            return read
+        # Of the first reading the sender's prompt is counted already.
+        first = max(context - prompt, 0) if self.listed else 0
+        return min(read, first + uses * max(context, prompt + completion))
 
 
 def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
@@ -153,7 +163,7 @@ def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
     inner = [part for one in parts for part in _parts(one)]
     functions = [one["function"] for one in [*tools, *calls] if isinstance(one.get("function"), dict)]
     searches, others = _searches(body, tools)
-    uses, page = _uses(body, tools)
+    uses, page, listed = _uses(body, tools)
     words = {str(word).lower() for word in _listed(body.get("modalities"))}
     return Asked(
         tier=_tier(body),
@@ -161,6 +171,7 @@ def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
         searches=searches,
         uses=uses,
         page=page,
+        listed=listed,
         audio_input=any(part.get("type") == "input_audio" for part in parts) or (count is not None and count.audio > 0),
         audio_output="audio" in words or bool(body.get("audio")),
         image_output="image" in words,
@@ -200,7 +211,7 @@ def _searches(body: Json, tools: Iterable[Json]) -> tuple[int, list[str]]:
         kind, most = str(tool.get("type", "function")), _most_uses(body, tool)
         if kind.startswith(tuple(PAGES)):
             if most is None:
-                others.append(f"tools[{at}].max_uses")
+                others.append(f"tools[{at}].max_uses" if _is_claudes(tool) else "max_tool_calls")
             elif kind.startswith("web_search"):
                 searches += most
         elif kind.startswith(_OF_SERVERS):
@@ -217,13 +228,13 @@ def _runs_there(tool: Json) -> bool:
     return where is not None and not (isinstance(where, dict) and where.get("type") == "local")
 
 
-def _uses(body: Json, tools: Sequence[Json]) -> tuple[int, int]:
-    """How often tools that bring pages are used, at most, and the tokens of the longest page."""
-    uses = page = 0
+def _uses(body: Json, tools: Sequence[Json]) -> tuple[int, int, int]:
+    """How often tools that bring pages are used, at most, the tokens of the longest page, and those that servers say of their tools."""
+    uses = page = listed = 0
     for tool in tools:
         named = str(tool.get("type", "function"))
         if named.startswith(_OF_SERVERS) and named != _OF_CLAUDE:
-            uses, page = uses + (_most_uses(body, tool) or 0), LARGEST_CONTEXT
+            uses, page, listed = uses + (_most_uses(body, tool) or 0), LARGEST_CONTEXT, LARGEST_CONTEXT
         kind = next((kind for kind in PAGES if named.startswith(kind)), None)
         if kind is None:
             continue
@@ -231,13 +242,18 @@ def _uses(body: Json, tools: Sequence[Json]) -> tuple[int, int]:
         uses += _most_uses(body, tool) or 0
         page = max(page, said if kind == "web_fetch" and type(said) is int and said > 0 else PAGES[kind])
     if body.get("mcp_servers") or any(tool.get("type") == _OF_CLAUDE for tool in tools):
-        uses, page = uses + ROUNDS, LARGEST_CONTEXT
-    return uses, page
+        uses, page, listed = uses + ROUNDS, LARGEST_CONTEXT, LARGEST_CONTEXT
+    return uses, page, listed
 
 
 def _most_uses(body: Json, tool: Json) -> int | None:
-    most = tool.get("max_uses", body.get("max_tool_calls"))
+    """By the field that whoever runs it is held to: none bounds it that is not sent, or that nobody there knows."""
+    most = tool.get("max_uses") if _is_claudes(tool) else body.get("max_tool_calls")
     return most if type(most) is int and most > 0 else None
+
+
+def _is_claudes(tool: Json) -> bool:
+    return _CLAUDES.fullmatch(str(tool.get("type"))) is not None
 
 
 def _compacts(body: Json) -> bool:

@@ -6,7 +6,8 @@ Beside OpenAI's own fields these are understood, wherever Anthropic knows them, 
     thinking_blocks    of an assistant's message, with their signatures; `anabranch.gateway.providers.anthropic` gives them out
     is_error           of a tool's message
     thinking, top_k    of the request
-    parts and tools    in Anthropic's own form (a ``document``, a ``search_result``, a tool of a dated type) go as they are
+    parts and tools    in Anthropic's own form (a ``document``, a ``search_result``, a tool of a dated type) go as they are; but that
+                       ``max_tool_calls`` is the ``max_uses`` of each that searches or fetches there, at most
 
 Left out, since they change nothing of what is asked: ``seed``, penalties, ``store``, ``prediction``, ``verbosity``, ``metadata`` but for
 ``user_id``, names of speakers, and ``detail`` of images.
@@ -52,6 +53,9 @@ NATIVE = frozenset(
     }
 )
 _NATIVE_TOOL = re.compile(r"[a-z_]+_20\d{6}")
+
+# Of these, such as take ``max_uses``.
+_COUNTED = ("web_search", "web_fetch")
 
 # Tokens to think with. The least that Anthropic takes is 1,024.
 BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32768}
@@ -236,7 +240,8 @@ def _add_format(made: Json, wanted: Any, can: Takes) -> None:
 
 
 def _tools(body: Json, can: Takes) -> Json:
-    tools = [_tool(tool, can) for tool in body.get("tools") or []]
+    most = body.get("max_tool_calls")
+    tools = [_held_to(most, _tool(tool, can)) for tool in body.get("tools") or []]
     if not tools:
         return {}
     choice = body.get("tool_choice") or "auto"
@@ -249,6 +254,14 @@ def _tools(body: Json, can: Takes) -> Json:
     if body.get("parallel_tool_calls") is False and how["type"] != "none":
         how["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": how}
+
+
+def _held_to(most: Any, tool: Json) -> Json:
+    """``max_tool_calls``, which Anthropic has for no request: of each tool that runs there, and that takes it, as its own."""
+    if type(most) is not int or most <= 0 or not str(tool.get("type")).startswith(_COUNTED):
+        return tool
+    own = tool.get("max_uses")
+    return {**tool, "max_uses": min(own, most) if type(own) is int else most}
 
 
 def _tool(tool: Json, can: Takes) -> Json:
