@@ -20,7 +20,7 @@ from anabranch.gateway.store import Budget, LedgerRow, alerts, open_store
 from anabranch.routers.money import Price
 from gateway_process import ask, call, served
 from gateway_upstream import noting
-from waiting import until
+from waiting import until, until_async
 
 SECRET = "the-secret-of-the-webhook"
 DOLLAR = 10**9
@@ -197,6 +197,102 @@ def test_of_many_alerts_that_are_due_some_are_sent_at_once(monkeypatch):
     monkeypatch.setattr(Webhooks, "_send", sent)
     asyncio.run(Webhooks({"ops": hook("http://127.0.0.1:1")}, Store).look())
     assert most == [8]
+
+
+class Due:
+    """A store in which so many alerts for each of some webhooks are due whenever somebody looks."""
+
+    def __init__(self, **many):
+        self.many, self.looks = many, 0
+
+    def now_us(self):
+        return 5
+
+    async def budgets(self):
+        return []
+
+    async def look(self, work):
+        self.looks += 1
+        return [
+            alerts.Alert(id=f"{name}{number}", period="month", ts_us=1, body={"webhook": name, "budget": {"subject": "a"}})
+            for name, many in self.many.items()
+            for number in range(many)
+        ]  # fmt: skip
+
+    async def change(self, work):
+        return True
+
+
+def posting(monkeypatch):
+    """What is sent to whom; what the webhook ``dead`` is sent it does not take before the event that comes with it."""
+    sent, gate = [], asyncio.Event()
+
+    async def posted(hook, alert):
+        sent.append(hook.name)
+        if hook.name == "dead":
+            await gate.wait()
+
+    monkeypatch.setattr(webhooks, "_posted", posted)
+    monkeypatch.setattr(webhooks, "LOOK_S", 0.001)
+    return sent, gate
+
+
+def test_a_webhook_that_does_not_answer_holds_up_no_other(monkeypatch):
+    """All others had their alerts after all of its own, each of which took 10 s."""
+
+    async def main():
+        sent, gate = posting(monkeypatch)
+        store = Due(dead=100, well=3)
+        hooks = Webhooks({"dead": hook("http://127.0.0.1:1"), "well": hook("http://127.0.0.1:2")}, lambda: store)
+        watching = asyncio.create_task(hooks.watch())
+        # And what is new is looked for all the while.
+        await until_async(lambda: sent.count("well") >= 9)
+        assert (sent.count("dead"), store.looks >= 3) == (8, True)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        assert len(asyncio.all_tasks()) == 1
+        assert hooks._telling == {}
+
+    asyncio.run(main())
+
+
+def test_a_webhook_that_leaves_the_config_ends_nothing(monkeypatch):
+    """What waited to be sent to it ended the watch, and nobody was told of anything any more."""
+
+    async def main():
+        sent, gate = posting(monkeypatch)
+        store = Due(dead=12)
+        hooks = Webhooks({"dead": hook("http://127.0.0.1:1")}, lambda: store)
+        watching = asyncio.create_task(hooks.watch())
+        await until_async(lambda: len(sent) == 8)
+        # As a gateway does that is given another config.
+        hooks.hooks = webhooks.hooks_of({"new": hook("http://127.0.0.1:1")})
+        gate.set()
+        await until_async(lambda: not hooks._telling)
+        assert sent == ["dead"] * 8
+        store.many = {"dead": 12, "new": 2}
+        await until_async(lambda: sent.count("new") >= 4)
+        assert (sent.count("dead"), watching.done()) == (8, False)
+        watching.cancel()
+
+    asyncio.run(main())
+
+
+def test_what_goes_wrong_with_one_webhook_is_told_and_the_others_are(monkeypatch, caplog):
+    async def main():
+        sent, _ = posting(monkeypatch)
+        real = webhooks._posted
+        monkeypatch.setattr(webhooks, "_posted", lambda hook, alert: {}[0] if hook.name == "odd" else real(hook, alert))
+        store = Due(odd=1, well=1)
+        hooks = Webhooks({"odd": hook("http://127.0.0.1:1"), "well": hook("http://127.0.0.1:2")}, lambda: store)
+        with pytest.raises(KeyError):
+            await hooks.look()
+        watching = asyncio.create_task(hooks.watch())
+        await until_async(lambda: sent.count("well") >= 3)
+        watching.cancel()
+
+    asyncio.run(main())
+    assert "webhook odd is told later: KeyError" in caplog.text
 
 
 def test_an_alert_whose_process_ended_is_sent_by_another_later(tmp_path):

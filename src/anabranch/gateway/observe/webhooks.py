@@ -39,7 +39,7 @@ LOOK_S, POST_S = 5.0, 10.0
 # Before the second try, and then four times as long each time, up to the last.
 RETRY_S, LONGEST_S = 30.0, 6 * 3600.0
 
-# That are open at once: many budgets may reach a share together, or have when a webhook is set up.
+# Of one webhook, that are open at once: many budgets may reach a share together, or have when it is set up.
 _CONNECTIONS = 8
 
 # Budgets that are looked at before requests have their turn.
@@ -99,21 +99,46 @@ class Webhooks:
         self.hooks = hooks_of(hooks)
         # That are in the store already.
         self._noted: set[_Reached] = set()
+        # Those that are being told, each by itself: one that does not answer holds up nobody else.
+        self._telling: dict[str, asyncio.Task[None]] = {}
 
     async def watch(self) -> None:
         """Look at the budgets until cancelled."""
-        while True:
-            if self.hooks:
-                try:
-                    await self.look()
-                except AnabranchError as error:
-                    logger.warning("budgets are looked at later: %s", error)
-            await asyncio.sleep(LOOK_S)
+        try:
+            while True:
+                if self.hooks:
+                    try:
+                        await self._begin()
+                    except AnabranchError as error:
+                        logger.warning("budgets are looked at later: %s", error)
+                await asyncio.sleep(LOOK_S)
+        finally:
+            telling = list(self._telling.values())
+            for task in telling:
+                task.cancel()
+            await asyncio.gather(*telling, return_exceptions=True)
 
     async def look(self) -> None:
         """Note what has been reached, and send what is due. Raises CapacityError if the store cannot be used."""
+        for error in await asyncio.gather(*await self._begin(), return_exceptions=True):
+            if error is not None:
+                raise error
+
+    async def _begin(self) -> list[asyncio.Task[None]]:
+        """Note what has been reached, and begin to send what is due, to all who are not being told already. Raises as `look`."""
         store = self._store()
         now_us = store.now_us()
+        await self._note_reached(store, now_us)
+        found = await store.look(lambda connection: alerts.due(connection, now_us))
+        due: dict[str, list[Alert]] = {}
+        for one in found:
+            due.setdefault(one.body.get("webhook", ""), []).append(one)
+        for name in due.keys() & self.hooks.keys() - self._telling.keys():
+            self._telling[name] = asyncio.create_task(self._tell(due[name]))
+            self._telling[name].add_done_callback(partial(self._told, name))
+        return list(self._telling.values())
+
+    async def _note_reached(self, store: Store, now_us: int) -> None:
         budgets = await store.budgets()
         for start in range(0, len(budgets), _AT_ONCE):
             new = list(self._reached(budgets[start : start + _AT_ONCE]))
@@ -123,19 +148,27 @@ class Webhooks:
                 self._noted.update(reached for reached, _ in new)
             # Requests go on meanwhile.
             await asyncio.sleep(0)
-        found = await store.look(lambda connection: alerts.due(connection, now_us))
-        mine = [one for one in found if one.body.get("webhook") in self.hooks]
-        # All are tried, whatever becomes of one.
+
+    async def _tell(self, due: Sequence[Alert]) -> None:
+        """Try those of one webhook. Raises CapacityError once all were tried, if the store could not be used."""
         places = asyncio.Semaphore(_CONNECTIONS)
 
         async def send(one: Alert) -> None:
             async with places:
                 await self._send(one)
 
-        ended = await asyncio.gather(*(send(one) for one in mine), return_exceptions=True)
+        ended = await asyncio.gather(*(send(one) for one in due), return_exceptions=True)
         for error in ended:
             if error is not None:
                 raise error
+
+    def _told(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._telling[name]
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, AnabranchError):
+            logger.warning("webhook %s is told later: %s", name, error)
+        elif error is not None:
+            logger.error("webhook %s is told later: %s", name, type(error).__name__, exc_info=error)
 
     def _reached(self, budgets: Sequence[Budget]) -> Iterator[tuple[_Reached, Budget]]:
         """What has been reached of these budgets, and is not noted yet."""
@@ -152,8 +185,10 @@ class Webhooks:
                         yield reached, budget
 
     async def _send(self, alert: Alert) -> None:
-        """Try one, unless another process does."""
-        store, hook = self._store(), self.hooks[alert.body["webhook"]]
+        """Try one, unless another process does, or its webhook has left the config meanwhile."""
+        store, hook = self._store(), self.hooks.get(alert.body["webhook"])
+        if hook is None:
+            return
         claimed_us = store.now_us()
         if not await store.change(lambda connection: alerts.claim(connection, alert, claimed_us)):
             return
