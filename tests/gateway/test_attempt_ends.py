@@ -68,6 +68,29 @@ def test_who_wins_is_charged_what_was_told_and_says_that_all_is_well():
     assert case.dispatcher.groups["m"].hedge_whole._seen[-1] == 2.0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_deployment_is_learned_to_take_is_its_own(stream):
+    """An answer that waited here for room, or for its turn to be read, made its deployment slow."""
+    case = Case(stream=stream)
+    attempt = case.attempt(first_token_s=1.5 if stream else None)
+    if stream:
+        case.live.heard(case.now_s)
+    case.now_s += 2.0
+    attempt.time._held_s = 1.25
+    case.ends.won(case.live, attempt, Usage(3, 5))
+    assert (attempt.total_s, case.live.latency_s, case.live.first_token_s) == (2.0, 0.75, 0.25 if stream else None)
+    assert stream or case.dispatcher.groups["m"].hedge_whole._seen[-1] == 0.75
+
+
+@pytest.mark.parametrize(("held_s", "outcome"), [(0.0, "failure"), (4.0, "failure"), (6.0, "ignored")])
+def test_who_had_no_time_for_it_here_has_not_failed(held_s, outcome):
+    case = Case(timeout_s=10.0)
+    attempt = case.attempt()
+    attempt.total_s = 10.0
+    attempt.time._held_s = held_s
+    assert case.ends._outcome(case.live, attempt, failed("deadline")) == outcome
+
+
 def test_what_the_winner_did_not_tell_is_a_guess():
     case = Case()
     attempt = case.attempt(first_token_s=0.5)

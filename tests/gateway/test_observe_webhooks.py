@@ -241,7 +241,7 @@ def test_a_webhook_that_does_not_answer_holds_up_no_other(monkeypatch):
     """All others had their alerts after all of its own, each of which took 10 s."""
 
     async def main():
-        sent, gate = posting(monkeypatch)
+        sent, _ = posting(monkeypatch)
         store = Due(dead=100, well=3)
         hooks = Webhooks({"dead": hook("http://127.0.0.1:1"), "well": hook("http://127.0.0.1:2")}, lambda: store)
         watching = asyncio.create_task(hooks.watch())

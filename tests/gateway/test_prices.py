@@ -253,9 +253,8 @@ def test_what_is_read_again_and_again_is_never_more_than_the_most(prompt, comple
     asked = Asked(uses=uses, page=page, listed=listed)
     # Nobody reads more than there is room for.
     first, room = (float("inf"),) * 2 if context is None else (max(context, prompt), max(context, prompt + completion))
-    read = [min(prompt + listed, first)]
-    for use in range(1, uses + 1):
-        read.append(min(prompt + listed + completion + use * page, room))
+    again = [min(prompt + listed + completion + use * page, room) for use in range(1, uses + 1)]
+    read = [min(prompt + listed, first), *again]
     most = asked.most(PromptCount(prompt, prompt, True), completion, context)
     assert sum(read) <= most.prompt
     assert most.pages == most.prompt - prompt

@@ -63,9 +63,10 @@ class AttemptEnds:
         live.senders.answered(self.plan.sender, now)
         live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None, sender=self.plan.sender)
         self._leave_room(live, attempt)
-        live.timed(attempt.total_s, attempt.first_token_s, usage.completion, waited_s)
-        if attempt.first_token_s is None:
-            self.dispatcher.groups[live.model].hedge_whole.observe(attempt.total_s)
+        first_s = None if attempt.first_token_s is None else attempt.own_s(attempt.first_token_s)
+        live.timed(attempt.own_s(attempt.total_s), first_s, usage.completion, waited_s)
+        if first_s is None:
+            self.dispatcher.groups[live.model].hedge_whole.observe(attempt.own_s(attempt.total_s))
         self.report.model, self.report.deployment = live.model, live.name
 
     def lost(self, live: Live, attempt: Attempt, failure: Failure | None, usage: Usage | None = None) -> None:
@@ -220,7 +221,7 @@ class AttemptEnds:
         own = live.deployment
         limit_s = min(own.first_token_timeout_s, own.timeout_s) if self._streams else own.timeout_s
         began_s = attempt.total_s if attempt.total_s is not None and attempt.first_token_s is None else 0.0
-        return began_s >= 0.5 * limit_s
+        return attempt.own_s(began_s) >= 0.5 * limit_s
 
 
 def stops(live: Live, failure: Failure | None) -> bool:

@@ -128,7 +128,7 @@ class Dispatcher:
         self._owns_http = http is None
         self._lingering: set[asyncio.Future[None]] = set()
         self.turns = Turns(_READERS)
-        self.places: LargeAnswers = LargeAnswers() if previous is None else previous.places
+        self.room: LargeAnswers = LargeAnswers() if previous is None else previous.room
         self.kept: AnswerRoom = room_for_streams() if previous is None else previous.kept
         self.late = Late(self.rules.read_on_s, self.rules.read_on)
         self.groups: dict[str, LiveGroup] = {}
@@ -243,26 +243,29 @@ class Dispatcher:
         limit_s = live.deployment.timeout_s
         attempt.is_whole = True
         call = await run.built(live, request, attempt)
-        reader = self.reader(live, request, run.plan.sender)
+        reader = self.reader(live, request, attempt, run.plan.sender)
         exchange: Exchange = asyncio.ensure_future(
             exchanged(live.transport, call, attempt, reader, most_bytes(request))
         )
         try:
-            done, _ = await asyncio.wait((exchange,), timeout=max(0.0, min(limit_s, run.left_s)))
+            async with attempt.time.limited(limit_s, run.left_s):
+                await asyncio.wait((exchange,))
+        except TimeoutError:
+            # It may have come at this moment.
+            if not exchange.done():
+                run.ends.leave(live, request, attempt, exchange)
+                raise run.timed_out(live, limit_s, "timeout") from None
         except asyncio.CancelledError:
             run.ends.leave(live, request, attempt, exchange)
             raise
-        if not done:
-            run.ends.leave(live, request, attempt, exchange)
-            raise run.timed_out(live, limit_s, "timeout")
         answer = answer_of(live.provider, request, exchange)
         attempt.seen = answer.usage.completion
         run.ends.won(live, attempt, run.ends.usage_of(live, attempt, answer))
         return answer
 
-    def reader(self, live: Live, request: UpstreamRequest, sender: str) -> Reader:
+    def reader(self, live: Live, request: UpstreamRequest, attempt: Attempt, sender: str) -> Reader:
         """What reads a deployment's whole answer to a request."""
-        return Reader(live.provider, request, self.turns, sender, self.places)
+        return Reader(live.provider, request, self.turns, sender, self.room, attempt.time)
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
         """A stream whose first token has come. Read it to the end, or close it, and `forget` it where the plan keeps it.

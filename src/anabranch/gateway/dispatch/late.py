@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from anabranch.gateway.dispatch.large_answers import LargeAnswers
+from anabranch.gateway.dispatch.own_time import OwnTime
 from anabranch.gateway.dispatch.plan import Attempt
 from anabranch.gateway.providers.answer_shape import read_answer
 from anabranch.gateway.providers.provider import (
@@ -25,6 +26,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamRequest,
     read_all,
     read_beginning,
+    read_error,
 )
 from anabranch.web.large_json import LARGE
 from anabranch.web.turns import Turns
@@ -138,28 +140,11 @@ async def exchanged(
     attempt.http_status = reply.status
     try:
         if not 200 <= reply.status < 300:
-            return reply.status, reply.headers, await read_all(reply), None
-        parts, is_large = await read_beginning(reply, LARGE)
-        if not is_large:
-            return reply.status, reply.headers, await read_all(reply, most, parts), None
-        async with reading.places.place(reading.sender, _length(reply, most)):
-            body = await read_all(reply, most, parts)
-            parts.clear()
-            # Its connection is free for the next.
-            reply.close()
-            return reply.status, reply.headers, body, await reading.large(body)
+            return reply.status, reply.headers, await read_error(reply), None
+        body, answer = await reading.whole(reply, most)
+        return reply.status, reply.headers, body, answer
     finally:
         reply.close()
-
-
-def _length(reply: Reply, most: int) -> int:
-    """Bytes of an answer, as it says, at most ``most``; these if it does not say."""
-    told = reply.headers.get("content-length", "")
-    return (
-        min(int(told), most)
-        if told.isdecimal() and len(told) < 16 and "content-encoding" not in reply.headers
-        else most
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,22 +155,40 @@ class Reader:
         provider, request: whose answer it is, and to what.
         turns: of that thread.
         sender: whose request it is.
-        places: for large ones, while they are read.
+        room: of large ones, until they have been read.
+        time: of the upstream.
     """
 
     provider: Provider
     request: UpstreamRequest
     turns: Turns
     sender: str
-    places: LargeAnswers
+    room: LargeAnswers
+    time: OwnTime
 
-    async def read(self, body: bytes) -> Answer:
-        """The body of a 2xx answer. Raises UpstreamError."""
-        return read_answer(self.provider, self.request, body) if len(body) <= LARGE else await self.large(body)
+    async def read(self, reply: Reply) -> Answer:
+        """A 2xx answer. Raises UpstreamError."""
+        body, answer = await self.whole(reply)
+        return read_answer(self.provider, self.request, body) if answer is None else answer
 
-    async def large(self, body: bytes) -> Answer:
-        """Likewise, and written too, if it will be."""
-        return await self.turns.run(self.sender, partial(_read_large, self.provider, self.request, body))
+    async def whole(self, reply: Reply, most: int = BODY_BYTES) -> tuple[bytes, Answer | None]:
+        """The body of a 2xx answer, and what it says if it was large, written too if it will be. Raises UpstreamError."""
+        parts, is_large = await read_beginning(reply, LARGE)
+        if not is_large:
+            return await read_all(reply, most, parts), None
+        with self.room.enter(self.sender) as held:
+
+            async def keep(num_bytes: int) -> None:
+                with self.time.held():
+                    await held.more(num_bytes)
+
+            body = await read_all(reply, most, parts, keep)
+            parts.clear()
+            # Its connection is free for the next.
+            reply.close()
+            work = partial(_read_large, self.provider, self.request, body)
+            with self.time.held():
+                return body, await self.turns.run(self.sender, work)
 
 
 def _read_large(provider: Provider, request: UpstreamRequest, body: bytes) -> Answer:

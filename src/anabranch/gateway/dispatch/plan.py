@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from anabranch.gateway.dispatch.deployments import MidStream
+from anabranch.gateway.dispatch.own_time import OwnTime
 from anabranch.gateway.observe.trace_context import Trace
 from anabranch.gateway.providers.provider import Answer, FailureKind, HttpCall, UpstreamRequest, Usage
 
@@ -88,6 +89,7 @@ class Attempt:
         span_id: of the trace, that the upstream was told; "" where there is none.
         place: its name among those that processes count together; "" where it is not counted there.
         time_s: when it began, in seconds since 1970; 0 where there is no trace.
+        time: of its upstream, which this process may hold up.
     """
 
     model: str
@@ -113,6 +115,11 @@ class Attempt:
     span_id: str = ""
     place: str = ""
     time_s: float = 0.0
+    time: OwnTime = field(default_factory=OwnTime, repr=False, compare=False)
+
+    def own_s(self, seconds: float) -> float:
+        """Of so many since it began, up to now, those that its upstream took: this process held it up in the others."""
+        return max(0.0, seconds - self.time.held_s)
 
     @property
     def held_bytes(self) -> int:

@@ -369,7 +369,8 @@ class Run:
 
     async def built(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> HttpCall:
         """What an attempt sends, the trace that it belongs to among it. Raises UpstreamError as `built` does."""
-        attempt.call = call = await built(live, request, self.dispatcher.turns, self.plan.sender)
+        with attempt.time.held():
+            attempt.call = call = await built(live, request, self.dispatcher.turns, self.plan.sender)
         call.sender = self.plan.sender
         if self.plan.trace is not None:
             attempt.span_id, attempt.time_s = new_span_id(), time.time()

@@ -35,7 +35,7 @@ from anabranch.gateway.providers.provider import (
     UpstreamError,
     UpstreamRequest,
     Usage,
-    read_all,
+    read_error,
 )
 from anabranch.gateway.providers.sse import DONE_DATA, events
 from anabranch.web.large_json import LARGE
@@ -182,17 +182,17 @@ class Stream:
         reply: Reply | None = None
         opened: Opened | None = None
         try:
-            async with asyncio.timeout(max(min(limit_s, self._run.left_s), 0.0)):
+            async with attempt.time.limited(limit_s, self._run.left_s):
                 call.is_sent = True
                 reply = await live.transport.open(call)
                 attempt.http_status = reply.status
                 if not 200 <= reply.status < 300:
-                    raise UpstreamError(live.provider.error(reply.status, reply.headers, await read_all(reply)))
+                    raise UpstreamError(live.provider.error(reply.status, reply.headers, await read_error(reply)))
                 opened = Opened(self._run, live, attempt, request, reply, self._stitch)
                 if "json" in reply.headers.get("content-type", ""):
                     attempt.is_whole = True
-                    reader = self._run.dispatcher.reader(live, request, self._run.plan.sender)
-                    opened.from_answer(await reader.read(await read_all(reply)))
+                    reader = self._run.dispatcher.reader(live, request, attempt, self._run.plan.sender)
+                    opened.from_answer(await reader.read(reply))
                 else:
                     await opened.until_content()
         except TimeoutError:
@@ -206,7 +206,7 @@ class Stream:
             raise
         attempt.first_token_s = self._now() - self._run.began - attempt.start_s
         live.heard(self._now())
-        self._run.dispatcher.groups[live.model].hedge.observe(attempt.first_token_s)
+        self._run.dispatcher.groups[live.model].hedge.observe(attempt.own_s(attempt.first_token_s))
         return opened
 
     async def _relay(self) -> AsyncGenerator[bytes, None]:

@@ -1,7 +1,7 @@
 """What goes over the wire, and what carries it: `HttpCall`, `Reply` and `Transport`."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,8 @@ from anabranch.gateway.providers.usage import Usage
 
 Headers = Mapping[str, str]
 
-# Most bytes of an answer that are read.
-BODY_BYTES = 32 << 20
+# Most bytes of an answer that are read; and about so many of one that says what went wrong.
+BODY_BYTES, ERROR_BYTES = 32 << 20, 256 << 10
 
 
 @dataclass(slots=True, repr=False)
@@ -68,16 +68,34 @@ class Transport(Protocol):
         """Send, and wait for status and headers. Raises UpstreamError."""
 
 
-async def read_all(reply: Reply, most: int = BODY_BYTES, begun: Sequence[bytes] = ()) -> bytes:
-    """The rest of an answer, behind what has ``begun``. Raises UpstreamError (``excess``) beyond ``most`` bytes."""
+async def read_all(
+    reply: Reply,
+    most: int = BODY_BYTES,
+    begun: Sequence[bytes] = (),
+    keep: Callable[[int], Awaitable[None]] | None = None,
+) -> bytes:
+    """The rest of an answer, behind what has ``begun``. Raises UpstreamError (``excess``) beyond ``most`` bytes.
+
+    ``keep`` is awaited with the bytes of each piece, of what has begun as one, before more is asked for.
+    """
     parts, size = list(begun), sum(map(len, begun))
+    if keep is not None:
+        await keep(size)
     while size <= most and (part := await reply.read_some()):
         size += len(part)
         parts.append(part)
+        if keep is not None:
+            await keep(len(part))
     if size > most:
         reply.close()
         raise excess(f"an answer of more than {most:,} bytes")
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def read_error(reply: Reply) -> bytes:
+    """What an answer that is none says went wrong; of a long one its beginning."""
+    parts, _ = await read_beginning(reply, ERROR_BYTES)
+    return b"".join(parts)
 
 
 async def read_beginning(reply: Reply, num_bytes: int) -> tuple[list[bytes], bool]:

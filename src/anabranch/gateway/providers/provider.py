@@ -36,6 +36,7 @@ from anabranch.gateway.providers.http_call import Reply as Reply
 from anabranch.gateway.providers.http_call import Transport as Transport
 from anabranch.gateway.providers.http_call import read_all as read_all
 from anabranch.gateway.providers.http_call import read_beginning as read_beginning
+from anabranch.gateway.providers.http_call import read_error as read_error
 from anabranch.gateway.providers.upstream_request import WRITES as WRITES
 from anabranch.gateway.providers.upstream_request import Endpoint as Endpoint
 from anabranch.gateway.providers.upstream_request import Json as Json
