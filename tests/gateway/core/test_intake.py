@@ -10,9 +10,9 @@ import pytest
 from anabranch.gateway.config import LimitsConfig
 from anabranch.gateway.core.admission import Limits
 from anabranch.gateway.core.held_body import HeldBody
-from anabranch.gateway.core.in_flight import InFlight
 from anabranch.gateway.core.incoming import Incoming, KnownKey
 from anabranch.gateway.core.intake import Intake
+from anabranch.gateway.in_flight import InFlight
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
 from anabranch.web.api_error import ApiError
