@@ -180,3 +180,64 @@ def test_what_else_an_endpoint_needs(monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             ChatWriter("http://h/v1", **options)
+
+
+@pytest.mark.parametrize("before", [0, 350, 370, 390, 399])
+@pytest.mark.parametrize("form", ["error", "answer", "instruction"])
+def test_a_key_that_is_repeated_is_hidden_wherever_what_is_said_is_cut(monkeypatch, form, before):
+    """Of a key across the cut the half before it was told."""
+    key = "sk-" + 'A1"b2C3d4' * 6
+    monkeypatch.setenv("MY_KEY", key)
+    said = "x" * before + " " + key + " " + "y" * 600
+    answers = {
+        "error": (401, {"error": {"message": said}}, {}),
+        "answer": (200, {"headers": said}, {}),
+        "instruction": (200, chat(said), {}),
+    }
+    with endpoint(lambda *_: answers[form]) as (url, _):
+        writer = ChatWriter(url, "w", key_env="MY_KEY")
+        if form == "instruction":
+            told = writer("x")
+        else:
+            with pytest.raises(DataError) as raised:
+                writer("x")
+            told = str(raised.value)
+    assert key[:8] not in told
+
+
+@pytest.mark.parametrize("key", ["sk-one\n", "sk-eins\u2013zwei", "\tsk"])
+def test_a_key_that_no_header_may_hold_is_told_as_that(monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ConfigError, match="MY_KEY holds what no header may") as raised:
+        ChatWriter("http://127.0.0.1:1/v1", "w", key_env="MY_KEY")
+    assert key.strip() not in str(raised.value)
+
+
+def test_a_vector_of_endless_digits_is_none():
+    with endpoint(lambda *_: (200, {"data": [{"index": 0, "embedding": [10**400]}]}, {})) as (url, _):
+        with pytest.raises(DataError, match="does not give a vector of finite numbers for each of 1 texts"):
+            EndpointEmbedder(url, "e").embed(["a"])
+
+
+def test_an_answer_that_comes_byte_by_byte_has_the_time_of_a_call():
+    """Each read had it anew."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stopped = threading.Event()
+
+        def drip():
+            with server.accept()[0] as calls:
+                calls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+                while not stopped.wait(0.05):
+                    try:
+                        calls.sendall(b" ")
+                    except OSError:
+                        return
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        try:
+            with pytest.raises(DataError, match=r"did not answer within 0\.3 seconds"):
+                ChatWriter(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "w", timeout_s=0.3)("x")
+        finally:
+            stopped.set()
+            thread.join()

@@ -10,6 +10,8 @@ import http.client
 import json
 import math
 import os
+import queue
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -50,9 +52,9 @@ class _Endpoint:
         url: up to and with the version, ``http://127.0.0.1:8000/v1``. No proxy is asked, whatever the environment says.
         model: its name there.
         key_env: environment variable that holds the key; None for an endpoint that wants none.
-        timeout_s: of a call.
+        timeout_s: of a call, from its beginning to the last byte of its answer.
 
-    Raises ConfigError for what is no such address, and a variable that is not set.
+    Raises ConfigError for what is no such address, and for a variable that is not set, or holds what no header may.
     """
 
     def __init__(self, url: str, model: str, *, key_env: str | None = None, timeout_s: float = 60.0) -> None:
@@ -75,10 +77,36 @@ class _Endpoint:
         self._key = None if key_env is None else os.environ.get(key_env)
         if key_env is not None and not self._key:
             raise ConfigError(f"the key of {self.name} is to be in {key_env}, which is not set")
+        if self._key and not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError(
+                f"{key_env} holds what no header may: a line end, or a letter beyond ASCII; set it to the key of {self.name} alone"
+            )
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer, an object. Raises DataError, without the key, for any other."""
+        """The answer, an object. Raises DataError, without the key, for any other, and for one that is not whole in time."""
+        told: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                told.put(self._asked(path, body))
+            except Exception as error:
+                told.put(error)
+
+        # A socket's time is for each of its reads, and there is no end to an answer that comes byte by byte.
+        threading.Thread(target=ask, name="anabranch endpoint", daemon=True).start()
+        try:
+            found = told.get(timeout=self.timeout_s)
+        except queue.Empty:
+            raise self._late() from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _late(self) -> DataError:
+        return DataError(f"{self.name} did not answer within {self.timeout_s:g} seconds")
+
+    def _asked(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
         request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
         try:
@@ -86,12 +114,13 @@ class _Endpoint:
                 data = answer.read(_MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
             with error:
-                raise DataError(f"{self.name} answers {error.code}: {self._without_key(_reason(error))}") from None
+                said = self._without_key(_reason(error))[:_LONGEST]
+                raise DataError(f"{self.name} answers {error.code}: {said}") from None
         except TimeoutError:
-            raise DataError(f"{self.name} did not answer within {self.timeout_s:g} seconds") from None
+            raise self._late() from None
         except (urllib.error.URLError, OSError) as error:
             if isinstance(getattr(error, "reason", None), TimeoutError):
-                raise DataError(f"{self.name} did not answer within {self.timeout_s:g} seconds") from None
+                raise self._late() from None
             raise DataError(f"cannot reach {self.name}: {getattr(error, 'reason', error)}") from None
         except (http.client.HTTPException, ValueError):
             raise DataError(f"{self.name} does not speak HTTP") from None
@@ -106,8 +135,12 @@ class _Endpoint:
         return found
 
     def _without_key(self, text: str) -> str:
-        """What an endpoint says may repeat what it was told."""
-        return text if not self._key else text.replace(self._key, HIDDEN)
+        """What an endpoint says may repeat what it was told, in JSON too. Before it is cut: half a key is none to be found."""
+        if not self._key:
+            return text
+        for form in (self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1]):
+            text = text.replace(form, HIDDEN)
+        return text
 
 
 class ChatWriter(_Endpoint):
@@ -133,8 +166,8 @@ class ChatWriter(_Endpoint):
         except (LookupError, TypeError):
             said = None
         if not isinstance(said, str) or not said.strip():
-            raise DataError(f"{self.name} wrote no instruction: {self._without_key(shown(found))}")
-        return " ".join(said.split())
+            raise DataError(f"{self.name} wrote no instruction: {self._without_key(json.dumps(found))[:_LONGEST]}")
+        return " ".join(self._without_key(said).split())
 
 
 class EndpointEmbedder(_Endpoint):
@@ -155,7 +188,8 @@ class EndpointEmbedder(_Endpoint):
         data: Any = found.get("data")
         try:
             by_place = {one["index"]: np.asarray(one["embedding"], np.float32) for one in data}
-        except (LookupError, TypeError, ValueError):
+        # Whole numbers of hundreds of digits are JSON, too.
+        except (LookupError, TypeError, ValueError, OverflowError):
             by_place = {}
         vectors = [by_place.get(place) for place in range(count)]
         if len(by_place) != count or any(
@@ -171,4 +205,4 @@ def _reason(error: urllib.error.HTTPError) -> str:
         said = str(parse_json(error.read(1 << 16))["error"]["message"])
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
         said = str(error.reason)
-    return " ".join(said.split())[:_LONGEST]
+    return " ".join(said.split())
