@@ -77,6 +77,25 @@ def test_gradients_of_items_and_weights_are_those_of_all_experts_in_memory(weigh
     assert len(slots.used) == 6
 
 
+@pytest.mark.parametrize("num_choices", [2, 3, 5])
+def test_what_was_in_memory_before_changes_no_bit_of_gradients(num_choices):
+    """Rows of an item were added as waves came, which rounds otherwise from three choices on."""
+    g = torch.Generator().manual_seed(1)
+    score = torch.rand(64, 8, generator=g)
+    weight, index = score.topk(num_choices, dim=-1)
+    x, dy = torch.randn(64, 8, generator=g), torch.randn(64, 8, generator=g)
+    found = []
+    for turned in (False, True):
+        _, slots, offloaded = made(8)
+        if turned:
+            offloaded._waves = lambda layer, experts, *rest, slots=slots: slots.waves(layer, experts[::-1], *rest)
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = offloaded(leaves[0], Routing(index, leaves[1], score))
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_slots_that_are_filled_meanwhile_do_not_matter():
     """What brings experts fills free places while others are differentiated."""
     _, slots, offloaded = made(2)

@@ -11,11 +11,11 @@ from torch import nn
 
 from anabranch.errors import ConfigError
 from anabranch.lm import Decoder
+from anabranch.testing import run_ranks
 from anabranch.train import Constant, Losses, Task, TaskRunConfig, TrainConfig, Trainer, checkpoints, mezo, read_metrics
 from anabranch.train.config import Parallel
 from anabranch.train.mezo import _DIRECTION, check_mezo
 from anabranch.train.task_contract import check_task
-from ranks import run_ranks
 
 STEPS = 3
 ONE = {"optimizer": "mezo", "learning_rate": 1e-2, "schedule": Constant.Config(), "device": "cpu", "batch_size": 4}
@@ -207,12 +207,45 @@ def test_a_loss_that_is_no_number_moves_nothing(tmp_path):
     assert trainer.model.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_weights_of_half_the_bits_do_not_learn_by_it(tmp_path, kind):
+    """Rounding moved them fifty times as far as what was learned, and nothing said so."""
+
+    class Half(Bent):
+        def build_model(self, context):
+            return super().build_model(context).to(kind)
+
+    with pytest.raises(ConfigError, match=r"weight learns in b?float16, .* load the model in float32"):
+        Trainer(run_of(Half), tmp_path / "run")
+
+
+def test_what_was_added_before_memory_ended_is_taken_away_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(mezo, "_PIECE", 2)
+    trainer = Trainer(run_of(Free, mezo_scale=0.1), tmp_path / "run")
+    before = trainer.model.weight.detach().clone()
+    whole, calls = mezo.MeZOStepper._direction, []
+
+    def ending(self, step, sample):
+        calls.append(step)
+        for number, found in enumerate(whole(self, step, sample)):
+            if number == 2 and len(calls) == 1:
+                raise MemoryError
+            yield found
+
+    monkeypatch.setattr(mezo.MeZOStepper, "_direction", ending)
+    with pytest.raises(MemoryError):
+        trainer.fit()
+    torch.testing.assert_close(trainer.model.weight.detach(), before, rtol=0, atol=1e-6)
+
+
 def _rank(rank, world, folder):
     import torch.distributed as dist
     from safetensors.torch import save_file
 
     dist.init_process_group("gloo")
     trainer = Trainer(run_of(parallel="ddp"), f"{folder}/ddp")
+    # No room for gradients that never come.
+    assert trainer._stepper.wrapped is trainer.model
     trainer.fit()
     save_file({"weight": trainer.model.weight.detach().clone()}, f"{folder}/{rank}.safetensors")
 

@@ -121,11 +121,15 @@ class OffloadedPool(nn.Module):
     def _backward(
         self, dy_ND: Tensor, x_ND: Tensor, routing: Routing, weight_on: WeightOn, carry: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(dx_ND, dweight_NK): each wave of experts is run again, and differentiated."""
-        num_choices = routing.index_NK.shape[1]
+        """(dx_ND, dweight_NK): each wave of experts is run again, and differentiated.
+
+        As in `forward` it does not matter in which waves they come: each choice has a row of its own, added in the order of choices.
+        """
+        num_items, num_choices = routing.index_NK.shape
         rows = _Rows(routing)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
-        dx_ND, dweight_P = torch.zeros_like(x_ND, dtype=wide), torch.zeros_like(routing.weight_NK).reshape(-1)
+        dx_PD = torch.zeros(num_items * num_choices, x_ND.shape[1], dtype=wide, device=x_ND.device)
+        dweight_P = torch.zeros_like(routing.weight_NK).reshape(-1)
         for slot_of in self.waves(rows.experts, x_ND, routing.index_NK, carry):
             choice_R, offset_S = (part.to(x_ND.device) for part in rows.of(slot_of, len(self.w13_SFD)))
             item_R = choice_R // num_choices
@@ -134,9 +138,13 @@ class OffloadedPool(nn.Module):
                 weight_R1 = routing.weight_NK.reshape(-1, 1)[choice_R].requires_grad_()
                 y_RD = self._run(x_RD, offset_S, weight_R1, weight_on)
                 dx_RD, dweight_R1 = torch.autograd.grad(y_RD, (x_RD, weight_R1), dy_ND[item_R].to(y_RD.dtype))
-            dx_ND.index_add_(0, item_R, dx_RD.to(wide))
+            dx_PD.index_copy_(0, choice_R, dx_RD.to(wide))
             dweight_P[choice_R] = dweight_R1.squeeze(1).to(dweight_P.dtype)
             self.slots.mark_used(list(slot_of.values()))
+        dx_NKD = dx_PD.view(num_items, num_choices, -1)
+        dx_ND = dx_NKD[:, 0]
+        for choice in range(1, num_choices):
+            dx_ND = dx_ND + dx_NKD[:, choice]
         return dx_ND.to(x_ND.dtype), dweight_P.view_as(routing.weight_NK)
 
     def _run(self, x_RD: Tensor, offset_S: Tensor, weight_R1: Tensor, weight_on: WeightOn) -> Tensor:

@@ -3,14 +3,17 @@
     g      = (L(theta + e z) - L(theta - e z)) / 2e                 z ~ N(0, I), made anew by its seed wherever it is needed
     theta <- theta - lr (g z + weight_decay theta)
 
-Nothing is differentiated, so that a step takes the memory of inference: no activations are kept, there are no gradients and no moments, and
-z exists a piece at a time. Both passes see the same batch and draw the same masks. With n directions g is the mean of their g z (n-SPSA,
-definition 1).
+Weights that learn are float32: in half of its bits what is added and taken away again for the two points would leave more rounding than is
+learned. Nothing is differentiated, so that a step takes the memory of inference: no activations are kept, there are no gradients and no
+moments, and z exists a piece at a time. Both passes see the same batch and draw the same masks. With n directions g is the mean of their
+g z (n-SPSA, definition 1).
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.evaluate import autocast
 from anabranch.train.optimizer import FACTOR
 from anabranch.train.step import EVERYWHERE, Gradient, Stepper, add_share
-from anabranch.train.task import Stream, TaskContext, moved
+from anabranch.train.task import Stream, Task, TaskContext, moved
 
 __all__ = ["MeZOStepper", "check_mezo"]
 
@@ -54,6 +57,16 @@ class MeZOStepper(Stepper):
 
     # Of each direction of the step under way.
     _slopes: list[float]
+
+    def __init__(self, task: Task, model: nn.Module, *rest: Any) -> None:
+        super().__init__(task, model, *rest)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise ConfigError(
+                    f"train.optimizer is mezo, and {name} learns in {kind}, whose rounding moves it more than what is learned; "
+                    "load the model in float32 (of adapt: --set task.dtype=float32), or learn an adapter, which is float32"
+                )
 
     @torch.no_grad()
     def gradient(self, stream: Stream, context: TaskContext) -> Gradient:
@@ -115,13 +128,15 @@ class MeZOStepper(Stepper):
     @contextmanager
     def _moved(self, step: int, sample: int, sign: int) -> Iterator[None]:
         """The weights at one of the two points; afterwards where they were, whatever happens there."""
-        scale = sign * self._settings.mezo_scale
-        for _, piece, z in self._direction(step, sample):
-            piece.add_(z, alpha=scale)
+        scale, moved_pieces = sign * self._settings.mezo_scale, 0
         try:
+            for _, piece, z in self._direction(step, sample):
+                piece.add_(z, alpha=scale)
+                moved_pieces += 1
             yield
         finally:
-            for _, piece, z in self._direction(step, sample):
+            # Of those that were moved alone: memory may end in the midst of them.
+            for _, piece, z in islice(self._direction(step, sample), moved_pieces):
                 piece.add_(z, alpha=-scale)
 
 

@@ -197,8 +197,10 @@ class Workers:
         """Whether this process has all there is of the run, and nobody waits for it."""
         return self.size == 1 and self.elastic is None
 
-    def wrap(self, model: nn.Module, parts: Iterable[nn.Module] = ()) -> Any:
+    def wrap(self, model: nn.Module, parts: Iterable[nn.Module] = (), *, has_gradients: bool = True) -> Any:
         """``model`` as it is to be called in training. With ``fsdp`` its own parameters become shards, gathered by ``parts``.
+
+        Without gradients replicas need no room for those of others: all that is done is that they begin as the first one.
 
         Raises ConfigError where experts are to be shared and cannot be, or there are none.
         """
@@ -210,7 +212,10 @@ class Workers:
         if self.parallel == "fsdp":
             shard(model, parts, init_device_mesh(self.device.type, (self.size,)))
         model = self._cut(model)
-        if self.parallel == "ddp":
+        if self.parallel == "ddp" and not has_gradients:
+            for parameter in model.parameters():
+                torch.distributed.broadcast(parameter.data, 0)
+        elif self.parallel == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are loads and schedules: each rank counts its own loads, and schedules are equal by construction.
             options: dict[str, Any] = {_BUFFER_OPTION: False}

@@ -114,7 +114,8 @@ class Trainer(Generic[R]):
             self.optimizer = make_optimizer(self.model, config.train, self.task.speed)
             self._elastic = Elastic.of(config, self.model, self.optimizer, self.task, self.stream)
             self.workers.elastic = self._elastic
-        wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model))
+        is_mezo = config.train.optimizer == "mezo"
+        wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model), has_gradients=not is_mezo)
         self._meter = LoadMeter(self.model)
         self._idle = IdleWatch(config.train.steps)
         if not is_shared:
@@ -122,7 +123,7 @@ class Trainer(Generic[R]):
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
         if self._elastic is not None:
             self._elastic.at_step = self._hooks.run_after
-        made = MeZOStepper if config.train.optimizer == "mezo" else Stepper
+        made = MeZOStepper if is_mezo else Stepper
         self._stepper = made(self.task, self.model, wrapped, self.optimizer, self.workers, self._hooks, self._context)
         self._checkpoints = CheckpointManager(
             self.out, config, self.task, self.model, self.optimizer, self.workers, found
