@@ -5,7 +5,7 @@ from anabranch.cluster.pccl.state import MasterState
 
 def accepted(*groups):
     """A state whose peers, of these groups, all take part; and their numbers. Votes go on from number 100."""
-    state = MasterState(dead_s=5.0)
+    state = MasterState()
     peers = [state.join(group=group, host="h", port=1, pool=1) for group in groups]
     for peer in peers:
         state.vote(peer, {"what": "join", "req": 1}, 0.0)

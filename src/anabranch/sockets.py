@@ -45,6 +45,27 @@ def listening(host: str, port: int, *, shared: bool = False) -> Iterator[socket.
         yield listener
 
 
+def kept_alive(sock: socket.socket, seconds: float) -> socket.socket:
+    """A TCP connection whose other end must answer with its network, not with its program, within about ``seconds``.
+
+    A machine that is cut off, or gone without a word, so ends the connection; one whose process stands still does not. Where the system
+    has no such settings the connection stays as it was.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Asked first after half of the time, then four times more.
+    settings = {
+        "TCP_KEEPIDLE": max(round(seconds / 2), 1),
+        "TCP_KEEPINTVL": max(round(seconds / 8), 1),
+        "TCP_KEEPCNT": 4,
+        # While something is on its way that was not taken nobody is asked, and the system would send it again for a quarter of an hour.
+        "TCP_USER_TIMEOUT": round(seconds * 1000),
+    }
+    for name, value in settings.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return sock
+
+
 def url_of(host: str, listener: socket.socket) -> str:
     """What a client on this machine calls it."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

@@ -253,7 +253,7 @@ def test_newcomers_for_whom_links_are_not_made_go_before_those_who_run():
     state.vote(second, {"what": "established", "ok": True, "req": 111}, 0.0)
     state.vote(late, {"what": "established", "ok": True, "req": 2}, 0.0)
     state.take()
-    when = 2 * state.connect_s + state.dead_s
+    when = state.times.report_s
     state.tick(when)
     assert "could not make their links" in dict(state.dropped())[late]
     assert (first, "abort") in [(peer, kind) for peer, kind, _ in state.take()]

@@ -144,7 +144,7 @@ class Network:
         table = json.loads(json.dumps(to_dict(self.state)))
         self.state = MasterState()
         from_dict(table, self.state)
-        self.state.absent(5.0, self.now)
+        self.state.absent(self.now)
         for queue in (*self.to_master.values(), *self.to_peer.values()):
             queue.clear()
         for peer in list(self.programs):
@@ -550,9 +550,9 @@ def test_who_comes_back_to_an_aborted_collective_hears_first_that_it_began_and_h
         state.vote(peer, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 0.0)
     # Killed when the journal was written, and before anybody heard of it.
     table = json.loads(json.dumps(to_dict(state)))
-    state = MasterState(dead_s=5.0)
+    state = MasterState()
     from_dict(table, state)
-    state.absent(10.0, 0.0)
+    state.absent(0.0)
     tokens = {peer: member.token for peer, member in state.members.items()}
     state.resume(first, tokens[first])
     state.vote(first, {"what": "complete", "tag": 4, "seq": 0, "aborted": True, "req": 101}, 1.0)
@@ -586,9 +586,9 @@ def test_nor_does_it_miss_an_end_that_comes_between_its_return_and_its_vote():
     for peer in (first, second):
         state.vote(peer, {"what": "initiate", "tag": 4, "descriptor": {}, "req": 100}, 0.0)
     table = json.loads(json.dumps(to_dict(state)))
-    state = MasterState(dead_s=5.0)
+    state = MasterState()
     from_dict(table, state)
-    state.absent(10.0, 0.0)
+    state.absent(0.0)
     for peer, member in list(state.members.items()):
         state.resume(peer, member.token)
     state.vote(first, {"what": "complete", "tag": 4, "seq": 0, "aborted": True, "req": 101}, 1.0)
@@ -661,7 +661,7 @@ def drawn_vote(generator, state, peer):
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_is_voted_lost_or_found_late_each_member_is_in_its_ring_and_nothing_is_raised(seed):
     generator, now, reqs = random.Random(seed), 0.0, {}
-    state = MasterState(dead_s=5.0)
+    state = MasterState()
     for _ in range(150):
         now += generator.random() * 0.3
         if not state.members or (len(state.members) < 6 and generator.random() < 0.1):

@@ -51,6 +51,15 @@ def master(
             metavar="S", min=0.1, max=3600, help="Seconds after which a peer that is not heard of is dropped."
         ),
     ] = 5.0,
+    connect_within: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            min=0.1,
+            max=3600,
+            help="Seconds in which peers make links with their neighbours; more where ways are long or peers have many.",
+        ),
+    ] = 10.0,
     most_peers: Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Peers at a time.")] = 256,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -66,7 +75,13 @@ def master(
 
     secret = None if secret_file is None else read_secret(secret_file)
     made = Master(
-        listen, secret=secret, journal=journal, heartbeat_s=dead_after / 5, dead_s=dead_after, most_peers=most_peers
+        listen,
+        secret=secret,
+        journal=journal,
+        heartbeat_s=dead_after / 5,
+        dead_s=dead_after,
+        connect_s=connect_within,
+        most_peers=most_peers,
     )
     if not quiet:
         logging.getLogger("anabranch.cluster.pccl").setLevel(logging.INFO)

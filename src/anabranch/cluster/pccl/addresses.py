@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch.bounds import shown
+from anabranch.cluster.pccl.times import ADDRESS_S
 from anabranch.errors import InputError
 from anabranch.sockets import MOST_PORT, listening
 
 _BACKLOG = 128
 # Names that are looked up at a time: a resolver cannot be stopped, and each has a thread until it answers.
 _MOST_LOOKUPS = 64
-# For one of several addresses, whatever is left for all.
-_CALL_S = 5.0
 _lookups = threading.Semaphore(_MOST_LOOKUPS)
 
 
@@ -62,7 +61,7 @@ def connected(host: str, port: int, deadline: float) -> socket.socket:
         if left <= 0 and place:
             break
         # The first may be a dead end, and the next are not for that unreached.
-        share = min(left / (len(found) - place), _CALL_S)
+        share = min(left / (len(found) - place), ADDRESS_S)
         sock = socket.socket(family, kind, protocol)
         try:
             sock.settimeout(max(share, 0.001))

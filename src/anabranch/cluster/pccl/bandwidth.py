@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from anabranch.cluster.pccl.links import LinkError, Place, call_peer
+from anabranch.cluster.pccl.times import COUNT_S, DRAIN_S, HANDSHAKE_S, REACH_S
 from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, receive_exactly, send_all
 
 _BUFFER = 1 << 20
@@ -40,13 +41,13 @@ class RateServer:
             with self._lock:
                 is_free = self._who in (None, flood) or now > self._until
                 if is_free:
-                    self._who, self._until = flood, now + length_s + 5.0
-            send_all(sock, packed(Kind.WELCOME, {"busy": not is_free}), now + 5.0)
+                    self._who, self._until = flood, now + length_s + DRAIN_S
+            send_all(sock, packed(Kind.WELCOME, {"busy": not is_free}), now + HANDSHAKE_S)
             if not is_free:
                 return
             try:
-                count, seconds = _drain(sock, now + length_s + 5.0)
-                send_all(sock, _COUNT.pack(count, seconds), time.monotonic() + 5.0)
+                count, seconds = _drain(sock, now + length_s + DRAIN_S)
+                send_all(sock, _COUNT.pack(count, seconds), time.monotonic() + HANDSHAKE_S)
             finally:
                 with self._lock:
                     if self._who == flood:
@@ -78,7 +79,7 @@ def measure(
     """Mbit/s to another peer. Raises LinkError, which accuses it; where it stays busy until ``deadline``, nobody."""
     hello = {"purpose": "rate", "run": run, "ms": int(seconds * 1000), "flood": f"{me} {time.monotonic_ns()}"}
     while True:
-        sock, welcome = call_peer(place, secret, run, hello, time.monotonic() + 10.0, congestion)
+        sock, welcome = call_peer(place, secret, run, hello, time.monotonic() + REACH_S, congestion)
         if not welcome.get("busy"):
             break
         sock.close()
@@ -89,7 +90,7 @@ def measure(
     socks = [sock]
     try:
         while len(socks) < streams:
-            socks.append(call_peer(place, secret, run, hello, time.monotonic() + 10.0, congestion)[0])
+            socks.append(call_peer(place, secret, run, hello, time.monotonic() + REACH_S, congestion)[0])
         return _flood(socks, seconds)
     except (OSError, WireError) as error:
         raise LinkError(f"peer {place.peer} could not be measured: {error}", place.peer) from None
@@ -107,11 +108,11 @@ def _flood(socks: list[socket.socket], seconds: float) -> float:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(seconds + 15.0)
+        thread.join(seconds + COUNT_S)
     total, longest = 0, 0.0
     for place, sock in enumerate(socks):
         told = bytearray(_COUNT.size)
-        receive_exactly(sock, memoryview(told), time.monotonic() + 15.0)
+        receive_exactly(sock, memoryview(told), time.monotonic() + COUNT_S)
         count, took = _COUNT.unpack(told)
         if count > poured[place] or not 0 < took < 1e6:
             # Whoever says so would have this peer tell the master of a rate that is none.
@@ -124,7 +125,7 @@ def _pour(sock: socket.socket, end: float, poured: list[int], place: int) -> Non
     data = memoryview(bytes(_BUFFER))
     try:
         while time.monotonic() < end:
-            send_all(sock, data, end + 10.0)
+            send_all(sock, data, end + 2 * DRAIN_S)
             poured[place] += len(data)
         sock.shutdown(socket.SHUT_WR)
     except OSError:

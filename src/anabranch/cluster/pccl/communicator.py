@@ -16,12 +16,14 @@ Calls come in the same order on every peer. A call waits until all have made it;
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +44,10 @@ from anabranch.cluster.pccl.part import Reduced, Reduction, quantiser_of
 from anabranch.cluster.pccl.quantise import Quantiser
 from anabranch.cluster.pccl.records import MOST_TAGS
 from anabranch.cluster.pccl.sharing import Shared, SharedState, Sharing, fetch
+from anabranch.cluster.pccl.times import Times
 from anabranch.errors import InputError
+
+log = logging.getLogger(__name__)
 
 __all__ = ["DTYPES", "Communicator", "Reduced", "Reduction"]
 
@@ -60,8 +65,9 @@ class Communicator(Membership):
             which it called the master, which is wrong for a peer that calls a master on its own machine by 127.0.0.1 while others are
             elsewhere.
         congestion: control of its connections, such as ``bbr``; the machine's own by default.
-        connect_s: in which links to neighbours must stand; the master's own time for it where that is shorter.
-        idle_s: after which a neighbour that does nothing in the midst of a collective is given up.
+        connect_s: in which links to neighbours must stand; None, or where that is longer, for the master's own time for it.
+        idle_s: after which a neighbour that does nothing in the midst of a collective is given up; None for 30 s, or twice the time after
+            which the master drops a silent peer where that is longer.
         wait_s: after which a call (`connect` and `wait_for` as well) gives up waiting for the others, with a `PeerLost` that is not
             ``retryable``; None for never, as long as they show signs of life.
         master_wait_s: for so long a master may be gone.
@@ -82,21 +88,21 @@ class Communicator(Membership):
         listen: str = "",
         advertise: str = "",
         congestion: str | None = None,
-        connect_s: float = 10.0,
-        idle_s: float = 30.0,
+        connect_s: float | None = None,
+        idle_s: float | None = None,
         wait_s: float | None = None,
         master_wait_s: float = 30.0,
         master_returns: bool = True,
         gives_up: Callable[[], bool] | None = None,
         before: Callable[[str], None] = lambda name: None,
     ) -> None:
-        waits = {"connect_s": connect_s, "idle_s": idle_s, "master_wait_s": master_wait_s}
-        check_settings(group, pool, waits if wait_s is None else {**waits, "wait_s": wait_s})
+        waits = {"connect_s": connect_s, "idle_s": idle_s, "master_wait_s": master_wait_s, "wait_s": wait_s}
+        check_settings(group, pool, {name: seconds for name, seconds in waits.items() if seconds is not None})
         # Port 0 stands for the one where it listens.
         self._advertised = parse_address(advertise, 0) if advertise else ("", 0)
         self._hello = {"group": group, "pool": pool, "host": self._advertised[0]}
         self._secret = run_secret(secret)
-        super().__init__(idle_s, wait_s, gives_up, before)
+        super().__init__(wait_s, gives_up, before)
         self._connect_s, self._congestion = connect_s, congestion
         if congestion is not None:
             # Before anybody relies on it.
@@ -105,14 +111,14 @@ class Communicator(Membership):
         self._line = Line(
             parse_address(master, PORT),
             self._secret,
-            master_wait_s=master_wait_s,
+            times=Times(idle_s=idle_s, master_wait_s=master_wait_s),
             master_returns=master_returns,
             on_reply=self._on_reply,
             on_abort=self._on_abort,
             before=lambda name: self._before(name),
         )
         host, port = parse_address(listen, 0) if listen else ("", 0)
-        self._links = Links(self._secret, connect_s, congestion)
+        self._links = Links(self._secret, self._line.times.connect_s, congestion)
         self._sharing, self._rates = Sharing(), RateServer()
         handlers = {"link": self._links.offer, "state": self._sharing.serve, "rate": self._rates.serve}
         self._listener = Listener(host, port or None, self._secret, handlers)
@@ -135,12 +141,20 @@ class Communicator(Membership):
             self._line.open({**self._hello, "port": self._advertised[1] or self._listener.port})
             self._listener.run = self._line.run
             # A neighbour that waited for longer would be the one that is late.
-            self._links.connect_s = min(self._connect_s, self._line.connect_s)
+            self._links.connect_s = self._times.connect_s
+            for told in self._times.advice():
+                log.warning("%s", told)
             self._join()
         except BaseException:
             self.close()
             raise
         return self
+
+    @property
+    def _times(self) -> Times:
+        """Of this run; for its links this peer may take less than the master gives it."""
+        told = self._line.times
+        return told if self._connect_s is None else replace(told, connect_s=min(self._connect_s, told.connect_s))
 
     def __enter__(self) -> Communicator:
         return self.connect()
@@ -230,8 +244,7 @@ class Communicator(Membership):
                         revision,
                         secret=self._secret,
                         run=self.run,
-                        connect_s=self._connect_s,
-                        idle_s=self._idle_s,
+                        times=self._times,
                     )
                 except LinkError as error:
                     failure = error

@@ -66,8 +66,8 @@ class Decisions(Disagreements):
         )
 
     def _must_report(self, peer: int) -> None:
-        """A peer has ``connect_s`` for its links; twice that is late."""
-        self._deadlines[peer] = self._now + 2 * self.connect_s + self.dead_s
+        """How its links fared, in time."""
+        self._deadlines[peer] = self._now + self.times.report_s
 
     def _form_is_done(self) -> bool:
         forming = self.forming

@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 from anabranch.cluster.pccl.faults import Refused
+from anabranch.cluster.pccl.times import HANDSHAKE_S
 from anabranch.cluster.pccl.wire import (
     MOST_HELLO,
     VERSION,
@@ -34,8 +35,6 @@ from anabranch.cluster.pccl.wire import (
     word,
 )
 
-# In which a connection must have proved itself.
-HANDSHAKE_S = 5.0
 SECRET_NAME = "ANABRANCH_CLUSTER_SECRET"
 
 

@@ -13,22 +13,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anabranch.cluster.pccl.addresses import connected
 from anabranch.cluster.pccl.faults import CollectiveError, Kicked, MasterLost, Refused
-from anabranch.cluster.pccl.handshake import HANDSHAKE_S, call
+from anabranch.cluster.pccl.handshake import call
+from anabranch.cluster.pccl.times import AGAIN_S, ASK_S, CUT_OFF_S, HANDSHAKE_S, REACH_S, Times
 from anabranch.cluster.pccl.wire import Frame, Kind, Reader, WireError, number, packed, word
 from anabranch.errors import InputError
+from anabranch.sockets import kept_alive
 
 log = logging.getLogger(__name__)
-
-_AGAIN_S = 0.2
-# For finding the master's addresses and reaching one of them.
-_REACH_S = 15.0
-# Between two questions whether a caller still waits.
-_ASK_S = 0.25
 
 
 @dataclass
@@ -47,14 +43,14 @@ class Line:
     Args:
         address: host and port of the master.
         secret: of the run.
-        master_wait_s: for so long a master that is gone may be gone.
+        times: this peer's own; the master tells the others.
         master_returns: whether one that is gone may come back at all, once this peer was connected.
         on_reply, on_abort: called with bodies of frames as they come, in their order, by the line's thread.
         before: called with the name of what is about to be sent; of tests, which let a peer die there.
 
     Attributes:
         peer, run: what the master calls this peer and its run.
-        connect_s: in which the master has links made.
+        times: of the run, as the master told; what is this peer's own as it was given.
     """
 
     def __init__(
@@ -62,17 +58,16 @@ class Line:
         address: tuple[str, int],
         secret: bytes,
         *,
-        master_wait_s: float,
+        times: Times,
         master_returns: bool = True,
         on_reply: Callable[[dict[str, Any]], None],
         on_abort: Callable[[dict[str, Any]], None],
         before: Callable[[str], None],
     ) -> None:
         self._address, self._secret = address, secret
-        self._master_wait_s, self._master_returns = master_wait_s, master_returns
+        self.times, self._master_returns = times, master_returns
         self._on_reply, self._on_abort, self._before = on_reply, on_abort, before
         self.peer, self.run, self._token = -1, "", ""
-        self._heartbeat_s, self._dead_s, self.connect_s = 1.0, 5.0, 10.0
         self._open: dict[int, _Open] = {}
         self._next_req = 1
         # Of all that follows, and of writing.
@@ -83,15 +78,15 @@ class Line:
 
     def open(self, hello: dict[str, Any]) -> None:
         """Connect as a new peer. Raises MasterLost where nobody answers, Refused where the master does not want it."""
-        deadline = time.monotonic() + self._master_wait_s
+        deadline = time.monotonic() + self.times.master_wait_s
         while True:
             try:
-                self._adopt(*self._called({"purpose": "join", **hello}))
+                self._adopt(*self._called({"purpose": "join", **hello}, deadline))
                 break
             except (OSError, WireError) as error:
-                if time.monotonic() + _AGAIN_S > deadline:
+                if time.monotonic() + AGAIN_S > deadline:
                     raise MasterLost(f"no master at {self._shown()}: {error}") from None
-                time.sleep(_AGAIN_S)
+                time.sleep(AGAIN_S)
         self._thread = threading.Thread(target=self._run, name=f"pccl line {self.peer}", daemon=True)
         self._thread.start()
 
@@ -118,7 +113,7 @@ class Line:
                     # Where the master is away just now, the next connection says it.
                     vote.is_withdrawn = True
                     self._write(Kind.WITHDRAW, {"req": req})
-                if not vote.done.wait(self._dead_s + self._master_wait_s + HANDSHAKE_S):
+                if not vote.done.wait(self.times.withdrawn_s):
                     self.fail(MasterLost(f"the master at {self._shown()} does not answer"))
         except BaseException:
             # Interrupted: what the others decide with this vote has nobody to carry it out.
@@ -175,13 +170,13 @@ class Line:
 
     # The connection
 
-    def _called(self, hello: dict[str, Any]) -> tuple[socket.socket, dict[str, Any]]:
-        # A resolver whose first server is dead takes as long as a handshake may.
-        sock = connected(*self._address, time.monotonic() + _REACH_S)
-        deadline = time.monotonic() + HANDSHAKE_S
+    def _called(self, hello: dict[str, Any], deadline: float) -> tuple[socket.socket, dict[str, Any]]:
+        # One that is begun just before the deadline may take as long as a handshake, and no longer.
+        end = max(deadline, time.monotonic() + HANDSHAKE_S)
+        sock = connected(*self._address, min(time.monotonic() + REACH_S, end))
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock, call(sock, self._secret, hello, deadline)
+            return kept_alive(sock, CUT_OFF_S), call(sock, self._secret, hello, min(time.monotonic() + HANDSHAKE_S, end))
         except BaseException:
             sock.close()
             raise
@@ -193,13 +188,16 @@ class Line:
                 return
             try:
                 self.peer, self.run, self._token = number(welcome, "peer"), word(welcome, "run"), word(welcome, "token")
-                self._heartbeat_s = min(max(_seconds(welcome, "heartbeat_s"), 0.01), 60)
-                self._dead_s = min(max(_seconds(welcome, "dead_s"), 0.05), 600)
-                self.connect_s = min(max(_seconds(welcome, "connect_s"), 0.01), 3600)
+                self.times = replace(
+                    self.times,
+                    heartbeat_s=min(max(_seconds(welcome, "heartbeat_s"), 0.01), 60),
+                    dead_s=min(max(_seconds(welcome, "dead_s"), 0.05), 600),
+                    connect_s=min(max(_seconds(welcome, "connect_s"), 0.01), 3600),
+                )
             except WireError:
                 sock.close()
                 raise
-            sock.settimeout(self._dead_s)
+            sock.settimeout(self.times.dead_s)
             self._sock = sock
             for vote in self._open.values():
                 if not vote.done.is_set():
@@ -241,15 +239,15 @@ class Line:
         while self._error is None:
             now = time.monotonic()
             # What waits there to be read counts, however late this thread comes to it.
-            if now - heard > self._dead_s and not poll.poll(0):
-                return f"nothing was heard for {self._dead_s:g} s"
-            if now - beaten >= self._heartbeat_s:
+            if now - heard > self.times.dead_s and not poll.poll(0):
+                return f"nothing was heard for {self.times.dead_s:g} s"
+            if now - beaten >= self.times.heartbeat_s:
                 beaten = now
                 with self._lock:
                     self._write(Kind.BEAT, {})
             try:
                 # Not select, which knows no file descriptor above 1023.
-                if not poll.poll(self._heartbeat_s * 500):
+                if not poll.poll(self.times.heartbeat_s * 500):
                     continue
                 data = sock.recv(1 << 16)
                 if not data:
@@ -294,19 +292,18 @@ class Line:
         if not self._master_returns:
             self.fail(MasterLost(f"the master at {self._shown()} is gone: {why}"))
             return
-        deadline = time.monotonic() + self._master_wait_s
+        deadline = time.monotonic() + self.times.master_wait_s
+        hello = {"purpose": "resume", "peer": self.peer, "token": self._token, "run": self.run}
         while self._error is None:
             try:
-                self._adopt(
-                    *self._called({"purpose": "resume", "peer": self.peer, "token": self._token, "run": self.run})
-                )
+                self._adopt(*self._called(hello, deadline))
                 return
             except Refused as error:
                 self.fail(Kicked(str(error)))
             except (OSError, WireError) as error:
-                if time.monotonic() + _AGAIN_S > deadline:
+                if time.monotonic() + AGAIN_S > deadline:
                     self.fail(MasterLost(f"the master at {self._shown()} is gone: {why}; {error}"))
-                time.sleep(_AGAIN_S)
+                time.sleep(AGAIN_S)
 
 
 def _seconds(welcome: dict[str, Any], name: str) -> float:
@@ -321,7 +318,7 @@ def _waited(done: threading.Event, timeout_s: float | None, gives_up: Callable[[
     if gives_up is None:
         return done.wait(timeout_s)
     end = None if timeout_s is None else time.monotonic() + timeout_s
-    while not done.wait(_ASK_S if end is None else min(_ASK_S, max(end - time.monotonic(), 0))):
+    while not done.wait(ASK_S if end is None else min(ASK_S, max(end - time.monotonic(), 0))):
         if gives_up() or (end is not None and time.monotonic() >= end):
             return False
     return True

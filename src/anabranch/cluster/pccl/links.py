@@ -18,7 +18,8 @@ from typing import Any
 
 from anabranch.cluster.pccl.addresses import connected, listen_at, tuned
 from anabranch.cluster.pccl.faults import Refused
-from anabranch.cluster.pccl.handshake import HANDSHAKE_S, call, take
+from anabranch.cluster.pccl.handshake import call, take
+from anabranch.cluster.pccl.times import HANDSHAKE_S, LOOK_S
 from anabranch.cluster.pccl.wire import Kind, WireError, number, packed, send_all
 from anabranch.errors import InputError
 
@@ -31,8 +32,6 @@ MOST_POOL = 64
 _MOST_OFFERS = 4 * MOST_POOL
 # Calls for links at a time: over a long way each takes three round trips.
 _CALLS = 16
-# Between two looks whether what is waited for is still wanted: a small part of the time in which an abort must be answered.
-_LOOK_S = 0.05
 
 
 class LinkError(Exception):
@@ -272,7 +271,7 @@ class Links:
                 check()
                 if time.monotonic() >= deadline:
                     raise LinkError(f"peer {key[1]} made no link within {self.connect_s:g} s", key[1])
-                self._came.wait(_LOOK_S)
+                self._came.wait(LOOK_S)
             return self._offers.pop(key).sock
 
     def drop(self) -> None:
@@ -318,7 +317,7 @@ class _Calls:
                     check()
                     if self._failure is not None:
                         raise self._failure
-                    self._came.wait(_LOOK_S)
+                    self._came.wait(LOOK_S)
                 return [self._made[index] for index in range(self._count)]
         except BaseException:
             with self._came:

@@ -23,13 +23,15 @@ from typing import Any
 
 from anabranch.bounds import shown
 from anabranch.cluster.pccl.addresses import is_host, listen_at, parse_address
-from anabranch.cluster.pccl.handshake import HANDSHAKE_S, Called, run_secret
+from anabranch.cluster.pccl.handshake import Called, run_secret
 from anabranch.cluster.pccl.journal import Journal
 from anabranch.cluster.pccl.state import MasterState
+from anabranch.cluster.pccl.times import CUT_OFF_S, HANDSHAKE_S, Times
 from anabranch.cluster.pccl.tours import rings_of
 from anabranch.cluster.pccl.wire import MOST_HELLO, Frame, Kind, Reader, WireError, number, packed, word
 from anabranch.errors import DataError, InputError
 from anabranch.locks import locked
+from anabranch.sockets import kept_alive
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +84,10 @@ class Master:
 
     Attributes:
         address: ``host:port`` where it listens.
+        times: of it.
         state: what it knows.
 
-    Raises InputError for an address that cannot be had and for numbers that are none, DataError for a journal that is none or that another
+    Raises InputError for an address that cannot be had, for numbers that are none and times that do not fit together, DataError for a journal that is none or that another
     master holds.
     """
 
@@ -104,11 +107,12 @@ class Master:
                 raise InputError(f"{name} is {shown(seconds)}; use a number of seconds above 0")
         if type(most_peers) is not int or not 1 <= most_peers <= 65_536:
             raise InputError(f"most_peers is {shown(most_peers)}; use 1 to 65536")
-        self.heartbeat_s, self.dead_s = heartbeat_s, dead_s
+        self.times = Times(heartbeat_s=heartbeat_s, dead_s=dead_s, connect_s=connect_s)
+        self.times.check()
         self._secret = run_secret(secret)
         self._stack = contextlib.ExitStack()
         self._journal: Journal | None = None
-        self.state = MasterState(dead_s=dead_s, connect_s=connect_s, most_peers=most_peers)
+        self.state = MasterState(self.times, most_peers=most_peers)
         self._selector = selectors.DefaultSelector()
         self._lines: dict[int, _Line] = {}
         self._by_peer: dict[int, _Line] = {}
@@ -129,7 +133,7 @@ class Master:
                 raise DataError(f"another master keeps its journal in {path}; stop it, or name another file")
             self._journal = Journal(path)
             if self._journal.load(self.state):
-                self.state.absent(self.dead_s * 2, time.monotonic())
+                self.state.absent(time.monotonic())
         self._socket = self._stack.enter_context(listen_at(*parse_address(listen, PORT)))
         self._socket.setblocking(False)
         host, port = self._socket.getsockname()[:2]
@@ -184,7 +188,7 @@ class Master:
     # The loop
 
     def _turn(self) -> None:
-        for key, events in self._selector.select(min(self.heartbeat_s, self.dead_s) / 4):
+        for key, events in self._selector.select(self.times.heartbeat_s / 4):
             self._goes_on(self._serve, key, events)
         now = time.monotonic()
         while self._done:
@@ -215,7 +219,7 @@ class Master:
                 self._flush(line)
 
     def _miss(self, line: _Line, now: float) -> None:
-        limit = self.dead_s if line.called is None else HANDSHAKE_S
+        limit = self.times.dead_s if line.called is None else HANDSHAKE_S
         if now - line.heard > limit and line.peer is not None:
             # Told, in case that it wakes.
             self.state.lost(line.peer, f"nothing was heard of it for {limit:g} s", now)
@@ -283,6 +287,7 @@ class Master:
             return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        kept_alive(sock, CUT_OFF_S)
         self._lines[sock.fileno()] = _Line(sock, _plain(str(address[0])), time.monotonic(), Called(self._secret))
         self._selector.register(sock, selectors.EVENT_READ)
 
@@ -363,7 +368,8 @@ class Master:
         line.peer = peer
         self._by_peer[peer] = line
         told = {"peer": peer, "token": self.state.members[peer].token, "run": self.state.run}
-        told |= {"heartbeat_s": self.heartbeat_s, "dead_s": self.dead_s, "connect_s": self.state.connect_s}
+        times = self.times
+        told |= {"heartbeat_s": times.heartbeat_s, "dead_s": times.dead_s, "connect_s": times.connect_s}
         self._send(line, packed(Kind.WELCOME, told))
 
     def _send(self, line: _Line, data: bytes) -> None:

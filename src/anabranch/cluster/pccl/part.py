@@ -69,7 +69,7 @@ class Part:
     Args:
         listener, links: of this peer.
         line: to the master.
-        idle_s, wait_s, gives_up: as of `Communicator`.
+        wait_s, gives_up: as of `Communicator`.
         before: called with the name of what comes next; of tests, which let a peer die there.
 
     Attributes:
@@ -81,9 +81,9 @@ class Part:
     _listener: Listener
 
     def __init__(
-        self, idle_s: float, wait_s: float | None, gives_up: Callable[[], bool] | None, before: Callable[[str], None]
+        self, wait_s: float | None, gives_up: Callable[[], bool] | None, before: Callable[[str], None]
     ) -> None:
-        self._idle_s, self._wait_s, self._gives_up, self._before = idle_s, wait_s, gives_up, before
+        self._wait_s, self._gives_up, self._before = wait_s, gives_up, before
         # Of ops and turns.
         self._turn = threading.Condition()
         self._ops: dict[tuple[int, int], _Op] = {}
@@ -200,7 +200,7 @@ class Part:
                 ring[rank - 1].peer,
                 op.tag,
                 op.seq,
-                self._idle_s,
+                self._line.times.idle_limit_s,
                 check,
             ),
             rank,

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from anabranch.cluster.pccl.times import Times
+
 # Votes of which a peer has one at a time.
 MAIN = ("join", "pending", "accept", "optimize", "measured", "established", "sync", "synced")
 # Those that all groups take together.
@@ -149,8 +151,7 @@ class Held:
     """All of it; `anabranch.cluster.pccl.state.MasterState` decides.
 
     Args:
-        dead_s: after which a peer that should vote at once, such as after an abort, is dropped.
-        connect_s: in which a peer makes its links.
+        times: in which peers answer.
         most_peers: members at a time.
 
     Attributes:
@@ -163,8 +164,8 @@ class Held:
         is_changed: whether anything was decided since `saved`.
     """
 
-    def __init__(self, *, dead_s: float = 5.0, connect_s: float = 10.0, most_peers: int = 256) -> None:
-        self.dead_s, self.connect_s, self.most_peers = dead_s, connect_s, most_peers
+    def __init__(self, times: Times | None = None, *, most_peers: int = 256) -> None:
+        self.times, self.most_peers = times or Times(), most_peers
         self.run = secrets.token_hex(16)
         self.members: dict[int, Member] = {}
         self.order: dict[int, list[int]] = {}
@@ -249,7 +250,7 @@ class Held:
                 if peer in self.members:
                     self._outbox.append((peer, "abort", {"tags": [[running.tag, running.seq]]}))
                     if peer not in running.votes:
-                        self._deadlines[peer] = self._now + self.dead_s
+                        self._deadlines[peer] = self._now + self.times.answer_s
         self.is_changed = True
 
     def _reply(self, member: Member, req: int, body: dict[str, Any]) -> None:

@@ -31,12 +31,11 @@ from torch import Tensor
 from anabranch.cluster.pccl.hashing import bytes_of
 from anabranch.cluster.pccl.links import LinkError
 from anabranch.cluster.pccl.quantise import Quantiser
+from anabranch.cluster.pccl.times import LOOK_S
 
 PIECE = 1 << 20
 HEAD = struct.Struct("!4sIQQQ")
 _MAGIC = b"pccl"
-# How long a wait for the wires goes without asking whether all is off.
-_LOOK_S = 0.05
 _CLOSED = "this peer has closed its links"
 
 _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -327,7 +326,7 @@ def _wait(poll: select.poll, wires: Wires, *, is_reading: bool, is_writing: bool
     try:
         for sock, event in sockets:
             poll.register(sock, event)
-        poll.poll(_LOOK_S * 1000)
+        poll.poll(LOOK_S * 1000)
         for sock, _ in sockets:
             poll.unregister(sock)
     except (ValueError, KeyError):

@@ -25,6 +25,7 @@ from anabranch.bounds import shown
 from anabranch.cluster.pccl.elections import MOST_DIMS, MOST_NAMES
 from anabranch.cluster.pccl.hashing import bytes_of, tensor_hash
 from anabranch.cluster.pccl.links import LinkError, Place, call_peer
+from anabranch.cluster.pccl.times import HANDSHAKE_S, Times
 from anabranch.cluster.pccl.wire import (
     Kind,
     WireError,
@@ -206,7 +207,7 @@ class Sharing:
 
     def _awaited(self, revision: int, idle_s: float) -> SharedState:
         # The caller may have heard of the plan before this peer has.
-        deadline = time.monotonic() + min(idle_s, 5.0)
+        deadline = time.monotonic() + min(idle_s, HANDSHAKE_S)
         while True:
             with self._lock:
                 state, held = self._state, self._revision
@@ -225,14 +226,14 @@ def fetch(
     *,
     secret: bytes,
     run: str,
-    connect_s: float,
-    idle_s: float,
+    times: Times,
 ) -> dict[str, Tensor]:
     """Tensors of another peer, on the CPU, whose bytes are those that were elected. Raises LinkError, which accuses it."""
+    idle_s = times.idle_limit_s
     # In whole seconds of the other side: a part of one is one, and more than it would wait is the most.
     theirs = min(math.ceil(idle_s), _MOST_IDLE_S)
     hello = {"purpose": "state", "run": run, "revision": revision, "idle_s": theirs}
-    sock, _ = call_peer(place, secret, run, hello, time.monotonic() + connect_s + 5.0)
+    sock, _ = call_peer(place, secret, run, hello, time.monotonic() + times.fetch_s)
     found = {}
     with sock:
         try:

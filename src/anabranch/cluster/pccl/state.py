@@ -86,7 +86,7 @@ class MasterState(Decisions):
             running.votes.pop(peer, None)
             if running.is_aborted:
                 tags.append([running.tag, running.seq])
-                self._deadlines[peer] = self._now + self.dead_s
+                self._deadlines[peer] = self._now + self.times.answer_s
         if tags:
             self._outbox.append((peer, "abort", {"tags": tags}))
         if self.forming is not None and self.forming.is_lost and peer in self.forming.participants:
@@ -109,7 +109,7 @@ class MasterState(Decisions):
                 continue
             if newcomers := self._newcomers_that_hold_up(member):
                 # Those go first whom nobody knows; without them it has nothing more to wait for.
-                self._deadlines[peer] = now + self.dead_s
+                self._deadlines[peer] = now + self.times.answer_s
                 for other in newcomers:
                     self._remove(other, "those who run could not make their links with it in time")
             else:
@@ -124,12 +124,12 @@ class MasterState(Decisions):
             return []
         return [peer for peer in forming.newcomers if peer in self.members]
 
-    def absent(self, grace_s: float, now: float) -> None:
-        """After a restart: members have ``grace_s`` to come back."""
+    def absent(self, now: float) -> None:
+        """After a restart: members are to come back in time."""
         self._now = now
         for peer in list(self.members):
             self.members[peer].is_absent = True
-            self._deadlines[peer] = now + grace_s
+            self._deadlines[peer] = now + self.times.absence_s
 
     def vote(self, peer: int, body: dict[str, Any], now: float) -> None:
         """A peer has voted. One whose vote no peer of ours would give is dropped, with why."""
