@@ -4,11 +4,13 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from anabranch.cluster.elastic import Grid, Layout, Memory, Policy, plan
-from anabranch.cluster.elastic.planner import cut_samples, frequencies
+from anabranch.cluster.elastic import Coordinator, ElasticTrainer, Grid, Layout, Memory, Policy, plan
+from anabranch.cluster.elastic.planner import check_runs, cut_samples, frequencies
 from anabranch.cluster.elastic.stages import minimax, shortest
 from anabranch.cluster.elastic.timing import simulate_ranks
 from anabranch.errors import InputError
@@ -171,14 +173,17 @@ def test_even_stages_take_the_law_of_the_pipeline():
 
 @settings(max_examples=20)
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.sampled_from(["1f1b", "gpipe", "zero-bubble", "eager"])
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from(["1f1b", "gpipe", "zero-bubble", "eager", "decoupled"]),
 )
 def test_every_order_does_all_its_work_once(replicas, stages, columns, name):
     grid = Grid.full(replicas=replicas, stages=stages)
     _, cuts_P = cut_samples(grid, replicas * columns, columns)
     layout = Layout(grid, tuple(range(1, stages)), stages)
     found = simulate_ranks(layout, cuts_P, [1.0] * stages, name, send_L=[0.1] * stages, frequency_P=[1.0] * stages)
-    kinds = ("forward", "backward", "weight") if name == "zero-bubble" else ("forward", "backward")
+    kinds = ("forward", "backward", "weight") if name in ("zero-bubble", "decoupled") else ("forward", "backward")
     for rank in grid.ranks:
         assert sorted(found.orders[rank]) == sorted((kind, m) for kind in kinds for m in range(columns))
         assert found.busy[rank] == pytest.approx(columns)
@@ -208,6 +213,8 @@ def test_what_cannot_be_planned_is_refused(change, said):
         ({"threshold": 1.0}, "threshold is 1.0"),
         ({"expected_steps": 0}, "expected_steps is 0"),
         ({"bytes_s": 0.0}, "bytes_s is 0.0"),
+        # Its stages have several parts of the model each.
+        ({"schedule_names": ("interleaved",)}, "schedule_names are"),
         ({"max_frequency": 0.5}, "frequencies are"),
         ({"min_frequency": float("nan")}, "frequencies are"),
     ],
@@ -215,6 +222,19 @@ def test_what_cannot_be_planned_is_refused(change, said):
 def test_what_is_no_policy_is_refused(fields, said):
     with pytest.raises(InputError, match=said):
         Policy(**fields)
+
+
+@pytest.mark.parametrize("name", ["zero-bubble", "decoupled"])
+def test_ranks_follow_no_table_whose_backward_is_in_two_parts(name):
+    check_runs(Policy(schedule_names=("gpipe", "1f1b", "eager")))
+    policy = Policy(schedule_names=("1f1b", name))
+    said = f"schedule_names has '{name}', whose backward is in two parts"
+    with pytest.raises(InputError, match=said):
+        Coordinator(replicas=1, stages=1, policy=policy)
+    with pytest.raises(InputError, match=said):
+        ElasticTrainer(
+            [nn.Linear(1, 1)], global_batch=1, optimizer_factory=torch.optim.SGD, loss=len, coordinator="h:1", policy=policy
+        )
 
 
 def test_costs_may_be_an_array():

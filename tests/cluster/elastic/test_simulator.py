@@ -5,7 +5,7 @@ import math
 import pytest
 
 from anabranch.cluster.elastic import Grid, Policy, compare
-from anabranch.cluster.elastic.simulator import recycle_step_s, torchft_step_s
+from anabranch.cluster.elastic.simulator import MORE_ARMS, recycle_step_s, staggered_step_s, torchft_step_s
 from anabranch.errors import InputError
 
 CASE = {"replicas": 4, "stages": 4, "layer_costs": [1e-3] * 16, "micro_batches": 8, "micro_batch": 4}
@@ -31,6 +31,46 @@ def test_whole_micro_batches_by_hand():
     assert recycle_step_s(grid.without([1, 2]), [1.0], 8) == pytest.approx(8 + 8)
     assert recycle_step_s(grid, [1.0], 8) == pytest.approx(8)
     assert recycle_step_s(Grid(((), (4,)), 1), [1.0, 1.0], 2) == math.inf
+
+
+def test_a_backward_in_two_parts_by_hand():
+    """Forward, backward and gradients of weights take 1 s each.
+
+    One pipeline of two stages, two micro-batches: the first stage does F0 F1, waits for B0 until 3, fills the wait for B1 with W0, does B1
+    at 5 and W1 at 6; the second is done as late. With a whole backward it is (2 + 1) * 3.
+    """
+    grid = Grid.full(replicas=1, stages=2)
+    assert recycle_step_s(grid, [3.0, 3.0], 2, ("1f1b",)) == pytest.approx(9)
+    assert recycle_step_s(grid, [3.0, 3.0], 2, ("decoupled",)) == pytest.approx(7)
+    # The second stage begins a second later than the first in each step: what it puts off then changes nothing.
+    assert staggered_step_s(grid, [3.0, 3.0], 2) == pytest.approx(7)
+    # Until its ranks have the next weights nothing of a stage begins; here the first stage is what the next step waits for.
+    assert staggered_step_s(grid, [3.0, 3.0], 2, optimizer_s=0.5) == pytest.approx(7.5)
+    assert staggered_step_s(Grid(((), (4,)), 1), [1.0, 1.0], 2) == math.inf
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "lost"), [(3, 4, []), (4, 4, [5]), (2, 6, [0, 3])])
+def test_work_that_is_put_off_never_makes_a_step_longer_nor_shorter_than_its_work(stages, micro_batches, lost):
+    grid = Grid.full(replicas=4, stages=stages).without(lost)
+    stage_s = [3.0] * stages
+    whole = recycle_step_s(grid, stage_s, micro_batches)
+    apart = recycle_step_s(grid, stage_s, micro_batches, ("1f1b", "eager", "decoupled"))
+    staggered = staggered_step_s(grid, stage_s, micro_batches)
+    # The least that the ranks of the stage with most losses can do it in.
+    least = max(3.0 * micro_batches * 4 / len(ranks) for ranks in grid.stages)
+    assert least <= staggered * (1 + 1e-9)
+    assert staggered <= apart * (1 + 1e-9) < whole
+
+
+def test_arms_that_are_asked_for_are_compared_too():
+    found = compare(**CASE, lost=[5], also=MORE_ARMS)
+    assert list(found.step_s) == ["elaswave", "recycle", "torchft", *MORE_ARMS]
+    taken = found.step_s
+    assert taken["recycle-staggered"] < taken["recycle-decoupled"] < taken["recycle"]
+    assert taken["elaswave-decoupled"] < taken["elaswave"]
+    assert found.to_dict()["throughput_over"].keys() == {"recycle", "torchft", *MORE_ARMS}
+    with pytest.raises(InputError, match="also has 'recycled'"):
+        compare(**CASE, lost=[5], also=["recycled"])
 
 
 @pytest.mark.parametrize("lost", [[0], [5], [15], [4, 5], [1, 14], [0, 5, 10]])

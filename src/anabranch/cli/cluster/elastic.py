@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from anabranch.cluster.elastic import Compared
 
 _MOST_RANKS, _MOST_MICRO_BATCHES, _MOST_SAMPLES, _MOST_LAYERS = 1024, 1024, 2**20, 4096
-_NAMES = {"elaswave": "ElasWave", "recycle": "ReCycle", "torchft": "TorchFT"}
+_NAMES = {
+    "elaswave": "ElasWave",
+    "recycle": "ReCycle",
+    "torchft": "TorchFT",
+    "recycle-decoupled": "ReCycle, decoupled",
+    "recycle-staggered": "ReCycle, staggered",
+    "elaswave-decoupled": "ElasWave, decoupled",
+}
 
 
 def elastic(
@@ -71,6 +78,14 @@ def elastic(
         str | None,
         typer.Option(metavar="SIZE", help="Of a rank, for weights, gradients and optimizer state. Default: no limit."),
     ] = None,
+    decoupled: Annotated[
+        bool,
+        typer.Option(
+            "--decoupled",
+            metavar=FLAG,
+            help="Compare too with gradients of weights as work of their own, and ReCycle's optimizer stage by stage.",
+        ),
+    ] = False,
     hardware: Annotated[
         str,
         typer.Option(
@@ -109,6 +124,7 @@ def elastic(
         if not bytes_s:
             raise ConfigError("--bandwidth is 0; a link carries something")
     from anabranch.cluster.elastic import Policy, compare
+    from anabranch.cluster.elastic.simulator import MORE_ARMS
 
     found = compare(
         replicas=replicas,
@@ -117,6 +133,7 @@ def elastic(
         micro_batch=micro_batch,
         lost=_lost(lose, replicas, stages),
         policy=Policy(max_frequency=max_frequency, power_save=power_save, bytes_s=bytes_s),
+        also=MORE_ARMS if decoupled else (),
         **work,
     )
     if as_json:

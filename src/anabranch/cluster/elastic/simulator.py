@@ -1,4 +1,4 @@
-"""How long a step takes after losses, by three ways to go on: ours, ReCycle's and TorchFT's, on one schedule table.
+"""How long a step takes after losses, by several ways to go on: ours, ReCycle's and TorchFT's, on one schedule table.
 
     compare(replicas=8, stages=12, layer_costs=[1e-3] * 64, micro_batches=16, micro_batch=8, lost=[3])
 
@@ -9,27 +9,37 @@ durations of layers:
     recycle    whole micro-batches of a lost rank go to the others of its stage, in turns (ReCycle, SOSP 2024); layers stay. Every rank and
                every micro-batch is simulated
     torchft    a pipeline that lost a rank is dropped; the others take its micro-batches
+
+and where they are asked for (``also``), with no limit of memory for what is put off:
+
+    recycle-decoupled    ReCycle's, with gradients of weights as work of their own, for when a rank would wait
+    recycle-staggered    its whole method: besides, each stage takes its optimizer's step when its own gradients are there, and goes on, so
+                         that what is put off fills the beginning of the next step. Seconds from one step's end to the next one's
+    elaswave-decoupled   ours with such a backward, which ranks do not do yet
 """
 # Shapes: D replicas, P stages, M micro-batches
 
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anabranch.cluster.elastic.layout import Grid, Layout
 from anabranch.cluster.elastic.planner import ElasticPlan, Policy, plan
-from anabranch.cluster.elastic.timing import EAGER, share_of, simulate_ranks, table_for
+from anabranch.cluster.elastic.timing import DECOUPLED, EAGER, precedence, share_of, simulate_ranks, table_for
 from anabranch.cluster.events import Task, run_tasks
 from anabranch.cluster.partitions import partition
-from anabranch.cluster.schedules import BACKWARD, Schedule
+from anabranch.cluster.schedules import FORWARD, WEIGHT, Kind, Schedule
 from anabranch.errors import InputError
 
-__all__ = ["ARMS", "Compared", "compare", "recycle_step_s", "torchft_step_s"]
+__all__ = ["ARMS", "MORE_ARMS", "Compared", "compare", "recycle_step_s", "staggered_step_s", "torchft_step_s"]
 
 ARMS = ("elaswave", "recycle", "torchft")
+MORE_ARMS = ("recycle-decoupled", "recycle-staggered", "elaswave-decoupled")
 _MOST_TASKS = 400_000
+# Steps after each other that are simulated where one runs into the next; the first half is not counted.
+_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,9 @@ class Compared:
             "whole_s": self.whole_s,
             "step_s": {arm: taken if math.isfinite(taken) else None for arm, taken in self.step_s.items()},
             "throughput_over": {
-                arm: self.ratio(arm) if math.isfinite(self.step_s[arm]) else None for arm in ARMS if arm != "elaswave"
+                arm: self.ratio(arm) if math.isfinite(taken) else None
+                for arm, taken in self.step_s.items()
+                if arm != "elaswave"
             },
             "plan": self.plan.to_dict(),
         }
@@ -74,6 +86,7 @@ def compare(
     micro_batch: int,
     lost: Sequence[int],
     policy: Policy | None = None,
+    also: Sequence[str] = (),
     **options: Any,
 ) -> Compared:
     """A step of each arm after ``lost`` ranks went; rank r is replica r mod D of stage r // D.
@@ -85,11 +98,14 @@ def compare(
         micro_batch: its samples, b; the global batch is D M b.
         lost: ranks.
         policy: of ours.
+        also: of `MORE_ARMS`.
         options: ``memory``, ``send_L``, ``size_L`` as of `plan`; sends are ours alone, so others are not slowed by them.
 
-    Raises InputError for ranks that there are not, lost twice, or all of them.
+    Raises InputError for ranks that there are not, lost twice, or all of them, and for arms that there are not.
     """
     policy = policy or Policy()
+    if wrong := [arm for arm in also if arm not in MORE_ARMS]:
+        raise InputError(f"also has {wrong[0]!r}; use some of {list(MORE_ARMS)}")
     grid = Grid.full(replicas=replicas, stages=stages)
     if len(set(lost)) < len(lost):
         raise InputError(f"lost is {list(lost)}; a rank is lost once")
@@ -110,16 +126,23 @@ def compare(
     holders = {rank: before.holders(rank, len(grid.ranks)) for rank in lost}
     ours = plan(left, layer_costs, previous=before, holders=holders, **shared)
     stage_s = [micro_batch * sum(layer_costs[n] for n in part) for part in before.parts]
-    return Compared(
-        whole.step_s,
-        {
-            "elaswave": ours.step_s,
-            "recycle": recycle_step_s(left, stage_s, micro_batches, policy.schedule_names) + whole.reduce_s,
-            "torchft": torchft_step_s(grid, left, stage_s, micro_batches, policy.schedule_names) + whole.reduce_s,
-        },
-        ours,
-        tuple(sorted(lost)),
-    )
+    names, reduce_s = policy.schedule_names, whole.reduce_s
+    found = {
+        "elaswave": ours.step_s,
+        "recycle": recycle_step_s(left, stage_s, micro_batches, names) + reduce_s,
+        "torchft": torchft_step_s(grid, left, stage_s, micro_batches, names) + reduce_s,
+    }
+    for arm in also:
+        if arm == "recycle-decoupled":
+            found[arm] = recycle_step_s(left, stage_s, micro_batches, (*names, DECOUPLED)) + reduce_s
+        elif arm == "recycle-staggered":
+            found[arm] = staggered_step_s(left, stage_s, micro_batches, optimizer_s=reduce_s)
+        else:
+            apart = replace(policy, schedule_names=(*names, DECOUPLED))
+            found[arm] = plan(
+                left, layer_costs, previous=before, holders=holders, **{**shared, "policy": apart}
+            ).step_s
+    return Compared(whole.step_s, found, ours, tuple(sorted(lost)))
 
 
 def recycle_step_s(
@@ -138,7 +161,7 @@ def recycle_step_s(
     found = []
     for name in schedule_names:
         table, keeps_order = table_for(name, len(stage_s), micro_batches)
-        tasks = _rerouted(left, table, stage_s, keeps_order)
+        tasks = [task for task, _ in _rerouted(left, table, stage_s, keeps_order=keeps_order)]
         # Pipelines that share ranks may wait for each other where each keeps its order.
         with suppress(InputError):
             found.append(
@@ -150,8 +173,52 @@ def recycle_step_s(
     return min(found, default=math.inf)
 
 
-def _rerouted(left: Grid, table: Schedule, stage_s: Sequence[float], keeps_order: bool) -> list[Task]:
-    """Tasks of all pipelines, by clock; or backward first, where each rank does what is ready."""
+def staggered_step_s(left: Grid, stage_s: Sequence[float], micro_batches: int, *, optimizer_s: float = 0.0) -> float:
+    """From one step's end to the next one's where stages wait for their own gradients alone; infinite where a stage is lost.
+
+    Args:
+        left, stage_s, micro_batches: as of `recycle_step_s`.
+        optimizer_s: from the last gradient of a stage until its ranks have the next weights.
+    """
+    if not all(left.stages):
+        return math.inf
+    table, _ = table_for(DECOUPLED, len(stage_s), micro_batches)
+    each = len(table.slots) * left.replicas
+    steps = max(2, min(_STEPS, _MOST_TASKS // each))
+    tasks, ends = [], []
+    for _ in range(steps):
+        first, ahead = len(tasks), tuple(range(len(tasks) - len(stage_s), len(tasks))) if tasks else ()
+        own = _rerouted(left, table, stage_s, keeps_order=False, first=first, ahead=ahead)
+        last: list[list[int]] = [[] for _ in stage_s]
+        for number, (task, (stage, kind)) in enumerate(own, first):
+            tasks.append(task)
+            if kind == WEIGHT:
+                last[stage].append(number)
+        tasks += [Task(("optimizer", stage), optimizer_s, tuple(numbers)) for stage, numbers in enumerate(last)]
+        ends.append(len(tasks))
+    done = run_tasks(tasks)
+    end_s = [max(one.end_s for one in done[:end]) for end in ends]
+    half = steps // 2
+    return (end_s[-1] - end_s[half - 1]) / (steps - half)
+
+
+def _rerouted(
+    left: Grid,
+    table: Schedule,
+    stage_s: Sequence[float],
+    *,
+    keeps_order: bool,
+    first: int = 0,
+    ahead: Sequence[int] = (),
+) -> list[tuple[Task, tuple[int, Kind]]]:
+    """Tasks of all pipelines, by clock, or in order of precedence where each rank does what is ready; each with its stage and kind.
+
+    Args:
+        left, table, stage_s: see `recycle_step_s`.
+        keeps_order: whether ranks keep to the table's order.
+        first: number of the first task.
+        ahead: by stage, the task that must be done before any of its forward.
+    """
     replicas = left.replicas
 
     def rank_of(pipeline: int, stage: int, micro_batch: int) -> int:
@@ -165,15 +232,19 @@ def _rerouted(left: Grid, table: Schedule, stage_s: Sequence[float], keeps_order
 
     order = [(slot, pipeline) for slot in table.slots for pipeline in range(replicas)]
     if not keeps_order:
-        order.sort(key=lambda one: (one[0].kind != BACKWARD, one[0].clock, one[0].stage, one[1]))
+        order.sort(key=lambda one: (precedence(one[0]), one[1]))
     number = {
-        (pipeline, slot.stage, slot.micro_batch, slot.kind): place for place, (slot, pipeline) in enumerate(order)
+        (pipeline, slot.stage, slot.micro_batch, slot.kind): place
+        for place, (slot, pipeline) in enumerate(order, first)
     }
     tasks = []
     for slot, pipeline in order:
-        after = tuple(number[pipeline, stage, m, kind] for stage, m, kind, _ in table.needs(slot))
+        after = [number[pipeline, stage, m, kind] for stage, m, kind, _ in table.needs(slot)]
+        if ahead and slot.kind == FORWARD:
+            after.append(ahead[slot.stage])
         taken = share_of(slot.kind, table) * stage_s[slot.stage]
-        tasks.append(Task(rank_of(pipeline, slot.stage, slot.micro_batch), taken, after))
+        task = Task(rank_of(pipeline, slot.stage, slot.micro_batch), taken, tuple(after))
+        tasks.append((task, (slot.stage, slot.kind)))
     return tasks
 
 

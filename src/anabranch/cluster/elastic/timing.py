@@ -12,14 +12,19 @@ from anabranch.cluster.elastic.cuts import recut
 from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.stages import Numbers
 from anabranch.cluster.events import Task, run_tasks
-from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT, Kind, Schedule, Slot, schedule
+from anabranch.cluster.schedules import BACKWARD, FORWARD, SCHEDULES, WEIGHT, Kind, Schedule, Slot, schedule
 
-__all__ = ["EAGER", "FORWARD_SHARE", "StepTime", "share_of", "simulate_ranks", "table_for"]
+__all__ = ["DECOUPLED", "EAGER", "FORWARD_SHARE", "TABLES", "StepTime", "precedence", "share_of", "simulate_ranks", "table_for"]
 
 # Of a layer's forward and backward, what the forward takes.
 FORWARD_SHARE = 1 / 3
 # The order that ranks of unequal speed come to by themselves, where backward goes first and nobody waits who could work.
 EAGER = "eager"
+# Likewise with a backward in two parts: gradients of weights are work of their own, for when nothing else can be done (ReCycle).
+DECOUPLED = "decoupled"
+# Tables of unequal stages, by name. A stage has one visit.
+TABLES: tuple[str, ...] = (*(name for name in SCHEDULES if name != "interleaved"), EAGER, DECOUPLED)
+_PRECEDENCE = {BACKWARD: 0, FORWARD: 1, WEIGHT: 2}
 
 # Of a stage, of a column, where each rank's samples begin, and the end.
 Cuts = Sequence[Sequence[Sequence[int]]]
@@ -62,9 +67,14 @@ def share_of(kind: Kind, table: Schedule) -> float:
 
 
 def table_for(name: str, stages: int, micro_batches: int) -> tuple[Schedule, bool]:
-    """A table by name, and whether ranks keep to its order: `EAGER` is that of 1F1B, and ranks do what is ready, backward first."""
-    is_eager = name == EAGER
-    return schedule("1f1b" if is_eager else name, stages=stages, micro_batches=micro_batches), not is_eager
+    """A table by name, and whether ranks keep to its order: of `EAGER` and `DECOUPLED` they do what is ready, see `precedence`."""
+    like = {EAGER: "1f1b", DECOUPLED: "zero-bubble"}
+    return schedule(like.get(name, name), stages=stages, micro_batches=micro_batches), name not in like
+
+
+def precedence(slot: Slot) -> tuple[int, Slot]:
+    """Of what is ready at once the least is done: what others wait for most, first; gradients of weights last."""
+    return _PRECEDENCE[slot.kind], slot
 
 
 def simulate_ranks(
@@ -82,7 +92,7 @@ def simulate_ranks(
         layout: layers and ranks of stages.
         cuts_P: of each stage and column, where each rank's samples begin; see `anabranch.cluster.elastic.planner.cut_samples`.
         cost_L: seconds of forward and backward, for one sample.
-        name: of the table: one of `anabranch.cluster.SCHEDULES` with one visit, or `EAGER`.
+        name: of the table, one of `TABLES`.
         send_L: seconds to send a layer's output, for one sample.
         frequency_P: of each stage's clock, over the usual one.
     """
@@ -99,7 +109,7 @@ def simulate_ranks(
     number: dict[tuple[Kind, int, int, int], int] = {}
     order: list[tuple[Slot, int, int]] = []
     # Of what is ready at once the first in the list is done.
-    by_clock = table.slots if keeps_order else sorted(table.slots, key=lambda slot: (slot.kind != BACKWARD, slot))
+    by_clock = table.slots if keeps_order else sorted(table.slots, key=precedence)
     for slot in by_clock:
         cut = cuts_P[slot.stage][slot.micro_batch]
         for place in range(len(stages[slot.stage])):
