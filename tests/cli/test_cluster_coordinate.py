@@ -1,17 +1,23 @@
 """``anabranch cluster coordinate`` and the processes of ``anabranch train`` that share a run through it, each started by itself."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from anabranch.cluster.elastic.wire import connect
 from anabranch.train import read_metrics
+from torchruns import children_of, started_by
 from waiting import until
 
 MODULE = [sys.executable, "-m", "anabranch"]
+
+HAS_PROC = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes by /proc")
 
 
 @pytest.fixture
@@ -19,10 +25,10 @@ def begun(tmp_path, environment):
     """Starts the command with these words; the process. At the end none is left."""
     running = []
 
-    def start(*words, **more):
+    def start(*words, before=MODULE, **more):
         with (tmp_path / f"said-{len(running)}").open("w") as said:
             process = subprocess.Popen(
-                [*MODULE, *map(str, words)],
+                [*before, *map(str, words)],
                 stdout=subprocess.PIPE, stderr=said, text=True, cwd=tmp_path, env=environment | more,
             )  # fmt: skip
         process.said = tmp_path / f"said-{len(running)}"
@@ -31,6 +37,10 @@ def begun(tmp_path, environment):
 
     yield start
     for process in running:
+        # Of a torchrun.
+        with suppress(OSError):
+            for pid in children_of(process.pid).values():
+                os.kill(pid, signal.SIGKILL)
         process.kill()
         process.communicate(timeout=60)
 
@@ -138,3 +148,53 @@ def test_a_run_that_lost_too_much_says_what_is_left_and_goes_on_alone(begun, cli
     found = json.loads(done.stdout)
     assert found["status"] == "finished"
     assert found["step"] >= 12
+
+
+def losses_in(folder):
+    return [line["loss"] for line in read_metrics(folder) if line["kind"] == "train"]
+
+
+@pytest.mark.slow
+@HAS_PROC
+@pytest.mark.timeout(1500)
+def test_a_process_that_its_torchrun_starts_again_comes_in_again(begun, cli, tmp_path, tiny, data):
+    """A torchrun for each process: one is killed, its torchrun starts it, and the other has gone on meanwhile."""
+    settings = ["dense", "--steps=40", "--seed=5", *tiny, *data, "--set=train.log_every=1"]
+    plain = cli("train", *settings, "--out", tmp_path / "plain", "--quiet")
+    assert plain.returncode == 0, plain.stderr
+    host = begun("cluster", "coordinate", "--listen", "127.0.0.1:0", "--replicas", 2, "--dead-after", 900, "--json")
+    where = [f"--set=parallel.elastic.coordinator={told(host)['address']}", "--set=parallel.elastic.timeout_s=900"]
+    line = ["train", *settings, "--out", "shared", "--resume", "auto", *where]
+    runs = [begun(*line, before=started_by(1, restarts=3)) for _ in range(2)]
+    until(lambda: steps_in(tmp_path / "shared") >= 5, 400)
+    lost, other = (children_of(run.pid)[0] for run in runs)
+    os.kill(lost, signal.SIGKILL)
+    until(lambda: "is lost" in host.said.read_text(), 400)
+    # So that the end does not come before the one that is started again.
+    os.kill(other, signal.SIGSTOP)
+    until(lambda: "rank 2 is here" in host.said.read_text(), 400)
+    os.kill(other, signal.SIGCONT)
+    assert [run.wait(400) for run in runs] == [0, 0], [run.said.read_text() for run in runs]
+    assert host.wait(60) == 0, host.said.read_text()
+    assert losses_in(tmp_path / "shared") == pytest.approx(losses_in(tmp_path / "plain"), rel=1e-4)
+
+
+@pytest.mark.slow
+@HAS_PROC
+@pytest.mark.timeout(1500)
+def test_processes_that_one_torchrun_ends_together_begin_anew_from_their_checkpoint(begun, cli, tmp_path, tiny, data):
+    """One torchrun for both: where one is killed it ends the other too, and starts both; the coordinator waits for them."""
+    settings = ["dense", "--steps=30", "--seed=5", *tiny, *data, "--set=train.log_every=1", "--set=train.checkpoint_every=4"]
+    plain = cli("train", *settings, "--out", tmp_path / "plain", "--quiet")
+    assert plain.returncode == 0, plain.stderr
+    words = ["--listen", "127.0.0.1:0", "--replicas", 2, "--restarts", 1, "--json"]
+    host = begun("cluster", "coordinate", *words)
+    line = ["train", *settings, "--out", "shared", "--resume", "auto"]
+    run = begun(*line, f"--set=parallel.elastic.coordinator={told(host)['address']}", before=started_by(2, restarts=3))
+    until(lambda: steps_in(tmp_path / "shared") >= 6, 400)
+    os.kill(children_of(run.pid)[0], signal.SIGKILL)
+    assert run.wait(600) == 0, run.said.read_text()
+    assert host.wait(60) == 0, host.said.read_text()
+    assert host.said.read_text().count("it begins anew when all are there again (0 times more)") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "shared") if line["kind"] == "train"] == list(range(1, 31))
+    assert losses_in(tmp_path / "shared") == pytest.approx(losses_in(tmp_path / "plain"), rel=1e-4)

@@ -15,12 +15,7 @@ from safetensors.torch import load_file
 
 from anabranch.lm import load_model
 from anabranch.train import checkpoints, read_metrics
-
-
-def started_by(processes):
-    """The beginning of a command line of so many processes."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "anabranch"]
-    return [sys.executable, *start]
+from torchruns import children_of, started_by
 
 
 @pytest.fixture
@@ -53,16 +48,6 @@ def test_two_processes_train_and_one_talks(torchrun, work, tiny, data, parallel)
     assert tokenizer is not None
     assert sum(parameter.numel() for parameter in model.parameters()) == found["parameters"]
     assert Path(work / found["checkpoint"]).is_dir()
-
-
-def children_of(pid):
-    """The processes that a torchrun has started, by rank."""
-    found = {}
-    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        named = dict(pair.split(b"=", 1) for pair in Path(f"/proc/{child}/environ").read_bytes().split(b"\0") if pair)
-        if b"RANK" in named:
-            found[int(named[b"RANK"])] = child
-    return found
 
 
 def kill_one(running):

@@ -3,6 +3,9 @@
 anabranch cluster coordinate --replicas 2 --stages 2
 anabranch train dense --out runs/a --resume auto --set parallel.elastic.coordinator=127.0.0.1:48149        # in each process
 
+torchrun may start them, and start them again: a torchrun of its own for each process, so that one that ends is started alone, and comes in
+as a newcomer; or one for several, which it ends and starts together. Either way no group of torch.distributed has a part in it.
+
 A step is made by `anabranch.cluster.elastic.ElasticTrainer`: a call of `Elastic` as the model is the whole step with its update. All
 processes see the whole batch, evaluate all of the held-out data, and have all weights after steps that are evaluated or saved; the first
 of them writes the run's folder, and where it is lost the next one does.
@@ -114,10 +117,6 @@ class Elastic:
             )
         if train.device_kind() != "cpu":
             raise ConfigError(f"{said}, and train.device is {train.device!r}; set it to cpu")
-        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(
-                f"{said}, and torchrun started {os.environ['WORLD_SIZE']} processes, which end together; start each by itself"
-            )
 
     @classmethod
     def of(
@@ -319,6 +318,7 @@ class Elastic:
             on_epoch_change=_tell_change,
             gives_up=lambda: self.is_stopped(),
             at_step=lambda version: self.at_step(version),
+            wish=_own_number(),
         )
 
     def _signature(self) -> dict[str, Any]:
@@ -380,6 +380,11 @@ class Elastic:
             scalars = {"step": torch.tensor(next(iter(steps)))} if steps else {}
             found[number] = Slice(0, len(flat), {PARAM: flat, **tensors}, scalars)
         return found
+
+
+def _own_number() -> int | None:
+    """The rank that this process would like to be: that of torchrun, where that started several; of one alone each would wish the same."""
+    return int(os.environ["RANK"]) if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def _check_host(coordinator: str, host: str) -> None:

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 -m anabranch train ... --set parallel.context=2
 torchrun --nproc-per-node 4 -m anabranch train ... --set parallel.pipeline=2 --set parallel.exact=8
 torchrun --nproc-per-node 8 -m anabranch train ... --set parallel.pipeline=2 --set parallel.experts=2 --set train.parallel=fsdp
 
-Processes that torchrun does not start, and that may be lost and come, are those of `anabranch.train.elastic`.
+Processes that may be lost and come, whoever starts them, are those of `anabranch.train.elastic`.
 """
 
 import inspect
@@ -87,7 +87,9 @@ class Workers:
             )
         started = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else None
         if self.parallel == "none":
-            if started is not None and started > 1:
+            # Those that share a run elastically find each other by their coordinator, whoever started them.
+            is_elastic = shared is not None and shared.elastic.coordinator is not None
+            if started is not None and started > 1 and not is_elastic:
                 raise ConfigError(
                     f"torchrun started {started} processes, and train.parallel is 'none'; set it to 'ddp' or 'fsdp'"
                 )

@@ -79,6 +79,15 @@ def coordinate(
             help="Bytes that a link carries in a second, for what a move takes. Default: links that take no time.",
         ),
     ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=1_000_000,
+            help="Times that training begins anew, from its last checkpoint, where it has stopped and processes are started again.",
+        ),
+    ] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -116,6 +125,7 @@ def coordinate(
         port=port,
         patience_s=dead_after,
         chunk_bytes=parse_bytes(chunk, "--chunk"),
+        restarts=restarts,
         policy=Policy(**given) if given else None,  # type: ignore[arg-type]
         log=None if quiet else _tell,
     ) as made:
@@ -163,5 +173,8 @@ def _tell(what: str, told: dict[str, Any]) -> None:
             say(f"rank {told['holder']} has a damaged snapshot of rank {told['owner']}: {told['why']}")
         case "wrote":
             say(f"rank {told['rank']} wrote {told['where']} (step {told['version']})")
+        case "anew":
+            again = f"{told['left']} time{'s' * (told['left'] != 1)} more"
+            say(f"training has stopped: {told['why']}; it begins anew when all are there again ({again})")
         case "left":
             say(f"rank {told['rank']} is done")

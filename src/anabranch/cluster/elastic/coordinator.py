@@ -43,10 +43,13 @@ class Coordinator:
         layer_costs: seconds of each layer; None for those that ranks measure.
         chunk_bytes: of each piece that moves while training goes on, in one step. None: whoever comes, and layers that move, stop training
             until all is there.
+        restarts: so many times a training that has stopped is followed by another, which begins when D P ranks are there again: of
+            processes that are started anew, and go on from their last checkpoint.
         log: called with whatever happens, and its details.
 
     Attributes:
         history: (seconds since the beginning, what happened, details), for tests and for people.
+        restarts: how many are left.
     """
 
     def __init__(
@@ -62,22 +65,31 @@ class Coordinator:
         memory: Memory | None = None,
         layer_costs: Sequence[float] | None = None,
         chunk_bytes: int | None = 4 * 2**20,
+        restarts: int = 0,
         log: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
-        for name, number in (("replicas", replicas), ("stages", stages)):
+        for name, number in (("replicas", replicas), ("stages", stages), ("restarts", restarts + 1)):
             if number < 1:
-                raise InputError(f"{name} is {number}; use at least 1")
+                raise InputError(f"{name} is {number - (name == 'restarts')}; use at least {int(name != 'restarts')}")
         if not patience_s > 2 * BEAT_S:
             raise InputError(f"patience_s is {patience_s}; ranks are heard every {BEAT_S} s, use more than twice that")
         if chunk_bytes is not None and chunk_bytes < 4:
             raise InputError(f"chunk_bytes is {chunk_bytes}; a number has 4, use more")
         self.history: list[tuple[float, str, dict[str, Any]]] = []
+        self.restarts = restarts
         self._patience_s, self._log = patience_s, log
         self._began = time.monotonic()
         self._lock = threading.RLock()
-        plans = Replanner(stages, policy, memory, layer_costs)
         chunk = None if chunk_bytes is None else chunk_bytes // 4
-        self._decisions = Decisions(replicas, stages, plans, chunk, self._note, patience_s=patience_s)
+
+        def decisions() -> Decisions:
+            plans = Replanner(stages, policy, memory, layer_costs)
+            return Decisions(replicas, stages, plans, chunk, self._note, patience_s=patience_s)
+
+        self._new_decisions = decisions
+        self._decisions = decisions()
+        # Connections of trainings that have stopped, which are told so.
+        self._parted: list[Channel] = []
         # Ranks tell it words alone.
         self._listener = Listener(
             host, port, secret.encode(), self._on_frame, self._on_close, most_body=0, tell=self._tell_trouble
@@ -99,7 +111,7 @@ class Coordinator:
         with self._lock:
             members = list(self._decisions.members.values())
             self._decisions.members.clear()
-            parted = list(self._decisions.cast_out)
+            parted = [*self._parted, *self._decisions.cast_out]
         for channel in parted:
             channel.close()
         for member in members:
@@ -164,13 +176,32 @@ class Coordinator:
                 channel.close("not a member")
                 return
             member.heard = time.monotonic()
-            self._decisions.told(member, header)
+            try:
+                self._decisions.told(member, header)
+            finally:
+                self._begin_anew()
 
     def _on_close(self, channel: Channel, why: str) -> None:
         with self._lock:
             member = self._decisions.members.get(channel.peer)
             if member is not None and member.channel is channel:
                 self._decisions.lose([member.rank], why)
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Where training has stopped, and may begin again: nobody of it has a part any more."""
+        made = self._decisions
+        if made.stopped is None or not self.restarts:
+            return
+        self.restarts -= 1
+        for member in made.members.values():
+            # What it is told has been sent.
+            member.channel.peer = None
+            member.channel.close(after_sends=True)
+        gone = [*self._parted, *made.cast_out, *(member.channel for member in made.members.values())]
+        self._parted = [channel for channel in gone if not channel.is_closed]
+        self._decisions = self._new_decisions()
+        self._note("anew", why=made.stopped, left=self.restarts)
 
     def _watch(self) -> None:
         pulse = Pulse(time.monotonic())
@@ -184,6 +215,7 @@ class Coordinator:
                 if silent:
                     self._decisions.lose(silent, f"silent for {self._patience_s:g} s")
                 self._decisions.look(now)
+                self._begin_anew()
 
     def _tell_trouble(self, why: str) -> None:
         with self._lock:
