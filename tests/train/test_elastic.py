@@ -1,17 +1,20 @@
 """Processes that share one run and may be lost and come: ``parallel.elastic`` of the trainer."""
 
+import logging
 import math
 import os
+import shutil
 import signal
 import threading
 import time
-from functools import partial
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from anabranch.cluster.elastic import Coordinator, ElasticTrainer
-from anabranch.errors import ConfigError, PeerError
+from anabranch.cluster.elastic import Coordinator
+from anabranch.errors import ConfigError, DataError, PeerError
 from anabranch.lm import Decoder, load_model
 from anabranch.nn import MoE, SelfAttention, SwiGLU
 from anabranch.routing import BiasBalancer, Router, SwitchLoss, ZLoss
@@ -20,6 +23,7 @@ from anabranch.train import Constant, Trainer, checkpoints, read_metrics, read_r
 from anabranch.train import elastic as elastic_module
 from anabranch.train.config import DiLoCoConfig, ElasticConfig, Parallel
 from anabranch.train.elastic_layers import block_loss, elastic_layers
+from anabranch.train.run import run_lock
 from waiting import until
 
 # Sums in another order.
@@ -197,21 +201,116 @@ def test_what_does_not_go_together_is_told_before_training(make_run, tmp_path):
         tied.fit()
 
 
+# Mends: a newcomer that is ahead, another length of sequences, a writer that stands still
+
+
+def test_a_newcomer_that_is_ahead_reads_the_batches_of_the_others(make_run, tmp_path):
+    """Its own folder is at step 6, the training at step 2: the next batch is the third of the text, not the seventh."""
+    run = make_run(dense(), steps=9, schedule=Constant.Config())
+    Trainer(run.replace(train=run.train.replace(steps=6)), tmp_path / "ahead").fit()
+    late = Trainer(shared(run, "127.0.0.1:1"), tmp_path / "ahead", resume=True)
+    assert late._progress.step == 6
+    late._elastic._joined = lambda step: SimpleNamespace(steps=2, close=lambda *told, **more: None)
+    assert late._elastic.before(6) == 2
+    fresh = Trainer(run, tmp_path / "fresh").stream
+    batches = [fresh.next_batch(run.train.batch_size) for _ in range(7)]
+    found = late.stream.next_batch(run.train.batch_size)
+    assert [same_batch(found, batch) for batch in batches].index(True) == 2
+
+
+def test_a_newcomer_that_is_behind_passes_over_the_batches_that_it_missed(make_run, tmp_path):
+    run = make_run(dense(), steps=9, schedule=Constant.Config())
+    late = Trainer(shared(run, "127.0.0.1:1"), tmp_path / "behind")
+    late._elastic._joined = lambda step: SimpleNamespace(steps=3, close=lambda *told, **more: None)
+    assert late._elastic.before(0) == 3
+    fresh = Trainer(run, tmp_path / "fresh").stream
+    batches = [fresh.next_batch(run.train.batch_size) for _ in range(7)]
+    found = late.stream.next_batch(run.train.batch_size)
+    assert [same_batch(found, batch) for batch in batches].index(True) == 3
+
+
+def same_batch(one, other):
+    return all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+def test_a_process_with_another_length_of_sequences_is_refused(make_run, tmp_path):
+    """Before it has any part in a step; the other waits on for one that fits."""
+    run = make_run(dense())
+    short = run.replace(data=run.data.replace(sequence_length=8))
+    with Coordinator(replicas=2, stages=1) as host:
+        ends = []
+
+        def wait():
+            try:
+                Trainer(shared(run, host), tmp_path / "a").fit()
+            except PeerError as error:
+                ends.append(str(error))
+
+        first = threading.Thread(target=wait)
+        first.start()
+        until(lambda: host.ranks == (0,))
+        with pytest.raises(PeerError, match=r"its data\.sequence_length is 8, and those here have 16"):
+            Trainer(shared(short, host), tmp_path / "b").fit()
+        assert host.ranks == (0,)
+        host.close()
+        first.join(60)
+    assert ends == ["the coordinator was closed"]
+
+
+def test_what_all_have_learned_waits_for_a_writer_that_holds_the_folder_and_stands_still(make_run, tmp_path, caplog):
+    """The folder is another's until it ends: nothing is written meanwhile, nothing raised, and it is said once."""
+    run = make_run(dense(), steps=4)
+    out, looks = tmp_path / "a", []
+    trainer = Trainer(shared(run, "127.0.0.1:1"), out)
+    trainer._elastic._trainer = SimpleNamespace(
+        is_first=True, has_weights=True, gathered=(4, {}), wrote=lambda *told, **more: None, close=lambda *told, **more: None, steps=4
+    )
+    # As of all that is learned.
+    trainer._progress.step = 4
+    with ExitStack() as held:
+        held.enter_context(run_lock(out))
+
+        def look():
+            looks.append(sorted(path.name for path in out.iterdir()))
+            if len(looks) == 3:
+                held.close()
+            return False
+
+        trainer._elastic.is_stopped = look
+        with caplog.at_level(logging.WARNING):
+            where = trainer._saved_for_all()
+    assert where == checkpoints(out)[-1]
+    assert where.name.endswith("4")
+    # Three looks while another had it: no run was in the folder yet.
+    assert all("config.json" not in names for names in looks[:3])
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("all is learned, and written as soon as that process has ended" in one for one in said) == 1
+    assert sum("nothing is written for now" in one for one in said) == 1
+    trainer.close()
+
+
+def test_who_is_told_to_stop_does_not_wait_for_a_writer_that_stands_still(make_run, tmp_path):
+    out = tmp_path / "a"
+    trainer = Trainer(shared(make_run(dense(), steps=4), "127.0.0.1:1"), out)
+    trainer._elastic._trainer = SimpleNamespace(is_first=True, close=lambda *told, **more: None)
+    trainer._elastic.is_stopped = lambda: True
+    with run_lock(out), pytest.raises(DataError, match="another process is training in"):
+        trainer._saved_for_all()
+    trainer.close()
+
+
 # In processes of their own
 
 
-def trained(rank, world, place, name, die=None, waits_at=None, resumes=False):
+def trained(rank, world, place, name, die=None, waits_at=None, resumes=False, way=signal.SIGKILL):
     """One process.
 
-    ``die``: {rank: finished steps}, after which it is gone as if its machine was. ``waits_at``: after so many steps it waits until the test
-    has made the file ``come``.
+    ``die``: {rank: finished steps}, after which it is gone as if its machine was; or stands still, by another ``way``. ``waits_at``: after
+    so many steps it waits until the test has made the file ``come``.
     """
     os.environ["ANABRANCH_NO_KERNELS"] = "1"
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        # It is no rank of torchrun.
-        del os.environ[variable]
-    # Ranks are numbered as processes are, so that a test can end the one that writes.
-    elastic_module.ElasticTrainer = partial(ElasticTrainer, wish=rank)
+    # As torchrun would have told it, so that ranks are numbered as processes are, and a test can end the one that writes.
+    assert os.environ["RANK"] == str(rank)
     run = read_run_config(f"{place}/config")
     trainer = Trainer(run, f"{place}/{name}", resume=resumes and os.path.exists(f"{place}/{name}/config.json"))
     after = trainer._elastic.after
@@ -220,7 +319,7 @@ def trained(rank, world, place, name, die=None, waits_at=None, resumes=False):
         after(**how)
         until(lambda: trainer._progress.step != waits_at or os.path.exists(f"{place}/come"))
         if trainer._progress.step == (die or {}).get(rank):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), way)
 
     trainer._elastic.after = between
     result = trainer.fit()
@@ -297,6 +396,48 @@ def test_who_writes_the_end_and_dies_is_replaced(make_run, tmp_path, monkeypatch
     found, _ = together(run, tmp_path, die={0: 4})
     assert len(found) == 3
     assert {one["checkpoint"] for one in found} == {str(checkpoints(tmp_path / "shared")[-1])}
+    check_same(tmp_path / "shared", tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_a_newcomer_whose_folder_is_ahead_changes_no_loss(make_run, tmp_path):
+    """It comes from a machine whose disk has a later checkpoint than the training, which was begun again from an older one."""
+    run = make_run(dense(), steps=12, checkpoint_every=10)
+    Trainer(run, tmp_path / "plain").fit()
+    shutil.copytree(tmp_path / "plain", tmp_path / "ahead")
+    shutil.rmtree(checkpoints(tmp_path / "ahead")[-1])
+    assert len(checkpoints(tmp_path / "ahead")) == 1
+
+    def join(ranks, host):
+        assert host.wait_for(lambda host: any(what == "lost" for _, what, _ in host.history))
+        ranks.join(trained, str(tmp_path), "ahead", None, None, True)
+        assert host.wait_for(lambda host: 2 in host.ranks)
+        (tmp_path / "come").touch()
+
+    found, host = together(run, tmp_path, stages=1, die={1: 3}, while_running=join, waits_at=5)
+    assert {one["status"] for one in found} == {"finished"}
+    assert 2 in host.layout.grid.ranks
+    check_same(tmp_path / "shared", tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_what_is_learned_is_written_when_a_writer_that_stands_still_has_ended(make_run, tmp_path):
+    run = make_run(dense(), steps=8, checkpoint_every=2)
+    Trainer(run, tmp_path / "plain").fit()
+    with Coordinator(replicas=2, stages=1, patience_s=2.0) as host:
+        shared(run, host).save(tmp_path / "config")
+        arguments = (str(tmp_path), "shared", {0: 4}, None, False, signal.SIGSTOP)
+        with Ranks(2, trained, *arguments, backend=None, timeout_s=120) as ranks:
+            ranks.expect_end(0)
+            assert host.wait_for(lambda host: host.version == 8, 100)
+            # The other has all, and waits: the folder is the first one's, which stands still in it.
+            until(lambda: "all is learned" in ranks.output(1))
+            assert checkpoints(tmp_path / "shared")[-1].name.endswith("2")
+            assert not host.has_ended
+            os.kill(ranks.pid(0), signal.SIGKILL)
+            (found,) = ranks.wait()
+        assert host.wait_for(lambda host: host.has_ended, 60)
+    assert found["status"] == "finished"
     check_same(tmp_path / "shared", tmp_path / "plain")
 
 

@@ -169,6 +169,9 @@ class ElasticConfig(Config):
         host: where other processes reach this one; of several machines each has its own.
         timeout_s: seconds after which a process that works on its own while others wait for it is cast out as stuck, and a coordinator
             that says nothing counts as gone.
+        clock: of the processor, which runs faster where its stage lost processes and slower where it waits, as far as the coordinator
+            allows (``--max-frequency``, ``--power-save``): ``simulated``; ``nvml``, a GPU's, which is read and not set; ``nvml-set``,
+            which needs root.
     """
 
     coordinator: str | None = Field(default=None, min_length=1)
@@ -177,6 +180,7 @@ class ElasticConfig(Config):
     snapshot_copies: int = Field(default=1, ge=0, le=1024)
     host: str = Field(default="127.0.0.1", min_length=1)
     timeout_s: float = Field(default=60.0, gt=0)
+    clock: Literal["none", "simulated", "nvml", "nvml-set"] = "none"
 
 
 @configclass

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.cluster.elastic import ElasticTrainer
+from anabranch.cluster.elastic.clocks import frequency_control
 from anabranch.cluster.elastic.state import PARAM, Groups, Slice, flat_of, learning
 from anabranch.cluster.pccl.handshake import run_secret
 from anabranch.config import to_dict
@@ -80,6 +81,8 @@ class Elastic:
         self._config, self._model, self._optimizer = config, model, optimizer
         self._task, self._stream = task, stream
         self._layers = elastic_layers(model, precision=config.train.precision)
+        # Early: who has no such clock is told before it waits for others.
+        self._clock = frequency_control(config.parallel.elastic.clock, int(os.environ.get("LOCAL_RANK", "0")))
         self.is_stopped: Callable[[], bool] = lambda: False
         self.holds_folder = False
         self.at_step: Callable[[int], None] = lambda step: None
@@ -319,6 +322,7 @@ class Elastic:
             gives_up=lambda: self.is_stopped(),
             at_step=lambda version: self.at_step(version),
             wish=_own_number(),
+            clock=self._clock,
         )
 
     def _signature(self) -> dict[str, Any]:

@@ -11,10 +11,18 @@ from anabranch.errors import InputError, PeerError
 from waiting import until
 
 
-def rank_of(host, **given):
+def rank_of(host, weight=0.5, **given):
+    layer = nn.Linear(2, 1)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, weight)
     return ElasticTrainer(
-        [nn.Linear(2, 1)], global_batch=2, optimizer_factory=torch.optim.SGD, loss=nn.functional.mse_loss, coordinator=host.address, **given
-    )  # fmt: skip
+        [layer],
+        global_batch=2,
+        optimizer_factory=torch.optim.SGD,
+        loss=nn.functional.mse_loss,
+        coordinator=host.address,
+        **given,
+    )
 
 
 BATCH = (torch.ones(2, 2), torch.zeros(2, 1))
@@ -24,9 +32,8 @@ def what(host):
     return [one for _, one, _ in host.history]
 
 
-def trained(host, steps, *, is_done=True, seed=0):
-    torch.manual_seed(seed)
-    rank = rank_of(host)
+def trained(host, steps, *, is_done=True, weight=0.5):
+    rank = rank_of(host, weight)
     while rank.steps < steps:
         rank.step(BATCH)
     rank.close(is_done=is_done)
@@ -39,7 +46,7 @@ def test_where_training_has_stopped_another_begins_as_often_as_it_may():
         until(lambda: "anew" in what(host))
         assert (host.stopped, host.restarts, host.version, host.has_ended) == (None, 0, 0, False)
         # Of other weights: nothing of the one before is left. It goes on from wherever it says.
-        trained(host, 1, is_done=False, seed=1)
+        trained(host, 1, is_done=False, weight=0.25)
         until(lambda: host.stopped is not None)
         assert "no rank is left" in host.stopped
         with pytest.raises(PeerError, match="training has stopped"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from anabranch.cluster.elastic.clocks import StageClock
 from anabranch.cluster.elastic.control import Control
 from anabranch.cluster.elastic.execution import StepSettings
 from anabranch.cluster.elastic.layout import Grid, Layout, layout_to
@@ -54,16 +55,16 @@ class One:
         self.updater = Updater(torch.optim.AdamW)
         self.member = Member(
             self.layers, SIZES, self.updater, links=self.links, control=self.control, snapshots=self.snapshots, probe=self.states.append,
-            on_change=self.changes.append, **{"loaded": {}, "version": 0, **more},
+            on_change=self.changes.append, **{"loaded": {}, "version": 0, "clock": StageClock(None), **more},
         )  # fmt: skip
         self.member.settings = StepSettings(4, 2, 1, True, None, 0, (False, False))
 
-    def epoch(self, number, after, before=None, *, pools=(), version=0, lost=()):
+    def epoch(self, number, after, before=None, *, pools=(), version=0, lost=(), frequency=1.0):
         members = {str(one.links.rank): ["127.0.0.1", one.links.port] for one in (self, *pools)}
         self.control.hear(
             "epoch", epoch=number, version=version, before=None if before is None else layout_to(before), after=layout_to(after),
             schedule="1f1b", costs=[1.0, 1.0], holders={str(rank): [] for rank in lost}, lost={str(rank): "gone" for rank in lost},
-            members=members, plan={"step_s": 1.0}, detect_s=0.25, step_s=1.0, warnings=[],
+            members=members, plan={"step_s": 1.0, "stages": [{"frequency": frequency}] * len(after.grid.stages)}, detect_s=0.25, step_s=1.0, warnings=[],
         )  # fmt: skip
 
     def goes(self, number):
@@ -96,9 +97,10 @@ def test_a_rank_comes_into_its_first_layout(make):
     assert (one.member.version, one.member.layout, one.member.layout_epoch) == (0, ALONE, 1)
     assert torch.equal(one.member.state.flat[0], flat_of(one.layers[0]))
     assert one.states == ["epoch", "links", "moves", "snapshot", "ready", "go"]
-    assert one.member.plan == {"step_s": 1.0}
+    plan = {"step_s": 1.0, "stages": [{"frequency": 1.0}]}
+    assert one.member.plan == plan
     (change,) = one.changes
-    assert (change["layout"], change["version"], change["plan"], change["lost"]) == (ALONE, 0, {"step_s": 1.0}, {})
+    assert (change["layout"], change["version"], change["plan"], change["lost"]) == (ALONE, 0, plan, {})
     assert one.member.recovery["detect_s"] == 0.25
 
 

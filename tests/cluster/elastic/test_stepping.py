@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from anabranch.cluster.elastic.clocks import StageClock
 from anabranch.cluster.elastic.execution import StepSettings, Work
 from anabranch.cluster.elastic.layout import Grid, Layout
 from anabranch.cluster.elastic.links import CalledAwayError
@@ -42,7 +43,7 @@ class Alone:
         state = State(flat, {n: Slice(0, size, {PARAM: flat[n]}) for n, size in enumerate(sizes)})
         self.member = SimpleNamespace(
             work=Work(layout, 0, own, "1f1b", [1.0, 1.0]), settings=own, sizes=sizes, version=0, state=state, stream=None,
-            updater=Updater(sgd), layout_epoch=1, rank=0, take_live_news=lambda: None, commit=self.commit,
+            updater=Updater(sgd), layout_epoch=1, rank=0, clock=StageClock(None), take_live_news=lambda: None, commit=self.commit,
         )  # fmt: skip
         control = SimpleNamespace(
             epoch=1, tell=lambda kind, **more: self.told.append((kind, more)), decided=self.decided
@@ -93,6 +94,20 @@ def test_a_vote_tells_the_loss_of_its_samples_and_what_layers_took():
     assert set(vote["costs"]) == {"0", "1"}
     assert all(seconds > 0 for seconds in vote["costs"].values())
     assert alone.states_seen[-4:] == ["update", "vote", "voted", "commit"]
+
+
+def test_what_layers_took_is_told_as_at_the_usual_clock(monkeypatch):
+    """Or a plan would take a stage for a fast one whose clock was raised because it is slow."""
+    told = []
+    for factor in (1.0, 1.25):
+        alone, ticks = Alone(), iter(range(1000))
+        alone.member.clock.factor = factor
+        monkeypatch.setattr("anabranch.cluster.elastic.execution.time.perf_counter", lambda ticks=ticks: float(next(ticks)))
+        alone.made.make()
+        told.append(alone.told[0][1]["costs"])
+    # Each layer takes a tick for a sample, of five; the backward twice as much.
+    assert told[0] == {"0": 3.0, "1": 3.0}
+    assert told[1] == {"0": 3.75, "1": 3.75}
 
 
 def test_until_it_is_decided_nothing_is_changed():

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli.cluster.master import read_secret
-from anabranch.cli.options import AsJson, Quiet
+from anabranch.cli.options import FLAG, AsJson, Quiet
 from anabranch.cli.output import fact, print_json, say
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.sizes import parse_bytes
@@ -79,6 +79,18 @@ def coordinate(
             help="Bytes that a link carries in a second, for what a move takes. Default: links that take no time.",
         ),
     ] = None,
+    max_frequency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=1,
+            max=10,
+            help="Most a clock is raised over the usual, of a stage that stays the slowest (parallel.elastic.clock). Default: 1.",
+        ),
+    ] = None,
+    power_save: Annotated[
+        bool, typer.Option("--power-save", metavar=FLAG, help="Lower clocks of stages that wait.")
+    ] = False,
     restarts: Annotated[
         int,
         typer.Option(
@@ -114,6 +126,8 @@ def coordinate(
         "threshold": threshold,
         "expected_steps": expected_steps,
         "bytes_s": None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
+        "max_frequency": max_frequency,
+        "power_save": power_save or None,
     }
     given = {name: value for name, value in told.items() if value is not None}
     stopping = threading.Event()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from anabranch.extras import lazy
 
 if TYPE_CHECKING:
+    from anabranch.cluster.elastic.clocks import FrequencyControl, NvmlFrequency, SimulatedFrequency
     from anabranch.cluster.elastic.control import UnrecoverableError
     from anabranch.cluster.elastic.coordinator import Coordinator
     from anabranch.cluster.elastic.cuts import bounds, recut
@@ -32,11 +33,14 @@ __all__ = [
     "Coordinator",
     "ElasticPlan",
     "ElasticTrainer",
+    "FrequencyControl",
     "Grid",
     "Layout",
     "Memory",
     "Move",
+    "NvmlFrequency",
     "Policy",
+    "SimulatedFrequency",
     "UnrecoverableError",
     "bounds",
     "census",
@@ -50,6 +54,7 @@ _HOMES: dict[str, str | None] = {
     **dict.fromkeys(("Grid", "Layout", "Move", "census", "moves"), ".layout"),
     **dict.fromkeys(("ElasticPlan", "Policy", "plan"), ".planner"),
     **dict.fromkeys(("Compared", "compare"), ".simulator"),
+    **dict.fromkeys(("FrequencyControl", "NvmlFrequency", "SimulatedFrequency"), ".clocks"),
     "Coordinator": ".coordinator",
     "Memory": ".stages",
     "ElasticTrainer": ".trainer",

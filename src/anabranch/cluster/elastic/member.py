@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from anabranch.cluster.elastic.clocks import StageClock
 from anabranch.cluster.elastic.control import CALLS, Control
 from anabranch.cluster.elastic.execution import StepSettings, Work
 from anabranch.cluster.elastic.layout import Layout, layout_from
@@ -31,6 +32,7 @@ class Member:
         links, control, snapshots: of this rank.
         loaded: each layer whole, where training goes on from a checkpoint.
         version: committed steps then.
+        clock: of this rank's processor.
         probe: called with states of the protocol.
         on_change: called with what is told of every change.
 
@@ -58,6 +60,7 @@ class Member:
         snapshots: Snapshots,
         loaded: Mapping[int, Slice],
         version: int,
+        clock: StageClock,
         probe: Callable[[str], None],
         on_change: Callable[[dict[str, Any]], None] | None,
     ) -> None:
@@ -70,6 +73,7 @@ class Member:
         self.stream: Stream | None = None
         self.recovery: dict[str, Any] = {}
         self.plan: dict[str, Any] | None = None
+        self.clock = clock
         self._loaded = loaded
         self._probe, self._on_change = probe, on_change
         # Links opened and closed since the last layout.
@@ -247,6 +251,7 @@ class Member:
             install(self.layers[layer], flat)
         self.work = Work(after, self.rank, self.settings, str(news["schedule"]), news["costs"])
         self.plan = news["plan"]
+        self.clock.follow(float(news["plan"]["stages"][self.work.stage]["frequency"]))
         self.control.is_in = True
 
     def _note(

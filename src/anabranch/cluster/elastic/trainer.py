@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from anabranch.cluster.elastic.clocks import FrequencyControl, StageClock
 from anabranch.cluster.elastic.control import Control
 from anabranch.cluster.elastic.exchange import whole_weights
 from anabranch.cluster.elastic.execution import Batch, StepSettings, check_batch, draws_of
@@ -84,6 +85,8 @@ class ElasticTrainer:
         gives_up: asked once a second while this rank waits to come in; True ends that by PeerError.
         at_step: called with committed steps before a step is made again where `step` was called for a later one meanwhile: for whoever sets
             something in layers by the step.
+        clock: of the processor that this rank computes on, which then runs as the plan wants its stage to; see `StageClock`. None leaves
+            clocks alone.
         host: where other ranks reach this one.
         wish: the rank that it would like to be at the beginning.
         timeout_s: a rank that works on its own for so long, while others wait as long for it, is cast out as stuck (unless nobody has a
@@ -124,6 +127,7 @@ class ElasticTrainer:
         signature: Mapping[str, Any] | None = None,
         gives_up: Callable[[], bool] | None = None,
         at_step: Callable[[int], None] | None = None,
+        clock: FrequencyControl | None = None,
         host: str = "127.0.0.1",
         wish: int | None = None,
         timeout_s: float = 60.0,
@@ -161,7 +165,7 @@ class ElasticTrainer:
         self._snapshots = Snapshots(self._control, snapshot_copies, self._probe)
         self._member = Member(
             self._layers, sizes, updater, links=self._links, control=self._control, snapshots=self._snapshots, loaded=loaded,
-            version=version, probe=self._probe, on_change=on_epoch_change,
+            version=version, clock=StageClock(clock), probe=self._probe, on_change=on_epoch_change,
         )  # fmt: skip
         self._stepping = Stepping(
             self._member, self._links, self._control, self._snapshots, self._layers, clip=clip, skips_infinite=skips_infinite,
@@ -382,7 +386,7 @@ class ElasticTrainer:
     def status(self) -> dict[str, Any]:
         """JSON-ready: rank, layout, steps; and of the last change of ranks how long each part took here.
 
-        ``plan``: of the layout that holds, as `ElasticPlan.to_dict` has it, without moves. ``recovery``: seconds to detect (for how long
+        ``clock``: of this rank's processor, see `StageClock.to_dict`. ``plan``: of the layout that holds, as `ElasticPlan.to_dict` has it, without moves. ``recovery``: seconds to detect (for how long
         a rank that was lost had not been heard; 0 where none was), to agree (from when this rank noticed until a layout was announced), to
         edit links, to move slices, until all were ready, to the first commit after it; links opened and closed, and those that stayed;
         bytes moved; who was lost, and why.
@@ -399,6 +403,7 @@ class ElasticTrainer:
             "links": self._links.count,
             "links_ever": self._links.opened,
             "plan": self._member.plan,
+            "clock": self._member.clock.to_dict(),
             "recovery": dict(self._member.recovery),
         }
 
@@ -422,6 +427,7 @@ class ElasticTrainer:
             self._control.fail(error, self.steps)
         # Told first, so that nobody suspects a rank whose links end.
         if self._control.part(is_done=is_done):
+            self._member.clock.release()
             self._links.close()
             self._control.close()
 
