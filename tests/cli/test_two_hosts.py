@@ -10,18 +10,10 @@ from pathlib import Path
 import pytest
 
 from anabranch.train import read_metrics
+from namespaces import can_make_hosts
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "two-hosts.sh"
 HOSTS = ("ip", "netns", "list")
-
-
-def can_make_hosts():
-    """Whether this machine lets us make network namespaces."""
-    if not all(map(shutil.which, ("ip", "tc"))) or os.geteuid() != 0:
-        return False
-    name = f"anabranch-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
 
 
 @pytest.fixture

@@ -1,0 +1,28 @@
+"""Connections whose other end must answer with its network."""
+
+import socket
+
+import pytest
+
+from anabranch.sockets import kept_alive
+
+
+@pytest.mark.parametrize("seconds", [30.0, 2.0])
+def test_a_connection_that_nobody_answers_ends_in_time(seconds):
+    with socket.socket() as sock:
+        assert kept_alive(sock, seconds) is sock
+        read = lambda name: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))  # noqa: E731
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        # Idle, then as often as it is asked: in time, but for seconds that are whole.
+        asked = read("TCP_KEEPIDLE") + read("TCP_KEEPCNT") * read("TCP_KEEPINTVL")
+        assert seconds <= asked <= max(1.1 * seconds, seconds + 4)
+        # With something on its way it is not asked, and this counts.
+        assert read("TCP_USER_TIMEOUT") == seconds * 1000
+
+
+def test_where_the_system_has_no_such_settings_it_stays_as_it_was(monkeypatch):
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"):
+        monkeypatch.delattr(socket, name)
+    with socket.socket() as sock:
+        kept_alive(sock, 30.0)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
