@@ -184,7 +184,15 @@ def test_a_process_that_its_torchrun_starts_again_comes_in_again(begun, cli, tmp
 @pytest.mark.timeout(1500)
 def test_processes_that_one_torchrun_ends_together_begin_anew_from_their_checkpoint(begun, cli, tmp_path, tiny, data):
     """One torchrun for both: where one is killed it ends the other too, and starts both; the coordinator waits for them."""
-    settings = ["dense", "--steps=30", "--seed=5", *tiny, *data, "--set=train.log_every=1", "--set=train.checkpoint_every=4"]
+    settings = [
+        "dense",
+        "--steps=30",
+        "--seed=5",
+        *tiny,
+        *data,
+        "--set=train.log_every=1",
+        "--set=train.checkpoint_every=4",
+    ]
     plain = cli("train", *settings, "--out", tmp_path / "plain", "--quiet")
     assert plain.returncode == 0, plain.stderr
     words = ["--listen", "127.0.0.1:0", "--replicas", 2, "--restarts", 1, "--json"]

@@ -1,8 +1,6 @@
 """Two hosts on one machine, as the guide shows them: two network namespaces with a link between them, and a torchrun in each."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path

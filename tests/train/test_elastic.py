@@ -263,7 +263,12 @@ def test_what_all_have_learned_waits_for_a_writer_that_holds_the_folder_and_stan
     out, looks = tmp_path / "a", []
     trainer = Trainer(shared(run, "127.0.0.1:1"), out)
     trainer._elastic._trainer = SimpleNamespace(
-        is_first=True, has_weights=True, gathered=(4, {}), wrote=lambda *told, **more: None, close=lambda *told, **more: None, steps=4
+        is_first=True,
+        has_weights=True,
+        gathered=(4, {}),
+        wrote=lambda *told, **more: None,
+        close=lambda *told, **more: None,
+        steps=4,
     )
     # As of all that is learned.
     trainer._progress.step = 4

@@ -203,7 +203,7 @@ def test_names_of_clocks(monkeypatch):
 
 
 def test_ranks_of_the_slowest_stage_run_faster_and_leave_their_clock_as_it_was():
-    """Two stages of one rank; the first layer takes thrice as long, and stays where it is. Its rank is to run at the most that is allowed."""
+    """Two stages of one rank; the first layer takes thrice as long, and stays where it is: its rank is to run as fast as it may."""
     clocks, told, over = [SimulatedFrequency(), SimulatedFrequency()], {}, threading.Barrier(2)
 
     def train(number, host):

@@ -64,7 +64,7 @@ class One:
         self.control.hear(
             "epoch", epoch=number, version=version, before=None if before is None else layout_to(before), after=layout_to(after),
             schedule="1f1b", costs=[1.0, 1.0], holders={str(rank): [] for rank in lost}, lost={str(rank): "gone" for rank in lost},
-            members=members, plan={"step_s": 1.0, "stages": [{"frequency": frequency}] * len(after.grid.stages)}, detect_s=0.25, step_s=1.0, warnings=[],
+            members=members, plan={"step_s": 1.0, "stages": [{"frequency": frequency}]}, detect_s=0.25, step_s=1.0, warnings=[],
         )  # fmt: skip
 
     def goes(self, number):

@@ -233,7 +233,12 @@ def test_ranks_follow_no_table_whose_backward_is_in_two_parts(name):
         Coordinator(replicas=1, stages=1, policy=policy)
     with pytest.raises(InputError, match=said):
         ElasticTrainer(
-            [nn.Linear(1, 1)], global_batch=1, optimizer_factory=torch.optim.SGD, loss=len, coordinator="h:1", policy=policy
+            [nn.Linear(1, 1)],
+            global_batch=1,
+            optimizer_factory=torch.optim.SGD,
+            loss=len,
+            coordinator="h:1",
+            policy=policy,
         )
 
 

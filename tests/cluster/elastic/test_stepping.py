@@ -102,7 +102,9 @@ def test_what_layers_took_is_told_as_at_the_usual_clock(monkeypatch):
     for factor in (1.0, 1.25):
         alone, ticks = Alone(), iter(range(1000))
         alone.member.clock.factor = factor
-        monkeypatch.setattr("anabranch.cluster.elastic.execution.time.perf_counter", lambda ticks=ticks: float(next(ticks)))
+        monkeypatch.setattr(
+            "anabranch.cluster.elastic.execution.time.perf_counter", lambda ticks=ticks: float(next(ticks))
+        )
         alone.made.make()
         told.append(alone.told[0][1]["costs"])
     # Each layer takes a tick for a sample, of five; the backward twice as much.

@@ -103,7 +103,17 @@ def test_the_page_has_the_table():
     for name in ("heartbeat_s", "dead_s", "connect_s", "master_wait_s"):
         assert rows[name].split()[0] == f"{getattr(times, name):g}"
     assert rows["idle_s"].split()[0] == f"{times.idle_limit_s:g}"
-    for name in ("HANDSHAKE_S", "ADDRESS_S", "REACH_S", "AGAIN_S", "ASK_S", "LOOK_S", "DRAIN_S", "COUNT_S", "CUT_OFF_S"):
+    for name in (
+        "HANDSHAKE_S",
+        "ADDRESS_S",
+        "REACH_S",
+        "AGAIN_S",
+        "ASK_S",
+        "LOOK_S",
+        "DRAIN_S",
+        "COUNT_S",
+        "CUT_OFF_S",
+    ):
         assert rows[name].split()[0] == f"{getattr(module_of_times, name):g}"
     for name in ("report_s", "absence_s", "gone_s", "withdrawn_s", "fetch_s"):
         assert rows[name].split()[0] == f"{getattr(times, name):g}"

@@ -20,7 +20,15 @@ from typing import Any, Literal
 
 from anabranch.errors import AnabranchError, ConfigError
 
-__all__ = ["CLOCKS", "ClockName", "FrequencyControl", "NvmlFrequency", "SimulatedFrequency", "StageClock", "frequency_control"]
+__all__ = [
+    "CLOCKS",
+    "ClockName",
+    "FrequencyControl",
+    "NvmlFrequency",
+    "SimulatedFrequency",
+    "StageClock",
+    "frequency_control",
+]
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +85,9 @@ class SimulatedFrequency(FrequencyControl):
         self, *, usual: float = 1000.0, least: float = 500.0, most: float = 1500.0, sets: bool = False
     ) -> None:
         if not 0 < least <= usual <= most:
-            raise ConfigError(f"a clock of {usual:g} MHz is not within {least:g} to {most:g} MHz; give least, usual, most in order")
+            raise ConfigError(
+                f"a clock of {usual:g} MHz is not within {least:g} to {most:g} MHz; give least, usual, most in order"
+            )
         self.usual, self.sets = usual, sets
         self._least, self._most, self._now = least, most, usual
 
@@ -231,7 +241,9 @@ class StageClock:
         self._wanted = factor
         if control.sets:
             self.factor = 1.0 if factor == 1.0 else mhz / control.usual
-        log.info("the clock %s %.0f MHz (%.2f of the usual)", "is" if control.sets else "would be", mhz, mhz / control.usual)
+        log.info(
+            "the clock %s %.0f MHz (%.2f of the usual)", "is" if control.sets else "would be", mhz, mhz / control.usual
+        )
 
     def release(self) -> None:
         """The device's own again."""

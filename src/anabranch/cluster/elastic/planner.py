@@ -70,7 +70,9 @@ class Policy:
 def check_runs(policy: Policy) -> None:
     """Raise InputError for a policy that ranks cannot follow: they do a backward at once, and its two parts are simulated alone."""
     if apart := [name for name in policy.schedule_names if table_for(name, 1, 1)[0].has_weight_slots]:
-        raise InputError(f"schedule_names has {apart[0]!r}, whose backward is in two parts; ranks do it at once, leave it out")
+        raise InputError(
+            f"schedule_names has {apart[0]!r}, whose backward is in two parts; ranks do it at once, leave it out"
+        )
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,7 @@ def compare(
             found[arm] = staggered_step_s(left, stage_s, micro_batches, optimizer_s=reduce_s)
         else:
             apart = replace(policy, schedule_names=(*names, DECOUPLED))
-            found[arm] = plan(
-                left, layer_costs, previous=before, holders=holders, **{**shared, "policy": apart}
-            ).step_s
+            found[arm] = plan(left, layer_costs, previous=before, holders=holders, **{**shared, "policy": apart}).step_s
     return Compared(whole.step_s, found, ours, tuple(sorted(lost)))
 
 

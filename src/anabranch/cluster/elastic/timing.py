@@ -14,7 +14,17 @@ from anabranch.cluster.elastic.stages import Numbers
 from anabranch.cluster.events import Task, run_tasks
 from anabranch.cluster.schedules import BACKWARD, FORWARD, SCHEDULES, WEIGHT, Kind, Schedule, Slot, schedule
 
-__all__ = ["DECOUPLED", "EAGER", "FORWARD_SHARE", "TABLES", "StepTime", "precedence", "share_of", "simulate_ranks", "table_for"]
+__all__ = [
+    "DECOUPLED",
+    "EAGER",
+    "FORWARD_SHARE",
+    "TABLES",
+    "StepTime",
+    "precedence",
+    "share_of",
+    "simulate_ranks",
+    "table_for",
+]
 
 # Of a layer's forward and backward, what the forward takes.
 FORWARD_SHARE = 1 / 3

@@ -386,7 +386,8 @@ class ElasticTrainer:
     def status(self) -> dict[str, Any]:
         """JSON-ready: rank, layout, steps; and of the last change of ranks how long each part took here.
 
-        ``clock``: of this rank's processor, see `StageClock.to_dict`. ``plan``: of the layout that holds, as `ElasticPlan.to_dict` has it, without moves. ``recovery``: seconds to detect (for how long
+        ``clock``: of this rank's processor, see `StageClock.to_dict`.
+        ``plan``: of the layout that holds, as `ElasticPlan.to_dict` has it, without moves. ``recovery``: seconds to detect (for how long
         a rank that was lost had not been heard; 0 where none was), to agree (from when this rank noticed until a layout was announced), to
         edit links, to move slices, until all were ready, to the first commit after it; links opened and closed, and those that stayed;
         bytes moved; who was lost, and why.

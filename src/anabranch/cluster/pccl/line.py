@@ -176,7 +176,9 @@ class Line:
         sock = connected(*self._address, min(time.monotonic() + REACH_S, end))
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return kept_alive(sock, CUT_OFF_S), call(sock, self._secret, hello, min(time.monotonic() + HANDSHAKE_S, end))
+            return kept_alive(sock, CUT_OFF_S), call(
+                sock, self._secret, hello, min(time.monotonic() + HANDSHAKE_S, end)
+            )
         except BaseException:
             sock.close()
             raise

@@ -87,8 +87,8 @@ class Master:
         times: of it.
         state: what it knows.
 
-    Raises InputError for an address that cannot be had, for numbers that are none and times that do not fit together, DataError for a journal that is none or that another
-    master holds.
+    Raises InputError for an address that cannot be had, numbers that are none and times that do not fit together, DataError for a journal
+    that is none or that another master holds.
     """
 
     def __init__(

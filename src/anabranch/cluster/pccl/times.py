@@ -139,9 +139,7 @@ class Rule:
 
     def told(self, times: Times) -> str:
         """For people."""
-        return (
-            f"{self.less[0]} is {self.less[1](times):g} s, and {self.more[0]} {self.more[1](times):g} s: {self.why}"
-        )
+        return f"{self.less[0]} is {self.less[1](times):g} s, and {self.more[0]} {self.more[1](times):g} s: {self.why}"
 
 
 RULES = (
