@@ -4,127 +4,8 @@ import time
 
 import pytest
 
-from anabranch.cluster.elastic.decisions import Decisions
 from anabranch.cluster.elastic.planner import Policy
-from anabranch.cluster.elastic.replanning import Replanner
-
-SIGNATURE = {"sizes": [6, 6, 6, 6], "global_batch": 8, "micro_batches": 0, "block": 1, "copies": 1, "seed": 5}
-HELLO = {
-    "kind": "hello",
-    "host": "127.0.0.1",
-    "port": 4711,
-    "weights": "ab",
-    "moments": "",
-    "version": 0,
-    "mesh": None,
-    "signature": SIGNATURE,
-}
-
-
-class Line:
-    """A channel that keeps what is said."""
-
-    def __init__(self):
-        self.peer, self.said, self.is_admitted, self.is_closed = None, [], False, False
-
-    def send(self, header, body=b""):
-        self.said.append(header)
-
-    def admit(self):
-        self.is_admitted = True
-
-    def close(self, why="", *, after_sends=False):
-        self.is_closed = True
-
-    def kinds(self):
-        return [header["kind"] for header in self.said if header["kind"] != "beat"]
-
-
-class Room:
-    """Decisions, and the lines of all who said hello, by rank."""
-
-    def __init__(self, replicas=2, stages=2, chunk=None, **settings):
-        self.history, self.lines = [], {}
-        plans = Replanner(stages, settings.pop("policy", None), None, [1.0] * 4)
-        patience_s = settings.pop("patience_s", 0.0)
-        self.made = Decisions(
-            replicas,
-            stages,
-            plans,
-            chunk,
-            lambda what, **more: self.history.append((what, more)),
-            patience_s=patience_s,
-        )
-        self.signature = {**SIGNATURE, **settings}
-
-    def come(self, **changes):
-        line = Line()
-        self.made.hello(line, {**HELLO, "signature": self.signature, **changes})
-        if line.peer is not None:
-            self.lines[line.peer] = line
-        return line
-
-    def tell(self, who, kind, **more):
-        self.made.told(self.made.members[who], {"kind": kind, "epoch": self.made.epoch, **more})
-
-    def begin(self, count=4):
-        for _ in range(count):
-            self.come()
-        self.ready()
-        return self
-
-    def ready(self):
-        for rank in list(self.made.members):
-            self.tell(rank, "ready")
-        for owner in self.made.layout.grid.ranks:
-            for holder in self.made.layout.holders(owner, self.made.ledger.copies):
-                self.held(holder, owner)
-
-    def ready_but(self, away):
-        """All but one, who does not come to it."""
-        for rank in [rank for rank in self.made.members if rank != away]:
-            self.tell(rank, "ready")
-        for owner in self.made.layout.grid.ranks:
-            for holder in self.made.layout.holders(owner, self.made.ledger.copies):
-                self.held(holder, owner)
-
-    def held(self, holder, owner):
-        self.tell(holder, "held", owner=owner, version=self.made.version, layout=self.made.epoch)
-
-    def vote(self, *ranks, **more):
-        for rank in ranks or self.made.layout.grid.ranks:
-            last = rank in self.made.layout.grid.stages[-1]
-            place = self.made.layout.grid.stages[-1].index(rank) if last else 0
-            loss = [["", 0, place, (1.0).hex()]] if last else []
-            blocks = len(self.made.layout.grid.stages[-1])
-            self.tell(rank, "vote", **{"step": self.made.version, "blocks": blocks, "loss": loss, "costs": {}, **more})
-
-    def beat(self, rank, waits=None, is_long=False, **more):
-        self.tell(rank, "beat", waits=waits, is_long=is_long, **more)
-
-    def look(self, times=2):
-        now = time.monotonic()
-        for late in range(times):
-            self.made.look(now + 10 * late)
-
-    def why_lost(self):
-        return {more["rank"]: more["why"] for what, more in self.history if what == "lost"}
-
-
-def test_training_begins_when_all_are_there_and_ready():
-    room = Room()
-    for _ in range(3):
-        room.come()
-    assert room.made.layout is None
-    assert room.lines[0].kinds() == ["welcome"]
-    room.come()
-    assert room.lines[0].kinds() == ["welcome", "epoch"]
-    assert all(line.is_admitted for line in room.lines.values())
-    for rank in range(4):
-        assert room.made.layout is None
-        room.tell(rank, "ready")
-    assert room.made.layout.grid.stages == ((0, 1), (2, 3))
-    assert room.lines[3].kinds() == ["welcome", "epoch", "go"]
+from elastic_room import HELLO, SIGNATURE, Room
 
 
 def test_a_step_is_committed_by_the_last_vote_with_the_loss_of_all():
@@ -137,26 +18,6 @@ def test_a_step_is_committed_by_the_last_vote_with_the_loss_of_all():
     room.vote(3)
     assert room.made.version == 1
     assert room.lines[0].said[-1] == {"kind": "commit", "epoch": 1, "step": 0, "loss": {"": (2.0).hex()}}
-
-
-def test_a_loss_takes_the_step_back_and_says_how_long_it_was_not_heard():
-    room = Room().begin()
-    room.vote(0, 1, 2)
-    room.made.members[1].heard -= 7
-    room.made.lose([1], "gone")
-    said = room.lines[0].said[-1]
-    assert (said["kind"], said["epoch"], said["version"], said["holders"]) == ("epoch", 2, 0, {"1": [0]})
-    assert said["detect_s"] == pytest.approx(7, abs=2)
-    assert said["plan"]["stages"][0]["ranks"] == [0]
-    room.ready()
-    room.made.members[0].vote = None
-    room.vote()
-    assert room.made.version == 1
-    commit = next(said for said in reversed(room.lines[0].said) if said["kind"] == "commit")
-    assert (commit["step"], commit["loss"]) == (0, {"": (2.0).hex()})
-
-
-# The door
 
 
 def test_the_first_hello_is_no_law_when_it_has_gone():
@@ -204,9 +65,6 @@ def test_a_policy_is_that_of_the_ranks_where_the_coordinator_has_none():
     room.signature |= {"policy": told}
     assert "and the coordinator has Policy(threshold=0.1" in room.come().said[0]["why"]
     assert room.made.plans.policy == Policy(threshold=0.1)
-
-
-# What is told of an older epoch
 
 
 def slices(room, rank, **more):
@@ -277,9 +135,6 @@ def test_training_has_not_ended_by_the_word_of_an_older_epoch():
     room.tell(0, "wrote", where="kept", version=0, is_last=True)
     assert room.made.is_ending
     assert room.lines[1].said[-1] == {"kind": "finished", "where": "kept"}
-
-
-# Who holds up others
 
 
 def test_the_rank_that_all_wait_for_is_cast_out_and_not_those_who_wait():
@@ -450,9 +305,6 @@ def test_a_coordinator_that_stood_still_has_heard_nobody():
     assert room.made.members[0].heard == now + 41
 
 
-# Errors
-
-
 def test_an_error_of_the_same_step_ends_training_and_a_wait_that_ended_does_not():
     room = Room(4, 1).begin(4)
     for rank in (1, 3):
@@ -499,83 +351,6 @@ def test_one_with_another_batch_is_lost_and_where_nobody_knows_which_is_right_it
     room.vote(1, batch="cd")
     assert list(room.why_lost()) == [1]
     assert room.made.stopped is None
-
-
-# Who comes
-
-
-@pytest.mark.parametrize("chunk", [None, 2])
-def test_a_newcomer_comes_in_after_a_step(chunk):
-    room = Room(2, 1, chunk=chunk).begin(2)
-    line = room.come()
-    assert line.kinds() == ["welcome"]
-    room.vote()
-    if chunk is not None:
-        assert "live" in line.said[-1]
-        while room.made._stream is not None:
-            room.tell(2, "vote", step=room.made.version, loss=[])
-            room.vote()
-    assert line.kinds()[-1] == "epoch"
-    room.ready()
-    assert room.made.layout.grid.stages == ((0, 1, 2),)
-
-
-def test_who_comes_by_a_stream_that_a_loss_ends_comes_later():
-    """What is announced then is no commit, and the newcomer is still one who waits."""
-    room = Room(3, 1, chunk=1).begin(3)
-    line = room.come()
-    room.vote()
-    assert room.made._stream is not None
-    room.tell(3, "vote", step=1, loss=[])
-    room.vote(0, 2)
-    room.made.lose([1], "gone")
-    assert line.kinds()[-1] == "epoch"
-    assert 3 not in room.made._target.grid.ranks
-    for rank in (0, 2):
-        room.tell(rank, "ready")
-    room.vote()
-    assert room.made._stream is not None
-    assert 3 in room.made._stream[0].grid.ranks
-
-
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_who_comes_in_after_a_step_has_no_part_in_what_all_do_after_it(chunk):
-    """The others waited for its part, and it for the next step."""
-    room = Room(2, 1, chunk=chunk).begin(2)
-    held = room.made.epoch
-    room.come()
-    room.vote()
-    while room.made._stream is not None:
-        room.tell(2, "vote", step=room.made.version, loss=[])
-        room.vote()
-    assert room.made._target.grid.ranks == (0, 1, 2)
-    assert room.lines[0].said[-1]["is_growth"]
-    # A stuck one is found here as ever.
-    room.beat(0, {"round": "weights"}, epoch=held)
-    assert room.made.members[0].standing.waits == {"round": "weights"}
-    for rank in (0, 1):
-        slices(room, rank, epoch=held)
-    assert room.lines[0].said[-1]["kind"] == "manifest"
-    room.tell(0, "manifest", epoch=held, version=room.made.version, folder="kept", why=None)
-    assert [room.lines[rank].said[-1]["kind"] for rank in (0, 1)] == ["saved", "saved"]
-    room.ready()
-    assert room.made.layout.grid.ranks == (0, 1, 2)
-    # From then on the older epoch is over.
-    slices(room, 0, epoch=held)
-    assert room.made._rounds.missing("slices of step 1", (0, 1, 2)) == [0]
-
-
-def test_a_loss_ends_what_was_begun_before_growth():
-    room = Room(3, 1).begin(3)
-    held = room.made.epoch
-    room.come()
-    room.vote()
-    slices(room, 0, epoch=held)
-    room.made.lose([2], "gone")
-    assert not room.lines[0].said[-1]["is_growth"]
-    for rank in (0, 1):
-        slices(room, rank, epoch=held)
-    assert room.lines[0].said[-1]["kind"] == "epoch"
 
 
 def test_training_ends_also_for_one_that_was_on_its_way_in():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from anabranch.cluster.elastic.clocks import StageClock
+from anabranch.cluster.elastic.clocks import SimulatedFrequency, StageClock
 from anabranch.cluster.elastic.control import Control
 from anabranch.cluster.elastic.execution import StepSettings
 from anabranch.cluster.elastic.layout import Grid, Layout, layout_to
@@ -102,6 +102,16 @@ def test_a_rank_comes_into_its_first_layout(make):
     (change,) = one.changes
     assert (change["layout"], change["version"], change["plan"], change["lost"]) == (ALONE, 0, plan, {})
     assert one.member.recovery["detect_s"] == 0.25
+
+
+def test_its_clock_follows_the_plan_of_each_layout(make):
+    control = SimulatedFrequency()
+    one = make(0, clock=StageClock(control))
+    for number, frequency, mhz in ((1, 1.2, 1200), (2, 0.7, 700), (3, 1.0, 1000)):
+        one.goes(number)
+        one.epoch(number, ALONE, None if number == 1 else ALONE, frequency=frequency)
+        one.member.follow()
+        assert control.get() == mhz
 
 
 def test_what_was_loaded_is_what_it_begins_with(make):
