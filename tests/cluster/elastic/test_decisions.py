@@ -5,7 +5,7 @@ import time
 import pytest
 
 from anabranch.cluster.elastic.planner import Policy
-from elastic_room import HELLO, SIGNATURE, Room
+from elastic_room import HELLO, SIGNATURE, Room, slices
 
 
 def test_a_step_is_committed_by_the_last_vote_with_the_loss_of_all():
@@ -18,6 +18,9 @@ def test_a_step_is_committed_by_the_last_vote_with_the_loss_of_all():
     room.vote(3)
     assert room.made.version == 1
     assert room.lines[0].said[-1] == {"kind": "commit", "epoch": 1, "step": 0, "loss": {"": (2.0).hex()}}
+
+
+# The door
 
 
 def test_the_first_hello_is_no_law_when_it_has_gone():
@@ -67,9 +70,7 @@ def test_a_policy_is_that_of_the_ranks_where_the_coordinator_has_none():
     assert room.made.plans.policy == Policy(threshold=0.1)
 
 
-def slices(room, rank, **more):
-    told = {"what": "slices of step 1", "version": 1, "folder": "kept", "file": f"rank-{rank}", "why": None}
-    room.tell(rank, "slices", **{**told, **more})
+# What is told of an older epoch
 
 
 def test_what_was_saved_of_an_older_layout_is_no_part_of_a_checkpoint():
@@ -135,6 +136,9 @@ def test_training_has_not_ended_by_the_word_of_an_older_epoch():
     room.tell(0, "wrote", where="kept", version=0, is_last=True)
     assert room.made.is_ending
     assert room.lines[1].said[-1] == {"kind": "finished", "where": "kept"}
+
+
+# Who holds up others
 
 
 def test_the_rank_that_all_wait_for_is_cast_out_and_not_those_who_wait():
@@ -303,6 +307,9 @@ def test_a_coordinator_that_stood_still_has_heard_nobody():
     assert room.made.members[0].heard == heard + 40
     room.made.has_stood_still(40.0, now + 41.0)
     assert room.made.members[0].heard == now + 41
+
+
+# Errors
 
 
 def test_an_error_of_the_same_step_ends_training_and_a_wait_that_ended_does_not():

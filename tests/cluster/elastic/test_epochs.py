@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic_room import Room
+from elastic_room import Room, slices
 
 
 def test_training_begins_when_all_are_there_and_ready():
