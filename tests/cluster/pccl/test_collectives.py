@@ -539,7 +539,7 @@ def test_buffers_of_earlier_calls_are_kept_up_to_a_bound(master, monkeypatch):
 
 def test_what_an_older_verdict_says_of_the_ring_is_not_taken():
     """Verdicts of several collectives come in the order of the master, and are read by threads in any."""
-    peers = part.Part(1.0, None, None, lambda name: None)
+    peers = part.Part(None, None, lambda name: None)
     peers._topology = {"epoch": 5, "ring": [[1, "h", 1, 1]], "world": 1, "groups": 1, "largest": 1}
     older = {
         "aborted": False,

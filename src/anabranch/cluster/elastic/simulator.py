@@ -183,7 +183,8 @@ def staggered_step_s(left: Grid, stage_s: Sequence[float], micro_batches: int, *
     table, _ = table_for(DECOUPLED, len(stage_s), micro_batches)
     each = len(table.slots) * left.replicas
     steps = max(2, min(_STEPS, _MOST_TASKS // each))
-    tasks, ends = [], []
+    tasks: list[Task] = []
+    ends = []
     for _ in range(steps):
         first, ahead = len(tasks), tuple(range(len(tasks) - len(stage_s), len(tasks))) if tasks else ()
         own = _rerouted(left, table, stage_s, keeps_order=False, first=first, ahead=ahead)
