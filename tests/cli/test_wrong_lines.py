@@ -88,6 +88,8 @@ cluster attention trained --ranks 2 --latency-us nan
 cluster attention trained --ranks 2 --efficiency nan
 cluster attention trained --ranks 2 --hardware nothing
 cluster elastic --replicas 0
+cluster coordinate --listen 127.0.0.1:0 --restarts -1
+cluster coordinate --listen 127.0.0.1:0 --max-frequency nan
 cluster elastic --replicas 1024 --stages 1024
 cluster elastic --stages 65
 cluster elastic --lose 9
@@ -136,6 +138,7 @@ cluster master --listen 127.0.0.1:0 --journal text
 cluster master --listen 127.0.0.1:0 --secret-file nowhere
 cluster master --listen 127.0.0.1:0 --secret-file no.db
 cluster master --listen 127.0.0.1:0 --dead-after nan
+cluster master --listen 127.0.0.1:0 --connect-within nan
 cluster master --listen 127.0.0.1:0 --most-peers {HUGE}
 cluster plan trained --ranks 0
 cluster plan trained --ranks 99999
