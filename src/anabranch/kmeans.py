@@ -67,11 +67,11 @@ def by_size(cluster_N: np.ndarray) -> np.ndarray:
 
 def _seeds(x_ND: np.ndarray, num_clusters: int, rng: np.random.Generator) -> np.ndarray:
     """Each next seed is a row drawn in proportion to its squared distance from the seeds so far; fewer where rows repeat."""
-    chosen = [int(rng.integers(len(x_ND)))]
+    chosen, length_N = [int(rng.integers(len(x_ND)))], np.einsum("nd,nd->n", x_ND, x_ND)
     nearest_N = distances(x_ND, x_ND[chosen])[:, 0].astype(float)
     while len(chosen) < num_clusters:
-        # The same row again, but for rounding.
-        nearest_N[nearest_N < 1e-6] = 0.0
+        # The same row again, but for rounding, which is as large as rows are long.
+        nearest_N[nearest_N < 1e-6 * length_N] = 0.0
         if not nearest_N.any():
             break
         chosen.append(int(rng.choice(len(x_ND), p=nearest_N / nearest_N.sum())))

@@ -265,7 +265,7 @@ def test_a_pool_that_cannot_be_put_on_leaves_the_model(root, monkeypatch):
     assert torch.equal(run(model), before)
     # Vectors that fail late, on a bare model and on one that has the pool.
     bare = opened(root)
-    kept = giving._vector
+    kept = giving.vector_of
     calls = []
 
     def failing(*args):
@@ -274,7 +274,7 @@ def test_a_pool_that_cannot_be_put_on_leaves_the_model(root, monkeypatch):
             raise RuntimeError("no memory")
         return kept(*args)
 
-    monkeypatch.setattr(giving, "_vector", failing)
+    monkeypatch.setattr(giving, "vector_of", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         pool.onto(bare)
     assert torch.equal(run(bare), run(opened(root)))

@@ -291,3 +291,10 @@ def test_a_gateway_that_is_not_there_or_is_none_is_told_in_our_words(capsys):
     )
     assert main(["gateway", "add-model", "x", "--url", f"http://127.0.0.1:{port}"]) == 2
     assert f"cannot reach http://127.0.0.1:{port}: connection refused; give --url" in capsys.readouterr().err
+
+
+def test_what_a_file_or_a_server_said_steers_no_terminal(capsys):
+    assert main(["eval", "\x1b]0;owned\x07\x1b[2Jno-model"]) == 2
+    told = capsys.readouterr().err
+    assert "no-model" in told
+    assert not {"\x1b", "\x07"} & set(told)

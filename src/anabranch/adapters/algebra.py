@@ -324,12 +324,16 @@ def _kept(left: Tensor, value: Tensor, right: Tensor, rank: int) -> tuple[Pair, 
 def _by_halves(module: str, parts: Sequence[tuple[Pair, float]], way: _Way) -> Pair:
     """A of all A and B of all B by the rule, each with the root of its weight, or its share of a mean; the sign of a weight is in A, as in
     peft.
+
+    Of a mean A is that of the adapters that have the layer, so that the part of those that have not counts once.
     """
     if way.method == "mean":
+        share = sum(weight for _, weight in parts) or 1.0
         roots = [weight * math.sqrt(abs(pair.scale)) for pair, weight in parts]
+        lengths = [root / share for root in roots]
     else:
-        roots = [math.sqrt(abs(weight * pair.scale)) for pair, weight in parts]
-    signed = [math.copysign(root, weight * pair.scale) for root, (pair, weight) in zip(roots, parts, strict=True)]
+        roots = lengths = [math.sqrt(abs(weight * pair.scale)) for pair, weight in parts]
+    signed = [math.copysign(length, weight * pair.scale) for length, (pair, weight) in zip(lengths, parts, strict=True)]
     a_RC = _by_rule(module, "A", [_wide(pair.a_RC) for pair, _ in parts], signed, way)
     b_OR = _by_rule(module, "B", [_wide(pair.b_OR) for pair, _ in parts], roots, way)
     return Pair(a_RC, b_OR, float(len(a_RC)))

@@ -20,7 +20,7 @@ from typing import TextIO
 
 import typer
 
-from anabranch.cli.output import let_go, say
+from anabranch.cli.output import let_go, say, visible
 from anabranch.errors import AnabranchError
 from anabranch.extras import packages
 
@@ -127,7 +127,8 @@ def _full_name(kind: type) -> str:
 
 def _fail(message: str) -> int:
     _settle(sys.stdout)
-    line = " ".join(message.split())
+    # It may repeat what others said, a server or a file.
+    line = visible(" ".join(message.split()))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST * 3 // 4]} ... {line[-_LONGEST // 4 :]}"
     if not _is_told_by_another(line):

@@ -27,6 +27,7 @@ from anabranch.adapters.glider import (
 from anabranch.adapters.glider.clusters import similarity, spectral_clusters
 from anabranch.errors import CheckpointError, ConfigError, DataError
 from anabranch.lm import load_model
+from anabranch.lm.shards import write_file
 
 NAMES = ("first", "law", "other", "sql")
 # Which have gates that are alike.
@@ -274,3 +275,57 @@ def test_what_cannot_be_clustered(root, tmp_path):
         merge_clusters(tmp_path / "ranks", 1, tmp_path / "never")
     assert merge_clusters(tmp_path / "ranks", 1, tmp_path / "made", method="svd").members == {"cluster-1": ("a", "b")}
     assert json.loads((tmp_path / "made" / "cluster-1" / "adapter_config.json").read_text())["r"] == 3
+
+
+@pytest.mark.parametrize("local", ["phatgoose", "arrow"])
+@pytest.mark.parametrize("trial", range(4))
+def test_what_is_shown_is_what_tokens_choose_among(tmp_path, trial, local):
+    """Of experts without gates others were shown, and merged, than a pool used."""
+    base = make_base(tmp_path / "base", "llama")
+    for name in "abcdefgh":
+        make_adapter(tmp_path / "pool" / name, linear_layers(base, ["q_proj", "v_proj"]), rank=4, seed=f"{trial}{name}")
+    pool = GliderPool.load(tmp_path / "pool", GliderConfig(clusters=3, local=local))
+    pool.onto(load_model(tmp_path / "base")[0])
+    member_GE = next(iter(pool.layers().values())).router.score.member_GE
+    used = [tuple(name for name, is_one in zip(pool.names, row, strict=True) if is_one) for row in member_GE.tolist()]
+    shown = merge_clusters(tmp_path / "pool", 3, local=local).members
+    assert sorted(used) == sorted(shown.values())
+
+
+@pytest.mark.parametrize("likeness", [1e-3, 1e-6, 1e-9, 0])
+def test_one_that_is_like_nobody_leaves_the_others_their_groups(likeness):
+    """Beside it all others were the same to k-means."""
+    near = np.arange(9) < 5
+    found_EE = np.where(near[:, None] == near, 0.9, 0.2)
+    found_EE[8] = found_EE[:, 8] = likeness
+    found_EE[8, 8] = 1.0
+    assert spectral_clusters(found_EE, 3).tolist() == [0] * 5 + [1] * 3 + [2]
+
+
+def test_adapters_of_several_bases_are_no_pool(tmp_path):
+    for name, base in (("a", "org/one"), ("b", "org/two"), ("c", "org/one")):
+        make_adapter(tmp_path / "pool" / name, {"model.layers.0.self_attn.q_proj": (32, 32)}, seed=name)
+        place = tmp_path / "pool" / name / "adapter_config.json"
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"base_model_name_or_path": base}))
+    for refused in (lambda: merge_clusters(tmp_path / "pool", 1), lambda: GliderPool.load(tmp_path / "pool")):
+        with pytest.raises(ConfigError, match="expert 'b' was trained on 'org/two', and 'a' on 'org/one'"):
+            refused()
+
+
+def test_a_gate_too_great_to_be_compared_is_told_by_its_folder(tmp_path):
+    module = "model.layers.0.self_attn.q_proj"
+    make_adapter(tmp_path / "pool" / "a", {module: (32, 32)}, seed="a")
+    great = torch.tensor([3e38, -3e38] * 16)
+    with pytest.raises(ConfigError, match="has numbers whose variance is not finite"):
+        describe_expert(tmp_path / "pool" / "a", gate={module: great})
+    write_file(tmp_path / "pool" / "a" / "glider.safetensors", {module: great})
+    with pytest.raises(CheckpointError, match=r"pool/a/glider\.safetensors: the gate of .* variance is not finite"):
+        merge_clusters(tmp_path / "pool", 1)
+
+
+def test_what_others_keep_beside_an_instruction_stays(tmp_path):
+    make_adapter(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (32, 32)}, seed="a")
+    (tmp_path / "a" / "glider.json").write_text(json.dumps({"author": "ann", "instructions": ["old"]}))
+    describe_expert(tmp_path / "a", instruction="new")
+    told = json.loads((tmp_path / "a" / "glider.json").read_text())
+    assert told == {"author": "ann", "schema": 1, "instructions": ["new"]}

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anabranch.adapters.algebra import combine
-from anabranch.adapters.glider.folder import describe_expert, expert_folders, read_described
-from anabranch.adapters.glider.vectors import arrow_prototype, standardised
+from anabranch.adapters.glider.folder import check_bases, describe_expert, expert_folders, read_described
+from anabranch.adapters.glider.vectors import standardised, vector_of
 from anabranch.adapters.peft_folder import Adapter, read_peft, write_peft
 from anabranch.errors import CheckpointError, ConfigError
 from anabranch.files import atomic_folder
@@ -73,8 +73,6 @@ def spectral_clusters(similarity_EE: np.ndarray, num_clusters: int, *, seed: int
     normal_EE = edge_EE * root_E * root_E[:, None] + np.diag(degree_E == 0)
     _, vector_EE = np.linalg.eigh(normal_EE)
     embedded_EG = vector_EE[:, count - num_clusters :] * root_E[:, None]
-    # As long as they are at most 1: k-means takes what is nearer than a thousandth as the same.
-    embedded_EG /= np.abs(embedded_EG).max()
     _, label_E = kmeans(embedded_EG, num_clusters, num_starts=10, seed=seed)
     order = {int(label): number for number, label in enumerate(dict.fromkeys(label_E.tolist()))}
     return np.array([order[label] for label in label_E.tolist()], np.int64)
@@ -123,8 +121,8 @@ def merge_clusters(
         rank: of ``svd``; None for the greatest of the members'.
         local: vectors that are compared: gates, and prototypes of those without, or prototypes alone.
 
-    Raises ConfigError for a number of clusters that there cannot be, and as `combine`; CheckpointError as `read_peft` and where there is no
-    pool; DataError where ``out`` holds something.
+    Raises ConfigError for a number of clusters that there cannot be, adapters of several base models, and as `combine`; CheckpointError as
+    `read_peft` and where there is no pool; DataError where ``out`` holds something.
     """
     folders = expert_folders(pool)
     adapters = {name: read_peft(folder) for name, folder in folders.items()}
@@ -133,7 +131,11 @@ def merge_clusters(
     for name, adapter in adapters.items():
         adapter.check_low_rank("clusters are of plain LoRA alone", str(folders[name]))
     _check_widths(adapters)
-    vectors = {name: _vectors(adapters[name], gates[name] if local == "phatgoose" else {}) for name in folders}
+    check_bases({name: adapter.table.get("base_model_name_or_path") for name, adapter in adapters.items()})
+    vectors = {
+        name: {module: vector_of(pair, gates[name].get(module), local) for module, pair in adapter.pairs.items()}
+        for name, adapter in adapters.items()
+    }
     similarity_EE = similarity(list(vectors.values()))
     label_E = spectral_clusters(similarity_EE, num_clusters).tolist()
     members = {
@@ -167,14 +169,6 @@ def _check_widths(adapters: Mapping[str, Adapter]) -> None:
                 raise CheckpointError(
                     f"{module} has {width} inputs in expert {other!r} and {pair.a_RC.shape[1]} in {name!r}; a pool is of one base model"
                 )
-
-
-def _vectors(adapter: Adapter, gates: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, bool]]:
-    """As a pool gives them to a model: gates made comparable, prototypes where there are none."""
-    return {
-        module: (standardised(gates[module]), True) if module in gates else (arrow_prototype(pair), False)
-        for module, pair in adapter.pairs.items()
-    }
 
 
 def _mean_gates(gates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def describe_expert(
 ) -> None:
     """Write an instruction (or several wordings), gates, or both beside the adapter in ``folder``; what is not told stays.
 
-    Raises ConfigError for gates that do not fit the adapter and instructions that are no texts, CheckpointError where there is no adapter.
+    Raises ConfigError for gates that do not fit the adapter and instructions that are no texts, CheckpointError where there is no adapter,
+    or what is there is damaged.
     """
     place = Path(folder)
     if not (place / CONFIG).is_file():
@@ -63,7 +64,9 @@ def describe_expert(
         tensors = {module: gate_C.detach().contiguous() for module, gate_C in gate.items()}
         atomic_write(place / GATES, lambda temporary: write_file(temporary, tensors))
     if texts:
-        atomic_write_json(place / CARD, {"schema": 1, "instructions": list(texts)})
+        # What others keep there stays.
+        before = read_json(place / CARD) if (place / CARD).is_file() else {}
+        atomic_write_json(place / CARD, {**before, "schema": 1, "instructions": list(texts)})
 
 
 def read_described(folder: str | Path) -> Described:
@@ -99,6 +102,16 @@ def read_instructions(folder: str | Path) -> tuple[str, ...]:
         return texts_of(told, str(card))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def check_bases(bases: Mapping[str, object]) -> None:
+    """Raise ConfigError unless all experts that say which model they were trained on, by name, say one."""
+    told = [(name, base) for name, base in bases.items() if base]
+    for name, base in told[1:]:
+        if base != told[0][1]:
+            raise ConfigError(
+                f"expert {name!r} was trained on {base!r}, and {told[0][0]!r} on {told[0][1]!r}; a pool is of one base model"
+            )
 
 
 def expert_folders(folder: str | Path) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from anabranch.adapters.attached import attached_on
 from anabranch.adapters.glider.clusters import clusters_of
 from anabranch.adapters.glider.score import Local
-from anabranch.adapters.glider.vectors import arrow_prototype, standardised
+from anabranch.adapters.glider.vectors import vector_of
 from anabranch.adapters.lora_mixer import MixedLowRank, mixed_layers
 from anabranch.lm.decoder import Decoder
 
@@ -33,7 +33,7 @@ def give_vectors(
     for part, layer in mixed_layers(model).items():
         score = _score(layer)
         for number, (name, own) in enumerate(gates.items()):
-            vector_C, is_signed = _vector(layer, number, own.get(module_of[part]), local)
+            vector_C, is_signed = vector_of(layer.pool.pair(number), own.get(module_of[part]), local)
             score.vectors.data[number] = vector_C.to(score.vectors)
             score.unsigned_E[number] = not is_signed
             if number not in layer.config.closed:
@@ -51,11 +51,3 @@ def give_vectors(
 def _score(layer: MixedLowRank) -> Any:
     assert layer.router is not None
     return layer.router.score
-
-
-def _vector(layer: MixedLowRank, number: int, gate_C: Tensor | None, local: Local) -> tuple[Tensor, bool]:
-    """(v_C, whether it has a sign)."""
-    if local == "phatgoose" and gate_C is not None:
-        return standardised(gate_C), True
-    vector_C = arrow_prototype(layer.pool.pair(number))
-    return (vector_C, False) if local == "arrow" else (standardised(vector_C), False)

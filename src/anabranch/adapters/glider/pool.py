@@ -25,7 +25,7 @@ from anabranch.adapters.attached import ATTACHED, attached_on
 from anabranch.adapters.by_row import telling
 from anabranch.adapters.glider.calibration import Calibration
 from anabranch.adapters.glider.embed import TextEmbedder
-from anabranch.adapters.glider.folder import expert_folders, read_described, texts_of
+from anabranch.adapters.glider.folder import check_bases, expert_folders, read_described, texts_of
 from anabranch.adapters.glider.giving import give_vectors
 from anabranch.adapters.glider.matcher import Match, Matcher
 from anabranch.adapters.glider.score import GliderScore, Local, bias_rows
@@ -191,7 +191,7 @@ class GliderPool:
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"no adapter at {folder}: it has no {CONFIG}")
         base = read_json(folder / CONFIG).get("base_model_name_or_path")
-        self._check_base(name, base)
+        check_bases({**{other: expert.base for other, expert in self._experts.items()}, name: base})
         if instruction is not None and examples is not None:
             raise ConfigError(f"expert {name!r} has an instruction and examples to make one of; give one of them")
         found = read_described(folder)
@@ -239,13 +239,6 @@ class GliderPool:
             self._experts = before
             raise
         self.matcher.remove(name)
-
-    def _check_base(self, name: str, base: Any) -> None:
-        for other, expert in self._experts.items():
-            if expert.base and base and expert.base != base:
-                raise ConfigError(
-                    f"expert {name!r} was trained on {base!r}, and {other!r} on {expert.base!r}; a pool is of one base model"
-                )
 
     # On a model
 

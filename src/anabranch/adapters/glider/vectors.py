@@ -92,6 +92,16 @@ def _keep(found: dict[str, Tensor], name: str, added: Added, places: Mapping[str
     return keep
 
 
+def vector_of(pair: Pair, gate_C: Tensor | None, local: str) -> tuple[Tensor, bool]:
+    """(v_C, whether it has a sign) by which tokens find an expert at a matrix: its gate made comparable, or its prototype where there is
+    none, which is made comparable to gates too unless prototypes alone are compared (``local`` is ``arrow``).
+    """
+    if local == "phatgoose" and gate_C is not None:
+        return standardised(gate_C), True
+    vector_C = arrow_prototype(pair)
+    return (vector_C, False) if local == "arrow" else (standardised(vector_C), False)
+
+
 def check_gates(gates: Mapping[str, Tensor], folder: str | Path, adapter: Adapter | None = None) -> None:
     """Raise ConfigError for gates of layers that the adapter has not, of other widths, or with numbers that are not finite."""
     pairs = (read_peft(folder) if adapter is None else adapter).pairs
@@ -103,3 +113,5 @@ def check_gates(gates: Mapping[str, Tensor], folder: str | Path, adapter: Adapte
             raise ConfigError(f"the gate of {module} has shape {list(gate_C.shape)}; the layer has {width} inputs")
         if not bool(gate_C.isfinite().all()):
             raise ConfigError(f"the gate of {module} has numbers that are not finite")
+        if not bool(standardised(gate_C).isfinite().all()):
+            raise ConfigError(f"the gate of {module} has numbers whose variance is not finite")
