@@ -120,8 +120,9 @@ def check_widths(arrays: dict[str, np.ndarray], setup: Setup | None, dim: int, p
                 f"{random:,} of {dim:,} columns are random, and there are {'no ' if features is None else ''}features"
             )
     for name, shape in wanted.items():
-        kind = "u" if name == "key" else "f"
-        if arrays[name].shape != shape or arrays[name].dtype.kind != kind:
+        # Those that kernels are made for.
+        kinds = (np.uint64,) if name == "key" else (np.float32, np.float64)
+        if arrays[name].shape != shape or arrays[name].dtype not in kinds:
             raise ValueError(
                 f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}; of this model it is {list(shape)}"
             )
