@@ -108,7 +108,7 @@ def test_a_whole_request_of_nobodys_has_run_before_an_engine_is_ready(model, con
     assert steps == [([(0, length - 1)], False), ([(length - 1, 1)], False)]
     # A token is chosen from both, as for a request.
     assert [len(ids) for ids in sampled] == [1, 1]
-    assert vars(made[0]._told) == vars(Told())
+    assert vars(made[0].requests.told) == vars(Told())
 
 
 async def collect(engine, request):

@@ -7,6 +7,7 @@ from anabranch import presets
 from anabranch.errors import AnabranchError
 from anabranch.serving import LLM, Sampling
 from anabranch.serving.engine import score
+from anabranch.serving.engine.head import StepHead
 from anabranch.serving.engine.runner import ModelRunner
 from anabranch.serving.nanoflow.runtime import NanoRunner
 
@@ -151,13 +152,13 @@ def test_with_overlapped_operations(model):
 
 def test_no_more_logits_at_once_than_a_tile(model, monkeypatch):
     seen = []
-    head = ModelRunner._head
+    plain = StepHead.plain
 
     def noting(self, x_RD, first=0):
         seen.append(len(x_RD))
-        return head(self, x_RD, first)
+        return plain(self, x_RD, first)
 
-    monkeypatch.setattr(ModelRunner, "_head", noting)
+    monkeypatch.setattr(StepHead, "plain", noting)
     monkeypatch.setattr(score, "TILE", 8)
     (prompt,) = prompts_of(model, (30,))
     run(model, [prompt], scoring(None, max_tokens=2), **PLENTY)

@@ -271,14 +271,14 @@ def test_a_prompt_in_pieces_runs_once(monkeypatch):
     model = model_of("dense")
     llm = LLM(model, skipper=SKIPPERS["learned"](model), **{**SCARCE, "num_blocks": 40})
     asked = []
-    passes = llm.engine.runner._pruned
+    passes = llm.engine.runner._pruned.passes
     was = passes.hidden
     monkeypatch.setattr(
         passes, "hidden", lambda chunks, *given, **more: asked.append(chunks) or was(chunks, *given, **more)
     )
     llm.generate([PROMPTS[2]], SAMPLING, skips_tokens=True)
     assert [len(chunk.tokens) for chunks in asked for chunk in chunks] == [1] * (SAMPLING.max_tokens - 1)
-    assert not llm.engine.runner._ahead
+    assert not llm.engine.runner._pruned.ahead
     llm.close()
 
 
@@ -288,15 +288,15 @@ def test_of_prompts_in_pieces_what_was_computed_is_kept_for_one():
     skipper = SKIPPERS["learned"](model)
     # Each prompt gets a few tokens of a step, so all are under way at a time.
     llm = LLM(model, skipper=skipper, **{**PLENTY, "max_batched_tokens": 16, "long_prefill_chunk": 4})
-    runner, most = llm.engine.runner, []
-    was = runner._pruned.hidden
-    runner._pruned.hidden = lambda *given, **more: most.append(len(runner._ahead)) or was(*given, **more)
-    prompts = [tuple((number + 3 * place) % 29 for place in range(20)) for number in range(3)]
-    answers = llm.generate(prompts, SAMPLING, skips_tokens=True)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert (answer.tokens, answer.output.computed) == alone(skipper, prompt)
+    prompts, most = llm.engine.runner._pruned, []
+    was = prompts.passes.hidden
+    prompts.passes.hidden = lambda *given, **more: most.append(len(prompts.ahead)) or was(*given, **more)
+    texts = [tuple((number + 3 * place) % 29 for place in range(20)) for number in range(3)]
+    answers = llm.generate(texts, SAMPLING, skips_tokens=True)
+    for text, answer in zip(texts, answers, strict=True):
+        assert (answer.tokens, answer.output.computed) == alone(skipper, text)
     assert max(most) == 1
-    assert not runner._ahead
+    assert not prompts.ahead
     llm.close()
 
 

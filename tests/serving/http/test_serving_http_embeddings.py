@@ -19,6 +19,7 @@ from anabranch.serving.core.admission import Admission, AdmissionConfig
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
 from anabranch.serving.engine.engine import Engine, pooling_of
 from anabranch.serving.engine.local import LocalEngine
+from anabranch.serving.engine.runner import ModelRunner
 from anabranch.serving.http.asked import LONG_CHARACTERS
 from anabranch.serving.http.embeddings import AT_ONCE, Vectors, read_inputs
 from anabranch.web.api_error import ApiError
@@ -109,10 +110,8 @@ def test_the_mean_of_states_over_several_steps(model, scheduling, use_kernel):
             scheduling=scheduling,
             pooling="mean",
         )
-        engine = Engine.of(model, config, tokenizer=ByteTokenizer())
-        if not use_kernel:
-            engine.runner.fast = None
-        return engine
+        make_runner = functools.partial(ModelRunner, use_kernel=use_kernel)
+        return Engine.of(model, config, tokenizer=ByteTokenizer(), make_runner=make_runner)
 
     with serving(lambda: LocalEngine(make)) as running:
         # The second time all but one token is in the prefix cache, and none of it is of use.

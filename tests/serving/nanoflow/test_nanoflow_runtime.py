@@ -56,7 +56,9 @@ def logits_of(runner, steps):
     """Logits of each step, run in order on one pool."""
     with torch.inference_mode():
         return [
-            runner._head(runner._hidden(step, [token for chunk in step for token in chunk.tokens], sampled_rows(step)))
+            runner._head.plain(
+                runner._hidden(step, [token for chunk in step for token in chunk.tokens], sampled_rows(step))
+            )
             for step in steps
         ]
 

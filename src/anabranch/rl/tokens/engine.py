@@ -61,7 +61,7 @@ class RecordingRunner(ModelRunner):
         routes: dict[int, Any] = {}
         row = 0
         for chunk in chunks:
-            if chunk.id in self._recorded:
+            if chunk.id in self.requests.recorded:
                 of_request = self.seen.setdefault(chunk.id, {})
                 for place in range(len(chunk.tokens)):
                     routes[row + place] = of_request.setdefault(chunk.start + place, {})

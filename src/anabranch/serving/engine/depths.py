@@ -51,10 +51,6 @@ class Depths:
         self._waiting.pop(id, None)
         self._untold.pop(id, None)
 
-    def is_waiting(self, id: str) -> bool:
-        """Whether it has no path yet."""
-        return id in self._waiting
-
     def prompt_behind(self, chunk: Chunk) -> tuple[int, ...] | None:
         """The prompt of a request that waits and has more than ``chunk`` of it, which routers would have to see; None for any other."""
         prompt = self._waiting.get(chunk.id)

@@ -109,6 +109,11 @@ class Engine:
         is_whole = pool is not None or tier is not None
         kinds = (Kinds.whole if is_whole else Kinds.of)(model, config)
         num_blocks = kinds.blocks() if pool is None else pool.num_blocks
+        most_visits = (kinds.kinds[0] if pool is None else pool).shape.layers
+        if skipper is not None and any(isinstance(hook, OverrideHook) for hook in hooks):
+            raise ConfigError(
+                "depth.skipper is set, and hooks override single requests, row by row; where blocks pass over tokens there are other rows"
+            )
         if memory is None and config.admit_by_peak:
             memory = PeakMemory(num_blocks * config.block_tokens, most=kinds.most_tokens)
         stop_tokens = () if tokenizer is None else tuple(tokenizer.stop_ids)
@@ -128,15 +133,12 @@ class Engine:
             max_depth=config.max_depth,
             takes_weights=takes_weights,
             kinds=kinds,
+            adapters=config.adapters,
+            depths=Depths.of(model, config, depth_bank, most_visits),
+            skips=None if skipper is None else Skips(skipper, model.embedding.weight.device),
         )
-        runner.depths = Depths.of(model, config, depth_bank, runner.pool.shape.layers)
-        if skipper is not None and any(isinstance(hook, OverrideHook) for hook in hooks):
-            raise ConfigError(
-                "depth.skipper is set, and hooks override single requests, row by row; where blocks pass over tokens there are other rows"
-            )
-        runner.skips = None if skipper is None else Skips(skipper, runner.device)
-        tables = None if runner.fast is None else runner.fast.adapters
-        adapters = runner.adapters = ServedAdapters(model, config.adapters, tables, is_steady=config.deterministic)
+        adapters = runner.adapters
+        assert adapters is not None, "they were asked for"
         limits = _limits(config, num_blocks, most_positions or model.config.max_positions, stop_tokens).replace(
             num_streams=runner.num_streams,
             window=kinds.windows[0],
@@ -161,7 +163,7 @@ class Engine:
                 adapters=adapters.shelf.names,
                 tasks=adapters.tasks,
                 num_layers=model.config.num_layers,
-                max_depth=None if config.max_depth is None else runner.pool.shape.layers,
+                max_depth=None if config.max_depth is None else most_visits,
                 routes_depth=depth_bank is not None,
                 skips_tokens=skipper is not None,
                 depth=config.depth.usually(routes=depth_bank is not None, prunes=skipper is not None),

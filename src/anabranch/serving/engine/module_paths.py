@@ -2,6 +2,7 @@
 # Shapes: T tokens of a step, R rows of it, D width
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from anabranch.nn.context import ForwardContext
 from anabranch.serving.core.batch import Chunk
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import ToldSlot
+from anabranch.serving.engine.steady import steady
 from anabranch.serving.fast.paths import Visits, schedule_of
 
 __all__ = ["ModulePaths"]
@@ -35,6 +37,7 @@ class ModulePaths:
         model: the model, which it `supports`.
         block_tokens: of the pool.
         context_of: ``(layout, token_1T, chunks, told)`` to the context of a pass by these chunks.
+        is_steady: see `anabranch.serving.engine.steady`.
     """
 
     @staticmethod
@@ -50,13 +53,22 @@ class ModulePaths:
         model: Decoder,
         block_tokens: int,
         context_of: Callable[[StepLayout, Tensor, Sequence[Chunk], ToldSlot], ForwardContext],
+        *,
+        is_steady: bool = False,
     ) -> None:
         self._model, self._block_tokens, self._context_of = model, block_tokens, context_of
+        self._is_steady = is_steady
 
     def hidden(
         self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], visits_N: Sequence[Visits]
     ) -> Tensor:
         """x_RD of ``rows``, after the last norm: each chunk along its visits; those that share one run it together."""
+        with steady(self._model) if self._is_steady else nullcontext():
+            return self._run(chunks, tokens, rows, visits_N)
+
+    def _run(
+        self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int], visits_N: Sequence[Visits]
+    ) -> Tensor:
         model = self._model
         device = model.embedding.weight.device
         token_1T = torch.tensor([tokens], dtype=torch.int64, device=device)

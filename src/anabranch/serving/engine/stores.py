@@ -4,11 +4,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from anabranch.errors import ConfigError
 from anabranch.serving.core.batch import Chunk
-from anabranch.serving.engine.kinds import LayerKind
+from anabranch.serving.engine.kinds import Kinds, LayerKind
 from anabranch.serving.engine.layout import StepLayout
 from anabranch.serving.engine.paged import PagedPool, PagedStore, StoreByKind, ToldSlot, VisitSlots
 
@@ -38,6 +39,27 @@ class Stores:
         self._usual = [
             VisitSlots(pool.shape.layers, kind.layers) for kind, pool in zip(self.kinds, self.pools, strict=True)
         ]
+
+    @classmethod
+    def made(
+        cls,
+        kinds: Kinds,
+        num_blocks: int,
+        *,
+        block_tokens: int,
+        device: torch.device,
+        host_blocks: int = 0,
+        pool: PagedPool | None = None,
+        use_kernel: bool = True,
+        is_steady: bool = False,
+    ) -> "Stores":
+        """New memory for a model's layers, see `PagedPool`; that of the first kind may have been made elsewhere (``pool``)."""
+        first, *others = [kind.shape for kind in kinds.kinds]
+        if pool is None:
+            pool = PagedPool(first, num_blocks, block_tokens=block_tokens, device=device, host_blocks=host_blocks)
+        count = kinds.second_blocks(num_blocks) or 0
+        local = [PagedPool(shape, count, block_tokens=block_tokens, device=device) for shape in others]
+        return cls(kinds.kinds, [pool, *local], use_kernel=use_kernel, is_steady=is_steady)
 
     @property
     def num_tokens(self) -> int:

@@ -76,15 +76,14 @@ class NanoRunner(ModelRunner):
         self.num_cut = 0
 
     def _hidden(self, chunks: Sequence[Chunk], tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
-        is_recorded = any(chunk.id in self._recorded for chunk in chunks)
+        is_recorded = any(chunk.id in self.requests.recorded for chunk in chunks)
         is_whole = self.deterministic or self.model.streams is not None or is_recorded or self.watch.is_watched
-        variant = self._variant_of(chunks[0])
+        variant = self.ways.of(chunks[0])
         others = any(
-            each.path is not None or each.chooser is not None or each.is_pruned
-            for each in map(self._variant_of, chunks)
+            each.path is not None or each.chooser is not None or each.is_pruned for each in map(self.ways.of, chunks)
         )
         is_whole = is_whole or not self._is_known or others or variant.is_adapted or variant.task is not None
-        if is_whole or self._overrides is not None or len(tokens) < self.min_tokens:
+        if is_whole or self.requests.overrides is not None or len(tokens) < self.min_tokens:
             return super()._hidden(chunks, tokens, rows)
         step = _Step(self, chunks, tokens)
         self.executor.run(step.schedule, step.work, len(self.model.blocks))
@@ -158,7 +157,7 @@ class _Step:
         runner, model = self.runner, self.model
         device, size = runner.device, runner.pool.block_tokens
         self.token_1T = torch.tensor([self.tokens], dtype=torch.int64, device=device)
-        self.context = runner._context(StepLayout(self.chunks, size, device), self.token_1T, self.chunks)
+        self.context = runner.modules.context(StepLayout(self.chunks, size, device), self.token_1T, self.chunks)
         self.x_1TW = model.embed(self.token_1T)
         total = len(self.tokens)
         attention: Any = model.blocks[0].attention
