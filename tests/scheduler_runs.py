@@ -237,12 +237,12 @@ class Drive:
     def form(self) -> bool:
         """Form a step if there is one."""
         scheduler = self.scheduler
-        first = next((state for state in scheduler._running if state.request.id not in self.paused), None)
-        seats = scheduler._seats
+        first = next((state for state in scheduler._places.running if state.request.id not in self.paused), None)
+        seats = scheduler._places.seats
         makes_way = first is not None and seats.is_shared and seats.had_run(first, scheduler._step)
         batch = scheduler.schedule()
         if first is not None and not makes_way:
-            assert first in scheduler._running, "the first in rank was sent back"
+            assert first in scheduler._places.running, "the first in rank was sent back"
         if batch is None:
             return False
         assert batch.chunks
@@ -277,7 +277,7 @@ class Drive:
         for kind in self.scheduler._tables.kinds:
             kind.pool.check()
         if self.config.prompt_lookup:
-            for state in self.scheduler._running:
+            for state in self.scheduler._places.running:
                 assert len(state.blocks) == self.scheduler.pool.blocks_for(state.computed), "a guess has left a block"
 
     def _check_held(self, chunk: Chunk) -> None:
@@ -337,13 +337,15 @@ class Drive:
             assert kind.pool.num_free == kind.pool.num_blocks
             assert not kind.num_held
         assert not scheduler.has_work
-        for name in ("_states", "_running", "_paused", "_under_way", "_queued_tokens"):
+        for name in ("_states", "_under_way"):
             assert not getattr(scheduler, name), f"{name} is left"
-        assert not scheduler._seats._keys
-        assert not scheduler._waiting._charged, "what was not used was not given back"
+        for name in ("running", "paused", "queued_tokens"):
+            assert not getattr(scheduler._places, name), f"{name} is left"
+        assert not scheduler._places.seats._keys
+        assert not scheduler._places.waiting._charged, "what was not used was not given back"
         for name in ("_coming", "_held"):
             assert not getattr(scheduler._tables, name), f"{name} is left"
-        assert not len(scheduler._waiting)
+        assert not len(scheduler._places.waiting)
         assert set(self.runner.requests) == set(scheduler._gone)
         counters = scheduler.stats().counters
         assert counters["generation_tokens"] == sum(len(seen.tokens) for seen in self.seen.values())

@@ -21,8 +21,8 @@ def started(driven, *requests):
     """Their prompts have run, and what they say repeats as their prompts do, so guesses are right."""
     for each in requests:
         driven.add(each)
-    while len(driven.scheduler._running) < len(requests) or any(
-        len(state.tokens) == state.num_prompt for state in driven.scheduler._running
+    while len(driven.scheduler._places.running) < len(requests) or any(
+        len(state.tokens) == state.num_prompt for state in driven.scheduler._places.running
     ):
         driven.step()
 

@@ -21,7 +21,7 @@ def add(driven, key, count, *, first=0, length=6, **fields):
 
 
 def seats_of(driven):
-    return Counter(state.key for state in driven.scheduler._running)
+    return Counter(state.key for state in driven.scheduler._places.running)
 
 
 def preemptions(driven):
@@ -426,8 +426,9 @@ def crowds(draw):
 def test_a_key_that_waits_has_a_seat_within_a_bound(crowd):
     limits, keys = crowd
     driven = drive(num_blocks=1200, max_positions=100, **limits)
-    scheduler, coming = driven.scheduler, sorted((at, f"k{number}", asked) for number, (at, asked) in enumerate(keys))
-    make_way, made_way = scheduler._make_way, Counter()
+    scheduler, places = driven.scheduler, driven.scheduler._places
+    coming = sorted((at, f"k{number}", asked) for number, (at, asked) in enumerate(keys))
+    make_way, made_way = places.make_way, Counter()
 
     def spy(one):
         # It has got on since it was last asked to make room, and then ran on.
@@ -436,15 +437,16 @@ def test_a_key_that_waits_has_a_seat_within_a_bound(crowd):
         made_way[one.request.id] += 1
         make_way(one)
 
-    scheduler._make_way = spy
-    invite, invited = scheduler._invite, []
+    places.make_way = spy
+    invitation, invited = scheduler._parts.invitation, []
+    renew = invitation.renew
 
-    def noted():
-        invite()
-        if scheduler._invited is not None and not scheduler._seats.has_seat(scheduler._invited.key):
-            invited.append((scheduler._invited, scheduler._step))
+    def noted(step):
+        renew(step)
+        if invitation.state is not None and not places.seats.has_seat(invitation.state.key):
+            invited.append((invitation.state, step))
 
-    scheduler._invite = noted
+    invitation.renew = noted
     seats = min(limits["max_seqs"], limits["max_batched_tokens"])
     # Until all of a key's that run are where they were: what decodes leave of a step is shared among the keys.
     share = max(1, (limits["max_batched_tokens"] - seats) // seats)
@@ -461,7 +463,7 @@ def test_a_key_that_waits_has_a_seat_within_a_bound(crowd):
             assert one.last_step >= step, "the way that was cleared for it was another's"
         here, have = {one.key for one in scheduler.states()}, seats_of(driven)
         for key in here:
-            if have[key] or not any(one.key == key for one in scheduler._waiting):
+            if have[key] or not any(one.key == key for one in places.waiting):
                 waits_since.pop(key, None)
                 continue
             since = waits_since.setdefault(key, driven.steps)

@@ -6,7 +6,8 @@ One that decodes lacks one token, one that starts lacks its prompt, one that was
 1. Running requests in order of rank (priority, arrival). A prompt takes what the decodes of the step leave; prompts of several keys share
    that evenly. Without a free block the last in rank is sent back to the front of the queue, never the first in rank.
 2. If no block was short: waiting requests (`WaitingQueue`), each with what the prefix cache has of it. Where other keys have more than
-   their share of the places, one of theirs makes room first (`Seats`); each time it runs it gets on, so every request ends.
+   their share of the places, one of theirs makes room first (`Invitation`, `Seats`); each time it runs it gets on, so every request ends.
+   Both of these are `StepParts`, and who runs and who waits is in `Places`.
 3. With ``prompt_lookup``: of what is left of the budget, guesses for those that decode (`Drafts`).
 4. The batch. A chunk samples if it ends with the last token; of a prompt that is to be scored, each token is by the row before it.
 
@@ -19,10 +20,8 @@ decodes, NanoFlow (Zhu et al., arXiv 2408.12757) for the step that is formed ahe
 """
 
 import time
-from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
 
 from anabranch.config import Config, Field, Repeats, Size, configclass
 from anabranch.errors import ConfigError, InputError
@@ -31,13 +30,12 @@ from anabranch.serving.core.client import EngineStats
 from anabranch.serving.core.drafts import Drafts
 from anabranch.serving.core.dual_batches import DualBatches, Order
 from anabranch.serving.core.kinds import most_new
-from anabranch.serving.core.queue import WaitingQueue
+from anabranch.serving.core.places import Places, rank_of
 from anabranch.serving.core.request import Finish, Output, Request
-from anabranch.serving.core.seats import Lack, Seats
 from anabranch.serving.core.state import RequestState
+from anabranch.serving.core.step_parts import Part, StepParts
 from anabranch.serving.core.tables import BlockTables
 from anabranch.serving.core.tier import KVTier, Memory
-from anabranch.sharing import even_shares
 
 COUNTERS = (
     "prompt_tokens", "cached_prompt_tokens", "generation_tokens", "discarded_tokens", "preemptions", "steps",
@@ -46,9 +44,6 @@ COUNTERS = (
 )  # fmt: skip
 KEPT_SAMPLES = 4096
 _MISSING = "the step gave no token"
-
-# Of a step: a request, its epoch, and what it computes.
-Part = tuple[RequestState, int, Chunk]
 
 
 @configclass
@@ -138,16 +133,7 @@ class Scheduler:
         order: Order | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if tier is not None and not config.prefix_cache:
-            raise InputError("a tier finds blocks by their prefix; it needs prefix_cache=True")
-        if tier is not None and (config.window or config.local_window):
-            raise InputError("a tier keeps whole sequences; it needs window=None and local_window=None")
-        if order is not None and config.max_decodes is None:
-            raise InputError("order groups what decodes into two steps; it needs max_decodes")
-        if config.prompt_lookup and config.is_async:
-            raise InputError(
-                f"prompt_lookup is {config.prompt_lookup}; a step that is formed ahead has no tokens to look up, so is_async must be false"
-            )
+        _check(config, tier, order)
         self.config, self._memory, self._clock = config, memory, clock
         self._tables = BlockTables(
             config.num_blocks,
@@ -163,25 +149,29 @@ class Scheduler:
         self.pool, self.prefixes = self._tables.pool, self._tables.prefixes
         ngram = config.prompt_lookup_ngram
         self._drafts = Drafts(config.prompt_lookup, ngram, self._tables) if config.prompt_lookup else None
-        self._dual_batches = None if config.max_decodes is None else DualBatches(config.max_decodes, order)
         self._has_windows = config.window is not None or config.local_window is not None
-        # A step takes a token of each running request at least, and a request must fit alone.
-        self._most_running = min(config.max_seqs, config.max_batched_tokens)
         self.max_positions = min(config.max_positions, self._tables.most_positions() or config.max_positions)
         self._stop_tokens = frozenset(config.stop_tokens)
         self._states: dict[str, RequestState] = {}
-        self._waiting: WaitingQueue[RequestState] = WaitingQueue(config.quantum)
-        self._seats = Seats(config.min_run, self._most_running)
-        # One that waits, for which there is a way.
-        self._invited: RequestState | None = None
-        self._running: list[RequestState] = []  # by rank
-        # Those without blocks are neither running nor waiting.
-        self._paused: dict[RequestState, None] = {}
         self._under_way: dict[int, list[Part]] = {}  # by step
-        self._serial = self._step = self._queued_tokens = 0
-        # Of blocks, in the step that is being formed.
-        self._is_short = False
-        self._new: list[Request] = []
+        self._places = Places(
+            self._tables,
+            self._under_way,
+            # A step takes a token of each running request at least, and a request must fit alone.
+            most_running=min(config.max_seqs, config.max_batched_tokens),
+            quantum=config.quantum,
+            min_run=config.min_run,
+        )
+        self._parts = StepParts(
+            self._places,
+            self._tables,
+            memory,
+            None if config.max_decodes is None else DualBatches(config.max_decodes, order),
+            max_batched_tokens=config.max_batched_tokens,
+            max_seqs=config.max_seqs,
+            long_prefill_chunk=config.long_prefill_chunk,
+        )
+        self._serial = self._step = 0
         self._gone: list[str] = []
         self._counts = Counter(dict.fromkeys(COUNTERS, 0))
         self._batch_tokens: deque[float] = deque(maxlen=KEPT_SAMPLES)
@@ -194,17 +184,13 @@ class Scheduler:
         return bool(self._states or self._under_way)
 
     @property
-    def _is_full(self) -> bool:
-        return len(self._running) >= self._most_running
-
-    @property
     def is_between_steps(self) -> bool:
         """Whether no step is under way."""
         return not self._under_way
 
     def states(self) -> list[RequestState]:
         """All requests that have not ended, by rank."""
-        return sorted(self._states.values(), key=_rank)
+        return sorted(self._states.values(), key=rank_of)
 
     def add(self, request: Request, output: Sequence[int] = (), num_scored: int = 0) -> RequestState:
         """Queue a request, which may have given ``output`` elsewhere, and the first ``num_scored`` of its prompt's log probabilities.
@@ -227,31 +213,21 @@ class Scheduler:
         state.tokens.extend(output)
         state.num_scored = max(state.num_scored, num_scored)
         # What raises here leaves nothing behind.
-        self._waiting.add(state)
+        self._places.come(state)
         self._states[request.id] = state
-        self._seats.come(state.key)
-        self._queued_tokens += state.num_prompt
         return state
 
     def pause(self, id: str) -> None:
         """Compute nothing more for a request until `resume`; nothing if there is none of that id. Steps under way still give theirs."""
         state = self._states.get(id)
-        if state is None or state in self._paused:
-            return
-        self._paused[state] = None
-        if not state.blocks:
-            self._waiting.remove(state)
-            self._queued_tokens -= state.num_prompt
+        if state is not None and state not in self._places.paused:
+            self._places.pause(state)
 
     def resume(self, id: str) -> None:
         """Let a paused request go on; nothing if there is none of that id."""
         state = self._states.get(id)
-        if state is None or state not in self._paused:
-            return
-        del self._paused[state]
-        if not state.blocks:
-            (self._waiting.add_front if state.is_known else self._waiting.add)(state)
-            self._queued_tokens += state.num_prompt
+        if state is not None and state in self._places.paused:
+            self._places.resume(state)
 
     def abort(self, id: str) -> Output | None:
         """End a request, wherever it is; None if there is none of that id. What a step under way computes for it is discarded."""
@@ -267,22 +243,24 @@ class Scheduler:
 
     def reset_prefixes(self) -> int:
         """Let no request from now on use what was computed before; how many blocks were cached."""
-        for state in self._waiting:
+        for state in self._places.waiting:
             state.root = b""
             state.keys.clear()
         return self._tables.reset()
 
     def stats(self) -> EngineStats:
         """Counters, gauges, and the sizes of batches since the last call."""
+        places = self._places
+        self._counts["preemptions"] = places.preemptions
         self._counts["evicted_blocks"] = sum([kind.pool.evictions for kind in self._tables.kinds])
         if self._drafts is not None:
             self._counts["drafted_tokens"] = self._drafts.drafted
             self._counts["accepted_draft_tokens"] = self._drafts.accepted
         gauges = {
-            "running": len(self._running),
-            "waiting": len(self._waiting),
-            "paused": len(self._paused),
-            "queued_tokens": self._queued_tokens,
+            "running": len(places.running),
+            "waiting": len(places.waiting),
+            "paused": len(places.paused),
+            "queued_tokens": places.queued_tokens,
             "kv_usage_ratio": self._tables.usage,
             "cached_blocks": self.pool.num_cached,
         }
@@ -296,33 +274,18 @@ class Scheduler:
         """The next step; None if there is nothing to do, or not before a step under way has been told to `update`."""
         if len(self._under_way) >= (2 if self.config.is_async else 1) or not self._states:
             return None
-        self._is_short = False
-        parts: list[Part] = []
-        able = self._running if not self._paused else self._set_aside()
-        self._invite()
-        # But for those who made room.
-        able = [state for state in able if state.blocks]
-        turn = None if self._dual_batches is None else self._dual_batches.take(able)
-        budget = self._continue_running(able, parts, self.config.max_batched_tokens, turn)
-        # None of them has a block for its token; the first in rank always gets one.
-        if not parts and turn is not None:
-            budget = self._continue_running(able, parts, budget, None)
-        if not self._is_short and budget and len(self._waiting) and not self._is_full:
-            budget = self._admit_waiting(parts, budget)
+        parts, budget = self._parts.form(self._step)
         if not parts:
             return None
-        if self._seats.is_shared:
-            computed: Counter[str] = Counter()
-            for state, _, chunk in parts:
-                computed[state.key] += len(chunk.tokens)
-            self._seats.computed(computed)
+        if started := self._parts.started:
+            self._note_started(started)
         if self._drafts is not None:
             budget = self._drafts.extend(parts, budget)
         tables = self._tables
         batch = Batch(
             step=self._step,
             chunks=tuple([chunk for _, _, chunk in parts]),
-            new=tuple(self._new),
+            new=tuple([state.request for state in started]),
             gone=tuple(self._gone),
             swaps_out=tuple([(block, slot) for slot, block in tables.saves.items()]),
             swaps_in=tuple(tables.loads),
@@ -330,7 +293,6 @@ class Scheduler:
         self._counts["swapped_out_blocks"] += len(tables.saves)
         self._counts["swapped_in_blocks"] += len(tables.loads)
         tables.formed()
-        self._new.clear()
         self._gone.clear()
         self._under_way[self._step] = parts
         self._step += 1
@@ -338,209 +300,12 @@ class Scheduler:
         self._batch_tokens.append(self.config.max_batched_tokens - budget)
         return batch
 
-    def _set_aside(self) -> list[RequestState]:
-        """Take their places from paused requests if somebody waits; the running ones that are not paused."""
-        if len(self._waiting):
-            for state in [state for state in self._paused if state.blocks]:
-                self._send_back(state)
-        return [state for state in self._running if state not in self._paused]
-
-    def _next(self, passed: Collection[str] = ()) -> RequestState | None:
-        """The next that waits, but for those of the keys in ``passed``; None if there is none."""
-        waiting = self._waiting
-        if not self._seats.is_shared:
-            return waiting.peek()
-        keys = waiting.keys().difference(passed)
-        first = self._seats.longest_without(keys)
-        if first is not None:
-            return waiting.first_of(first)
-        return waiting.peek(self._seats.passed_over(keys).union(passed))
-
-    def _invite(self) -> None:
-        """Find the next that waits and for which there is a way, and have others make room if it takes that, see `Seats`."""
-        self._invited = None
-        if not self._seats.is_shared or not len(self._waiting):
-            return
-        passed: set[str] = set()
-        if self._is_full:
-            passed = self._seats.in_vain(self._waiting.keys(), self._running, self._step)
-        while (state := self._next(passed)) is not None:
-            lack = self._clear_way(state)
-            if lack is None:
-                self._invited = state
-            # What becomes free is for this one: smaller ones that took it would keep a large one out for ever.
-            if lack is None or lack == "room":
-                return
-            passed.add(state.key)
-
-    def _clear_way(self, state: RequestState) -> Lack | Literal["step"] | None:
-        """What one that waits lacks to start when the steps under way have run, after others have made room for it if they have to.
-
-        None for nothing; ``step`` where another computes its beginning just now.
-        """
-        while True:
-            lack: Lack = "seat"
-            short = 0
-            if not self._is_full:
-                cached = self._tables.look_up(state)
-                if cached is None:
-                    return "step"
-                short = self._tables.short(state, cached, self._tables.promised(self._running), is_later=True)
-                if short <= 0 and self._is_admitted(state):
-                    return None
-                lack = "room"
-            other = self._seats.who_rises(lack, state, self._running, self._step, short)
-            if other is None:
-                return lack
-            self._make_way(other)
-
-    def _is_admitted(self, state: RequestState) -> bool:
-        memory, running = self._memory, self._running
-        if memory is None or not running:
-            return True
-        return memory.admits([self._expected(each, memory) for each in running], self._expected(state, memory))
-
-    def _prompt_shares(
-        self, running: Sequence[RequestState], counts: Sequence[int], budget: int
-    ) -> dict[str, int] | None:
-        """Tokens for the prompts of each key, of those that decodes leave, the one that is invited among them; None for one key alone."""
-        if not self._seats.is_shared:
-            return None
-        wanted: Counter[str] = Counter()
-        for state, count in zip(running, counts, strict=True):
-            if count > 1:
-                wanted[state.key] += self._portion(count, budget)
-        if self._invited is not None:
-            wanted[self._invited.key] += self._portion(len(self._invited.tokens), budget)
-        if len(wanted) < 2:
-            return None
-        return dict(zip(wanted, even_shares(list(wanted.values()), budget), strict=True))
-
-    def _continue_running(
-        self, running: list[RequestState], parts: list[Part], budget: int, turn: Container[RequestState] | None
-    ) -> int:
-        """Chunks of running requests, of those that decode only the ones in ``turn``; the budget that is left."""
-        block_tokens = self.config.block_tokens
-        counts = [len(state.tokens) - state.computed for state in running]
-        reserved = counts.count(1)
-        shares = self._prompt_shares(running, counts, budget - reserved)
-        for state, count in zip(list(running), counts, strict=True):
-            # Sent back by one before it, and so are all behind it.
-            if not state.blocks:
-                break
-            if count == 1:
-                reserved -= 1
-                if (state.num_pending and len(state.tokens) >= state.most_tokens) or (
-                    turn is not None and state not in turn
-                ):
-                    # The step under way gives its last token, or the next one is its turn.
-                    continue
-            elif shares is None or not count:
-                count = self._portion(count, budget - reserved)
-            else:
-                count = self._portion(count, min(budget - reserved, shares[state.key]))
-                shares[state.key] -= count
-            if len(state.blocks) * block_tokens < state.computed + count:
-                count = self._make_room(state, count)
-            if count > 0:
-                budget -= count
-                parts.append((state, state.epoch, state.advance(count, self._step)))
-        return budget
-
-    def _portion(self, missing: int, budget: int) -> int:
-        cap = self.config.long_prefill_chunk
-        return min(missing, budget) if cap is None else min(missing, budget, cap)
-
-    def _make_room(self, state: RequestState, count: int) -> int:
-        """Blocks for ``count`` more tokens, from requests of later rank if need be; for how many tokens there is room."""
-        tables, running = self._tables, self._running
-        while not tables.grow(state, state.computed + count):
-            self._is_short = True
-            last = next((each for each in self._paused if each.blocks), running[-1])
-            if last is not state and not tables.will_hold(state, state.computed + count):
-                self._send_back(last)
-            else:
-                # It is the last itself, or a step under way is about to give back enough: it takes what there is and
-                # waits.
-                count = tables.can_hold(state) - state.computed
-        return count
-
-    def _send_back(self, state: RequestState) -> None:
-        """Preempt: the blocks go, the tokens stay."""
-        self._take_seat(state)
-        self._counts["preemptions"] += 1
-        if state not in self._paused:
-            self._waiting.add_front(state)
-            self._queued_tokens += state.num_prompt
-
-    def _make_way(self, state: RequestState) -> None:
-        """Preempt for another key: as one that comes anew, with what it has left to do."""
-        self._take_seat(state)
-        self._counts["preemptions"] += 1
-        left = state.most_tokens - len(state.tokens)
-        self._waiting.refund(state, left)
-        state.cost = max(1, left)
-        self._waiting.add(state)
-        self._queued_tokens += state.num_prompt
-
-    def _take_seat(self, state: RequestState) -> None:
-        self._running.remove(state)
-        self._seats.rise(state.key)
-        self._tables.release(state, self._under_way)
-
-    def _admit_waiting(self, parts: list[Part], budget: int) -> int:
-        """First chunks of waiting requests, in order, until one does not fit; the budget that is left."""
-        tables, waiting = self._tables, self._waiting
-        promised = tables.promised(self._running)
-        expected = None if self._memory is None else [self._expected(each, self._memory) for each in self._running]
-        later: list[RequestState] = []
-        while budget and not self._is_full and len(later) <= self.config.max_seqs:
-            state, self._invited = self._invited or self._next(), None
-            if state is None:
-                break
-            cached = tables.look_up(state)
-            if cached is None:
-                waiting.take(state)
-                later.append(state)
-                continue
-            if tables.short(state, cached, promised) > 0:
-                break
-            if self._memory is not None and expected is not None:
-                candidate = self._expected(state, self._memory)
-                if expected and not self._memory.admits(expected, candidate):
-                    break
-                expected.append(candidate)
-            waiting.take(state)
-            count = self._start(state, cached, budget)
-            tables.promise(promised, state)
-            budget -= count
-            parts.append((state, state.epoch, state.advance(count, self._step)))
-        for state in later:
-            waiting.add_front(state)
-        return budget
-
-    def _expected(self, state: RequestState, memory: Memory) -> tuple[int, int]:
-        return len(state.tokens), memory.remaining(state.num_output, state.most_tokens - state.num_prompt)
-
-    def _start(self, state: RequestState, cached: list[list[int]], budget: int) -> int:
-        """Let a waiting request run, from behind its cached blocks; the size of its first chunk."""
-        self._tables.begin(state, cached)
-        missing = min(len(state.tokens), self._tables.can_hold(state)) - state.computed
-        count = self._portion(missing, budget)
-        has_room = self._tables.grow(state, state.computed + count)
-        assert has_room, "blocks for the whole request were counted"
-        assert count > 0, "what its windows need was counted"
-        insort(self._running, state, key=_rank)
-        self._seats.sit(state.key)
-        self._queued_tokens -= state.num_prompt
-        if not state.is_known:
-            state.is_known = True
-            self._new.append(state.request)
-            state.cached_tokens = state.computed
+    def _note_started(self, started: Iterable[RequestState]) -> None:
+        """These run for the first time."""
+        for state in started:
             state.queue_s = self._clock() - state.rank[1]
             self._counts["prompt_tokens"] += state.num_prompt
-            self._counts["cached_prompt_tokens"] += state.computed
-        return count
+            self._counts["cached_prompt_tokens"] += state.cached_tokens or 0
 
     # After a step
 
@@ -608,17 +373,20 @@ class Scheduler:
         state.finish = finish
         self._counts[f"finished_{finish.value}"] += 1
         del self._states[state.request.id]
-        if state.blocks:
-            self._take_seat(state)
-        elif state not in self._paused:
-            self._waiting.remove(state)
-            self._queued_tokens -= state.num_prompt
-        self._seats.go(state.key)
-        self._paused.pop(state, None)
-        self._waiting.refund(state, state.most_tokens - len(state.tokens))
+        self._places.go(state)
         if state.is_known:
             self._gone.append(state.request.id)
 
 
-def _rank(state: RequestState) -> tuple[int, float, int]:
-    return state.rank
+def _check(config: SchedulerConfig, tier: KVTier | None, order: Order | None) -> None:
+    """Raise InputError for what does not go together."""
+    if tier is not None and not config.prefix_cache:
+        raise InputError("a tier finds blocks by their prefix; it needs prefix_cache=True")
+    if tier is not None and (config.window or config.local_window):
+        raise InputError("a tier keeps whole sequences; it needs window=None and local_window=None")
+    if order is not None and config.max_decodes is None:
+        raise InputError("order groups what decodes into two steps; it needs max_decodes")
+    if config.prompt_lookup and config.is_async:
+        raise InputError(
+            f"prompt_lookup is {config.prompt_lookup}; a step that is formed ahead has no tokens to look up, so is_async must be false"
+        )

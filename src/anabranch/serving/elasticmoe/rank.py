@@ -155,13 +155,11 @@ class Rank:
         self.sampler = ResumingSampler(sampler)
         self.runner = ModelRunner(self.model, pool=pool, block_tokens=limits.block_tokens, sampler=self.sampler)
         self.scheduler = limits.scheduler() if frozen is None else handover.thaw(frozen)
-        known = []
         for each in handover.carried(self.scheduler):
             self.sampler.outputs[each.request.id] = each.output
-            # The batch that was its first ran elsewhere.
-            if self.scheduler._states[each.request.id].is_known:
-                known.append(each.request)
-        self.runner.run(Batch(step=-1, chunks=(), new=tuple(known)))
+        # The batches that were their first ran elsewhere.
+        known = tuple([state.request for state in self.scheduler.states() if state.is_known])
+        self.runner.run(Batch(step=-1, chunks=(), new=known))
         kept_out = [] if free is None else handover.keep_out(self.scheduler, free)
         told: dict[str, Any] = {"brought": 0, "again": 0, "kept_out": kept_out}
         for device, carried in parcels:
