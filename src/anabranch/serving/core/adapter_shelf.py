@@ -4,8 +4,7 @@ An adapter is known by a name and comes from a folder. The least recently used o
 again when somebody asks for them; those that are pinned stay, and so does what a request under way uses. Under a name another adapter may
 take the place of the one before: requests that began with that one end with it.
 
-Where a key's request finds no room beside what others use, the key has a claim for `CLAIM_S`: until it has asked again, those who came
-after it are told to ask again too, if what they use left it no room. So adapters fall idle and make some, and keys take turns.
+A request that finds no room beside what others use waits in a line (`anabranch.serving.core.adapter_line`), in which keys take turns.
 
 Reading is for a thread of the shelf's own. All methods may be called from any thread.
 """
@@ -16,102 +15,29 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError
+from anabranch.serving.core.adapter_entry import Entry, H, Held, Read
+from anabranch.serving.core.adapter_line import AdapterLine, Waiter
 from anabranch.serving.core.client import BusyError, EngineStats
 from anabranch.serving.core.mixture import Mixture, check_name
+from anabranch.sharing import most_beside
 
 __all__ = ["AdapterShelf", "Held", "Read"]
 
 logger = logging.getLogger(__name__)
 
-# Seconds in which one who was told to ask again has to.
-CLAIM_S = 2.0
+# Seconds that a request waits for room at most, and requests that may.
+WAIT_S = 30.0
+MOST_WAITING = 256
+# Of the places that others leave, a key's.
+_KEY_SHARE = 0.5
+_TOO_MANY = "too many requests wait for memory for adapters; ask again"
 
 
-class Held(Protocol):
-    """An adapter in memory."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-
-    @property
-    def version(self) -> str:
-        """Equal where the numbers are, whatever the name or folder."""
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """What it says of itself: its kind, and whom it chooses among."""
-
-
-H = TypeVar("H", bound=Held)
 R = TypeVar("R")
-# Of a folder, and the folder that it has to be below (None: it may be anywhere); what is given last is called with the bytes that the
-# numbers will take before any of them is read, and raises where there is no room.
-Read = Callable[[str, str | None, Callable[[int], None]], H]
-
-
-@dataclass(eq=False)
-class _Entry(Generic[H]):
-    """One adapter.
-
-    Attributes:
-        name, folder: see above.
-        root: folder that ``folder`` has to be below whenever it is read; None where it may be anywhere.
-        is_pinned: it never leaves memory.
-        held: its numbers; None where they are not in memory.
-        uses: requests under way with it.
-        used_at: when one last began, by a count.
-        size: bytes of the numbers, in memory or not; 0 before they were first looked at.
-    """
-
-    name: str
-    folder: str
-    root: str | None = None
-    is_pinned: bool = False
-    held: H | None = None
-    uses: int = 0
-    used_at: int = 0
-    size: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.held is None else self.held.nbytes
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "folder": self.folder,
-            "pinned": self.is_pinned,
-            "in_memory": self.held is not None,
-            "bytes": self.nbytes,
-            "version": None if self.held is None else self.held.version,
-            "requests": self.uses,
-            **({} if self.held is None else self.held.told),
-        }
-
-
-@dataclass(frozen=True)
-class _Lease(Generic[H]):
-    """What one request uses."""
-
-    uses: tuple[tuple[_Entry[H], float], ...] = field(default=())
-
-
-@dataclass(frozen=True)
-class _Claim(Generic[H]):
-    """Room that a key waits for.
-
-    Attributes:
-        entries: what it is for.
-        until: seconds.
-    """
-
-    entries: tuple[_Entry[H], ...]
-    until: float
 
 
 class AdapterShelf(Generic[H]):
@@ -124,18 +50,27 @@ class AdapterShelf(Generic[H]):
         read: what is in a folder, see `Read`; raises AnabranchError for one that cannot be had.
         most_bytes: see above.
         clock: seconds, monotonic.
+        wait_s: how long a request may wait for room.
     """
 
-    def __init__(self, read: Read[H], most_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        read: Read[H],
+        most_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        wait_s: float = WAIT_S,
+    ) -> None:
         self._read, self.most_bytes, self._time = read, most_bytes, clock
-        # By key, the oldest first.
-        self._claims: dict[str, _Claim[H]] = {}
+        self._line = AdapterLine[Entry[H]](wait_s)
+        # Looks after those that have waited for as long as they may, while anybody waits.
+        self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
-        self._entries: dict[str, _Entry[H]] = {}
+        self._entries: dict[str, Entry[H]] = {}
         # Unloaded or replaced, and still in use.
-        self._leaving: list[_Entry[H]] = []
-        self._leases: dict[str, _Lease[H]] = {}
+        self._leaving: list[Entry[H]] = []
+        # Requests under way, by id.
+        self._leases: dict[str, Waiter[Entry[H]]] = {}
         self._clock = itertools.count(1)
         self._num_loads = self._num_evictions = 0
 
@@ -170,7 +105,7 @@ class AdapterShelf(Generic[H]):
         ``read`` raises; all is as it was then.
         """
         self._check_place(name, is_pinned)
-        entry = _Entry[H](name, folder, root, is_pinned)
+        entry = Entry[H](name, folder, root, is_pinned)
 
         def check(nbytes: int) -> None:
             entry.size = nbytes
@@ -200,7 +135,7 @@ class AdapterShelf(Generic[H]):
         """
         check_name(name)
         with self._lock:
-            self._entries.setdefault(name, _Entry(name, folder, root))
+            self._entries.setdefault(name, Entry(name, folder, root))
 
     def remove(self, name: str) -> dict[str, Any]:
         """Know an adapter no more; its last facts. Requests under way end with it, and its memory is free then.
@@ -233,50 +168,67 @@ class AdapterShelf(Generic[H]):
     # What requests do
 
     def lease(self, id: str, mixture: Mixture, key: str = "") -> "Future[None] | None":
-        """Begin a request of a key with these adapters; a future where some of them have to be read first, None where all are there.
+        """Begin a request of a key with these adapters; a future where it has to wait or they have to be read, None where all are there.
 
-        Until `release` they stay in memory. Raises InputError for a name that there is not. The future raises `BusyError` where there is no
-        room beside those that others use, where another key is to have some first, or where one cannot be read (why is logged), and
+        Until `release` they stay in memory. Raises InputError for a name that there is not. The future raises `BusyError` where there was
+        no room for `WAIT_S` beside those that others use, where too many wait for some, or where one cannot be read (why is logged), and
         CapacityError where they have no room together.
         """
         with self._lock:
             unknown = [name for name, _ in mixture if name not in self._entries]
             if unknown:
                 raise InputError(self._unknown(unknown[0]))
-            uses = tuple((self._entries[name], weight) for name, weight in mixture)
-            if self._gives_way(key, [entry for entry, _ in uses]):
-                waits: Future[None] = Future()
-                waits.set_exception(BusyError("another key waits for memory for its adapters, and is first; ask again"))
-                return waits
-            for entry, _ in uses:
-                entry.uses += 1
-                entry.used_at = next(self._clock)
-            self._leases[id] = _Lease(uses)
-            entries = [entry for entry, _ in uses]
-            is_there = all(entry.held is not None for entry in entries)
-            if is_there:
-                self._claims.pop(key, None)
-        return None if is_there else self._submit(lambda: self._fill(entries, key))
+            one = Waiter(id, key, tuple((self._entries[name], weight) for name, weight in mixture))
+            head = self._line.head(self._time(), self._leaves_room)
+            is_able = self._fits(one) if head is None else self._fits(one, head)
+            # What never fits is told as that where it is read; so is how large those are that never were.
+            if all(entry.size for entry in one.adapters) and self._leaves_room(one, alone=True) and not is_able:
+                if not self._wait(one):
+                    _refuse(one, _TOO_MANY)
+                return one.ready
+            if self._begin(one):
+                return None
+        self._submit(partial(self._fill, one))
+        return one.ready
 
     def held_by(self, id: str) -> tuple[tuple[str, H, float], ...]:
         """(name, what it holds, weight) of what a request uses, whose adapters are all there; nothing for one that has begun with none."""
         with self._lock:
             lease = self._leases.get(id)
-            made = [] if lease is None else [(entry.name, entry.held, weight) for entry, weight in lease.uses]
+            made = [] if lease is None else [(entry.name, entry.held, weight) for entry, weight in lease.entries]
         return tuple((name, held, weight) for name, held, weight in made if held is not None)
 
     def release(self, id: str) -> None:
         """A request has ended. Nothing for one that has begun with none."""
         with self._lock:
-            lease = self._leases.pop(id, _Lease())
-            for entry, _ in lease.uses:
-                entry.uses -= 1
-                if not entry.uses and entry in self._leaving:
-                    self._leaving.remove(entry)
-                    entry.held = None
+            self._line.leave(id)
+            self._end(id)
+        self.advance()
+
+    def advance(self) -> None:
+        """Begin requests that wait and have room now, and refuse those that have waited for as long as they may."""
+        with self._lock:
+            if not self._line:
+                return
+            late = self._line.over(self._time())
+            begun = [(one, self._begin(one)) for one in self._line.able(self._time(), self._fits, self._leaves_room)]
+            self._watch()
+        for one in late:
+            _refuse(one, "there was no memory for its adapters beside those in use; ask again")
+        for one, is_there in begun:
+            if not is_there:
+                self._submit(partial(self._fill, one))
+            elif _is_wanted(one):
+                one.ready.set_result(None)
 
     def close(self) -> None:
-        """End the shelf's thread."""
+        """End the shelf's threads."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            waiting = [one for one in self._line if self._line.leave(one.id)]
+        for one in waiting:
+            _refuse(one, "the engine ends")
         if self._worker is not None:
             self._worker.shutdown(wait=False, cancel_futures=True)
 
@@ -288,33 +240,48 @@ class AdapterShelf(Generic[H]):
                 self._worker = ThreadPoolExecutor(1, "anabranch-adapters")
             return self._worker.submit(_bare, work)
 
-    def _fill(self, entries: Sequence[_Entry[H]], key: str) -> None:
-        """Read those of a request of a key that are not in memory."""
+    def _fill(self, one: Waiter[Entry[H]]) -> None:
+        """Read those of a request's adapters that are not in memory; it waits where they have no room."""
+        if not _is_wanted(one):
+            return
         try:
-            self._read_missing(entries)
+            self._read_missing(one)
         except _NoRoomError:
             with self._lock:
-                self._claims[key] = _Claim(tuple(entries), self._time() + CLAIM_S)
-            raise
-        with self._lock:
-            self._claims.pop(key, None)
+                # Nobody else waits for one that has gone meanwhile.
+                is_here = self._leases.get(one.id) is one
+                if is_here:
+                    self._end(one.id)
+                is_refused = is_here and not self._wait(one)
+            if is_refused:
+                one.ready.set_exception(BusyError(_TOO_MANY))
+            self.advance()
+        except BaseException as error:
+            one.ready.set_exception(error)
+        else:
+            one.ready.set_result(None)
 
-    def _read_missing(self, entries: Sequence[_Entry[H]]) -> None:
+    def _read_missing(self, one: Waiter[Entry[H]]) -> None:
+        entries = [entry for entry, _ in one.entries]
         for entry in entries:
             # Another request may have waited for the same.
             if entry.held is not None:
                 continue
-            held = self._read_again(entry, entries)
+            held = self._read_again(entry, one)
             with self._lock:
                 self._make_room(entry, held, None, entries)
                 entry.held = held
                 self._num_loads += 1
 
-    def _read_again(self, entry: _Entry[H], together: Sequence[_Entry[H]]) -> H:
+    def _read_again(self, entry: Entry[H], one: Waiter[Entry[H]]) -> H:
         def check(nbytes: int) -> None:
             entry.size = nbytes
             with self._lock:
-                self._find_room(entry, nbytes, None, together)
+                self._find_room(entry, nbytes, None, [other for other, _ in one.entries])
+                # Whoever waited may begin. One whose size nobody knew before is in use already, and may have to wait beside who waits.
+                head = None if one.until else self._line.head(self._time(), self._leaves_room)
+                if head is not None and not self._fits(head):
+                    raise _NoRoomError("another request waits for memory for its adapters, and is first")
 
         try:
             return self._read(entry.folder, entry.root, check)
@@ -330,19 +297,60 @@ class AdapterShelf(Generic[H]):
 
     # With the lock
 
-    def _gives_way(self, key: str, entries: Sequence[_Entry[H]]) -> bool:
-        """Whether a request of a key has to wait, since with these adapters in use too another key would have no room that is first."""
-        now = self._time()
-        self._claims = {other: claim for other, claim in self._claims.items() if claim.until > now}
-        everyone = (*self._entries.values(), *self._leaving)
-        used = {entry for entry in everyone if entry.uses}.union(entries)
-        stays = {entry for entry in everyone if entry.is_pinned}
-        for other, claim in self._claims.items():
-            if other == key:
-                return False
-            if sum(entry.size for entry in used.union(claim.entries, stays)) > self.most_bytes:
-                return True
-        return False
+    def _begin(self, one: Waiter[Entry[H]]) -> bool:
+        """A request uses its adapters from now on; whether all are there."""
+        self._line.leave(one.id)
+        for entry, _ in one.entries:
+            entry.uses += 1
+            entry.used_at = next(self._clock)
+        self._leases[one.id] = one
+        return all(entry.held is not None for entry, _ in one.entries)
+
+    def _end(self, id: str) -> None:
+        """It does not any more. Nothing for one that has begun with none."""
+        lease = self._leases.pop(id, None)
+        for entry, _ in () if lease is None else lease.entries:
+            entry.uses -= 1
+            if not entry.uses and entry in self._leaving:
+                self._leaving.remove(entry)
+                entry.held = None
+
+    def _wait(self, one: Waiter[Entry[H]]) -> bool:
+        """Let a request wait; whether it may, since so many do, and of its key."""
+        own = self._line.of_key(one.key)
+        most = most_beside(len(self._line) - own, MOST_WAITING, _KEY_SHARE)
+        if len(self._line) >= MOST_WAITING or (own and own + 1 > most):
+            return False
+        self._line.join(one, self._time())
+        self._watch()
+        return True
+
+    def _watch(self) -> None:
+        """See to it that somebody looks when the next has waited for as long as it may."""
+        if self._timer is None and (end := self._line.next_end()) is not None:
+            self._timer = threading.Timer(max(end - self._time(), 0.0), self._look)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _look(self) -> None:
+        with self._lock:
+            self._timer = None
+        self.advance()
+
+    def _leaves_room(self, one: Waiter[Entry[H]], *, alone: bool = False) -> bool:
+        """Whether what its own key uses leaves a request room; ``alone``: whether it has some without that."""
+        leases = () if alone else self._leases.values()
+        own = {entry for lease in leases if lease.key == one.key for entry, _ in lease.entries}
+        return self._bytes_of(own | one.adapters) <= self.most_bytes
+
+    def _fits(self, one: Waiter[Entry[H]], *beside: Waiter[Entry[H]]) -> bool:
+        """Whether a request's adapters have room beside all in use and those of others; it takes none where they are the same."""
+        used = {entry for entry in (*self._entries.values(), *self._leaving) if entry.uses}
+        return self._bytes_of(used.union(one.adapters, *(other.adapters for other in beside))) <= self.most_bytes
+
+    def _bytes_of(self, entries: set[Entry[H]]) -> int:
+        """Of these adapters and of those that are pinned."""
+        return sum(entry.size for entry in entries | {entry for entry in self._entries.values() if entry.is_pinned})
 
     def _check_place(self, name: str, is_pinned: bool) -> None:
         check_name(name)
@@ -353,7 +361,7 @@ class AdapterShelf(Generic[H]):
                 raise InputError(f"adapter {name!r} {what}; give the other one another name")
 
     def _make_room(
-        self, entry: _Entry[H], held: H, before: "_Entry[H] | None", together: "Sequence[_Entry[H]]" = ()
+        self, entry: Entry[H], held: H, before: "Entry[H] | None", together: "Sequence[Entry[H]]" = ()
     ) -> None:
         """Let go of adapters that nobody uses until there is room for ``held``. Arguments and errors as `_find_room`."""
         entry.size = held.nbytes
@@ -362,8 +370,8 @@ class AdapterShelf(Generic[H]):
             self._num_evictions += 1
 
     def _find_room(
-        self, entry: _Entry[H], nbytes: int, before: "_Entry[H] | None", together: "Sequence[_Entry[H]]" = ()
-    ) -> list[_Entry[H]]:
+        self, entry: Entry[H], nbytes: int, before: "Entry[H] | None", together: "Sequence[Entry[H]]" = ()
+    ) -> list[Entry[H]]:
         """Adapters that nobody uses and that have to go for one more, the least recently used first.
 
         Args:
@@ -401,7 +409,7 @@ class AdapterShelf(Generic[H]):
             )
         return leaving
 
-    def _retire(self, entry: _Entry[H]) -> None:
+    def _retire(self, entry: Entry[H]) -> None:
         """An adapter that no request to come gets."""
         if entry.uses:
             self._leaving.append(entry)
@@ -412,6 +420,16 @@ class AdapterShelf(Generic[H]):
         known = [repr(other) for other in itertools.islice(self._entries, 10)]
         more = f" and {len(self._entries) - len(known)} more" if len(self._entries) > len(known) else ""
         return f"there is no adapter {name!r:.80}; there {'are ' + ', '.join(known) + more if known else 'is none'}"
+
+
+def _is_wanted(one: Waiter[Any]) -> bool:
+    """Whether anybody still waits for it."""
+    return one.ready.running() or one.ready.set_running_or_notify_cancel()
+
+
+def _refuse(one: Waiter[Any], why: str) -> None:
+    if _is_wanted(one):
+        one.ready.set_exception(BusyError(why))
 
 
 class _NoRoomError(BusyError):

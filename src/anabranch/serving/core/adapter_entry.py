@@ -1,0 +1,71 @@
+"""One adapter of a shelf (`anabranch.serving.core.adapter_shelf`), and what is read for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+__all__ = ["Entry", "Held", "Read"]
+
+
+class Held(Protocol):
+    """An adapter in memory."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
+    @property
+    def version(self) -> str:
+        """Equal where the numbers are, whatever the name or folder."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What it says of itself: its kind, and whom it chooses among."""
+
+
+H = TypeVar("H", bound=Held)
+# Of a folder, and the folder that it has to be below (None: it may be anywhere); what is given last is called with the bytes that the
+# numbers will take before any of them is read, and raises where there is no room.
+Read = Callable[[str, str | None, Callable[[int], None]], H]
+
+
+@dataclass(eq=False)
+class Entry(Generic[H]):
+    """One adapter.
+
+    Attributes:
+        name, folder: see above.
+        root: folder that ``folder`` has to be below whenever it is read; None where it may be anywhere.
+        is_pinned: it never leaves memory.
+        held: its numbers; None where they are not in memory.
+        uses: requests under way with it.
+        used_at: when one last began, by a count.
+        size: bytes of the numbers, in memory or not; 0 before they were first looked at.
+    """
+
+    name: str
+    folder: str
+    root: str | None = None
+    is_pinned: bool = False
+    held: H | None = None
+    uses: int = 0
+    used_at: int = 0
+    size: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes now."""
+        return 0 if self.held is None else self.held.nbytes
+
+    def facts(self) -> dict[str, Any]:
+        """What an operator is told."""
+        return {
+            "name": self.name,
+            "folder": self.folder,
+            "pinned": self.is_pinned,
+            "in_memory": self.held is not None,
+            "bytes": self.nbytes,
+            "version": None if self.held is None else self.held.version,
+            "requests": self.uses,
+            **({} if self.held is None else self.held.told),
+        }
