@@ -1,6 +1,7 @@
 """Strategies at work in a server: one that is slow, broken or wrong is passed over, and nobody waits for it."""
 
 import asyncio
+import itertools
 import re
 import threading
 import time
@@ -12,6 +13,7 @@ from anabranch.errors import BudgetError, ConfigError, InputError, LimitError, R
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.gateway import Gateway
+from anabranch.gateway.lane import BypassError, Lane
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.routers.contract.ask import Answered
@@ -411,3 +413,64 @@ def served_by(tmp_path, named):
             return (await gateway.handle("chat", body)).headers["x-route-model"]
 
     return asyncio.run(main())
+
+
+# Lanes that go on with one another
+
+
+def lanes(count, work, timeout_s):
+    """So many lanes of one strategy, each of which has gone on with the one before."""
+    strategy = Learning(work, is_fast=False)
+    made = [Lane("s", StrategyConfig(use="static", timeout_s=timeout_s), strategy, None) for _ in range(count)]
+    for old, new in itertools.pairwise(made):
+        assert new.follows(old)
+        new.succeed(old)
+    return made
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_thread_of_a_strategy_ends_with_the_last_of_its_lanes_and_drops_nothing_before(order):
+    """The lane in the middle of two reloads ended the thread in which requests of the first still waited."""
+    gate, began = threading.Event(), threading.Event()
+
+    async def main():
+        made = lanes(3, lambda query, pool: began.set() or (gate.wait() and say("small")(query, pool)), 60.0)
+        thread = made[0]._thread
+        assert all(lane._thread is thread for lane in made)
+        waiting = [
+            asyncio.ensure_future(lane.decide(Query(text="q"), POOL, unasked)) for lane in made for _ in range(3)
+        ]
+        alone = asyncio.ensure_future(made[0].alone(lambda: "erased"))
+        await asyncio.to_thread(began.wait)
+        for at in order:
+            made[at].close()
+            made[at].close()
+        gate.set()
+        decided = await asyncio.gather(*waiting)
+        assert [one[0].candidates[0].model for one in decided] == ["small"] * 9
+        assert await alone == "erased"
+        # Who comes later is told so, and is decided for elsewhere.
+        with pytest.raises(BypassError, match="ended"):
+            await made[0].decide(Query(text="q"), POOL, unasked)
+        assert thread._users == 0
+
+    asyncio.run(main())
+
+
+def test_a_lane_does_not_wait_for_what_the_one_before_it_began_and_never_ended():
+    gate, began = threading.Event(), threading.Event()
+
+    async def main():
+        old, new = lanes(2, lambda query, pool: began.set() or (gate.wait() and say("small")(query, pool)), 0.05)
+        with pytest.raises(BypassError, match="took longer"):
+            await old.decide(Query(text="q"), POOL, unasked)
+        await asyncio.to_thread(began.wait)
+        with pytest.raises(BypassError, match="longer"):
+            await asyncio.wait_for(new.decide(Query(text="q"), POOL, unasked), 30)
+        old.close()
+        new.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()

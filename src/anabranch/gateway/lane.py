@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from anabranch.errors import BudgetError, InputError, LimitError, RateError
 from anabranch.gateway.config import StrategyConfig
 from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.logged_error import raised
+from anabranch.gateway.strategy_thread import StrategyThread
 from anabranch.routers.contract.ask import Ask
 from anabranch.routers.contract.knobs import check_knobs
 from anabranch.routers.contract.query import Decision, Outcome, Pool, Query
@@ -29,7 +29,6 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed import Embedder
 from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
-from anabranch.web.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +88,11 @@ class Lane:
         self.embedder, self._embedder = embedder, embedder if strategy.needs_vector else None
         self.is_fast = strategy.is_fast
         self.learns = strategy.learns
-        self._threads: ThreadPoolExecutor | None = None
-        self._turns: Turns | None = None
-        if not self.is_fast:
-            self._begin_thread()
-        # When what runs in the thread began; None if nothing does.
-        self._began: float | None = None
+        self._thread = StrategyThread(name).take()
+        self._is_closed = False
         self._waiting = 0
         self._told = [0]
         self.made = made_from(self) if self.learns else ""
-        # Another lane goes on with the strategy, in the same thread.
-        self._is_left = False
 
     def narrowed(self, pool: Pool) -> Pool:
         """The models this strategy may choose among."""
@@ -163,11 +156,11 @@ class Lane:
             self._later(lambda: self.strategy.prefer(outcome, better, worse))
 
     def _later(self, work: Callable[[], None]) -> None:
-        if self.is_fast or self._turns is None:
+        if self.is_fast:
             self._learn(work)
         elif self._waiting < WAITING:
             self._waiting += 1
-            self._turns.put(LEARNING, lambda: self._learn(work)).add_done_callback(self._observed)
+            self._thread.turns.put(LEARNING, lambda: self._learn(work)).add_done_callback(self._observed)
 
     async def explain(self, query: Query, pool: Pool) -> dict[str, Any]:
         """Why the strategy would decide so. Raises BypassError."""
@@ -189,10 +182,9 @@ class Lane:
 
     def succeed(self, old: "Lane") -> None:
         """Go on with the strategy of a lane that it `follows`, and what it has learned, in the same thread."""
-        if self._threads is not None and self._threads is not old._threads:
-            self._threads.shutdown(wait=False)
         self.strategy, self.made, self._told = old.strategy, old.made, old._told
-        self._threads, self._turns, old._is_left = old._threads, old._turns, True
+        before, self._thread = self._thread, old._thread.take()
+        before.release()
         self.strategy.connect(embed=None if self.embedder is None else self.embedder.embed)
 
     @property
@@ -208,19 +200,16 @@ class Lane:
 
     async def alone(self, work: Callable[[], T]) -> T:
         """``work()`` while nothing else touches the strategy, however long it takes."""
-        if self.is_fast or self._turns is None:
+        if self.is_fast:
             return work()
-        return await self._turns.run(LEARNING, work)
+        with self._thread.used() as turns:
+            return await turns.run(LEARNING, work)
 
     def close(self) -> None:
-        """End the thread once it is idle."""
-        if self._threads is not None and not self._is_left:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _begin_thread(self) -> Turns:
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{self.name}")
-        self._turns = Turns(self._threads)
-        return self._turns
+        """Let the thread end once it is idle, and nobody else uses it. A second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._thread.release()
 
     def _learn(self, work: Callable[[], None]) -> None:
         self._told[0] += 1
@@ -262,36 +251,41 @@ class Lane:
 
     async def _in_thread(self, whose: str, work: Callable[[], T], limit_s: float) -> T:
         """``work()`` in the thread. Its time counts from when it begins, and so does that of what it waits for."""
-        # A fast strategy that needs vectors has no thread before it needs one.
-        turns = self._turns or self._begin_thread()
-        if self._is_stuck(limit_s):
+        thread = self._thread
+        if _is_stuck(thread, limit_s):
             raise BypassError("slow", f"the call before it has taken longer than {limit_s * 1000:g} ms")
         started: list[float] = []
 
         def timed() -> T:
-            self._began = time.monotonic()
-            started.append(self._began)
+            thread.began = time.monotonic()
+            started.append(thread.began)
             try:
                 return work()
             finally:
-                self._began = None
+                thread.began = None
 
-        future = turns.put(whose, timed)
-        try:
-            while True:
-                begin = started[0] if started else self._began or time.monotonic()
-                await asyncio.wait({future}, timeout=max(begin + limit_s - time.monotonic(), 0.001))
-                if future.done():
-                    return future.result()
-                is_late = started and time.monotonic() - started[0] >= limit_s
-                if is_late or (not started and self._is_stuck(limit_s)):
-                    raise BypassError("slow", f"it took longer than {limit_s * 1000:g} ms")
-        finally:
-            turns.drop(whose, future)
+        with thread.used() as turns:
+            future = turns.put(whose, timed)
+            try:
+                while True:
+                    begin = started[0] if started else thread.began or time.monotonic()
+                    await asyncio.wait({future}, timeout=max(begin + limit_s - time.monotonic(), 0.001))
+                    if future.done():
+                        break
+                    is_late = started and time.monotonic() - started[0] >= limit_s
+                    if is_late or (not started and _is_stuck(thread, limit_s)):
+                        raise BypassError("slow", f"it took longer than {limit_s * 1000:g} ms")
+            finally:
+                turns.drop(whose, future)
+        if future.cancelled():
+            raise BypassError("gone", "its thread has ended")
+        return future.result()
 
-    def _is_stuck(self, limit_s: float) -> bool:
-        began = self._began
-        return began is not None and time.monotonic() - began > limit_s
+
+def _is_stuck(thread: StrategyThread, limit_s: float) -> bool:
+    """What runs in it has taken longer than so many seconds."""
+    began = thread.began
+    return began is not None and time.monotonic() - began > limit_s
 
 
 def made_from(lane: Lane) -> str:

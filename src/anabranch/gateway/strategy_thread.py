@@ -1,0 +1,47 @@
+"""`StrategyThread`: the thread that a strategy is at work in, until its last user has done with it."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from anabranch.web.turns import Turns
+
+__all__ = ["StrategyThread"]
+
+
+class StrategyThread:
+    """For one event loop. Lanes that go on with a strategy use it together with those before them, and so does all that waits in it.
+
+    Args:
+        name: of the strategy.
+
+    Attributes:
+        began: when what runs in it began, of `time.monotonic`; None if nothing does.
+        turns: in which senders have something done there.
+    """
+
+    def __init__(self, name: str) -> None:
+        # It runs nothing, and has no thread, before there is something to do.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"strategy-{name}")
+        self.turns, self._users = Turns(self._executor), 0
+        self.began: float | None = None
+
+    def take(self) -> "StrategyThread":
+        """One more uses it, and will `release` it."""
+        self._users += 1
+        return self
+
+    def release(self) -> None:
+        """A user has done with it; after the last it ends once it is idle."""
+        self._users -= 1
+        if not self._users:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def used(self) -> Iterator[Turns]:
+        """As long as the block lasts it does not end."""
+        self.take()
+        try:
+            yield self.turns
+        finally:
+            self.release()
