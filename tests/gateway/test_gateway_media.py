@@ -354,6 +354,51 @@ PAPER = PAGES * PAGE_MOST
         ({"type": "file_url", "file_url": {"url": "https://x.org/a.pdf"}}, PAPER),
         ({"type": "tool_result", "content": [{"type": "document_url", "document_url": "https://x.org/a.pdf"}]}, PAPER),
         ({"type": "video", "video": ["https://x.org/1.png"] * 5}, 5 * IMAGE_MOST),
+        # Addresses where data may be, texts where tables may be, and more than one beside each other.
+        ({"type": "input_audio", "input_audio": {"data": "https://x.org/hours.wav", "format": "wav"}}, STREAM_MOST),
+        ({"type": "input_audio", "input_audio": "https://x.org/hours"}, STREAM_MOST),
+        (
+            {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav", "url": "https://x.org/a"}},
+            STREAM_MOST + 1,
+        ),
+        ({"type": "video_url", "video_url": "https://x.org/film"}, STREAM_MOST),
+        ({"video_url": "https://x.org/film"}, STREAM_MOST),
+        ({"type": "video", "video": "https://x.org/film"}, STREAM_MOST),
+        ({"type": "audio", "audio": {"url": "https://x.org/clip"}}, STREAM_MOST),
+        ({"type": "media", "file_uri": "gs://x/a"}, PAPER),
+        ({"type": "file", "file": "https://x.org/a.pdf"}, PAPER),
+        ({"type": "file", "file": {"url": "https://x.org/a.pdf"}}, PAPER),
+        # Who gets it looks at what it is.
+        ({"type": "file", "file": {"file_data": "https://x.org/a.png"}}, PAPER),
+        ({"type": "input_file", "file_data": "https://x.org/a.pdf"}, PAPER),
+        (
+            {"type": "image_url", "image_url": {"url": "https://x.org/y.png"}, "document_url": "https://x.org/a.pdf"},
+            PAPER + IMAGE_MOST,
+        ),
+        (
+            {"type": "file", "file": {"file_url": "https://x.org/a"}, "video_url": "https://x.org/film"},
+            PAPER + STREAM_MOST,
+        ),
+        (
+            {
+                "type": "tool_result",
+                "content": [{"type": "input_audio", "input_audio": {"data": "https://x.org/hours.wav"}}],
+            },
+            STREAM_MOST,
+        ),
+        # What is within it is no address, nor is what a text or a search says.
+        (
+            {"type": "input_audio", "input_audio": {"data": "data:;base64," + "AAAA" * 10**5, "format": "mp3"}},
+            300 * AUDIO_A_SECOND,
+        ),
+        ({"type": "text", "text": "https://x.org/a.pdf"}, 0),
+        (
+            {
+                "type": "tool_result",
+                "content": [{"type": "web_search_result", "url": "https://x.org/a.pdf", "title": "a"}],
+            },
+            0,
+        ),
         ({"type": "document_url", "document_url": "data:application/pdf;base64,AAAA"}, 0),
         ({"type": "text", "text": "a", "file_url": ""}, 0),
         ({"type": "file", "file": {"file_data": "gs://x/film.mp4"}}, STREAM_MOST),

@@ -122,10 +122,17 @@ def image(url: str, walked: Pieces | None = None) -> Media:
 
 
 def audio(clip: Mapping[str, Any], walked: Pieces | None = None) -> Media | None:
-    """Of an ``input_audio``: ``data`` in base64 and its ``format``; None if it is none. For ``walked`` see `image`."""
+    """Of an ``input_audio``: its ``format``, and ``data`` in base64, as a ``data:`` URL too, or an address; None if it is none.
+
+    For ``walked`` see `image`.
+    """
     data, form = clip.get("data"), str(clip.get("format")).lower()
     if not isinstance(data, str):
         return None
+    if is_address(data):
+        return elsewhere("audio/")
+    if data.startswith("data:"):
+        data = data.partition(",")[2]
     # Whatever it is called: who decodes it looks at what it is.
     return _clip(len(data) * 3 // 4, form, lambda size: _decoded(data[: size * 4 // 3 // 4 * 4]), walked)
 
@@ -202,8 +209,10 @@ def file(given: Mapping[str, Any], walked: Pieces | None = None) -> Media | None
         data = url
     if not isinstance(data, str):
         return elsewhere() if isinstance(given.get("file_id"), str) else None
-    if _ADDRESS.match(data):
-        return elsewhere(kind_of_url(data))
+    if is_address(data):
+        # By its name it may be a picture; what comes may be as many pages as any.
+        found, file_most = elsewhere(kind_of_url(data)), elsewhere().at_most
+        return Media(found.tokens, max(found.at_most, file_most), found.kind)
     if data.startswith("data:audio/"):
         form, _, text = data.partition(",")
         return audio({"data": text, "format": form[11:].partition(";")[0]}, walked)
@@ -213,6 +222,11 @@ def file(given: Mapping[str, Any], walked: Pieces | None = None) -> Media | None
         return Media(-(-num_bytes // 4), num_bytes)
     is_pdf = kind.startswith("application/pdf") or text.startswith("JVBERi0")
     return _pdf(text) if is_pdf else None
+
+
+def is_address(text: str) -> bool:
+    """Of something that is not within the request, whatever gets it from there."""
+    return _ADDRESS.match(text) is not None
 
 
 def elsewhere(kind: str = "") -> Media:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch.gateway import media_tokens
-from anabranch.gateway.media_tokens import Media
+from anabranch.gateway.media_tokens import Media, is_address
 from anabranch.gateway.sound_packets import Pieces, one_request
 from anabranch.web.large_json import num_bytes
 
@@ -42,6 +42,9 @@ _INNER: dict[str, tuple[str, Callable[[Mapping[str, Any], Pieces | None], Media 
     "video_url": ("url", lambda inner, walked: media_tokens.elsewhere("video/")),
     "audio_url": ("url", lambda inner, walked: media_tokens.elsewhere("audio/")),
 }
+
+# Names of fields, and parts of them, that hold what is no text, or an address of it.
+_PLACES = ("image", "audio", "video", "document", "file", "media", "pdf")
 
 # Fields that no model reads. All others count, unknown ones too: a text that is sent on is a text that is paid for.
 NO_PROMPT = frozenset(
@@ -282,6 +285,7 @@ def _gather(content: Any, texts: list[str], found: list[Media] | None = None, wa
             found.extend(media_within(part, walked))
         else:
             found.append(counted)
+            found.extend(_beside(part))
         texts.extend(said)
 
 
@@ -308,51 +312,90 @@ def media_within(part: Mapping[str, Any], walked: Pieces | None) -> list[Media]:
                 found.append(media_tokens.elsewhere("image/" if kind == "image" else ""))
             elif value is not part and isinstance(kind, str):
                 inner, _ = _media_of(value, walked)
-                found += [] if inner is None else [inner]
-            found += _fetched(value)
+                if inner is not None:
+                    found += [inner, *_beside(value)]
+                    left += value.values()
+                    continue
+            # A part says which kind it is, or is named so; what has neither is something within one.
+            found += _fetched(value) if value is part or isinstance(kind, str) else []
             left += value.values()
     return found
 
 
-def _fetched(part: Mapping[str, Any]) -> list[Media]:
-    """What is at the addresses of a part that has a name of its provider's: ``document_url``, an ``input_file``, frames of a ``video``."""
+def _beside(part: Mapping[str, Any]) -> list[Media]:
+    """What is at the addresses of a part that is no text, beside the one that it is counted by."""
+    field, inner, hidden = _held_in(part)
+    main = hidden if isinstance(inner.get(hidden), str) else "file_url"
+    more = [name for name, value in inner.items() if name != main and isinstance(value, str) and is_address(value)]
+    return [media_tokens.elsewhere(_type_of(field)) for _ in more] + _fetched(part, field)
+
+
+def _fetched(part: Mapping[str, Any], counted: str = "") -> list[Media]:
+    """What is at the addresses of a part, whatever its provider calls them: ``document_url``, ``file_url``, a ``video`` or its frames.
+
+    Args:
+        part: of a message, or within one.
+        counted: the field that it is counted by already; "" for none.
+    """
     kind = part.get("type")
-    if not isinstance(kind, str) or kind in IMAGES or kind in _INNER:
-        return []
-    if kind == "video" and isinstance(part.get(kind), list):
-        return [media_tokens.elsewhere("image/") for one in part[kind] if _is_address(one)]
-    return [
-        media_tokens.elsewhere() for name in {kind, "file_url"} if name.endswith("_url") and _is_address(part.get(name))
-    ]
+    word = kind if isinstance(kind, str) else ""
+    found = []
+    for name, value in part.items():
+        # Or by what the part says that it is.
+        is_own = name == word or (name == "url" and word.endswith("_url"))
+        is_named = name.endswith(("_url", "_uri"))
+        is_place = (
+            is_named or name in _PLACES or name == "file_data" or (is_own and any(one in word for one in _PLACES))
+        )
+        if name == counted or not is_place:
+            continue
+        listed = value if isinstance(value, list) else [value]
+        # Of a film in many pieces these are pictures.
+        what = "image/" if listed is value and "video" in name else _type_of(name)
+        found += [media_tokens.elsewhere(what) for one in listed if _is_address(one, is_named)]
+    return found
 
 
-def _is_address(value: Any) -> bool:
-    """Of something that is not within the request."""
-    url = value.get("url") if isinstance(value, dict) else value
-    return isinstance(url, str) and bool(url) and not url.startswith("data:")
+def _type_of(name: str) -> str:
+    """What is at the addresses of a field."""
+    return next((f"{kind}/" for kind in ("image", "audio", "video") if kind in name), "")
 
 
-def _is_media(part: dict[str, Any]) -> bool:
+def _is_address(value: Any, is_named: bool) -> bool:
+    """Of something that is not within the request; ``is_named``: by the name of its field it is one, or what it stands for."""
+    if isinstance(value, dict):
+        return _is_address(value.get("url"), is_named) or any(
+            isinstance(one, str) and is_address(one) for one in value.values()
+        )
+    return isinstance(value, str) and (
+        is_address(value) or (is_named and bool(value) and not value.startswith("data:"))
+    )
+
+
+def _is_media(part: Mapping[str, Any]) -> bool:
     """Whether a part is none of text."""
     kind = part.get("type")
-    return kind in IMAGES or (isinstance(kind, str) and kind in _INNER and isinstance(part.get(kind), dict))
+    return kind in IMAGES or (isinstance(kind, str) and kind in _INNER and isinstance(part.get(kind), dict | str))
 
 
-def _media_of(part: dict[str, Any], walked: Pieces | None) -> tuple[Media | None, list[str]]:
+def _held_in(part: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str]:
+    """Of a part that `_is_media` the field that holds it, what that says, and the name there of what it is counted by."""
+    kind = part["type"]
+    field, hidden = ("image_url", "url") if kind in IMAGES else (kind, _INNER[kind][0])
+    given = part.get(field)
+    return field, given if isinstance(given, dict) else {hidden: given}, hidden
+
+
+def _media_of(part: Mapping[str, Any], walked: Pieces | None) -> tuple[Media | None, list[str]]:
     """What a part is if it is no text, and what it says beside that; None if it is text."""
-    kind = part.get("type")
-    if kind in IMAGES:
-        given, field = part.get("image_url"), "image_url"
-        inner = given if isinstance(given, dict) else {"url": given}
+    if not _is_media(part):
+        return None, []
+    field, inner, hidden = _held_in(part)
+    if part["type"] in IMAGES:
         url = inner.get("url")
         counted: Media | None = media_tokens.image(url if isinstance(url, str) else "", walked)
-        hidden = "url"
-    elif isinstance(kind, str) and kind in _INNER and isinstance(part.get(kind), dict):
-        inner, field = part[kind], kind
-        hidden, count = _INNER[kind]
-        counted = count(inner, walked)
     else:
-        return None, []
+        counted = _INNER[part["type"]][1](inner, walked)
     return counted, _said(part, _PART_NAMES, ("type", field)) + _said(
         inner, _PART_NAMES, (hidden,) if isinstance(inner.get(hidden), str) else ()
     )
