@@ -349,7 +349,7 @@ def test_objects(make, value, message):
 
 
 WRITES = [
-    (Graph.from_edges([0], [1]), "g.xyz", {}, "the format of g.xyz is unknown; give one of anb, edges"),
+    (Graph.from_edges([0], [1]), "g.xyz", {}, "the format of 'g.xyz' is unknown; give one of anb, edges"),
     (Graph.from_edges([0], [1]), "g", {"format": "edge"}, "the format 'edge' is unknown"),
     (Graph.from_edges([0], [1]), "g.parquet.gz", {}, "cannot be written compressed like that"),
     (Graph.from_edges([0], [1], directed=True), "g.metis", {}, "METIS files hold undirected graphs"),

@@ -389,7 +389,7 @@ def test_limits_that_do_not_suffice(tmp_path):
     with pytest.raises(CapacityError, match="the longest of 49,999 edges"):
         read_graph(star, memory_limit=LIMIT)
     for limit, words in (
-        (1000, "memory_limit is 1,000; it must be at least 1,048,576"),
+        (1000, "memory_limit is 1000; it must be a whole number from 1,048,576"),
         (1.5, "must be a whole number"),
     ):
         with pytest.raises(InputError, match=words):

@@ -710,3 +710,20 @@ def test_an_index_is_asked_and_changed_with_the_arguments_that_it_was_built_with
         one.set_params(workers=1)
         for now, then in zip(one.query(3), right, strict=True):
             np.testing.assert_array_equal(now, then)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([float("nan"), 0.5], "negative, or not finite"),
+        ([float("inf"), 0.5], "negative, or not finite"),
+        ([-0.5, 0.5], "negative, or not finite"),
+        ([30.0, 30.0], "those of one sum to 60"),
+    ],
+)
+def test_rows_that_are_no_scores_make_no_index(values, told):
+    """Queries told them as they were."""
+    graph = Graph.from_edges([0, 1], [1, 0])
+    rows = SparseRows.from_rows([([0, 1], values), ([0, 1], [0.5, 0.5])], 2)
+    with pytest.raises(InputError, match=told):
+        PowerWalk.from_rows(graph, rows)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import ConfigError, DataError, InputError
 from anabranch.extras import require
 from anabranch.graph.store import Graph
@@ -54,8 +55,8 @@ def load_dataset(name: str) -> Dataset:
         DataError: ``ANABRANCH_DATA`` is not set, or the file is not there or not readable.
         BackendError: networkx, which holds the smallest ones, is not installed.
     """
-    if name not in _READERS:
-        raise ConfigError(f"no graph {name!r}; known: {', '.join(_READERS)}")
+    if not isinstance(name, str) or name not in _READERS:
+        raise ConfigError(f"no graph {shown(name)}; known: {', '.join(_READERS)}")
     return _READERS[name](name)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anabranch.bounds import shown
+from anabranch.bounds import is_whole, shown, whole
 from anabranch.errors import ConfigError, InputError
 from anabranch.graph.arguments import is_number, plain
 from anabranch.graph.masks import unmasked
@@ -108,26 +108,34 @@ def most_similar(
     vector is similar to nothing (cosine 0). Fewer than ``k`` others: all of them. Raises InputError for a node or k out of range,
     and for vectors that are not finite numbers.
     """
-    vectors = np.asarray(unmasked(embedding_ND, "an embedding"))
+    try:
+        vectors = np.asarray(unmasked(embedding_ND, "an embedding"))
+    except ValueError:
+        raise InputError("an embedding is rows of one length, and these are of several") from None
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise InputError(
             f"an embedding is numbers of the shape [nodes, dim], this one is {vectors.dtype} {vectors.shape}"
         )
     if names is not None:
-        named = np.asarray(unmasked(names, "names"), object)
+        try:
+            named = np.asarray(unmasked(names, "names"), object)
+        except ValueError:
+            raise InputError("names is a list of lists of several lengths; give one per vector") from None
         if named.shape != (len(vectors),):
             raise InputError(
                 f"there are {len(vectors):,} vectors and names of the shape {named.shape}; give one per vector"
             )
-        found = np.flatnonzero(named == node)
-        if not found.size:
-            raise InputError(f"no vector is called {node!r}")
+        # One by one: an array compares with a list as with an array.
+        found = [row for row, name in enumerate(named.tolist()) if type(name) is type(node) and name == node]
+        if not found and isinstance(node, np.generic):
+            return most_similar(embedding_ND, node.item(), k, names=names)
+        if not found:
+            raise InputError(f"no vector is called {shown(node)}")
         ids, cosines = most_similar(vectors, int(found[0]), k)
         return named[ids], cosines
-    if not _is_whole(node) or not 0 <= node < len(vectors):
-        raise InputError(f"node {node} is not one of the {len(vectors):,} nodes of the embedding")
-    if not _is_whole(k) or k < 1:
-        raise InputError(f"k is {k}; it must be a whole number, at least 1")
+    if not is_whole(node) or not 0 <= node < len(vectors):
+        raise InputError(f"node {shown(node)} is not one of the {len(vectors):,} nodes of the embedding")
+    k = whole("k", k, 1)
     cosine_N = np.empty(len(vectors), np.float32)
     # Looked at below.
     with np.errstate(invalid="ignore", over="ignore"):
@@ -150,7 +158,3 @@ def most_similar(
     best = np.concatenate([above, even[: count - len(above)]])
     best = best[np.lexsort((best, -cosine_N[best]))]
     return best.astype(np.int64), cosine_N[best]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

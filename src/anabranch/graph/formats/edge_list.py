@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.checks import near_name, weight_problem
 from anabranch.graph.formats.build import EdgeSink, Rules
@@ -241,11 +242,11 @@ def _layout(path: Path, rules: Rules, dialect: Dialect, lines: list[int], texts:
     rows = [_fields_of(path, text, line, delimiter) for text, line in zip(texts, lines, strict=True)]
     first = [text for text, _ in rows[0]]
     if len(first) < 2:
-        shown = "whitespace" if delimiter == WHITESPACE else repr(chr(delimiter))
+        mark = "whitespace" if delimiter == WHITESPACE else repr(chr(delimiter))
         fail(
             path,
             lines[0],
-            f"{len(first)} field, where an edge needs two (split at {shown}; `delimiter` says what else)",
+            f"{len(first)} field, where an edge needs two (split at {mark}; `delimiter` says what else)",
         )
     has_header = _has_header(rows, dialect) if dialect.header is None and not noted else bool(dialect.header)
     names = first if has_header else None
@@ -281,7 +282,7 @@ def _delimiter(text: str, given: str | None) -> int:
         return WHITESPACE
     if given is not None:
         if len(given) != 1 or not given.isascii() or given in '"\n\r\0':
-            raise InputError(f"delimiter is {given!r}; it must be one ASCII character, or 'whitespace'")
+            raise InputError(f"delimiter is {shown(given)}; it must be one ASCII character, or 'whitespace'")
         return ord(given)
     bare = re.sub(r'"[^"]*"', "", text.strip())
     # Aligned by tabs and blanks.
@@ -352,11 +353,11 @@ def column_of(
         return default
     if isinstance(given, str):
         if names is None:
-            raise InputError(f"{path} has no header to look for the column {given!r} in; give its number")
+            raise InputError(f"{path} has no header to look for the column {shown(given)} in; give its number")
         if given in names:
             return list(names).index(given)
-        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise InputError(f"{path} has no column {given!r}{near_name(given, names)} (columns: {shown})")
+        there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise InputError(f"{path} has no column {shown(given)}{near_name(given, names)} (columns: {there:.500})")
     if isinstance(given, bool) or not 0 <= given < count:
         raise InputError(f"{path} has no column {given}; columns are 0 to {count - 1}")
     return int(given)

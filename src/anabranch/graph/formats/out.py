@@ -1,13 +1,14 @@
 """Graphs out: into files, objects of other libraries and tables. Each takes whatever `as_graph` does."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from anabranch.bounds import shown
 from anabranch.errors import InputError
 from anabranch.extras import require
+from anabranch.graph.arguments import as_path
 from anabranch.graph.formats.coerce import as_graph
 from anabranch.graph.formats.objects import edge_columns, note_of
 from anabranch.graph.formats.parquet import NOTE
@@ -27,11 +28,11 @@ def write_graph(graph: Any, path: str | os.PathLike[str], *, format: str | None 
         InputError: an unknown format, no graph, or one that the format cannot hold (names, self-loops ...).
         DataError, CapacityError: the place cannot be written, or its disk is full.
     """
-    path = Path(path)
-    kind = format or ENDINGS.get(name_of(path).suffix.lower())
-    if kind not in FORMATS:
-        shown = f"{format!r}" if format else f"of {path.name}"
-        raise InputError(f"the format {shown} is unknown; give one of {', '.join(FORMATS)}")
+    path = as_path(path)
+    kind = ENDINGS.get(name_of(path).suffix.lower()) if format is None else format
+    if not isinstance(kind, str) or kind not in FORMATS:
+        what = f"of {shown(path.name)}" if format is None else shown(format)
+        raise InputError(f"the format {what} is unknown; give one of {', '.join(FORMATS)}")
     if path.suffix in (".bz2", ".xz") or (path.suffix == ".gz" and kind not in ("csv", "edges", "mtx", "metis")):
         raise InputError(f"{path}: {kind!r} cannot be written compressed like that; text can as .gz")
     WRITERS[kind](as_graph(graph, allow_negative=True), path)

@@ -1,12 +1,12 @@
 """`read_graph`: which format a file is of, and who reads it."""
 
-import operator
 import os
 from pathlib import Path
 from typing import Any
 
+from anabranch.bounds import shown, whole
 from anabranch.errors import DataError, InputError
-from anabranch.graph.arguments import as_path
+from anabranch.graph.arguments import as_path, check_flag, check_one_of
 from anabranch.graph.array_file import MAGIC
 from anabranch.graph.checks import near_name
 from anabranch.graph.csr import DUPLICATES
@@ -113,12 +113,16 @@ def read_graph(
         memory_limit=memory_limit,
         spill_folder=spill_folder,
     )
-    dialect = Dialect(source=source, target=target, weight=weight, header=header, delimiter=delimiter, comment=comment)
+    dialect = _dialect(source, target, weight, header, delimiter, comment)
     if not path.is_file():
         raise DataError(f"{path} is a folder, not a file" if path.is_dir() else f"there is no file {path}")
     kind = _kind(path, format)
+    if variable is not None and not isinstance(variable, str):
+        raise InputError(f"variable is {shown(variable)}; it must be a name, or None")
     if variable is not None and kind not in ("npz", "mat"):
-        raise InputError(f"variable={variable!r} chooses a matrix of an .npz or .mat file; {path} is read as {kind!r}")
+        raise InputError(
+            f"variable={shown(variable)} chooses a matrix of an .npz or .mat file; {path} is read as {kind!r}"
+        )
     if memory_limit is not None and kind in ("npz", "mat"):
         raise InputError(f"{path} is read whole; memory_limit is for {', '.join(_STREAMED)}")
     try:
@@ -141,34 +145,43 @@ def _read(path: Path, kind: str, rules: Rules, dialect: Dialect, variable: str |
     return reader(path, rules, dialect)
 
 
+def _dialect(source: Column, target: Column, weight: Column, header: Any, delimiter: Any, comment: Any) -> Dialect:
+    """Raises InputError for arguments that are none."""
+    for name, column in (("source", source), ("target", target), ("weight", weight)):
+        if column is not None and not isinstance(column, str):
+            whole(name, column, 0)
+    for name, text in (("delimiter", delimiter), ("comment", comment)):
+        # One that is not ASCII marks no byte.
+        if not (isinstance(text, str) and text.isascii()) and not (text is None and name == "delimiter"):
+            raise InputError(f"{name} is {shown(text)}; it must be text in ASCII")
+    header = None if header is None else check_flag("header", header)
+    return Dialect(source=source, target=target, weight=weight, header=header, delimiter=delimiter, comment=comment)
+
+
 def _rules(**values: Any) -> Rules:
-    if values["ids"] not in IDS:
-        raise InputError(f"ids is {values['ids']!r}{near_name(values['ids'], IDS)}; it must be one of {', '.join(IDS)}")
-    if values["duplicates"] not in DUPLICATES:
-        raise InputError(f"duplicates is {values['duplicates']!r}; it must be one of {', '.join(DUPLICATES)}")
+    if not isinstance(values["ids"], str) or values["ids"] not in IDS:
+        near = near_name(values["ids"], IDS)
+        raise InputError(f"ids is {shown(values['ids'])}{near}; it must be one of {', '.join(IDS)}")
+    check_one_of("duplicates", values["duplicates"], DUPLICATES)
+    for name in ("drop_zero", "allow_negative"):
+        values[name] = check_flag(name, values[name])
+    if values["directed"] is not None:
+        values["directed"] = check_flag("directed", values["directed"])
     for name, least in (("num_nodes", 0), ("memory_limit", LEAST_LIMIT)):
-        if values[name] is None:
-            continue
-        try:
-            values[name] = operator.index(values[name])
-        except TypeError:
-            raise InputError(f"{name} is {values[name]!r}; it must be a whole number") from None
-        if values[name] < least:
-            raise InputError(f"{name} is {values[name]:,}; it must be at least {least:,}")
+        if values[name] is not None:
+            values[name] = whole(name, values[name], least)
     if values["num_nodes"] is not None and values["ids"] in ("names", "text"):
         raise InputError(f"num_nodes goes with ids that are numbers, not with ids={values['ids']!r}")
-    folder = values["spill_folder"]
-    if folder is not None and not Path(folder).is_dir():
-        raise InputError(f"spill_folder is {os.fspath(folder)}, which is no folder")
+    if values["spill_folder"] is not None and not as_path(values["spill_folder"], "spill_folder").is_dir():
+        raise InputError(f"spill_folder is {shown(os.fspath(values['spill_folder']))}, which is no folder")
     return Rules(**values)
 
 
 def _kind(path: Path, format: str | None) -> str:
     if format is not None:
-        if format not in FORMATS:
-            raise InputError(
-                f"the format {format!r} is unknown{near_name(format, FORMATS)}; it must be one of {', '.join(FORMATS)}"
-            )
+        if not isinstance(format, str) or format not in FORMATS:
+            near = near_name(format, FORMATS)
+            raise InputError(f"the format {shown(format)} is unknown{near}; it must be one of {', '.join(FORMATS)}")
         return format
     start = first_bytes(path, 64)
     known = next((kind for magic, kind in _MAGICS.items() if start.startswith(magic)), None)

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import BackendError, InputError
+from anabranch.bounds import shown
+from anabranch.errors import BackendError, InputError, first_line
 from anabranch.extras import require
+from anabranch.graph.arguments import check_one_of
 from anabranch.graph.hnsw.checks import as_distinct, as_ids, as_positive, as_vectors, is_tensor, results
 from anabranch.graph.hnsw.storage import METRICS
 
@@ -48,16 +50,20 @@ def brute_force(
         MissingExtraError: a device is named and torch is missing.
         BackendError: torch has no such device.
     """
-    if metric not in METRICS:
-        raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+    check_one_of("metric", metric, METRICS)
     k = as_positive(k, "k")
+    if not (device is None or isinstance(device, str) or is_tensor(vectors) or "torch" in type(device).__module__):
+        raise InputError(f"device is {shown(device)}; it must be the name of one, or None")
     work: _Numpy | _Torch = _Numpy()
     if device is not None or is_tensor(vectors):
         work = _Torch(device if device is not None else vectors.device)
-    shape = np.shape(vectors) if not is_tensor(vectors) else tuple(vectors.shape)
-    if len(shape) != 2:
+    try:
+        held = vectors if is_tensor(vectors) else np.asarray(vectors)
+    except ValueError:
+        raise InputError("vectors are of different lengths, so they are no array") from None
+    if len(shape := tuple(held.shape)) != 2:
         raise InputError(f"vectors have the shape {list(shape)}; they must be rows")
-    dim = 8 * shape[1] if metric == "hamming" and "bool" not in str(vectors.dtype) else shape[1]
+    dim = 8 * shape[1] if metric == "hamming" and "bool" not in str(held.dtype) else shape[1]
     vector_ND = as_vectors(vectors, dim, metric, "vectors")
     query_QD = as_vectors(queries, dim, metric, "queries")
     id_N = np.arange(len(vector_ND)) if ids is None else as_distinct(as_ids(ids, len(vector_ND)))
@@ -152,7 +158,7 @@ class _Torch:
             self._place = torch.device(device)
             torch.empty(0, device=self._place)
         except (RuntimeError, AssertionError) as error:
-            raise BackendError(f"torch has no device {device!r} here: {error}") from error
+            raise BackendError(f"torch has no device {shown(device)} here: {first_line(error)[:200]}") from error
 
     def take(self, array: np.ndarray) -> Any:
         return self._torch.from_numpy(array).to(self._place)

@@ -187,11 +187,17 @@ class PowerWalk(Asking, Changing):
         made = cls(**{"dtype": "f32", **params})
         if not isinstance(rows, SparseRows):
             raise InputError(f"rows is {shown(rows)}; it must be SparseRows")
+        whole("rows.num_columns", rows.num_columns, 0)
         try:
             check_rows(rows.indptr, rows.ids, rows.values, rows.num_columns, None, "rows", "scores")
         except DataError as error:
             why = str(error).partition(": ")[2].partition(";")[0]
             raise InputError(f"rows are no scores of {rows.num_columns} nodes: {why}") from None
+        if not (np.isfinite(rows.values).all() and (rows.values >= 0).all()):
+            raise InputError("rows are no scores: some are negative, or not finite")
+        # Float32 of as many rounds otherwise in each.
+        if len(rows) and (largest := float(rows.sums().max())) > 1.001:
+            raise InputError(f"rows are no scores: those of one sum to {largest:g}, and they sum to 1 at most")
         given = as_graph(graph, allow_negative=True)
         graph = given.numbered()
         transition = Transition(graph, made.alpha, made.dangling)
