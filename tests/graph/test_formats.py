@@ -394,7 +394,7 @@ def test_limits_that_do_not_suffice(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             read_graph(path, memory_limit=limit)
-    with pytest.raises(InputError, match=r"spill_folder is .*none, which is no folder"):
+    with pytest.raises(InputError, match=r"spill_folder is .*none', which is no folder"):
         read_graph(path, memory_limit=LIMIT, spill_folder=tmp_path / "none")
 
 
