@@ -889,3 +889,22 @@ def test_arrays_of_another_width_than_the_model_s_are_a_damaged_file(tmp_path, n
         return
     with pytest.raises(DataError, match="is damaged"):
         FastRP.load(path)
+
+
+@pytest.mark.parametrize("name", ["feature_columns", "feature_random", "num_random below", "num_random beyond"])
+def test_a_file_with_features_of_another_width_is_damaged(tmp_path, name):
+    graph = Graph.from_edges(np.arange(30), (np.arange(30) * 7 + 1) % 30, num_nodes=30)
+    features = np.random.default_rng(0).standard_normal((30, 3)).astype(np.float32)
+    path = tmp_path / "m.anb"
+    settings = {"features": features, "feature_ratio": 0.5, "keep_powers": True, "self_weight": 1.0}
+    FastRP(8, weights=(1.0, 1.0), **settings).fit(graph).save(path)
+    assert FastRP.load(path).transform(np.ones((2, 30)), features=features[:2]).shape == (2, 8)
+    found = read_arrays(path, "fastrp")
+    arrays, meta = {key: np.array(value) for key, value in found.arrays.items()}, dict(found.meta)
+    if name.startswith("num_random"):
+        meta["start"] = {**meta["start"], "num_random": -1 if name.endswith("below") else 9}
+    else:
+        arrays[name] = arrays[name][:, :-1]
+    write_arrays(path, "fastrp", arrays, meta)
+    with pytest.raises(DataError, match="is damaged"):
+        FastRP.load(path)
