@@ -50,7 +50,7 @@ class TrainConfig(Config):
         optimizer: ``adamw`` (arXiv 1711.05101), or ``mezo``: steps without gradients, in the memory of inference, of which many more are
             needed, see `anabranch.train.mezo`. It wants rates of its own (1e-6 for whole models, 1e-4 for LoRA, in its paper) and a
             ``constant`` schedule; ``betas``, ``eps`` and ``clip`` say nothing to it.
-        mezo_scale: how far from the weights its two points are, times a normal direction.
+        mezo_scale: how far from the weights its two points are, times a normal direction; at most 1.
         mezo_samples: directions of each of its steps.
         batch_size: items (sequences of text) per step, over all micro-batches and ranks.
         accumulation: micro-batches per step; more of them need less memory.
@@ -79,7 +79,7 @@ class TrainConfig(Config):
 
     steps: int = Field(default=1000, ge=0)
     optimizer: Literal["adamw", "mezo"] = "adamw"
-    mezo_scale: float = Field(default=1e-3, gt=0)
+    mezo_scale: float = Field(default=1e-3, gt=0, le=1)
     mezo_samples: Size = Field(default=1, ge=1)
     batch_size: Size = Field(default=32, ge=1)
     accumulation: Size = Field(default=1, ge=1)
