@@ -12,6 +12,7 @@ from anabranch.errors import ConfigError, DataError
 from anabranch.studies import frozen, harness, paired
 from anabranch.studies.harness import Arm, Claim, Study, refreeze, run_study, summarize
 from anabranch.studies.paired import Verdict, every_seed, verdict_below
+from anabranch.train import TrainConfig
 
 RECORDED = Path(__file__).parents[2] / "studies" / "results"
 LEAST = 0.1
@@ -227,12 +228,22 @@ def test_claims_may_be_void_one_by_one():
     assert plan.voided(["1"]) == plan.voided([None, "3"]) == plan.voided(["of nobody"]) == ["a", "b"]
 
 
-def test_a_field_that_came_later_counts_at_its_default(folder):
-    from anabranch.studies.frozen import differing
-
-    plan = make().plan()
-    older = {**plan, "arms": {name: dict(config) for name, config in plan["arms"].items()}}
-    assert differing(older, plan) == []
+def test_a_field_that_came_later_counts_at_its_default():
+    """Plans of before were refused for each new option of the trainer."""
+    settings = TrainConfig(steps=7)
+    study = make(arms=(Arm("plain", "the baseline", settings), Arm("better", "ours", {"kind": "better", "own": 1})))
+    older = json.loads(json.dumps(study.plan()))
+    for later in ("mezo_scale", "schedule"):
+        del older["arms"]["plain"][later]
+    assert frozen.differing(older, study) == []
+    older["arms"]["plain"]["steps"] = 8
+    assert frozen.differing(older, study) == ["arm plain: steps was 8 and is now 7"]
+    # One that is not at its default, and a key that somebody wrote.
+    del older["arms"]["plain"]["steps"]
+    del older["arms"]["better"]["own"]
+    told = frozen.differing(older, study)
+    assert len(told) == 2
+    assert told[1] == "arm better: own was None and is now 1"
 
 
 def test_the_rule_is_what_it_uses_and_nothing_else():
@@ -264,5 +275,5 @@ def test_every_study_is_what_was_frozen(name):
     study = studies.find(name)(full=True)
     plan = frozen.read(RECORDED, name)
     assert plan is not None, f"anabranch study {name} --full --refreeze REASON freezes it"
-    assert frozen.differing(plan.plan, study.plan()) == []
+    assert frozen.differing(plan.plan, study) == []
     assert study.plan()["primary"] in [claim for claim, _ in plan.plan["claims"]]

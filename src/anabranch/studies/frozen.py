@@ -123,9 +123,10 @@ def freeze(
     return made
 
 
-def check(frozen: Frozen, plan: Mapping[str, Any]) -> None:
-    """Raises ConfigError if ``plan`` is not the one that was frozen."""
-    found = differing(frozen.plan, plan)
+def check(frozen: Frozen, study: "Study") -> None:
+    """Raises ConfigError if the plan of ``study`` is not the one that was frozen."""
+    plan = study.plan()
+    found = differing(frozen.plan, study)
     if found:
         last, more = frozen.history[-1], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise ConfigError(
@@ -134,8 +135,9 @@ def check(frozen: Frozen, plan: Mapping[str, Any]) -> None:
         )
 
 
-def differing(frozen: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """In what a plan is not the one that was frozen, in words. A field of a config that came later counts at its default."""
+def differing(frozen: Mapping[str, Any], study: "Study") -> list[str]:
+    """In what a study is not as it was frozen, in words. A field of a config that came later counts at its default."""
+    plan = study.plan()
     told = [
         f"{name} was {_short(frozen[name])} and is now {_short(plan[name])}"
         for name in ("revision", "seeds", "primary")
@@ -151,7 +153,8 @@ def differing(frozen: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     ]
     if frozen["rule"] != plan["rule"]:
         told.append("the code of its rule is another")
-    before, after = frozen["arms"], plan["arms"]
+    # As they are, not as JSON, which does not tell fields of a config from what somebody wrote.
+    before, after = frozen["arms"], {arm.name: arm.config for arm in study.arms}
     told += [f"arm {name} is gone" for name in before if name not in after]
     told += [f"arm {name} is new" for name in after if name not in before]
     told += [

@@ -365,7 +365,7 @@ def refreeze(study: Study, folder: str | Path, why: str) -> Frozen:
     """
     folder = Path(folder)
     before, plan = read_frozen(folder, study.name), study.plan()
-    changed = differing(before.plan, plan) if before is not None else []
+    changed = differing(before.plan, study) if before is not None else []
     # Which claim stands for the rest says nothing about what came out of any.
     is_told_otherwise = bool(changed) and all(what.startswith("primary was ") for what in changed)
     if not why.strip():
@@ -387,7 +387,7 @@ def _checked(study: Study, folder: Path) -> Frozen | None:
     """The frozen plan of a study, which is still its own; None if there is none."""
     frozen = read_frozen(folder, study.name)
     if frozen is not None:
-        check(frozen, study.plan())
+        check(frozen, study)
     return frozen
 
 
