@@ -9,6 +9,7 @@ from scipy.stats import chi2, chisquare, ks_2samp
 
 from anabranch.errors import DataError, InputError
 from anabranch.graph import Graph
+from anabranch.graph.array_file import kind_of, read_arrays, write_arrays
 from anabranch.graph.datasets import load_dataset
 from anabranch.graph.powerwalk import PowerWalk
 from anabranch.graph.powerwalk.moves import binomial
@@ -727,3 +728,16 @@ def test_rows_that_are_no_scores_make_no_index(values, told):
     rows = SparseRows.from_rows([([0, 1], values), ([0, 1], [0.5, 0.5])], 2)
     with pytest.raises(InputError, match=told):
         PowerWalk.from_rows(graph, rows)
+
+
+def test_a_file_whose_counts_are_of_another_type_than_it_says_is_damaged(tmp_path):
+    """Rows that were walked again were counted in it: scores were wrong by a third."""
+    graph = Graph.from_edges(np.arange(30), (np.arange(30) * 7 + 1) % 30, num_nodes=30)
+    path = tmp_path / "w.anb"
+    PowerWalk(walks=50, workers=1, dtype="f16").build(graph).save(path)
+    found = read_arrays(path, kind_of(path))
+    arrays = {name: np.array(array) for name, array in found.arrays.items()}
+    meta = {**found.meta, "params": {**found.meta["params"], "dtype": "f32"}}
+    write_arrays(path, kind_of(path), arrays, meta, found.version)
+    with pytest.raises(DataError, match="its counts are float16, and it says f32"):
+        PowerWalk.load(path, graph)

@@ -13,6 +13,7 @@ from scipy.sparse import coo_array, csr_array, random_array
 
 from anabranch.errors import CapacityError, DataError, InputError
 from anabranch.graph import Graph, csr, transform
+from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.store import GraphBytes
 from graphs import edge_lists, graphs
 
@@ -525,3 +526,25 @@ def test_names_that_are_no_utf_8_are_refused_before_anything_is_written(tmp_path
     with pytest.raises(InputError, match=r"the name '\\ud800' cannot be written"):
         graph.save(tmp_path / "g.anb")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: {"name_ends": arrays["name_ends"] > 0},
+        lambda arrays: {"name_ends": arrays["name_ends"][::-1].copy()},
+        lambda arrays: {"name_ends": arrays["name_ends"] - 1},
+        lambda arrays: {"name_bytes": arrays["name_bytes"].astype(np.int64)},
+        lambda arrays: {"name_bytes": arrays["name_bytes"].astype("U3")},
+        lambda arrays: {"name_bytes": np.repeat(arrays["name_bytes"][:1], len(arrays["name_bytes"]))},
+    ],
+)
+def test_names_of_a_file_that_cannot_be_are_damage(tmp_path, change):
+    """They were read as garbage, some of it twice."""
+    path = tmp_path / "g.anb"
+    Graph.from_edges([0, 1, 2], [1, 2, 0], names=["a", "b", "c"]).save(path)
+    found = read_arrays(path, "graph")
+    arrays = {name: np.array(array) for name, array in found.arrays.items()}
+    write_arrays(path, "graph", {**arrays, **change(arrays)}, found.meta, found.version)
+    with pytest.raises(DataError, match="damaged"):
+        Graph.load(path)

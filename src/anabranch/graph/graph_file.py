@@ -53,6 +53,8 @@ def _checked(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Stored:
         raise ValueError("weights do not fit indices")
     if names is not None and names.shape != (len(indptr) - 1,):
         raise ValueError("names do not fit nodes")
+    if names is not None and names.dtype == object and len(set(names.tolist())) < len(names):
+        raise ValueError("several nodes have one name")
     if (row := csr.find_fault(indptr, indices, len(indices))) >= 0:
         raise ValueError(f"the edges of node {row} are out of order or range")
     return indptr, indices, weights, bool(meta["is_directed"]), names

@@ -252,10 +252,24 @@ def _of_names(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def names_from(arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Names that `names_arrays` made arrays of; None where there are none. Raises UnicodeDecodeError for what is no text."""
+    """Names that `names_arrays` made arrays of; None where there are none.
+
+    Raises ValueError for other arrays, UnicodeDecodeError (which is one) for what is no text.
+    """
     if "name_ends" not in arrays:
         return arrays.get("names")
-    text, ends = arrays["name_bytes"].tobytes(), arrays["name_ends"].tolist()
+    ends_N, letters = arrays["name_ends"], arrays.get("name_bytes")
+    if (
+        ends_N.dtype != np.int64
+        or ends_N.ndim != 1
+        or letters is None
+        or letters.dtype != np.uint8
+        or letters.ndim != 1
+    ):
+        raise ValueError("names are not bytes and where each ends")
+    if (np.diff(ends_N, prepend=0) < 0).any() or (ends_N[-1] if len(ends_N) else 0) != len(letters):
+        raise ValueError("ends of names are out of order or range")
+    text, ends = letters.tobytes(), ends_N.tolist()
     found = np.empty(len(ends), object)
     found[:] = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
     return found

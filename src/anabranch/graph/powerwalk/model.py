@@ -270,6 +270,9 @@ class PowerWalk(Asking, Changing):
             arrays, meta = read(path, mmap=mmap, verify=verify)
             check_mark(path, meta["graph"], graph)
             made = cls._of(path, meta.get("params", {}), workers)
+            # Rows that are walked again would be counted in another.
+            if arrays["values"].dtype != DTYPES[made.dtype]:
+                raise DataError(f"{path} is damaged: its counts are {arrays['values'].dtype}, and it says {made.dtype}")
             index = Index(Transition(graph, made.alpha, made.dangling), arrays, made._unit())
             # Of an older release the rows say it.
             chosen = meta.get("chosen")
