@@ -191,7 +191,7 @@ def nats(here, base, *adapter):
     return json.loads(here("eval", base / "base", *adapter, *given)[1])["nats_per_token"]
 
 
-def test_experts_that_a_router_chooses(here, base):
+def test_experts_that_a_router_chooses(here, base, monkeypatch):
     """New ones all or few by the entropy; and adapters that were trained before, whose router alone learns."""
     plain = nats(here, base)
     small = ["--method", "dynmole", "--rank", 2, "--set=method.experts=3", "--set=method.keep_top_k=1"]
@@ -201,9 +201,14 @@ def test_experts_that_a_router_chooses(here, base):
     for name, seed in (("law", 1), ("sql", 2)):
         options = ["--rank", seed, "--seed", seed, "--out", base / name, "--steps", 4]
         adapted(here, base / "base", base / "rows.jsonl", *options)
-    folders = json.dumps([str(base / name / "adapter") for name in ("law", "sql")])
+    monkeypatch.chdir(base)
+    folders = json.dumps([f"{name}/adapter" for name in ("law", "sql")])
     given = ["--method", "lora_mixer", f"--set=method.adapters={folders}", "--set=method.top_k=2"]
     mixed = adapted(here, base / "base", base / "rows.jsonl", "--out", base / "mixer", "--steps", 4, *given)
+    # It goes on from another place than the one it began in.
+    monkeypatch.chdir(base.parent)
+    code, _, err = here("adapt", "--resume", "--out", base / "mixer", "--steps", 5, "--json", "--quiet")
+    assert code == 0, err
     # Two blocks with a router for q, k and v and one for o, of two rows of 32 numbers.
     assert (mixed["method"], mixed["parameters"]) == ("lora_mixer", 2 * 2 * 2 * 32)
     assert nats(here, base, "--adapter", base / "mixer" / "adapter") not in (plain, told)
@@ -260,7 +265,7 @@ def test_adapters_are_fused_and_kinds_unified_from_training_to_generation(here, 
     ("options", "message"),
     [
         (["--method", "adapter-fusion", "--set=method.adapters=[]"], "adapters is empty; name at least one folder"),
-        (["--method", "adapter-fusion", '--set=method.adapters=["a"]'], "no adapter of anabranch's in a"),
+        (["--method", "adapter-fusion", '--set=method.adapters=["a"]'], "/a (looked for adapter.json)"),
         (["--method", "adapter-fusion", "--set=method.number=0"], "number"),
         (["--method", "unipelt", "--set=method.tokens=0"], "tokens"),
         (["--method", "unipelt", "--set=method.number=3"], "unipelt has no option 'number'"),

@@ -183,7 +183,21 @@ def _started(
     place = str(Path(model).absolute()) if Path(model).exists() else model
     named = settings.pop("task.method.kind", "lora")
     task = AdaptTask.Config(model=place, data=str(data.absolute()), method=method_named(method or named))
-    return override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
+    made = override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
+    chosen: Any = made.task
+    return override(made, _absolute(chosen.method))
+
+
+def _absolute(method: Any) -> dict[str, Any]:
+    """Folders that a method names, so that it goes on from any place."""
+    found = {}
+    for name in method.owner.folders:
+        told = getattr(method, name)
+        if told is not None:
+            is_one = isinstance(told, str)
+            places = [str(Path(place).absolute()) for place in ([told] if is_one else told)]
+            found[f"task.method.{name}"] = places[0] if is_one else places
+    return found
 
 
 def _resumed(

@@ -33,6 +33,7 @@ class FusionMethod(Method, kind="adapter-fusion"):
     """Attention over adapters, given or new (arXiv 2005.00247)."""
 
     summary: ClassVar[str] = "attention over the outputs of several bottleneck adapters, given or new"
+    folders: ClassVar[tuple[str, ...]] = ("adapters",)
 
     @configclass
     class Config(Method.Config):

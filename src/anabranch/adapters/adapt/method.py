@@ -51,10 +51,12 @@ class Method(Part, family="adapter_method"):
     Attributes:
         needs_task: whether it routes by task, so that each row must name one.
         summary: what it is, in a few words.
+        folders: fields of its config that name folders, one or several.
     """
 
     needs_task: ClassVar[bool] = False
     summary: ClassVar[str] = ""
+    folders: ClassVar[tuple[str, ...]] = ()
 
     @configclass
     class Config(BaseConfig):

@@ -81,6 +81,7 @@ class LoraMixer(Method, kind="lora_mixer"):
     """LoRA experts in projections, given or new, and one router for q, k and v (arXiv 2507.00029)."""
 
     summary: ClassVar[str] = "adapters, given or new, that a router chooses for each token"
+    folders: ClassVar[tuple[str, ...]] = ("adapters",)
 
     @configclass
     class Config(Method.Config):

@@ -33,6 +33,7 @@ class GateMethod(Method, kind="gate"):
     """Gates of an adapter that is there (arXiv 2402.05859)."""
 
     summary: ClassVar[str] = "gates of an adapter, by which a pool of several routes"
+    folders: ClassVar[tuple[str, ...]] = ("adapter",)
 
     @configclass
     class Config(Method.Config):
