@@ -92,6 +92,16 @@ def test_losses_are_planned_and_compared(here):
     assert all(ratio >= 1 for ratio in told["throughput_over"].values())
     samples = [sum(stage["samples"]) for stage in told["plan"]["stages"]]
     assert samples == [4 * 16 * 4] * 4
+    whole = told["step_s"]
+    words = ["--replicas", "4", "--layers", "16", "--lose", "1", "--lose", "2:2", "--decoupled"]
+    code, out, _ = here("cluster", "elastic", *words, "--json")
+    apart = json.loads(out)["step_s"]
+    # The others are as they were.
+    assert {name: apart[name] for name in whole} == whole
+    assert apart["recycle-staggered"] <= apart["recycle-decoupled"] <= apart["recycle"]
+    assert apart["elaswave-decoupled"] <= apart["elaswave"]
+    code, out, _ = here("cluster", "elastic", *words)
+    assert "ReCycle, staggered" in out
     code, out, _ = here(
         "cluster", "elastic", "moe", "--replicas", "2", "--stages", "2", "--memory", "1MB", "--bandwidth", "1GB"
     )

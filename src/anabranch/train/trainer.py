@@ -132,7 +132,7 @@ class Trainer(Generic[R]):
         self._log: MetricsLog | None = None
         self._held = ExitStack()
         # The newest lines of a process that does not write: it may have to go on where another has ended.
-        self._unwritten: deque[dict[str, Any]] = deque(maxlen=_KEPT_LINES)
+        self._unwritten: deque[dict[str, Any]] = deque()
         if found is not None:
             self._checkpoints.restore(found, self.stream)
         self._progress = self._checkpoints.progress
@@ -505,8 +505,11 @@ class Trainer(Generic[R]):
     def _write(self, record: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(record)
-        else:
-            self._unwritten.append(record)
+            return
+        self._unwritten.append(record)
+        # Who is to write, and cannot yet since another holds the folder, has to keep all of them.
+        while len(self._unwritten) > _KEPT_LINES and not (self._elastic is not None and self._elastic.is_first):
+            self._unwritten.popleft()
 
     def _emit(self, kind: str, values: dict[str, Any] | None = None) -> None:
         if self._on_event is not None and self.workers.is_first:
