@@ -176,6 +176,8 @@ def _counter(path: str, field: str) -> Counter:
     # Of models that embed: files that cut a text short, or fill it up to a length, count neither its tokens nor what they cost.
     made.no_truncation()
     made.no_padding()
+    # What a sender writes is text to those who sell tokens: where it spells out a special one, that is several, and not one.
+    made.encode_special_tokens = True
     # Of one text at a time the library holds Python's lock, and with it the event loop, as long as it takes; of several it does not. Where
     # each token stands in the text, which the slower of the two finds out besides, nobody asks.
     return lambda text: len(made.encode_batch_fast([text], add_special_tokens=False)[0].ids)

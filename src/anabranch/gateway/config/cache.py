@@ -12,7 +12,7 @@ class CacheConfig(Config):
         semantic: answer a request that means the same; needs an embedder.
         threshold: least cosine of two requests that mean the same.
         ttl_s: seconds an answer is kept.
-        max_entries, max_bytes: of all answers kept; the least recently used go first.
+        max_entries, max_bytes: of all answers kept; beyond that those of whoever holds most make room, the least recently used first.
     """
 
     exact: bool = True
