@@ -130,3 +130,19 @@ def test_no_piece_is_copied_once_for_each_that_comes_behind_it(monkeypatch):
     assert made["choices"][0]["message"]["audio"]["data"] == "abc" * 512
     # Nine times all of it: each piece once for each time that the number is halved.
     assert sum(sizes) == 9 * 3 * 512
+
+
+def test_pieces_go_behind_one_another_and_what_was_said_once_stays():
+    deltas = [
+        {"audio": {"id": "x", "data": "ab"}, "note": {"a": "b"}, "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]},
+        {"audio": {"data": "cd"}, "note": "text", "tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+        {"audio": {"data": "ef"}, "list": [1]},
+        {"list": [2]},
+    ]  # fmt: skip
+    kept = copy.deepcopy(deltas)
+    [choice] = assembled([{"choices": [{"index": 0, "delta": delta}]} for delta in deltas])["choices"]
+    assert choice["message"]["audio"] == {"id": "x", "data": "abcdef"}
+    assert (choice["message"]["note"], choice["message"]["list"]) == ("text", [1, 2])
+    [call] = choice["message"]["tool_calls"]
+    assert (call["id"], call["function"]) == ("c", {"name": "f", "arguments": "{}"})
+    assert deltas == kept

@@ -13,7 +13,7 @@ from anabranch.errors import BudgetError, ConfigError, InputError, LimitError, R
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.gateway import Gateway
-from anabranch.gateway.lane import BypassError, Lane
+from anabranch.gateway.lane import WAITING, BypassError, Lane
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.providers.openai import OpenAI
 from anabranch.routers.contract.ask import Answered
@@ -254,6 +254,24 @@ def test_keys_take_turns_in_a_strategy_s_thread():
     assert {one.bypassed for one in decided} == {""}
     assert order[:9] == ["a", "a", "learns", "b", "c", "a", "learns", "b", "a"]
     assert order.count("a") == order.count("learns") == 20
+
+
+def test_so_much_waits_to_be_learned_and_what_touches_nothing_else_comes_behind_it():
+    async def main():
+        decider, order, released = held_up()
+        lane = decider.lanes["tested"]
+        asked = asyncio.ensure_future(decider.decide("tested", Query(text="x", tenant="a"), POOL, unasked))
+        await until(lambda: order == ["a"])
+        for _ in range(WAITING + 50):
+            lane.observe(Outcome(query=Query(text="x"), model="small"))
+        alone = asyncio.ensure_future(lane.alone(lambda: order.append("alone")))
+        await asyncio.sleep(0)
+        released.set()
+        await asyncio.gather(asked, alone)
+        decider.close()
+        return order
+
+    assert asyncio.run(main()) == ["a", *["learns"] * WAITING, "alone"]
 
 
 def test_what_waits_for_a_strategy_s_thread_is_not_decided_once_its_client_has_gone():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anabranch.gateway.providers.failures import UpstreamError
-from anabranch.gateway.providers.http_call import HttpCall, read_all
+from anabranch.gateway.providers.http_call import ERROR_BYTES, HttpCall, read_all, read_beginning, read_error
 
 
 class Told:
@@ -41,6 +41,45 @@ def test_pieces_are_put_together_in_their_order(parts):
     reply = Told(*parts)
     assert asyncio.run(read_all(reply)) == b"".join(parts)
     assert not reply.is_closed
+
+
+@given(st.lists(st.binary(min_size=1, max_size=9), max_size=9), st.integers(0, 40), st.integers(0, 9))
+def test_what_has_begun_counts_too_and_each_piece_is_told_before_the_next_is_asked_for(parts, most, begun):
+    begun, rest = parts[:begun], parts[begun:]
+    reply, kept = Told(*rest), []
+
+    async def keep(num_bytes):
+        # The first is what has begun.
+        assert reply.num_read == len(kept)
+        kept.append(num_bytes)
+
+    is_too_much = sum(map(len, parts)) > most
+    try:
+        assert asyncio.run(read_all(reply, most, begun, keep)) == b"".join(parts)
+        assert not is_too_much
+    except UpstreamError:
+        assert is_too_much
+    sizes = [sum(map(len, begun)), *map(len, rest)]
+    assert kept == sizes[: len(kept)]
+    assert len(kept) == len(sizes) or sum(kept) > most
+
+
+@given(st.lists(st.binary(min_size=1, max_size=9), max_size=9), st.integers(0, 40))
+def test_of_a_beginning_no_more_is_read_than_it_takes(parts, size):
+    reply = Told(*parts)
+    begun, is_more = asyncio.run(read_beginning(reply, size))
+    assert begun == parts[: len(begun)]
+    assert is_more is (sum(map(len, begun)) > size)
+    assert sum(map(len, begun[:-1])) <= size
+    assert is_more or begun == parts
+
+
+def test_of_what_went_wrong_the_beginning_is_read():
+    piece = b"x" * (ERROR_BYTES // 4)
+    assert asyncio.run(read_error(Told(b"no ", b"such model"))) == b"no such model"
+    reply = Told(*[piece] * 20)
+    assert asyncio.run(read_error(reply)) == piece * 5
+    assert reply.num_read == 5
 
 
 @given(st.lists(st.binary(min_size=1, max_size=9), max_size=9), st.integers(0, 40))

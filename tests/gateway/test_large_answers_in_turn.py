@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig
 from anabranch.gateway.core.incoming import KnownKey
+from anabranch.gateway.dispatch.dispatcher import Dispatcher
 from anabranch.gateway.dispatch.large_answers import PATIENCE_S, LargeAnswers
 from anabranch.gateway.dispatch.virtual_time import run_virtual
 from anabranch.gateway.gateway import Gateway
@@ -180,6 +181,12 @@ def test_everybody_whose_upstream_goes_on_comes_to_an_end_and_little_is_held_bey
         assert (room._num_bytes, room._waiting, room._beyond, room._going) == (0, {}, {}, None)
 
     run_virtual(main)
+
+
+def test_the_room_is_that_of_all_configs():
+    made = Dispatcher([])
+    assert made.room._limit == 128 << 20
+    assert Dispatcher([], previous=made).room is made.room
 
 
 # In a gateway

@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -276,6 +278,35 @@ def test_a_webhook_that_leaves_the_config_ends_nothing(monkeypatch):
         watching.cancel()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_name_that_nobody_answers_for_keeps_no_thread_from_others(monkeypatch, private):
+    """All addresses of upstreams, too, are looked up in a few threads."""
+    gate, looked_up = threading.Event(), []
+
+    def hangs(host, *_, **__):
+        looked_up.append(host)
+        gate.wait()
+        raise OSError("no such name")
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        monkeypatch.setattr(webhooks, "POST_S", 0.2)
+        hooks = Webhooks({"dead": hook("https://dead.example/x", private=private)}, lambda: Due(dead=20))
+        monkeypatch.setattr(webhooks.socket, "getaddrinfo", hangs)
+        looking = asyncio.create_task(hooks.look())
+        await until_async(lambda: looked_up)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "goes on"), 60) == "goes on"
+        looking.cancel()
+        await asyncio.gather(looking, *hooks._telling.values(), return_exceptions=True)
+        assert looked_up == ["dead.example"]
+        gate.set()
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()
 
 
 def test_what_goes_wrong_with_one_webhook_is_told_and_the_others_are(monkeypatch, caplog):
