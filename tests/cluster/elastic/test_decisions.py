@@ -138,6 +138,16 @@ def test_training_has_not_ended_by_the_word_of_an_older_epoch():
     assert room.lines[1].said[-1] == {"kind": "finished", "where": "kept"}
 
 
+def test_a_checkpoint_is_told_of_once():
+    """The last one is written as any other, and then as the end of training."""
+    room = Room().begin()
+    room.tell(0, "wrote", where="kept", version=0, is_last=False)
+    room.tell(0, "wrote", where="kept", version=0, is_last=True)
+    assert room.made.is_ending
+    room.tell(0, "wrote", where="kept", version=1, is_last=False)
+    assert [told["version"] for what, told in room.history if what == "wrote"] == [0, 1]
+
+
 # Who holds up others
 
 

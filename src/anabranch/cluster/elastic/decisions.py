@@ -263,8 +263,11 @@ class Decisions(Epochs):
     def _wrote(self, member: Seat, header: Header) -> None:
         """The first rank has a checkpoint on disk that any number of ranks can read."""
         where, version, is_last = str(header["where"]), int(header["version"]), bool(header["is_last"])
+        before = self._rounds.newest
         self._rounds.wrote(where, version)
-        self._note("wrote", rank=member.rank, version=version, where=where)
+        # The last one is told of when it is there, and again as that of the end.
+        if self._rounds.newest != before:
+            self._note("wrote", rank=member.rank, version=version, where=where)
         # Where ranks were lost meanwhile those who are left come to it again: some may not have what was learned yet.
         if is_last and self._is_of_now(header):
             # Nobody is missed from here on.
