@@ -6,44 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import InputError, LimitError
-from anabranch.serving.core.admission import REASONS, Admission, AdmissionConfig, Held, OverloadError
-from anabranch.serving.core.batch import Sampled
+from admission_gate import gate, refused, serve
+from anabranch.errors import InputError
+from anabranch.serving.core.admission import REASONS, Held, OverloadError
 from anabranch.serving.core.pace import DrainRate, Pace
-from anabranch.serving.core.request import Request, Sampling
-from anabranch.serving.core.scheduler import SchedulerConfig
-
-OPEN = {"max_in_flight": None, "max_queued": None, "max_queued_tokens": None}
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def gate(*, is_shared=False, **limits):
-    clock = Clock()
-    return Admission(AdmissionConfig(**{**OPEN, **limits}), is_shared=is_shared, clock=clock), clock
-
-
-def serve(admission, clock, *, seconds, tokens=10, count=50):
-    """Requests one after the other that wait for ``seconds`` each and then end at once."""
-    for number in range(count):
-        with admission.admit(tokens, f"served{number}") as ticket:
-            clock.now += seconds
-            ticket.started()
-
-
-def refused(admission, reason, *arguments, **named):
-    before = admission.rejections[reason]
-    with pytest.raises(OverloadError) as caught:
-        admission.admit(*arguments, **named)
-    assert caught.value.reason == reason
-    assert admission.rejections[reason] == before + 1
-    assert isinstance(caught.value, LimitError)
-    return caught.value
 
 
 def test_counts_follow_tickets_and_refusals_are_counted_from_zero():
@@ -322,86 +288,6 @@ def test_the_queue_of_another_key_is_no_reason_to_refuse_a_deadline():
     refused(admission, "deadline", 10, "a", deadline_s=600.0)
 
 
-def seated(admission, key, count):
-    tickets = [admission.admit(10, key) for _ in range(count)]
-    for ticket in tickets:
-        ticket.started()
-    return tickets
-
-
-def test_a_key_that_others_make_room_for_is_not_told_of_their_standstill():
-    admission, clock = gate(is_shared=True)
-    serve(admission, clock, seconds=1.0, count=30)
-    own = seated(admission, "a", 16)
-    for _ in range(4):
-        admission.admit(10, "a")
-    clock.now += 300
-    assert admission.expected_first_token_s(10, "a") > 600
-    # Nobody was owed a seat of late, so nothing is known.
-    assert admission.expected_first_token_s(10, "b") is None
-    with admission.admit(10, "b", deadline_s=1.0) as ticket:
-        clock.now += 3.0
-        assert admission.expected_first_token_s(10, "c") > 1.0
-        ticket.started()
-        assert 0 < admission.expected_first_token_s(10, "c") < 6.0
-        # With as many seats as others have, it waits as they do.
-        more = seated(admission, "b", 7)
-        assert admission.expected_first_token_s(10, "b") < 600
-        seated(admission, "b", 7)
-        clock.now += 300
-        assert admission.expected_first_token_s(10, "b") > 600
-    for ticket in own + more:
-        ticket.close()
-
-
-def test_those_that_are_owed_seats_tell_of_a_standstill_of_their_own():
-    admission, clock = gate(is_shared=True)
-    serve(admission, clock, seconds=1.0, count=30)
-    seated(admission, "a", 16)
-    waits = admission.admit(10, "b")
-    clock.now += 300
-    refused(admission, "deadline", 10, "c", deadline_s=600.0)
-    waits.close()
-    admission.admit(10, "c", deadline_s=600.0)
-
-
-def test_no_more_of_a_key_are_owed_seats_than_the_other_has_over():
-    admission, _ = gate(is_shared=True)
-    seated(admission, "a", 16)
-    # With eight, a has as many.
-    assert [admission.admit(10, "b").is_owed for _ in range(10)] == [True] * 8 + [False] * 2
-
-
-@pytest.mark.parametrize("waited", [30, 120, 1000])
-def test_where_the_scheduler_gives_a_seat_admission_lets_in(waited):
-    admission, clock = gate(is_shared=True, max_in_flight=100)
-    scheduler, tickets = SchedulerConfig(num_blocks=4000, max_positions=4000, min_run=8, max_seqs=4).build(), {}
-
-    def add(id, key, new, deadline_s):
-        tickets[id] = admission.admit(4, key, deadline_s)
-        scheduler.add(Request(id=id, prompt=(1, 2, 3, 4), key=key, sampling=Sampling(max_tokens=new, ignore_eos=True)))
-
-    def step():
-        clock.now += 1.0
-        batch = scheduler.schedule()
-        for output in scheduler.update(batch, [Sampled(id=each.id, token=7) for each in batch.chunks if each.samples]):
-            tickets[output.id].started()
-            if output.finish is not None:
-                tickets[output.id].close()
-
-    for number in range(8):
-        add(f"a{number}", "a", 3000, 600.0)
-    for _ in range(waited):
-        step()
-    for turn in range(3):
-        for number in range(2):
-            add(f"b{turn}{number}", "b", 2, 60.0)
-        before = clock.now
-        while any(tickets[f"b{turn}{number}"]._is_open for number in range(2)):
-            step()
-        assert clock.now - before <= 2 * 8 + 2
-
-
 @given(
     st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 40), st.sampled_from(("admit", "start", "close")))),
     st.integers(16, 40),
@@ -530,10 +416,21 @@ def test_an_idle_server_admits_whatever_was_before(steps, deadline_s, tokens, co
         ticket.close()
     assert (admission.in_flight, admission.queued, admission.queued_tokens) == (0, 0, 0)
     assert not admission._line.waiting
-    assert not admission._owed.waiting
+    assert not any(line.waiting for line in admission._owed.values())
     admission.admit(tokens, "c", deadline_s).close()
     for ticket in admission.admit_all([10] * count, "c", deadline_s):
         ticket.close()
+
+
+def test_a_slow_start_refuses_deadlines_no_longer_than_a_window():
+    admission, clock = gate()
+    ticket = admission.admit(10)
+    clock.now += 40
+    ticket.started()
+    refused(admission, "deadline", 10, deadline_s=10.0)
+    # It answers for hours.
+    clock.now += 31
+    admission.admit(10, deadline_s=10.0)
 
 
 def test_the_drain_rate_is_that_of_busy_time():

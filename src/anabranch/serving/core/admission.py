@@ -4,12 +4,15 @@ A queue without a bound serves everybody too late. What is over a limit is refus
 first token after its deadline; both are told after how many seconds there should be room, from how fast the queue has drained lately.
 
 Where keys share an engine, one that has fewer seats than another gets some of those (`anabranch.serving.core.seats`), however long the
-requests of that other one take. What it waits for is known from those that came like it, not from a queue that stands still.
+requests of that other one take. What it waits for is known from those that came like it, not from a queue that stands still: one whose key
+has nothing in flight from those whose keys had nothing either when they came, one whose key has one from those that had one, and so on
+(two or three, four to seven, ...). So nobody is refused for what keys wait that have more. Prompts share the steps, so it is also not
+refused for how long longer prompts wait.
 """
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -125,9 +128,9 @@ class Admission(Held):
         self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self._of_key: dict[str, Held] = {}
         window_s = self.config.window_s
-        # The queued; and of them those for which other keys make room.
         self._line: Line[Ticket] = Line(window_s)
-        self._owed: Line[Ticket] = Line(window_s)
+        # Of the queued those for which other keys make room, by how many their keys had in flight when they came (bits of that number).
+        self._owed: defaultdict[int, Line[Ticket]] = defaultdict(lambda: Line(window_s, is_passed=True))
         # Prompt tokens that leave the queue, and requests that end.
         self._token_rate, self._end_rate = DrainRate(window_s), DrainRate(window_s)
 
@@ -180,15 +183,19 @@ class Admission(Held):
                 text = f"the first token is expected in {expected_s:.1f} s, after the deadline of {deadline_s:g} s"
                 self.rejections["deadline"] += 1
                 raise self._refusal("deadline", text, expected_s - deadline_s)
-        return Ticket(self, num_tokens, key, self._counted(num_tokens, key), is_owed=self._is_owed(key))
+        return Ticket(self, num_tokens, key, self._counted(num_tokens, key), self._owed_line(key))
 
-    def _is_owed(self, key: str) -> bool:
-        """Whether another key makes room for one more of this: it has no seat yet, or were all it has seated, the other had two more."""
+    def _owed_line(self, key: str) -> "Line[Ticket] | None":
+        """Those that came like one more of this key, if another makes room for it; None if not.
+
+        One does if the key has no seat yet, or were all it has seated, the other had two more.
+        """
         if not self._is_shared:
-            return False
+            return None
         own = self._of_key.get(key, Held())
         most = max((held.started for name, held in self._of_key.items() if name != key), default=0)
-        return not own.in_flight or most - own.queued >= own.in_flight + 2
+        is_owed = not own.in_flight or most - own.queued >= own.in_flight + 2
+        return self._owed[own.in_flight.bit_length()] if is_owed else None
 
     def _counted(self, num_tokens: int, key: str) -> int:
         """As how many tokens a prompt counts for the limit: the only one of a key, however long, leaves the others their part."""
@@ -221,15 +228,15 @@ class Admission(Held):
         return True
 
     def expected_first_token_s(self, num_tokens: int, key: str = "") -> float | None:
-        """Seconds to the first token of a request that came now; None before anything is known of the engine's pace.
+        """Seconds to the first token of a request that came now; None while nothing is known of the engine's pace.
 
-        For one that is owed a seat that is the pace of those that were, if none of them has waited lately nothing is known.
+        For one that is owed a seat that is the pace of those that came like it. If none has waited lately nothing is known.
         """
         now = self._clock()
-        expected_s = self._line.expected_s(key, num_tokens, now)
-        if expected_s is None or not self._is_owed(key):
+        expected_s, owed = self._line.expected_s(key, num_tokens, now), self._owed_line(key)
+        if expected_s is None or owed is None:
             return expected_s
-        owed_s = None if self._owed.is_old(now) else self._owed.expected_s(key, num_tokens, now)
+        owed_s = owed.expected_s(key, num_tokens, now)
         return None if owed_s is None else min(expected_s, owed_s)
 
     def check(self, num_tokens: int, key: str = "") -> None:
@@ -309,8 +316,8 @@ class Admission(Held):
         self.enter(ticket.num_tokens, ticket.counted)
         self._of_key.setdefault(ticket.key, Held()).enter(ticket.num_tokens, ticket.counted)
         self._line.join(ticket, now)
-        if ticket.is_owed:
-            self._owed.join(ticket, now)
+        if ticket.owed is not None:
+            ticket.owed.join(ticket, now)
         for rate in (self._token_rate, self._end_rate):
             rate.resume(now)
 
@@ -318,8 +325,9 @@ class Admission(Held):
         now = self._clock()
         self.dequeue(ticket.num_tokens, ticket.counted)
         self._of_key[ticket.key].dequeue(ticket.num_tokens, ticket.counted)
-        for line in (self._line, self._owed):
-            line.leave(ticket, now, is_served=is_served)
+        self._line.leave(ticket, now, is_served=is_served)
+        if ticket.owed is not None:
+            ticket.owed.leave(ticket, now, is_served=is_served)
         if is_served:
             self._token_rate.drained(ticket.num_tokens, now)
         else:
@@ -340,13 +348,18 @@ class Admission(Held):
 
 
 class Ticket:
-    """A request that was let in. Also a context manager that closes it."""
+    """A request that was let in. Also a context manager that closes it.
 
-    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "is_owed", "key", "num_tokens")
+    ``owed``: those for which, as for it, other keys make room.
+    """
 
-    def __init__(self, admission: Admission, num_tokens: int, key: str, counted: int, *, is_owed: bool) -> None:
+    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "key", "num_tokens", "owed")
+
+    def __init__(
+        self, admission: Admission, num_tokens: int, key: str, counted: int, owed: "Line[Ticket] | None"
+    ) -> None:
         self._admission, self.num_tokens, self.key, self.counted = admission, num_tokens, key, counted
-        self.is_owed = is_owed
+        self.owed = owed
         self._is_open = self._is_queued = True
         admission._enter(self)
 

@@ -1,0 +1,186 @@
+"""Where keys share an engine: what is expected for one that others make room for."""
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from admission_gate import gate, refused, serve
+from anabranch.serving.core.admission import OverloadError
+from anabranch.serving.core.batch import Sampled
+from anabranch.serving.core.request import Request, Sampling
+from anabranch.serving.core.scheduler import SchedulerConfig
+
+
+def seated(admission, key, count):
+    tickets = [admission.admit(10, key) for _ in range(count)]
+    for ticket in tickets:
+        ticket.started()
+    return tickets
+
+
+def test_a_key_that_others_make_room_for_is_not_told_of_their_standstill():
+    admission, clock = gate(is_shared=True)
+    serve(admission, clock, seconds=1.0, count=30)
+    own = seated(admission, "a", 16)
+    for _ in range(4):
+        admission.admit(10, "a")
+    clock.now += 300
+    assert admission.expected_first_token_s(10, "a") > 600
+    # Nobody was owed a seat of late, so nothing is known.
+    assert admission.expected_first_token_s(10, "b") is None
+    with admission.admit(10, "b", deadline_s=1.0) as ticket:
+        clock.now += 3.0
+        assert admission.expected_first_token_s(10, "c") > 1.0
+        ticket.started()
+        assert 0 < admission.expected_first_token_s(10, "c") < 6.0
+        # With as many seats as others have, it waits as they do; before that nothing is known of those that have eight.
+        more = seated(admission, "b", 7)
+        assert admission.expected_first_token_s(10, "b") is None
+        seated(admission, "b", 7)
+        clock.now += 300
+        assert admission.expected_first_token_s(10, "b") > 600
+    for ticket in own + more:
+        ticket.close()
+
+
+def test_those_that_are_owed_seats_tell_of_a_standstill_of_their_own():
+    admission, clock = gate(is_shared=True)
+    serve(admission, clock, seconds=1.0, count=30)
+    seated(admission, "a", 16)
+    waits = admission.admit(10, "b")
+    clock.now += 300
+    refused(admission, "deadline", 10, "c", deadline_s=600.0)
+    waits.close()
+    admission.admit(10, "c", deadline_s=600.0)
+
+
+def test_no_more_of_a_key_are_owed_seats_than_the_other_has_over():
+    admission, _ = gate(is_shared=True)
+    seated(admission, "a", 16)
+    # With eight, a has as many.
+    assert [admission.admit(10, "b").owed is not None for _ in range(10)] == [True] * 8 + [False] * 2
+
+
+class Served:
+    """A gate before a scheduler whose steps take a second."""
+
+    def __init__(self, **config):
+        self.admission, self.clock = gate(is_shared=True, max_in_flight=100)
+        config = {"num_blocks": 4000, "max_positions": 4000, "min_run": 8, "max_seqs": 4, **config}
+        self.scheduler, self.tickets, self.began = SchedulerConfig(**config).build(), {}, {}
+
+    def add(self, id, new, deadline_s=600.0, prompt=4):
+        """One more of the key that ``id`` begins with."""
+        self.tickets[id] = self.admission.admit(prompt, id[0], deadline_s)
+        self.submit(id, new, prompt)
+
+    def submit(self, id, new, prompt=4):
+        sampling = Sampling(max_tokens=new, ignore_eos=True)
+        self.scheduler.add(Request(id=id, prompt=tuple(range(prompt)), key=id[0], sampling=sampling))
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.step()
+
+    def step(self):
+        self.clock.now += 1.0
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return
+        sampled = [Sampled(id=each.id, token=7) for each in batch.chunks if each.samples]
+        for output in self.scheduler.update(batch, sampled):
+            self.began.setdefault(output.id, self.clock.now)
+            ticket = self.tickets.get(output.id)
+            if ticket is not None:
+                ticket.started()
+                if output.finish is not None:
+                    ticket.close()
+
+    def seconds_to_first(self, id):
+        before = self.clock.now
+        while id not in self.began:
+            self.step()
+        return self.clock.now - before
+
+
+@pytest.mark.parametrize("waited", [30, 120, 1000])
+def test_where_the_scheduler_gives_a_seat_admission_lets_in(waited):
+    served = Served()
+    for number in range(8):
+        served.add(f"a{number}", 3000)
+    served.run(waited)
+    for turn in range(3):
+        for number in range(2):
+            served.add(f"b{turn}{number}", 2, 60.0)
+        before = served.clock.now
+        while any(served.tickets[f"b{turn}{number}"]._is_open for number in range(2)):
+            served.step()
+        assert served.clock.now - before <= 2 * 8 + 2
+
+
+@pytest.mark.parametrize("waited", [30, 120, 1000])
+def test_what_keys_with_many_wait_for_is_not_held_against_those_with_none_or_one(waited):
+    served = Served(max_seqs=6)
+    for number in range(8):
+        served.add(f"a{number}", 3000)
+    served.run(20)
+    for number in range(5):
+        served.add(f"b{number}", 3000)
+        served.run(12)
+    served.run(waited)
+    # Of b some wait that came as those for which a makes room.
+    waiting = [ticket for id, ticket in served.tickets.items() if id not in served.began]
+    assert any(ticket.key == "b" and ticket.owed is not None for ticket in waiting)
+    refused(served.admission, "deadline", 4, "a", 60.0)
+    for number in range(3):
+        served.add(f"c{number}", 1, 20.0)
+        assert served.seconds_to_first(f"c{number}") <= 20
+    served.add("d0", 3000, 20.0)
+    assert served.seconds_to_first("d0") <= 20
+    served.add("d1", 1, 20.0)
+    assert served.seconds_to_first("d1") <= 20
+
+
+@pytest.mark.parametrize("waited", [60, 300])
+def test_a_long_prompt_of_another_key_is_no_reason_to_refuse_a_short_one(waited):
+    served = Served(max_batched_tokens=8)
+    for number in range(20):
+        served.add(f"c{number}", 1)
+        served.run(3)
+    served.add("a0", 3000)
+    served.run(2)
+    served.add("b0", 1, prompt=3900)
+    served.run(waited)
+    assert "b0" not in served.began
+    for number in range(20, 23):
+        served.add(f"c{number}", 1, 20.0)
+        assert served.seconds_to_first(f"c{number}") <= 20
+        served.run(100)
+    served.seconds_to_first("b0")
+    # What b waited for tells nothing of a short one either.
+    served.add("c", 1, 20.0)
+
+
+KEYS = st.sampled_from("abcd")
+
+
+@given(
+    st.lists(st.tuples(KEYS, st.integers(1, 6), st.sampled_from((1, 20, 700)), st.integers(0, 60)), max_size=12),
+    st.sampled_from((30, 200)),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_key_without_any_is_never_refused_what_the_scheduler_gives_it_soon(asks, waited):
+    served = Served(max_seqs=6)
+    for turn, (key, count, new, steps) in enumerate(asks):
+        for number in range(count):
+            with contextlib.suppress(OverloadError):
+                served.add(f"{key}{turn}.{number}", new, 60.0)
+        served.run(steps)
+    served.run(waited)
+    # Not let in, to see when it would have got its token.
+    expected_s = served.admission.expected_first_token_s(4, "e")
+    served.submit("e", 1)
+    assert served.seconds_to_first("e") <= 2 * 8 + 5
+    assert expected_s is None or expected_s <= 60
