@@ -294,17 +294,6 @@ def test_what_all_have_learned_waits_for_a_writer_that_holds_the_folder_and_stan
     trainer.close()
 
 
-@pytest.mark.parametrize(("is_first", "kept"), [(True, 40), (False, 16)])
-def test_who_is_to_write_keeps_all_lines_until_it_can(make_run, tmp_path, is_first, kept):
-    """A writer that stands still may hold the folder for long; who is none keeps what passes until a loss is seen."""
-    trainer = Trainer(shared(make_run(dense()), "127.0.0.1:1"), tmp_path / "a")
-    trainer._elastic._trainer = SimpleNamespace(is_first=is_first, close=lambda *told, **more: None)
-    for step in range(40):
-        trainer._write({"kind": "train", "step": step})
-    assert [line["step"] for line in trainer._unwritten] == list(range(40))[-kept:]
-    trainer.close()
-
-
 def test_who_is_told_to_stop_does_not_wait_for_a_writer_that_stands_still(make_run, tmp_path):
     out = tmp_path / "a"
     trainer = Trainer(shared(make_run(dense(), steps=4), "127.0.0.1:1"), out)

@@ -95,7 +95,7 @@ def test_what_is_saved_and_told_at_the_end_is_the_trained_model(make_run, tmp_pa
     assert all(torch.equal(value, held[name].detach()) for name, value in weights(tmp_path / "a").items())
     told = [line for line in read_metrics(tmp_path / "a") if line["kind"] == "validation"]
     assert [line["step"] for line in told].count(4) == 1
-    trainer._write = lambda record: None
+    trainer._folder.write = lambda record: None
     trainer._evaluate()
     again = trainer._progress.evaluation
     measured = trainer.task.evaluate(trainer.model, trainer._held_out, trainer._context)

@@ -111,7 +111,7 @@ OUTSIDE = {
     "data": (lambda trainer: fail_on(10, trainer.stream, "next_batch", IndexError("a cache entry")), 4),
     "forward, in a second micro-batch": (lambda trainer: fail_on(10, trainer._stepper, "call", MemoryError()), 4),
     "gradient norm": (lambda trainer: fail_on(5, trainer._stepper, "gradient_norm", RuntimeError("out of memory")), 4),
-    "metrics": (lambda trainer: fail_on(6, trainer, "_write", OSError(28, "No space left on device")), 5),
+    "metrics": (lambda trainer: fail_on(6, trainer._folder, "write", OSError(28, "No space left on device")), 5),
     "evaluation": (lambda trainer: fail_on(1, trainer, "_evaluate", RuntimeError("out of memory")), 3),
     "display": (lambda trainer: fail_on(6, trainer, "_on_event", BrokenPipeError(32, "Broken pipe")), 4),
 }

@@ -3,55 +3,46 @@
     result = Trainer(RunConfig(...), "runs/a").fit()
     Trainer(read_run_config("runs/a"), "runs/a", resume=True).fit()     # goes on, to the bit, where it was stopped
 
-A step is made by `anabranch.train.step`, files are kept by `anabranch.train.checkpoint_manager`, and a `Task` says what is trained
-on what. A design takes part by step hooks on any of its modules, see `anabranch.train.hooks`. No design edits this file.
+A step is made by `anabranch.train.step`, what is told of it by `anabranch.train.measuring`, files are kept by
+`anabranch.train.checkpoint_manager` and `anabranch.train.run_folder`, and a `Task` says what is trained on what. A design takes part by
+step hooks on any of its modules, see `anabranch.train.hooks`. No design edits this file.
 """
 
-import json
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from anabranch.cluster.elastic import UnrecoverableError
-from anabranch.errors import AnabranchError, ConfigError, DataError, NotFiniteError, PeerError
+from anabranch.errors import AnabranchError, ConfigError, NotFiniteError, PeerError
 from anabranch.nn.kernels.memory import keep_freed_memory
 from anabranch.routing import discard_loads, sync_loads
-from anabranch.train.checkpoint import checkpoints
-from anabranch.train.checkpoint_manager import CheckpointManager
+from anabranch.train.checkpoint_manager import CheckpointManager, Progress
 from anabranch.train.config import RunConfig, TaskRunConfig
 from anabranch.train.elastic import Elastic
-from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.hooks import StepHooks
-from anabranch.train.idle import IdleWatch
 from anabranch.train.interrupt import Interrupts, has_lost_process
-from anabranch.train.meter import MEASURES, LoadMeter
-from anabranch.train.metrics import MetricsLog, read_metrics
+from anabranch.train.measuring import Measuring
+from anabranch.train.meter import MEASURES
 from anabranch.train.mezo import MeZOStepper, check_mezo
 from anabranch.train.optimizer import make_optimizer
 from anabranch.train.outer import Outer, own_order
 from anabranch.train.parallel import Workers
 from anabranch.train.result import Event, TrainResult, peak_memory
-from anabranch.train.run import check_free, check_new, find_checkpoint, prepare, run_lock
+from anabranch.train.run import check_free, check_new, find_checkpoint
+from anabranch.train.run_folder import RunFolder
+from anabranch.train.setup import learning_model, random_state_kept, task_context
 from anabranch.train.step import Gradient, Stepper
-from anabranch.train.task import Task, TaskContext, moved
+from anabranch.train.task import Task
 
 log = logging.getLogger(__name__)
-
-# Of metrics, what a process that does not write keeps: more than pass until the loss of the one that does is seen.
-_KEPT_LINES = 16
-# Between tries to have the folder of a run whose writer was cast out and has not ended.
-_FOLDER_S = 0.5
-
 
 # What is trained: a language model's run, written short, or any other task's.
 R = TypeVar("R", bound=RunConfig | TaskRunConfig)
@@ -93,10 +84,9 @@ class Trainer(Generic[R]):
             check_free(self.out)
         if not resume:
             check_new(self.out)
-        self._resumes = resume
         found = find_checkpoint(self.out, config) if resume else None
         self.workers = Workers(config.train, config.parallel)
-        self._context = _context(config, self.workers)
+        self._context = task_context(config, self.workers)
         self.task: Task = config.task.build(**given)
         if config.parallel.context > 1 and not self.task.cuts_sequences:
             raise ConfigError(
@@ -107,7 +97,7 @@ class Trainer(Generic[R]):
         self._held_out = self.task.validation_data(replace(self._context, rank=part, world_size=parts))
         self.stream = self.task.training_data(own_order(self._context, config.parallel.diloco))
         # Whatever module the task makes.
-        self.model: Any = self._model(found)
+        self.model: Any = learning_model(self.task, self._context, found)
         self._elastic: Elastic | None = None
         if is_shared:
             # It takes the groups from an optimizer, which it makes of slices.
@@ -116,8 +106,7 @@ class Trainer(Generic[R]):
             self.workers.elastic = self._elastic
         is_mezo = config.train.optimizer == "mezo"
         wrapped = self.workers.wrap(self.model, self.task.sharded_parts(self.model), has_gradients=not is_mezo)
-        self._meter = LoadMeter(self.model)
-        self._idle = IdleWatch(config.train.steps)
+        self._measuring = Measuring(self.task, self.model, self.workers, config.train)
         if not is_shared:
             self.optimizer = make_optimizer(self.model, config.train, self.task.speed)
         self._hooks = StepHooks(self.model, config.train.steps, [self.task])
@@ -129,10 +118,7 @@ class Trainer(Generic[R]):
             self.out, config, self.task, self.model, self.optimizer, self.workers, found
         )
         self._outer: Outer | Elastic | None = self._elastic or Outer.of(config, self.model, self.workers)
-        self._log: MetricsLog | None = None
-        self._held = ExitStack()
-        # The newest lines of a process that does not write: it may have to go on where another has ended.
-        self._unwritten: deque[dict[str, Any]] = deque()
+        self._folder = RunFolder(self.out, config, self.workers, self._checkpoints, resumes=resume)
         if found is not None:
             self._checkpoints.restore(found, self.stream)
         self._progress = self._checkpoints.progress
@@ -166,11 +152,11 @@ class Trainer(Generic[R]):
 
     def _fit(self) -> TrainResult:
         # The random state is set in every step.
-        with Interrupts() as interrupts, self._random_state_kept(), self._held:
+        with Interrupts() as interrupts, random_state_kept(self.workers.device), self._folder.held:
             keep_freed_memory()
             if self._elastic is None:
-                self._hold_folder()
-                self._start_folder()
+                self._folder.hold()
+                self._folder.start()
                 self._emit("start")
             self._hooks.run_after(self._progress.step)
             with self._saved_if_it_fails():
@@ -193,104 +179,21 @@ class Trainer(Generic[R]):
 
     def close(self) -> None:
         """Close files, remove hooks, leave the process group. `fit` does it."""
-        self._meter.close()
-        if self._log is not None:
-            self._log.close()
+        self._measuring.close()
+        self._folder.close()
         # DDP would keep the process group alive.
         self._stepper.call = self._stepper.wrapped = self.model
         if self._outer is not None:
             self._outer.close()
         self.workers.close()
 
-    # Setting up
-
-    def _random_state_kept(self) -> AbstractContextManager[None]:
-        """The caller's random state is afterwards as it was."""
-        device = self.workers.device
-        return torch.random.fork_rng([device.index] if device.type == "cuda" else [])
-
-    def _model(self, checkpoint: Path | None) -> nn.Module:
-        with self._random_state_kept():
-            torch.manual_seed(self._settings.seed)
-            model = self.task.build_model(self._context)
-        if checkpoint is not None:
-            self.task.load(checkpoint, model)
-        if hasattr(model, "recompute"):
-            model.recompute = self._settings.recompute  # type: ignore[assignment]
-        elif self._settings.recompute:
-            raise ConfigError(f"train.recompute is True, which {type(model).__name__} cannot do; set it to False")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.task.learns(name, parameter))
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError(f"no parameter of {type(model).__name__} learns; see which do in Task.learns")
-        return model.to(self.workers.device).train()
-
-    def _hold_folder(self) -> None:
-        """Nobody else trains in the folder meanwhile, nor has since this trainer looked at it."""
-        if not self.workers.is_first:
-            return
-        self._held.enter_context(run_lock(self.out))
-        newest = self._checkpoints.newest
-        if not self._resumes:
-            check_new(self.out)
-        elif checkpoints(self.out)[-1:] != ([newest] if newest else []):
-            raise DataError(f"another process has trained in {self.out} since this one began; resume it again")
-
-    def _take_over(self, *, must: bool = True, tells: bool = True) -> None:
-        """Where processes share the run: the first of them writes, and goes on in the folder where one before it is lost.
-
-        Raises DataError where another process holds the folder, if it ``must``; else it tries again at the next step, and ``tells`` so.
-        """
-        if self._elastic is None or not self._elastic.is_first or self._elastic.holds_folder:
-            return
-        try:
-            self._held.enter_context(run_lock(self.out))
-        except DataError as error:
-            if must:
-                raise
-            # One that was cast out may live on for a while; training need not wait for it.
-            if tells:
-                log.warning("nothing is written for now: %s", error)
-            return
-        if not self._resumes and self._progress.step == 0:
-            check_new(self.out)
-        self._elastic.holds_folder = True
-        # Of a run that had gone further, or of this one's steps that were taken back.
-        self._checkpoints.give_up(self._progress.step + 1)
-        found = checkpoints(self.out)
-        self._checkpoints.newest = found[-1] if found else None
-        self._start_folder()
-        assert self._log is not None
-        written = {(line["kind"], line["step"]) for line in read_metrics(self.out)}
-        for record in self._unwritten:
-            if (record["kind"], record["step"]) not in written:
-                self._log.write(record)
-        self._emit("start")
-
     def _saved_for_all(self) -> Path:
-        """The last checkpoint, written by this process if the one before it did not come to it.
-
-        One that was cast out and stands still holds the folder: what was learned is here until it ends, or this run is told to stop.
-        """
-        assert self._elastic is not None
-        is_told = False
-        while self._elastic.is_first and not self._elastic.holds_folder:
-            self._take_over(must=self._elastic.is_stopped(), tells=not is_told)
-            if not self._elastic.holds_folder:
-                if not is_told:
-                    log.warning("all is learned, and written as soon as that process has ended: end it, or wake it")
-                is_told = True
-                time.sleep(_FOLDER_S)
+        """The last checkpoint, written by this process if the one before it did not come to it."""
+        if self._folder.wait_for_turn():
+            self._emit("start")
         self._save()
         assert self._checkpoints.newest is not None
         return self._checkpoints.newest
-
-    def _start_folder(self) -> None:
-        # Until all have looked at the folder.
-        self.workers.wait()
-        if self.workers.is_first:
-            prepare(self.out, self.config)
-            self._log = MetricsLog(self.out, step=self._progress.step, tensorboard=self._settings.tensorboard)
 
     # Training
 
@@ -341,23 +244,22 @@ class Trainer(Generic[R]):
 
     def _train(self, interrupts: Interrupts) -> None:
         settings, progress = self._settings, self._progress
-        device, rate_name = self.workers.device, f"{self.task.unit}_per_second"
         if self._outer is not None:
             self._outer.is_stopped = lambda: interrupts.received is not None
-        began = logged_step = progress.step
-        logged_seconds = progress.seconds
+        began, logged = progress.step, _Logged(progress.step, progress.seconds)
         while progress.step < settings.steps and not self.workers.any(interrupts.received is not None):
             start = time.perf_counter()
             if self._outer is not None and (step := self._outer.before(progress.step)) != progress.step:
                 if step is None:
                     break
                 self._go_on_from(step)
-                logged_step = began = step
+                logged.step = began = step
                 continue
-            self._take_over(must=progress.step == began)
+            if self._folder.take_over(must=progress.step == began):
+                self._emit("start")
             is_logged = (progress.step + 1) % settings.log_every == 0
             if is_logged:
-                self._meter.reset()
+                self._measuring.begin()
             try:
                 gradient = self._step()
             except (PeerError, UnrecoverableError):
@@ -367,33 +269,7 @@ class Trainer(Generic[R]):
                 break
             progress.step += 1
             self._count_skipped(gradient)
-            record = self._record(gradient) if is_logged else {}
-            failure: Exception | None = None
-            is_last, is_over = progress.step == settings.steps, True
-            try:
-                if self._outer is not None:
-                    is_over = self._outer.after(is_last=is_last) is not False
-            except Exception as error:
-                # The step is whole all the same, with the weights that were trained here.
-                failure = error
-            if isinstance(self._outer, Outer) and is_last and (failure is not None or not is_over):
-                # The run is not at its end without the others' mean: it is saved as one step less, and meets them again.
-                progress.step -= 1
-            if gradient.is_finite:
-                self._checkpoints.prune()
-            sync_loads(self.model)
-            self._hooks.run_after(progress.step)
-            self._is_between_steps, self._stream_state = True, self.stream.state_dict()
-            if device.type == "cuda" and is_logged:
-                torch.cuda.synchronize(device)
-            progress.seconds += time.perf_counter() - start
-            rate = (progress.step - logged_step) * self._step_units / max(progress.seconds - logged_seconds, 1e-9)
-            if is_logged:
-                self._write({**record, "seconds": progress.seconds, rate_name: rate})
-                logged_step, logged_seconds = progress.step, progress.seconds
-            if failure is not None:
-                raise failure
-            self._emit("step", self._values(gradient) | {rate_name: rate})
+            self._end_step(gradient, start, logged, is_logged=is_logged)
             # The last evaluation comes before the last checkpoint, so that it is in it and is not repeated by a resumed run.
             if _is_due(progress.step, settings.eval_every) or progress.step == settings.steps:
                 self._evaluate()
@@ -401,16 +277,47 @@ class Trainer(Generic[R]):
             if _is_due(progress.step, settings.checkpoint_every) and not progress.skipped_in_a_row:
                 self._save()
 
+    def _end_step(self, gradient: Gradient, start: float, logged: "_Logged", *, is_logged: bool) -> None:
+        """All that belongs to a step whose update is done, and what is told of it; ``start`` is when it began."""
+        progress, device = self._progress, self.workers.device
+        record = self._record(gradient) if is_logged else {}
+        failure: Exception | None = None
+        is_last, is_over = progress.step == self._settings.steps, True
+        try:
+            if self._outer is not None:
+                is_over = self._outer.after(is_last=is_last) is not False
+        except Exception as error:
+            # The step is whole all the same, with the weights that were trained here.
+            failure = error
+        if isinstance(self._outer, Outer) and is_last and (failure is not None or not is_over):
+            # The run is not at its end without the others' mean: it is saved as one step less, and meets them again.
+            progress.step -= 1
+        if gradient.is_finite:
+            self._checkpoints.prune()
+        sync_loads(self.model)
+        self._hooks.run_after(progress.step)
+        self._is_between_steps, self._stream_state = True, self.stream.state_dict()
+        if device.type == "cuda" and is_logged:
+            torch.cuda.synchronize(device)
+        progress.seconds += time.perf_counter() - start
+        rate = {f"{self.task.unit}_per_second": logged.steps_per_second(progress) * self._step_units}
+        if is_logged:
+            self._folder.write({**record, "seconds": progress.seconds, **rate})
+            logged.step, logged.seconds = progress.step, progress.seconds
+        if failure is not None:
+            raise failure
+        self._emit("step", self._values(gradient) | rate)
+
     def _go_on_from(self, step: int) -> None:
         """Those that this run learns with are at ``step``, and it goes on from their weights, also from an earlier step than its own."""
         is_back = step < self._progress.step
-        self._checkpoints.go_on_from(step, holds_folder=self._log is not None)
+        self._checkpoints.go_on_from(step, holds_folder=self._folder.is_written)
         self._hooks.run_after(step)
-        if is_back and self._log is not None:
+        if is_back and self._folder.is_written:
             log.warning(
                 "the others are at step %d, and this run goes on from there; what it had done since is given up", step
             )
-            self._log.cut(step)
+            self._folder.cut(step)
             if step:
                 self._save()
 
@@ -431,7 +338,7 @@ class Trainer(Generic[R]):
         progress = self._progress
         progress.skipped += not gradient.is_finite
         progress.skipped_in_a_row = 0 if gradient.is_finite else progress.skipped_in_a_row + 1
-        if not gradient.is_finite and (layers := self._meter.layers_with_nan()):
+        if not gradient.is_finite and (layers := self._measuring.layers_with_nan()):
             raise self._diverged(f"routers have NaN scores, that of layer {layers[0]} first")
         if progress.skipped_in_a_row >= self._settings.max_skipped:
             times = f"{progress.skipped_in_a_row} times in a row (loss {float(gradient.total)})"
@@ -450,49 +357,16 @@ class Trainer(Generic[R]):
         }
 
     def _record(self, gradient: Gradient) -> dict[str, Any]:
-        """The line of a step, apart from times. Losses are means over processes."""
-        losses = self._over_processes({"loss": gradient.total, **gradient.terms})
-        metrics = self._over_processes(gradient.metrics)
-        main = next(iter(gradient.terms))
-        counted = self._meter.count(training=True)
-        if self.workers.is_first and self._elastic is None:
-            self._idle.see(self._progress.step, counted.loads_while_open())
-        return {
-            "step": self._progress.step,
-            "kind": "train",
-            "loss": losses.pop("loss"),
-            main: losses.pop(main),
-            "auxiliary": losses,
-            **metrics,
-            "learning_rate": self._stepper.learning_rate(self._progress.step - 1),
-            "gradient_norm": gradient.norm,
-            "skipped_steps": self._progress.skipped,
-            self.task.unit: self._progress.step * self._step_units,
-            # Of processes that share the run each has seen what it worked on alone.
-            **({} if self._elastic is not None else counted.measures()),
-        }
-
-    def _over_processes(self, values: dict[str, Tensor]) -> dict[str, float]:
-        if not values:
-            return {}
-        stacked = torch.stack([value.float() for value in values.values()])
-        # Where they are exact each process has those of all already, and a sum of equal numbers may be rounded.
-        means = (stacked if self.workers.is_exact else self.workers.mean(stacked)).tolist()
-        return dict(zip(values, means, strict=True))
+        progress = self._progress
+        rate, units = self._stepper.learning_rate(progress.step - 1), progress.step * self._step_units
+        return self._measuring.of_step(gradient, progress, learning_rate=rate, units=units)
 
     def _evaluate(self) -> None:
         if self._held_out is None or (self._elastic is not None and not self._elastic.has_weights):
             return
-        self._meter.reset()
-        self.workers.make_whole()
         context = replace(self._context, step=self._progress.step)
-        with evaluation_mode(self.model), autocast(self.workers.device, self._settings.precision):
-            model = self.workers.as_evaluated(self.model)
-            measured = self.task.evaluate(model, moved(self._held_out, context.device), context)
-        _check_measured(measured, self.task)
-        record = {"step": self._progress.step, "kind": "validation", **measured}
-        self._progress.evaluation = record | self._meter.read(training=False)
-        self._write(self._progress.evaluation)
+        self._progress.evaluation = self._measuring.of_held_out(self._held_out, context)
+        self._folder.write(self._progress.evaluation)
         self._emit("evaluation", self._progress.evaluation)
 
     def _save(self) -> None:
@@ -501,15 +375,6 @@ class Trainer(Generic[R]):
             self._elastic.wrote(path)
         if path is not None:
             self._emit("checkpoint", {"path": str(path)})
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._log is not None:
-            self._log.write(record)
-            return
-        self._unwritten.append(record)
-        # Who is to write, and cannot yet since another holds the folder, has to keep all of them.
-        while len(self._unwritten) > _KEPT_LINES and not (self._elastic is not None and self._elastic.is_first):
-            self._unwritten.popleft()
 
     def _emit(self, kind: str, values: dict[str, Any] | None = None) -> None:
         if self._on_event is not None and self.workers.is_first:
@@ -533,35 +398,17 @@ class Trainer(Generic[R]):
         )
 
 
-def _check_measured(measured: dict[str, Any], task: Task) -> None:
-    """Raise ConfigError for an evaluation that cannot be logged, or lacks the headline."""
-    name = f"{type(task).__name__}.evaluate"
-    headline = measured.get(task.headline)
-    if not isinstance(headline, int | float):
-        given = ", ".join(measured) or "nothing"
-        raise ConfigError(f"{name} gave {given}, and no number {task.headline!r}, which is its headline")
-    taken = sorted({"step", "kind"} & measured.keys())
-    if taken:
-        raise ConfigError(f"{name} gave {taken[0]!r}, which the trainer logs itself; choose another name")
-    try:
-        json.dumps(measured)
-    except TypeError as error:
-        raise ConfigError(f"{name} gave what JSON does not hold ({error}); make numbers of tensors") from None
+@dataclass
+class _Logged:
+    """How far a run was when a step was last logged."""
+
+    step: int
+    seconds: float
+
+    def steps_per_second(self, progress: Progress) -> float:
+        """Since then."""
+        return (progress.step - self.step) / max(progress.seconds - self.seconds, 1e-9)
 
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _context(config: RunConfig | TaskRunConfig, workers: Workers) -> TaskContext:
-    """Raises ConfigError if processes and micro-batches cannot share a batch evenly."""
-    settings = config.train
-    shares = workers.num_batches
-    size, rest = divmod(settings.batch_size, settings.accumulation * shares)
-    if rest:
-        who = f"{shares} processes" if shares == workers.size else f"{shares} groups of processes"
-        raise ConfigError(
-            f"train.batch_size is {settings.batch_size}, which {who} with accumulation={settings.accumulation} "
-            f"cannot share evenly; use a multiple of {settings.accumulation * shares}"
-        )
-    return TaskContext(settings, size, workers.batch_number, shares, workers.device)
