@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from anabranch.errors import RateError
-from anabranch.gateway.cache import Entry
+from anabranch.gateway.cache import Entry, Retold
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, LimitsConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.core import beginning, cached_answers, call_bodies
 from anabranch.gateway.core import relay as relayed
@@ -213,8 +213,10 @@ def test_a_kept_answer_of_many_values_is_told_again_in_another_thread(monkeypatc
 
     async def main():
         made = cached_answers.CachedAnswers.__new__(cached_answers.CachedAnswers)
-        made._state = state
-        reply = await made.reply(entry, "exact")
+        made._state, made._caches = state, SimpleNamespace(retold=Retold())
+        reply, again = await made.reply(entry, "exact"), await made.reply(entry, "exact")
+        # Whoever reads the same meanwhile reads the same chunks.
+        assert reply.stream._told is again.stream._told
         return b"".join([piece async for piece in reply.stream])
 
     told = [json.loads(line[6:]) for line in asyncio.run(main()).split(b"\n\n") if line.startswith(b"data: {")]

@@ -305,13 +305,13 @@ def test_what_a_stream_that_is_over_needs_is_made_before_its_end_is_told_whoever
     class Ready(Others):
         def __init__(self, waits=False):
             super().__init__()
-            self.prepared, self._waits = [], waits
+            self.prepared, self._waits, self.gate = [], waits, asyncio.Event()
 
         async def prepare(self, stream):
             assert not self.ends
             self.prepared.append(stream)
             if self._waits:
-                await asyncio.sleep(60)
+                await self.gate.wait()
 
     async def main():
         whole, broken = Ready(), Ready()
@@ -325,19 +325,27 @@ def test_what_a_stream_that_is_over_needs_is_made_before_its_end_is_told_whoever
         )
         assert [piece async for piece in made] == [b"a"]
         assert (broken.prepared, broken.ends) == ([], [False])
-        # It was whole, and is so for whoever is sent away while it is put together.
-        late = Ready(waits=True)
-        made = Relay(Source(b"a"), late.on_end, None, late.prepare)
-        assert await anext(made) == b"a"
-        end = asyncio.ensure_future(anext(made))
-        await asyncio.sleep(0.01)
-        assert late.prepared
-        assert not late.ends
-        end.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await end
-        await made.aclose()
-        assert late.ends == [False]
+        # It was whole, and is so for whoever is sent away while it is put together: which is not done anew where all others wait for it.
+        for is_shared in (False, True):
+            late, kept, closes = Ready(waits=True), [], []
+            late.is_awaited = False
+            sharing = dataclasses.replace(late.sharing, to_the_end=False) if is_shared else None
+            made = Relay(Source(b"a"), late.on_end, sharing, late.prepare, kept.append)
+            made.on_close = lambda closes=closes: closes.append(1)
+            if is_shared:
+                made._read_on()
+            assert await anext(made) == b"a"
+            end = asyncio.ensure_future(anext(made))
+            await until_async(lambda late=late: late.prepared)
+            end.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await end
+            await made.aclose()
+            assert (late.ends, closes, len(kept)) == ([], [], 1)
+            late.gate.set()
+            await asyncio.gather(*kept, *late.tasks)
+            await asyncio.sleep(0)
+            assert (late.ends, len(late.prepared), closes) == ([False], 1, [1])
         # Likewise where somebody else wants it, and it is read on.
         shared = Ready()
         shared.sharing = dataclasses.replace(shared.sharing, to_the_end=True)

@@ -11,6 +11,7 @@ from anabranch.gateway.cache import (
     ExactCache,
     Named,
     NameKey,
+    Retold,
     SemanticCache,
     SharedEntries,
     SharedTexts,
@@ -28,6 +29,7 @@ class Caches:
         semantic: likewise.
         named: answers to requests that their senders gave a name (``Idempotency-Key``); never off, and kept where caches are made anew.
         flights: of identical requests under way.
+        retold: kept answers that are read as streams.
 
     Args:
         config: see there.
@@ -59,6 +61,7 @@ class Caches:
             if meanings is not None:
                 self._abroad = Abroad(meanings, SemanticCache(threshold=config.threshold, **limits), mark)
         self.flights: SingleFlight[Entry] = SingleFlight()
+        self.retold: Retold = Retold() if previous is None else previous.retold
         self._embedder = embedder
         # How often anything was forgotten.
         self._num_forgotten = 0

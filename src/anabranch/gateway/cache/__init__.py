@@ -5,6 +5,7 @@ named      same tenant, and the same name that the sender gave it
 semantic   same tenant and context, and a last message that means the same (opt-in)
 abroad     likewise, of what other processes kept
 flight     identical requests under way at once make one call upstream
+retold     those who read the same kept answer as a stream have its chunks together
 """
 
 from anabranch.gateway.cache.abroad import Abroad
@@ -12,6 +13,7 @@ from anabranch.gateway.cache.entry import Entry
 from anabranch.gateway.cache.exact import ExactCache, SharedEntries, exact_key
 from anabranch.gateway.cache.flight import SingleFlight, Ticket
 from anabranch.gateway.cache.named import LONGEST_NAME, Named, NameKey, OtherRequestError
+from anabranch.gateway.cache.retold import Retold, ToldChunks
 from anabranch.gateway.cache.semantic import SemanticCache, SharedTexts, context_key
 
 __all__ = [
@@ -22,11 +24,13 @@ __all__ = [
     "NameKey",
     "Named",
     "OtherRequestError",
+    "Retold",
     "SemanticCache",
     "SharedEntries",
     "SharedTexts",
     "SingleFlight",
     "Ticket",
+    "ToldChunks",
     "context_key",
     "exact_key",
 ]

@@ -189,10 +189,13 @@ class CachedAnswers:
             return Reply(body=entry.body, headers=headers, content_type=state.content_type)
         options = state.body.get("stream_options")
         with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        told = partial(Replayed.chunks_of, entry.body, state.endpoint, with_usage)
-        is_long = is_long_to_read([entry.body])
-        chunks = await state.services.turns.run(state.tenant, told) if is_long else told()
-        return Reply(stream=Replayed(chunks), headers=headers)
+        asked = (entry.body, state.endpoint, with_usage)
+        told = self._caches.retold.known(*asked)
+        if told is None:
+            make, is_long = partial(Replayed.chunks_of, *asked), is_long_to_read([entry.body])
+            chunks = await state.services.turns.run(state.tenant, make) if is_long else make()
+            told = self._caches.retold.keep(*asked, chunks)
+        return Reply(stream=Replayed(told), headers=headers)
 
     # An answer that was fetched
 

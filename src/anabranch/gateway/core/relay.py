@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.gateway.cache import ToldChunks
 from anabranch.gateway.providers.chunks import as_chunks
 from anabranch.gateway.providers.provider import UpstreamError
 from anabranch.web.api_error import ApiError
@@ -77,7 +78,8 @@ class Relay:
         on_end: called with the stream when it has ended, and with True too if its reader has gone before.
         sharing: None where nobody else wants it.
         prepare: awaited with the stream when all of it has come, before ``on_end``: what would hold up the event loop there is done
-            elsewhere. None for nothing.
+            elsewhere, to its end, whoever goes away meanwhile. None for nothing.
+        keep: sees to it that the task in which that is done ends before the gateway does; None where nobody does.
     """
 
     _is_open = False
@@ -88,8 +90,12 @@ class Relay:
         on_end: Callable[..., None],
         sharing: Sharing | None = None,
         prepare: Callable[[Any], Awaitable[None]] | None = None,
+        keep: Callable[["asyncio.Task[Any]"], None] | None = None,
     ) -> None:
         self._stream, self._on_end, self._sharing, self._prepare = stream, on_end, sharing, prepare
+        self._keep = keep
+        # That all of it has come is being told.
+        self._concluding: asyncio.Task[None] | None = None
         self._events = aiter(stream)
         self._loop, self._is_open = asyncio.get_running_loop(), True
         self.on_close: Call | None = None
@@ -120,7 +126,7 @@ class Relay:
         try:
             piece: bytes = await anext(self._events)
         except StopAsyncIteration:
-            await self._ended()
+            await self._conclude(self._end)
             raise StopAsyncIteration from None
         except UpstreamError:
             self._end()
@@ -128,13 +134,25 @@ class Relay:
         self._handed_s = self._loop.time()
         return piece
 
-    async def _ended(self) -> None:
-        """All of it has come: that it is whole stays so, whoever goes away meanwhile."""
-        try:
-            if self._prepare is not None:
-                await self._prepare(self._stream)
-        finally:
-            self._end()
+    async def _conclude(self, end: Call) -> None:
+        """All of it has come: that it is whole stays so, and is told once it has been put together, whoever goes away meanwhile."""
+        prepare = self._prepare
+        if prepare is None:
+            end()
+            return
+
+        async def work() -> None:
+            try:
+                await prepare(self._stream)
+            finally:
+                end()
+
+        self._concluding = task = self._loop.create_task(work())
+        # Perhaps nobody waits any more when it fails.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if self._keep is not None:
+            self._keep(task)
+        await asyncio.shield(task)
 
     def _end(self) -> None:
         try:
@@ -145,6 +163,11 @@ class Relay:
     async def aclose(self) -> None:
         """Nobody reads on: the upstream is cancelled, and what it has given so far is paid for; unless others want the rest."""
         task, sharing = self._task, self._sharing
+        if self._concluding is not None and not self._concluding.done():
+            # The rest is done without its reader.
+            self._is_left = True
+            self._forget()
+            return
         if task is not None and sharing is not None and not task.done():
             self._is_left = True
             self._forget()
@@ -195,11 +218,7 @@ class Relay:
                 self._all.size += len(piece)
                 self._turn.set()
                 await self._held_up(sharing)
-            try:
-                if self._prepare is not None:
-                    await self._prepare(self._stream)
-            finally:
-                self._on_end(self._stream)
+            await self._conclude(lambda: self._on_end(self._stream))
         except UpstreamError:
             self._on_end(self._stream)
         except BaseException:
@@ -287,8 +306,9 @@ class Replayed:
         chunks = as_chunks(load_large(answer), endpoint, with_usage)
         return [*(b"".join(event_slices(chunk)) for chunk in chunks), DONE]
 
-    def __init__(self, chunks: list[bytes]) -> None:
-        self._chunks = iter(chunks)
+    def __init__(self, told: ToldChunks) -> None:
+        self._told: ToldChunks | None = told
+        self._chunks = iter(told.chunks)
         self._loop = asyncio.get_running_loop()
         self.on_close: Call | None = None
 
@@ -307,6 +327,7 @@ class Replayed:
         self._close()
 
     def _close(self) -> None:
+        self._told, self._chunks = None, iter(())
         on_close, self.on_close = self.on_close, None
         if on_close is not None:
             on_close()

@@ -88,7 +88,7 @@ class RequestRun:
         if isinstance(said, Answer):
             return self._whole(said)
         return Reply(
-            stream=Relay(said, self.streamed, self._cached.sharing(), self.prepared),
+            stream=Relay(said, self.streamed, self._cached.sharing(), self.prepared, state.services.keep_task),
             headers=headers_of(state, said.report),
         )
 
