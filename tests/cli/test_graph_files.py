@@ -199,18 +199,21 @@ GRAPHS = {
         ("named", "ann\nbob\n", ["ann", "bob"]),
         ("named", "ann\n", ["ann"]),
         ("named", "node\nann\n", ["ann"]),
-        ("named", "person\nann\n", ["ann"]),
         ("named", "ann,2\nbob,1\n", ["ann", "bob"]),
         ("numbered", "5,red\n6,blue\n0,red\n", [5, 6, 0]),
         ("numbered", "0,1\n1,0\n", [0, 1]),
         ("numbered", "id,0\n5,1\n", [5]),
         ("numbered", "5\n", [5]),
+        ("numbered", "person\n5\n", [5]),
+        # Of one that is not there whoever looks is told.
+        ("numbered", "100\n5\n", [100, 5]),
+        ("numbered", "100,red\n5,blue\n", [100, 5]),
     ],
 )
 def test_a_first_line_that_begins_with_a_node_is_a_row(tmp_path, graph, text, rows):
     path = tmp_path / "s.csv"
     path.write_text(text)
-    table = read_table(str(path), is_row_of_nodes(GRAPHS[graph]))
+    table = read_table(str(path), is_row_of_nodes(GRAPHS[graph], str(path)))
     assert next(iter(table.values())) == rows
 
 
@@ -221,7 +224,10 @@ def test_a_first_line_that_begins_with_a_node_is_a_row(tmp_path, graph, text, ro
         ("named", "ann,dan\n", 1),
         ("named", "dan,ann\n", 1),
         ("named", "from,to\ndan,eve\n", 1),
-        ("named", "follower,followee\nann,bob\n", 1),
+        ("numbered", "follower,followee\n5,6\n", 1),
+        # Between new nodes, above some that are known.
+        ("numbered", "100,101\n0,5\n", 2),
+        ("numbered", "7,8,0.5\n0,7,0.5\n", 2),
         ("numbered", "5,6,0.5\n6,0,0.5\n", 2),
         ("numbered", "0,1\n1,5\n", 2),
         ("numbered", "5,9\n", 1),
@@ -235,7 +241,15 @@ def test_a_first_line_of_edges_is_a_row_or_names(tmp_path, graph, text, count):
     assert len(source) == len(target) == count
 
 
-@pytest.mark.parametrize("text", ["dan,eve\n", "dan,eve\nfay,gus\n"])
+def test_nodes_of_which_nobody_can_tell_are_refused(tmp_path):
+    """One that was typed wrong was passed over."""
+    path = tmp_path / "s.csv"
+    path.write_text("anne\nbob\n")
+    with pytest.raises(DataError, match=r"s\.csv: is its first line, anne, about a node, .*begins with node"):
+        read_table(str(path), is_row_of_nodes(GRAPHS["named"], str(path)))
+
+
+@pytest.mark.parametrize("text", ["dan,eve\n", "dan,eve\nfay,gus\n", "dan,eve\nann,bob\n"])
 def test_edges_of_which_nobody_can_tell_are_refused(tmp_path, text):
     path = tmp_path / "e.csv"
     path.write_text(text)

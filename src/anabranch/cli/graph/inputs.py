@@ -220,20 +220,31 @@ def read_table(path: str, is_row: IsRow | None = None) -> dict[str, list[Any]]:
     return {name: table[name].to_pylist() for name in table.column_names}
 
 
-def is_row_of_nodes(graph: Graph | None) -> IsRow:
-    """For tables of nodes, which stand in their first column: a line that begins with a node is a row.
+def is_row_of_nodes(graph: Graph | None, path: str) -> IsRow:
+    """For tables of nodes, which stand in their first column: a line that begins with a node is a row, and one that begins as columns of
+    nodes are called (`NAMES`), or with text where nodes are numbers, names the columns. Without a graph all but `NAMES` are rows.
 
-    Without a graph whatever is not called as columns of nodes are (`NAMES`).
+    Raises DataError, when asked, where nobody can tell.
     """
 
     def is_row(first: list[str], second: list[str]) -> bool:
-        return first[0].lower() not in ("", *NAMES) and (graph is None or _is_node(graph, first[0]))
+        if first[0].lower() in ("", *NAMES):
+            return False
+        if graph is None or _may_be_node(graph, first[0]):
+            return True
+        if _are_numbers(graph):
+            return False
+        raise DataError(
+            f"{path}: is its first line, {','.join(first):.60}, about a node, or are these names of columns? There is no such node; "
+            "begin the table with a line that begins with node"
+        )
 
     return is_row
 
 
 def is_row_of_edges(graph: Graph, path: str) -> IsRow:
-    """For tables of edges, which may be of new nodes: by the rules of `read_graph`, and by the nodes that there are.
+    """For tables of edges, which may be of new nodes: a line is a row where an end is a node, or may be a new one since nodes are numbers;
+    it names columns where two of them are called as ends of edges are, or where all of it is text and the next line is not.
 
     Raises DataError, when asked, where nobody can tell.
     """
@@ -243,15 +254,24 @@ def is_row_of_edges(graph: Graph, path: str) -> IsRow:
         low = {cell.lower() for cell in first}
         if low & set(SOURCES) and low & set(TARGETS):
             return False
-        if any(_is_node(graph, cell) for cell in first[:2]):
+        if any(_may_be_node(graph, cell) for cell in first[:2]):
             return True
-        if any(_is_node(graph, cell) for cell in second[:2]):
+        if _are_numbers(graph) and second:
             return False
         raise DataError(
             f"{path}: is its first line, {','.join(first):.60}, an edge, or are these names of columns? Begin it with source,target"
         )
 
     return is_row
+
+
+def _are_numbers(graph: Graph) -> bool:
+    return graph.names is None or graph.names.dtype.kind in "iu"
+
+
+def _may_be_node(graph: Graph, text: str) -> bool:
+    """Whether this is a node, or a number where nodes are: one that the graph has not is told as that, and is not passed over."""
+    return _is_node(graph, text) or (_are_numbers(graph) and re.fullmatch(r"[+-]?[0-9]+", text.strip()) is not None)
 
 
 def _is_node(graph: Graph, text: str) -> bool:
@@ -299,7 +319,7 @@ def read_labels(path: str, graph: Graph) -> Any:
     import numpy as np
     from scipy.sparse import coo_array
 
-    table = read_table(path, is_row_of_nodes(graph))
+    table = read_table(path, is_row_of_nodes(graph, path))
     if len(table) < 2:
         raise DataError(f"{path} has {len(table)} column(s); labels are a table of node and label")
     names = ("node", "label") if {"node", "label"} <= table.keys() else list(table)[:2]

@@ -176,7 +176,7 @@ def _given_names(nodes: list[str] | None, file: Path | None) -> list[str] | None
         return nodes or None
     if nodes:
         raise InputError("seeds come as arguments or by --seeds, not both")
-    columns = read_table(str(file), is_row_of_nodes(None))
+    columns = read_table(str(file), is_row_of_nodes(None, str(file)))
     node = "node" if "node" in columns else next(iter(columns))
     if not columns[node]:
         raise DataError(f"{file} has no rows")
@@ -212,7 +212,7 @@ def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[
 
     from anabranch.cli.graph.inputs import nodes_of
 
-    columns = read_table(str(file), is_row_of_nodes(opened.graph))
+    columns = read_table(str(file), is_row_of_nodes(opened.graph, str(file)))
     names = list(columns)
     node = "node" if "node" in columns else names[0]
     weights = columns.get("weight")
