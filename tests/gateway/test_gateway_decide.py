@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from anabranch.errors import BudgetError, ConfigError, InputError, LimitError, RateError
+from anabranch.errors import AnabranchError, BudgetError, ConfigError, InputError, LimitError, RateError
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.decide import Decider
 from anabranch.gateway.gateway import Gateway
@@ -470,6 +470,9 @@ def test_the_thread_of_a_strategy_ends_with_the_last_of_its_lanes_and_drops_noth
         # Who comes later is told so, and is decided for elsewhere.
         with pytest.raises(BypassError, match="ended"):
             await made[0].decide(Query(text="q"), POOL, unasked)
+        # Nor is a round of all strategies cancelled by one that is gone: a reload ended upkeep and errands for good.
+        with pytest.raises(AnabranchError, match="the thread of strategy s has ended"):
+            await made[0].alone(lambda: "never")
         assert thread._users == 0
 
     asyncio.run(main())
@@ -492,3 +495,25 @@ def test_a_lane_does_not_wait_for_what_the_one_before_it_began_and_never_ended()
         asyncio.run(main())
     finally:
         gate.set()
+
+
+def test_who_is_cancelled_while_alone_with_a_strategy_is_cancelled_and_leaves_nothing():
+    gate, began = threading.Event(), threading.Event()
+
+    async def main():
+        [lane] = lanes(1, lambda query, pool: began.set() or (gate.wait() and say("small")(query, pool)), 60.0)
+        asked = asyncio.ensure_future(lane.decide(Query(text="q"), POOL, unasked))
+        await asyncio.to_thread(began.wait)
+        ran = []
+        alone = asyncio.ensure_future(lane.alone(lambda: ran.append(1)))
+        await asyncio.sleep(0)
+        alone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await alone
+        gate.set()
+        await asked
+        lane.close()
+        assert ran == []
+        assert lane._thread._users == 0
+
+    asyncio.run(main())

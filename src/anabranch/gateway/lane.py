@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from anabranch.config import to_dict
-from anabranch.errors import BudgetError, InputError, LimitError, RateError
+from anabranch.errors import AnabranchError, BudgetError, InputError, LimitError, RateError
 from anabranch.gateway.config import StrategyConfig
 from anabranch.gateway.dispatch.senders import own_sender
 from anabranch.gateway.logged_error import raised
@@ -199,11 +199,23 @@ class Lane:
         return count
 
     async def alone(self, work: Callable[[], T]) -> T:
-        """``work()`` while nothing else touches the strategy, however long it takes."""
+        """``work()`` while nothing else touches the strategy, however long it takes.
+
+        Raises AnabranchError where its thread has ended, since a reload took the strategy out: whoever asks goes on with the others.
+        """
         if self.is_fast:
             return work()
         with self._thread.used() as turns:
-            return await turns.run(LEARNING, work)
+            future = turns.put(LEARNING, work)
+            try:
+                # Not the future itself: that it is cancelled is not that whoever waits is.
+                await asyncio.wait({future})
+            finally:
+                if not future.done():
+                    turns.drop(LEARNING, future)
+        if future.cancelled():
+            raise AnabranchError(f"the thread of strategy {self.name} has ended")
+        return future.result()
 
     def close(self) -> None:
         """Let the thread end once it is idle, and nobody else uses it. A second call does nothing."""
