@@ -255,3 +255,24 @@ def test_edges_of_which_nobody_can_tell_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(DataError, match=r"e\.csv: is its first line, dan,eve, an edge, .*Begin it with source,target"):
         read_edges(str(path), GRAPHS["named"])
+
+
+@pytest.mark.parametrize(
+    ("text", "edges"),
+    [
+        # R, a data frame with its index, Gephi, names in another order, of a column that had an empty cell once.
+        ('"","from","to"\n"1",5,6\n"2",0,5\n', [(5, 6), (0, 5)]),
+        (",a,b\n0,5,6\n1,0,5\n", [(5, 6), (0, 5)]),
+        ("Source,Target,Type,Id,Label,Weight\n5,6,Undirected,0,x,2.5\n", [(5, 6, 2.5)]),
+        ("weight,to,from\n0.5,6,5\n", [(5, 6, 0.5)]),
+        ("user,item\n5.0,6.0\n", [(5.0, 6.0)]),
+        ("5.0,6.0\n0.0,5.0\n", [(5.0, 6.0), (0.0, 5.0)]),
+        ("a,b,score\n5,6,0.5\n", [(5, 6, 0.5)]),
+    ],
+)
+def test_edges_as_others_write_them(tmp_path, text, edges):
+    """Their index was taken for an end, and ends for weights."""
+    path = tmp_path / "e.csv"
+    path.write_text(text)
+    columns = [column for column in read_edges(str(path), GRAPHS["numbered"]) if column is not None]
+    assert list(zip(*columns, strict=True)) == edges

@@ -168,3 +168,19 @@ def test_most_similar_by_name():
         most_similar(vectors, "eve", names=names)
     with pytest.raises(InputError, match="4 vectors and names of the shape"):
         most_similar(vectors, "ann", names=names[:3])
+
+
+@pytest.mark.parametrize(
+    ("names", "node"),
+    [
+        (list(np.array(["a", "b", "c"])), "b"),
+        (["a", "b", "c"], np.str_("b")),
+        (list(np.array([7, 8, 9])), 8),
+        ([7, 8, 9], np.int32(8)),
+        (np.array(["a", "b", "c"]), "b"),
+    ],
+)
+def test_names_are_the_same_in_numpys_types(names, node):
+    vectors = np.array([[1.0, 0], [1, 0.1], [0, 1]])
+    found, _ = most_similar(vectors, node, 1, names=names)
+    assert found.tolist() == [names[0]]

@@ -125,10 +125,11 @@ def most_similar(
             raise InputError(
                 f"there are {len(vectors):,} vectors and names of the shape {named.shape}; give one per vector"
             )
-        # One by one: an array compares with a list as with an array.
-        found = [row for row, name in enumerate(named.tolist()) if type(name) is type(node) and name == node]
-        if not found and isinstance(node, np.generic):
-            return most_similar(embedding_ND, node.item(), k, names=names)
+        # One by one, and as numbers and texts of Python: an array compares with a list as with an array.
+        called = _bare(node)
+        found = [
+            row for row, name in enumerate(map(_bare, named.tolist())) if type(name) is type(called) and name == called
+        ]
         if not found:
             raise InputError(f"no vector is called {shown(node)}")
         ids, cosines = most_similar(vectors, int(found[0]), k)
@@ -158,3 +159,7 @@ def most_similar(
     best = np.concatenate([above, even[: count - len(above)]])
     best = best[np.lexsort((best, -cosine_N[best]))]
     return best.astype(np.int64), cosine_N[best]
+
+
+def _bare(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

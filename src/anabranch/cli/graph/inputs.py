@@ -270,8 +270,13 @@ def _are_numbers(graph: Graph) -> bool:
 
 
 def _may_be_node(graph: Graph, text: str) -> bool:
-    """Whether this is a node, or a number where nodes are: one that the graph has not is told as that, and is not passed over."""
-    return _is_node(graph, text) or (_are_numbers(graph) and re.fullmatch(r"[+-]?[0-9]+", text.strip()) is not None)
+    """Whether this is a node, or a number where nodes are: one that the graph has not is told as that, and is not passed over.
+
+    Data frames write 5.0 where a cell of the column was empty once.
+    """
+    return _is_node(graph, text) or (
+        _are_numbers(graph) and re.fullmatch(r"[+-]?[0-9]+(\.0*)?", text.strip()) is not None
+    )
 
 
 def _is_node(graph: Graph, text: str) -> bool:

@@ -40,7 +40,8 @@ def check_saved(path: Path | None) -> None:
 
 
 def read_edges(path: str, nodes: Graph) -> tuple[list[Any], list[Any], list[Any] | None]:
-    """Columns source, target and (None where there is none) weight of a table: of these names, else the first two and the third.
+    """Columns source, target and (None where there is none) weight of a table: by the names that `read_graph` knows, else the first two and
+    the third; a first one without a name is a data frame's index, and is passed over.
 
     Args:
         path: of the table; its first line is an edge or names of columns, see `is_row_of_edges`.
@@ -53,8 +54,7 @@ def read_edges(path: str, nodes: Graph) -> tuple[list[Any], list[Any], list[Any]
         raise DataError(
             f"{path} has {len(table)} column(s); edges are a table of source and target, and perhaps weight"
         )
-    ends = ["source", "target"] if {"source", "target"} <= table.keys() else list(table)[:2]
-    weight = "weight" if "weight" in table else next((name for name in table if name not in ends), None)
+    ends, weight = _columns(list(table))
     for name in (*ends, *([] if weight is None else [weight])):
         empty = next((row for row, cell in enumerate(table[name]) if cell in (None, "")), None)
         if empty is not None:
@@ -66,6 +66,19 @@ def read_edges(path: str, nodes: Graph) -> tuple[list[Any], list[Any], list[Any]
         if wrong is not None:
             raise DataError(f"{path}, row {wrong}: the weight {table[weight][wrong]!r:.40} is not a number")
     return table[ends[0]], table[ends[1]], None if weight is None else table[weight]
+
+
+def _columns(names: list[str]) -> tuple[list[str], str | None]:
+    """Those of ends, and of weights."""
+    from anabranch.graph.formats.edge_list import SOURCES, TARGETS, WEIGHTS
+
+    if names[0] == "" and len(names) > 2:
+        names = names[1:]
+    called = {name.lower(): name for name in reversed(names)}
+    known = [next((called[word] for word in words if word in called), None) for words in (SOURCES, TARGETS, WEIGHTS)]
+    rest = iter([name for name in names if name not in known])
+    source, target = (name if name is not None else next(rest) for name in known[:2])
+    return [source, target], known[2] if known[2] is not None else next(rest, None)
 
 
 def pairs_of(nodes: Graph, path: str) -> tuple[np.ndarray, list[str], list[str]]:
