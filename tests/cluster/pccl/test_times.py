@@ -1,6 +1,7 @@
 """The table of times: what is a sum of others outlasts what it must, whatever the others are."""
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anabranch
-from anabranch.cluster.pccl import Master
+from anabranch.cluster.pccl import Communicator, Master
 from anabranch.cluster.pccl import times as module_of_times
 from anabranch.cluster.pccl.line import Line
 from anabranch.cluster.pccl.times import (
     AGAIN_S,
     COUNT_S,
+    CUT_OFF_S,
     DRAIN_S,
     HANDSHAKE_S,
     LOOK_S,
@@ -146,3 +148,12 @@ def test_who_calls_a_master_that_takes_and_says_nothing_gives_up_in_time(monkeyp
         with pytest.raises(OSError, match="nobody"):
             line._called({"purpose": "join"}, end)
     assert reached == [100.0 + HANDSHAKE_S, 107.0, 100.0 + REACH_S]
+
+
+def test_both_ends_of_a_line_ask_whether_the_other_machine_is_there():
+    """``test_cut_off.py`` cuts a cable; what they ask is the system's."""
+    with a_master() as master, Communicator(master.address) as peers:
+        (theirs,) = [line.sock for line in master._lines.values()]
+        for sock in (peers._line._sock, theirs):
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * CUT_OFF_S
