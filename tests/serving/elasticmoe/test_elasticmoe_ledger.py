@@ -1,5 +1,7 @@
 """The book of requests with ranks of paper: whom it tells what when a reader is slow, and who gets the place."""
 
+from collections import Counter
+
 import pytest
 
 from anabranch.serving.core.request import Finish, Output, Request, Sampling
@@ -341,3 +343,108 @@ def test_requests_of_a_group_with_a_seed_get_the_same_ones_again():
 
     assert seeds(3) == seeds(3) != seeds(4)
     assert seeds(None) != seeds(None)
+
+
+# -- what waits in a rank beyond its places
+
+
+def fill(book, **asks):
+    for key, count in asks.items():
+        for number in range(count):
+            put(book, f"{key}{number}", key)
+    book.ranks.news()
+
+
+def with_devices(book):
+    return Counter(live.device for live in book.ledger.live.values())
+
+
+def test_a_device_that_falls_idle_is_given_what_waits_in_another():
+    book = Book(0, 1, max_seqs=4)
+    fill(book, a=8, b=4)
+    assert with_devices(book) == {0: 6, 1: 6}
+    assert (book.ledger.num_running, book.ledger.num_waiting) == (8, 4)
+    on_1 = [id for id, live in book.ledger.live.items() if live.device == 1]
+    for id in on_1[:3]:
+        book.gives(id, 7, finish=Finish.LENGTH)
+    # One place is free, and it is asked for once.
+    assert [told for told in book.ranks.news() if told[1] != "submit"] == [(0, "give_back")]
+    for id in on_1[3:]:
+        book.gives(id, 7, finish=Finish.LENGTH)
+    assert book.ranks.news() == []
+    on_0 = [id for id, live in book.ledger.live.items() if live.device == 0]
+    book.gives(on_0[5], 8, 9)
+    book.ledger.given_back(book.ranks, 0, [on_0[5]])
+    # From what it has on; of the other three places one is asked for as well, since one waits.
+    assert book.ranks.news() == [(1, "submit", on_0[5]), (0, "give_back")]
+    assert book.ledger.live[on_0[5]].output == [8, 9]
+    # By now it runs.
+    book.ledger.given_back(book.ranks, 0, [])
+    assert book.ranks.news() == []
+    book.gives(on_0[0], 7)
+    book.gives(on_0[0], 7, finish=Finish.LENGTH)
+    assert book.ranks.news() == []
+    assert with_devices(book) == {0: 4, 1: 1}
+    assert (book.ledger.num_running, book.ledger.num_waiting) == (5, 0)
+
+
+def test_a_device_that_comes_is_given_what_waits_in_another():
+    book = Book(0, max_seqs=4)
+    fill(book, a=4, b=2)
+    book.ledger.is_paused = True
+    new = Ranks(0, 1)
+    book.ledger.move(book.ranks, new, dict.fromkeys(book.ledger.live, 0))
+    book.ledger.resume(new)
+    assert new.news() == [(0, "go"), (1, "go"), (0, "give_back")]
+    # What the one before says now is of nobody here.
+    book.ledger.given_back(book.ranks, 0, ["a0"])
+    book.ledger.given_back(new, 1, ["a0"])
+    book.ledger.given_back(new, 0, ["a2", "gone", "a3"])
+    assert new.news() == [(1, "submit", "a2"), (1, "submit", "a3")]
+
+
+def test_a_reader_that_is_back_finds_the_place_of_another_device():
+    book = Book(0, 1)
+    fill(book, a=2)
+    book.ledger.pause_request("a0")
+    put(book, "a2", "a")
+    book.gives("a1", 7, finish=Finish.LENGTH)
+    assert book.ranks.news() == [(0, "pause_request", "a0"), (0, "submit", "a2")]
+    book.ledger.resume_request("a0")
+    assert book.ranks.news() == [(0, "resume_request", "a0"), (0, "give_back")]
+    # Paused once more before its rank has let go of it: it begins there when it is resumed.
+    book.ledger.pause_request("a0")
+    book.ledger.given_back(book.ranks, 0, ["a0"])
+    assert book.ranks.news() == [(0, "pause_request", "a0")]
+    book.ledger.resume_request("a0")
+    assert book.ranks.news() == [(1, "submit", "a0")]
+
+
+def test_what_is_given_back_is_charged_once():
+    book, paid, queue = Book(0, 1, max_seqs=2), Counter(), None
+    queue = book.ledger._queue
+    charge, refund = queue._charge, queue.refund
+
+    def charges(level, flow, live):
+        paid[live.request.id] += live.cost
+        charge(level, flow, live)
+
+    def refunds(live, tokens):
+        paid[live.request.id] -= tokens if live.rank[2] in queue._charged else 0
+        refund(live, tokens)
+
+    queue._charge, queue.refund = charges, refunds
+    fill(book, a=5, b=2, c=3)
+    all_of = dict(book.ledger.live)
+    # One of a rank that died goes before all others and is not charged again.
+    book.ledger.live["a1"].reruns = 1
+    for _ in range(3):
+        for device in (0, 1):
+            ids = [id for id, live in book.ledger.live.items() if live.device == device]
+            book.gives(ids[-1], 7)
+            book.ledger.given_back(book.ranks, device, ids[-2:])
+    while book.ledger.live:
+        live = next(live for live in book.ledger.live.values() if live.instance is not None)
+        book.gives(live.request.id, 7, 8, finish=Finish.STOP)
+    assert paid == {id: len(live.request.prompt) + len(live.output) for id, live in all_of.items()}
+    assert queue._charged == {}

@@ -192,6 +192,10 @@ class Scheduler:
         """All requests that have not ended, by rank."""
         return sorted(self._states.values(), key=rank_of)
 
+    def waiting(self) -> list[RequestState]:
+        """Those that wait for a seat, by rank."""
+        return sorted(self._places.waiting, key=rank_of)
+
     def add(self, request: Request, output: Sequence[int] = (), num_scored: int = 0) -> RequestState:
         """Queue a request, which may have given ``output`` elsewhere, and the first ``num_scored`` of its prompt's log probabilities.
 

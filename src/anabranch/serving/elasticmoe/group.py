@@ -285,6 +285,8 @@ class Group:
             if event[2] is not None:
                 self.counts.picture(instance, device, event[2])
             self.ledger.take(instance, device, event[1])
+        elif event[0] == "given_back":
+            self.ledger.given_back(instance, device, event[1])
         elif event[0] in ("died", "failed"):
             logger.warning("device %d: %s", device, event[1] if len(event) > 1 else "its rank has died")
             with self.ledger.changed:

@@ -11,7 +11,9 @@ handed to are told, and should its rank die it does not begin again before its r
 
 Who waits here is taken as in the queue of one engine (`WaitingQueue`): by priority, then the keys in turn, each by its own priorities.
 A rank with as many requests as it runs gets more of a key that has fewer there than its part of the places: the rank's own `Seats` then
-have another key's make room. So no key waits for the end of another's requests.
+have another key's make room. So no key waits for the end of another's requests. Where a device has places for which nobody waits here,
+ranks are asked for as many of those that wait in them: a rank gives back the last of those that have no place, after all that these gave,
+and they wait here as before they were taken.
 """
 
 import random
@@ -62,14 +64,17 @@ class Ledger:
         self._queue: WaitingQueue[Live] = WaitingQueue()
         self._random = random.SystemRandom() if limits.seed is None else random.Random(limits.seed)
         self._serial = 0
+        # Devices of the active instance that are asked for what waits there.
+        self._asked: set[int] = set()
         # While ``is_paused``.
         self._aborted: set[str] = set()
         self._resumed: set[str] = set()  # likewise
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a rank."""
-        return sum(live.instance is None and live.paused is None for live in list(self.live.values()))
+        """Requests that wait, for a rank or in one that has more than it runs."""
+        waiting = sum(live.instance is None and live.paused is None for live in list(self.live.values()))
+        return waiting + self._num_over
 
     @property
     def queued_tokens(self) -> int:
@@ -79,8 +84,14 @@ class Ledger:
 
     @property
     def num_running(self) -> int:
-        """Requests that a rank has and may run."""
-        return sum(live.runs for live in list(self.live.values()))
+        """Requests that a rank has and runs."""
+        return sum(live.runs for live in list(self.live.values())) - self._num_over
+
+    @property
+    def _num_over(self) -> int:
+        """Those that ranks have beyond what they run at once."""
+        has = Counter((id(live.instance), live.device) for live in list(self.live.values()) if live.runs)
+        return sum(max(0, count - self.limits.max_seqs) for count in has.values())
 
     @property
     def num_paused(self) -> int:
@@ -156,9 +167,9 @@ class Ledger:
             live.paused = None
             if live.instance is None:
                 self.enqueue(live)
-                self.dispatch()
             elif not live.is_held:
                 self._go_on(live)
+            self.dispatch()
 
     def dispatch(self) -> None:
         """Give what waits to ranks that have room, the one with fewest requests first."""
@@ -185,6 +196,7 @@ class Ledger:
                     return
                 held[device].append(first)
                 self._give(first, active, device)
+            self._ask_back(active, {device: len(here) for device, here in held.items()})
 
     def _place_of(self, key: str, held: Mapping[int, Sequence[Live]]) -> int | None:
         """A device with a free place, else one where a key has fewer requests than its part of the places; None if there is none."""
@@ -196,6 +208,38 @@ class Ledger:
         device = min(held, key=lambda device: (has[device], len(held[device])))
         keys = {key, *(each.key for each in held[device])}
         return device if has[device] < max(1, most // len(keys)) else None
+
+    def _ask_back(self, active: Instance, held: Mapping[int, int]) -> None:
+        """Nobody waits here for the places that are free: ask ranks that have more than they run for as many."""
+        most = self.limits.max_seqs
+        free = sum(max(0, most - count) for count in held.values())
+        # Blocks that are another's for now may be what is waited for.
+        if self.room or self._asked:
+            return
+        for device, count in held.items():
+            asked = min(count - most, free)
+            if asked > 0:
+                free -= asked
+                self._asked.add(device)
+                active.tell(device, "give_back", count=asked)
+
+    def given_back(self, instance: Instance, device: int, ids: Sequence[str]) -> None:
+        """A rank has let go of requests that waited in it; perhaps fewer than it was asked for."""
+        with self.lock:
+            if instance is self.active:
+                self._asked.discard(device)
+            for live in [self.live[id] for id in ids if id in self.live]:
+                if live.instance is not instance or live.device != device:
+                    continue
+                if not live.reruns:
+                    # It is charged anew when it is taken again.
+                    self._queue.refund(live, live.cost)
+                live.instance = live.device = None
+                live.is_held = False
+                self.enqueue(live)
+            # Whoever gave nothing is not asked again at once.
+            if ids:
+                self.dispatch()
 
     def _dispatch_alone(self, active: Instance, live: Live) -> None:
         """Let one request run once nothing else does."""
@@ -304,6 +348,7 @@ class Ledger:
         """Go on with ``active`` after a pause or a change."""
         with self.lock:
             self.active, self.is_paused = active, False
+            self._asked.clear()
             self.room = dict(room or {})
             self._tell_again(active)
             for device in active.devices:

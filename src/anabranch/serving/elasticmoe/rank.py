@@ -280,6 +280,16 @@ class Rank:
         if output is not None:
             self.channel.send(("outputs", [output], None))
 
+    def do_give_back(self, count: int) -> None:
+        """Let go of up to ``count`` requests that wait for a place, the last ones, and say which."""
+        if self.scheduler is None:
+            return
+        ids = [state.request.id for state in self.scheduler.waiting()[-count:]]
+        for id in ids:
+            self.scheduler.abort(id)
+            self._drop(id)
+        self.channel.send(("given_back", ids))
+
     def do_pause_request(self, id: str) -> None:
         """Compute nothing more for a request until `do_resume_request`."""
         if self.scheduler is not None:
