@@ -396,11 +396,26 @@ def test_a_device_that_comes_is_given_what_waits_in_another():
     book.ledger.move(book.ranks, new, dict.fromkeys(book.ledger.live, 0))
     book.ledger.resume(new)
     assert new.news() == [(0, "go"), (1, "go"), (0, "give_back")]
+    # The ranks are changed once more before they answer: those that come then are asked anew.
+    book.ledger.resume(new)
+    assert new.news() == [(0, "go"), (1, "go"), (0, "give_back")]
     # What the one before says now is of nobody here.
     book.ledger.given_back(book.ranks, 0, ["a0"])
     book.ledger.given_back(new, 1, ["a0"])
     book.ledger.given_back(new, 0, ["a2", "gone", "a3"])
     assert new.news() == [(1, "submit", "a2"), (1, "submit", "a3")]
+
+
+def test_ranks_are_asked_for_no_more_than_there_are_places():
+    book = Book(0, 1, max_seqs=2)
+    fill(book, a=4, b=2)
+    assert with_devices(book) == {0: 3, 1: 3}
+    book.ledger.is_paused = True
+    new = Ranks(0, 1, 2)
+    book.ledger.move(book.ranks, new, {live.request.id: live.device for live in book.ledger.live.values()})
+    put(book, "c0", "c")
+    book.ledger.resume(new)
+    assert new.news() == [(0, "go"), (1, "go"), (2, "go"), (2, "submit", "c0"), (0, "give_back")]
 
 
 def test_a_reader_that_is_back_finds_the_place_of_another_device():
@@ -436,8 +451,9 @@ def test_what_is_given_back_is_charged_once():
     queue._charge, queue.refund = charges, refunds
     fill(book, a=5, b=2, c=3)
     all_of = dict(book.ledger.live)
-    # One of a rank that died goes before all others and is not charged again.
-    book.ledger.live["a1"].reruns = 1
+    # One that was with a rank that died goes before all others and is not charged again.
+    again = [live for live in all_of.values() if live.device == 0][-1]
+    again.reruns = 1
     for _ in range(3):
         for device in (0, 1):
             ids = [id for id, live in book.ledger.live.items() if live.device == device]
