@@ -163,6 +163,22 @@ def test_a_long_prompt_of_another_key_is_no_reason_to_refuse_a_short_one(waited)
     served.add("c", 1, 20.0)
 
 
+def test_one_that_is_owed_a_seat_is_expected_no_later_than_if_it_were_not():
+    admission, clock = gate(is_shared=True)
+    with admission.admit(10, "b") as ticket:
+        clock.now += 20.0
+        ticket.started()
+    own = seated(admission, "a", 1)
+    # Nobody owes these anything, and they begin at once.
+    for _ in range(30):
+        ticket = admission.admit(10, "a")
+        clock.now += 0.5
+        ticket.started()
+        own.append(ticket)
+    assert admission.expected_first_token_s(10, "a") < 2.0
+    assert admission.expected_first_token_s(10, "c") == admission.expected_first_token_s(10, "a")
+
+
 KEYS = st.sampled_from("abcd")
 
 

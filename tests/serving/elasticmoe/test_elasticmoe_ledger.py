@@ -464,3 +464,39 @@ def test_what_is_given_back_is_charged_once():
         book.gives(live.request.id, 7, 8, finish=Finish.STOP)
     assert paid == {id: len(live.request.prompt) + len(live.output) for id, live in all_of.items()}
     assert queue._charged == {}
+
+
+def kept(book):
+    """Charges of requests that have not ended, by id."""
+    return {live.request.id for live in book.ledger.live.values() if live.rank[2] in book.ledger._queue._charged}
+
+
+def test_one_that_is_withdrawn_or_ends_with_an_error_gets_back_what_it_paid():
+    book = Book(0, max_seqs=2)
+    fill(book, a=2)
+    assert kept(book) == {"a0", "a1"}
+    book.ledger.pause_request("a0")
+    book.ledger.withdraw_paused(book.ranks)
+    assert kept(book) == {"a1"}
+    outlive(book, "a1")
+    assert book.given[-1].finish is Finish.ERROR
+    assert book.ledger._queue._charged == {}
+
+
+def test_a_key_gets_a_place_where_it_has_fewest_before_where_there_are_fewest():
+    book = Book(0, 1, max_seqs=4)
+    fill(book, a=8)
+    fill(book, b=1)
+    (has_b,) = [live.device for live in book.ledger.live.values() if live.key == "b"]
+    # Of a one more is resumed where b has none, so that there are more.
+    other = 1 - has_b
+    slow = [id for id, live in book.ledger.live.items() if live.device == other][:2]
+    for id in slow:
+        book.ledger.pause_request(id)
+    for id in ("a8", "a9"):
+        put(book, id, "a")
+    for id in slow:
+        book.ledger.resume_request(id)
+    assert with_devices(book) == {has_b: 5, other: 6}
+    put(book, "b1", "b")
+    assert book.ledger.live["b1"].device == other
