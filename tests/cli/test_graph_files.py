@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.cli.graph.files import read_arrow
-from anabranch.cli.graph.inputs import is_row_of_nodes, read_table
+from anabranch.cli.graph.inputs import is_row_of_nodes, read_labels, read_table
 from anabranch.cli.graph.models import read_edges
 from anabranch.cli.graph.vectors import read_vectors
 from anabranch.errors import DataError
@@ -141,6 +141,10 @@ def test_memory_that_is_no_amount_is_told(here, tmp_path, memory):
         ("Name,3,7\na,.5,.1\n", ["Name", "3", "7"], 1),
         (",2019,2020\n0,.5,.1\n", ["", "2019", "2020"], 1),
         ("id,0,1\n7,1,0\n8,0,1\n", ["id", "0", "1"], 2),
+        # Text above numbers is no name of a row.
+        ("user_id,2019,2020\n7,.5,.1\n8,.25,.2\n", ["user_id", "2019", "2020"], 2),
+        ("user_id,0,1\n7,.5,.1\n", ["user_id", "0", "1"], 1),
+        ("Unnamed: 0,5,9\n7,.5,.1\n", ["Unnamed: 0", "5", "9"], 1),
     ],
 )
 def test_a_first_line_of_numbers_is_a_row(tmp_path, text, names, count):
@@ -162,6 +166,10 @@ def test_a_first_line_of_numbers_is_a_row(tmp_path, text, names, count):
         "0,1\n",
         "0,1\n.6,.8\n.8,.6\n",
         "0,1,2\n.5,1,2\n",
+        # Words above words, and whole numbers.
+        "country,2019,2020\nDE,.5,.1\n",
+        "country,2019,2020\nDE,5,1\n",
+        "king,1,0\nqueen,0,1\n",
     ],
 )
 def test_numbers_of_columns_above_whole_numbers_may_be_either(tmp_path, text):
@@ -182,9 +190,19 @@ def test_what_numpy_writes_is_read_whole(tmp_path, rows):
 def test_a_column_without_a_name_in_front_names_the_rows(tmp_path):
     """As data frames write their index: it was taken for a number of each vector."""
     path = tmp_path / "v.csv"
-    path.write_text(",a,b\n5,.5,.25\n9,1,0\n")
-    found = read_vectors(path)
-    assert (found.array.tolist(), found.names.tolist()) == ([[0.5, 0.25], [1, 0]], [5, 9])
+    for text in (
+        ",a,b\n5,.5,.25\n9,1,0\n",
+        ",a,b\n5.0,.5,.25\n9.0,1,0\n",
+        "Unnamed: 0,a,b\n5,.5,.25\n9,1,0\n",
+        # Beside names it says nothing.
+        ",id,a,b\n0,5,.5,.25\n1,9,1,0\n",
+    ):
+        path.write_text(text)
+        found = read_vectors(path)
+        assert (found.array.tolist(), found.names.tolist()) == ([[0.5, 0.25], [1, 0]], [5, 9])
+    path.write_text(",a,b\n5.5,.5,.25\n")
+    with pytest.raises(DataError, match="names rows, and has numbers that are not whole"):
+        read_vectors(path)
 
 
 GRAPHS = {
@@ -267,7 +285,10 @@ def test_edges_of_which_nobody_can_tell_are_refused(tmp_path, text):
         ("weight,to,from\n0.5,6,5\n", [(5, 6, 0.5)]),
         ("user,item\n5.0,6.0\n", [(5.0, 6.0)]),
         ("5.0,6.0\n0.0,5.0\n", [(5.0, 6.0), (0.0, 5.0)]),
-        ("a,b,score\n5,6,0.5\n", [(5, 6, 0.5)]),
+        # A column of another name is no weight.
+        ("a,b,score\n5,6,0.5\n", [(5, 6)]),
+        ("source,target,year\n5,6,2019\n", [(5, 6)]),
+        ("Unnamed: 0,a,b\n0,5,6\n", [(5, 6)]),
     ],
 )
 def test_edges_as_others_write_them(tmp_path, text, edges):
@@ -276,3 +297,38 @@ def test_edges_as_others_write_them(tmp_path, text, edges):
     path.write_text(text)
     columns = [column for column in read_edges(str(path), GRAPHS["numbered"]) if column is not None]
     assert list(zip(*columns, strict=True)) == edges
+
+
+def test_names_that_look_like_numbers_or_times_are_read_as_they_are(tmp_path):
+    """They became 7, True and 2020-01-01 10:00:00: new nodes, on which edges hung without a word."""
+    names = ["007", "1.0", "true", "2020-01-01 10:00"]
+    graph = Graph.from_edges([0, 1, 2], [1, 2, 3], names=names)
+    path = tmp_path / "e.csv"
+    path.write_text("source,target,weight\n007,true,2\n1.0,2020-01-01 10:00,0.5\n")
+    assert read_edges(str(path), graph) == (["007", "1.0"], ["true", "2020-01-01 10:00"], [2.0, 0.5])
+    path.write_text("007\ntrue\n")
+    assert next(iter(read_table(str(path), is_row_of_nodes(graph, str(path)), as_text=True).values())) == [
+        "007",
+        "true",
+    ]
+    path.write_text("007,05\ntrue,5\n")
+    assert read_labels(str(path), graph).sum() == 2
+    path.write_text("007,true,much\n")
+    with pytest.raises(DataError, match="row 0: the weight 'much' is not a number"):
+        read_edges(str(path), graph)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("node\n5\n6\n", ["5", "6"]),
+        ("5\n6\n", ["5", "6"]),
+        ("weight,node\n1,5\n", ["5"]),
+        ("ann\nbob\n", ["ann", "bob"]),
+    ],
+)
+def test_seeds_of_files_of_edges_are_read_without_a_graph(tmp_path, text, rows):
+    path = tmp_path / "s.csv"
+    path.write_text(text)
+    table = read_table(str(path), is_row_of_nodes(None, str(path)), as_text=True)
+    assert table.get("node", next(iter(table.values()))) == rows

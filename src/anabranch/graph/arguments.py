@@ -33,9 +33,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Integral | float | np.floating) and not isinstance(value, bool)
 
 
-# Bytes of a name in most file systems, less what a folder beside it adds (`anabranch.graph.beside.live_folder`), and of a path in a call of
-# the system.
-_LONGEST_NAME, _LONGEST_PATH = 255 - len(".live"), 4095
+# Bytes of a name in most file systems, and of a path in a call of the system.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 def as_path(value: Any, name: str = "path") -> Path:

@@ -30,6 +30,8 @@ LOCK = "lock"
 # Of a run that keeps its parts in a folder.
 MANIFEST = "manifest.json"
 _MANIFEST = r"manifest\.json"
+# Bytes of a name beside which there is room for that of `live_folder`, in most file systems.
+_LONGEST = 255 - len(".live")
 # To take a lock whose file others make and remove.
 TRIES = 5
 
@@ -105,6 +107,10 @@ def new_file(path: str | Path, *, mode: int | None = None) -> Iterator[Path]:
     Raises as `atomic_file`, and as `replacing` where an array file or a folder of changes is there.
     """
     path = as_path(path)
+    if len(os.fsencode(path.name)) > _LONGEST:
+        raise InputError(
+            f"the name of {path.name:.40}... is too long: it may have {_LONGEST} bytes, since a folder may lie beside it"
+        )
     with contextlib.ExitStack() as stack:
         if is_replacing := _may_have_changes(path):
             stack.enter_context(replacing(path))
@@ -200,7 +206,7 @@ def _is_broken_off(path: Path) -> bool:
 
 
 def _may_have_changes(path: Path) -> bool:
-    # Beside a name of the full length nothing can lie.
+    # Beside a name of the full length nothing can lie, and looking there is an error.
     if os.path.isdir(live_folder(path)):
         return True
     if not path.is_file():

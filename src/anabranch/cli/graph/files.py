@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tokenize
 import zlib
 from collections.abc import Callable
@@ -33,17 +34,21 @@ DAMAGED = (
 # From so many on, columns that are called 0, 1, 2, ... are no row of numbers that happen to be these.
 _SURELY_NAMES = 4
 
-# Whether the first line of a text is a row, by its cells and those of the second (empty where there is none); None: numbers shall tell.
-IsRow = Callable[[list[str], list[str]], bool | None]
+# Whether the first line of a text is a row, by its cells and those of the second (empty where there is none).
+IsRow = Callable[[list[str], list[str]], bool]
 
 
-def read_arrow(path: str | Path, is_row: IsRow | None = None) -> Any:
+def read_arrow(path: str | Path, is_row: IsRow | None = None, *, as_text: bool = False) -> Any:
     """A table of Arrow from .parquet, .pq, .csv, .tsv or .txt (tabs), the last three also with .gz.
 
     The first line of a text names its columns. One of numbers (behind a first name, too) is a row, and columns are then called f0, f1 and
     so on; one of the numbers of four columns or more, from 0 or 1, above numbers that are not whole, names them, and so does one that
-    begins with nothing or with what columns of names are called (`NAMES`), whatever numbers stand behind it. Whoever knows what its cells
-    are about says it by ``is_row``.
+    begins with nothing, with what columns of names are called (`NAMES`), or with text above numbers, whatever numbers stand behind it.
+
+    Args:
+        path: of the file.
+        is_row: whoever knows what its cells are about says by it whether the first line is one.
+        as_text: all cells of a text are text, as they are written; otherwise what looks like a number is one.
 
     Raises DataError for a file that is missing, foreign or malformed, where two columns have one name, text is not UTF-8, or nobody can
     tell whether the first line is a row.
@@ -60,7 +65,7 @@ def read_arrow(path: str | Path, is_row: IsRow | None = None) -> Any:
         raise DataError(f"cannot tell what {path} is; tables come as .parquet, .csv or .tsv")
     try:
         if is_text:
-            table = _text_table(path, "," if name.endswith(".csv") else "\t", is_row)
+            table = _text_table(path, "," if name.endswith(".csv") else "\t", is_row, as_text=as_text)
         else:
             table = parquet.read_table(path)
         names = table.column_names
@@ -77,33 +82,65 @@ def read_arrow(path: str | Path, is_row: IsRow | None = None) -> Any:
     return table
 
 
-def _text_table(path: Path, delimiter: str, is_row: IsRow | None) -> Any:
+def _text_table(path: Path, delimiter: str, is_row: IsRow | None, *, as_text: bool) -> Any:
     """Raises DataError, OSError and those of Arrow."""
     import pyarrow as pa
     from pyarrow import csv
 
     options, source = csv.ParseOptions(delimiter=delimiter), _ended(path)
-    table = csv.read_csv(source(), parse_options=options)
+
+    def read(*, has_names: bool, kinds: dict[str, Any] | None = None) -> Any:
+        how = csv.ReadOptions(autogenerate_column_names=not has_names)
+        return csv.read_csv(source(), how, options, csv.ConvertOptions(column_types=kinds))
+
+    table = read(has_names=True)
     first = table.column_names
-    told = None
     if is_row is not None:
-        told = is_row(first, [str(column[0].as_py()) for column in table.columns] if table.num_rows else [])
+        second = [str(column[0].as_py()) for column in table.columns] if table.num_rows else []
+        has_names = not is_row(first, second)
+    else:
+        has_names = _names_columns(table, path, delimiter)
+    if not as_text:
+        return table if has_names else read(has_names=False)
+    names = first if has_names else [f"f{number}" for number in range(len(first))]
+    return read(has_names=has_names, kinds=dict.fromkeys(names, pa.string()))
+
+
+def _names_columns(table: Any, path: Path, delimiter: str) -> bool:
+    """Whether the first line, of which the table's columns are called, names them. Raises DataError where nobody can tell."""
+    import pyarrow as pa
+
+    first, kinds = table.column_names, table.schema.types
     # As data frames write years or chosen columns, with an index.
-    if told is False or (told is None and len(first) > 1 and first[0].lower() in ("", *NAMES)):
-        return table
-    numbers = first if _is_number(first[0]) or len(first) == 1 else first[1:]
-    if told is None and not all(map(_is_number, numbers)):
-        return table
-    # As data frames write columns without names.
-    if told or numbers not in ([str(number + start) for number in range(len(numbers))] for start in (0, 1)):
-        return csv.read_csv(source(), csv.ReadOptions(autogenerate_column_names=True), options)
-    kinds = table.schema.types[len(first) - len(numbers) :]
-    if len(numbers) < _SURELY_NAMES or all(pa.types.is_integer(kind) or pa.types.is_null(kind) for kind in kinds):
+    if len(first) > 1 and (is_index(first[0]) or first[0].lower() in NAMES):
+        return True
+    is_named = not _is_number(first[0]) and len(first) > 1
+    numbers = first[1:] if is_named else first
+    # What names a row is text in all of them.
+    if not all(map(_is_number, numbers)) or (is_named and table.num_rows and not pa.types.is_string(kinds[0])):
+        return True
+    is_counted = numbers in ([str(number + start) for number in range(len(numbers))] for start in (0, 1))
+    if is_counted:
+        # As data frames write columns without names.
+        are_whole = all(
+            pa.types.is_integer(kind) or pa.types.is_null(kind) for kind in kinds[len(first) - len(numbers) :]
+        )
+        is_clear, is_header = len(numbers) >= _SURELY_NAMES and not are_whole, True
+    else:
+        # Of rows by name: years, or chosen columns, may stand there.
+        is_whole = all(number.strip().lstrip("+-").isdecimal() for number in numbers)
+        is_clear, is_header = not (is_named and is_whole and len(set(numbers)) == len(numbers)), False
+    if not is_clear:
         line = delimiter.join(first)
         raise DataError(
             f"{path}: is its first line, {line:.60}, a row, or are these names of columns? Begin it with a line of names"
         )
-    return table
+    return is_header
+
+
+def is_index(name: str) -> bool:
+    """Whether a column is called as data frames call their index: not at all, or as pandas calls that when it reads it again."""
+    return re.fullmatch(r"|Unnamed: [0-9]+", name) is not None
 
 
 def _ended(path: Path) -> Callable[[], Any]:

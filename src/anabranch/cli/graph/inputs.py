@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.graph.files import NAMES, IsRow, read_arrow
+from anabranch.cli.graph.files import NAMES, IsRow, is_index, read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
@@ -214,9 +214,9 @@ def numbers(text: str, option: str = "--rows") -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def read_table(path: str, is_row: IsRow | None = None) -> dict[str, list[Any]]:
-    """Columns of a CSV, TSV or Parquet file as lists; ``is_row`` as in `read_arrow`. Raises DataError."""
-    table = read_arrow(path, is_row)
+def read_table(path: str, is_row: IsRow | None = None, *, as_text: bool = False) -> dict[str, list[Any]]:
+    """Columns of a CSV, TSV or Parquet file as lists; other arguments as of `read_arrow`. Raises DataError."""
+    table = read_arrow(path, is_row, as_text=as_text)
     return {name: table[name].to_pylist() for name in table.column_names}
 
 
@@ -228,11 +228,15 @@ def is_row_of_nodes(graph: Graph | None, path: str) -> IsRow:
     """
 
     def is_row(first: list[str], second: list[str]) -> bool:
-        if first[0].lower() in ("", *NAMES):
+        if is_index(first[0]) or first[0].lower() in NAMES:
             return False
-        if graph is None or _may_be_node(graph, first[0]):
+        if graph is not None and _may_be_node(graph, first[0]):
             return True
-        if _are_numbers(graph):
+        if any(cell.lower() in NAMES for cell in first):
+            return False
+        if graph is None:
+            return True
+        if are_numbers(graph):
             return False
         raise DataError(
             f"{path}: is its first line, {','.join(first):.60}, about a node, or are these names of columns? There is no such node; "
@@ -256,7 +260,7 @@ def is_row_of_edges(graph: Graph, path: str) -> IsRow:
             return False
         if any(_may_be_node(graph, cell) for cell in first[:2]):
             return True
-        if _are_numbers(graph) and second:
+        if are_numbers(graph) and second:
             return False
         raise DataError(
             f"{path}: is its first line, {','.join(first):.60}, an edge, or are these names of columns? Begin it with source,target"
@@ -265,7 +269,8 @@ def is_row_of_edges(graph: Graph, path: str) -> IsRow:
     return is_row
 
 
-def _are_numbers(graph: Graph) -> bool:
+def are_numbers(graph: Graph) -> bool:
+    """Whether nodes are called by numbers; text that looks like some, 007, is read as it is."""
     return graph.names is None or graph.names.dtype.kind in "iu"
 
 
@@ -275,7 +280,7 @@ def _may_be_node(graph: Graph, text: str) -> bool:
     Data frames write 5.0 where a cell of the column was empty once.
     """
     return _is_node(graph, text) or (
-        _are_numbers(graph) and re.fullmatch(r"[+-]?[0-9]+(\.0*)?", text.strip()) is not None
+        are_numbers(graph) and re.fullmatch(r"[+-]?[0-9]+(\.0*)?", text.strip()) is not None
     )
 
 
@@ -324,7 +329,7 @@ def read_labels(path: str, graph: Graph) -> Any:
     import numpy as np
     from scipy.sparse import coo_array
 
-    table = read_table(path, is_row_of_nodes(graph, path))
+    table = read_table(path, is_row_of_nodes(graph, path), as_text=not are_numbers(graph))
     if len(table) < 2:
         raise DataError(f"{path} has {len(table)} column(s); labels are a table of node and label")
     names = ("node", "label") if {"node", "label"} <= table.keys() else list(table)[:2]

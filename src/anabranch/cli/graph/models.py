@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.graph.inputs import is_row_of_edges, nodes_of, read_table
+from anabranch.cli.graph.files import is_index
+from anabranch.cli.graph.inputs import are_numbers, is_row_of_edges, nodes_of, read_table
 from anabranch.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def check_saved(path: Path | None) -> None:
 
 
 def read_edges(path: str, nodes: Graph) -> tuple[list[Any], list[Any], list[Any] | None]:
-    """Columns source, target and (None where there is none) weight of a table: by the names that `read_graph` knows, else the first two and
-    the third; a first one without a name is a data frame's index, and is passed over.
+    """Columns source, target and (None where there is none) weight of a table.
+
+    They are found by the names that `read_graph` knows, else they are the first two, and where no line names them the third; a first one
+    without a name is a data frame's index, and is passed over.
 
     Args:
         path: of the table; its first line is an edge or names of columns, see `is_row_of_edges`.
@@ -49,7 +52,7 @@ def read_edges(path: str, nodes: Graph) -> tuple[list[Any], list[Any], list[Any]
 
     Raises DataError naming the row of an empty cell, or of a weight that is not a number.
     """
-    table = read_table(path, is_row_of_edges(nodes, path))
+    table = read_table(path, is_row_of_edges(nodes, path), as_text=not are_numbers(nodes))
     if len(table) < 2:
         raise DataError(
             f"{path} has {len(table)} column(s); edges are a table of source and target, and perhaps weight"
@@ -61,24 +64,30 @@ def read_edges(path: str, nodes: Graph) -> tuple[list[Any], list[Any], list[Any]
             raise DataError(f"{path}, row {empty}: an empty cell")
     if not table[ends[0]]:
         raise DataError(f"{path} has no rows")
-    if weight is not None:
-        wrong = next((row for row, cell in enumerate(table[weight]) if not isinstance(cell, int | float)), None)
-        if wrong is not None:
-            raise DataError(f"{path}, row {wrong}: the weight {table[weight][wrong]!r:.40} is not a number")
-    return table[ends[0]], table[ends[1]], None if weight is None else table[weight]
+    weights = None if weight is None else [_weight(path, row, cell) for row, cell in enumerate(table[weight])]
+    return table[ends[0]], table[ends[1]], weights
 
 
 def _columns(names: list[str]) -> tuple[list[str], str | None]:
     """Those of ends, and of weights."""
     from anabranch.graph.formats.edge_list import SOURCES, TARGETS, WEIGHTS
 
-    if names[0] == "" and len(names) > 2:
+    if is_index(names[0]) and len(names) > 2:
         names = names[1:]
     called = {name.lower(): name for name in reversed(names)}
     known = [next((called[word] for word in words if word in called), None) for words in (SOURCES, TARGETS, WEIGHTS)]
     rest = iter([name for name in names if name not in known])
     source, target = (name if name is not None else next(rest) for name in known[:2])
-    return [source, target], known[2] if known[2] is not None else next(rest, None)
+    # A line of names says it; without one it is the third.
+    is_bare = names == [f"f{number}" for number in range(len(names))]
+    return [source, target], known[2] if known[2] is not None else next(rest, None) if is_bare else None
+
+
+def _weight(path: str, row: int, cell: Any) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        raise DataError(f"{path}, row {row}: the weight {cell!r:.40} is not a number") from None
 
 
 def pairs_of(nodes: Graph, path: str) -> tuple[np.ndarray, list[str], list[str]]:

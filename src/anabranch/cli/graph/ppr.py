@@ -11,6 +11,7 @@ import typer
 from anabranch.cli.graph.cluster import edge_files, is_edges, rank_files
 from anabranch.cli.graph.inputs import (
     Opened,
+    are_numbers,
     check_untyped,
     is_row_of_nodes,
     open_graph,
@@ -176,7 +177,7 @@ def _given_names(nodes: list[str] | None, file: Path | None) -> list[str] | None
         return nodes or None
     if nodes:
         raise InputError("seeds come as arguments or by --seeds, not both")
-    columns = read_table(str(file), is_row_of_nodes(None, str(file)))
+    columns = read_table(str(file), is_row_of_nodes(None, str(file)), as_text=True)
     node = "node" if "node" in columns else next(iter(columns))
     if not columns[node]:
         raise DataError(f"{file} has no rows")
@@ -212,7 +213,7 @@ def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[
 
     from anabranch.cli.graph.inputs import nodes_of
 
-    columns = read_table(str(file), is_row_of_nodes(opened.graph, str(file)))
+    columns = read_table(str(file), is_row_of_nodes(opened.graph, str(file)), as_text=not are_numbers(opened.graph))
     names = list(columns)
     node = "node" if "node" in columns else names[0]
     weights = columns.get("weight")

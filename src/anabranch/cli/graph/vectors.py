@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.cli.graph.files import DAMAGED, NAMES, open_array, read_arrow
+from anabranch.cli.graph.files import DAMAGED, NAMES, is_index, open_array, read_arrow
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.beside import new_file
 
@@ -131,11 +131,12 @@ def _table(path: Path) -> Vectors:
     table = read_arrow(path)
     names = next((name for name in table.column_names if name.lower() in NAMES), None)
     first = table.schema.field(0)
-    # A data frame's index has no name.
-    is_index = first.name == "" and pa.types.is_integer(first.type)
-    if names is None and table.num_columns > 1 and (is_index or pa.types.is_string(first.type)):
+    has_index = is_index(first.name) and table.num_columns > 1
+    if names is None and (has_index or (table.num_columns > 1 and pa.types.is_string(first.type))):
         names = first.name
-    rest = [name for name in table.column_names if name != names]
+    # Beside names the number of a row says nothing.
+    left_out = {names, first.name} if has_index else {names}
+    rest = [name for name in table.column_names if name not in left_out]
     if not rest:
         raise DataError(f"{path} has no columns of numbers")
     for name in table.column_names:
@@ -153,6 +154,12 @@ def _table(path: Path) -> Vectors:
     if names is None:
         return Vectors(found)
     column = table[names]
+    if pa.types.is_floating(column.type):
+        # One that had an empty cell once.
+        try:
+            column = column.cast(pa.int64(), safe=True)
+        except pa.ArrowInvalid:
+            raise DataError(f"{path}: {names!r} names rows, and has numbers that are not whole") from None
     as_numbers = pa.types.is_integer(column.type)
     named = column.to_numpy() if as_numbers else np.array([str(name) for name in column.to_pylist()], object)
     is_number = as_numbers and np.array_equal(named, np.arange(len(named)))
