@@ -502,7 +502,7 @@ MISTAKES = [
     ("info nowhere.csv", "there is no file nowhere.csv, and no graph 'nowhere.csv'; known: blogcatalog"),
     ("info .", "is a folder, not a file"),
     ("info edges.csv --picture x.gif", "'x.gif' is no picture that can be drawn"),
-    ("info edges.csv --out x.dat", "the format of x.dat is unknown"),
+    ("info edges.csv --out x.dat", "the format of 'x.dat' is unknown"),
     ("info edges.csv --columns a", "--columns is 'a'; write SOURCE,TARGET"),
     ("info edges.csv --columns a,b", "edges.csv has no column 'a'"),
     ("info edges.csv --ids numbers", "edges.csv, line 2: the source 'ann' is not a whole number"),

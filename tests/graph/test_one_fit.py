@@ -132,6 +132,10 @@ def test_names_that_a_file_would_not_keep_apart_are_refused_before_it_is_written
     for model in (GraphVite(dim=4, epochs=2, workers=1).fit(graph), FastRP(dim=4, workers=1).fit(graph)):
         with pytest.raises(InputError, match="names can be saved if all are integers or all are text; 1 is not text"):
             model.save(tmp_path / f"m{ending}")
+    scores = FullyPPR(walks=20, workers=1).fit(graph).result_
+    for place in (f"s{ending}", "s.parquet"):
+        with pytest.raises(InputError, match="names can be saved if all are integers or all are text; 1 is not text"):
+            scores.save(tmp_path / place)
     assert not list(tmp_path.iterdir())
 
 

@@ -108,8 +108,9 @@ def most_similar(
     vector is similar to nothing (cosine 0). Fewer than ``k`` others: all of them. Raises InputError for a node or k out of range,
     and for vectors that are not finite numbers.
     """
+    given = unmasked(embedding_ND, "an embedding")
     try:
-        vectors = np.asarray(unmasked(embedding_ND, "an embedding"))
+        vectors = np.asarray(given)
     except ValueError:
         raise InputError("an embedding is rows of one length, and these are of several") from None
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
@@ -117,8 +118,9 @@ def most_similar(
             f"an embedding is numbers of the shape [nodes, dim], this one is {vectors.dtype} {vectors.shape}"
         )
     if names is not None:
+        given = unmasked(names, "names")
         try:
-            named = np.asarray(unmasked(names, "names"), object)
+            named = np.asarray(given, object)
         except ValueError:
             raise InputError("names is a list of lists of several lengths; give one per vector") from None
         if named.shape != (len(vectors),):

@@ -67,8 +67,8 @@ def start_of_new(rows: NewRows, setup: Setup, beta: float, features: Any, names:
     start, count = setup.start, len(rows.degree_R)
     old = len(start.key_N)
     key_R = np.arange(old, old + count, dtype=np.uint64) if names is None else keys_of(names)
-    if len(key_R) != count:
-        raise InputError(f"there are {count:,} rows and {len(key_R):,} names; give one per row")
+    if key_R.ndim != 1 or len(key_R) != count:
+        raise InputError(f"there are {count:,} rows and {key_R.size:,} names; give one per row")
     random_RD = start.of_new(key_R, features)
     with np.errstate(over="ignore", under="ignore", divide="ignore"):
         scale_R = rows.degree_R**beta / math.sqrt(random_RD.shape[1])

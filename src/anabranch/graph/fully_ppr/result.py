@@ -21,7 +21,7 @@ from anabranch.graph.array_file import check_how, read_arrays, write_arrays
 from anabranch.graph.beside import new_file
 from anabranch.graph.checks import check_room, is_known
 from anabranch.graph.header import described, whole
-from anabranch.graph.names import names_arrays, names_from
+from anabranch.graph.names import check_saved_names, names_arrays, names_from
 from anabranch.graph.rows import SparseRows, check_top_k, id_type
 from anabranch.graph.stored_folder import FACTS, SCORES, read_facts, read_table
 
@@ -129,8 +129,14 @@ class FullyPPRResult:
     # On disk
 
     def save(self, path: str | Path) -> None:
-        """Write everything into one file, all or nothing: Parquet for a name that ends in ``.parquet``, a checked array file otherwise."""
+        """Write everything into one file, all or nothing: Parquet for a name that ends in ``.parquet``, a checked array file otherwise.
+
+        Raises InputError for names that a file would not keep apart: neither all integers nor all text.
+        """
         path = as_path(path)
+        if self.names is not None:
+            # Those that no row tells of may have none.
+            check_saved_names(self.names[self.names != None] if self.names.dtype == object else self.names)  # noqa: E711
         if path.suffix == ".parquet":
             with parquet_writer(path, self.num_nodes, self.rows.values.dtype, self.names, self._meta()) as write:
                 write(self.rows, 0)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from anabranch.bounds import is_whole, shown
+from anabranch.bounds import is_whole, shown, whole
 from anabranch.errors import InputError
 from anabranch.graph.array_file import read_arrays, write_arrays
 from anabranch.graph.header import described
@@ -258,7 +258,7 @@ class GRank:
 
         Raises as `fit`.
         """
-        _check_k(k)
+        _check_k(whole("k", k, 1))
         self._check_fitted()
         nodes, terms, items = read_clicks(clicks, columns)
         known = set(self.nodes_.tolist())
