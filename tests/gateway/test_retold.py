@@ -16,9 +16,12 @@ def test_all_who_read_an_answer_at_a_time_read_the_same_chunks():
         assert retold.known(*asked) is None
         told = retold.keep(*asked, [b"an ", b"answer"])
         assert retold.known(*asked) is told
-        # Who made them at the same time has those of the first; another answer, or form of it, is another.
+        # Who made them at the same time has those of the first, and so has who found the same in a store that processes share.
         assert retold.keep(*asked, [b"an ", b"answer"]) is told
-        assert retold.known(same, "chat", True) is retold.known(answer, "chat", False) is None
+        assert same is not answer
+        assert retold.keep(same, "chat", True, [b"an ", b"answer"]) is retold.known(same, "chat", True) is told
+        # Another answer, or form of it, is another.
+        assert retold.known(b"another", "chat", True) is retold.known(answer, "chat", False) is None
         readers = [Replayed(retold.known(*asked)) for _ in range(3)]
         del told
         assert [piece async for piece in readers[0]] == [b"an ", b"answer"]

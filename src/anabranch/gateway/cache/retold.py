@@ -26,17 +26,16 @@ class Retold:
     """Those of one process."""
 
     def __init__(self) -> None:
-        self._told: weakref.WeakValueDictionary[tuple[int, str, bool], ToldChunks] = weakref.WeakValueDictionary()
+        # By what they say: one from a store that processes share is another object each time.
+        self._told: weakref.WeakValueDictionary[tuple[bytes, str, bool], ToldChunks] = weakref.WeakValueDictionary()
 
     def known(self, answer: bytes, endpoint: str, with_usage: bool) -> ToldChunks | None:
-        """Those that somebody reads now; an answer is the same if it is the same object, as what is kept is."""
-        found = self._told.get((id(answer), endpoint, with_usage))
-        # Another object may have had its place in the memory.
-        return found if found is not None and found.answer is answer else None
+        """Those that somebody reads now."""
+        return self._told.get((answer, endpoint, with_usage))
 
     def keep(self, answer: bytes, endpoint: str, with_usage: bool, chunks: list[bytes]) -> ToldChunks:
         """Those that were made; where several made them at a time, those of the first."""
         found = self.known(answer, endpoint, with_usage)
         if found is None:
-            found = self._told[id(answer), endpoint, with_usage] = ToldChunks(answer, tuple(chunks))
+            found = self._told[answer, endpoint, with_usage] = ToldChunks(answer, tuple(chunks))
         return found
