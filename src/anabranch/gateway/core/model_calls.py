@@ -328,8 +328,11 @@ async def _streamed(
             raise UpstreamError(stream.failure, stream.report)
         return stream.answer()
     finally:
-        await stream.aclose()
-        stream.forget()
+        # Also where it is cancelled again while it is closed: its room is others' then.
+        try:
+            await stream.aclose()
+        finally:
+            stream.forget()
 
 
 def body_of(
