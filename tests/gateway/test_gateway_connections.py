@@ -74,13 +74,19 @@ def test_a_crowd_at_one_address_keeps_nobody_else_out(tmp_path):
         raw = json.dumps({**HELLO, "max_tokens": 60, "stream": True}).encode()
         stream.sendall(head("/v1/chat/completions", len(raw)) + raw)
         with contextlib.ExitStack() as crowd:
-            # Each has said that more comes, so none is idle.
-            for _ in range(100):
+
+            def one_more():
+                """It has said that more comes, so it is not idle."""
                 link = crowd.enter_context(connected(port, CROWD))
                 with contextlib.suppress(ConnectionError):
                     link.sendall(head("/v1/chat/completions", 1_000) + b"{")
 
+            for _ in range(100):
+                one_more()
+
             def told():
+                # A place that was free as this came may have been its own.
+                one_more()
                 found = send(port, CROWD, "/v1/chat/completions", HELLO)
                 return found if found[0] != 200 else None
 

@@ -487,7 +487,7 @@ def test_a_lane_does_not_wait_for_what_the_one_before_it_began_and_never_ended()
             await old.decide(Query(text="q"), POOL, unasked)
         await asyncio.to_thread(began.wait)
         with pytest.raises(BypassError, match="longer"):
-            await asyncio.wait_for(new.decide(Query(text="q"), POOL, unasked), 30)
+            await asyncio.wait_for(new.decide(Query(text="q"), POOL, unasked), 60)
         old.close()
         new.close()
 

@@ -126,7 +126,8 @@ def test_a_key_that_floods_moves_what_others_are_told_by_no_more_than_its_share(
     # What they may each have is had before the flood begins, so that it is theirs that the bound is about.
     for sender in [f"honest{at}" for at in range(num_honest)] + coming:
         if share.admit(sender, num_honest + 1):
-            lane._observe(Outcome(query=query, model="small", quality=float(sender != "flood")))
+            outcome = Outcome(query=query, model="small", quality=float(sender != "flood"))
+            lane._learn(lambda outcome=outcome: lane.strategy.observe(outcome))
     lane.close()
     taken = share.count("flood")
     most = max(config.share, 1 / (num_honest + 1))

@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+from anabranch.gateway.dispatch.own_time import OwnTime
 from anabranch.gateway.dispatch.run import Run
 from anabranch.web.large_json import LARGE
 from anabranch.web.turns import Turns
@@ -22,7 +23,7 @@ def test_a_sender_of_many_large_requests_waits_for_itself_and_another_for_one_pi
 
     def built(turns, sender, request):
         of = SimpleNamespace(dispatcher=SimpleNamespace(turns=turns), plan=SimpleNamespace(sender=sender, trace=None))
-        return Run.built(of, live, request, SimpleNamespace())
+        return Run.built(of, live, request, SimpleNamespace(time=OwnTime()))
 
     async def main():
         with ThreadPoolExecutor(1) as executor:
