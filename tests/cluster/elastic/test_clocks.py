@@ -182,7 +182,8 @@ def test_a_device_that_takes_no_clock_any_more_ends_no_training(caplog):
     with caplog.at_level(logging.WARNING):
         clock.follow(1.2)
         clock.follow(1.3)
-    assert [record.getMessage() for record in caplog.records] == [
+    # Other tests may have had more told.
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
         "the clock stays as it is: nvmlDeviceSetGpuLockedClocks gave 15"
     ]
     assert clock.factor == 1.1

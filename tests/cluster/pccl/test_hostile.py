@@ -215,9 +215,10 @@ def test_a_state_of_many_names_is_fetched():
         return peers.sync_shared_state(state).received_bytes, state.digest()
 
     with a_master() as master:
-        (_, first), (received, second) = together(master.address, 2, work)
+        (fewer, first), (more, second) = together(master.address, 2, work)
     assert first == second
-    assert received == 2400
+    # Whichever was elected, the other fetches it.
+    assert sorted([fewer, more]) == [0, 2400]
 
 
 @pytest.mark.parametrize("idle_s", [0.4, 7200.0])
