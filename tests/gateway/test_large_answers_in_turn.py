@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 from aiohttp import web
@@ -338,6 +339,40 @@ def test_to_wait_for_room_is_no_time_of_the_deployment(tmp_path, stream):
         assert (live.first_token_s if stream else live.latency_s) < 1.0
 
     against(tmp_path, answer, work, "m", timeout_s=1.0, first_token_timeout_s=1.0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_waits_to_be_read_holds_no_place_at_its_deployment(tmp_path, stream):
+    """A deployment that had nothing to do was full, and seemed not to answer."""
+    raw = json.dumps(SAID).encode()
+
+    async def answer(request, model):
+        small = {**SAID, "choices": [{**SAID["choices"][0], "message": {"role": "assistant", "content": "hi"}}]}
+        return web.json_response(small) if request.headers.get("x-small") else await in_pieces(request, raw)
+
+    async def work(gateway):
+        dispatcher, gate = gateway.runtime.dispatcher, threading.Event()
+        [live] = dispatcher.lives()
+        try:
+            busy = dispatcher.turns.put("somebody", gate.wait)
+            slow = [
+                asyncio.ensure_future(gateway.handle("chat", {"model": "m", **CHAT, "stream": stream}))
+                for _ in range(2)
+            ]
+            await until_async(lambda: len(dispatcher.turns._waiting.get("", ())) == 2)
+            # One after the other, in the one place.
+            assert (live.in_flight, live.waiting) == (0, 0)
+            assert not any(one.done() for one in slow)
+        finally:
+            gate.set()
+        await busy
+        for reply in await asyncio.gather(*slow):
+            assert reply.status == 200
+            if reply.stream is not None:
+                assert [piece async for piece in reply.stream]
+        assert (live.in_flight, live.waiting, live._parts._counts) == (0, 0, {})
+
+    against(tmp_path, answer, work, "m", max_in_flight=2)
 
 
 def test_of_a_long_answer_that_says_what_went_wrong_the_beginning_is_read(tmp_path):

@@ -7,7 +7,7 @@ asked: how much that is, only the engine's own reader knows.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from anabranch.gateway.dispatch.outgoing import built
+from anabranch.gateway.dispatch.outgoing import outgoing
 from anabranch.gateway.prompt_tokens import PromptCount
 from anabranch.gateway.providers.provider import UpstreamError, UpstreamRequest, Usage
 
@@ -55,7 +55,7 @@ async def engine_count(
 async def _of(runtime: "Runtime", live: "Live", request: UpstreamRequest, sender: str) -> int | None:
     provider = live.provider
     try:
-        call = await built(live, request, runtime.dispatcher.turns, sender)
+        call = (await outgoing(live, request, runtime.dispatcher.turns, sender)).call()
     except UpstreamError:
         return None
     call.sender = sender

@@ -51,6 +51,25 @@ class AttemptEnds:
         self._answers = Answers.of(request.endpoint, request.body)
         self.avoid: set[str] = set()
 
+    def has_come(self, live: Live, attempt: Attempt) -> None:
+        """An answer is here, and has yet to be read: its place at the deployment is free. That of an attempt that has ended is already."""
+        if attempt.status == "open":
+            attempt.has_come = True
+            live.heard(self.dispatcher.now())
+            live.leave(self.plan.sender)
+            self._leave_room(live, attempt)
+
+    def _end(self, live: Live, attempt: Attempt, outcome: Outcome, now: float, failure: Failure | None = None) -> None:
+        was_heard = attempt.has_come or attempt.first_token_s is not None
+        live.end(attempt.ticket, outcome, now, failure, was_heard, self.plan.sender, attempt.has_come)
+        self._leave_room(live, attempt)
+
+    def _leave_room(self, live: Live, attempt: Attempt) -> None:
+        """Of the attempts that processes count together it is one no more."""
+        if self.dispatcher.rooms is not None and attempt.place:
+            self.dispatcher.rooms.leave(live.name, attempt.place)
+            attempt.place = ""
+
     def won(self, live: Live, attempt: Attempt, usage: Usage, waited_s: float | None = None) -> None:
         """End an attempt that brought a whole answer, of which so many tokens are ``seen`` as are known.
 
@@ -61,8 +80,7 @@ class AttemptEnds:
         attempt.call, attempt.is_guess = None, usage.is_estimated
         self.charge(live, attempt, usage, attempt.seen)
         live.senders.answered(self.plan.sender, now)
-        live.end(attempt.ticket, "success", now, was_heard=attempt.first_token_s is not None, sender=self.plan.sender)
-        self._leave_room(live, attempt)
+        self._end(live, attempt, "success", now)
         first_s = None if attempt.first_token_s is None else attempt.own_s(attempt.first_token_s)
         live.timed(attempt.own_s(attempt.total_s), first_s, usage.completion, waited_s)
         if first_s is None:
@@ -74,7 +92,7 @@ class AttemptEnds:
 
         It is charged for ``usage``, or, of one that brought nothing, for the most that may be billed.
         """
-        now, was_heard = self.dispatcher.now(), attempt.first_token_s is not None
+        now = self.dispatcher.now()
         attempt.total_s = now - self.began - attempt.start_s
         if usage is None and (attempt.is_late or may_be_billed(attempt, failure)):
             usage = self._unseen(live, attempt, failure)
@@ -85,18 +103,16 @@ class AttemptEnds:
                 self._be_told(live, attempt)
         if not attempt.is_late:
             attempt.call = None
-        self._leave_room(live, attempt)
         if failure is None:
             attempt.status = "cancelled"
-            live.end(attempt.ticket, "ignored", now, was_heard=was_heard, sender=self.plan.sender)
+            self._end(live, attempt, "ignored", now)
             return
         attempt.status, attempt.message = failure.kind, failure.message
         attempt.http_status = failure.status or attempt.http_status
         self.avoid.add(live.name)
         if failure.cause in DOUBTED and live.senders.doubted(self.plan.sender, now):
             live.is_doubted = True
-        outcome = self._outcome(live, attempt, failure)
-        live.end(attempt.ticket, outcome, now, failure, was_heard, self.plan.sender)
+        self._end(live, attempt, self._outcome(live, attempt, failure), now, failure)
 
     def _be_told(self, live: Live, attempt: Attempt) -> None:
         """What was made of an attempt takes the place of the most that can have been, where its provider says so once it has stopped."""
@@ -185,11 +201,6 @@ class AttemptEnds:
             live.corrected(now, since, by)
             if rooms is not None:
                 rooms.corrected(live.deployment, by, now - since)
-
-    def _leave_room(self, live: Live, attempt: Attempt) -> None:
-        """Of the attempts that processes count together it is one no more."""
-        if self.dispatcher.rooms is not None and attempt.place:
-            self.dispatcher.rooms.leave(live.name, attempt.place)
 
     def _unseen(self, live: Live, attempt: Attempt, failure: Failure | None) -> Usage:
         """The most that may be billed of an attempt of which nothing has come."""

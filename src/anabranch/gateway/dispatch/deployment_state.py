@@ -187,6 +187,11 @@ class Live:
             self.tokens.add(now, tokens)
         return ticket
 
+    def leave(self, sender: str = "") -> None:
+        """An attempt of a sender is at the upstream no more; `end` must be told that it has left."""
+        self._parts.leave(_whose(sender))
+        self.in_flight -= 1
+
     def end(
         self,
         ticket: int,
@@ -195,10 +200,11 @@ class Live:
         failure: Failure | None = None,
         was_heard: bool = False,
         sender: str = "",
+        has_left: bool = False,
     ) -> None:
-        """Count an attempt out. Its first token ``was_heard`` if `heard` was called for it."""
-        self._parts.leave(_whose(sender))
-        self.in_flight -= 1
+        """Count an attempt out. Its first token ``was_heard`` if `heard` was called for it, and it ``has_left`` if `leave` was."""
+        if not has_left:
+            self.leave(sender)
         self.waiting -= not was_heard
         if outcome == "success":
             self._heard_at, self.is_doubted = now, False

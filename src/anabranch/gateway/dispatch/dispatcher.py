@@ -16,7 +16,7 @@ from anabranch.gateway.dispatch.deployments import Balance, DispatchRules, Group
 from anabranch.gateway.dispatch.hedge import HedgeDelay
 from anabranch.gateway.dispatch.kept_stream import room_for_streams
 from anabranch.gateway.dispatch.large_answers import LargeAnswers
-from anabranch.gateway.dispatch.late import Exchange, Late, Reader, answer_of, exchanged
+from anabranch.gateway.dispatch.late import Exchange, Late, answer_of, exchanged
 from anabranch.gateway.dispatch.plan import Attempt, Plan
 from anabranch.gateway.dispatch.retry import RetryBudget
 from anabranch.gateway.dispatch.run import Run
@@ -26,6 +26,7 @@ from anabranch.gateway.dispatch.upstream_beside import UpstreamBeside
 from anabranch.gateway.providers.answer_bounds import most_bytes
 from anabranch.gateway.providers.provider import (
     Answer,
+    HttpCall,
     Reply,
     Transport,
     UpstreamError,
@@ -238,12 +239,11 @@ class Dispatcher:
         finally:
             run.close()
 
-    async def _whole(self, run: Run, live: Live, request: UpstreamRequest, attempt: Attempt) -> Answer:
+    async def _whole(self, run: Run, live: Live, request: UpstreamRequest, call: HttpCall, attempt: Attempt) -> Answer:
         """One attempt at a whole answer."""
         limit_s = live.deployment.timeout_s
         attempt.is_whole = True
-        call = await run.built(live, request, attempt)
-        reader = self.reader(live, request, attempt, run.plan.sender)
+        reader = run.reader(live, request, attempt)
         exchange: Exchange = asyncio.ensure_future(
             exchanged(live.transport, call, attempt, reader, most_bytes(request))
         )
@@ -262,10 +262,6 @@ class Dispatcher:
         attempt.seen = answer.usage.completion
         run.ends.won(live, attempt, run.ends.usage_of(live, attempt, answer))
         return answer
-
-    def reader(self, live: Live, request: UpstreamRequest, attempt: Attempt, sender: str) -> Reader:
-        """What reads a deployment's whole answer to a request."""
-        return Reader(live.provider, request, self.turns, sender, self.room, attempt.time)
 
     async def stream(self, plan: Plan, request: UpstreamRequest) -> Stream:
         """A stream whose first token has come. Read it to the end, or close it, and `forget` it where the plan keeps it.

@@ -157,6 +157,7 @@ class Reader:
         sender: whose request it is.
         room: of large ones, until they have been read.
         time: of the upstream.
+        has_come: told of a large one when its upstream has no more to do with it: it may wait long until it is read.
     """
 
     provider: Provider
@@ -165,6 +166,7 @@ class Reader:
     sender: str
     room: LargeAnswers
     time: OwnTime
+    has_come: Callable[[], None]
 
     async def read(self, reply: Reply) -> Answer:
         """A 2xx answer. Raises UpstreamError."""
@@ -184,8 +186,9 @@ class Reader:
 
             body = await read_all(reply, most, parts, keep)
             parts.clear()
-            # Its connection is free for the next.
+            # Its connection is free for the next, and so is its place.
             reply.close()
+            self.has_come()
             work = partial(_read_large, self.provider, self.request, body)
             with self.time.held():
                 return body, await self.turns.run(self.sender, work)

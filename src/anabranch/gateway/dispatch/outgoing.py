@@ -1,7 +1,7 @@
 """What a deployment is to be sent, and what it is called when a provider fails at that or at anything else."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from anabranch.gateway.dispatch.deployment_state import Live
@@ -14,6 +14,27 @@ from anabranch.web.turns import Turns
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """What is to be sent, before it takes a place among the deployment's attempts.
+
+    Attributes:
+        live: the deployment.
+        request: as it is meant for that.
+        made: of it; or why it cannot be sent there.
+    """
+
+    live: Live
+    request: UpstreamRequest
+    made: HttpCall | UpstreamError
+
+    def call(self) -> HttpCall:
+        """Raises UpstreamError where it cannot be sent."""
+        if isinstance(self.made, UpstreamError):
+            raise self.made
+        return self.made
+
+
 def as_failure(error: Exception, name: str) -> UpstreamError:
     """What went wrong at deployment ``name``. An exception that a provider may not raise is a fault of the provider, not of the request."""
     if isinstance(error, UpstreamError):
@@ -24,15 +45,22 @@ def as_failure(error: Exception, name: str) -> UpstreamError:
     )
 
 
-async def built(live: Live, request: UpstreamRequest, turns: Turns, sender: str) -> HttpCall:
+async def outgoing(live: Live, request: UpstreamRequest, turns: Turns, sender: str) -> Outgoing:
     """What a deployment is to be sent; a large request is put into its form in another thread, where senders take ``turns``.
 
-    Raises UpstreamError, of a kind that is held against nobody but the request. Nothing has been sent yet: whatever goes wrong here
-    comes of what is in the request, be it that the provider has a fault that it meets.
+    What goes wrong is of a kind that is held against nobody but the request. Nothing has been sent yet: whatever it is comes of what is in
+    the request, be it that the provider has a fault that it meets.
     """
     if request.num_bytes > LARGE:
-        return await turns.run(sender, partial(_built, live, request))
-    return _built(live, request)
+        return await turns.run(sender, partial(_outgoing, live, request))
+    return _outgoing(live, request)
+
+
+def _outgoing(live: Live, request: UpstreamRequest) -> Outgoing:
+    try:
+        return Outgoing(live, request, _built(live, request))
+    except UpstreamError as error:
+        return Outgoing(live, request, error)
 
 
 def _built(live: Live, request: UpstreamRequest) -> HttpCall:

@@ -87,6 +87,7 @@ class Attempt:
         is_guess: nobody told, and ``usage`` is the most that may be billed, as far as is known.
         is_late: it was lost, and its answer is read on; ``usage`` and ``cost`` become what it says.
         span_id: of the trace, that the upstream was told; "" where there is none.
+        has_come: its answer is here, though it has not been read: it is none of those under way at its deployment.
         place: its name among those that processes count together; "" where it is not counted there.
         time_s: when it began, in seconds since 1970; 0 where there is no trace.
         time: of its upstream, which this process may hold up.
@@ -113,6 +114,7 @@ class Attempt:
     is_guess: bool = False
     is_late: bool = False
     span_id: str = ""
+    has_come: bool = False
     place: str = ""
     time_s: float = 0.0
     time: OwnTime = field(default_factory=OwnTime, repr=False, compare=False)

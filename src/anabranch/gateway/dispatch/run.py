@@ -12,12 +12,14 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anabranch.gateway.dispatch.attempt_ends import AttemptEnds
 from anabranch.gateway.dispatch.balance import pick
 from anabranch.gateway.dispatch.deployment_state import Live
-from anabranch.gateway.dispatch.outgoing import as_failure, built
+from anabranch.gateway.dispatch.late import Reader
+from anabranch.gateway.dispatch.outgoing import Outgoing, as_failure, outgoing
 from anabranch.gateway.dispatch.plan import Attempt, Plan, Report
 from anabranch.gateway.dispatch.retry import ACTION, IN_VAIN, LASTING, backoff
 from anabranch.gateway.dispatch.shared_rooms import NoRoomError, SharedRooms, attempt_id
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from anabranch.gateway.dispatch.dispatcher import Dispatcher, LiveGroup
 
 logger = logging.getLogger(__name__)
-Opening = Callable[[Live, UpstreamRequest, Attempt], Awaitable[Any]]
+Opening = Callable[[Live, UpstreamRequest, HttpCall, Attempt], Awaitable[Any]]
 
 
 # Names of attempts that processes count together.
@@ -89,9 +91,12 @@ class Run:
     async def obtain(self, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
         """The next result, with the attempt that brought it. Raises UpstreamError when nothing is left to try."""
         while True:
-            live = await self._next()
+            sent = await self._written(await self._next(), request)
+            if not self._is_free(sent.live):
+                # It was when it was chosen, and nothing was held while the request was written.
+                continue
             try:
-                found, attempt = await self._ask(live, request, opening)
+                found, attempt = await self._ask(sent, request, opening)
                 # Of several beside each other another model may have been the first.
                 self.report.is_stopgap |= attempt.model != self.plan.candidates[self._at]
                 return found, attempt
@@ -125,6 +130,11 @@ class Run:
     def _free(self, group: "LiveGroup", now: float) -> list[Live]:
         """Deployments that take this request now."""
         return [live for live in group.free(now, self.tokens, self.plan.sender) if live.name not in self._crowded]
+
+    def _is_free(self, live: Live) -> bool:
+        """Whether a deployment takes this request now."""
+        takes = live.can_take(self.dispatcher.now(), self.tokens, self.plan.sender)
+        return takes and live.name not in self._crowded
 
     def reject(self) -> None:
         """The answer is not good enough: go on to the next candidate."""
@@ -247,26 +257,42 @@ class Run:
 
     # Asking
 
-    async def _ask(self, live: Live, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
-        group = self.dispatcher.groups[live.model]
+    async def _written(self, live: Live, request: UpstreamRequest) -> Outgoing:
+        """What is to be sent to a deployment. A large request waits for its turn, and holds no place at the deployment meanwhile.
+
+        Raises UpstreamError if the time for the request is up before that.
+        """
+        own = self.plan.requests.get(live.model) if request is self.request else None
+        if own is not None:
+            request = own if request.stream else own.whole()
+        request = request.bounded(self.plan.bounds.get(live.model))
+        try:
+            async with asyncio.timeout(max(self.left_s, 0.0)):
+                return await outgoing(live, request, self.dispatcher.turns, self.plan.sender)
+        except TimeoutError:
+            raise self._too_late() from None
+
+    async def _ask(self, sent: Outgoing, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
+        """``request`` is what others would be sent, who are asked beside it."""
+        group = self.dispatcher.groups[sent.live.model]
         is_hedged = self.rules.hedge if self.plan.hedge is None else self.plan.hedge
         delay_s = (group.hedge if self._streams else group.hedge_whole).delay_s if is_hedged else None
         if delay_s is None:
-            return await self._one(live, request, opening)
-        return await self._race(live, request, opening, delay_s)
+            return await self._made(sent, opening, self._begun(sent.live))
+        return await self._race(sent, request, opening, delay_s)
 
     async def _race(
-        self, live: Live, request: UpstreamRequest, opening: Opening, delay_s: float
+        self, sent: Outgoing, request: UpstreamRequest, opening: Opening, delay_s: float
     ) -> tuple[Any, Attempt]:
         """Ask a second deployment beside the first when that is slow; the first to bring something wins."""
-        tasks = [self._started(live, request, opening)]
+        tasks = [self._started(sent, opening)]
         winner: asyncio.Future[Any] | None = None
         try:
             await asyncio.wait(tasks, timeout=delay_s)
             if not tasks[0].done():
-                other = await self._elsewhere(live)
-                if other is not None and not tasks[0].done():
-                    tasks.append(self._started(other, request, opening, is_hedge=True))
+                other = await self._elsewhere(sent.live, request, tasks[0])
+                if other is not None:
+                    tasks.append(self._started(other, opening, is_hedge=True))
             pending = set(tasks)
             while pending and winner is None:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -285,8 +311,11 @@ class Run:
         # Without a winner, raises what the first failed of.
         return (winner or tasks[0]).result()
 
-    async def _elsewhere(self, live: Live) -> Live | None:
-        """Another deployment for a hedge: of the same model, else of the next candidates; None if none may be asked."""
+    async def _elsewhere(self, live: Live, request: UpstreamRequest, first: "asyncio.Future[Any]") -> Outgoing | None:
+        """Another deployment for a hedge: of the same model, else of the next candidates; None if none may be asked.
+
+        Nor is one where the ``first`` is done by the time that the other could be asked.
+        """
         now = self.dispatcher.now()
         if len(self.report.attempts) >= self._most:
             return None
@@ -299,28 +328,29 @@ class Run:
             if self.plan.allow is not None and not await self.plan.allow(model, self.report.cost):
                 return None
             other = pick(group.balance, free, now, self.dispatcher.rng)
-            still_free = other.can_take(self.dispatcher.now(), self.tokens, self.plan.sender)
-            return other if still_free and self.dispatcher.budget.take(now, sender=self.plan.sender) else None
+            writing = asyncio.ensure_future(self._written(other, request))
+            writing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            try:
+                await asyncio.wait((first, writing), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                writing.cancel()
+            if first.done() or writing.exception() is not None or not self._is_free(other):
+                return None
+            return writing.result() if self.dispatcher.budget.take(now, sender=self.plan.sender) else None
         return None
 
-    def _started(
-        self, live: Live, request: UpstreamRequest, opening: Opening, is_hedge: bool = False
-    ) -> "asyncio.Future[Any]":
+    def _started(self, sent: Outgoing, opening: Opening, is_hedge: bool = False) -> "asyncio.Future[Any]":
         """One attempt beside others. It is counted in at once: by the time the task runs, another request may have taken its place."""
-        attempt = self._begun(live, is_hedge)
-        task = asyncio.ensure_future(self._made(live, request, opening, attempt))
+        attempt = self._begun(sent.live, is_hedge)
+        task = asyncio.ensure_future(self._made(sent, opening, attempt))
 
         def ended(done: "asyncio.Future[Any]") -> None:
             # Before it ever ran.
             if done.cancelled() and attempt.status == "open":
-                self.ends.lost(live, attempt, None)
+                self.ends.lost(sent.live, attempt, None)
 
         task.add_done_callback(ended)
         return task
-
-    async def _one(self, live: Live, request: UpstreamRequest, opening: Opening) -> tuple[Any, Attempt]:
-        """One attempt."""
-        return await self._made(live, request, opening, self._begun(live))
 
     def _begun(self, live: Live, is_hedge: bool = False) -> Attempt:
         start = self.dispatcher.now()
@@ -332,18 +362,14 @@ class Run:
         self.report.attempts.append(attempt)
         return attempt
 
-    async def _made(
-        self, live: Live, request: UpstreamRequest, opening: Opening, attempt: Attempt
-    ) -> tuple[Any, Attempt]:
+    async def _made(self, sent: Outgoing, opening: Opening, attempt: Attempt) -> tuple[Any, Attempt]:
         """An attempt that has begun. Success leaves `Live` to whoever goes on (a stream), or ends it in ``opening``."""
-        own = self.plan.requests.get(live.model) if request is self.request else None
-        if own is not None:
-            request = own if request.stream else own.whole()
-        request = request.bounded(self.plan.bounds.get(live.model))
+        live = sent.live
         try:
             if self.dispatcher.rooms is not None and live.deployment.is_limited:
                 await self._take_room(live, attempt, self.dispatcher.rooms)
-            return await opening(live, request, attempt), attempt
+            attempt.call = call = self._marked(sent.call(), attempt)
+            return await opening(live, sent.request, call, attempt), attempt
         except NoRoomError:
             raise
         except Exception as cause:
@@ -367,10 +393,8 @@ class Run:
         self.report.attempts[:] = [one for one in self.report.attempts if one is not attempt]
         raise NoRoomError
 
-    async def built(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> HttpCall:
-        """What an attempt sends, the trace that it belongs to among it. Raises UpstreamError as `built` does."""
-        with attempt.time.held():
-            attempt.call = call = await built(live, request, self.dispatcher.turns, self.plan.sender)
+    def _marked(self, call: HttpCall, attempt: Attempt) -> HttpCall:
+        """What an attempt sends: whose it is, and the trace that it belongs to."""
         call.sender = self.plan.sender
         if self.plan.trace is not None:
             attempt.span_id, attempt.time_s = new_span_id(), time.time()
@@ -383,6 +407,12 @@ class Run:
             attempt.status = "cancelled"
         else:
             result.drop()
+
+    def reader(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> Reader:
+        """What reads a deployment's whole answer to a request."""
+        dispatcher, sender = self.dispatcher, self.plan.sender
+        has_come = partial(self.ends.has_come, live, attempt)
+        return Reader(live.provider, request, dispatcher.turns, sender, dispatcher.room, attempt.time, has_come)
 
     # Endings
 

@@ -30,6 +30,7 @@ from anabranch.gateway.providers.native_events import whole_of
 from anabranch.gateway.providers.provider import (
     Answer,
     Failure,
+    HttpCall,
     Json,
     Reply,
     UpstreamError,
@@ -176,9 +177,8 @@ class Stream:
 
     # One upstream
 
-    async def _opening(self, live: Live, request: UpstreamRequest, attempt: Attempt) -> Opened:
+    async def _opening(self, live: Live, request: UpstreamRequest, call: HttpCall, attempt: Attempt) -> Opened:
         limit_s = min(live.deployment.first_token_timeout_s, live.deployment.timeout_s)
-        call = await self._run.built(live, request, attempt)
         reply: Reply | None = None
         opened: Opened | None = None
         try:
@@ -191,8 +191,7 @@ class Stream:
                 opened = Opened(self._run, live, attempt, request, reply, self._stitch)
                 if "json" in reply.headers.get("content-type", ""):
                     attempt.is_whole = True
-                    reader = self._run.dispatcher.reader(live, request, attempt, self._run.plan.sender)
-                    opened.from_answer(await reader.read(reply))
+                    opened.from_answer(await self._run.reader(live, request, attempt).read(reply))
                 else:
                     await opened.until_content()
         except TimeoutError:
@@ -205,7 +204,8 @@ class Stream:
             _close(reply)
             raise
         attempt.first_token_s = self._now() - self._run.began - attempt.start_s
-        live.heard(self._now())
+        if not attempt.has_come:
+            live.heard(self._now())
         self._run.dispatcher.groups[live.model].hedge.observe(attempt.own_s(attempt.first_token_s))
         return opened
 
