@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -294,7 +295,7 @@ def test_a_name_that_nobody_answers_for_keeps_no_thread_from_others(monkeypatch,
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
         monkeypatch.setattr(webhooks, "POST_S", 0.2)
         hooks = Webhooks({"dead": hook("https://dead.example/x", private=private)}, lambda: Due(dead=20))
-        monkeypatch.setattr(webhooks.socket, "getaddrinfo", hangs)
+        monkeypatch.setattr(socket, "getaddrinfo", hangs)
         looking = asyncio.create_task(hooks.look())
         await until_async(lambda: looked_up)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "goes on"), 60) == "goes on"

@@ -14,6 +14,7 @@ import aiohttp
 from yarl import URL
 
 from anabranch.gateway.dispatch.upstream_socket import upstream_socket
+from anabranch.gateway.name_resolver import NameResolver
 from anabranch.gateway.providers.provider import Failure, HttpCall, Reply, UpstreamError, garbage
 
 REDIRECTS = 3
@@ -52,6 +53,7 @@ class Upstream:
                 limit_per_host=0,
                 keepalive_timeout=KEEP_ALIVE_S,
                 ttl_dns_cache=60,
+                resolver=NameResolver(),
                 socket_factory=upstream_socket,
             )
             self._session = aiohttp.ClientSession(

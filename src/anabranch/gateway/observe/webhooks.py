@@ -14,18 +14,18 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.abc import ResolveResult
 
 from anabranch.errors import AnabranchError
 from anabranch.gateway.config import WebhookConfig
 from anabranch.gateway.config.observe import check_webhook_url
 from anabranch.gateway.config.secret import Secret, is_reference
+from anabranch.gateway.name_resolver import NameResolver
 from anabranch.gateway.store import Budget, Store, alerts
 from anabranch.gateway.store.alerts import TRIES, Alert
 from anabranch.gateway.store.database import Connection
@@ -61,8 +61,7 @@ class Hook:
         self.url = Secret(config.url).reveal() if is_reference(config.url) else config.url
         check_webhook_url(self.url, private=config.private)
         self.secret = config.secret.reveal().encode()
-        # A name that nobody answers for takes a thread of its own, and none of those in which all others are looked up.
-        self.threads = ThreadPoolExecutor(1, thread_name_prefix=f"webhook-{name}")
+        self.resolver = HookResolver(private=config.private)
         # Each beside itself as a fraction: of ten thousand budgets, in whole numbers.
         self.shares = [(share, *Fraction(str(share)).as_integer_ratio()) for share in sorted(set(config.shares))]
 
@@ -246,8 +245,7 @@ async def _posted(hook: Hook, alert: Alert) -> str | None:
         # The resolver is not asked for addresses that are written as such.
         if not private and not _is_public_host(urlsplit(hook.url).hostname or ""):
             return "its address is not public, which private = true allows"
-        resolver = HookResolver(hook.threads, private=private)
-        connector = aiohttp.TCPConnector(resolver=resolver, limit=1, force_close=True)
+        connector = aiohttp.TCPConnector(resolver=hook.resolver, limit=1, force_close=True)
         timeout = aiohttp.ClientTimeout(total=POST_S)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:
             # A redirect could lead anywhere.
@@ -266,34 +264,25 @@ class NotPublicError(OSError):
     """A name leads to this machine or a private network."""
 
 
-class HookResolver(AbstractResolver):
-    """Addresses of names, looked up in threads that nobody else waits for. It is these that are called: what the name means later does not
-    matter.
+class HookResolver(NameResolver):
+    """Addresses of names. It is these that are called: what the name means later does not matter.
 
     Args:
-        threads: for this.
         private: names may lead to this machine or a private network; else all addresses of each must be public.
     """
 
-    def __init__(self, threads: Executor, *, private: bool) -> None:
-        self._threads, self._private = threads, private
+    def __init__(self, *, private: bool) -> None:
+        super().__init__()
+        self._private = private
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """See `AbstractResolver`. Raises NotPublicError if one address is not public."""
-        look = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-        infos = await asyncio.get_running_loop().run_in_executor(self._threads, look)
-        if not self._private and not all(is_public(str(address[0])) for *_, address in infos):
+        """See `NameResolver`. Raises NotPublicError if one address is not public."""
+        found = await super().resolve(host, port, family)
+        if not self._private and not all(is_public(one["host"]) for one in found):
             raise NotPublicError("an address that is not public")
-        flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-        return [
-            ResolveResult(hostname=host, host=str(address[0]), port=port, family=kind, proto=proto, flags=flags)
-            for kind, _, proto, _, address in infos
-        ]
-
-    async def close(self) -> None:
-        """See `AbstractResolver`."""
+        return found
 
 
 def _is_public_host(host: str) -> bool:
