@@ -11,11 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.cli.graph.files import read_arrow
-from anabranch.cli.graph.inputs import is_row_of_nodes, read_labels, read_table
-from anabranch.cli.graph.models import read_edges
 from anabranch.cli.graph.vectors import read_vectors
 from anabranch.errors import DataError
-from anabranch.graph import Graph
 
 
 def npy(header):
@@ -201,134 +198,7 @@ def test_a_column_without_a_name_in_front_names_the_rows(tmp_path):
         found = read_vectors(path)
         assert (found.array.tolist(), found.names.tolist()) == ([[0.5, 0.25], [1, 0]], [5, 9])
     path.write_text(",a,b\n5.5,.5,.25\n")
+    assert read_vectors(path).names.tolist() == ["5.5"]
+    pq.write_table(pa.table({"id": [5.5], "a": [0.5]}), tmp_path / "v.parquet")
     with pytest.raises(DataError, match="names rows, and has numbers that are not whole"):
-        read_vectors(path)
-
-
-GRAPHS = {
-    "named": Graph.from_edges([0, 1, 2], [1, 2, 0], names=["ann", "bob", "cy"]),
-    "numbered": Graph.from_edges([0, 5], [5, 6], num_nodes=7),
-}
-
-
-@pytest.mark.parametrize(
-    ("graph", "text", "rows"),
-    [
-        ("named", "ann\nbob\n", ["ann", "bob"]),
-        ("named", "ann\n", ["ann"]),
-        ("named", "node\nann\n", ["ann"]),
-        ("named", "ann,2\nbob,1\n", ["ann", "bob"]),
-        ("numbered", "5,red\n6,blue\n0,red\n", [5, 6, 0]),
-        ("numbered", "0,1\n1,0\n", [0, 1]),
-        ("numbered", "id,0\n5,1\n", [5]),
-        ("numbered", "5\n", [5]),
-        ("numbered", "person\n5\n", [5]),
-        # Of one that is not there whoever looks is told.
-        ("numbered", "100\n5\n", [100, 5]),
-        ("numbered", "100,red\n5,blue\n", [100, 5]),
-    ],
-)
-def test_a_first_line_that_begins_with_a_node_is_a_row(tmp_path, graph, text, rows):
-    path = tmp_path / "s.csv"
-    path.write_text(text)
-    table = read_table(str(path), is_row_of_nodes(GRAPHS[graph], str(path)))
-    assert next(iter(table.values())) == rows
-
-
-@pytest.mark.parametrize(
-    ("graph", "text", "count"),
-    [
-        ("named", "ann,bob\nbob,cy\ncy,ann\n", 3),
-        ("named", "ann,dan\n", 1),
-        ("named", "dan,ann\n", 1),
-        ("named", "from,to\ndan,eve\n", 1),
-        ("numbered", "follower,followee\n5,6\n", 1),
-        # Between new nodes, above some that are known.
-        ("numbered", "100,101\n0,5\n", 2),
-        ("numbered", "7,8,0.5\n0,7,0.5\n", 2),
-        ("numbered", "5,6,0.5\n6,0,0.5\n", 2),
-        ("numbered", "0,1\n1,5\n", 2),
-        ("numbered", "5,9\n", 1),
-    ],
-)
-def test_a_first_line_of_edges_is_a_row_or_names(tmp_path, graph, text, count):
-    """It was taken for names wherever it was not all numbers: one edge of each table was lost without a word."""
-    path = tmp_path / "e.csv"
-    path.write_text(text)
-    source, target, _ = read_edges(str(path), GRAPHS[graph])
-    assert len(source) == len(target) == count
-
-
-def test_nodes_of_which_nobody_can_tell_are_refused(tmp_path):
-    """One that was typed wrong was passed over."""
-    path = tmp_path / "s.csv"
-    path.write_text("anne\nbob\n")
-    with pytest.raises(DataError, match=r"s\.csv: is its first line, anne, about a node, .*begins with node"):
-        read_table(str(path), is_row_of_nodes(GRAPHS["named"], str(path)))
-
-
-@pytest.mark.parametrize("text", ["dan,eve\n", "dan,eve\nfay,gus\n", "dan,eve\nann,bob\n"])
-def test_edges_of_which_nobody_can_tell_are_refused(tmp_path, text):
-    path = tmp_path / "e.csv"
-    path.write_text(text)
-    with pytest.raises(DataError, match=r"e\.csv: is its first line, dan,eve, an edge, .*Begin it with source,target"):
-        read_edges(str(path), GRAPHS["named"])
-
-
-@pytest.mark.parametrize(
-    ("text", "edges"),
-    [
-        # R, a data frame with its index, Gephi, names in another order, of a column that had an empty cell once.
-        ('"","from","to"\n"1",5,6\n"2",0,5\n', [(5, 6), (0, 5)]),
-        (",a,b\n0,5,6\n1,0,5\n", [(5, 6), (0, 5)]),
-        ("Source,Target,Type,Id,Label,Weight\n5,6,Undirected,0,x,2.5\n", [(5, 6, 2.5)]),
-        ("weight,to,from\n0.5,6,5\n", [(5, 6, 0.5)]),
-        ("user,item\n5.0,6.0\n", [(5.0, 6.0)]),
-        ("5.0,6.0\n0.0,5.0\n", [(5.0, 6.0), (0.0, 5.0)]),
-        # A column of another name is no weight.
-        ("a,b,score\n5,6,0.5\n", [(5, 6)]),
-        ("source,target,year\n5,6,2019\n", [(5, 6)]),
-        ("Unnamed: 0,a,b\n0,5,6\n", [(5, 6)]),
-    ],
-)
-def test_edges_as_others_write_them(tmp_path, text, edges):
-    """Their index was taken for an end, and ends for weights."""
-    path = tmp_path / "e.csv"
-    path.write_text(text)
-    columns = [column for column in read_edges(str(path), GRAPHS["numbered"]) if column is not None]
-    assert list(zip(*columns, strict=True)) == edges
-
-
-def test_names_that_look_like_numbers_or_times_are_read_as_they_are(tmp_path):
-    """They became 7, True and 2020-01-01 10:00:00: new nodes, on which edges hung without a word."""
-    names = ["007", "1.0", "true", "2020-01-01 10:00"]
-    graph = Graph.from_edges([0, 1, 2], [1, 2, 3], names=names)
-    path = tmp_path / "e.csv"
-    path.write_text("source,target,weight\n007,true,2\n1.0,2020-01-01 10:00,0.5\n")
-    assert read_edges(str(path), graph) == (["007", "1.0"], ["true", "2020-01-01 10:00"], [2.0, 0.5])
-    path.write_text("007\ntrue\n")
-    assert next(iter(read_table(str(path), is_row_of_nodes(graph, str(path)), as_text=True).values())) == [
-        "007",
-        "true",
-    ]
-    path.write_text("007,05\ntrue,5\n")
-    assert read_labels(str(path), graph).sum() == 2
-    path.write_text("007,true,much\n")
-    with pytest.raises(DataError, match="row 0: the weight 'much' is not a number"):
-        read_edges(str(path), graph)
-
-
-@pytest.mark.parametrize(
-    ("text", "rows"),
-    [
-        ("node\n5\n6\n", ["5", "6"]),
-        ("5\n6\n", ["5", "6"]),
-        ("weight,node\n1,5\n", ["5"]),
-        ("ann\nbob\n", ["ann", "bob"]),
-    ],
-)
-def test_seeds_of_files_of_edges_are_read_without_a_graph(tmp_path, text, rows):
-    path = tmp_path / "s.csv"
-    path.write_text(text)
-    table = read_table(str(path), is_row_of_nodes(None, str(path)), as_text=True)
-    assert table.get("node", next(iter(table.values()))) == rows
+        read_vectors(tmp_path / "v.parquet")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from anabranch.cli.graph.inputs import element_ids
+from anabranch.cli.graph.vectors import Vectors, read_vectors, write_vectors
 from anabranch.errors import DataError, InputError
 from anabranch.graph import HNSW
 from anabranch.graph.names import Names, read_names, write_names
@@ -252,3 +253,31 @@ def test_vectors_whose_table_says_their_ids_are_moved(facts, ids, ending):
     # A file that says none: they come in behind what there is.
     np.save("v.npy", np.ones((2, 4), np.float32))
     assert facts("update", "i.anb", "v.npy", "--out", "more.anb")["new"] == 2
+
+
+@pytest.mark.parametrize("name", ["v.csv", "v.tsv", "v.parquet", "v.npz"])
+def test_names_come_back_as_they_were(tmp_path, name):
+    """007 came back as 7, true as True, and a time with seconds."""
+    names = ["007", "1e5", "true", "12:30", "2020-01-01 10:00", "nan"]
+    vectors = Vectors(np.eye(6, 2, dtype=np.float32), np.array(names, object))
+    write_vectors(tmp_path / name, vectors)
+    found = read_vectors(tmp_path / name)
+    assert found.names.tolist() == names
+    np.testing.assert_array_equal(found.array, vectors.array)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_text_of_parquet_calls_the_rows_however_it_is_kept(tmp_path, kind):
+    pq.write_table(pa.table({"word": pa.array(["1", "x"]).cast(kind), "a": [0.5, 0.25]}), tmp_path / "v.parquet")
+    found = read_vectors(tmp_path / "v.parquet")
+    assert (found.names.tolist(), found.array.tolist()) == (["1", "x"], [[0.5], [0.25]])
+
+
+def test_a_data_frames_index_is_no_number_of_a_vector(tmp_path):
+    pq.write_table(pa.table({"a": [0.5, 0.25], "__index_level_0__": [7, 8]}), tmp_path / "v.parquet")
+    (tmp_path / "v.csv").write_text("Unnamed: 0.1,Unnamed: 0,a\n0,7,.5\n1,8,.25\n")
+    for name in ("v.parquet", "v.csv"):
+        found = read_vectors(tmp_path / name)
+        assert (found.names.tolist(), found.array.tolist()) == ([7, 8], [[0.5], [0.25]])

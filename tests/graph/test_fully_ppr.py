@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import igraph
 import networkx as nx
@@ -769,3 +770,33 @@ def test_a_small_file_of_many_nodes_asks_for_no_more_memory_than_there_is(tmp_pa
     pq.write_table(table, path)
     with pytest.raises(CapacityError, match=r"nodes need .* GiB for their rows alone, 1\.0 GiB of memory are free"):
         FullyPPRResult.load(path)
+
+
+def _of_one_source(names):
+    graph = Graph.from_edges([0, 1, 2], [1, 0, 3], names=names)
+    return FullyPPR(walks=20, workers=1, sources=[0]).fit(graph).result_
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c", "d"], [5, 6, 7, 8]])
+def test_nodes_that_parquet_tells_nothing_of_stay_without_a_name(tmp_path, names):
+    """In an array file all of them were called "None"; numbers could not be saved again."""
+    _of_one_source(names).save(tmp_path / "s.parquet")
+    found = FullyPPRResult.load(tmp_path / "s.parquet")
+    assert found.names.tolist() == [*names[:2], None, None]
+    with pytest.raises(InputError, match=r"2 of 4 nodes have no name: .* save them as \.parquet"):
+        found.save(tmp_path / "s.anb")
+    found.save(tmp_path / "again.parquet")
+    again = FullyPPRResult.load(tmp_path / "again.parquet")
+    assert again.top_named(names[0]) == found.top_named(names[0])
+
+
+@pytest.mark.parametrize("ending", [".anb", ".parquet"])
+def test_names_are_saved_as_they_are_or_refused(tmp_path, ending):
+    result = _of_one_source(["a", "b", "c", "d"])
+    for names in ([1, 2, 3, 4], [2**63 + 1, 5, 6, 7]):
+        replace(result, names=np.array(names, object)).save(tmp_path / f"s{ending}")
+        assert FullyPPRResult.load(tmp_path / f"s{ending}").names[:2].tolist() == names[:2]
+    for names in (["a", "a", "b", "c"], [5, 5, 6, 7]):
+        with pytest.raises(InputError, match="several nodes are called"):
+            replace(result, names=np.array(names, object)).save(tmp_path / f"t{ending}")
+        assert not (tmp_path / f"t{ending}").exists()

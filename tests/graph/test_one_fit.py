@@ -103,6 +103,13 @@ def test_a_fit_that_is_refused_leaves_what_there_was():
     np.testing.assert_array_equal(model.transform(rows), vectors)
 
 
+def test_what_only_a_fit_before_had_left_is_gone():
+    """`powers_` of the first graph stood beside vectors of the second, and held their memory."""
+    model = FastRP(dim=8, keep_powers=True, workers=1).fit(FIRST).set_params(keep_powers=False).fit(SECOND)
+    assert not hasattr(model, "powers_")
+    assert vars(model).keys() == vars(FastRP(dim=8, workers=1).fit(SECOND)).keys()
+
+
 def test_clicks_that_are_refused_leave_those_there_were():
     model = GRank().fit(CLICKS)
     before = dict(vars(model))

@@ -66,7 +66,10 @@ class Estimator:
         """
         # Copies: whoever gave a list may change what is in it.
         fitted["_at_fit"] = {name: deepcopy(getattr(self, name)) for name in self._OF_FIT}
-        vars(self).update(fitted)
+        # What only a fit before has left goes with it.
+        gone = vars(self).get("_taken", frozenset()) - fitted.keys()
+        kept = {name: value for name, value in vars(self).items() if name not in gone}
+        self.__dict__ = {**kept, **fitted, "_taken": frozenset(fitted)}
 
     def _check_as_fitted(self) -> None:
         """Raises InputError if an argument is not what it was when this was fitted: arrays of two kinds would meet, or of two meanings."""

@@ -219,6 +219,17 @@ def read_names(index: str | Path, ids: np.ndarray | None = None) -> Names | None
     return names
 
 
+def plain_names(names: np.ndarray) -> np.ndarray:
+    """The same as an array of integers where all of them are; others as they come."""
+    if names.dtype != object or not len(names) or not all(type(name) is int for name in names.tolist()):
+        return names
+    for kind in (np.int64, np.uint64):
+        limits = np.iinfo(kind)
+        if all(limits.min <= name <= limits.max for name in names.tolist()):
+            return names.astype(kind)
+    return names
+
+
 def check_saved_names(names: np.ndarray) -> None:
     """Raises InputError for names that a file would not keep apart: neither all integers nor all text."""
     if names.dtype.kind in "iuU":

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.cluster import check_engine, edge_files, embed_files
-from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed, read_labels
+from anabranch.cli.graph.inputs import Opened, check_untyped, open_graph, open_typed
 from anabranch.cli.graph.models import check_saved
+from anabranch.cli.graph.node_tables import read_labels
 from anabranch.cli.graph.options import (
     Columns,
     Directed,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import tokenize
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError, first_line
+from anabranch.graph.formats.columns import is_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +35,13 @@ DAMAGED = (
 # From so many on, columns that are called 0, 1, 2, ... are no row of numbers that happen to be these.
 _SURELY_NAMES = 4
 
-# Whether the first line of a text is a row, by its cells and those of the second (empty where there is none).
-IsRow = Callable[[list[str], list[str]], bool]
+# Of the columns of a table, which are to be text as it is written.
+AsText = Callable[[Any], list[str]]
+
+_TEXTS = (".csv", ".tsv", ".txt")
 
 
-def read_arrow(path: str | Path, is_row: IsRow | None = None, *, as_text: bool = False) -> Any:
+def read_arrow(path: str | Path, as_text: AsText | None = None) -> Any:
     """A table of Arrow from .parquet, .pq, .csv, .tsv or .txt (tabs), the last three also with .gz.
 
     The first line of a text names its columns. One of numbers (behind a first name, too) is a row, and columns are then called f0, f1 and
@@ -47,27 +50,65 @@ def read_arrow(path: str | Path, is_row: IsRow | None = None, *, as_text: bool =
 
     Args:
         path: of the file.
-        is_row: whoever knows what its cells are about says by it whether the first line is one.
-        as_text: all cells of a text are text, as they are written; otherwise what looks like a number is one.
+        as_text: tells by the table's columns which of a text are text, as it is written there; in others what looks like a number, a
+            truth value or a time is one.
 
     Raises DataError for a file that is missing, foreign or malformed, where two columns have one name, text is not UTF-8, or nobody can
     tell whether the first line is a row.
     """
+
+    def read(delimiter: str, path: Path) -> Any:
+        table = _read_text(path, delimiter)
+        has_names = _names_columns(table, path, delimiter)
+        kept = table if has_names else _read_text(path, delimiter, has_names=False)
+        chosen = [] if as_text is None else as_text(kept)
+        return _read_text(path, delimiter, has_names=has_names, texts=chosen) if chosen else kept
+
+    return _read(Path(path), read)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table as it is written.
+
+    Attributes:
+        table: of Arrow; of a text all cells are text, and the first line is a row.
+        names: what its columns are called, of Parquet; None where the first line may say so.
+    """
+
+    table: Any
+    names: list[str] | None
+
+    @property
+    def first_lines(self) -> list[list[str]]:
+        """The first two lines, or one."""
+        return [list(row.values()) for row in self.table.slice(0, 2).to_pylist()]
+
+    def below(self, names: list[str] | None) -> Cells:
+        """Its rows, where its first line has these names; for None it is a row as well."""
+        return self if names is None else Cells(self.table.slice(1), names)
+
+
+def read_cells(path: str | Path) -> Cells:
+    """Cells of a file as `read_arrow` takes. Raises DataError as that, and for a text without lines."""
+    path = Path(path)
+    table = _read(path, lambda delimiter, path: _read_text(path, delimiter, has_names=False, texts=None))
+    return Cells(table, None if path.name.removesuffix(".gz").endswith(_TEXTS) else table.column_names)
+
+
+def _read(path: Path, read_text: Callable[[str, Path], Any]) -> Any:
+    """A table whose columns have names that differ, of UTF-8. Raises DataError."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    path = Path(path)
     name = path.name.removesuffix(".gz")
     if not path.is_file():
         raise DataError(f"there is no file {path}")
-    is_text = name.endswith((".csv", ".tsv", ".txt"))
+    is_text = name.endswith(_TEXTS)
     if not is_text and not name.endswith((".parquet", ".pq")):
         raise DataError(f"cannot tell what {path} is; tables come as .parquet, .csv or .tsv")
     try:
-        if is_text:
-            table = _text_table(path, "," if name.endswith(".csv") else "\t", is_row, as_text=as_text)
-        else:
-            table = parquet.read_table(path)
+        table = read_text("," if name.endswith(".csv") else "\t", path) if is_text else _plain(parquet.read_table(path))
         names = table.column_names
     except UnicodeDecodeError:
         raise DataError(f"{path} has names of columns that are not UTF-8") from None
@@ -82,28 +123,30 @@ def read_arrow(path: str | Path, is_row: IsRow | None = None, *, as_text: bool =
     return table
 
 
-def _text_table(path: Path, delimiter: str, is_row: IsRow | None, *, as_text: bool) -> Any:
-    """Raises DataError, OSError and those of Arrow."""
+def _plain(table: Any) -> Any:
+    """Text in one form, however Parquet keeps it: polars and pandas write long text, and categories."""
+    import pyarrow as pa
+
+    for number, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+            kind = pa.string()
+        if kind != field.type:
+            table = table.set_column(number, field.name, table.column(number).cast(kind))
+    return table
+
+
+def _read_text(path: Path, delimiter: str, *, has_names: bool = True, texts: list[str] | None = ()) -> Any:  # type: ignore[assignment]
+    """``texts``: columns that are text; None for all. Raises OSError and those of Arrow."""
     import pyarrow as pa
     from pyarrow import csv
 
     options, source = csv.ParseOptions(delimiter=delimiter), _ended(path)
-
-    def read(*, has_names: bool, kinds: dict[str, Any] | None = None) -> Any:
-        how = csv.ReadOptions(autogenerate_column_names=not has_names)
-        return csv.read_csv(source(), how, options, csv.ConvertOptions(column_types=kinds))
-
-    table = read(has_names=True)
-    first = table.column_names
-    if is_row is not None:
-        second = [str(column[0].as_py()) for column in table.columns] if table.num_rows else []
-        has_names = not is_row(first, second)
-    else:
-        has_names = _names_columns(table, path, delimiter)
-    if not as_text:
-        return table if has_names else read(has_names=False)
-    names = first if has_names else [f"f{number}" for number in range(len(first))]
-    return read(has_names=has_names, kinds=dict.fromkeys(names, pa.string()))
+    how = csv.ReadOptions(autogenerate_column_names=not has_names)
+    if texts is None:
+        texts = csv.open_csv(source(), how, options).schema.names
+    kinds = dict.fromkeys(texts, pa.string())
+    return csv.read_csv(source(), how, options, csv.ConvertOptions(column_types=kinds))
 
 
 def _names_columns(table: Any, path: Path, delimiter: str) -> bool:
@@ -111,8 +154,12 @@ def _names_columns(table: Any, path: Path, delimiter: str) -> bool:
     import pyarrow as pa
 
     first, kinds = table.column_names, table.schema.types
+    line = f"{path}: is its first line, {delimiter.join(first):.60}, a row, or are these names of columns? Begin it with a line of names"
     # As data frames write years or chosen columns, with an index.
     if len(first) > 1 and (is_index(first[0]) or first[0].lower() in NAMES):
+        if not is_index(first[0]) and all(map(_is_number, first[1:])) and not all(map(_is_whole, first[1:])):
+            # One of words among which node, name or key are.
+            raise DataError(line)
         return True
     is_named = not _is_number(first[0]) and len(first) > 1
     numbers = first[1:] if is_named else first
@@ -128,19 +175,13 @@ def _names_columns(table: Any, path: Path, delimiter: str) -> bool:
         is_clear, is_header = len(numbers) >= _SURELY_NAMES and not are_whole, True
     else:
         # Of rows by name: years, or chosen columns, may stand there.
-        is_whole = all(number.strip().lstrip("+-").isdecimal() for number in numbers)
-        is_clear, is_header = not (is_named and is_whole and len(set(numbers)) == len(numbers)), False
-    if not is_clear:
-        line = delimiter.join(first)
-        raise DataError(
-            f"{path}: is its first line, {line:.60}, a row, or are these names of columns? Begin it with a line of names"
+        is_clear, is_header = (
+            not (is_named and all(map(_is_whole, numbers)) and len(set(numbers)) == len(numbers)),
+            False,
         )
+    if not is_clear:
+        raise DataError(line)
     return is_header
-
-
-def is_index(name: str) -> bool:
-    """Whether a column is called as data frames call their index: not at all, or as pandas calls that when it reads it again."""
-    return re.fullmatch(r"|Unnamed: [0-9]+", name) is not None
 
 
 def _ended(path: Path) -> Callable[[], Any]:
@@ -160,6 +201,10 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_whole(text: str) -> bool:
+    return text.strip().lstrip("+-").isdecimal()
 
 
 def open_array(path: Path) -> np.ndarray:

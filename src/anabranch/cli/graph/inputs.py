@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.graph.files import NAMES, IsRow, is_index, read_arrow
+from anabranch.cli.graph.files import read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
+from anabranch.graph.formats.columns import as_names, chosen_ends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,8 +80,6 @@ def open_typed(
         raise InputError(
             "--columns is for edges of one kind; with --relation call columns source, target and perhaps weight"
         )
-    import pyarrow as pa
-
     from anabranch.graph import TypedGraph
 
     counted = {}
@@ -93,10 +92,27 @@ def open_typed(
         if not equals or not kind:
             raise InputError(f"--weight-of is {text!r}; write KIND=WEIGHT")
     with waiting(f"reading {source}", quiet):
-        table = pa.table(read_table(source))
+        table = _typed_table(source, relation)
         typed = TypedGraph.from_table(table, relation, weights=counted, share=share, directed=bool(directed))
     # Nodes that were written are found by name here, and given on by number.
     return Opened(typed.graph.numbered(), source)
+
+
+def _typed_table(source: str, relation: str) -> Any:
+    """Edges whose ends are called as they are written. Raises DataError."""
+
+    def ends(table: Any) -> list[str]:
+        names = [name for name in table.column_names if name != relation]
+        return [names[place] for place in chosen_ends(source, None, None, names, len(names))] if len(names) > 1 else []
+
+    table = read_arrow(source, lambda table: [*ends(table), *{relation} & {*table.column_names}])
+    called = {name: as_names(table[name]) for name in ends(table)}
+    if len({column.type for column in called.values()}) > 1:
+        # Numbers in one column only: 1 and '1' would be two nodes.
+        called = {name: table[name].cast("string") for name in called}
+    for name, column in called.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
 
 
 def check_untyped(weights: list[str] | None, share: str) -> None:
@@ -140,17 +156,31 @@ def columns_of(text: str | None) -> dict[str, Any]:
 
 def nodes_of(graph: Graph, texts: list[str]) -> np.ndarray:
     """Ids of nodes as they were written: by outside name, or by number where nodes have none. Raises InputError."""
-    return graph.ids_of([_as_name(text, None if graph.names is None else graph.names) for text in texts])
+    return graph.ids_of(names_of(graph, texts))
 
 
-def _as_name(text: str, names: np.ndarray | None) -> Any:
-    if names is not None and names.dtype.kind not in "iu":
-        return text
+def names_of(graph: Graph, texts: list[str]) -> list[Any]:
+    """What texts call nodes, also new ones: themselves, or whole numbers where nodes are called by these. Raises InputError."""
+    return [_as_number(text, graph) for text in texts] if are_numbers(graph) else texts
+
+
+def _as_number(text: str, graph: Graph) -> int:
+    # Data frames write 5.0 where a cell of the column was empty once, and R writes 1e+05.
+    if (whole := re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", text.strip())) is not None:
+        return int(whole[1])
+    if not re.fullmatch(r"[+-]?[0-9.]+[eE][+-]?[0-9]{1,3}", text.strip()) or not _is_whole(text):
+        what = "have no names, only numbers from 0" if graph.names is None else "are called by numbers"
+        raise InputError(f"there is no node {text!r:.80}: nodes of this graph {what}")
+    if abs(float(text)) > 2**53:
+        raise InputError(f"the node {text!r} is written in a way that tells no whole numbers beyond 2^53 apart")
+    return int(float(text))
+
+
+def _is_whole(text: str) -> bool:
     try:
-        return int(text)
+        return float(text).is_integer()
     except ValueError:
-        what = "have no names, only numbers from 0" if names is None else "are called by numbers"
-        raise InputError(f"there is no node {text!r}: nodes of this graph {what}") from None
+        return False
 
 
 def weighted_nodes(graph: Graph, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -214,82 +244,13 @@ def numbers(text: str, option: str = "--rows") -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def read_table(path: str, is_row: IsRow | None = None, *, as_text: bool = False) -> dict[str, list[Any]]:
-    """Columns of a CSV, TSV or Parquet file as lists; other arguments as of `read_arrow`. Raises DataError."""
-    table = read_arrow(path, is_row, as_text=as_text)
-    return {name: table[name].to_pylist() for name in table.column_names}
-
-
-def is_row_of_nodes(graph: Graph | None, path: str) -> IsRow:
-    """For tables of nodes, which stand in their first column: a line that begins with a node is a row, and one that begins as columns of
-    nodes are called (`NAMES`), or with text where nodes are numbers, names the columns. Without a graph all but `NAMES` are rows.
-
-    Raises DataError, when asked, where nobody can tell.
-    """
-
-    def is_row(first: list[str], second: list[str]) -> bool:
-        if is_index(first[0]) or first[0].lower() in NAMES:
-            return False
-        if graph is not None and _may_be_node(graph, first[0]):
-            return True
-        if any(cell.lower() in NAMES for cell in first):
-            return False
-        if graph is None:
-            return True
-        if are_numbers(graph):
-            return False
-        raise DataError(
-            f"{path}: is its first line, {','.join(first):.60}, about a node, or are these names of columns? There is no such node; "
-            "begin the table with a line that begins with node"
-        )
-
-    return is_row
-
-
-def is_row_of_edges(graph: Graph, path: str) -> IsRow:
-    """For tables of edges, which may be of new nodes: a line is a row where an end is a node, or may be a new one since nodes are numbers;
-    it names columns where two of them are called as ends of edges are, or where all of it is text and the next line is not.
-
-    Raises DataError, when asked, where nobody can tell.
-    """
-    from anabranch.graph.formats.edge_list import SOURCES, TARGETS
-
-    def is_row(first: list[str], second: list[str]) -> bool:
-        low = {cell.lower() for cell in first}
-        if low & set(SOURCES) and low & set(TARGETS):
-            return False
-        if any(_may_be_node(graph, cell) for cell in first[:2]):
-            return True
-        if are_numbers(graph) and second:
-            return False
-        raise DataError(
-            f"{path}: is its first line, {','.join(first):.60}, an edge, or are these names of columns? Begin it with source,target"
-        )
-
-    return is_row
-
-
 def are_numbers(graph: Graph) -> bool:
     """Whether nodes are called by numbers; text that looks like some, 007, is read as it is."""
     return graph.names is None or graph.names.dtype.kind in "iu"
 
 
-def _may_be_node(graph: Graph, text: str) -> bool:
-    """Whether this is a node, or a number where nodes are: one that the graph has not is told as that, and is not passed over.
-
-    Data frames write 5.0 where a cell of the column was empty once.
-    """
-    return _is_node(graph, text) or (
-        are_numbers(graph) and re.fullmatch(r"[+-]?[0-9]+(\.0*)?", text.strip()) is not None
-    )
-
-
-def _is_node(graph: Graph, text: str) -> bool:
-    try:
-        nodes_of(graph, [text])
-    except InputError:
-        return False
-    return True
+# Columns that tell of an item.
+_OF_ITEMS = ("id", "item", "title", "artist", "tags")
 
 
 def read_items(path: str) -> list[Item]:
@@ -299,8 +260,10 @@ def read_items(path: str) -> list[Item]:
     """
     from anabranch.graph.rank import Item
 
-    columns = read_table(path)
-    ids = next((columns[name] for name in ("id", "item") if name in columns), next(iter(columns.values()), []))
+    table = read_arrow(path, lambda table: [name for name in table.column_names if name in _OF_ITEMS])
+    first = next((name for name in ("id", "item") if name in table.column_names), table.column_names[0])
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    ids = as_names(table[first]).to_pylist()
     if not ids:
         raise DataError(f"{path} has no rows")
     found: dict[Any, Item] = {}
@@ -319,30 +282,3 @@ def read_items(path: str) -> list[Item]:
             raise DataError(f"{path}, row {row}: the item {made.id!r} is there twice")
         found[made.id] = made
     return list(found.values())
-
-
-def read_labels(path: str, graph: Graph) -> Any:
-    """`scipy.sparse.csr_array` of bool [N, C] from a table with a row for each label of each node.
-
-    Columns are node and label, or the first two. Raises DataError naming the row of an unknown node or an empty cell.
-    """
-    import numpy as np
-    from scipy.sparse import coo_array
-
-    table = read_table(path, is_row_of_nodes(graph, path), as_text=not are_numbers(graph))
-    if len(table) < 2:
-        raise DataError(f"{path} has {len(table)} column(s); labels are a table of node and label")
-    names = ("node", "label") if {"node", "label"} <= table.keys() else list(table)[:2]
-    nodes, labels = table[names[0]], table[names[1]]
-    if not nodes:
-        raise DataError(f"{path} has no rows")
-    for row, (node, label) in enumerate(zip(nodes, labels, strict=True)):
-        if node in (None, "") or label in (None, ""):
-            raise DataError(f"{path}, row {row}: an empty cell")
-    try:
-        ids = nodes_of(graph, [str(node) for node in nodes])
-    except InputError as error:
-        raise DataError(f"{path}: {error}") from None
-    _, column = np.unique([str(label) for label in labels], return_inverse=True)
-    shape = (graph.num_nodes, int(column.max()) + 1)
-    return coo_array((np.ones(len(ids), bool), (ids, column)), shape=shape).tocsr().astype(bool)

@@ -11,21 +11,19 @@ import typer
 from anabranch.cli.graph.cluster import edge_files, is_edges, rank_files
 from anabranch.cli.graph.inputs import (
     Opened,
-    are_numbers,
     check_untyped,
-    is_row_of_nodes,
     open_graph,
     open_typed,
-    read_table,
     weighted_nodes,
 )
+from anabranch.cli.graph.node_tables import read_names, read_seeds
 from anabranch.cli.graph.options import Columns, Directed, GraphSource, Ids, Relation, Share, Top, WeightOf, Workers
 from anabranch.cli.graph.tables import ENDINGS, check_ending, write_table
 from anabranch.cli.graph.waiting import Rate, waiting
 from anabranch.cli.options import FLAG, AsJson, Quiet, Seed, read_assignments
 from anabranch.cli.output import duration, fact, print_json, size, table, wrote
 from anabranch.cli.progress import Progress
-from anabranch.errors import DataError, InputError
+from anabranch.errors import InputError
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
@@ -177,11 +175,7 @@ def _given_names(nodes: list[str] | None, file: Path | None) -> list[str] | None
         return nodes or None
     if nodes:
         raise InputError("seeds come as arguments or by --seeds, not both")
-    columns = read_table(str(file), is_row_of_nodes(None, str(file)), as_text=True)
-    node = "node" if "node" in columns else next(iter(columns))
-    if not columns[node]:
-        raise DataError(f"{file} has no rows")
-    return [str(name) for name in columns[node]]
+    return read_names(str(file))
 
 
 def _known(changes: dict[str, Any]) -> dict[str, Any]:
@@ -209,24 +203,7 @@ def _seeds(opened: Opened, nodes: list[str] | None, file: Path | None) -> tuple[
         return weighted_nodes(opened.graph, nodes) if nodes else None
     if nodes:
         raise InputError("seeds come as arguments or by --seeds, not both")
-    import numpy as np
-
-    from anabranch.cli.graph.inputs import nodes_of
-
-    columns = read_table(str(file), is_row_of_nodes(opened.graph, str(file)), as_text=not are_numbers(opened.graph))
-    names = list(columns)
-    node = "node" if "node" in columns else names[0]
-    weights = columns.get("weight")
-    if weights is None and len(names) > 1:
-        weights = columns[next(name for name in names if name != node)]
-    try:
-        found = nodes_of(opened.graph, [str(name) for name in columns[node]])
-        share = np.ones(len(found)) if weights is None else np.array(weights, np.float64)
-    except (InputError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: {error}") from None
-    if not len(found):
-        raise DataError(f"{file} has no rows")
-    return found, share
+    return read_seeds(str(file), opened.graph)
 
 
 def _rank_one(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.models import MODEL, open_model, pairs_of
+from anabranch.cli.graph.models import MODEL, open_model
+from anabranch.cli.graph.node_tables import pairs_of
 from anabranch.cli.graph.options import Top, check_extra
 from anabranch.cli.graph.tables import check_ending, write_table
 from anabranch.cli.options import AsJson, Quiet

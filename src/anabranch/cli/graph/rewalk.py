@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anabranch.cli.graph.models import read_edges, said_as
+from anabranch.cli.graph.node_tables import read_edges
 from anabranch.cli.graph.options import GraphSource, Workers
 from anabranch.cli.graph.reading import AS_IT_SAYS, Reading
 from anabranch.cli.graph.waiting import waiting
 from anabranch.cli.option_sets import takes_sets
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import duration, fact, print_json, size, wrote
-from anabranch.errors import DataError, InputError
+from anabranch.errors import InputError
 from anabranch.files import check_apart
 
 if TYPE_CHECKING:
@@ -89,8 +89,4 @@ def rewalk(
 def _edges(path: Path, graph: Graph) -> tuple[list[Any], ...]:
     """Columns of a table: source, target and, where there is one, weight; ends as the graph calls its nodes. Raises DataError."""
     source, target, weight = read_edges(str(path), graph)
-    try:
-        ends = said_as(graph, source), said_as(graph, target)
-    except InputError as error:
-        raise DataError(f"{path}: {error}") from None
-    return ends if weight is None else (*ends, weight)
+    return (source, target) if weight is None else (source, target, weight)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anabranch.cli.graph.inputs import nodes_of
-from anabranch.cli.graph.models import MODEL, open_model, read_edges, said_as
+from anabranch.cli.graph.models import MODEL, open_model
+from anabranch.cli.graph.node_tables import read_edges
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.options import AsJson, Quiet
 from anabranch.cli.output import duration, fact, print_json, wrote
@@ -104,7 +105,7 @@ def _new(model: Any, edges: str, features: str | None, path: str) -> tuple[np.nd
         )
     source, target, weight = read_edges(edges, model.nodes)
     try:
-        rows, names = model.edges_of_new(said_as(model.nodes, source), said_as(model.nodes, target), weight)
+        rows, names = model.edges_of_new(source, target, weight)
     except InputError as error:
         raise DataError(f"{edges}: {error}") from None
     values = None

@@ -3,7 +3,8 @@
 .npy       an array [N, D]
 .npz       ``vectors`` [N, D] and perhaps ``names`` [N]; or any single array [N, D]
 .parquet   a row per vector: a column of lists, or columns of numbers; a column node, name or id tells names
-.csv .tsv  columns of numbers; a first column of text or called node, name or id tells names
+.csv .tsv  columns of numbers; a first column of text or called node, name or id tells names: numbers where all of them are whole
+           numbers as one writes them, else text as it stands (007)
 .anb       an index of ours: its vectors
 """
 
@@ -16,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.cli.graph.files import DAMAGED, NAMES, is_index, open_array, read_arrow
+from anabranch.cli.graph.files import DAMAGED, NAMES, open_array, read_arrow
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.beside import new_file
+from anabranch.graph.formats.columns import as_names, called, is_index
 
 WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
 
@@ -126,17 +128,10 @@ def _index(path: Path) -> Vectors:
 
 
 def _table(path: Path) -> Vectors:
-    import pyarrow as pa
-
-    table = read_arrow(path)
-    names = next((name for name in table.column_names if name.lower() in NAMES), None)
-    first = table.schema.field(0)
-    has_index = is_index(first.name) and table.num_columns > 1
-    if names is None and (has_index or (table.num_columns > 1 and pa.types.is_string(first.type))):
-        names = first.name
+    table = read_arrow(path, lambda table: [name for name in [_names_of(table)] if name is not None])
+    names = _names_of(table)
     # Beside names the number of a row says nothing.
-    left_out = {names, first.name} if has_index else {names}
-    rest = [name for name in table.column_names if name not in left_out]
+    rest = [name for name in table.column_names if name != names and not (names is not None and is_index(name))]
     if not rest:
         raise DataError(f"{path} has no columns of numbers")
     for name in table.column_names:
@@ -146,24 +141,61 @@ def _table(path: Path) -> Vectors:
             raise DataError(f"{path}, row {row}: {name!r} is empty")
     found = _lists(table, rest, path) if len(rest) == 1 and _is_list(table.schema.field(rest[0]).type) else None
     if found is None:
-        for name in rest:
-            kind = table.schema.field(name).type
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-                raise DataError(f"{path}: {name!r} is of {kind}; vectors are numbers, or one column of lists")
-        found = np.stack([table[name].to_numpy() for name in rest], axis=1)
+        found = _numbers(table, rest, path)
     if names is None:
         return Vectors(found)
-    column = table[names]
+    # Text of Parquet is text, also where it looks like numbers.
+    called_as = table[names] if path.suffix == ".parquet" else as_names(table[names])
+    named = _row_names(called_as, names, path)
+    is_number = named.dtype.kind in "iu" and np.array_equal(named, np.arange(len(named)))
+    return Vectors(found, None if is_number else named, is_named=True)
+
+
+def _names_of(table: Any) -> str | None:
+    """The column that calls the rows: one called so, else the last of a data frame's index, else a first one of text."""
+    import pyarrow as pa
+
+    if table.num_columns < 2:
+        return next((name for name in table.column_names if name.lower() in NAMES), None)
+    said = called(table.column_names, NAMES)
+    index = [name for name in table.column_names if is_index(name)]
+    if said is not None:
+        return table.column_names[said]
+    if index:
+        return index[-1]
+    kind = table.schema.field(0).type
+    # Of a text what is no number may look like a truth value or a time.
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind) or _is_list(kind)
+    return None if is_number else table.column_names[0]
+
+
+def _numbers(table: Any, names: list[str], path: Path) -> np.ndarray:
+    import pyarrow as pa
+
+    for name in names:
+        kind = table.schema.field(name).type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise DataError(f"{path}: {name!r} is of {kind}; vectors are numbers, or one column of lists")
+    return np.stack([table[name].to_numpy() for name in names], axis=1)
+
+
+def _row_names(column: Any, name: str, path: Path) -> np.ndarray:
+    import pyarrow as pa
+
     if pa.types.is_floating(column.type):
         # One that had an empty cell once.
         try:
             column = column.cast(pa.int64(), safe=True)
         except pa.ArrowInvalid:
-            raise DataError(f"{path}: {names!r} names rows, and has numbers that are not whole") from None
-    as_numbers = pa.types.is_integer(column.type)
-    named = column.to_numpy() if as_numbers else np.array([str(name) for name in column.to_pylist()], object)
-    is_number = as_numbers and np.array_equal(named, np.arange(len(named)))
-    return Vectors(found, None if is_number else named, is_named=True)
+            raise DataError(f"{path}: {name!r} names rows, and has numbers that are not whole") from None
+    if pa.types.is_integer(column.type):
+        return column.to_numpy()
+    if not pa.types.is_string(column.type):
+        raise DataError(f"{path}: {name!r} names rows, and is of {column.type}; names are text or whole numbers")
+    cells = column.to_pylist()
+    if "" in cells:
+        raise DataError(f"{path}, row {cells.index('')}: {name!r} is empty")
+    return np.array(cells, object)
 
 
 def _is_list(kind: Any) -> bool:
@@ -224,6 +256,10 @@ def _checked_bits(array: np.ndarray, path: Path) -> np.ndarray:
 
 def _checked_names(found: Vectors, path: Path) -> np.ndarray:
     names = np.asarray(found.names)
+    if names.dtype.kind not in "iuUO" or not all(
+        isinstance(name, str) for name in names.tolist() if names.dtype.kind == "O"
+    ):
+        raise DataError(f"{path} has names of the type {names.dtype}; names are text or whole numbers")
     names = names if names.dtype.kind in "iu" else names.astype(object)
     if names.shape != (len(found.array),):
         raise DataError(f"{path} has {len(found.array):,} vectors and names of the shape {list(names.shape)}")

@@ -256,18 +256,20 @@ class FastRP(Steps):
             params = params_of_file(params, FLAGS)
             made = cls._of_file(params)
             storage.check_widths(arrays, setup, made.dim, num_parts(made))
+        kept = {}
+        if setup is not None:
+            powers = [arrays[f"power{number}"] for number in range(len(made.weights) + 1) if f"power{number}" in arrays]
+            if len(powers) != len(made.weights) + 1:
+                raise DataError(f"{path} is damaged: it does not hold the powers of its {len(made.weights)} weights")
+            kept = {"powers_": Powers(powers[0], tuple(powers[1:]))}
         made._become(
             embedding_=arrays["embedding"],
             _nodes=nodes,
             _setup=setup,
             _mean_D=arrays["mean"],
             _factor_D=arrays["factor"],
+            **kept,
         )
-        if setup is not None:
-            powers = [arrays[f"power{number}"] for number in range(len(made.weights) + 1) if f"power{number}" in arrays]
-            if len(powers) != len(made.weights) + 1:
-                raise DataError(f"{path} is damaged: it does not hold the powers of its {len(made.weights)} weights")
-            made.powers_ = Powers(powers[0], tuple(powers[1:]))
         return made
 
     @classmethod

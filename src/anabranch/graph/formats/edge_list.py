@@ -3,7 +3,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
-from anabranch.graph.checks import near_name, weight_problem
+from anabranch.graph.checks import weight_problem
 from anabranch.graph.formats.build import EdgeSink, Rules
+from anabranch.graph.formats.columns import WEIGHTS, Column, called, chosen_ends, column_of, is_index, names_ends
 from anabranch.graph.formats.lines import (
     WHITESPACE,
     Fields,
@@ -29,31 +30,11 @@ from anabranch.graph.formats.lines import (
 )
 from anabranch.graph.store import Graph
 
-SOURCES = (
-    "source",
-    "src",
-    "from",
-    "from_node",
-    "fromnode",
-    "from_id",
-    "u",
-    "node1",
-    "node_1",
-    "id1",
-    "head",
-    "start",
-    "citing",
-)
-TARGETS = ("target", "dst", "to", "to_node", "tonode", "to_id", "v", "node2", "node_2", "id2", "tail", "end", "cited")
-WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
-
 # `write_graph` leaves it.
 NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes, (directed|undirected)\r?$", re.MULTILINE)
 
 # A longer row among the first two, which are looked at field by field, is none of a list of edges.
 MOST_ROW = 1 << 20
-
-Column = int | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +243,14 @@ def _layout(path: Path, rules: Rules, dialect: Dialect, lines: list[int], texts:
         is_text = True
     else:
         is_text = not all(is_whole)
+        if is_text and all(_is_number(text) and not quoted for text, quoted in inside):
+            # Of a data frame whose column had an empty cell once: 5.0 and 5 would be two nodes.
+            text = next(text for text, _ in inside if not _is_whole(text))
+            fail(
+                path,
+                lines[-1] if has_header else lines[0],
+                f"the id {text!r} is a number, but not whole; ids='text' reads all as text",
+            )
     if (
         len(columns) > 2
         and dialect.weight == "auto"
@@ -305,7 +294,9 @@ def _has_header(rows: list[list[tuple[str, bool]]], dialect: Dialect) -> bool:
     if any(isinstance(column, str) and column != "auto" for column in (dialect.source, dialect.target, dialect.weight)):
         return True
     first = [text for text, _ in rows[0]]
-    if any(text.lower() in SOURCES for text in first) and any(text.lower() in TARGETS for text in first):
+    # A data frame's index is no node, and what stands behind it are words.
+    has_index = len(first) > 2 and is_index(first[0]) and not any(map(_is_number, first[1:]))
+    if has_index or names_ends(first):
         return True
     ends = [
         column if isinstance(column, int) else place for place, column in enumerate((dialect.source, dialect.target))
@@ -321,17 +312,7 @@ def _has_header(rows: list[list[tuple[str, bool]]], dialect: Dialect) -> bool:
 
 
 def _columns(path: Path, dialect: Dialect, names: list[str] | None, count: int, line: int) -> tuple[int, ...]:
-    low = [name.lower() for name in names or ()]
-    source = column_of(path, dialect.source, names, count, next((low.index(n) for n in SOURCES if n in low), None))
-    target = column_of(path, dialect.target, names, count, next((low.index(n) for n in TARGETS if n in low), None))
-    if dialect.source is None and (source is None or target is None or source == target):
-        source = next(column for column in range(count) if column != target)
-    if dialect.target is None and (target is None or source == target):
-        target = next(column for column in range(count) if column != source)
-    assert source is not None
-    assert target is not None
-    if source == target:
-        raise InputError(f"source and target are both column {source} of {path}")
+    source, target = chosen_ends(path, dialect.source, dialect.target, names, count)
     if dialect.weight is None or dialect.weight is False:
         return source, target
     if dialect.weight != "auto":
@@ -339,28 +320,10 @@ def _columns(path: Path, dialect: Dialect, names: list[str] | None, count: int, 
         assert weight is not None
         return source, target, weight
     if names is not None:
-        weight = next((low.index(name) for name in WEIGHTS if name in low), None)
+        weight = called(names, WEIGHTS)
     else:
         weight = next((column for column in range(count) if column not in (source, target)), None)
     return (source, target) if weight is None else (source, target, weight)
-
-
-def column_of(
-    path: Path | str, given: Column, names: Sequence[str] | None, count: int, default: int | None
-) -> int | None:
-    """The number of a column by name or number. Raises InputError, suggesting a near name."""
-    if given is None:
-        return default
-    if isinstance(given, str):
-        if names is None:
-            raise InputError(f"{path} has no header to look for the column {shown(given)} in; give its number")
-        if given in names:
-            return list(names).index(given)
-        there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise InputError(f"{path} has no column {shown(given)}{near_name(given, names)} (columns: {there:.500})")
-    if isinstance(given, bool) or not 0 <= given < count:
-        raise InputError(f"{path} has no column {given}; columns are 0 to {count - 1}")
-    return int(given)
 
 
 def _is_whole(text: str) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.errors import DataError, InputError, first_line
+from anabranch.errors import DataError, first_line
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.edge_list import SOURCES, TARGETS, WEIGHTS, Dialect, checked_floats, column_of
+from anabranch.graph.formats.columns import WEIGHTS, called, chosen_ends, column_of
+from anabranch.graph.formats.edge_list import Dialect, checked_floats
 from anabranch.graph.formats.lines import RowError
 from anabranch.graph.store import Graph
 
@@ -46,22 +47,14 @@ def choose_columns(path: Path | str, schema: Any, dialect: Dialect) -> tuple[int
     import pyarrow as pa
 
     names = list(schema.names)
-    low = [str(name).lower() for name in names]
     if len(names) < 2:
         raise DataError(f"{path} has {len(names)} column{'s' * (len(names) != 1)}, where an edge needs two")
     if len(set(names)) != len(names):
         raise DataError(f"{path} has several columns of the same name: {', '.join(map(str, names))}")
-    source = column_of(path, dialect.source, names, len(names), next((low.index(n) for n in SOURCES if n in low), None))
-    target = column_of(path, dialect.target, names, len(names), next((low.index(n) for n in TARGETS if n in low), None))
-    if source is None:
-        source = next(column for column in range(len(names)) if column != target)
-    if target is None:
-        target = next(column for column in range(len(names)) if column != source)
-    if source == target:
-        raise InputError(f"source and target are both column {names[source]!r} of {path}")
+    source, target = chosen_ends(path, dialect.source, dialect.target, names, len(names))
     chosen: tuple[int, ...] = (source, target)
     if dialect.weight == "auto":
-        weight = next((low.index(n) for n in WEIGHTS if n in low), None)
+        weight = called(names, WEIGHTS)
         chosen += () if weight is None or weight in chosen else (weight,)
     elif dialect.weight is not None and dialect.weight is not False:
         weight = column_of(path, dialect.weight, names, len(names), None)

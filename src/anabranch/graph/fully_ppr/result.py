@@ -2,6 +2,7 @@
 # Shapes: S sources, Z stored entries, N nodes
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from anabranch.graph.array_file import check_how, read_arrays, write_arrays
 from anabranch.graph.beside import new_file
 from anabranch.graph.checks import check_room, is_known
 from anabranch.graph.header import described, whole
-from anabranch.graph.names import check_saved_names, names_arrays, names_from
+from anabranch.graph.names import check_saved_names, names_arrays, names_from, plain_names
 from anabranch.graph.rows import SparseRows, check_top_k, id_type
 from anabranch.graph.stored_folder import FACTS, SCORES, read_facts, read_table
 
@@ -131,25 +132,43 @@ class FullyPPRResult:
     def save(self, path: str | Path) -> None:
         """Write everything into one file, all or nothing: Parquet for a name that ends in ``.parquet``, a checked array file otherwise.
 
-        Raises InputError for names that a file would not keep apart: neither all integers nor all text.
+        Raises InputError for names that a file would not keep apart: neither all integers nor all text, or one of two nodes; and for nodes
+        without a name, as Parquet has of those that no row tells of, where the file is not Parquet.
         """
         path = as_path(path)
-        if self.names is not None:
-            # Those that no row tells of may have none.
-            check_saved_names(self.names[self.names != None] if self.names.dtype == object else self.names)  # noqa: E711
+        names = self._saved_names(path)
         if path.suffix == ".parquet":
-            with parquet_writer(path, self.num_nodes, self.rows.values.dtype, self.names, self._meta()) as write:
+            with parquet_writer(path, self.num_nodes, self.rows.values.dtype, names, self._meta()) as write:
                 write(self.rows, 0)
             return
         arrays = {
             "indptr": self.rows.indptr,
             "ids": self.rows.ids,
             "values": self.rows.values,
-            **names_arrays(self.names),
+            **names_arrays(names),
         }
         if self.rows.nodes is not None:
             arrays["nodes"] = self.rows.nodes
         write_arrays(path, KIND, arrays, {"num_columns": self.num_nodes, "facts": self.facts})
+
+    def _saved_names(self, path: Path) -> np.ndarray | None:
+        """Names as a file holds them. Raises InputError."""
+        if self.names is None or self.names.dtype.kind in "iu":
+            known = [] if self.names is None else self.names.tolist()
+            names = self.names
+        else:
+            known = [name for name in self.names.tolist() if name is not None]
+            names = plain_names(self.names)
+            check_saved_names(plain_names(np.array(known, object)))
+            if len(known) < len(self.names) and path.suffix != ".parquet":
+                raise InputError(
+                    f"{len(self.names) - len(known):,} of {len(self.names):,} nodes have no name: these scores come from Parquet, and tell "
+                    "nothing of them; save them as .parquet"
+                )
+        if len(set(known)) < len(known):
+            twice = next(name for name, count in Counter(known).items() if count > 1)
+            raise InputError(f"several nodes are called {twice!r:.80}; a file would not keep them apart")
+        return names
 
     @classmethod
     def load(cls, path: str | Path, *, mmap: bool = False, verify: bool | None = None) -> Self:
@@ -250,7 +269,7 @@ def _from_table(table: pa.Table, facts: dict[str, Any]) -> tuple[SparseRows, np.
     known = [name for name in names.tolist() if name is not None]
     if len(set(known)) < len(known):
         raise ValueError("several nodes have one name")
-    return rows, names
+    return rows, plain_names(names)
 
 
 def _order(source: np.ndarray, target: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -287,13 +306,26 @@ def _from_names(table: pa.Table) -> tuple[SparseRows, np.ndarray]:
     return rows, found[order]
 
 
+def _kind_of(names: np.ndarray) -> Any:
+    """The type of a column of names; of integers some may be missing."""
+    if names.dtype.kind in "iu":
+        return pa.int64() if names.dtype.kind == "i" else pa.uint64()
+    known = next((name for name in names.tolist() if name is not None), "")
+    return pa.string() if isinstance(known, str) else pa.int64() if _fit(names) else pa.uint64()
+
+
+def _fit(names: np.ndarray) -> bool:
+    """Whether integers among these fit 64 bits with a sign."""
+    return all(name is None or name < 2**63 for name in names.tolist())
+
+
 def table_of(rows: SparseRows, first: int, names: np.ndarray | None, meta: dict[str, Any] | None = None) -> pa.Table:
     """Rows as a table; row i without ``nodes`` is about node ``first`` + i."""
     nodes = np.arange(first, first + len(rows)) if rows.nodes is None else rows.nodes
     source = np.repeat(nodes.astype(np.int64, copy=False), np.diff(rows.indptr))
     columns: dict[str, Any] = {"source": source, "target": rows.ids.astype(np.int64, copy=False), "score": rows.values}
     if names is not None:
-        kind = pa.int64() if names.dtype.kind in "iu" else pa.string()
+        kind = _kind_of(names)
         columns["source_name"], columns["target_name"] = (pa.array(names[ids], kind) for ids in (source, rows.ids))
     table = pa.table(columns)
     return table if meta is None else table.replace_schema_metadata({META: json.dumps(meta).encode()})

@@ -9,6 +9,7 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.arguments import as_path
+from anabranch.graph.formats.columns import as_names
 from anabranch.graph.masks import unmasked
 
 
@@ -77,11 +78,15 @@ def _read_file(path: Path, columns: tuple[str, str, str]) -> Any:
             return parquet.read_table(path, columns=[c for c in columns if c in parquet.read_schema(path).names])
         if name.endswith((".csv", ".tsv")):
             separator = "\t" if name.endswith(".tsv") else ","
-            text = {columns[1]: pa.string()}
+            text = dict.fromkeys(columns[1:], pa.string())
             options = csv.ConvertOptions(
                 column_types=text, strings_can_be_null=True, quoted_strings_can_be_null=False, null_values=[""]
             )
-            return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=separator), convert_options=options)
+            table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=separator), convert_options=options)
+            item = columns[2]
+            if item in table.column_names:
+                table = table.set_column(table.column_names.index(item), item, as_names(table[item]))
+            return table
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read clicks from {path}: {first_line(error)}") from error
     raise DataError(f"cannot tell what {path} is; clicks come as .parquet, .csv or .tsv")

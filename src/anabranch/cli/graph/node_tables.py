@@ -1,0 +1,308 @@
+"""Tables that tell of nodes: edges, labels, seeds. All commands read them here, in one way.
+
+What a column means is found by what it is called (`anabranch.graph.formats.columns`), else by its place. Cells of nodes are text as it
+stands in the file: a graph whose nodes are called by numbers makes numbers of them, any other takes 007 as it is. A data frame's index is
+passed over. Where nobody can tell whether the first line is of names of columns, or which column is of nodes, the table is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anabranch.cli.graph.files import NAMES, read_cells
+from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
+from anabranch.errors import DataError, InputError
+from anabranch.graph.formats.columns import SOURCES, TARGETS, WEIGHTS, called, is_index
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from anabranch.graph import Graph
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column may be for.
+
+    Attributes:
+        words: what it is called, in any case.
+        is_node: its cells are nodes.
+        is_needed: a table without it is refused. One that is needed may be found by its place.
+        is_asked: where no column is called so, one of numbers that is nothing else is refused: it may be meant.
+    """
+
+    words: tuple[str, ...]
+    is_node: bool = False
+    is_needed: bool = True
+    is_asked: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a table is of.
+
+    Attributes:
+        what: in words.
+        roles: columns by name, those of nodes first, in the order in which they stand where nothing names them.
+    """
+
+    what: str
+    roles: Mapping[str, Role]
+
+    @property
+    def nodes(self) -> list[str]:
+        """Roles of nodes."""
+        return [name for name, role in self.roles.items() if role.is_node]
+
+
+EDGES = Form(
+    "edges",
+    {
+        "source": Role(SOURCES, is_node=True),
+        "target": Role(TARGETS, is_node=True),
+        "weight": Role(WEIGHTS, is_needed=False),
+    },
+)
+LABELS = Form("labels", {"node": Role(NAMES, is_node=True), "label": Role(("label", "labels", "class"))})
+SEEDS = Form(
+    "seeds", {"node": Role(NAMES, is_node=True), "weight": Role((*WEIGHTS, "score"), is_needed=False, is_asked=True)}
+)
+
+
+def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[Any]]:
+    """Columns of a table by role; a role that is not needed may be missing.
+
+    Cells of nodes are text, those of a graph's names where it has any like that, else without blanks around them.
+
+    Args:
+        path: of a .csv, .tsv or .parquet.
+        form: what it is of.
+        graph: that knows nodes of it; None where there is none, and any text may be a node.
+
+    Raises DataError for a file that is none, a column that is missing, a table without rows, and an empty cell, naming the row.
+    """
+    cells = read_cells(path)
+    names = cells.names
+    if names is None:
+        lines = cells.first_lines
+        names = [cell.strip() for cell in lines[0]] if _is_header(path, form, graph, lines) else None
+        cells = cells.below(names)
+    places = _places(path, form, names, cells.table)
+    found = {role: _cells(path, cells.table, place, form.roles[role], graph) for role, place in places.items()}
+    for column in found.values():
+        empty = next((row for row, cell in enumerate(column) if cell in (None, "")), None)
+        if empty is not None:
+            raise DataError(f"{path}, row {empty}: an empty cell")
+    if not found[form.nodes[0]]:
+        raise DataError(f"{path} has no rows")
+    return found
+
+
+def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Sequence[str]]) -> bool:
+    """Whether the first line names the columns. Raises DataError where nobody can tell."""
+    first = [cell.strip() for cell in lines[0]]
+    if is_index(first[0]) and len(first) > 1:
+        numbers = [cell for cell in first[1:] if _is_float(cell)]
+        # As data frames write columns that have no names.
+        if not numbers or first[1:] == [str(number) for number in range(len(first) - 1)]:
+            return True
+        raise _either(path, form, first)
+    ends = first[: len(form.nodes)]
+    if all(called(first, form.roles[role].words) is not None for role in form.nodes):
+        # The line that messages and docs give is always one, also where a node is called so.
+        needed = [role for role, one in form.roles.items() if one.is_needed]
+        is_given = first[: len(needed)] == needed and not any(map(_is_float, first))
+        is_clear = is_given or graph is None or not all(_is_node(graph, cell) for cell in ends)
+        if not is_clear:
+            raise _either(path, form, first)
+        return True
+    if graph is None:
+        return len(lines) > 1 and not _is_float(first[0]) and _is_float(lines[1][0])
+    if any(_is_node(graph, cell) or (are_numbers(graph) and _is_float(cell)) for cell in ends):
+        return False
+    if are_numbers(graph):
+        return True
+    raise _either(path, form, first)
+
+
+def _either(path: str, form: Form, first: Sequence[str]) -> DataError:
+    return DataError(
+        f"{path}: is its first line, {','.join(first):.60}, one of {form.what}, or are these names of columns? "
+        f"Begin it with the line {','.join(name for name, role in form.roles.items() if role.is_needed)}"
+    )
+
+
+def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> dict[str, int]:
+    """The number of the column of each role. Raises DataError."""
+    count = table.num_columns
+    if names is None:
+        found = dict(zip(form.roles, range(count), strict=False))
+    else:
+        found = {role: place for role, one in form.roles.items() if (place := called(names, one.words)) is not None}
+        missing = [role for role, one in form.roles.items() if one.is_needed and role not in found]
+        free = [number for number in range(count) if number not in found.values()]
+        bare = [number for number in free if not is_index(names[number])]
+        index = next((number for number in free if number not in bare), None)
+        if index is not None and missing:
+            bare = _beside_index(path, form, names, table, index, bare, missing)
+        found |= dict(zip(missing, bare, strict=False))
+        _ask(path, form, names, table, found)
+    short = [role for role, one in form.roles.items() if one.is_needed and role not in found]
+    if short:
+        needed = [role for role, one in form.roles.items() if one.is_needed]
+        raise DataError(
+            f"{path} has {count} column(s) and none of {short[0]}; {form.what} are a table of {' and '.join(needed)}"
+        )
+    return found
+
+
+def _ask(path: str, form: Form, names: list[str], table: pa.Table, found: Mapping[str, int]) -> None:
+    """Raises DataError for a column that may be meant for a role that none is called."""
+    role = next((role for role, one in form.roles.items() if one.is_asked and role not in found), None)
+    rest = [place for place in range(len(names)) if place not in found.values() and not is_index(names[place])]
+    for place in rest if role is not None else ():
+        cells = table.column(place).to_pylist()
+        if all(cell not in (None, "") and _is_float(str(cell)) for cell in cells):
+            raise DataError(f"{path}: is the column {names[place]!r} a {role}? Call it {role}, or leave it out")
+
+
+def _beside_index(
+    path: str, form: Form, names: list[str], table: pa.Table, index: int, bare: list[int], missing: list[str]
+) -> list[int]:
+    """Columns, in the order of the roles that are missing, of a table that has a data frame's index. Raises DataError."""
+    counted = [str(number) for number in range(len(table) + 1)]
+    said = [str(cell).removesuffix(".0") for cell in table.column(index).to_pylist()]
+    counts_rows = said in (counted[:-1], counted[1:])
+    has_words = not all(_is_float(names[number]) for number in bare)
+    # Two ends are none of them the index, whatever that counts.
+    if len(bare) >= len(missing) and has_words and (counts_rows or (missing == form.nodes and len(missing) > 1)):
+        return bare
+    # It calls the rows by their nodes, as a series does.
+    if form.nodes == missing[:1] and len(bare) == len(missing) - 1 and not counts_rows:
+        return [index, *bare]
+    raise DataError(
+        f"{path}: which of {', '.join(map(repr, names))} are columns of {' and '.join(missing)}? Call them that"
+    )
+
+
+def _cells(path: str, table: pa.Table, place: int, role: Role, graph: Graph | None) -> list[Any]:
+    import pyarrow as pa
+
+    column, name = table.column(place), table.column_names[place]
+    kind = column.type
+    if role.is_node:
+        is_text = graph is not None and not are_numbers(graph)
+        if pa.types.is_string(kind):
+            return _trimmed(column.to_pylist(), graph if is_text else None)
+        if pa.types.is_integer(kind):
+            return [None if cell is None else str(cell) for cell in column.to_pylist()]
+        if pa.types.is_floating(kind) and not is_text:
+            return [None if cell is None else repr(cell) for cell in column.to_pylist()]
+        raise DataError(
+            f"{path}: the column {name!r} is of {kind}; {'text' if is_text else 'text or whole numbers'} call nodes here"
+        )
+    cells = column.to_pylist()
+    if role.words is LABELS.roles["label"].words:
+        return [cell if cell is None else str(cell).strip() for cell in cells]
+    return [None if cell in (None, "") else _number(path, row, cell) for row, cell in enumerate(cells)]
+
+
+def _trimmed(cells: list[str | None], graph: Graph | None) -> list[str | None]:
+    """Without blanks around them, as hands write them behind commas, but where a node is called so."""
+    bare = [None if cell is None else cell.strip() for cell in cells]
+    if graph is None or bare == cells:
+        return bare
+    return [
+        cell if cell is not None and cell != one and _is_node(graph, cell) else one
+        for cell, one in zip(cells, bare, strict=True)
+    ]
+
+
+def _number(path: str, row: int, cell: Any) -> float:
+    try:
+        found = float(cell)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"{path}, row {row}: the weight {cell!r:.40} is not a number")
+    return found
+
+
+def _is_float(text: str) -> bool:
+    try:
+        return not math.isinf(float(text))
+    except ValueError:
+        return False
+
+
+def _is_node(graph: Graph, text: str) -> bool:
+    try:
+        nodes_of(graph, [text])
+    except InputError:
+        return False
+    return True
+
+
+def read_edges(path: str, graph: Graph) -> tuple[list[Any], list[Any], list[float] | None]:
+    """Sources, targets and (None where there are none) weights of a table of edges; ends as the graph calls its nodes, also new ones.
+
+    Raises DataError as `read_columns`, and for an end that cannot be a node.
+    """
+    columns = read_columns(path, EDGES, graph)
+    try:
+        source, target = (names_of(graph, columns[role]) for role in EDGES.nodes)
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from None
+    return source, target, columns.get("weight")
+
+
+def pairs_of(graph: Graph, path: str) -> tuple[np.ndarray, list[str], list[str]]:
+    """Ids [E, 2] of pairs of known nodes in a table, and what they are called there. Raises DataError."""
+    import numpy as np
+
+    columns = read_columns(path, EDGES, graph)
+    return (
+        np.column_stack([_ids(path, graph, columns[role]) for role in EDGES.nodes]),
+        columns["source"],
+        columns["target"],
+    )
+
+
+def read_seeds(path: str, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and weights of a table with a column node and perhaps weight; without it each weighs 1. Raises DataError."""
+    import numpy as np
+
+    columns = read_columns(path, SEEDS, graph)
+    ids = _ids(path, graph, columns["node"])
+    return ids, np.ones(len(ids)) if "weight" not in columns else np.array(columns["weight"])
+
+
+def read_names(path: str) -> list[str]:
+    """Nodes of a table with a column node, as they are written there, where there is no graph to know them. Raises DataError."""
+    return read_columns(path, SEEDS, None)["node"]
+
+
+def read_labels(path: str, graph: Graph) -> Any:
+    """`scipy.sparse.csr_array` of bool [N, C] from a table with a row for each label of each node, in columns node and label.
+
+    Raises DataError naming the row of an unknown node or an empty cell.
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+
+    columns = read_columns(path, LABELS, graph)
+    ids = _ids(path, graph, columns["node"])
+    _, column = np.unique(columns["label"], return_inverse=True)
+    shape = (graph.num_nodes, int(column.max()) + 1)
+    return coo_array((np.ones(len(ids), bool), (ids, column)), shape=shape).tocsr().astype(bool)
+
+
+def _ids(path: str, graph: Graph, texts: list[str]) -> np.ndarray:
+    try:
+        return nodes_of(graph, texts)
+    except InputError as error:
+        raise DataError(f"{path}: {error}") from None

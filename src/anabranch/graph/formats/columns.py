@@ -1,0 +1,120 @@
+"""What columns of tables are called by those who write them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anabranch.bounds import shown
+from anabranch.errors import InputError
+from anabranch.graph.checks import near_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SOURCES = (
+    "source",
+    "src",
+    "from",
+    "from_node",
+    "fromnode",
+    "from_id",
+    "u",
+    "node1",
+    "node_1",
+    "id1",
+    "head",
+    "start",
+    "citing",
+)
+TARGETS = ("target", "dst", "to", "to_node", "tonode", "to_id", "v", "node2", "node_2", "id2", "tail", "end", "cited")
+WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
+
+
+# By name or number; None where it is not said.
+Column = int | str | None
+
+
+def is_index(name: str) -> bool:
+    """Whether a column is called as data frames call their index.
+
+    Not at all in a text; as pandas calls that when it reads it again, and again; or as pandas calls it in Parquet.
+    """
+    return re.fullmatch(r"|Unnamed: [0-9]+(\.[0-9]+)*|__index_level_[0-9]+__", name.strip()) is not None
+
+
+def called(names: Sequence[str], words: Sequence[str]) -> int | None:
+    """The number of the column that is called by one of these words, in any case; the first word of which there is one decides."""
+    low = [name.strip().lower() for name in names]
+    return next((low.index(word) for word in words if word in low), None)
+
+
+def names_ends(cells: Sequence[str]) -> bool:
+    """Whether a line names columns of edges: one of sources, and one of targets."""
+    return called(cells, SOURCES) is not None and called(cells, TARGETS) is not None
+
+
+def _others(names: Sequence[str], taken: set[int | None], wanted: int) -> list[int]:
+    """Columns beside some. A data frame's index is among them only where there are too few others."""
+    free = [number for number in range(len(names)) if number not in taken]
+    bare = [number for number in free if not is_index(names[number])]
+    return bare if len(bare) >= wanted else free
+
+
+def chosen_ends(
+    path: Path | str, source: Column, target: Column, names: Sequence[str] | None, count: int
+) -> tuple[int, int]:
+    """Numbers of the columns of source and target, where whoever asks may have said one or both.
+
+    Raises InputError for a column that there is not, or one that is both.
+    """
+    known = names or [str(number) for number in range(count)]
+    first = column_of(path, source, names, count, called(known, SOURCES))
+    second = column_of(path, target, names, count, called(known, TARGETS))
+    if first is not None and first == second:
+        if source is not None and target is not None:
+            raise InputError(f"source and target are both column {names[first] if names else first} of {path}")
+        # Whoever asks knows better than a word.
+        first, second = (None, second) if source is None else (first, None)
+    rest = iter(_others(known, {first, second}, (first is None) + (second is None)))
+    return next(rest) if first is None else first, next(rest) if second is None else second
+
+
+def column_of(
+    path: Path | str, given: Column, names: Sequence[str] | None, count: int, default: int | None
+) -> int | None:
+    """The number of a column by name or number. Raises InputError, suggesting a near name."""
+    if given is None:
+        return default
+    if isinstance(given, str):
+        if names is None:
+            raise InputError(f"{path} has no header to look for the column {shown(given)} in; give its number")
+        if given in names:
+            return list(names).index(given)
+        there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise InputError(f"{path} has no column {shown(given)}{near_name(given, names)} (columns: {there:.500})")
+    if isinstance(given, bool) or not 0 <= given < count:
+        raise InputError(f"{path} has no column {given}; columns are 0 to {count - 1}")
+    return int(given)
+
+
+def as_names(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """A column of names as it is written: whole numbers where all of it are, as they are written (5, or 5.0 from a data frame; not 007).
+
+    Columns of another type than text are as they come.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_string(column.type) or not len(column):
+        return column
+    if not pc.all(pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]{0,19})(\.0+)?$"), skip_nulls=False).as_py():
+        return column
+    whole = pc.replace_substring_regex(column, r"\.0+$", "")
+    for kind in (pa.int64(), pa.uint64()):
+        try:
+            return whole.cast(kind)
+        except pa.ArrowInvalid:
+            # Beyond what it holds.
+            continue
+    return column
