@@ -2,10 +2,12 @@
 
 import ast
 import errno
+import gc
 import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -327,6 +329,50 @@ def test_a_lock_that_a_crash_left_goes_with_its_folder(tmp_path):
     with new_file(tmp_path / "graph.txt") as temporary:
         temporary.write_text("0 1")
     assert [file.name for file in tmp_path.iterdir()] == ["graph.txt"]
+
+
+# The line at which a file is closed may be interrupted as well: Python closes it then, and warns.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+def test_an_interrupt_at_any_line_leaves_no_lock_behind(tmp_path):
+    """One that came before a lock was anybody's to give back kept all from writing until the process ended, this one too."""
+    path, at = tmp_path / "w.anb", 0
+    made().save(path)
+    content = path.read_bytes()
+
+    def write():
+        with beside.new_file(path) as temporary:
+            temporary.write_bytes(content)
+
+    is_ended = False
+    while not is_ended:
+        at += 1
+        lines = 0
+
+        def line(frame, event, _, at=at):
+            nonlocal lines
+            if event == "line":
+                lines += 1
+                if lines == at:
+                    raise KeyboardInterrupt
+            return line
+
+        sys.settrace(lambda frame, event, _, line=line: line if frame.f_code.co_filename == beside.__file__ else None)
+        try:
+            write()
+            is_ended = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        # What is left may hang on an error that holds itself.
+        gc.collect()
+        # As another thread, which is not within, and this one, which is not either.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(write).result()
+        write()
+        assert not getattr(beside._held, "folders", None), f"line {at}"
+    assert at > 30
 
 
 def test_a_lock_is_taken_again_where_another_removed_it_and_is_of_its_owner_alone(tmp_path, monkeypatch):

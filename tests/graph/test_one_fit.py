@@ -68,6 +68,8 @@ def taken(model, before):
     return {name for name, value in vars(model).items() if name not in before or before[name] is not value}
 
 
+# The line at which a file is closed may be interrupted as well: Python closes it then, and warns.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_an_interrupt_at_any_line_leaves_one_fit_whole(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -8,12 +8,14 @@ that is long keeps its parts in a folder beside its result, which is removed in 
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from anabranch.errors import DataError, InputError
 from anabranch.files import atomic_file, explained
@@ -76,7 +78,8 @@ def replacing(path: str | Path) -> Iterator[None]:
     """
     folder = live_folder(path)
     check_unchanged(path)
-    held: set[Path] = _held.__dict__.setdefault("folders", set())
+    # With the lock goes what is said of it, also where an interrupt comes between the two.
+    held: WeakValueDictionary[Path, FolderLock] = _held.__dict__.setdefault("folders", WeakValueDictionary())
     place = folder.resolve()
     # Nobody can have opened what lies in a folder that is not there.
     if place in held or not folder.parent.is_dir():
@@ -88,13 +91,13 @@ def replacing(path: str | Path) -> Iterator[None]:
         # Nor can anybody take changes there.
         yield
         return
-    held.add(place)
     try:
+        held[place] = lock
         # Now that nothing can come any more.
         check_unchanged(path)
         yield
     finally:
-        held.discard(place)
+        held.pop(place, None)
         lock.release(clean=True)
 
 
@@ -260,11 +263,18 @@ class FolderLock:
         """
         self._folder, self._taken = folder, taken
         self._made_folder = self._made_lock = False
-        self._handle: int | None = None
+        # A file and no number: what an interrupt leaves of it is closed, and never twice.
+        self._file: io.FileIO | None = None
         for _ in range(TRIES):
             if self._take(folder / LOCK):
                 return
         raise self._refusal()
+
+    def __del__(self) -> None:
+        """An interrupt may have come before anybody could give it back: then nobody but this process's end would."""
+        file = getattr(self, "_file", None)
+        if file is not None:
+            file.close()
 
     def _take(self, path: Path) -> bool:
         """Whether the file that was locked is still the one that others find: who held it may have removed it (`release`)."""
@@ -273,10 +283,10 @@ class FolderLock:
                 self._made_folder |= _make(self._folder)
                 flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
                 try:
-                    self._handle = os.open(path, flags | os.O_EXCL, 0o600)
+                    self._file = io.FileIO(os.open(path, flags | os.O_EXCL, 0o600), "r+")
                     self._made_lock = True
                 except FileExistsError:
-                    self._handle = os.open(path, flags, 0o600)
+                    self._file = io.FileIO(os.open(path, flags, 0o600), "r+")
                     self._made_lock = False
             except (FileNotFoundError, FileExistsError):
                 # Who held it removed the folder just now.
@@ -285,7 +295,7 @@ class FolderLock:
                 raise
         try:
             if fcntl is not None:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise self._refusal() from None
@@ -295,7 +305,7 @@ class FolderLock:
                 f"{path} cannot be locked ({error.strerror}); an index takes changes on a file system with locks"
             ) from error
         try:
-            if os.path.samestat(os.fstat(self._handle), os.stat(path)):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
                 return True
         except FileNotFoundError:
             pass
@@ -311,16 +321,16 @@ class FolderLock:
         With ``clean`` what was made here goes: the lock, and the folder if it holds nothing else. So does what a crash left of another
         lock, a folder with an empty file in it. A folder that a user made stays.
         """
-        if self._handle is None:
+        if self._file is None:
             return
         # Windows keeps open files; then the folder stays, empty but for this.
         with contextlib.suppress(OSError):
             if clean:
                 is_alone = os.listdir(self._folder) == [LOCK]
-                is_left = is_alone and not self._made_lock and os.fstat(self._handle).st_size == 0
+                is_left = is_alone and not self._made_lock and os.fstat(self._file.fileno()).st_size == 0
                 if self._made_lock or is_left:
                     (self._folder / LOCK).unlink()
                 if is_alone and (self._made_folder or is_left):
                     self._folder.rmdir()
-        os.close(self._handle)
-        self._handle = None
+        self._file.close()
+        self._file = None
