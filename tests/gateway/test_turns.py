@@ -18,7 +18,7 @@ from anabranch.gateway.http import exchange
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store.limits import RateLimits
-from anabranch.web.turns import Turns
+from anabranch.web.turns import STEERING, Turns, plainly_awaited
 
 
 def test_senders_take_turns_and_each_keeps_its_order():
@@ -178,3 +178,45 @@ def test_what_waits_for_an_executor_that_is_shut_down_ends():
         return [piece.cancelled() for piece in pieces]
 
     assert asyncio.run(main()) == [False, True, True]
+
+
+@pytest.mark.parametrize("is_thread", [False, True])
+@pytest.mark.parametrize("error", STEERING)
+def test_what_would_end_or_steer_whoever_waits_is_an_error_of_the_work(is_thread, error):
+    """StopIteration cannot be in a future: its thread did nothing any more, for good. SystemExit ended the loop."""
+    if error is KeyboardInterrupt and not is_thread:
+        pytest.skip("that is Ctrl-C")
+
+    def work():
+        raise error("by the work")
+
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            turns = Turns(executor if is_thread else None)
+            async with asyncio.timeout(60):
+                with pytest.raises(RuntimeError, match=f"{error.__name__} was raised") as raised:
+                    await turns.run("a", work)
+                assert isinstance(raised.value.__cause__, error)
+                return await turns.run("b", lambda: "goes on")
+
+    assert asyncio.run(main()) == "goes on"
+
+
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, asyncio.CancelledError, StopAsyncIteration])
+def test_what_is_awaited_cancels_and_ends_nobody(error):
+    async def work():
+        raise error
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(plainly_awaited(work()))
+
+
+def test_whoever_awaits_may_be_cancelled_as_ever():
+    async def main():
+        task = asyncio.ensure_future(plainly_awaited(asyncio.sleep(60)))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(main())

@@ -29,6 +29,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed import Embedder
 from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
+from anabranch.web.turns import STEERING, plainly, plainly_awaited
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,8 @@ class Lane:
             self._learn(work)
         elif self._waiting < WAITING:
             self._waiting += 1
-            self._thread.turns.put(LEARNING, lambda: self._learn(work)).add_done_callback(self._observed)
+            timed = self._thread.timed(lambda: self._learn(work))
+            self._thread.turns.put(LEARNING, timed).add_done_callback(self._observed)
 
     async def explain(self, query: Query, pool: Pool) -> dict[str, Any]:
         """Why the strategy would decide so. Raises BypassError."""
@@ -204,9 +206,9 @@ class Lane:
         Raises AnabranchError where its thread has ended, since a reload took the strategy out: whoever asks goes on with the others.
         """
         if self.is_fast:
-            return work()
+            return plainly(work)
         with self._thread.used() as turns:
-            future = turns.put(LEARNING, work)
+            future = turns.put(LEARNING, self._thread.timed(work))
             try:
                 # Not the future itself: that it is cancelled is not that whoever waits is.
                 await asyncio.wait({future})
@@ -226,7 +228,7 @@ class Lane:
     def _learn(self, work: Callable[[], None]) -> None:
         self._told[0] += 1
         try:
-            work()
+            plainly(work)
         except Exception as error:
             logger.warning("strategy %s failed to learn: %s", self.name, type(error).__name__)
 
@@ -236,7 +238,7 @@ class Lane:
     async def _called(self, whose: str, work: Callable[[], T], limit_s: float, is_short: bool = True) -> T:
         """``work()`` in place or in the thread. Raises BypassError for whatever it raises but InputError."""
         try:
-            return work() if self.is_fast and is_short else await self._in_thread(whose, work, limit_s)
+            return plainly(work) if self.is_fast and is_short else await self._in_thread(whose, work, limit_s)
         except (BypassError, InputError):
             raise
         except Exception as error:
@@ -245,7 +247,7 @@ class Lane:
     async def _awaited(self, work: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout(self.timeout_s):
-                return await work
+                return await plainly_awaited(work)
         except TimeoutError:
             raise BypassError("slow", f"it took longer than {self.timeout_s:g} s") from None
         except LimitError as error:
@@ -256,8 +258,9 @@ class Lane:
         except Exception as error:
             raise self._raised(error) from None
 
-    def _raised(self, error: Exception) -> BypassError:
+    def _raised(self, error: BaseException) -> BypassError:
         """The log says what and where, without the texts an exception may quote."""
+        error = error.__cause__ if isinstance(error.__cause__, STEERING) else error
         logger.warning("strategy %s failed: %s", self.name, raised(error))
         return BypassError("raised", f"{type(error).__name__} in the strategy")
 
@@ -268,16 +271,12 @@ class Lane:
             raise BypassError("slow", f"the call before it has taken longer than {limit_s * 1000:g} ms")
         started: list[float] = []
 
-        def timed() -> T:
-            thread.began = time.monotonic()
-            started.append(thread.began)
-            try:
-                return work()
-            finally:
-                thread.began = None
+        def begun() -> T:
+            started.append(time.monotonic())
+            return work()
 
         with thread.used() as turns:
-            future = turns.put(whose, timed)
+            future = turns.put(whose, thread.timed(begun))
             try:
                 while True:
                     begin = started[0] if started else thread.began or time.monotonic()

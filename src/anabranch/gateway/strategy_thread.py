@@ -1,12 +1,16 @@
 """`StrategyThread`: the thread that a strategy is at work in, until its last user has done with it."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 from anabranch.web.turns import Turns
 
 __all__ = ["StrategyThread"]
+
+T = TypeVar("T")
 
 
 class StrategyThread:
@@ -36,6 +40,18 @@ class StrategyThread:
         self._users -= 1
         if not self._users:
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def timed(self, work: Callable[[], T]) -> Callable[[], T]:
+        """``work`` that tells by `began` since when it runs. All that is done in the thread is, so that nobody waits for it too long."""
+
+        def run() -> T:
+            self.began = time.monotonic()
+            try:
+                return work()
+            finally:
+                self.began = None
+
+        return run
 
     @contextmanager
     def used(self) -> Iterator[Turns]:

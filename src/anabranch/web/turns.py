@@ -1,8 +1,9 @@
 """Work in one other thread, or on the loop itself, sender by sender: who brings much waits for itself, others for one piece of it."""
 
 import asyncio
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ class Turns:
         self._waiting: dict[str, deque[_Piece]] = {}
 
     async def run(self, whose: str, work: Callable[[], T]) -> T:
-        """What ``work()`` gives or raises. One that is cancelled before its turn is not begun, and nothing of it stays."""
+        """What ``work()`` gives or raises, as `plainly`. One that is cancelled before its turn is not begun, and nothing of it stays."""
         future = self.put(whose, work)
         try:
             return await future
@@ -70,7 +71,7 @@ class Turns:
 
     def _started(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Any]) -> "asyncio.Future[Any]":
         if self._executor is not None:
-            return loop.run_in_executor(self._executor, work)
+            return loop.run_in_executor(self._executor, plainly, work)
         running = loop.create_future()
         loop.call_soon(_do, work, running)
         return running
@@ -87,9 +88,36 @@ class Turns:
         self._begin()
 
 
+# What ends or steers whoever waits, where it is no error of what was to be done: a future cannot even hold StopIteration, and never ends.
+STEERING = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
+
+
+def plainly(work: Callable[[], T]) -> T:
+    """What ``work()`` gives or raises; a RuntimeError for what is `STEERING`, but for Ctrl-C in the main thread."""
+    try:
+        return work()
+    except STEERING as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        raise RuntimeError(f"{type(error).__name__} was raised") from error
+
+
+async def plainly_awaited(work: Awaitable[T]) -> T:
+    """As `plainly`, of what is awaited; that whoever awaits it is cancelled is told as ever."""
+    try:
+        return await work
+    except STEERING as error:
+        task = asyncio.current_task()
+        if isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
+        ):
+            raise
+        raise RuntimeError(f"{type(error).__name__} was raised") from error
+
+
 def _do(work: Callable[[], Any], running: "asyncio.Future[Any]") -> None:
     try:
-        result = work()
+        result = plainly(work)
     except Exception as error:
         running.set_exception(error)
     else:

@@ -21,6 +21,7 @@ from anabranch.gateway.store.records import GLOBAL
 from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.money import Price, nano_dollars
 from anabranch.web.ids import new_id
+from anabranch.web.turns import plainly_awaited
 
 if TYPE_CHECKING:
     from anabranch.gateway.lane import Lane
@@ -184,7 +185,7 @@ class ErrandRounds:
 
 async def _run(strategy: Strategy, errands: LaneErrands, lane: "Lane") -> None:
     try:
-        await strategy.errands(errands)
+        await plainly_awaited(strategy.errands(errands))
     finally:
         if errands.asked:
             lane.touch()
