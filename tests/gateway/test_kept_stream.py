@@ -132,6 +132,27 @@ def test_beyond_the_room_a_stream_is_passed_on_whole_and_not_kept(monkeypatch):
     run_virtual(work)
 
 
+@pytest.mark.parametrize("num_bytes", [20_000, 200])
+def test_one_that_breaks_and_was_not_kept_is_told_what_broke_it(monkeypatch, num_bytes):
+    """Its client was told that there was no room, which was nothing to it."""
+    monkeypatch.setattr(kept, "STEP", 100)
+    monkeypatch.setattr(kept, "KEPT_BYTES", num_bytes)
+
+    async def work():
+        made = dispatcher(script=("cut:20",))
+        stream = await made.stream(plan(made, "key:a", mid_stream="continue"), chat())
+        raw = (await read(stream)).decode()
+        stream.forget()
+        assert (stream.report.is_stitched, stream.failure is None) == (num_bytes > 200, num_bytes > 200)
+        if num_bytes == 200:
+            assert stream.failure.kind == "cut"
+            assert "broke" in stream.failure.message
+            assert stream.failure.message in raw
+            assert "no room" not in raw
+
+    run_virtual(work)
+
+
 def test_a_stream_that_is_not_kept_takes_no_room_and_one_that_fails_gives_it_back():
     async def work():
         made = dispatcher()

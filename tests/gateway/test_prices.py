@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import logging
 from types import SimpleNamespace
 
@@ -160,6 +161,14 @@ def test_a_price_that_is_wrong_is_told_with_its_place(tmp_path, old, new, messag
 
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
+FINDER = {"type": "tool_search_tool_regex_20251119", "name": "tool_search_tool_regex"}
+BM25, TOOLSET, TWICE = {"type": "tool_search_tool_bm25"}, {"type": "mcp_toolset"}, {**SEARCH, "max_uses": 2}
+ACCENTED = {"type": "custom", "name": "naïf"}
+
+
+def size_of(*tools):
+    """Bytes of definitions: tokens are no more."""
+    return sum(len(str(tool).encode()) for tool in tools)
 
 
 @pytest.mark.parametrize(
@@ -175,14 +184,18 @@ FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
         ({"speed": "fast", "service_tier": "priority"}, Asked(tier="priority fast")),
         ({"web_search_options": {}}, Asked(searches=1)),
         ({"tools": [{**SEARCH, "max_uses": 5}]}, Asked(searches=5, uses=5, page=30_000)),
-        # Claude knows no such field, and chats have none: it bounded what was reserved, and nothing else.
-        ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(others=("tools[0].max_uses",), page=30_000)),
-        ({"tools": [FETCH], "max_tool_calls": 3}, Asked(others=("tools[0].max_uses",), page=125_000)),
+        # Claude knows no such field: it counts where it is made the tool's own.
+        ({"tools": [SEARCH], "max_tool_calls": 3}, Asked(held=("tools[0].max_uses",), searches=3, uses=3, page=30_000)),
+        ({"tools": [{"type": "function"}, FETCH], "max_tool_calls": 3}, Asked(held=("tools[1].max_uses",), uses=3, page=125_000)),
+        ({"tools": [{**SEARCH, "max_uses": 2}], "max_tool_calls": 3}, Asked(searches=2, uses=2, page=30_000)),
+        ({"tools": [{**SEARCH, "max_uses": 4}], "max_tool_calls": 3}, Asked(searches=4, uses=4, page=30_000)),
+        ({"tools": [{**SEARCH, "max_uses": 0}], "max_tool_calls": -1}, Asked(others=("tools[0].max_uses",), page=30_000)),
+        ({"tools": [{"type": "code_execution_20250825"}], "max_tool_calls": 3}, Asked(others=("tools[0]",))),
         ({"tools": [{"type": "web_search"}], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
         ({"tools": [{"type": "web_search_2025_08_26"}], "max_tool_calls": 3}, Asked(searches=3, uses=3, page=30_000)),
         # And others know nothing of Claude's.
         ({"tools": [{"type": "web_search", "max_uses": 3}]}, Asked(others=("max_tool_calls",), page=30_000)),
-        ({"tools": [{"type": "mcp", "max_uses": 3}]}, Asked(others=("tools[0]",), page=2_000_000, listed=2_000_000)),
+        ({"tools": [{"type": "mcp", "max_uses": 3}]}, Asked(others=("max_tool_calls",), page=2_000_000, listed=2_000_000)),
         ({"tools": [{"type": "mcp", "max_uses": 3}], "max_tool_calls": 5}, Asked(uses=5, page=2_000_000, listed=2_000_000)),
         ({"tools": [SEARCH]}, Asked(others=("tools[0].max_uses",), page=30_000)),
         ({"tools": [{**FETCH, "max_uses": 2}]}, Asked(uses=2, page=125_000)),
@@ -193,7 +206,16 @@ FETCH = {"type": "web_fetch_20250910", "name": "web_fetch"}
         ({"mcp_servers": [{"type": "url"}]}, Asked(uses=10, page=2_000_000, listed=2_000_000)),
         ({"mcp_servers": []}, Asked()),
         ({"tools": [{"type": "mcp"}], "max_tool_calls": 3}, Asked(uses=3, page=2_000_000, listed=2_000_000)),
-        ({"tools": [{"type": "mcp"}]}, Asked(others=("tools[0]",), page=2_000_000, listed=2_000_000)),
+        ({"tools": [{"type": "mcp"}]}, Asked(others=("max_tool_calls",), page=2_000_000, listed=2_000_000)),
+        # They look among the request's own tools, in as many rounds; servers are asked in the same.
+        ({"tools": [FINDER]}, Asked(uses=10, found=size_of(FINDER))),
+        ({"tools": [BM25, ACCENTED]}, Asked(uses=10, found=size_of(BM25, ACCENTED))),
+        ({"tools": [FINDER, TOOLSET]}, Asked(uses=10, page=2_000_000, listed=2_000_000, found=size_of(FINDER, TOOLSET))),
+        ({"tools": [FINDER, TWICE]}, Asked(searches=2, uses=12, page=30_000, found=size_of(FINDER, TWICE))),
+        ({"tools": [{"type": "tool_search"}]}, Asked(uses=10, found=23)),
+        ({"tools": [{"type": "tool_search"}], "max_tool_calls": 3}, Asked(uses=3, found=23)),
+        ({"tools": [{"type": "tool_search", "execution": "server"}], "max_tool_calls": 30}, Asked(uses=30, found=46)),
+        ({"tools": [{"type": "tool_search", "execution": "client"}]}, Asked()),
         ({"tools": [{"type": "shell"}, {"type": "shell", "environment": {"type": "local"}}]}, Asked()),
         ({"tools": [{"type": "shell", "environment": {"type": "container_auto"}}]}, Asked(others=("tools[0]",))),
         ({"tools": [FETCH]}, Asked(others=("tools[0].max_uses",), page=125_000)),
@@ -233,6 +255,35 @@ def test_what_a_request_asks_for(body, asked):
     assert asked_of(body) == asked
 
 
+def test_a_field_of_chats_bounds_nothing_in_other_forms():
+    """A message goes to Claude as it came, with a field that nobody there knows."""
+    body = {"tools": [SEARCH], "max_tool_calls": 3}
+    assert asked_of(body, is_chat=False) == Asked(others=("tools[0].max_uses",), page=30_000)
+    plain = {"tools": [{"type": "web_search"}], "max_tool_calls": 3}
+    assert asked_of(plain, is_chat=False) == asked_of(plain)
+
+
+def test_what_is_found_among_the_tools_of_a_request_is_read_again_after_each_search():
+    """Nothing was reserved for it: a key with many tools spent ten times what it had."""
+    tools = [
+        FINDER,
+        *({"name": f"tool{number}", "defer_loading": True, "description": "x" * 99} for number in range(9)),
+    ]
+    body = {"messages": HELLO, "tools": tools}
+    count = count_prompt(body)
+    found = size_of(*tools)
+    prompt, again = count.at_most, range(1, 11)
+    assert asked_of(body, count).most(count, 100).prompt == prompt + sum(prompt + 100 + use * found for use in again)
+    # No more than the model has room for.
+    assert asked_of(body, count).most(count, 100, context=2_000).prompt == prompt + 10 * 2_000
+    # Nor does a search find more than there is in the prompt.
+    few = PromptCount(50, 60, False)
+    assert asked_of(body).most(few, 100).prompt == 60 + sum(60 + 100 + use * 60 for use in again)
+    # Pages beside them are longer.
+    both = asked_of({**body, "tools": [*tools, {**SEARCH, "max_uses": 1}]})
+    assert both.most(count, 100).pages == sum(prompt + 100 + use * 30_000 for use in range(1, 12))
+
+
 def test_what_servers_of_a_sender_tell_is_bounded_by_what_the_model_has_room_for():
     """They were taken for tools that cost nothing: a key with 5 cents spent $2.70 by a server of its own that told 900,000 tokens."""
     count = PromptCount(100, 200, True)
@@ -269,6 +320,15 @@ def test_what_a_price_lacks():
     ):  # fmt: skip
         assert asked.lacks(USUAL)[0] == field
         assert asked.lacks(Price()) is None
+    # What has to be said is no price.
+    for asked in (
+        Asked(others=("max_tool_calls",)),
+        Asked(others=("tools[3].max_uses",)),
+        Asked(held=("tools[3].max_uses",)),
+    ):
+        assert asked.lacks(USUAL) == ((asked.others or asked.held)[0], None)
+    assert Asked(held=("tools[3].max_uses",)).lacks(USUAL, holds=True) is None
+    assert Asked(others=("tools[3].max_uses",)).lacks(USUAL, holds=True) == ("tools[3].max_uses", None)
     whole = USUAL.replace(tiers={"priority": USUAL}, web_search=1, audio_input=1, audio_output=1, image_output=1)
     assert Asked("priority", "1h", 3, True, True, True).lacks(whole) is None
     assert Asked(tier="auto").lacks(USUAL) is None
@@ -410,8 +470,15 @@ def test_fields_that_change_a_price_go_where_they_have_one_and_are_refused_elsew
             assert (error.status, error.code) == (400, "unpriced")
             assert error.param.partition("[")[0] == field
             assert "claude has no price for" in str(error)
-        error = await refused(gateway, model="claude", tools=[SEARCH], max_tool_calls=1)
-        assert (error.status, error.code, error.param) == (400, "unpriced", "tools[0].max_uses")
+        for model, field, asked in (
+            ("claude", "tools[0].max_uses", {"tools": [FETCH]}),
+            # It holds no tools of Claude to anything.
+            ("rich", "tools[0].max_uses", {"tools": [SEARCH], "max_tool_calls": 1}),
+            ("rich", "max_tool_calls", {"tools": [{"type": "web_search"}]}), ("rich", "max_tool_calls", {"tools": [{"type": "mcp"}]}),
+        ):  # fmt: skip
+            error = await refused(gateway, model=model, **asked)
+            assert (error.status, error.code, error.param) == (400, "unpriced", field)
+            assert f"{field} must say how often the tool may be used at most" in str(error)
         assert not provider.calls
         # What is not priced at one is sent to the next that prices it.
         answer = await gateway.achat({"model": "plain", "messages": HELLO, "max_tokens": 5, "service_tier": "priority"})
@@ -549,3 +616,29 @@ def test_no_two_amounts_of_a_refusal_look_alike(limit, spent, asked):
 
     said = {word.rstrip(";,") for word in asyncio.run(of_purse()).split() if word.startswith("$")}
     assert said == {in_full(limit), in_full(limit + asked)}
+
+
+def test_a_chat_to_claude_is_reserved_as_often_as_its_tools_may_be_used_there(tmp_path):
+    """It was refused, whatever it said: what bounds a tool there was made of a field that was not believed."""
+
+    sent = []
+
+    async def work(gateway, provider):
+        [claude] = [live for live in gateway.runtime.dispatcher.lives() if live.model == "claude"]
+        build = claude.provider.build
+
+        def noted(request):
+            call = build(request)
+            sent.append(json.loads(call.body))
+            return call
+
+        claude.provider.build = noted
+        await gateway.achat(
+            {"model": "claude", "messages": HELLO, "max_tokens": 5, "tools": [FETCH], "max_tool_calls": 2}
+        )
+        assert [tool["max_uses"] for tool in sent[0]["tools"]] == [2]
+        await gateway.settled()
+        [row] = await gateway.store.ledger(LedgerQuery())
+        assert row.reserved_nano >= USUAL.cost(2 * 125_000, 5)
+
+    served(tmp_path, work)

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anabranch.gateway.prompt_tokens import PromptCount
+from anabranch.gateway.prompt_tokens import PromptCount, text_of
 from anabranch.gateway.providers.usage import Usage, tier_of
 from anabranch.routers.money import Price
+from anabranch.web.large_json import num_bytes
 
 Json = Mapping[str, Any]
 
-# Tools that cost no more than the tokens of the prompt and the answer: they run at the sender's. Beginnings of their types, which carry
+# Tools that cost no more than tokens: they run at the sender's, or look for others in the prompt. Beginnings of their types, which carry
 # dates.
 FREE_TOOLS = (
     "function",
@@ -41,8 +42,17 @@ PAGES = {"web_search": 30_000, "web_fetch": 125_000}
 LARGEST_CONTEXT, ROUNDS = 2_000_000, 10
 _OF_SERVERS, _OF_CLAUDE = "mcp", "mcp_toolset"
 
-# Tools of Claude, which are held to their own `max_uses` and nothing else; others know no such field.
+# Tools of Claude, which are held to their own `max_uses` and nothing else; others know no such field. A chat's `max_tool_calls` becomes
+# that where a provider sees to it (`Provider.holds_tool_calls`).
 _CLAUDES = re.compile(r"[a-z_]+_20\d{6}")
+
+# These look for other tools among those of the request, at the provider (Anthropic, "Tool search tool"; OpenAI, "Tool search"). What each
+# brings is read behind the prompt, and all again with it: Claude's are of the rounds of above, and of OpenAI's nothing is known that would
+# bound them but `max_tool_calls`, so that as many are reserved.
+_CLAUDES_FINDER, _FINDER = "tool_search_tool", "tool_search"
+
+# Fields that say how often tools may be used at most: of a request all of its tools, and of one tool.
+_MOST_CALLS, _MOST_USES = "max_tool_calls", ".max_uses"
 
 # Of a request that has its prompt summed up on the way.
 COMPACTION = "context_management"
@@ -74,12 +84,14 @@ class Asked:
         searches: of the web, at most.
         audio_input: its prompt holds sound.
         audio_output, image_output: its answer may be sound, or pictures.
-        others: fields whose price no list has.
+        others: fields whose price no list has, and those that would say how often a tool may be used.
+        held: fields of the latter that a provider sets as ``max_tool_calls`` says, if it is one that does.
         calls: as how many calls it may be billed, where those have a price.
         uses: of tools that run at the provider, or that it asks a server for, and that bring pages, at most, the searches of such tools
             among them.
         page: tokens that one of these brings at most.
         listed: tokens that servers say of their tools, at most, before the first of these.
+        found: tokens of the request's own tools that one of these brings once more, at most.
     """
 
     tier: str = ""
@@ -89,13 +101,22 @@ class Asked:
     audio_output: bool = False
     image_output: bool = False
     others: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
     calls: int = 1
     uses: int = 0
     page: int = 0
     listed: int = 0
+    found: int = 0
 
-    def lacks(self, price: Price) -> tuple[str, str] | None:
-        """The first field that has no price, and what about it has none; None if all have one, or nothing costs anything."""
+    def lacks(self, price: Price, holds: bool = False) -> tuple[str, str | None] | None:
+        """The first field that has no price, and what about it has none; None if all have one, or nothing costs anything.
+
+        Of a field that would say how often a tool is used at most there is nothing to say but that: None in its place.
+
+        Args:
+            price: of the model.
+            holds: its provider sees to the fields that are ``held``.
+        """
         if price.is_free:
             return None
         if price.of_tier(self.tier) is None:
@@ -108,7 +129,10 @@ class Asked:
         ):
             if is_asked and rate is None:
                 return field, what
-        return (self.others[0], OTHERS.get(self.others[0], "a tool that the provider runs")) if self.others else None
+        for field in self.others if holds else (*self.others, *self.held):
+            is_end = field == _MOST_CALLS or field.endswith(_MOST_USES)
+            return field, None if is_end else OTHERS.get(field, "a tool that the provider runs")
+        return None
 
     def most(self, count: PromptCount, completion: int, context: int | None = None) -> Usage:
         """The most that one call may come to, and the rest as dear as it may be.
@@ -141,7 +165,8 @@ class Asked:
         uses = self.uses
         if not uses and not self.listed:
             return 0
-        read = uses * (prompt + completion) + self.page * uses * (uses + 1) // 2 + self.listed * (uses + 1)
+        page = max(self.page, min(self.found, prompt))
+        read = uses * (prompt + completion) + page * uses * (uses + 1) // 2 + self.listed * (uses + 1)
         if context is None:
             return read
         # Of the first reading the sender's prompt is counted already.
@@ -149,12 +174,13 @@ class Asked:
         return min(read, first + uses * max(context, prompt + completion))
 
 
-def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
+def asked_of(body: Json, count: PromptCount | None = None, *, is_chat: bool = True) -> Asked:
     """Of a request in OpenAI's or Anthropic's form, which has been checked: of a chat, a response or a message.
 
     Args:
         body: as it came.
         count: of its prompt, where it is known: it finds sound wherever that is.
+        is_chat: it is one of a chat; others go to their own kind of provider as they came.
     """
     messages = [one for name in ("messages", "input") for one in _listed(body.get(name)) if isinstance(one, dict)]
     parts = [part for one in [*messages, {"content": body.get("system")}] for part in _parts(one)]
@@ -162,8 +188,9 @@ def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
     calls = [call for one in messages for call in _listed(one.get("tool_calls")) if isinstance(call, dict)]
     inner = [part for one in parts for part in _parts(one)]
     functions = [one["function"] for one in [*tools, *calls] if isinstance(one.get("function"), dict)]
-    searches, others = _searches(body, tools)
-    uses, page, listed = _uses(body, tools)
+    ends = [_most_uses(body, tool, is_chat) for tool in tools]
+    searches, others = _searches(body, tools, ends)
+    uses, page, listed, found = _uses(body, tools, ends)
     words = {str(word).lower() for word in _listed(body.get("modalities"))}
     return Asked(
         tier=_tier(body),
@@ -172,6 +199,7 @@ def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
         uses=uses,
         page=page,
         listed=listed,
+        found=found,
         audio_input=any(part.get("type") == "input_audio" for part in parts) or (count is not None and count.audio > 0),
         audio_output="audio" in words or bool(body.get("audio")),
         image_output="image" in words,
@@ -179,6 +207,7 @@ def asked_of(body: Json, count: PromptCount | None = None) -> Asked:
             *others,
             *(name for name in OTHERS if _is_on(body.get(name)) and (name != COMPACTION or _compacts(body))),
         ),
+        held=tuple(f"tools[{at}]{_MOST_USES}" for at, end in enumerate(ends) if end is not None and end.is_held),
     )
 
 
@@ -204,19 +233,27 @@ def _ttl(tables: Iterable[Json]) -> str:
     return "5m" if all(mark.get("ttl", "5m") == "5m" for mark in marks) else "1h"
 
 
-def _searches(body: Json, tools: Iterable[Json]) -> tuple[int, list[str]]:
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How often a tool may be used: ``most`` times; ``is_held``, if its provider sees to that."""
+
+    most: int
+    is_held: bool = False
+
+
+def _searches(body: Json, tools: Iterable[Json], ends: Sequence[_End | None]) -> tuple[int, list[str]]:
     """Searches at most; and tools that cost something else, or of which it is not said how often they are used."""
     searches, others = 1 if _is_on(body.get("web_search_options")) else 0, []
-    for at, tool in enumerate(tools):
-        kind, most = str(tool.get("type", "function")), _most_uses(body, tool)
+    for at, (tool, end) in enumerate(zip(tools, ends, strict=True)):
+        kind = str(tool.get("type", "function"))
         if kind.startswith(tuple(PAGES)):
-            if most is None:
-                others.append(f"tools[{at}].max_uses" if _is_claudes(tool) else "max_tool_calls")
+            if end is None:
+                others.append(f"tools[{at}]{_MOST_USES}" if _is_claudes(tool) else _MOST_CALLS)
             elif kind.startswith("web_search"):
-                searches += most
+                searches += end.most
         elif kind.startswith(_OF_SERVERS):
-            if most is None and kind != _OF_CLAUDE:
-                others.append(f"tools[{at}]")
+            if end is None and kind != _OF_CLAUDE:
+                others.append(_MOST_CALLS)
         elif not kind.startswith(FREE_TOOLS) or _runs_there(tool):
             others.append(f"tools[{at}]")
     return searches, others
@@ -228,28 +265,48 @@ def _runs_there(tool: Json) -> bool:
     return where is not None and not (isinstance(where, dict) and where.get("type") == "local")
 
 
-def _uses(body: Json, tools: Sequence[Json]) -> tuple[int, int, int]:
-    """How often tools that bring pages are used, at most, the tokens of the longest page, and those that servers say of their tools."""
-    uses = page = listed = 0
-    for tool in tools:
+def _uses(body: Json, tools: Sequence[Json], ends: Sequence[_End | None]) -> tuple[int, int, int, int]:
+    """How often tools that bring pages are used, at most; the tokens of the longest page, of what servers say of their tools, and of the
+    request's own that are looked for."""
+    uses = page = listed = found = 0
+    asks_servers, finds = bool(body.get("mcp_servers")), False
+    for tool, end in zip(tools, ends, strict=True):
         named = str(tool.get("type", "function"))
+        asks_servers |= named == _OF_CLAUDE
+        finds |= named.startswith(_CLAUDES_FINDER)
         if named.startswith(_OF_SERVERS) and named != _OF_CLAUDE:
-            uses, page, listed = uses + (_most_uses(body, tool) or 0), LARGEST_CONTEXT, LARGEST_CONTEXT
+            uses, page, listed = uses + (0 if end is None else end.most), LARGEST_CONTEXT, LARGEST_CONTEXT
+        if named == _FINDER and tool.get("execution") != "client":
+            uses, found = uses + (ROUNDS if end is None else end.most), _size_of(tools)
         kind = next((kind for kind in PAGES if named.startswith(kind)), None)
         if kind is None:
             continue
         said = tool.get("max_content_tokens")
-        uses += _most_uses(body, tool) or 0
+        uses += 0 if end is None else end.most
         page = max(page, said if kind == "web_fetch" and type(said) is int and said > 0 else PAGES[kind])
-    if body.get("mcp_servers") or any(tool.get("type") == _OF_CLAUDE for tool in tools):
-        uses, page, listed = uses + ROUNDS, LARGEST_CONTEXT, LARGEST_CONTEXT
-    return uses, page, listed
+    if asks_servers:
+        page = listed = LARGEST_CONTEXT
+    if finds:
+        found = _size_of(tools)
+    return uses + (ROUNDS if asks_servers or finds else 0), page, listed, found
 
 
-def _most_uses(body: Json, tool: Json) -> int | None:
+def _size_of(tools: Sequence[Json]) -> int:
+    """Tokens of their definitions, at most."""
+    return sum(num_bytes(text_of(tool)) for tool in tools)
+
+
+def _most_uses(body: Json, tool: Json, is_chat: bool) -> _End | None:
     """By the field that whoever runs it is held to: none bounds it that is not sent, or that nobody there knows."""
-    most = tool.get("max_uses") if _is_claudes(tool) else body.get("max_tool_calls")
-    return most if type(most) is int and most > 0 else None
+    own, of_all = (
+        most if type(most) is int and most > 0 else None for most in (tool.get("max_uses"), body.get(_MOST_CALLS))
+    )
+    if not _is_claudes(tool):
+        return None if of_all is None else _End(of_all)
+    if own is not None:
+        return _End(own)
+    is_counted = str(tool.get("type")).startswith(tuple(PAGES))
+    return _End(of_all, is_held=True) if is_chat and is_counted and of_all is not None else None
 
 
 def _is_claudes(tool: Json) -> bool:

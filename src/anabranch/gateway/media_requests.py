@@ -146,7 +146,7 @@ class MediaAsked(Asked):
 
     __slots__ = ()
 
-    def lacks(self, price: Price) -> tuple[str, str] | None:
+    def lacks(self, price: Price, holds: bool = False) -> tuple[str, str | None] | None:
         """See `Asked.lacks`."""
         has_one = price.is_free or price.request or price.output or price.input
         if self.image_output and not has_one and price.image_output is None:

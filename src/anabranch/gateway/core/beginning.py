@@ -80,7 +80,7 @@ def _read(state: RequestState) -> Texts | None:
 def _look(state: RequestState) -> None:
     """What there is to know of a request of text once it is known how long it is."""
     body, native = state.body, state.native
-    state.asked = asked_of(body if native is None else native.body, state.count)
+    state.asked = asked_of(body if native is None else native.body, state.count, is_chat=native is None)
     if state.endpoint == "chat" and state.target.strategy is not None:
         state.has_images = has_images(body["messages"])
 

@@ -50,10 +50,13 @@ async def refusal(
             if await is_limited():
                 return ApiError(400, "model_not_priced", no_price(group.name), param="model")
             continue
-        lacking = asked.lacks(live.price)
+        lacking = asked.lacks(live.price, live.provider.holds_tool_calls)
         if lacking is not None:
             field, what = lacking
-            message = f"asks for what {group.name} has no price for: {what}; leave it out, or have its price set"
+            if what is None:
+                message = f"must say how often the tool may be used at most: nobody knows what {group.name} would cost without that"
+            else:
+                message = f"asks for what {group.name} has no price for: {what}; leave it out, or have its price set"
             return wrong_field(field, message, code="unpriced")
     return None
 

@@ -286,7 +286,7 @@ class Stream:
             if self._mode == "error" or error.failure.kind == "deadline":
                 raise error
             self._run.failed(error)
-            request = self._request if self._mode == "restart" else self._continued()
+            request = self._request if self._mode == "restart" else self._continued(error)
         except UpstreamError as last:
             self.failure = last.failure
             return event(last.to_dict())
@@ -312,9 +312,13 @@ class Stream:
         self._take(opened)
         return True
 
-    def _continued(self) -> UpstreamRequest:
-        """The request with what has been said so far. Raises UpstreamError where that cannot be told (tool calls, several choices)."""
-        body, chunks = self._request.body, self._said()
+    def _continued(self, broke: UpstreamError) -> UpstreamRequest:
+        """The request with what has been said so far. Raises UpstreamError where that cannot be told (tool calls, several choices), and
+        what ``broke`` it where it was not kept."""
+        try:
+            body, chunks = self._request.body, self._said()
+        except UpstreamError:
+            raise broke from None
         text = text_of(chunks)
         is_plain = (body.get("n") or 1) == 1 and not any(_has_calls(chunk) for chunk in chunks)
         if (

@@ -103,6 +103,7 @@ class Anthropic(Provider, kind="anthropic"):
 
     endpoints = ("chat",)
     caches_unasked = False
+    holds_tool_calls = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -54,7 +54,7 @@ NATIVE = frozenset(
 )
 _NATIVE_TOOL = re.compile(r"[a-z_]+_20\d{6}")
 
-# Of these, such as take ``max_uses``.
+# Of these, such as take ``max_uses``: see `anabranch.gateway.asked`, which believes that.
 _COUNTED = ("web_search", "web_fetch")
 
 # Tokens to think with. The least that Anthropic takes is 1,024.

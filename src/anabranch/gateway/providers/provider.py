@@ -93,6 +93,9 @@ class Provider(Part, family="provider"):
     # It takes a `prediction`, and bills what of it is not in its answer.
     predicts: bool = False
 
+    # Of a chat each tool that searches or fetches at the upstream is held to its `max_tool_calls`.
+    holds_tool_calls: bool = False
+
     # It makes an answer to its end, and may bill that, whoever has gone meanwhile.
     makes_on: ClassVar[bool] = True
 

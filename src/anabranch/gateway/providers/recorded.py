@@ -76,6 +76,7 @@ class Record(Provider, kind="record"):
         self.endpoints = self.inner.endpoints  # type: ignore[misc]
         self.makes_on, self.is_inside = self.inner.makes_on, self.inner.is_inside  # type: ignore[misc]
         self.predicts, self.stops_when_closed = self.inner.predicts, self.inner.stops_when_closed
+        self.holds_tool_calls = self.inner.holds_tool_calls
         self._file = _Log(Path(config.path))
 
     def build(self, request: UpstreamRequest) -> HttpCall:
