@@ -44,11 +44,11 @@ def test_what_has_come_counts_and_nobody_waits_for_another_s_upstream():
             await each.more(8)
         other = room.enter("b")
         assert await goes_on(other.more(30))
-        assert (room._num_bytes, other.num_bytes, room._beyond) == (70, 30, {})
+        assert (room.num_bytes, other.num_bytes, room._beyond) == (70, 30, {})
         for each in [*stalled, other]:
             each.close()
             each.close()
-        assert (room._num_bytes, dict(room._of_sender)) == (0, {})
+        assert (room.num_bytes, dict(room._of_source)) == (0, {})
 
     run_virtual(main)
 
@@ -68,10 +68,10 @@ def test_a_sender_waits_for_its_own_part_and_the_oldest_goes_on_first():
         await asyncio.sleep(0.01)
         # The first has half of the room; of the next there is more than that, so that all of it comes.
         assert order == [0, 0, 1, 1]
-        assert (room._num_bytes, room._going.num_beyond) == (50, 50)
+        assert (room.num_bytes, room._going.num_beyond) == (50, 50)
         await asyncio.gather(*tasks)
         assert order == [0, 0, 1, 1, 2, 2, 3, 3]
-        assert (room._num_bytes, room._beyond, room._waiting, room._going) == (0, {}, {}, None)
+        assert (room.num_bytes, room._beyond, room._waiting, room._going) == (0, {}, {}, None)
 
     run_virtual(main)
 
@@ -115,6 +115,35 @@ def test_whoever_goes_on_beyond_the_room_gives_way_to_who_waits_when_it_has_been
     run_virtual(main)
 
 
+def test_senders_take_turns_at_going_on_beyond_the_room():
+    """One whose answers wait all the time comes after those who have had no turn since its own."""
+
+    async def main():
+        room, loop, turns = LargeAnswers(10), asyncio.get_running_loop(), []
+
+        async def goes_on(held, num_bytes):
+            await held.more(num_bytes)
+            turns.append((held.number, round(loop.time() / PATIENCE_S, 3)))
+
+        slow = room.enter("x")
+        await slow.more(20)
+        first, second, other, last = (room.enter(sender) for sender in "aabc")
+        tasks = [asyncio.ensure_future(goes_on(held, 20)) for held in (first, second, other, last)]
+        await asyncio.sleep(2.5 * PATIENCE_S)
+        # The first of a's has had its turn, and b's has it.
+        assert turns == [(first.number, 1), (other.number, 2)]
+        tasks.append(asyncio.ensure_future(goes_on(first, 20)))
+        await asyncio.sleep(2 * PATIENCE_S)
+        assert turns[2:] == [(last.number, 3), (first.number, 4)]
+        for held in (slow, first, other, last):
+            held.close()
+        await asyncio.gather(*tasks)
+        second.close()
+        assert (room.num_bytes, room._beyond, room._waiting, room._going) == (0, {}, {}, None)
+
+    run_virtual(main)
+
+
 def test_one_who_leaves_while_it_waits_takes_nothing():
     async def main():
         room = LargeAnswers(100)
@@ -135,7 +164,7 @@ def test_one_who_leaves_while_it_waits_takes_nothing():
         await asyncio.wait((waits,))
         third.close()
         second.close()
-        assert (room._num_bytes, room._beyond, room._going) == (0, {}, None)
+        assert (room.num_bytes, room._beyond, room._going) == (0, {}, None)
 
     run_virtual(main)
 
@@ -165,8 +194,8 @@ def test_everybody_whose_upstream_goes_on_comes_to_an_end_and_little_is_held_bey
                 for number, each in enumerate(pieces):
                     await asyncio.sleep(1e9 if number == stops_at else pause_s)
                     await held.more(each)
-                    beyond = [one.sender for one in all_held if one.num_beyond]
-                    assert room._num_bytes == sum(one.num_bytes for one in all_held) <= 100
+                    beyond = [one.source for one in all_held if one.num_beyond]
+                    assert room.num_bytes == sum(one.num_bytes for one in all_held) <= 100
                     assert len(set(beyond)) == len(beyond)
                     assert len(beyond) <= 1 or not is_quick
 
@@ -179,14 +208,14 @@ def test_everybody_whose_upstream_goes_on_comes_to_an_end_and_little_is_held_bey
         await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
             task.result()
-        assert (room._num_bytes, room._waiting, room._beyond, room._going) == (0, {}, {}, None)
+        assert (room.num_bytes, room._waiting, room._beyond, room._going) == (0, {}, {}, None)
 
     run_virtual(main)
 
 
 def test_the_room_is_that_of_all_configs():
     made = Dispatcher([])
-    assert made.room._limit == 128 << 20
+    assert made.room.limit == 128 << 20
     assert Dispatcher([], previous=made).room is made.room
 
 
@@ -250,20 +279,20 @@ def test_a_gateway_holds_so_many_at_once(tmp_path, monkeypatch, says):
 
     async def work(gateway):
         room = gateway.runtime.dispatcher.room
-        room._limit = 3 * len(raw)
+        room.limit = 3 * len(raw)
         real = room._has_taken
 
         def noted(held, num_bytes):
             taken = real(held, num_bytes)
             beyond = {id(one): one for one in [*room._beyond.values(), held]}
-            seen.append((room._num_bytes, sum(one.num_beyond for one in beyond.values())))
+            seen.append((room.num_bytes, sum(one.num_beyond for one in beyond.values())))
             return taken
 
         monkeypatch.setattr(room, "_has_taken", noted)
         asked = [{"model": "e", "input": [f"{number}"] * 60} for number in range(8)]
         found = await asyncio.gather(*(gateway.handle("embeddings", body) for body in asked))
         assert all(reply.body == raw for reply in found)
-        assert (room._num_bytes, room._beyond) == (0, {})
+        assert (room.num_bytes, room._beyond) == (0, {})
 
     against(tmp_path, answer, work, "e")
     # Half of the room is one sender's, and one answer may go beyond that.
@@ -284,7 +313,7 @@ def test_answers_that_stop_in_the_middle_hold_up_nobody_else(tmp_path, stream):
         slow = [
             asyncio.ensure_future(gateway.handle("chat", {"model": "stalls", **ask}, key=keys[0])) for _ in range(6)
         ]
-        await until_async(lambda: len(begun) == 6 and gateway.runtime.dispatcher.room._num_bytes >= 6 * LARGE)
+        await until_async(lambda: len(begun) == 6 and gateway.runtime.dispatcher.room.num_bytes >= 6 * LARGE)
         reply = await asyncio.wait_for(gateway.handle("chat", {"model": "works", **ask}, key=keys[1]), 60)
         if reply.stream is not None:
             assert b"".join([piece async for piece in reply.stream]).endswith(b"data: [DONE]\n\n")
@@ -293,7 +322,7 @@ def test_answers_that_stop_in_the_middle_hold_up_nobody_else(tmp_path, stream):
         for reply in await asyncio.gather(*slow):
             if reply.stream is not None:
                 await reply.stream.aclose()
-        assert gateway.runtime.dispatcher.room._num_bytes == 0
+        assert gateway.runtime.dispatcher.room.num_bytes == 0
 
     gates = {}
 
@@ -317,7 +346,7 @@ def test_to_wait_for_room_is_no_time_of_the_deployment(tmp_path, stream):
     async def work(gateway):
         room = gateway.runtime.dispatcher.room
         full, beyond = room.enter(""), room.enter("")
-        room._limit = 2 * LARGE
+        room.limit = 2 * LARGE
         await full.more(LARGE)
         # It has its turn, and others of its sender wait.
         await beyond.more(1)

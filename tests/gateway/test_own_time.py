@@ -84,3 +84,27 @@ def test_one_that_is_held_up_when_the_time_of_all_is_up_may_go_on_elsewhere():
         return await task, time.held_s
 
     assert run_virtual(main) == ("read on", pytest.approx(5))
+
+
+def test_one_that_is_held_up_beyond_the_end_of_the_block_changes_no_limit_of_another():
+    """An answer that is read on waits for room when nobody waits for it any more."""
+
+    async def main():
+        loop, time, gate = asyncio.get_running_loop(), OwnTime(), asyncio.Event()
+
+        async def waits():
+            with time.held():
+                await gate.wait()
+            return "read on"
+
+        async with time.limited(3, 100):
+            task = asyncio.ensure_future(waits())
+            await asyncio.sleep(1)
+        began, nobody = loop.time(), loop.create_future()
+        loop.call_later(2, gate.set)
+        with pytest.raises(TimeoutError):
+            async with time.limited(3, 100):
+                await nobody
+        return await task, time.held_s, loop.time() - began
+
+    assert run_virtual(main) == ("read on", pytest.approx(3), pytest.approx(3))

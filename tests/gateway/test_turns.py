@@ -6,6 +6,7 @@ import json
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import aiohttp
@@ -115,6 +116,31 @@ def test_nothing_stays_of_work_that_was_given_up_before_its_turn():
         asyncio.run(main())
     finally:
         gate.set()
+
+
+def test_whoever_waits_for_what_was_given_up_is_told_and_a_sender_keeps_its_turn():
+    gate, done = threading.Event(), []
+
+    async def main():
+        with ThreadPoolExecutor(1) as executor:
+            turns = Turns(executor)
+            try:
+                running = turns.put("x", lambda: gate.wait() and 1 / 0)
+                pieces = [turns.put(whose, partial(done.append, at)) for at, whose in enumerate("aab")]
+                waits = asyncio.ensure_future(asyncio.wait_for(asyncio.shield(pieces[0]), 60))
+                await asyncio.sleep(0)
+                for whose, future in (("a", pieces[0]), ("x", running), ("nobody", running)):
+                    turns.drop(whose, future)
+                with pytest.raises(asyncio.CancelledError):
+                    await waits
+                # Also of one that is under way, whose result is nobody's.
+                assert [one.cancelled() for one in (running, *pieces)] == [True, True, False, False]
+            finally:
+                gate.set()
+            await asyncio.gather(*pieces[1:])
+
+    asyncio.run(main())
+    assert done == [1, 2]
 
 
 def test_a_look_takes_nothing_and_sees_what_is_gone():

@@ -49,6 +49,20 @@ def test_an_answer_counts_until_it_is_closed_not_until_it_is_made():
     room.enter("a", nobody).more(51)
 
 
+def test_of_what_is_made_the_first_is_looked_at_as_if_it_were_alone_and_what_is_read_is_made():
+    room, _, told = room_of()
+    read, first, second = (room.enter("a", nobody) for _ in range(3))
+    read.more(10)
+    read.is_read()
+    first.more(20)
+    second.more(15)
+    # More than the part with the second, not without it.
+    first.more(15)
+    assert "this sender" in refused(second, 1)
+    assert (room.num_bytes, told) == (60, [1])
+    assert "this sender" in refused(first, 6)
+
+
 def test_what_comes_first_of_a_source_may_be_more_than_its_part_and_leaves_room_for_others():
     room, _, _ = room_of()
     large = room.enter("a", nobody)

@@ -63,7 +63,7 @@ class AnswerRoom(Room):
         if made and made[0] is not held:
             return self._why_not(held.source, more)
         total, own = self.num_bytes + more, self._of_source[held.source]
-        part = most_beside(self.num_bytes - own, self.limit, self._share)
+        part = self._part(held.source)
         read = own - sum(each.num_bytes for each in made or [held])
         is_alone = not read or read + held.num_bytes + more <= part
         if self._share < 1 and own + more > part and not (is_alone and total <= self._most_with_one):

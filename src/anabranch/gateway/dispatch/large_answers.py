@@ -11,12 +11,8 @@ for that answer alone. So what is held beyond the room is one answer, and one mo
 """
 
 import asyncio
-from collections import Counter
-from types import TracebackType
-from typing import Self
 
-from anabranch.sharing import most_beside
-from anabranch.web.room import PATIENCE_S
+from anabranch.web.room import PATIENCE_S, Held, Shared
 
 __all__ = ["HELD_BYTES", "PATIENCE_S", "SHARE", "LargeAnswer", "LargeAnswers"]
 
@@ -29,17 +25,12 @@ SHARE = 0.5
 _Piece = tuple["LargeAnswer", int, "asyncio.Future[None]"]
 
 
-class LargeAnswers:
-    """For one event loop.
-
-    Args:
-        limit: bytes.
-        share: of what others leave, that one sender may have; see `most_beside`.
-    """
+class LargeAnswers(Shared):
+    """For one event loop. See `Shared`: its sources are senders."""
 
     def __init__(self, limit: int = HELD_BYTES, share: float = SHARE) -> None:
-        self._limit, self._share, self._num_bytes, self._num_entered = limit, share, 0, 0
-        self._of_sender: Counter[str] = Counter()
+        super().__init__(limit, share)
+        self._num_entered = 0
         # The order of the senders is that of their turns.
         self._waiting: dict[str, list[_Piece]] = {}
         # By sender the answer of which there is more than there is room for; the one that goes on, and since when.
@@ -55,25 +46,22 @@ class LargeAnswers:
 
     async def _more(self, held: "LargeAnswer", num_bytes: int) -> None:
         # Others of its sender that wait go before it, but where it is its turn.
-        is_first = held is self._going or held.sender not in self._waiting
+        is_first = held is self._going or held.source not in self._waiting
         if is_first and self._has_taken(held, num_bytes):
             return
         piece = (held, num_bytes, asyncio.get_running_loop().create_future())
-        self._waiting.setdefault(held.sender, []).append(piece)
+        self._waiting.setdefault(held.source, []).append(piece)
         self._let_in()
         try:
             await piece[2]
         except asyncio.CancelledError:
-            self._leave(held.sender, piece)
+            self._leave(held.source, piece)
             self._let_in()
             raise
 
     def _has_taken(self, held: "LargeAnswer", num_bytes: int) -> bool:
-        own = self._of_sender[held.sender]
-        if own + num_bytes <= most_beside(self._num_bytes - own, self._limit, self._share):
-            self._num_bytes += num_bytes
-            self._of_sender[held.sender] += num_bytes
-            held.num_bytes += num_bytes
+        if self._of_source[held.source] + num_bytes <= self._part(held.source):
+            self._add(held, num_bytes)
             return True
         if held is not self._going:
             return False
@@ -136,45 +124,29 @@ class LargeAnswers:
         if not pieces:
             self._waiting.pop(sender, None)
 
-    def _forget(self, held: "LargeAnswer") -> None:
-        self._num_bytes -= held.num_bytes
-        self._of_sender[held.sender] -= held.num_bytes
-        held.num_bytes = held.num_beyond = 0
-        if not self._of_sender[held.sender]:
-            del self._of_sender[held.sender]
-        if self._beyond.get(held.sender) is held:
-            del self._beyond[held.sender]
+    def _forget(self, held: Held) -> None:
+        super()._forget(held)
+        if isinstance(held, LargeAnswer):
+            held.num_beyond = 0
+        if self._beyond.get(held.source) is held:
+            del self._beyond[held.source]
         if self._going is held:
             self._going = None
         self._let_in()
 
 
-class LargeAnswer:
-    """What is held of one. Also a context manager that closes it.
+class LargeAnswer(Held):
+    """What is held of one. See `Held`: ``num_bytes`` of it are of the room.
 
     Attributes:
-        sender: whose it is.
         number: of a later one it is greater.
-        num_bytes: of the room.
-        num_beyond: more than that.
+        num_beyond: bytes beyond the room.
     """
 
     def __init__(self, room: LargeAnswers, sender: str, number: int) -> None:
-        self._room, self.sender, self.number = room, sender, number
-        self.num_bytes = self.num_beyond = 0
+        super().__init__(room, sender)
+        self._room, self.number, self.num_beyond = room, number, 0
 
     async def more(self, num_bytes: int) -> None:
         """So many bytes more of it have come: wait until there is room for them."""
         await self._room._more(self, num_bytes)
-
-    def close(self) -> None:
-        """Nothing is held of it any more. A second call does nothing."""
-        self._room._forget(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
