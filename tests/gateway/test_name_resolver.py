@@ -103,6 +103,42 @@ def test_a_name_is_looked_up_once_at_a_time_whoever_gives_up_meanwhile(names):
     asyncio.run(main())
 
 
+def test_what_was_found_is_good_for_a_while_also_what_nobody_waited_for(monkeypatch, names):
+    now = [0.0]
+
+    async def main():
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now[0])
+        resolver = NameResolver(keep_s=30.0)
+        first = asyncio.ensure_future(resolver.resolve("live.test", 80))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait((first,))
+        while resolver._looking:
+            await asyncio.sleep(0)
+        for now[0], looked_up in ((29.9, 1), (30.0, 2), (59.9, 2), (60.0, 3)):
+            assert [one["host"] for one in await resolver.resolve("live.test", 80)] == ["127.0.0.1"]
+            assert len(names.looked_up) == looked_up
+        # Each asked for by itself, and those that are too old are gone.
+        await resolver.resolve("live.test", 81)
+        now[0] = 90.0
+        await resolver.resolve("live.test", 82)
+        assert [asked[1] for asked in resolver._found] == [82]
+        # What is handed out is nobody else's.
+        (await resolver.resolve("live.test", 82)).clear()
+        assert len(await resolver.resolve("live.test", 82)) == 1
+        # What failed is not kept.
+        names.gate.set()
+        for count in (1, 2):
+            with pytest.raises(socket.gaierror):
+                await resolver.resolve("dead.test", 80)
+            assert names.looked_up.count("dead.test") == count
+        # Who keeps it himself has it looked up each time.
+        await NameResolver().resolve("live.test", 82)
+        assert names.looked_up.count("live.test") == 6
+
+    asyncio.run(main())
+
+
 def test_one_that_nobody_waits_for_any_more_keeps_no_loop_from_its_end(names):
     async def main():
         looking = asyncio.ensure_future(NameResolver().resolve("dead.test"))

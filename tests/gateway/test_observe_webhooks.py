@@ -9,6 +9,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import aiohttp
 import pytest
 
 from anabranch.errors import ConfigError
@@ -308,6 +309,108 @@ def test_a_name_that_nobody_answers_for_keeps_no_thread_from_others(monkeypatch,
         asyncio.run(main())
     finally:
         gate.set()
+
+
+class SlowNames:
+    """A system that takes until `gate` to say that every name of ``.example`` means an address, and how often it was asked."""
+
+    def __init__(self, monkeypatch, address="127.0.0.1", real=socket.getaddrinfo):
+        self.gate, self.looked_up, self.address = threading.Event(), [], address
+
+        def found(host, *given, **named):
+            if not host.endswith(".example"):
+                return real(host, *given, **named)
+            self.looked_up.append(host)
+            self.gate.wait()
+            return real(self.address, *given, **named)
+
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
+def test_what_waits_for_a_name_is_sent_once_it_is_known_however_long_that_took(monkeypatch, caplog):
+    """Eight POSTs at a time began with a look-up, which was of their time: where it took 5 s, 14 of 16 failed."""
+    names, began, post = SlowNames(monkeypatch), [], aiohttp.ClientSession.post
+
+    def noted(session, *given, **named):
+        began.append(names.gate.is_set())
+        return post(session, *given, **named)
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", noted)
+
+    async def main(receiver):
+        store = Due(well=20)
+        hooks = Webhooks({"well": hook(f"http://hooks.example:{receiver.server_address[1]}/x")}, lambda: store)
+        looking = asyncio.create_task(hooks.look())
+        await until_async(lambda: names.looked_up)
+        # No POST has begun whose time this were.
+        await asyncio.sleep(0.05)
+        names.gate.set()
+        await looking
+        assert began == [True] * 20
+        assert (len(receiver.seen), names.looked_up, caplog.text) == (20, ["hooks.example"], "")
+
+    with noting() as receiver:
+        asyncio.run(main(receiver))
+
+
+def test_a_name_that_is_looked_up_for_too_long_is_told_and_found_by_the_next(monkeypatch, caplog):
+    monkeypatch.setattr(webhooks, "LOOKUP_S", 0.05)
+    names = SlowNames(monkeypatch)
+
+    async def main(receiver):
+        store = Due(well=2)
+        hooks = Webhooks({"well": hook(f"http://hooks.example:{receiver.server_address[1]}/x")}, lambda: store)
+        await hooks.look()
+        assert caplog.text.count("its name was not looked up within 0.05 s") == 2
+        # It goes on, for whoever tries next.
+        names.gate.set()
+        await until_async(lambda: not hooks.hooks["well"].resolver._looking)
+        await hooks.look()
+        assert (len(receiver.seen), names.looked_up) == (2, ["hooks.example"])
+
+    with noting() as receiver:
+        asyncio.run(main(receiver))
+
+
+def test_a_name_that_comes_to_mean_a_private_address_is_not_called(monkeypatch):
+    """Neither where it meant a public one before, nor where what is kept is used again (DNS rebinding)."""
+    names, connected = SlowNames(monkeypatch, "8.8.8.8"), []
+    names.gate.set()
+
+    async def main():
+        made = webhooks.Hook("ops", hook("https://hooks.example/x", private=False))
+
+        async def connect(self, *given, addr_infos, **named):
+            connected.append([info[4][0] for info in addr_infos])
+            raise OSError("nobody there")
+
+        monkeypatch.setattr("aiohttp.TCPConnector._wrap_create_connection", connect)
+
+        async def posted():
+            return await webhooks._posted(made, alerts.Alert(id="a", period="total", ts_us=0, body={"webhook": "ops"}))
+
+        await posted()
+        names.address = "127.0.0.1"
+        # As long as it is kept it is the public one that is called, though the name means another.
+        await posted()
+        assert (connected, names.looked_up) == ([["8.8.8.8"]] * 2, ["hooks.example"])
+        monkeypatch.setattr(made.resolver, "_found", {})
+        assert "not public" in await posted()
+        # Nor is it called by what was found of it just now.
+        assert "not public" in await posted()
+        assert (len(connected), names.looked_up) == (2, ["hooks.example"] * 2)
+
+    asyncio.run(main())
+
+
+def test_a_name_that_is_not_there_is_told(monkeypatch):
+    def unknown(host, *_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    made = webhooks.Hook("ops", hook("https://hooks.example/x", private=False))
+    alert = alerts.Alert(id="a", period="total", ts_us=0, body={"webhook": "ops"})
+    assert asyncio.run(webhooks._posted(made, alert)) == "its name was not found: Name or service not known"
 
 
 def test_what_goes_wrong_with_one_webhook_is_told_and_the_others_are(monkeypatch, caplog):

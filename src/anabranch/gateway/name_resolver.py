@@ -19,16 +19,26 @@ _NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
 
 class NameResolver(AbstractResolver):
-    """For one event loop. Who asks for what is looked up already waits for the same thread, so that each name has one at most."""
+    """For one event loop. Who asks for what is looked up already waits for the same thread, so that each name has one at most.
 
-    def __init__(self) -> None:
+    Args:
+        keep_s: seconds that addresses are good for once they were found; 0 where whoever asks keeps them.
+    """
+
+    def __init__(self, *, keep_s: float = 0.0) -> None:
+        self._keep_s = keep_s
         self._looking: dict[_Asked, asyncio.Future[list[ResolveResult]]] = {}
+        # Until when by the loop's clock, and what; those first that were found first.
+        self._found: dict[_Asked, tuple[float, list[ResolveResult]]] = {}
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """See `AbstractResolver`. Raises OSError. One that is cancelled leaves the others their thread."""
         asked = host, port, family
+        self._drop_old()
+        if asked in self._found:
+            return list(self._found[asked][1])
         looking = self._looking.get(asked)
         if looking is None:
             looking = self._looking[asked] = _begun(asked)
@@ -37,9 +47,14 @@ class NameResolver(AbstractResolver):
 
     def _ended(self, asked: _Asked, looking: "asyncio.Future[list[ResolveResult]]") -> None:
         del self._looking[asked]
-        if not looking.cancelled():
-            # Perhaps nobody waits any more.
-            looking.exception()
+        # Perhaps nobody waits any more: who comes next has it all the same.
+        if not looking.cancelled() and looking.exception() is None and self._keep_s > 0:
+            self._found[asked] = looking.get_loop().time() + self._keep_s, looking.result()
+
+    def _drop_old(self) -> None:
+        now = asyncio.get_running_loop().time()
+        while self._found and self._found[first := next(iter(self._found))][0] <= now:
+            del self._found[first]
 
     async def close(self) -> None:
         """See `AbstractResolver`."""

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import ResolveResult
+from yarl import URL
 
 from anabranch.errors import AnabranchError
 from anabranch.gateway.config import WebhookConfig
@@ -34,8 +35,15 @@ from anabranch.routers.money import dollars
 
 logger = logging.getLogger(__name__)
 
-# Between looks at the budgets, and how long one POST may take: less than an alert stays claimed.
-LOOK_S, POST_S = 5.0, 10.0
+# Between looks at the budgets.
+LOOK_S = 5.0
+
+# How long an alert may wait for its webhook's name to be looked up (as long as a system takes that asks several servers in vain), and one
+# POST may take from there: together less than an alert stays claimed.
+LOOKUP_S, POST_S = 30.0, 10.0
+
+# How long the addresses of a name are good for. All that is to be sent is sent with one look-up.
+KEEP_S = 30.0
 
 # Before the second try, and then four times as long each time, up to the last.
 RETRY_S, LONGEST_S = 30.0, 6 * 3600.0
@@ -234,22 +242,27 @@ def signature(secret: bytes, body: bytes, now_s: int) -> str:
 async def _posted(hook: Hook, alert: Alert) -> str | None:
     """POST it; None if it has arrived, else why not, without the URL."""
     body = json.dumps(alert.body, separators=(",", ":")).encode()
-    headers = {
-        "content-type": "application/json",
-        "user-agent": "anabranch",
-        "x-anabranch-id": alert.id,
-        "x-anabranch-signature": signature(hook.secret, body, int(time.time())),
-    }
-    private = hook.config.private
     try:
+        url = URL(hook.url)
+        host = url.host or ""
         # The resolver is not asked for addresses that are written as such.
-        if not private and not _is_public_host(urlsplit(hook.url).hostname or ""):
+        if not _is_address(host):
+            why = await _looked_up(hook.resolver, url)
+            if why is not None:
+                return why
+        elif not hook.config.private and not is_public(host):
             return "its address is not public, which private = true allows"
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "anabranch",
+            "x-anabranch-id": alert.id,
+            "x-anabranch-signature": signature(hook.secret, body, int(time.time())),
+        }
         connector = aiohttp.TCPConnector(resolver=hook.resolver, limit=1, force_close=True)
         timeout = aiohttp.ClientTimeout(total=POST_S)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:
             # A redirect could lead anywhere.
-            async with session.post(hook.url, data=body, headers=headers, allow_redirects=False) as response:
+            async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
                 return None if 200 <= response.status < 300 else f"it answered {response.status}"
     except TimeoutError:
         return f"it did not answer within {POST_S:g} s"
@@ -258,6 +271,21 @@ async def _posted(hook: Hook, alert: Alert) -> str | None:
     except (aiohttp.ClientError, OSError, ValueError) as error:
         is_private = isinstance(error.__cause__, NotPublicError) or isinstance(error.__context__, NotPublicError)
         return "its name leads to an address that is not public" if is_private else type(error).__name__
+
+
+async def _looked_up(resolver: "HookResolver", url: URL) -> str | None:
+    """See to it that the name's addresses are known; None, or why they are not. Raises NotPublicError if one is not public.
+
+    Before the POST begins, and none of its time: eight at once that wait for the same name, as long as that may take, are sent then.
+    """
+    try:
+        async with asyncio.timeout(LOOKUP_S):
+            await resolver.resolve(url.raw_host or "", url.port or 0, socket.AF_UNSPEC)
+    except TimeoutError:
+        return f"its name was not looked up within {LOOKUP_S:g} s"
+    except socket.gaierror as error:
+        return f"its name was not found: {error.strerror}"
+    return None
 
 
 class NotPublicError(OSError):
@@ -272,25 +300,25 @@ class HookResolver(NameResolver):
     """
 
     def __init__(self, *, private: bool) -> None:
-        super().__init__()
+        super().__init__(keep_s=KEEP_S)
         self._private = private
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """See `NameResolver`. Raises NotPublicError if one address is not public."""
+        """See `NameResolver`. Raises NotPublicError if one address is not public, also of those that were found before."""
         found = await super().resolve(host, port, family)
         if not self._private and not all(is_public(one["host"]) for one in found):
             raise NotPublicError("an address that is not public")
         return found
 
 
-def _is_public_host(host: str) -> bool:
+def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return True
-    return is_public(host)
+        return False
+    return True
 
 
 def is_public(address: str) -> bool:
