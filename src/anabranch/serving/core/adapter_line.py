@@ -1,113 +1,170 @@
 """`AdapterLine`: requests that wait for memory for their adapters, and whose turn it is.
 
-Keys take turns: a key's next request is a turn behind its last one, and behind the turn that goes (start-time fair queueing, Goyal, Vin and
-Cheng 1996). The first in that order has the right of way: whoever else begins meanwhile has to fit beside it and what is in use
-(backfilling with a reservation for the head, Lifka 1995), so that what it waits for falls idle. Never has it a request that is kept from
-its room by what its own key uses. It lasts as long as a request may wait: then that is refused, and for as long again its key waits
-without the right. So whoever is kept waiting by a key that will not have its room is kept for half of the time at most.
+1. Keys take turns: the key that has waited for longest since it last had its turn is first, with the first of its requests; a key's
+   second request comes behind the first of each. A request that is cancelled changes nobody else's place.
+2. Whoever has room begins. The first that has none, though what its own key uses would leave it some, has the right of way (backfilling
+   with a reservation for the head, Lifka 1995): as many of the adapters in use as have to fall idle for it, the least used ones, are
+   closed to all others, and whoever begins meanwhile leaves it what room it will have then. A sixth of a request's waiting time later
+   one more adapter is closed to others, and so on, as those that were chosen may be in use for long.
+3. So a request that adds no bytes, since its adapters are pinned or in use, waits only where one of them is closed; never for pinned ones.
+4. A request waits for so long at most, and is refused then. A key whose request leaves without having begun is without the right of way
+   for as long as that had it: it keeps others waiting for half of the time at most. One that never had it gives its place to the next of
+   its key, if that comes within the time that it may wait.
+
+A key with one request at a time therefore begins within (n + 1) L seconds, whatever the others do, where n other keys wait as it comes and
+no request lasts for longer than L; if that is no longer than it may wait.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from typing import Generic
 
-__all__ = ["AdapterLine", "Waiter"]
+from anabranch.serving.core.adapter_entry import Entry, H
+from anabranch.serving.core.adapter_room import AdapterRoom, Waiter
 
-E = TypeVar("E")
+__all__ = ["AdapterLine"]
 
-
-@dataclass(eq=False)
-class Waiter(Generic[E]):
-    """A request and what it is for.
-
-    Attributes:
-        id, key: of the request.
-        entries: its adapters, with their weights.
-        ready: done when they are in memory.
-        until: when it is refused, in seconds; while it waits.
-        place: its turn, and when it came; while it waits.
-    """
-
-    id: str
-    key: str
-    entries: tuple[tuple[E, float], ...]
-    ready: "Future[None]" = field(default_factory=Future)
-    until: float = 0.0
-    place: tuple[int, int] = (0, 0)
-
-    @property
-    def adapters(self) -> set[E]:
-        """Its adapters."""
-        return {entry for entry, _ in self.entries}
+# Of the time that a request may wait, the part after which one more adapter is closed for it.
+_STEP = 1 / 6
 
 
-class AdapterLine(Generic[E]):
+class AdapterLine(Generic[H]):
     """See the module. Not for several threads at once.
 
     Args:
         wait_s: how long each may wait.
+        room: what is in use; requests begin in it.
     """
 
-    def __init__(self, wait_s: float) -> None:
-        self._wait_s = wait_s
-        self._waiters: dict[str, Waiter[E]] = {}
+    def __init__(self, wait_s: float, room: AdapterRoom[H]) -> None:
+        self._wait_s, self._room = wait_s, room
+        # By key and id.
+        self._waiters: dict[str, dict[str, Waiter[H]]] = {}
         self._serial = itertools.count()
-        # The turn that goes, the last one of each key, and until when a key waits without the right of way.
-        self._turn, self._turns, self._vain = 0, dict[str, int](), dict[str, float]()
+        # Of keys that wait: when they last had their turn.
+        self._served: dict[str, int] = {}
+        # Until when a key is without the right of way; and the place that its next request has, and until when.
+        self._vain: dict[str, float] = {}
+        self._kept: dict[str, tuple[int, float]] = {}
+        # Who has the right of way, when it came to it, until when that is counted, and what may be closed for it.
+        self._head: Waiter[H] | None = None
+        self._head_since = self._counted_until = 0.0
+        self._closable: list[Entry[H]] = []
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return sum(map(len, self._waiters.values()))
 
-    def __iter__(self) -> Iterator[Waiter[E]]:
-        """In the order of turns."""
-        return iter(sorted(self._waiters.values(), key=lambda waiter: waiter.place))
+    def __contains__(self, id: str) -> bool:
+        return any(id in own for own in self._waiters.values())
+
+    def __iter__(self) -> Iterator[Waiter[H]]:
+        """In the order of turns, those without the right of way last."""
+        ranked = []
+        for key, own in self._waiters.items():
+            first, *_ = ordered = sorted(own.values(), key=lambda one: one.came)
+            place = max(first.came, self._served.get(key, -1))
+            ranked += [((key in self._vain, number, place), one) for number, one in enumerate(ordered)]
+        return (one for _, one in sorted(ranked, key=lambda pair: pair[0]))
+
+    @property
+    def head(self) -> Waiter[H] | None:
+        """The one that has the right of way."""
+        return self._head
 
     def of_key(self, key: str) -> int:
         """How many of a key wait."""
-        return sum(waiter.key == key for waiter in self._waiters.values())
+        return len(self._waiters.get(key, ()))
 
-    def join(self, waiter: Waiter[E], now: float) -> None:
+    def join(self, one: Waiter[H], now: float) -> None:
         """One more; one that was here before has the place and the time that it had."""
-        if not waiter.until:
-            turn = max(self._turn, self._turns.get(waiter.key, -1)) + 1
-            self._turns[waiter.key] = turn
-            waiter.place, waiter.until = (turn, next(self._serial)), now + self._wait_s
-        self._waiters[waiter.id] = waiter
+        if not one.until:
+            kept, until = self._kept.pop(one.key, (0, now))
+            one.came, one.until = kept if until > now else next(self._serial), now + self._wait_s
+        self._waiters.setdefault(one.key, {})[one.id] = one
 
-    def leave(self, id: str) -> Waiter[E] | None:
-        """One is gone, or begins; None for one that is not here."""
-        waiter = self._waiters.pop(id, None)
-        if waiter is not None:
-            self._turn = max(self._turn, waiter.place[0])
-        if not self._waiters:
-            self._turns.clear()
-        return waiter
-
-    def over(self, now: float) -> list[Waiter[E]]:
-        """Those that have waited for as long as they may, which are gone now."""
-        found = [waiter for waiter in self._waiters.values() if waiter.until <= now]
-        for waiter in found:
-            self.leave(waiter.id)
-            self._vain[waiter.key] = now + self._wait_s
-        return found
-
-    def head(self, now: float, leaves_room: Callable[[Waiter[E]], bool]) -> Waiter[E] | None:
-        """The one that has the right of way; ``leaves_room``: whether what its own key uses leaves one room."""
+    def go(self, now: float) -> list[Waiter[H]]:
+        """Begin those that may now; they are those."""
         self._vain = {key: until for key, until in self._vain.items() if until > now}
-        return next((one for one in self if one.key not in self._vain and leaves_room(one)), None)
-
-    def able(self, now: float, fits: Callable[..., bool], leaves_room: Callable[[Waiter[E]], bool]) -> list[Waiter[E]]:
-        """Those that have room now, in order; ``fits(one, *others)``: beside all that is in use and the others."""
-        found: list[Waiter[E]] = []
-        head = self.head(now, leaves_room)
+        self._kept = {key: kept for key, kept in self._kept.items() if kept[1] > now}
+        self._closable = [entry for entry in self._closable if entry in self._room.used]
+        head, begun = None, []
         for one in self:
-            if fits(one, *found, *(() if head is None or head is one else (head,))):
-                found.append(one)
-                head = None if head is one else head
+            if self._room.fits(one) and (head is None or self.spares(one, now)):
+                self._begin(one, now, is_turn=head is None)
+                begun.append(one)
+            elif head is None and one.key not in self._vain and self._room.fits_beside_own(one):
+                head = one
+                self._give(head, now, is_later=bool(begun))
+        if head is None:
+            self._give(None, now)
+        return begun
+
+    def leave(self, id: str, now: float) -> Waiter[H] | None:
+        """One is gone and has not begun; None for one that is not here."""
+        one = next((own[id] for own in self._waiters.values() if id in own), None)
+        if one is None:
+            return None
+        had_turn = one is self._head
+        if had_turn:
+            self._give(None, now)
+        self._remove(one, is_turn=had_turn)
+        if one.held_s:
+            self._vain[one.key] = max(self._vain.get(one.key, now), now + one.held_s)
+        return one
+
+    def over(self, now: float) -> list[Waiter[H]]:
+        """Those that have waited for as long as they may, which are gone now."""
+        found = [one for own in self._waiters.values() for one in own.values() if one.until <= now]
+        for one in found:
+            self.leave(one.id, now)
+            if not one.held_s and not self.of_key(one.key):
+                self._kept[one.key] = (one.came, now + self._wait_s)
         return found
+
+    def spares(self, one: Waiter[H], now: float) -> bool:
+        """Whether a request may begin as far as that goes which has the right of way."""
+        if self._head is None:
+            return True
+        needed, closed = self._closed(now)
+        return not any(entry in one.adapters for entry in closed) and self._room.spares(one, self._head, needed)
+
+    def closed(self, now: float) -> set[Entry[H]]:
+        """Adapters that are closed to all but the one that has the right of way."""
+        return set(self._closed(now)[1])
+
+    def _closed(self, now: float) -> tuple[list[Entry[H]], list[Entry[H]]]:
+        """Those that have to fall idle for it, and those that are closed, these among them."""
+        if self._head is None:
+            return [], []
+        num_needed = self._room.num_needed(self._head, self._closable)
+        num_more = int((now - self._head_since) / (_STEP * self._wait_s)) if self._wait_s else 0
+        return self._closable[:num_needed], self._closable[: num_needed + num_more]
 
     def next_end(self) -> float | None:
         """When the next has waited for as long as it may; None if nobody waits."""
-        return min((waiter.until for waiter in self._waiters.values()), default=None)
+        return min((one.until for own in self._waiters.values() for one in own.values()), default=None)
+
+    def _begin(self, one: Waiter[H], now: float, *, is_turn: bool) -> None:
+        if one is self._head:
+            self._give(None, now)
+        self._remove(one, is_turn=is_turn)
+        self._room.begin(one)
+
+    def _remove(self, one: Waiter[H], *, is_turn: bool) -> None:
+        own = self._waiters[one.key]
+        del own[one.id]
+        if not own:
+            del self._waiters[one.key]
+            self._served.pop(one.key, None)
+        elif is_turn:
+            self._served[one.key] = next(self._serial)
+
+    def _give(self, head: Waiter[H] | None, now: float, *, is_later: bool = False) -> None:
+        """Somebody has the right of way, or nobody; ``is_later``: others began before it, whose turn came first."""
+        if self._head is not None:
+            self._head.held_s += now - self._counted_until
+        self._counted_until = now
+        if head is not self._head or is_later:
+            self._closable = [] if head is None else self._room.closable(head)
+        if head is not self._head:
+            self._head, self._head_since = head, now

@@ -4,7 +4,8 @@ An adapter is known by a name and comes from a folder. The least recently used o
 again when somebody asks for them; those that are pinned stay, and so does what a request under way uses. Under a name another adapter may
 take the place of the one before: requests that began with that one end with it.
 
-A request that finds no room beside what others use waits in a line (`anabranch.serving.core.adapter_line`), in which keys take turns.
+A request that finds no room (`anabranch.serving.core.adapter_room`) beside what others use waits in a line, in which keys take turns
+(`anabranch.serving.core.adapter_line`).
 
 Reading is for a thread of the shelf's own. All methods may be called from any thread.
 """
@@ -13,14 +14,15 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from anabranch.errors import AnabranchError, CapacityError, InputError
 from anabranch.serving.core.adapter_entry import Entry, H, Held, Read
-from anabranch.serving.core.adapter_line import AdapterLine, Waiter
+from anabranch.serving.core.adapter_line import AdapterLine
+from anabranch.serving.core.adapter_room import AdapterRoom, Waiter
 from anabranch.serving.core.client import BusyError, EngineStats
 from anabranch.serving.core.mixture import Mixture, check_name
 from anabranch.sharing import most_beside
@@ -34,7 +36,6 @@ WAIT_S = 30.0
 MOST_WAITING = 256
 # Of the places that others leave, a key's.
 _KEY_SHARE = 0.5
-_TOO_MANY = "too many requests wait for memory for adapters; ask again"
 
 
 R = TypeVar("R")
@@ -61,17 +62,13 @@ class AdapterShelf(Generic[H]):
         wait_s: float = WAIT_S,
     ) -> None:
         self._read, self.most_bytes, self._time = read, most_bytes, clock
-        self._line = AdapterLine[Entry[H]](wait_s)
+        self._room = AdapterRoom[H](most_bytes)
+        self._line = AdapterLine[H](wait_s, self._room)
         # Looks after those that have waited for as long as they may, while anybody waits.
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
         self._worker: ThreadPoolExecutor | None = None
         self._entries: dict[str, Entry[H]] = {}
-        # Unloaded or replaced, and still in use.
-        self._leaving: list[Entry[H]] = []
-        # Requests under way, by id.
-        self._leases: dict[str, Waiter[Entry[H]]] = {}
-        self._clock = itertools.count(1)
         self._num_loads = self._num_evictions = 0
 
     # What an operator does
@@ -118,7 +115,10 @@ class AdapterShelf(Generic[H]):
             self._make_room(entry, held, before)
             if before is not None:
                 self._retire(before)
-            entry.held, entry.used_at = held, next(self._clock)
+            entry.held = held
+            self._room.touch(entry)
+            if is_pinned:
+                self._room.pinned.append(entry)
             self._num_loads += 1
             self._entries[name] = entry
             return entry.facts()
@@ -156,7 +156,7 @@ class AdapterShelf(Generic[H]):
     def stats(self) -> EngineStats:
         """For pictures of the engine."""
         with self._lock:
-            held = [entry for entry in (*self._entries.values(), *self._leaving) if entry.held is not None]
+            held = [entry for entry in self._all() if entry.held is not None]
             return EngineStats(
                 counters={"adapter_loads": self._num_loads, "adapter_evictions": self._num_evictions},
                 gauges={
@@ -179,54 +179,53 @@ class AdapterShelf(Generic[H]):
             if unknown:
                 raise InputError(self._unknown(unknown[0]))
             one = Waiter(id, key, tuple((self._entries[name], weight) for name, weight in mixture))
-            head = self._line.head(self._time(), self._leaves_room)
-            is_able = self._fits(one) if head is None else self._fits(one, head)
-            # What never fits is told as that where it is read; so is how large those are that never were.
-            if all(entry.size for entry in one.adapters) and self._leaves_room(one, alone=True) and not is_able:
-                if not self._wait(one):
-                    _refuse(one, _TOO_MANY)
+            # How large those are that were never in memory is told as they are read.
+            if not all(entry.size for entry in one.adapters):
+                self._room.begin(one)
+                begun = [one]
+            elif self._room.fits_ever(one):
+                begun = self._join(one)
+            else:
+                first = next(entry for entry, _ in one.entries if not entry.is_pinned)
+                one.ready.set_exception(self._never(first, first.size, one.adapters))
                 return one.ready
-            if self._begin(one):
-                return None
-        self._submit(partial(self._fill, one))
-        return one.ready
+            is_ready = one in begun and one.is_there
+        self._go_on([other for other in begun if not (other is one and is_ready)])
+        return None if is_ready else one.ready
 
     def held_by(self, id: str) -> tuple[tuple[str, H, float], ...]:
         """(name, what it holds, weight) of what a request uses, whose adapters are all there; nothing for one that has begun with none."""
         with self._lock:
-            lease = self._leases.get(id)
+            lease = self._room.lease(id)
             made = [] if lease is None else [(entry.name, entry.held, weight) for entry, weight in lease.entries]
         return tuple((name, held, weight) for name, held, weight in made if held is not None)
 
     def release(self, id: str) -> None:
         """A request has ended. Nothing for one that has begun with none."""
         with self._lock:
-            self._line.leave(id)
-            self._end(id)
-        self.advance()
+            has_waited = self._line.leave(id, self._time()) is not None
+            has_begun = self._end(id)
+        if has_waited or has_begun:
+            self.advance()
 
     def advance(self) -> None:
         """Begin requests that wait and have room now, and refuse those that have waited for as long as they may."""
         with self._lock:
             if not self._line:
                 return
-            late = self._line.over(self._time())
-            begun = [(one, self._begin(one)) for one in self._line.able(self._time(), self._fits, self._leaves_room)]
+            now = self._time()
+            late, begun = self._line.over(now), self._line.go(now)
             self._watch()
         for one in late:
             _refuse(one, "there was no memory for its adapters beside those in use; ask again")
-        for one, is_there in begun:
-            if not is_there:
-                self._submit(partial(self._fill, one))
-            elif _is_wanted(one):
-                one.ready.set_result(None)
+        self._go_on(begun)
 
     def close(self) -> None:
         """End the shelf's threads."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
-            waiting = [one for one in self._line if self._line.leave(one.id)]
+            waiting = [one for one in self._line if self._line.leave(one.id, self._time())]
         for one in waiting:
             _refuse(one, "the engine ends")
         if self._worker is not None:
@@ -240,48 +239,54 @@ class AdapterShelf(Generic[H]):
                 self._worker = ThreadPoolExecutor(1, "anabranch-adapters")
             return self._worker.submit(_bare, work)
 
-    def _fill(self, one: Waiter[Entry[H]]) -> None:
+    def _go_on(self, begun: "Iterable[Waiter[H]]") -> None:
+        """Tell requests that have begun that their adapters are there, or have these read."""
+        for one in begun:
+            if not one.is_there:
+                self._submit(partial(self._fill, one))
+            elif _is_wanted(one):
+                one.ready.set_result(None)
+
+    def _fill(self, one: Waiter[H]) -> None:
         """Read those of a request's adapters that are not in memory; it waits where they have no room."""
         if not _is_wanted(one):
             return
         try:
-            self._read_missing(one)
+            for entry, _ in one.entries:
+                self._read_missing(entry, one)
         except _NoRoomError:
             with self._lock:
-                # Nobody else waits for one that has gone meanwhile.
-                is_here = self._leases.get(one.id) is one
-                if is_here:
-                    self._end(one.id)
-                is_refused = is_here and not self._wait(one)
-            if is_refused:
-                one.ready.set_exception(BusyError(_TOO_MANY))
-            self.advance()
+                # It may have gone meanwhile.
+                begun = self._join(one) if self._room.lease(one.id) is one and self._end(one.id) else []
+            self._go_on(begun)
         except BaseException as error:
             one.ready.set_exception(error)
         else:
             one.ready.set_result(None)
 
-    def _read_missing(self, one: Waiter[Entry[H]]) -> None:
-        entries = [entry for entry, _ in one.entries]
-        for entry in entries:
-            # Another request may have waited for the same.
-            if entry.held is not None:
-                continue
-            held = self._read_again(entry, one)
-            with self._lock:
-                self._make_room(entry, held, None, entries)
+    def _read_missing(self, entry: Entry[H], one: Waiter[H]) -> None:
+        # Another request may have waited for the same, and this one may have gone.
+        if entry.held is not None or self._room.lease(one.id) is not one:
+            return
+        held = self._read_again(entry, one)
+        with self._lock:
+            # It is nobody's where all have gone meanwhile for whom it was read, and it is known no more.
+            if entry in self._all():
+                self._make_room(entry, held, None, one.adapters)
                 entry.held = held
                 self._num_loads += 1
 
-    def _read_again(self, entry: Entry[H], one: Waiter[Entry[H]]) -> H:
+    def _read_again(self, entry: Entry[H], one: Waiter[H]) -> H:
         def check(nbytes: int) -> None:
-            entry.size = nbytes
             with self._lock:
-                self._find_room(entry, nbytes, None, [other for other, _ in one.entries])
-                # Whoever waited may begin. One whose size nobody knew before is in use already, and may have to wait beside who waits.
-                head = None if one.until else self._line.head(self._time(), self._leaves_room)
-                if head is not None and not self._fits(head):
-                    raise _NoRoomError("another request waits for memory for its adapters, and is first")
+                entry.size = nbytes
+                self._find_room(entry, nbytes, None, one.adapters)
+                # Whoever waited may begin. One whose size nobody knew before has begun already, and is looked at as if it came now.
+                if not one.until and self._room.end(one.id) is not None:
+                    may_begin = self._room.fits(one) and self._line.spares(one, self._time())
+                    self._room.begin(one)
+                    if not may_begin:
+                        raise _NoRoomError("others use the memory for its adapters, or are first")
 
         try:
             return self._read(entry.folder, entry.root, check)
@@ -297,33 +302,30 @@ class AdapterShelf(Generic[H]):
 
     # With the lock
 
-    def _begin(self, one: Waiter[Entry[H]]) -> bool:
-        """A request uses its adapters from now on; whether all are there."""
-        self._line.leave(one.id)
-        for entry, _ in one.entries:
-            entry.uses += 1
-            entry.used_at = next(self._clock)
-        self._leases[one.id] = one
-        return all(entry.held is not None for entry, _ in one.entries)
+    def _all(self) -> list[Entry[H]]:
+        """Those that there are, and those that are unloaded or replaced and still in use."""
+        return list(dict.fromkeys((*self._entries.values(), *self._room.used)))
 
-    def _end(self, id: str) -> None:
-        """It does not any more. Nothing for one that has begun with none."""
-        lease = self._leases.pop(id, None)
-        for entry, _ in () if lease is None else lease.entries:
-            entry.uses -= 1
-            if not entry.uses and entry in self._leaving:
-                self._leaving.remove(entry)
+    def _end(self, id: str) -> bool:
+        """A request uses its adapters no more; False for one that has not begun."""
+        idle = self._room.end(id)
+        for entry in idle or ():
+            if self._entries.get(entry.name) is not entry:
                 entry.held = None
+        return idle is not None
 
-    def _wait(self, one: Waiter[Entry[H]]) -> bool:
-        """Let a request wait; whether it may, since so many do, and of its key."""
-        own = self._line.of_key(one.key)
-        most = most_beside(len(self._line) - own, MOST_WAITING, _KEY_SHARE)
-        if len(self._line) >= MOST_WAITING or (own and own + 1 > most):
-            return False
-        self._line.join(one, self._time())
+    def _join(self, one: Waiter[H]) -> list[Waiter[H]]:
+        """Let a request begin, or wait, or refuse it where too many do, of its key or in all; those that begin now, whoever it is."""
+        now = self._time()
+        self._line.join(one, now)
+        begun = self._line.go(now)
+        own, num = self._line.of_key(one.key), len(self._line)
+        most = most_beside(num - own, MOST_WAITING, _KEY_SHARE)
+        if one.id in self._line and (num > MOST_WAITING or own > max(most, 1)):
+            self._line.leave(one.id, now)
+            _refuse(one, "too many requests wait for memory for adapters; ask again")
         self._watch()
-        return True
+        return begun
 
     def _watch(self) -> None:
         """See to it that somebody looks when the next has waited for as long as it may."""
@@ -337,21 +339,6 @@ class AdapterShelf(Generic[H]):
             self._timer = None
         self.advance()
 
-    def _leaves_room(self, one: Waiter[Entry[H]], *, alone: bool = False) -> bool:
-        """Whether what its own key uses leaves a request room; ``alone``: whether it has some without that."""
-        leases = () if alone else self._leases.values()
-        own = {entry for lease in leases if lease.key == one.key for entry, _ in lease.entries}
-        return self._bytes_of(own | one.adapters) <= self.most_bytes
-
-    def _fits(self, one: Waiter[Entry[H]], *beside: Waiter[Entry[H]]) -> bool:
-        """Whether a request's adapters have room beside all in use and those of others; it takes none where they are the same."""
-        used = {entry for entry in (*self._entries.values(), *self._leaving) if entry.uses}
-        return self._bytes_of(used.union(one.adapters, *(other.adapters for other in beside))) <= self.most_bytes
-
-    def _bytes_of(self, entries: set[Entry[H]]) -> int:
-        """Of these adapters and of those that are pinned."""
-        return sum(entry.size for entry in entries | {entry for entry in self._entries.values() if entry.is_pinned})
-
     def _check_place(self, name: str, is_pinned: bool) -> None:
         check_name(name)
         with self._lock:
@@ -361,7 +348,7 @@ class AdapterShelf(Generic[H]):
                 raise InputError(f"adapter {name!r} {what}; give the other one another name")
 
     def _make_room(
-        self, entry: Entry[H], held: H, before: "Entry[H] | None", together: "Sequence[Entry[H]]" = ()
+        self, entry: Entry[H], held: H, before: "Entry[H] | None", together: "Iterable[Entry[H]]" = ()
     ) -> None:
         """Let go of adapters that nobody uses until there is room for ``held``. Arguments and errors as `_find_room`."""
         entry.size = held.nbytes
@@ -370,7 +357,7 @@ class AdapterShelf(Generic[H]):
             self._num_evictions += 1
 
     def _find_room(
-        self, entry: Entry[H], nbytes: int, before: "Entry[H] | None", together: "Sequence[Entry[H]]" = ()
+        self, entry: Entry[H], nbytes: int, before: "Entry[H] | None", together: "Iterable[Entry[H]]" = ()
     ) -> list[Entry[H]]:
         """Adapters that nobody uses and that have to go for one more, the least recently used first.
 
@@ -382,19 +369,9 @@ class AdapterShelf(Generic[H]):
 
         Raises CapacityError where there never is room, `BusyError` where there is none now.
         """
-        others = [other for other in (*self._entries.values(), *self._leaving) if other is not before]
-        if before is not None and before.uses:
-            others.append(before)
-        pinned = sum(other.nbytes for other in others if other.is_pinned)
-        mixed = sum(other.size for other in together if other is not entry and not other.is_pinned)
-        if pinned + mixed + nbytes > self.most_bytes:
-            beside = [f"{pinned:,} of those that are pinned"] if pinned else []
-            beside += [f"{mixed:,} of the others in its mixture"] if mixed else []
-            told = f" beside {' and '.join(beside)}" if beside else ""
-            raise CapacityError(
-                f"adapter {entry.name!r} takes {nbytes:,} bytes{told}, and adapters may take {self.most_bytes:,}; allow more with "
-                "engine.adapters.memory"
-            )
+        others = [other for other in self._all() if other is not before or other.uses]
+        if (error := self._never(entry, nbytes, together)) is not None:
+            raise error
         total = sum(other.nbytes for other in others)
         free = [other for other in others if other.held is not None and not other.uses and not other.is_pinned]
         leaving = []
@@ -409,11 +386,23 @@ class AdapterShelf(Generic[H]):
             )
         return leaving
 
+    def _never(self, entry: Entry[H], nbytes: int, together: Iterable[Entry[H]]) -> CapacityError | None:
+        """Why there never is room for one more, if so. Arguments as of `_find_room`."""
+        pinned = sum(other.nbytes for other in self._room.pinned)
+        mixed = sum(other.size for other in together if other is not entry and not other.is_pinned)
+        if pinned + mixed + nbytes <= self.most_bytes:
+            return None
+        beside = [f"{pinned:,} of those that are pinned"] if pinned else []
+        beside += [f"{mixed:,} of the others in its mixture"] if mixed else []
+        told = f" beside {' and '.join(beside)}" if beside else ""
+        return CapacityError(
+            f"adapter {entry.name!r} takes {nbytes:,} bytes{told}, and adapters may take {self.most_bytes:,}; allow more with "
+            "engine.adapters.memory"
+        )
+
     def _retire(self, entry: Entry[H]) -> None:
         """An adapter that no request to come gets."""
-        if entry.uses:
-            self._leaving.append(entry)
-        else:
+        if not entry.uses:
             entry.held = None
 
     def _unknown(self, name: str) -> str:
