@@ -416,6 +416,7 @@ def test_an_idle_server_admits_whatever_was_before(steps, deadline_s, tokens, co
         ticket.close()
     assert (admission.in_flight, admission.queued, admission.queued_tokens) == (0, 0, 0)
     assert not admission._line.waiting
+    assert not admission._plain.waiting
     assert not any(line.waiting for line in admission._owed.values())
     admission.admit(tokens, "c", deadline_s).close()
     for ticket in admission.admit_all([10] * count, "c", deadline_s):

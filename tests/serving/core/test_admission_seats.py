@@ -63,6 +63,30 @@ def test_no_more_of_a_key_are_owed_seats_than_the_other_has_over():
     assert [admission.admit(10, "b").owed is not None for _ in range(10)] == [True] * 8 + [False] * 2
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_who_waits_for_adapters_or_a_grammar_is_no_standstill_for_those_that_do_not(is_shared):
+    """A request that waited for memory for its adapters had others refused, whatever they asked for."""
+    admission, clock = gate(is_shared=is_shared)
+    serve(admission, clock, seconds=0.05, count=30)
+    open_now = seated(admission, "a", 4)
+    waits = admission.admit(10, "b", is_prepared=True)
+    for _ in range(29):
+        clock.now += 1.0
+        admission.admit(10, "c", deadline_s=1.0).close()
+        with admission.admit(10, "d", deadline_s=1.0) as ticket:
+            clock.now += 0.05
+            ticket.started()
+    # It is one for those that ask for the like; and one that waits for the engine alone is one for all.
+    if not is_shared:
+        refused(admission, "deadline", 10, "c", deadline_s=0.05, is_prepared=True)
+    waits.close()
+    stands = admission.admit(10, "b")
+    clock.now += 29.0
+    refused(admission, "deadline", 10, "c", deadline_s=1.0)
+    for ticket in [*open_now, stands]:
+        ticket.close()
+
+
 class Served:
     """A gate before a scheduler whose steps take a second."""
 

@@ -8,6 +8,9 @@ requests of that other one take. What it waits for is known from those that came
 has nothing in flight from those whose keys had nothing either when they came, one whose key has one from those that had one, and so on
 (two or three, four to seven, ...). So nobody is refused for what keys wait that have more. Prompts share the steps, so it is also not
 refused for how long longer prompts wait.
+
+A request may wait for what is not the engine's time: its adapters are read or have to find memory, its grammar is compiled. It holds up
+nobody meanwhile, so who asks for nothing of the kind is told only of those that do not either.
 """
 
 import math
@@ -128,20 +131,27 @@ class Admission(Held):
         self.rejections: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self._of_key: dict[str, Held] = {}
         window_s = self.config.window_s
-        self._line: Line[Ticket] = Line(window_s)
-        # Of the queued those for which other keys make room, by how many their keys had in flight when they came (bits of that number).
-        self._owed: defaultdict[int, Line[Ticket]] = defaultdict(lambda: Line(window_s, is_passed=True))
+        # All that are queued, and those of them that wait for nothing but the engine.
+        self._line, self._plain = Line[Ticket](window_s), Line[Ticket](window_s)
+        # Of the queued those for which other keys make room, by whether something is made ready for them, and by how many their keys had in
+        # flight when they came (bits of that number).
+        self._owed: defaultdict[tuple[bool, int], Line[Ticket]] = defaultdict(lambda: Line(window_s, is_passed=True))
         # Prompt tokens that leave the queue, and requests that end.
         self._token_rate, self._end_rate = DrainRate(window_s), DrainRate(window_s)
 
-    def admit(self, num_tokens: int, key: str = "", deadline_s: float | None = None) -> "Ticket":
+    def admit(
+        self, num_tokens: int, key: str = "", deadline_s: float | None = None, *, is_prepared: bool = False
+    ) -> "Ticket":
         """Let a request of ``num_tokens`` prompt tokens in; close the ticket when it ends.
 
-        ``deadline_s``: seconds from now by which its first token must be there. Raises OverloadError.
+        ``deadline_s``: seconds from now by which its first token must be there. ``is_prepared``: adapters or a grammar are made ready for
+        it. Raises OverloadError.
         """
-        return self.admit_all([num_tokens], key, deadline_s)[0]
+        return self.admit_all([num_tokens], key, deadline_s, is_prepared=is_prepared)[0]
 
-    def admit_all(self, prompts: Sequence[int], key: str = "", deadline_s: float | None = None) -> list["Ticket"]:
+    def admit_all(
+        self, prompts: Sequence[int], key: str = "", deadline_s: float | None = None, *, is_prepared: bool = False
+    ) -> list["Ticket"]:
         """`admit` for each of ``prompts`` (tokens of each), or for none of them.
 
         When nothing is in flight no deadline is refused: what is known of the pace is then old, and only who is let in renews it. Raises
@@ -151,7 +161,7 @@ class Admission(Held):
             deadline_s = None
         tickets: list[Ticket] = []
         try:
-            tickets.extend(self._admit(num_tokens, key, deadline_s) for num_tokens in prompts)
+            tickets.extend(self._admit(num_tokens, key, deadline_s, is_prepared) for num_tokens in prompts)
         except OverloadError as error:
             for ticket in tickets:
                 ticket.close()
@@ -170,22 +180,23 @@ class Admission(Held):
         empty = Admission(self.config, is_shared=self._is_shared, clock=self._clock)
         try:
             for num_tokens in prompts:
-                empty._admit(num_tokens, "", None)
+                empty._admit(num_tokens, "", None, is_prepared=False)
         except OverloadError:
             return empty.in_flight
         return len(prompts)
 
-    def _admit(self, num_tokens: int, key: str, deadline_s: float | None) -> "Ticket":
+    def _admit(self, num_tokens: int, key: str, deadline_s: float | None, is_prepared: bool) -> "Ticket":
         self.check(num_tokens, key)
         if deadline_s is not None:
-            expected_s = self.expected_first_token_s(num_tokens, key)
+            expected_s = self.expected_first_token_s(num_tokens, key, is_prepared=is_prepared)
             if expected_s is not None and expected_s > deadline_s:
                 text = f"the first token is expected in {expected_s:.1f} s, after the deadline of {deadline_s:g} s"
                 self.rejections["deadline"] += 1
                 raise self._refusal("deadline", text, expected_s - deadline_s)
-        return Ticket(self, num_tokens, key, self._counted(num_tokens, key), self._owed_line(key))
+        owed = self._owed_line(key, is_prepared)
+        return Ticket(self, num_tokens, key, self._counted(num_tokens, key), owed, is_prepared=is_prepared)
 
-    def _owed_line(self, key: str) -> "Line[Ticket] | None":
+    def _owed_line(self, key: str, is_prepared: bool) -> "Line[Ticket] | None":
         """Those that came like one more of this key, if another makes room for it; None if not.
 
         One does if the key has no seat yet, or were all it has seated, the other had two more.
@@ -195,7 +206,7 @@ class Admission(Held):
         own = self._of_key.get(key, Held())
         most = max((held.started for name, held in self._of_key.items() if name != key), default=0)
         is_owed = not own.in_flight or most - own.queued >= own.in_flight + 2
-        return self._owed[own.in_flight.bit_length()] if is_owed else None
+        return self._owed[is_prepared, own.in_flight.bit_length()] if is_owed else None
 
     def _counted(self, num_tokens: int, key: str) -> int:
         """As how many tokens a prompt counts for the limit: the only one of a key, however long, leaves the others their part."""
@@ -227,13 +238,14 @@ class Admission(Held):
             return False
         return True
 
-    def expected_first_token_s(self, num_tokens: int, key: str = "") -> float | None:
+    def expected_first_token_s(self, num_tokens: int, key: str = "", *, is_prepared: bool = False) -> float | None:
         """Seconds to the first token of a request that came now; None while nothing is known of the engine's pace.
 
         For one that is owed a seat that is the pace of those that came like it. If none has waited lately nothing is known.
         """
         now = self._clock()
-        expected_s, owed = self._line.expected_s(key, num_tokens, now), self._owed_line(key)
+        line, owed = self._line if is_prepared else self._plain, self._owed_line(key, is_prepared)
+        expected_s = line.expected_s(key, num_tokens, now)
         if expected_s is None or owed is None:
             return expected_s
         owed_s = owed.expected_s(key, num_tokens, now)
@@ -311,13 +323,17 @@ class Admission(Held):
             retry_after_s=retry_after_s,
         )
 
+    def _lines(self, ticket: "Ticket") -> list["Line[Ticket]"]:
+        """Those that a request waits in."""
+        plain = [] if ticket.is_prepared else [self._plain]
+        return [self._line, *plain, *([] if ticket.owed is None else [ticket.owed])]
+
     def _enter(self, ticket: "Ticket") -> None:
         now = self._clock()
         self.enter(ticket.num_tokens, ticket.counted)
         self._of_key.setdefault(ticket.key, Held()).enter(ticket.num_tokens, ticket.counted)
-        self._line.join(ticket, now)
-        if ticket.owed is not None:
-            ticket.owed.join(ticket, now)
+        for line in self._lines(ticket):
+            line.join(ticket, now)
         for rate in (self._token_rate, self._end_rate):
             rate.resume(now)
 
@@ -325,9 +341,8 @@ class Admission(Held):
         now = self._clock()
         self.dequeue(ticket.num_tokens, ticket.counted)
         self._of_key[ticket.key].dequeue(ticket.num_tokens, ticket.counted)
-        self._line.leave(ticket, now, is_served=is_served)
-        if ticket.owed is not None:
-            ticket.owed.leave(ticket, now, is_served=is_served)
+        for line in self._lines(ticket):
+            line.leave(ticket, now, is_served=is_served)
         if is_served:
             self._token_rate.drained(ticket.num_tokens, now)
         else:
@@ -350,16 +365,23 @@ class Admission(Held):
 class Ticket:
     """A request that was let in. Also a context manager that closes it.
 
-    ``owed``: those for which, as for it, other keys make room.
+    ``owed``: those for which, as for it, other keys make room. ``is_prepared``: see `Admission.admit`.
     """
 
-    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "key", "num_tokens", "owed")
+    __slots__ = ("_admission", "_is_open", "_is_queued", "counted", "is_prepared", "key", "num_tokens", "owed")
 
     def __init__(
-        self, admission: Admission, num_tokens: int, key: str, counted: int, owed: "Line[Ticket] | None"
+        self,
+        admission: Admission,
+        num_tokens: int,
+        key: str,
+        counted: int,
+        owed: "Line[Ticket] | None",
+        *,
+        is_prepared: bool,
     ) -> None:
         self._admission, self.num_tokens, self.key, self.counted = admission, num_tokens, key, counted
-        self.owed = owed
+        self.owed, self.is_prepared = owed, is_prepared
         self._is_open = self._is_queued = True
         admission._enter(self)
 

@@ -208,13 +208,16 @@ class Frontend:
             raise _overloaded(self.admission.config.status, str(error), 1.0) from None
         return await asyncio.wrap_future(future)
 
-    def admit(self, prompts: Sequence[int], key: str, deadline_s: float | None) -> list[Ticket]:
+    def admit(
+        self, prompts: Sequence[int], key: str, deadline_s: float | None, *, is_prepared: bool = False
+    ) -> list[Ticket]:
         """A place for each sequence, or for none of them.
 
         Args:
             prompts: tokens of each.
             key: whose they are.
             deadline_s: seconds from now.
+            is_prepared: adapters or a grammar are made ready for it.
 
         Raises ApiError (429, or 503 by config) with ``Retry-After``, 504 where the deadline has passed before anything was done, and 400
         for more sequences than are ever let in together.
@@ -223,7 +226,7 @@ class Frontend:
             raise ApiError(504, "deadline_exceeded", "the request's deadline has passed")
         try:
             with self._refusing():
-                return self.admission.admit_all(prompts, key, deadline_s)
+                return self.admission.admit_all(prompts, key, deadline_s, is_prepared=is_prepared)
         except InputError as error:
             raise ApiError(400, "too_many_sequences", str(error)) from None
 
