@@ -1,6 +1,7 @@
 """Where keys share an engine: what is expected for one that others make room for."""
 
 import contextlib
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from admission_gate import gate, refused, serve
 from anabranch.serving.core.admission import OverloadError
 from anabranch.serving.core.batch import Sampled
+from anabranch.serving.core.pace import Line
 from anabranch.serving.core.request import Request, Sampling
 from anabranch.serving.core.scheduler import SchedulerConfig
 
@@ -85,6 +87,24 @@ def test_who_waits_for_adapters_or_a_grammar_is_no_standstill_for_those_that_do_
     refused(admission, "deadline", 10, "c", deadline_s=1.0)
     for ticket in [*open_now, stands]:
         ticket.close()
+
+
+@dataclass(eq=False)
+class Prompt:
+    key: str
+    num_tokens: int
+
+
+@pytest.mark.parametrize(("length", "tells"), [(10, True), (100, True), (200, False)])
+def test_prompts_no_longer_than_those_served_tell_a_short_one_of_a_standstill(length, tells):
+    line, now = Line(30.0, is_passed=True), 0.0
+    for _ in range(20):
+        served = Prompt("a", 100)
+        line.join(served, now)
+        now += 1.0
+        line.leave(served, now, is_served=True)
+    line.join(Prompt("b", length), now)
+    assert (line.expected_s("c", 10, now + 60.0) > 2.0) is tells
 
 
 class Served:

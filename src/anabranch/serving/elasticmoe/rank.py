@@ -282,12 +282,12 @@ class Rank:
 
     def do_give_back(self, count: int) -> None:
         """Let go of up to ``count`` requests that wait for a place, the last ones, and say which."""
-        if self.scheduler is None:
-            return
-        ids = [state.request.id for state in self.scheduler.waiting()[-count:]]
-        for id in ids:
-            self.scheduler.abort(id)
-            self._drop(id)
+        ids: list[str] = []
+        if self.scheduler is not None:
+            ids = [state.request.id for state in self.scheduler.waiting()[-count:]]
+            for id in ids:
+                self.scheduler.abort(id)
+                self._drop(id)
         self.channel.send(("given_back", ids))
 
     def do_pause_request(self, id: str) -> None:
