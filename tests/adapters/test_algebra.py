@@ -120,6 +120,8 @@ def test_svd_of_nothing_is_one_rank_of_nothing():
     made = combine([adapter([2, 2, 2])], [0.0], "svd")
     assert {pair.rank for pair in made.adapter.pairs.values()} == {1}
     assert not any(pair.delta().any() for pair in made.adapter.pairs.values())
+    # As of an adapter that has learned nothing.
+    assert all(pair.a_RC.any() for pair in made.adapter.pairs.values())
     assert made.error == 0
 
 

@@ -317,7 +317,8 @@ def _kept(left: Tensor, value: Tensor, right: Tensor, rank: int) -> tuple[Pair, 
     least = value[0] * (1e-12 if value.dtype == torch.float64 else 1e-7)
     rank = min(rank, max(1, int((value > least).sum())))
     root = value[:rank].sqrt()
-    made = Pair(root[:, None] * right[:rank], left[:, :rank] * root, float(rank))
+    # Of nothing at all B is 0, as in an adapter that has learned nothing. An A of 0 is read as a layer that it has not.
+    made = Pair(torch.where(root > 0, root, 1)[:, None] * right[:rank], left[:, :rank] * root, float(rank))
     return made, float(value[rank:].double().square().sum())
 
 

@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 import zlib
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from adapter_models import ATTENTION, TOKENS, linear_layers, make_adapter, make_base
 from anabranch.adapters import read_peft
@@ -163,6 +165,50 @@ def test_by_what_they_add_the_merged_expert_is_nearer(root, tmp_path):
     alone = merge_clusters(root / "pool", 4, tmp_path / "alone")
     assert alone.members == {f"cluster-{number + 1}": (name,) for number, name in enumerate(NAMES)}
     assert max(alone.errors.values()) < 1e-6
+
+
+def test_a_pool_of_clusters_of_one_is_calibrated_as_the_pool(root, tmp_path):
+    """An instruction is no other wording of itself: its cosine of 1 drove the threshold up."""
+    for name in NAMES:
+        shutil.copytree(root / "pool" / name, tmp_path / "pool" / name)
+        (tmp_path / "pool" / name / "glider.json").unlink()
+        describe_expert(tmp_path / "pool" / name, instruction=f"It is about {name} and whatever belongs to it.")
+    merge_clusters(tmp_path / "pool", 4, tmp_path / "alone")
+    pools = {name: GliderPool.load(tmp_path / name) for name in ("pool", "alone")}
+    assert pools["alone"].calibrate() == pools["pool"].calibrate()
+    assert list(pools["alone"].matcher.texts.values()) == list(pools["pool"].matcher.texts.values())
+    # Of two with the same words, too.
+    for name in NAMES:
+        describe_expert(tmp_path / "pool" / name, instruction="It is about all.")
+    merge_clusters(tmp_path / "pool", 2, tmp_path / "same")
+    assert set(GliderPool.load(tmp_path / "same").matcher.texts.values()) == {("It is about all.",)}
+
+
+def test_where_nobody_has_learned_anything_a_merged_pool_works(root, tmp_path):
+    """By ``svd`` A became 0 there too, which a pool took for a matrix that all experts lack."""
+    base = make_base(tmp_path / "base", "llama")
+    for name in NAMES:
+        make_adapter(tmp_path / "pool" / name, linear_layers(base, ["q_proj", "v_proj"]), rank=4, seed=name)
+        place = tmp_path / "pool" / name / "adapter_model.safetensors"
+        tensors = load_file(place)
+        save_file({key: value * ("v_proj.lora_B" not in key) for key, value in tensors.items()}, place)
+    merge_clusters(tmp_path / "pool", 2, tmp_path / "small", method="svd")
+    for folder in ("pool", "small"):
+        pool = GliderPool.load(tmp_path / folder)
+        model = pool.onto(load_model(tmp_path / "base")[0].eval())
+        assert {layer.config.closed for layer in pool.layers().values()} == {()}
+        with torch.no_grad():
+            assert model(TOKENS).logits_BLV.isfinite().all()
+    for pair in read_peft(tmp_path / "small" / "cluster-1").pairs.values():
+        assert pair.a_RC.any()
+    # Folders that were written before.
+    for name in ("cluster-1", "cluster-2"):
+        place = tmp_path / "small" / name / "adapter_model.safetensors"
+        tensors = load_file(place)
+        save_file({key: value * ("v_proj" not in key) for key, value in tensors.items()}, place)
+    pool = GliderPool.load(tmp_path / "small")
+    with torch.no_grad():
+        assert pool.onto(load_model(tmp_path / "base")[0].eval())(TOKENS).logits_BLV.isfinite().all()
 
 
 def test_prototypes_alone_are_compared_if_asked(root):

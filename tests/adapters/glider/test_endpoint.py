@@ -160,7 +160,11 @@ def test_who_is_not_there_says_nothing_or_speaks_another_language():
         ("http://", "write http://HOST:PORT/v1"),
         ("http://host:99999/v1", "write http://HOST:PORT/v1"),
         ("http://host/v1?key=1", "write http://HOST:PORT/v1"),
+        ("http://host/v1?k=hunter2", r"the endpoint is 'http://host/v1\?\*\*\*'; write http://HOST:PORT/v1"),
+        ("http://me:pw@host/v1?a=b\n&k=hunter2#hunter2", r"the endpoint is 'http://me:\*\*\*@host/v1\?\*\*\*'; write"),
+        ("http://host/v1#hunter2", "write http://HOST:PORT/v1"),
         ("http://me:hunter2@host/v1", "write http://HOST:PORT/v1"),
+        ("http://:hunter2@host/v1", "write http://HOST:PORT/v1"),
         ("http://host/v1\nx", "write http://HOST:PORT/v1"),
     ],
 )
@@ -176,6 +180,9 @@ def test_what_else_an_endpoint_needs(monkeypatch):
         ({"model": ""}, "no model is named at the endpoint http://h/v1"),
         ({"model": "m", "key_env": "NO_KEY"}, "the key of http://h/v1 is to be in NO_KEY, which is not set"),
         ({"model": "m", "timeout_s": 0}, "timeout_s is 0; it must be above 0"),
+        ({"model": "m", "timeout_s": float("nan")}, "timeout_s is nan; it must be above 0"),
+        # Above what a thread, or a socket, can wait for.
+        ({"model": "m", "timeout_s": 1e10}, "it must be above 0 and at most 1,000,000"),
         ({"model": "m", "max_tokens": 0}, "max_tokens is 0"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -202,7 +209,56 @@ def test_a_key_that_is_repeated_is_hidden_wherever_what_is_said_is_cut(monkeypat
             with pytest.raises(DataError) as raised:
                 writer("x")
             told = str(raised.value)
-    assert key[:8] not in told
+    # However the quotation mark in it is written.
+    assert "C3d4" not in told
+    assert len(told) < 500 or form == "instruction"
+
+
+def test_a_key_is_hidden_however_its_spaces_are_told(monkeypatch):
+    key = "sk-abc  def/ghi"
+    monkeypatch.setenv("MY_KEY", key)
+    for said in (key, "sk-abc def/ghi"):
+        with (
+            endpoint(lambda *_, said=said: (401, {"error": {"message": f"bad\nkey {said}"}}, {})) as (url, _),
+            pytest.raises(DataError, match=r"answers 401: bad key \*\*\*$"),
+        ):
+            ChatWriter(url, "w", key_env="MY_KEY")("x")
+
+
+def test_a_call_whose_time_is_up_leaves_no_thread_and_no_socket():
+    """A byte now and then kept both for as long as the other side liked."""
+    gone = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            try:
+                while not gone.wait(0.02):
+                    connection.sendall(b" ")
+            except OSError:
+                gone.set()
+
+    threading.Thread(target=drip, daemon=True).start()
+    before = set(threading.enumerate())
+    with pytest.raises(DataError, match=r"did not answer within 0\.3 seconds"):
+        ChatWriter(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "w", timeout_s=0.3)("x")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    # The other side is told.
+    assert gone.wait(30)
+    listener.close()
+
+
+def test_no_proxy_is_asked_and_an_address_without_a_port_or_of_version_6_is_one(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with endpoint(lambda *_: (200, chat("Do it."), {})) as (url, _):
+        assert ChatWriter(url, "w")("x") == "Do it."
+    for url, wanted in (("https://[::1]/v1", ("::1", 443)), ("http://h/v1", ("h", 80)), ("http://h:81", ("h", 81))):
+        made = ChatWriter(url, "w")._connection()
+        assert (made.host, made.port) == wanted
 
 
 @pytest.mark.parametrize("key", ["sk-one\n", "sk-eins\u2013zwei", "\tsk"])

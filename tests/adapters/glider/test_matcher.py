@@ -229,6 +229,19 @@ def test_what_overlaps_has_an_area_below_1():
     assert found.top_1 == 0.5
 
 
+def test_the_same_words_again_are_no_other_wording():
+    """Nor where other spaces are between them: their cosine of 1 is of no other query."""
+    asked = {"a": "say which law a case falls under", "b": "count rows of a table", "c": "end a line with a rhyme"}
+    found = []
+    for again in ((), ("{}",), ("{}", " {} ", "{}\n")):
+        matcher = Matcher()
+        for name, text in asked.items():
+            matcher.add(name, [text, *(one.format(text) for one in again)])
+        found.append(matcher.calibration())
+    assert found[0] == found[1] == found[2]
+    assert found[0].worded == 0
+
+
 def test_calibration_needs_two_and_says_so():
     with pytest.raises(ConfigError, match="1 of the pool have an instruction; at least 2 must"):
         plane(names="a").calibration()

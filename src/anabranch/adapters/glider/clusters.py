@@ -153,7 +153,8 @@ def merge_clusters(
             write_peft(temporary / cluster, made[cluster].adapter)
             texts = [text for name in names for text in described[name].instructions[:1]]
             wordings = [text for name in names for text in described[name].instructions]
-            instruction = ["\n".join(texts), *wordings] if texts else None
+            # Each once: of a cluster of one its instruction is no other wording of itself.
+            instruction = list(dict.fromkeys(["\n".join(dict.fromkeys(texts)), *wordings])) if texts else None
             gate = _mean_gates([gates[name] for name in names])
             describe_expert(temporary / cluster, instruction=instruction, gate=gate or None)
     return Clusters(members, similarity_EE, {cluster: one.error for cluster, one in made.items()})

@@ -8,13 +8,13 @@ pool = GliderPool.load("adapters", embedder=EndpointEmbedder("http://127.0.0.1:8
 
 import http.client
 import json
-import math
 import os
 import queue
+import re
+import socket
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,8 +27,8 @@ from anabranch.redaction import HIDDEN, hide_passwords
 
 __all__ = ["ChatWriter", "EndpointEmbedder"]
 
-# Of an answer, and texts of one call.
-_MOST_BYTES, _MOST_TEXTS = 64 << 20, 128
+# Of an answer, texts of one call, and a time that systems can wait for.
+_MOST_BYTES, _MOST_TEXTS, _MOST_SECONDS = 64 << 20, 128, 1_000_000
 # Of what an error says of itself.
 _LONGEST = 400
 _ROLE = (
@@ -37,12 +37,32 @@ _ROLE = (
 )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key is for the address that was told."""
+class _Call:
+    """The socket of one call, which whoever no longer waits for the answer can end."""
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """None: the answer is an error."""
-        return
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._is_over = False
+
+    def begin(self, connection: http.client.HTTPConnection) -> None:
+        """Connect. Raises TimeoutError where nobody waits any more, and OSError."""
+        connection.connect()
+        with self._lock:
+            if self._is_over:
+                raise TimeoutError
+            # A descriptor of its own: the other's number may be another connection's by the time that this one is ended.
+            self._socket = socket.socket(fileno=socket.dup(connection.sock.fileno()))
+
+    def end(self) -> None:
+        """Whoever reads from the socket, or writes to it, does so no more."""
+        with self._lock:
+            self._is_over = True
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                self._socket.close()
+                self._socket = None
 
 
 class _Endpoint:
@@ -61,19 +81,17 @@ class _Endpoint:
         try:
             parts = urlsplit(url)
             is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            is_one = is_one and not (parts.query or parts.fragment or parts.username) and url.isprintable()
+            is_one = is_one and not (parts.query or parts.fragment or "@" in parts.netloc) and url.isprintable()
         except ValueError:
             is_one = False
         if not is_one:
-            raise ConfigError(f"the endpoint is {shown(hide_passwords(url, is_url=True))}; write http://HOST:PORT/v1")
+            raise ConfigError(f"the endpoint is {shown(_without_secrets(url))}; write http://HOST:PORT/v1")
         if not model:
-            raise ConfigError(
-                f"no model is named at the endpoint {hide_passwords(url, is_url=True)}; name the one that is asked"
-            )
-        if not (0 < timeout_s < math.inf):
-            raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0 and finite")
+            raise ConfigError(f"no model is named at the endpoint {url}; name the one that is asked")
+        if not (0 < timeout_s <= _MOST_SECONDS):
+            raise ConfigError(f"timeout_s is {timeout_s}; it must be above 0 and at most {_MOST_SECONDS:,}")
         self.url, self.model, self.timeout_s = url.rstrip("/"), model, timeout_s
-        self.name = hide_passwords(self.url, is_url=True)
+        self.name = self.url
         self._key = None if key_env is None else os.environ.get(key_env)
         if key_env is not None and not self._key:
             raise ConfigError(f"the key of {self.name} is to be in {key_env}, which is not set")
@@ -81,15 +99,15 @@ class _Endpoint:
             raise ConfigError(
                 f"{key_env} holds what no header may: a line end, or a letter beyond ASCII; set it to the key of {self.name} alone"
             )
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer, an object. Raises DataError, without the key, for any other, and for one that is not whole in time."""
         told: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
+        call = _Call()
 
         def ask() -> None:
             try:
-                told.put(self._asked(path, body))
+                told.put(self._asked(call, path, body))
             except Exception as error:
                 told.put(error)
 
@@ -99,6 +117,8 @@ class _Endpoint:
             found = told.get(timeout=self.timeout_s)
         except queue.Empty:
             raise self._late() from None
+        finally:
+            call.end()
         if isinstance(found, Exception):
             raise found
         return found
@@ -106,24 +126,37 @@ class _Endpoint:
     def _late(self) -> DataError:
         return DataError(f"{self.name} did not answer within {self.timeout_s:g} seconds")
 
-    def _asked(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
+    def _connection(self) -> http.client.HTTPConnection:
+        parts = urlsplit(self.url)
+        assert parts.hostname is not None, "the address was looked at"
+        kind: Any = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        # With a port, as an IPv6 address alone would be parted at its last colon.
+        found: http.client.HTTPConnection = kind(
+            parts.hostname, parts.port or kind.default_port, timeout=self.timeout_s
+        )
+        return found
+
+    def _asked(self, call: _Call, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        connection = self._connection()
         try:
-            with self._opener.open(request, timeout=self.timeout_s) as answer:
+            call.begin(connection)
+            connection.request("POST", urlsplit(self.url).path + path, json.dumps(body).encode(), headers)
+            with connection.getresponse() as answer:
+                # Nobody is sent elsewhere: a key is for the address that was told.
+                if not 200 <= answer.status < 300:
+                    said = " ".join(self._without_key(_reason(answer)).split())[:_LONGEST]
+                    raise DataError(f"{self.name} answers {answer.status}: {said}")
                 data = answer.read(_MOST_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = self._without_key(_reason(error))[:_LONGEST]
-                raise DataError(f"{self.name} answers {error.code}: {said}") from None
         except TimeoutError:
             raise self._late() from None
-        except (urllib.error.URLError, OSError) as error:
-            if isinstance(getattr(error, "reason", None), TimeoutError):
-                raise self._late() from None
-            raise DataError(f"cannot reach {self.name}: {getattr(error, 'reason', error)}") from None
+        except OSError as error:
+            raise DataError(f"cannot reach {self.name}: {error}") from None
         except (http.client.HTTPException, ValueError):
             raise DataError(f"{self.name} does not speak HTTP") from None
+        finally:
+            connection.close()
         if len(data) > _MOST_BYTES:
             raise DataError(f"{self.name} answers with more than {_MOST_BYTES >> 20} MiB")
         try:
@@ -138,7 +171,7 @@ class _Endpoint:
         """What an endpoint says may repeat what it was told, in JSON too. Before it is cut: half a key is none to be found."""
         if not self._key:
             return text
-        for form in (self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1]):
+        for form in (self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1], " ".join(self._key.split())):
             text = text.replace(form, HIDDEN)
         return text
 
@@ -200,9 +233,13 @@ class EndpointEmbedder(_Endpoint):
         return [vector_D for vector_D in vectors if vector_D is not None]
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
+def _reason(answer: http.client.HTTPResponse) -> str:
     try:
-        said = str(parse_json(error.read(1 << 16))["error"]["message"])
+        return str(parse_json(answer.read(1 << 16))["error"]["message"])
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
-        said = str(error.reason)
-    return " ".join(said.split())
+        return answer.reason
+
+
+def _without_secrets(url: str) -> str:
+    """What an address that is none may be told by: keys stand in queries, too."""
+    return re.sub(r"(?s)(?<=[?#]).+", HIDDEN, hide_passwords(url, is_url=True))

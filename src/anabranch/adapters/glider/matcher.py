@@ -200,13 +200,21 @@ class Matcher:
             self._index.add(vector_MD)
         return self._index
 
+    def _other_wordings(self, name: str) -> tuple[str, ...]:
+        """Of an expert's instruction, each once. The same words again would be a query whose cosine is 1."""
+        said: dict[str, str] = {}
+        for text in self.texts[name]:
+            said.setdefault(" ".join(text.split()), text)
+        return tuple(said.values())[1:]
+
     def calibration(self) -> Calibration:
         """See `calibrate`, of the experts as they are; kept until one comes or goes. Raises ConfigError for fewer than two."""
         if self._calibration is None:
             names, stack = self.members()
-            own = [number for number, name in enumerate(names) if len(self.texts[name]) > 1]
+            others = {number: self._other_wordings(name) for number, name in enumerate(names)}
+            own = [number for number, texts in others.items() if texts]
             wordings: Mapping[int, Sequence[str]] = {
-                number: self.texts[name][1:] or thinned(self.texts[name][0]) for number, name in enumerate(names)
+                number: others[number] or thinned(self.texts[name][0]) for number, name in enumerate(names)
             }
             worded = {}
             for number, texts in wordings.items():

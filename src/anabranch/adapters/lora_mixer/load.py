@@ -176,6 +176,8 @@ def _configs(
         closed = tuple(sorted(set.intersection(*(set(lacking[part]) for part in parts))))
         for part in parts:
             ranks, alphas = sizes[part]
+            # Where all of them add nothing it does not matter who is chosen.
+            closed = () if len(closed) == len(ranks) else closed
             configs[part] = shared.replace(
                 ranks=ranks, alphas=alphas, closed=closed, router_group=group[part] if len(parts) > 1 else None
             )
