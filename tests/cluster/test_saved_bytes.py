@@ -39,3 +39,13 @@ def test_what_is_held_counts_until_it_is_released():
     held.release()
     held.release()
     assert meter.now == 0
+
+
+def test_a_graph_that_is_dropped_without_a_backward_is_let_go_of():
+    """What an operator keeps of its own output knew the operator: neither was ever freed."""
+    x = torch.randn(10, 10, requires_grad=True)
+    with SavedBytes() as meter:
+        y = x.exp().tanh()
+    assert meter.now == 800
+    del y
+    assert meter.now == 0

@@ -75,7 +75,8 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._ignored or not storage.nbytes():
             return tensor
-        kept = _Kept(tensor)
+        # An operator's own output knows the operator, which knows what is kept: nobody could let go of either.
+        kept = _Kept(tensor if tensor.is_leaf else tensor.detach())
         self._add(storage.data_ptr(), storage.nbytes())
         weakref.finalize(kept, self._remove, storage.data_ptr())
         return kept

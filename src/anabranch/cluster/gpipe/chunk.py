@@ -2,6 +2,9 @@
 
 Between the two a chunk keeps of a micro-batch either its graph, or its inputs alone; then backward does the forward again first, with the
 same random numbers and without moving running statistics.
+
+Where a schedule has gradients of weights as work of their own, `Chunk.backward` gives those of what came in, and `Chunk.backward_weights`
+adds those of parameters (`anabranch.cluster.decoupled`).
 """
 
 import threading
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from anabranch.cluster.decoupled import Later, backward_of_inputs
 from anabranch.cluster.gpipe.batch_norm import DeferredStatistics, untracked
 from anabranch.cluster.gpipe.buffers import BufferCopy, MovingBuffers
 from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
@@ -79,6 +83,9 @@ class _Kept:
     held: Held | None = None
     # As they were before the forward, where that is done again.
     buffers: list[BufferCopy] = field(default_factory=list)
+    # Gradients of weights, where they are work of their own, and the kind of device that they are made on.
+    later: Later | None = None
+    device: str = "cpu"
 
 
 class Chunk:
@@ -208,7 +215,12 @@ class Chunk:
         return loss, loss.detach()
 
     def backward(
-        self, micro_batch: int, gradients: Gradients, skip_gradients: dict[str, Tensor | None]
+        self,
+        micro_batch: int,
+        gradients: Gradients,
+        skip_gradients: dict[str, Tensor | None],
+        *,
+        puts_off: bool = False,
     ) -> tuple[Gradients, dict[str, Tensor | None]]:
         """Gradients of the entry and of imported skips; those of parameters are added to theirs.
 
@@ -216,6 +228,7 @@ class Chunk:
             micro_batch: its number; `prepare` has been called.
             gradients: of each tensor of the output.
             skip_gradients: of exported skips.
+            puts_off: leave those of parameters to `backward_weights`.
         """
         kept = self._kept[micro_batch]
         roots, with_respect = [], []
@@ -225,13 +238,22 @@ class Chunk:
             if tensor.requires_grad and gradient is not None:
                 roots.append(tensor)
                 with_respect.append(gradient)
-        return self._differentiate(micro_batch, roots, with_respect)
+        return self._differentiate(micro_batch, roots, with_respect, puts_off)
 
     def backward_loss(
-        self, micro_batch: int, loss: Tensor, skip_gradients: dict[str, Tensor | None]
+        self, micro_batch: int, loss: Tensor, *, puts_off: bool = False
     ) -> tuple[Gradients, dict[str, Tensor | None]]:
         """As `backward`, of the last chunk."""
-        return self._differentiate(micro_batch, [loss] if loss.requires_grad else [], [None])
+        roots = [loss] if loss.requires_grad else []
+        return self._differentiate(micro_batch, roots, [None] * len(roots), puts_off)
+
+    def backward_weights(self, micro_batch: int) -> None:
+        """Add the gradients of parameters that `backward` put off."""
+        kept = self._kept[micro_batch]
+        assert kept.later is not None
+        with _without_autocast(kept.device):
+            kept.later.finish()
+        self._forget(micro_batch)
 
     def exchange_gradients(self, does: bool) -> None:
         """Whether layers that are in shards (FSDP2) exchange gradients in the next backward: once a step, in its last one."""
@@ -241,9 +263,18 @@ class Chunk:
                 module.set_requires_gradient_sync(does, recurse=False)
 
     def _differentiate(
-        self, micro_batch: int, roots: list[Tensor], gradients: Sequence[Tensor | None]
+        self, micro_batch: int, roots: list[Tensor], gradients: Sequence[Tensor | None], puts_off: bool
     ) -> tuple[Gradients, dict[str, Tensor | None]]:
         kept = self._kept[micro_batch]
+        if puts_off:
+            inputs = [*tensors_of(kept.entry), *kept.imports.values()]
+            device = roots[0].device.type if roots else "cpu"
+            with _without_autocast(device):
+                of_inputs, later = backward_of_inputs(roots, gradients, inputs, meter=self.meter)
+            # What gradients of weights do not need is let go of here.
+            self._kept[micro_batch] = _Kept(None, {}, later=later, device=device)
+            of_skips = of_inputs[len(of_inputs) - len(kept.imports) :]
+            return of_inputs[: len(of_inputs) - len(kept.imports)], dict(zip(kept.imports, of_skips, strict=True))
         if roots:
             with _without_autocast(roots[0].device.type):
                 torch.autograd.backward(roots, list(gradients))
@@ -256,6 +287,8 @@ class Chunk:
         kept = self._kept.pop(micro_batch)
         if kept.held is not None:
             kept.held.release()
+        if kept.later is not None:
+            kept.later.release()
 
     def _run(
         self, x: Any, imports: dict[str, Tensor], key: StepKey | None, micro_batch: int

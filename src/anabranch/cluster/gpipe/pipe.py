@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from anabranch.cluster.gpipe.chunk import Chunk, StepKey
 from anabranch.cluster.gpipe.costs import By, layer_costs
@@ -62,7 +63,8 @@ class GPipe(nn.Module):
             or ``size``, see `anabranch.cluster.gpipe.costs`.
         sample: a micro-batch, for ``balance`` by something that must be run.
         objective: ``minimax``, or ``variance`` as in the paper.
-        schedule: ``gpipe``; or ``1f1b`` or ``interleaved`` for the same gradients with fewer micro-batches in flight.
+        schedule: ``gpipe``; or ``1f1b`` or ``interleaved`` for the same gradients with fewer micro-batches in flight; or ``zero-bubble``,
+            where gradients of weights come when a stage would wait else, see `anabranch.cluster.decoupled`.
         visits: chunks of each stage, of ``interleaved``.
         deferred_batch_norm: batch norms track the statistics of whole batches, see `anabranch.cluster.gpipe.batch_norm`.
         tied: names of parameters that several layers have, in groups; ``auto`` for those that there are.
@@ -129,10 +131,6 @@ class GPipe(nn.Module):
                 raise InputError(f"{name} is {value!r}; use {', '.join(allowed)}")
         if runner == "distributed" and not dist.is_initialized():
             raise InputError("runner is 'distributed', and there is no process group; start it with torchrun")
-        if schedule == "zero-bubble":
-            raise InputError(
-                "schedule is 'zero-bubble', which can be planned and not run; use gpipe, 1f1b or interleaved"
-            )
         self.micro_batches, self.checkpoint, self.runner = micro_batches, checkpoint, runner
         self.seed, self.steps, self.timeout_s = seed, 0, timeout_s
         self.meter, self.log = meter, log
@@ -277,6 +275,11 @@ class GPipe(nn.Module):
         """
         sizes = self._sizes(x)
         table = self._table(len(sizes))
+        if table.has_weight_slots and any(isinstance(module, FSDPModule) for module in self.modules()):
+            raise InputError(
+                f"schedule is {table.name!r}, and layers are in shards (FSDP2), whose gradients travel as soon as those of their inputs are "
+                "there; use gpipe, 1f1b or interleaved"
+            )
         batch = Batch(
             key=StepKey(self.seed, self.steps, tuple(first_row + start for start in _starts(sizes)), first_micro_batch),
             recomputes=[
@@ -287,6 +290,7 @@ class GPipe(nn.Module):
             weights=[size / sum(sizes) for size in sizes],
             loss_fn=loss_fn,
             after_backward=after_backward,
+            puts_off=table.has_weight_slots,
         )
         if self._owns(self.partition.num_layers - 1):
             try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anabranch.cluster.gpipe.chunk import Chunk, StepKey
 from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
-from anabranch.cluster.schedules import BACKWARD, FORWARD, Schedule, Slot
+from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT, Schedule, Slot
 
 __all__ = ["Address", "Batch", "Channel", "Failure", "Stage", "StageError"]
 
@@ -24,13 +24,14 @@ class StageError(RuntimeError):
     """A stage of a pipeline failed; what it failed with is the cause, where that is of this process.
 
     Attributes:
-        stage, micro_batch, kind: where: ``forward`` or ``backward``.
+        stage, micro_batch, kind: where: ``forward``, ``backward``, or ``weight`` where gradients of weights are work of their own.
         is_original: whether it is of this stage; else another one told of it.
     """
 
     def __init__(self, stage: int, micro_batch: int, kind: str, why: str) -> None:
         self.stage, self.micro_batch, self.kind, self.why = stage, micro_batch, kind, why
-        super().__init__(f"stage {stage} failed in the {kind} of micro-batch {micro_batch}: {why}")
+        work = "gradients of weights" if kind == WEIGHT else kind
+        super().__init__(f"stage {stage} failed in the {work} of micro-batch {micro_batch}: {why}")
 
     def __reduce__(self) -> Any:
         return StageError, (self.stage, self.micro_batch, self.kind, self.why)
@@ -95,7 +96,8 @@ class Batch:
         losses: of each micro-batch, filled in by the last chunk.
         outputs: of each micro-batch, in inference.
         problem: why the last stage cannot do its part.
-        after_backward: told of each backward, with the layers that it was of.
+        after_backward: told of each backward, when gradients of weights are there, with the layers that it was of.
+        puts_off: whether gradients of weights are work of their own, as the schedule says.
     """
 
     key: StepKey
@@ -108,6 +110,7 @@ class Batch:
     outputs: dict[int, Any] = field(default_factory=dict)
     problem: Exception | None = None
     after_backward: Callable[[int, Sequence[nn.Module]], None] | None = None
+    puts_off: bool = False
 
 
 class Stage:
@@ -152,7 +155,7 @@ class Stage:
         self, slot: Slot, chunk: Chunk, batch: Batch, channel: Channel, failure: Failure | None
     ) -> Failure | None:
         sends: dict[Address, Any] = {}
-        work = self._forward if slot.kind == FORWARD else self._backward
+        work = {FORWARD: self._forward, BACKWARD: self._backward, WEIGHT: self._weights}[slot.kind]
         if failure is None and slot.kind == BACKWARD:
             # A recomputation does not wait for the gradient.
             failure = self._tried(slot, lambda: chunk.prepare(slot.micro_batch, batch.key))
@@ -226,15 +229,23 @@ class Stage:
             if (micro_batch, chunk.number) not in self._graphs:
                 self._loss(micro_batch, chunk, batch)
             loss = self._graphs.pop((micro_batch, chunk.number))
-            gradients, skips = chunk.backward_loss(micro_batch, loss, skips)
+            gradients, skips = chunk.backward_loss(micro_batch, loss, puts_off=batch.puts_off)
         else:
-            gradients, skips = chunk.backward(micro_batch, gradients, skips)
-        if batch.after_backward is not None:
+            gradients, skips = chunk.backward(micro_batch, gradients, skips, puts_off=batch.puts_off)
+        if batch.after_backward is not None and not batch.puts_off:
             batch.after_backward(micro_batch, chunk.layers)
         return {
             address: [skips[address.name]] if address.kind == "skip gradient" else gradients
             for address in _outgoing_backward(micro_batch, chunk)
         }
+
+    def _weights(
+        self, micro_batch: int, chunk: Chunk, batch: Batch, received: dict[Address, Any]
+    ) -> dict[Address, Any]:
+        chunk.backward_weights(micro_batch)
+        if batch.after_backward is not None:
+            batch.after_backward(micro_batch, chunk.layers)
+        return {}
 
     def _loss(self, micro_batch: int, chunk: Chunk, batch: Batch) -> None:
         assert batch.loss_fn is not None
@@ -246,6 +257,8 @@ class Stage:
 
 def _incoming(slot: Slot, chunk: Chunk) -> list[Address]:
     micro_batch, number = slot.micro_batch, chunk.number
+    if slot.kind == WEIGHT:
+        return []
     if slot.kind == FORWARD:
         boundary = [] if chunk.is_first else [Address("forward", "", micro_batch, number - 1, number)]
         return boundary + [Address("skip", route.name, micro_batch, route.source, number) for route in chunk.imports]
@@ -256,6 +269,8 @@ def _incoming(slot: Slot, chunk: Chunk) -> list[Address]:
 
 
 def _outgoing(slot: Slot, chunk: Chunk) -> list[Address]:
+    if slot.kind == WEIGHT:
+        return []
     of_kind = _outgoing_forward if slot.kind == FORWARD else _outgoing_backward
     return of_kind(slot.micro_batch, chunk)
 
