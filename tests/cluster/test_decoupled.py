@@ -26,12 +26,12 @@ def inputs_of(count, seed=1):
     return [torch.randn(ITEMS, WIDTH, generator=generator) for _ in range(count)]
 
 
-def gradients(roots, given, inputs, puts_off):
+def gradients(roots, given, inputs, puts_off, saved):
     if not puts_off:
         torch.autograd.backward(roots, given)
         return [x.grad for x in inputs]
     before = {id(x): x.grad for x in inputs}
-    found, later = backward_of_inputs(roots, given, inputs)
+    found, later = backward_of_inputs(roots, given, inputs, saved=saved)
     assert all(x.grad is before[id(x)] for x in inputs)
     later.finish()
     return found
@@ -46,9 +46,11 @@ def check(function, parameters, *, inputs=1, steps=3):
         of_inputs = []
         for step in range(steps):
             given = [x.clone().requires_grad_() for x in inputs_of(inputs, seed=step)]
-            made = function(*given)
+            saved = []
+            with SavedBytes().watch(saved):
+                made = function(*given)
             roots = [y for y in (made if isinstance(made, tuple) else (made,)) if y.requires_grad]
-            of_inputs += gradients(roots, [torch.full_like(y, 0.5) for y in roots], given, puts_off)
+            of_inputs += gradients(roots, [torch.full_like(y, 0.5) for y in roots], given, puts_off, saved)
         found.append([*of_inputs, *(None if one.grad is None else one.grad.clone() for one in parameters)])
     for one, other in zip(*found, strict=True):
         assert (one is None) == (other is None)
@@ -119,6 +121,7 @@ class Double(torch.autograd.Function):
         lambda x: F.layer_norm(F.linear(x, W), (WIDTH,), BIAS, OTHER),
         lambda x: F.embedding(torch.tensor([0, 2, 2]), V) * x,
         lambda x: x.new_ones(ITEMS, WIDTH),
+        lambda x: copied(F.linear(x, W)),
     ],
 )
 def test_the_same_bits_as_at_once(function):
@@ -209,6 +212,43 @@ def test_what_is_kept_between_the_parts():
     later.finish()
     assert meter.now == 0
     assert meter.most == 4 * size
+
+
+def test_what_only_the_first_part_needs_is_let_go_of_between_them():
+    """Sine keeps its input for the first part; products keep theirs for the second, and note the gradients of what they gave."""
+    size = ITEMS * WIDTH * 4
+    for tells, more in ((False, size), (True, 0)):
+        meter, saved = SavedBytes(ignored=[W, V]), []
+        W.grad = V.grad = None
+        x = inputs_of(1)[0].requires_grad_()
+        with meter.watch(saved):
+            y = F.linear(torch.sin(F.linear(x, W)), V)
+        assert meter.now == 3 * size
+        given = torch.ones_like(y)
+        _, later = backward_of_inputs([y], [given], [x], meter=meter, saved=saved if tells else ())
+        del y
+        assert meter.now == 4 * size + more
+        later.finish()
+        assert meter.now == 0
+        assert torch.allclose(V.grad, torch.ones(ITEMS, WIDTH).T @ torch.sin(x @ W.T))
+
+
+def copied(x):
+    y = x * 2
+    y[:, 0] = BIAS[:ITEMS]
+    return torch.exp(y)
+
+
+def test_nothing_is_let_go_of_where_an_operator_does_not_tell_what_it_keeps():
+    meter, saved = SavedBytes(ignored=[BIAS]), []
+    x = inputs_of(1)[0].requires_grad_()
+    with meter.watch(saved):
+        y = copied(x).sin()
+    kept = [reference() for reference in saved]
+    _, later = backward_of_inputs([y.sum()], [None], [x], saved=saved)
+    assert kept
+    assert all(one.tensor is not None for one in kept)
+    later.finish()
 
 
 def test_what_is_let_go_of_is_not_kept():

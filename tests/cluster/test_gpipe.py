@@ -346,7 +346,7 @@ def shared():
         (lambda: GPipe(TWO, 2, checkpoint="sometimes"), InputError, "checkpoint is 'sometimes'"),
         (lambda: GPipe(TWO, 2, runner="threads"), InputError, "runner is 'threads'"),
         (lambda: GPipe(TWO, 2, runner="distributed"), InputError, "start it with torchrun"),
-        (lambda: GPipe(TWO, 2, schedule="zero-bubble"), InputError, "can be planned and not run"),
+        (lambda: GPipe(TWO, 2, schedule="zero bubbles"), InputError, "schedule is 'zero bubbles'"),
         (lambda: GPipe(TWO, 2, balance="luck"), InputError, "balance is 'luck'"),
         (lambda: GPipe(TWO, 2, balance="time"), InputError, "give a micro-batch as sample="),
         (lambda: GPipe(shared(), 2), InputError, "layers 0 and 2 are or have the same Linear"),

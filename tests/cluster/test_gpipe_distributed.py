@@ -14,8 +14,13 @@ CASES = {
         ("mlp", 7, {"micro_batches": 4, "checkpoint": "always"}),
         ("lm", 5, {"micro_batches": 3, "checkpoint": "never", "schedule": "1f1b"}),
         ("mlp", 6, {"micro_batches": 3, "schedule": "interleaved"}),
+        ("lm", 5, {"micro_batches": 3, "schedule": "zero-bubble"}),
     ],
-    3: [("skips", 8, {"micro_batches": 2}), ("mlp", 5, {"micro_batches": 1, "checkpoint": "never"})],
+    3: [
+        ("skips", 8, {"micro_batches": 2}),
+        ("mlp", 5, {"micro_batches": 1, "checkpoint": "never"}),
+        ("skips", 9, {"micro_batches": 4, "schedule": "zero-bubble", "checkpoint": "never"}),
+    ],
 }
 
 

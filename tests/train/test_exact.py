@@ -68,7 +68,7 @@ def run_in(world, out, layout):
 
 
 def test_a_killed_run_goes_on_in_another_layout_to_the_bit(alone, config):
-    """Two pipelines of two stages lose a process; one pipeline goes on, then one process."""
+    """Two pipelines of two stages lose a process; one pipeline goes on, by another schedule."""
     folder = alone(config)
     out = folder / "killed"
     _with_kernels()
@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_in_another_layout_to_the_bit(alone, config):
         with pytest.raises(RankError, match="PeerError: another process of this run has ended"):
             ranks.wait()
     assert 2 <= len(read_metrics(out)) < config.train.steps
-    run_in(2, out, {"pipeline": 2, "recompute": True})
+    run_in(2, out, {"pipeline": 2, "recompute": True, "schedule": "zero-bubble"})
     assert_same_bits(folder / "one", out)
 
 
@@ -92,6 +92,8 @@ def test_a_killed_run_goes_on_in_another_layout_to_the_bit(alone, config):
         (2, {"data": 2}),
         (4, {"data": 4}),
         (4, {"pipeline": 4}),
+        (2, {"pipeline": 2, "schedule": "1f1b"}),
+        (4, {"pipeline": 4, "schedule": "zero-bubble"}),
         (4, {"pipeline": 2, "data": 2, "recompute": True}),
     ],
     ids=str,
@@ -117,10 +119,14 @@ def run_of(make_run, name, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CUT)
 def test_every_preset_has_the_same_bits_in_another_layout_that_recomputes(alone, make_run, name):
+    """And where gradients of weights come later."""
     folder = alone(run_of(make_run, name))
-    out = folder / "four"
-    run_in(4, out, {"pipeline": 2, "data": 2, "recompute": True})
-    assert_same_bits(folder / "one", out)
+    for out, layout in (
+        ("four", {"pipeline": 2, "data": 2, "recompute": True}),
+        ("later", {"pipeline": 2, "data": 2, "schedule": "zero-bubble"}),
+    ):
+        run_in(4, folder / out, layout)
+        assert_same_bits(folder / "one", folder / out)
 
 
 def test_a_preset_that_is_not_cut_says_so(make_run, tmp_path):
@@ -140,6 +146,7 @@ def test_a_preset_that_is_not_cut_says_so(make_run, tmp_path):
         ({"exact": 4, "micro_batches": 2}, {}, "exact is 4, and parallel.micro_batches is set"),
         ({"exact": 4}, {"compile": True}, "exact is 4, and train.compile is set"),
         ({"exact": 4, "experts": 2}, {}, "exact is 4, and parallel.experts is set"),
+        ({"exact": 4, "schedule": "interleaved"}, {}, "exact is 4, and parallel.schedule=interleaved is set"),
         ({"exact": 4}, {"parallel": "fsdp"}, "exact is 4, and train.parallel=fsdp is set"),
     ],
 )

@@ -72,8 +72,15 @@ def test_two_stages_learn_as_one_process_does(tmp_path, config):
     config = config.replace(model=config.model.replace(tie_embeddings=True))
     Trainer(config, tmp_path / "one").fit()
     save(config, tmp_path, "two", parallel={"pipeline": 2, "micro_batches": 2}, train={"recompute": True})
-    first, second = map(literal_eval, run_ranks(TRAIN.format(names=("two",), folder=tmp_path)))
+    save(config, tmp_path, "turns", parallel={"pipeline": 2, "micro_batches": 2, "schedule": "interleaved"})
+    printed = run_ranks(TRAIN.format(names=("two", "turns"), folder=tmp_path))
+    (first, turns), (second, others) = (map(literal_eval, one.splitlines()) for one in printed)
     assert first[:3] == second[:3]
+    # Each stage has every other part.
+    assert set(turns[3]) | set(others[3]) == set(first[3]) | set(second[3])
+    assert any(name.startswith("blocks.1.") for name in turns[3])
+    assert any(name.startswith("blocks.0.") for name in others[3])
+    assert_same_curve(tmp_path / "one", tmp_path / "turns", 2e-5)
     # Each has the moments of its own stage's parameters.
     names = {name for name, _ in config.model.build().named_parameters()}
     assert set(first[3]) | set(second[3]) == names
@@ -101,7 +108,7 @@ def test_stages_that_keep_activations_and_stages_that_go_on_with_what_one_wrote(
 
 
 # What two pipelines of two stages share beside the batch: train.parallel, and parallel.experts.
-SHARED = {"batch": ("none", 1), "weights": ("fsdp", 1), "experts": ("ddp", 2), "both": ("fsdp", 2)}
+SHARED = {"batch": ("none", 1), "weights": ("fsdp", 1), "experts": ("ddp", 2), "both": ("fsdp", 2), "later": ("ddp", 2)}
 
 
 @pytest.mark.slow
@@ -110,6 +117,8 @@ def test_two_pipelines_of_two_stages_share_a_batch_and_weights_and_experts(tmp_p
     Trainer(config, tmp_path / "one").fit()
     for name, (parallel, experts) in SHARED.items():
         layout = {"pipeline": 2, "micro_batches": 1, "data": 2, "experts": experts}
+        if name == "later":
+            layout["schedule"] = "zero-bubble"
         save(config, tmp_path, name, parallel=layout, train={"parallel": parallel})
     ranks = run_ranks(TRAIN.format(names=(*SHARED,), folder=tmp_path), 4)
     for number, name in enumerate(SHARED):
@@ -134,12 +143,15 @@ def test_two_pipelines_of_two_stages_share_a_batch_and_weights_and_experts(tmp_p
         ({"pipeline": 2}, {"compile": True}, "parallel.pipeline is 2, and train.compile is set"),
         ({"pipeline": 2, "context": 2}, {}, "parallel.pipeline is 2, and parallel.context is set"),
         ({"data": 2}, {}, "parallel.data is 2; start it with torchrun"),
+        ({"pipeline": 2, "schedule": "zero-bubble"}, {"parallel": "fsdp"}, "parallel.schedule is zero-bubble, and train"),
+        ({"visits": 3}, {}, "visits is 3, and schedule is 'gpipe', which makes one"),
     ],
 )
 def test_what_does_not_go_together_is_told(tmp_path, config, parallel, train, message):
-    changed = config.replace(train=config.train.replace(**train), parallel=Parallel(**parallel))
     with pytest.raises(ConfigError, match=message):
-        Trainer(changed, tmp_path / "run")
+        Trainer(
+            config.replace(train=config.train.replace(**train), parallel=Parallel(**parallel)), tmp_path / "run"
+        )
 
 
 def test_models_that_cannot_be_cut_are_told(config):
@@ -149,6 +161,8 @@ def test_models_that_cannot_be_cut_are_told(config):
     model = config.model.build(seed=0)
     with pytest.raises(ConfigError, match=r"parallel\.pipeline is 99, and"):
         layers_of(model, 99)
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline is 2 and each stage has 3 parts of the model, and"):
+        layers_of(model, 2, 3)
     whole = config.model.feed_forward.replace(
         router=config.model.feed_forward.router.replace(balance=(SwitchLoss.Config(scope="global_batch"),))
     )

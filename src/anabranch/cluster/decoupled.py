@@ -14,9 +14,12 @@ in the second part with the others.
 
 torch has such a split for its own pipelines (``torch.distributed.pipelining._backward``, private). In torch 2.13 it raises where two layers
 share a bias, gives two parameters one tensor as gradient where both are added to an activation, so that the second micro-batch counts
-twice in each, and leaves out what outputs depend on beside the inputs.
+twice in each, and leaves out what outputs depend on beside the inputs. It also keeps all that the graph keeps until the second part; here
+what only the first part needed (weights of attention, what activations keep) is let go of in between, where the forward ran under
+`SavedBytes.watch` with a list that is passed on as ``saved``.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,11 +29,14 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from anabranch.cluster.saved_bytes import Held, SavedBytes
+from anabranch.cluster.saved_bytes import Held, SavedBytes, SavedTensor, touched
 
 __all__ = ["Later", "backward_of_inputs"]
 
 _LEAF = "torch::autograd::AccumulateGrad"
+# Operators that do not tell what they keep; by the second name others have it.
+_OPAQUE = ("CppFunction", "CopySlices")
+_RAW = "_raw_saved_"
 
 
 class Later:
@@ -90,6 +96,7 @@ def backward_of_inputs(
     inputs: Sequence[Tensor],
     *,
     meter: SavedBytes | None = None,
+    saved: Iterable["weakref.ref[SavedTensor]"] = (),
 ) -> tuple[list[Tensor | None], Later]:
     """(gradients of ``inputs``, None where there is none; what is put off). The ``.grad`` of no tensor changes.
 
@@ -98,6 +105,7 @@ def backward_of_inputs(
         gradients: of each; None for 1, of a single number.
         inputs: leaves; of those that need no gradient there is none. Where none needs one, all of the backward is put off.
         meter: counts gradients that are noted for later, beside what autograd keeps.
+        saved: what autograd keeps for this backward alone; what is not needed for what is put off is let go of.
 
     Hooks of a parameter that are called after its ``.grad`` has changed (``register_post_accumulate_grad_hook``) are not called for those
     that are differentiated in the first part.
@@ -109,10 +117,9 @@ def backward_of_inputs(
     noted: dict[Node, tuple[Tensor | None, ...]] = {}
     wanted = [*learning, *graph.early]
     with _before([(node, lambda found, node=node: noted.update({node: found})) for node in graph.late]):
-        found = torch.autograd.grad(
-            roots, wanted, list(gradients), retain_graph=bool(graph.late), allow_unused=True
-        )
+        found = torch.autograd.grad(roots, wanted, list(gradients), retain_graph=bool(graph.late), allow_unused=True)
     parts = {node: (noted[node], leaves) for node, leaves in graph.late.items() if node in noted}
+    _let_go(saved, graph.waiting)
     known = [
         (leaf, gradient)
         for leaf, gradient in zip(graph.early, found[len(learning) :], strict=True)
@@ -132,6 +139,7 @@ class _Graph:
     Attributes:
         late: by an operator on the way from inputs to roots, the parameters that enter there and nowhere else.
         early: all others that roots depend on.
+        waiting: what runs for ``late``: these operators, and others from there to the parameters.
     """
 
     def __init__(self, roots: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
@@ -152,6 +160,7 @@ class _Graph:
         self._way = set(self._above(self._sources & self._givers.keys(), ()))
         self.late: dict[Node, list[Tensor]] = {}
         self.early: list[Tensor] = []
+        self.waiting: set[Node] = set()
         for node in self._givers:
             if node.name() == _LEAF and node not in self._sources:
                 self._place(node)
@@ -167,6 +176,7 @@ class _Graph:
             self.early.append(variable)
         else:
             self.late.setdefault(at, []).append(variable)
+            self.waiting |= reached
 
     def _above(self, nodes: Iterable[Node], ends: Iterable[Node]) -> Iterator[Node]:
         """Nodes, those that hand them gradients, and so on; not beyond ``ends``."""
@@ -186,6 +196,24 @@ class _Graph:
 def _works_in_parts(node: Node) -> bool:
     """Whether an operator computes the gradients that it is asked for alone."""
     return not isinstance(node, BackwardCFunction) or bool(getattr(node, "in_parts", False))
+
+
+def _let_go(saved: Iterable["weakref.ref[SavedTensor]"], needed_by: Iterable[Node]) -> None:
+    """Let go of all that is saved but what some operators will ask for."""
+    with touched() as needed:
+        for node in needed_by:
+            if type(node).__name__ in _OPAQUE:
+                return
+            if isinstance(node, BackwardCFunction):
+                _ = node.saved_tensors
+                continue
+            for name in dir(type(node)):
+                if name.startswith(_RAW):
+                    getattr(node, name.replace(_RAW, "_saved_"))
+    for reference in saved:
+        kept = reference()
+        if kept is not None and kept not in needed:
+            kept.let_go()
 
 
 @contextmanager

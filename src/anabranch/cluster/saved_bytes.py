@@ -5,26 +5,60 @@ with SavedBytes(ignored=model.parameters()) as meter:
     meter.now              # bytes of activations that are kept
     loss.backward()
 meter.most
+
+What was kept and is not needed any more can be let go of one by one, which autograd itself does not do (`SavedTensor.let_go`).
 """
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["SavedBytes"]
+__all__ = ["SavedBytes", "SavedTensor", "touched"]
 
 
-class _Kept:
+class SavedTensor:
     """A tensor that autograd keeps; when the graph lets go of this, the meter is told."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "_told", "tensor")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, told: Callable[[], None]) -> None:
+        self.tensor: Tensor | None = tensor
+        self._told = weakref.finalize(self, told)
+
+    def let_go(self) -> None:
+        """Nobody will ask for it again."""
+        self.tensor = None
+        self._told()
+
+
+_here = threading.local()
+
+
+@contextmanager
+def touched() -> Iterator[set[SavedTensor]]:
+    """What this thread asks autograd for meanwhile."""
+    found: set[SavedTensor] = set()
+    _here.touched = found
+    try:
+        yield found
+    finally:
+        _here.touched = None
+
+
+def _unpacked(kept: Any) -> Tensor:
+    if not isinstance(kept, SavedTensor):
+        tensor: Tensor = kept
+        return tensor
+    if (asked := getattr(_here, "touched", None)) is not None:
+        asked.add(kept)
+    assert kept.tensor is not None, "it was let go of as what nobody would ask for again"
+    return kept.tensor
 
 
 class SavedBytes:
@@ -58,9 +92,9 @@ class SavedBytes:
     def __exit__(self, *error: Any) -> None:
         self._open.pop().__exit__(*error)
 
-    def watch(self) -> saved_tensors_hooks:
-        """A context in which this thread's saved tensors count too."""
-        return saved_tensors_hooks(self._pack, lambda kept: kept.tensor if isinstance(kept, _Kept) else kept)
+    def watch(self, into: "list[weakref.ref[SavedTensor]] | None" = None) -> saved_tensors_hooks:
+        """A context in which this thread's saved tensors count too, and are put into a list."""
+        return saved_tensors_hooks(partial(self._pack, into), _unpacked)
 
     def restart(self) -> None:
         """Forget the most."""
@@ -70,15 +104,17 @@ class SavedBytes:
         """Count tensors that are kept for backward without autograd (inputs of what is recomputed) until ``release`` of the result."""
         return Held(self, tensors)
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def _pack(self, into: "list[weakref.ref[SavedTensor]] | None", tensor: Tensor) -> Any:
         # Of a parameter itself, hooks may not give back another object (it is checked for changes), and it does not count.
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._ignored or not storage.nbytes():
             return tensor
         # An operator's own output knows the operator, which knows what is kept: nobody could let go of either.
-        kept = _Kept(tensor if tensor.is_leaf else tensor.detach())
-        self._add(storage.data_ptr(), storage.nbytes())
-        weakref.finalize(kept, self._remove, storage.data_ptr())
+        pointer = storage.data_ptr()
+        self._add(pointer, storage.nbytes())
+        kept = SavedTensor(tensor if tensor.is_leaf else tensor.detach(), partial(self._remove, pointer))
+        if into is not None:
+            into.append(weakref.ref(kept))
         return kept
 
     def _add(self, pointer: int, size: int) -> None:

@@ -195,6 +195,9 @@ class Parallel(Config):
         pipeline: processes that work through the layers of a language model one after another, as stages (GPipe); it must divide the number
             of processes, and the others are pipelines with batches of their own.
         micro_batches: into which a pipeline cuts its batch; None for four times its stages. It says nothing where there is no pipeline.
+        schedule: of a pipeline: ``gpipe``, all forward before all backward; ``1f1b`` or ``interleaved``, with fewer micro-batches in
+            flight, so in less memory; ``zero-bubble``, 1f1b with gradients of weights in what would be waiting. Likewise.
+        visits: parts of the model that each stage has, of ``interleaved``; None for two.
         data: processes, or groups of them that share one, that have a batch of their own; None for as many as there are. Above 1,
             ``train.parallel`` none means ddp.
         diloco: other runs that this one learns with.
@@ -208,6 +211,8 @@ class Parallel(Config):
     context: Size = Field(default=1, ge=1)
     pipeline: Size = Field(default=1, ge=1)
     micro_batches: Size | None = Field(default=None, ge=1)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "gpipe"
+    visits: Size | None = Field(default=None, ge=2)
     data: Size | None = Field(default=None, ge=1)
     diloco: DiLoCoConfig = Field(default_factory=DiLoCoConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
@@ -216,6 +221,15 @@ class Parallel(Config):
     def __post_init__(self) -> None:
         if self.exact is not None and not is_power_of_two(self.exact):
             raise ConfigError(f"exact is {self.exact}, and sums that are exact are of 1, 2, 4, 8, ... micro-batches")
+        if self.visits is not None and self.schedule != "interleaved":
+            raise ConfigError(
+                f"visits is {self.visits}, and schedule is {self.schedule!r}, which makes one; interleaved makes more"
+            )
+
+    @property
+    def chunks(self) -> int:
+        """Of the model in each stage."""
+        return (self.visits or 2) if self.schedule == "interleaved" else 1
 
 
 class _Run(Config):

@@ -64,6 +64,7 @@ class Workers:
         self._num_cuts = 1 if shared is None else shared.context
         self._num_stages = 1 if shared is None else shared.pipeline
         self._micro_batches = None if shared is None else shared.micro_batches
+        self._schedule, self._visits = ("gpipe", 1) if shared is None else (shared.schedule, shared.chunks)
         self._exact = None if shared is None else shared.exact
         self._recomputes = config.recompute
         # The model in stages, once it is wrapped so.
@@ -158,6 +159,11 @@ class Workers:
                 f"parallel.pipeline is {self._num_stages}, and {refused[0]} is set; stages go with replicas of pipelines, with weights in "
                 "shards over these (train.parallel=fsdp) and with experts that these share (parallel.experts) alone"
             )
+        if self._schedule == "zero-bubble" and config.parallel == "fsdp":
+            raise ConfigError(
+                "parallel.schedule is zero-bubble, and train.parallel=fsdp is set, which sends gradients of weights as soon as those of "
+                "activations are there; use gpipe, 1f1b or interleaved"
+            )
 
     def _check_exact(self, config: TrainConfig) -> None:
         """What has sums of its own order, and so does not go together with exactness."""
@@ -166,6 +172,7 @@ class Workers:
         beside = {"train.compile": config.compile, "train.parallel=fsdp": config.parallel == "fsdp"}
         beside |= {"parallel.experts": self._num_shares > 1, "parallel.context": self._num_cuts > 1}
         beside |= {
+            "parallel.schedule=interleaved": self._visits > 1,
             "parallel.micro_batches": self._micro_batches is not None,
             "train.accumulation": config.accumulation > 1,
         }
@@ -282,6 +289,8 @@ class Workers:
             micro_batches=self._micro_batches,
             recomputes=self._recomputes,
             exact=self._exact,
+            schedule=self._schedule,
+            visits=self._visits,
         )
         return self._staged
 

@@ -57,6 +57,8 @@ class PipelinedDecoder(nn.Module):
         recomputes: do the forward of a stage again in its backward, for all micro-batches but the last.
         exact: micro-batches of all pipelines together, a power of two; then ``micro_batches`` says nothing, and losses and gradients are a
             function of this number alone, to the bit, and not of stages and pipelines. None for sums in the order that is fastest.
+        schedule: of the stages, one of `anabranch.cluster.SCHEDULES`.
+        visits: chunks of each stage; more than one for ``interleaved`` alone.
 
     Attributes:
         is_last: whether gradients are summed over processes after the next backward.
@@ -76,6 +78,8 @@ class PipelinedDecoder(nn.Module):
         micro_batches: int | None,
         recomputes: bool,
         exact: int | None = None,
+        schedule: str = "gpipe",
+        visits: int = 1,
     ) -> None:
         super().__init__()
         self.is_last = True
@@ -85,7 +89,7 @@ class PipelinedDecoder(nn.Module):
         stages = self._num_stages
         self._said = f"parallel.exact is {exact}" if stages == 1 else f"parallel.pipeline is {stages}"
         check_cut(model, self._said)
-        layers, balance = layers_of(model, stages)
+        layers, balance = layers_of(model, stages, visits)
         if exact is not None:
             micro_batches = exact // self._num_pipelines
         self._device = next(model.parameters()).device
@@ -95,6 +99,8 @@ class PipelinedDecoder(nn.Module):
             checkpoint="except_last" if recomputes else "never",
             runner="local" if group is None else "distributed",
             balance=balance,
+            schedule=schedule,
+            visits=visits,
             devices=[self._device],
             group=group,
             # What is drawn must come again in a recomputation, and on other ranks, also where a design begins to draw in a later step.
@@ -109,7 +115,7 @@ class PipelinedDecoder(nn.Module):
         self._sequences, self._targets = 0, 0
         self._seed: int | None = None
         # By name, the stages that have a parameter or buffer; those that no layer names are in all.
-        self._stages = stages_of(model, layers, pipe.partition.parts)
+        self._stages = stages_of(model, layers, pipe.partition.parts, stages)
         self._others = [
             parameter
             for name, parameter in model.named_parameters()

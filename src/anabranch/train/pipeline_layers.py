@@ -49,8 +49,11 @@ class Handed(NamedTuple):
     parts: dict[str, list[Part]]
 
 
-def layers_of(model: Decoder, stages: int) -> tuple[list[nn.Module], list[int]]:
-    """The layers that a stage may begin with, and how many of them each stage has. Raises ConfigError for fewer layers than stages."""
+def layers_of(model: Decoder, stages: int, visits: int = 1) -> tuple[list[nn.Module], list[int]]:
+    """The layers that a chunk may begin with, and how many of them each chunk has. Raises ConfigError for fewer layers than chunks.
+
+    A stage has a chunk for each visit, see `anabranch.cluster.schedules`.
+    """
     config = model.config
     groups = [range(group.start - 1, group.stop - 1) for group in uncut_groups(config)]
     inside = {number for group in groups for number in group}
@@ -62,9 +65,12 @@ def layers_of(model: Decoder, stages: int) -> tuple[list[nn.Module], list[int]]:
     flops = [0.0, *(sum(costs[1 + number].flops for number in part) for part in parts), costs[-1].flops]
     layers: list[nn.Module] = [_Embed(model), *(_Blocks(model, part) for part in parts), _Head(model)]
     try:
-        return layers, list(partition(flops, stages).balance)
+        return layers, list(partition(flops, stages * visits).balance)
     except InputError as error:
-        raise ConfigError(f"parallel.pipeline is {stages}, and {error}") from None
+        said = f"parallel.pipeline is {stages}" + (
+            f" and each stage has {visits} parts of the model" if visits > 1 else ""
+        )
+        raise ConfigError(f"{said}, and {error}") from None
 
 
 def ends_of(model: nn.Module) -> list[nn.Module]:
@@ -77,10 +83,13 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     return [model.embedding, model.head]
 
 
-def stages_of(model: Decoder, layers: Sequence[nn.Module], parts: Sequence[range]) -> dict[str, tuple[int, ...]]:
-    """By the name of a parameter or buffer, the stages whose layers have it; all, where no layer does."""
+def stages_of(
+    model: Decoder, layers: Sequence[nn.Module], parts: Sequence[range], stages: int
+) -> dict[str, tuple[int, ...]]:
+    """By the name of a parameter or buffer, the stages whose layers have it; all, where no layer does. Stages take chunks in turns."""
     found: dict[int, list[int]] = {}
-    for stage, part in enumerate(parts):
+    for chunk, part in enumerate(parts):
+        stage = chunk % stages
         for number in part:
             layer = layers[number]
             assert isinstance(layer, _Of)
@@ -88,7 +97,7 @@ def stages_of(model: Decoder, layers: Sequence[nn.Module], parts: Sequence[range
                 for tensor in (*module.parameters(), *module.buffers()):
                     if stage not in found.setdefault(id(tensor), []):
                         found[id(tensor)].append(stage)
-    everywhere = list(range(len(parts)))
+    everywhere = list(range(stages))
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: tuple(found.get(id(tensor), everywhere)) for name, tensor in named}
 

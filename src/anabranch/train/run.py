@@ -16,7 +16,7 @@ from anabranch.train.metrics import METRICS_FILE, recorded_updates
 
 # What a resumed run may change: how long, how often, where, and on what. All else would make it another run.
 _CHANGEABLE = frozenset(
-    {"parallel.experts", "parallel.context", "parallel.pipeline", "parallel.micro_batches", "parallel.data"}
+    f"parallel.{name}" for name in ("experts", "context", "pipeline", "micro_batches", "schedule", "visits", "data")
 ) | frozenset(
     f"train.{name}"
     for name in (

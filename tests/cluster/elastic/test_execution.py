@@ -1,5 +1,6 @@
 """A step's work without links: whoever has which samples, sums, masks and losses are the same."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -77,6 +78,86 @@ def run(
         for leaf in made.absent:
             losses.add(leaf, 0.0)
     return losses.root(), {n: tree.root() for n, tree in sums.items()}, terms
+
+
+class Wires:
+    """Links of ranks that are threads of this process."""
+
+    def __init__(self):
+        self.arrived, self.sent = threading.Condition(), {}
+
+    def of(self, rank):
+        wires = self
+
+        class Links:
+            def send(self, target, tag, tensors):
+                with wires.arrived:
+                    wires.sent[rank, target, tag] = [tensor.clone() for tensor in tensors]
+                    wires.arrived.notify_all()
+
+            def receive(self, source, tag):
+                with wires.arrived:
+                    assert wires.arrived.wait_for(lambda: (source, rank, tag) in wires.sent, 30)
+                    return wires.sent.pop((source, rank, tag)), None
+
+        return Links()
+
+
+def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layers_of):
+    """(loss, gradients by layer, the most bytes that each rank kept) of stages that have so many ranks each."""
+    ranks = iter(range(sum(stages)))
+    grid = Grid(tuple(tuple(next(ranks) for _ in range(count)) for count in stages), max(stages))
+    layout = Layout(grid, tuple(range(1, len(stages))), 3)
+    settings = StepSettings(SAMPLES, micro_batches, 1, is_exact, F.cross_entropy, 7, (True,) * 3)
+    wires, found, errors = Wires(), {}, []
+
+    def work(rank):
+        try:
+            made = StageStep(Work(layout, rank, settings, schedule, [1.0] * 3), settings, layers_of(), wires.of(rank), 3)
+            made.run(batch(), lambda state: None)
+            assert made.meter.now == 0
+            found[rank] = made
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in grid.ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    losses, sums = TreeSum(settings.leaves(stages[-1])), {}
+    for stage in grid.stages:
+        for rank in stage:
+            for node, value in found[rank].losses.nodes():
+                losses.add_node(node, value)
+            for layer, tree in found[rank].sums.items():
+                for node, value in tree.nodes():
+                    sums.setdefault(layer, TreeSum(settings.leaves(len(stage)))).add_node(node, value)
+    return losses.root(), {n: tree.root() for n, tree in sums.items()}, [found[rank].meter.most for rank in grid.ranks]
+
+
+@pytest.mark.parametrize("schedule", ["zero-bubble", "decoupled"])
+@pytest.mark.parametrize(("stages", "micro_batches"), [((1,), 3), ((2, 2), 3), ((1, 2), 2), ((2, 1, 3), 6)])
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_gradients_of_weights_that_come_later_are_the_same(schedule, stages, micro_batches, is_exact):
+    options = {"is_exact": is_exact, "micro_batches": micro_batches, "layers_of": plain_of}
+    loss, gradients, kept = grid_of(stages, schedule, **options)
+    at_once, wanted, nothing = grid_of(stages, "1f1b", **options)
+    assert loss == at_once
+    assert gradients.keys() == wanted.keys()
+    for layer, gradient in gradients.items():
+        assert gradient.any()
+        assert torch.equal(gradient, wanted[layer])
+    assert min(kept) > 0
+    assert not any(nothing), "a backward at once is not counted"
+
+
+def plain_of():
+    torch.manual_seed(0)
+    middle = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3))
+    return [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3)), middle, nn.Linear(WIDTH, 3)]
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anabranch.cluster.elastic import Coordinator, ElasticTrainer, Grid, Layout, Memory, Policy, plan
-from anabranch.cluster.elastic.planner import check_runs, cut_samples, frequencies
+from anabranch.cluster.elastic.planner import cut_samples, frequencies
 from anabranch.cluster.elastic.stages import minimax, shortest
 from anabranch.cluster.elastic.timing import simulate_ranks
 from anabranch.errors import InputError
@@ -224,22 +224,13 @@ def test_what_is_no_policy_is_refused(fields, said):
         Policy(**fields)
 
 
-@pytest.mark.parametrize("name", ["zero-bubble", "decoupled"])
-def test_ranks_follow_no_table_whose_backward_is_in_two_parts(name):
-    check_runs(Policy(schedule_names=("gpipe", "1f1b", "eager")))
-    policy = Policy(schedule_names=("1f1b", name))
-    said = f"schedule_names has '{name}', whose backward is in two parts"
-    with pytest.raises(InputError, match=said):
-        Coordinator(replicas=1, stages=1, policy=policy)
-    with pytest.raises(InputError, match=said):
-        ElasticTrainer(
-            [nn.Linear(1, 1)],
-            global_batch=1,
-            optimizer_factory=torch.optim.SGD,
-            loss=len,
-            coordinator="h:1",
-            policy=policy,
-        )
+def test_what_is_held_is_held_until_the_last_of_its_backward():
+    """One stage of zero-bubble does gradients of weights at once; a later one has as many in flight as there are stages."""
+    grid = Grid.full(replicas=1, stages=3)
+    for name, held in (("1f1b", [3, 2, 1]), ("zero-bubble", [3, 3, 3])):
+        policy = Policy(schedule_names=(name,))
+        made = plan(grid, [1.0] * 3, global_batch=8, micro_batches=8, policy=policy)
+        assert [made.timed.in_flight(rank) for rank in range(3)] == held
 
 
 def test_costs_may_be_an_array():

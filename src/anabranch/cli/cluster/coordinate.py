@@ -91,6 +91,14 @@ def coordinate(
     power_save: Annotated[
         bool, typer.Option("--power-save", metavar=FLAG, help="Lower clocks of stages that wait.")
     ] = False,
+    decoupled: Annotated[
+        bool,
+        typer.Option(
+            "--decoupled",
+            metavar=FLAG,
+            help="Steps may have gradients of weights as work of their own, for when a process would wait; it takes more memory.",
+        ),
+    ] = False,
     restarts: Annotated[
         int,
         typer.Option(
@@ -111,6 +119,7 @@ def coordinate(
     Example: anabranch cluster coordinate --listen 0.0.0.0:48149 --replicas 2 --stages 2 --secret-file secret
     """
     from anabranch.cluster.elastic import Coordinator, Policy
+    from anabranch.cluster.elastic.timing import DECOUPLED
     from anabranch.cluster.pccl.addresses import parse_address
     from anabranch.cluster.pccl.handshake import run_secret
 
@@ -128,6 +137,7 @@ def coordinate(
         "bytes_s": None if bandwidth is None else parse_bytes(bandwidth, "--bandwidth"),
         "max_frequency": max_frequency,
         "power_save": power_save or None,
+        "schedule_names": (*Policy().schedule_names, DECOUPLED) if decoupled else None,
     }
     given = {name: value for name, value in told.items() if value is not None}
     stopping = threading.Event()

@@ -2,12 +2,15 @@
 
 Between stages of different sizes a rank sends slices of its samples to whoever has them next: the overlaps of two cuts. With a fixed order
 of sums each *block* of samples goes through the layers by itself, so that what a block gives is the same wherever it is computed, and
-gradients are the nodes of one tree (`anabranch.cluster.elastic.tree`).
+gradients are the nodes of one tree (`anabranch.cluster.elastic.tree`). Where the plan has gradients of weights as work of their own, a
+block's are made when their turn comes (`anabranch.cluster.decoupled`), and are the same.
 """
 # Shapes: B samples of the whole batch, N numbers of a layer
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.cluster.decoupled import Later, backward_of_inputs
 from anabranch.cluster.elastic.cuts import recut
 from anabranch.cluster.elastic.layout import Layout
 from anabranch.cluster.elastic.links import LinkPool
@@ -23,7 +27,8 @@ from anabranch.cluster.elastic.state import gradient_of
 from anabranch.cluster.elastic.timing import simulate_ranks
 from anabranch.cluster.elastic.tree import TreeSum
 from anabranch.cluster.keyed_random import KeyedDropout, drawing, place_of, random_key
-from anabranch.cluster.schedules import FORWARD
+from anabranch.cluster.saved_bytes import SavedBytes, SavedTensor
+from anabranch.cluster.schedules import BACKWARD, FORWARD, WEIGHT
 from anabranch.errors import ConfigError, InputError
 
 __all__ = ["Batch", "StageStep", "StepSettings", "Work", "check_batch", "draws_of"]
@@ -83,6 +88,7 @@ class Work:
             layout, self.cuts_P, costs, schedule_name, send_L=free, frequency_P=[1.0] * len(grid.stages)
         )
         self.order = timed.orders[rank]
+        self.puts_off = any(kind == WEIGHT for kind, _ in self.order)
 
     def samples(self, column: int) -> range:
         """Of this rank."""
@@ -113,6 +119,9 @@ class _Block:
     end: int
     entry: list[Tensor]
     output: list[Tensor]
+    # What autograd keeps of it, and the gradients of weights, where these are work of their own.
+    saved: "list[weakref.ref[SavedTensor]]" = field(default_factory=list)
+    later: Later | None = None
 
 
 @dataclass
@@ -130,6 +139,7 @@ class StageStep:
         losses: likewise, of the last stage.
         terms: likewise, by name.
         seconds: by layer, forward of all its samples here.
+        meter: of what is kept between forward and backward, and until gradients of weights, where these are work of their own.
     """
 
     work: Work
@@ -141,6 +151,7 @@ class StageStep:
     losses: TreeSum[float] = field(init=False)
     terms: dict[str, TreeSum[float]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
+    meter: SavedBytes = field(init=False)
     _blocks: dict[int, list[_Block]] = field(default_factory=dict)
     _told: dict[str, float] = field(default_factory=dict)
     _names: frozenset[str] | None = None
@@ -152,6 +163,7 @@ class StageStep:
         leaves = settings.leaves(ranks)
         self.sums = {layer: TreeSum(leaves) for layer in work.layers}
         self.losses = TreeSum(leaves)
+        self.meter = SavedBytes(parameter for layer in work.layers for parameter in self.layers[layer].parameters())
         for layer in work.layers:
             # What a step that was taken back has left.
             gradient_of(self.layers[layer])
@@ -159,8 +171,10 @@ class StageStep:
             probe(kind)
             if kind == FORWARD:
                 self._forward(column, batch)
-            else:
+            elif kind == BACKWARD:
                 self._backward(column)
+            else:
+                self._weights(column)
         if not settings.is_exact:
             for layer in work.layers:
                 self.sums[layer].add(work.place, gradient_of(self.layers[layer]))
@@ -178,23 +192,12 @@ class StageStep:
         blocks = []
         for first, end in self._runs(mine):
             inside = [part[first - mine.start : end - mine.start] for part in entry]
-            block = self._through(inside, first, end)
-            if work.is_last:
-                output = block.output[0] if len(block.output) == 1 else tuple(block.output)
-                target = _cut(batch[1], first, end)
-                found = self.settings.loss(output, target[0] if len(target) == 1 else tuple(target))
-                loss, terms = found if isinstance(found, tuple) else (found, {})
-                if loss.ndim or not loss.requires_grad:
-                    raise ConfigError(
-                        f"the loss has shape {list(loss.shape)}; it must be one number that depends on a parameter"
-                    )
-                # A sum over samples, over the whole batch: whatever ranks there are, this is its mean.
-                share = (end - first) / self.settings.global_batch
-                block.output = [loss * share]
-                self._count(first, "", float(block.output[0].detach()))
-                self._check_names(frozenset(terms))
-                for name, value in terms.items():
-                    self._count(first, name, float(value) * share)
+            saved: list[weakref.ref[SavedTensor]] = []
+            with self.meter.watch(saved) if work.puts_off else nullcontext():
+                block = self._through(inside, first, end)
+                if work.is_last:
+                    self._lose(block, _cut(batch[1], first, end))
+            block.saved = saved
             blocks.append(block)
         self._blocks[column] = blocks
         if not work.is_last and blocks:
@@ -203,6 +206,23 @@ class StageStep:
                 self.links.send(
                     rank, f"f{self.step}.{column}", [part[first - mine.start : end - mine.start] for part in whole]
                 )
+
+    def _lose(self, block: _Block, target: list[Tensor]) -> None:
+        """The loss of a block in place of its output."""
+        output = block.output[0] if len(block.output) == 1 else tuple(block.output)
+        found = self.settings.loss(output, target[0] if len(target) == 1 else tuple(target))
+        loss, terms = found if isinstance(found, tuple) else (found, {})
+        if loss.ndim or not loss.requires_grad:
+            raise ConfigError(
+                f"the loss has shape {list(loss.shape)}; it must be one number that depends on a parameter"
+            )
+        # A sum over samples, over the whole batch: whatever ranks there are, this is its mean.
+        share = (block.end - block.first) / self.settings.global_batch
+        block.output = [loss * share]
+        self._count(block.first, "", float(block.output[0].detach()))
+        self._check_names(frozenset(terms))
+        for name, value in terms.items():
+            self._count(block.first, name, float(value) * share)
 
     def _through(self, inside: list[Tensor], first: int, end: int) -> _Block:
         entry = [part.detach().requires_grad_(part.is_floating_point() and not self.work.is_first) for part in inside]
@@ -272,27 +292,50 @@ class StageStep:
             received = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
         back: list[list[Tensor]] = []
         for block in blocks:
-            if work.is_last:
-                block.output[0].backward()
-            else:
-                # Gradients come of floating parts alone, in order.
-                outputs = [part for part in block.output if part.is_floating_point()]
-                gradients = [part[block.first - mine.start : block.end - mine.start] for part in received]
-                pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
-                if pairs:
-                    torch.autograd.backward([out for out, _ in pairs], [g for _, g in pairs])
-            if not work.is_first:
-                floats = [part for part in block.entry if part.is_floating_point()]
-                back.append([torch.zeros_like(part) if part.grad is None else part.grad for part in floats])
-            if self.settings.is_exact:
-                for layer in work.layers:
-                    self.sums[layer].add(block.first // self.settings.block, gradient_of(self.layers[layer]))
+            gradients = [part[block.first - mine.start : block.end - mine.start] for part in received]
+            back.append(self._backward_of(block, gradients))
+        if work.puts_off:
+            self._blocks[column] = blocks
         if not work.is_first:
             whole = [torch.cat(pieces) for pieces in zip(*back, strict=True)]
             for rank, first, end in work.before(column):
                 self.links.send(
                     rank, f"b{self.step}.{column}", [part[first - mine.start : end - mine.start] for part in whole]
                 )
+
+    def _backward_of(self, block: _Block, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Of the floating parts of what came in; those of weights are added to theirs, or put off."""
+        pairs: list[tuple[Tensor, Tensor | None]] = [(block.output[0], None)]
+        if not self.work.is_last:
+            # Gradients come of floating parts alone, in order.
+            outputs = [part for part in block.output if part.is_floating_point()]
+            pairs = [(out, g) for out, g in zip(outputs, gradients, strict=True) if out.requires_grad]
+        roots, given = [root for root, _ in pairs], [gradient for _, gradient in pairs]
+        entry = [part for part in block.entry if part.is_floating_point()]
+        if self.work.puts_off:
+            found, block.later = backward_of_inputs(roots, given, entry, meter=self.meter, saved=block.saved)
+            block.entry, block.output = [], []
+        else:
+            if roots:
+                torch.autograd.backward(roots, given)
+            found = [part.grad for part in entry]
+            self._add(block)
+        return [
+            torch.zeros_like(part) if gradient is None else gradient
+            for part, gradient in zip(entry, found, strict=True)
+        ]
+
+    def _weights(self, column: int) -> None:
+        for block in self._blocks.pop(column):
+            assert block.later is not None
+            block.later.finish()
+            self._add(block)
+
+    def _add(self, block: _Block) -> None:
+        """What a block's backward gave is a leaf of the tree."""
+        if self.settings.is_exact:
+            for layer in self.work.layers:
+                self.sums[layer].add(block.first // self.settings.block, gradient_of(self.layers[layer]))
 
     def _count(self, first: int, name: str, value: float) -> None:
         if self.settings.is_exact:

@@ -21,10 +21,10 @@ import numpy as np
 from anabranch.cluster.elastic.cuts import bounds
 from anabranch.cluster.elastic.layout import Grid, Layout, Move, moves
 from anabranch.cluster.elastic.stages import Memory, minimax, shortest, stage_at
-from anabranch.cluster.elastic.timing import EAGER, TABLES, StepTime, simulate_ranks, table_for
+from anabranch.cluster.elastic.timing import EAGER, TABLES, StepTime, simulate_ranks
 from anabranch.errors import InputError
 
-__all__ = ["ElasticPlan", "Policy", "check_runs", "cut_samples", "frequencies", "plan"]
+__all__ = ["ElasticPlan", "Policy", "cut_samples", "frequencies", "plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Policy:
         power_save: lower the clocks of stages that wait.
         schedule_names: tables that a step may have: those of `anabranch.cluster.SCHEDULES` with one visit; ``eager``: the order that
             unequal stages come to where backward goes first; ``decoupled``: likewise, with gradients of weights as work of their own.
-            The fastest is taken, the first of those that are as fast. Ranks run those whose backward is whole, see `check_runs`.
+            The fastest is taken, the first of those that are as fast. What is put off is kept until then, without a limit.
     """
 
     threshold: float = 0.03
@@ -65,14 +65,6 @@ class Policy:
             raise InputError(
                 f"frequencies are {self.min_frequency} to {self.max_frequency}; the least is above 0 and at most 1, the most at least 1"
             )
-
-
-def check_runs(policy: Policy) -> None:
-    """Raise InputError for a policy that ranks cannot follow: they do a backward at once, and its two parts are simulated alone."""
-    if apart := [name for name in policy.schedule_names if table_for(name, 1, 1)[0].has_weight_slots]:
-        raise InputError(
-            f"schedule_names has {apart[0]!r}, whose backward is in two parts; ranks do it at once, leave it out"
-        )
 
 
 @dataclass(frozen=True)

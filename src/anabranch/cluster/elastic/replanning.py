@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from anabranch.cluster.elastic.layout import Grid, Layout
-from anabranch.cluster.elastic.planner import ElasticPlan, Policy, check_runs, plan
+from anabranch.cluster.elastic.planner import ElasticPlan, Policy, plan
 from anabranch.cluster.elastic.stages import Memory
 from anabranch.cluster.elastic.wire import Header
 from anabranch.errors import InputError
@@ -23,8 +23,6 @@ class Replanner:
         memory: what layers take and ranks have.
         layer_costs: seconds of each layer; None for those that ranks measure.
 
-    Raises InputError for a policy that ranks cannot follow.
-
     Attributes:
         signature: what ranks said of the model; set by the first.
     """
@@ -33,8 +31,6 @@ class Replanner:
         self, stages: int, policy: Policy | None, memory: Memory | None, layer_costs: Sequence[float] | None
     ) -> None:
         self.signature: Header = {}
-        if policy is not None:
-            check_runs(policy)
         self._stages, self._given_policy, self._memory, self._given_costs = stages, policy, memory, layer_costs
         self._measured: dict[int, float] = {}
 
@@ -47,8 +43,6 @@ class Replanner:
         """Why a rank that says this cannot be planned for; None where it can."""
         try:
             theirs = _policy_of(signature.get("policy"))
-            if theirs is not None:
-                check_runs(theirs)
         except (TypeError, InputError) as error:
             return f"its policy makes no sense: {error}"
         if theirs is not None and self._given_policy not in (None, theirs):

@@ -15,7 +15,7 @@ and where they are asked for (``also``), with no limit of memory for what is put
     recycle-decoupled    ReCycle's, with gradients of weights as work of their own, for when a rank would wait
     recycle-staggered    its whole method: besides, each stage takes its optimizer's step when its own gradients are there, and goes on, so
                          that what is put off fills the beginning of the next step. Seconds from one step's end to the next one's
-    elaswave-decoupled   ours with such a backward, which ranks do not do yet
+    elaswave-decoupled   ours with such a backward (`anabranch cluster coordinate --decoupled`)
 """
 # Shapes: D replicas, P stages, M micro-batches
 

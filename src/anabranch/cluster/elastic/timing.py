@@ -61,10 +61,11 @@ class StepTime:
         return 1 - sum(self.busy.values()) / whole if whole else 0.0
 
     def in_flight(self, rank: int) -> int:
-        """The most micro-batches that a rank holds, between their forward and their backward."""
+        """The most micro-batches that a rank holds, between their forward and the last of their backward."""
         held = most = 0
+        last = WEIGHT if any(kind == WEIGHT for kind, _ in self.orders[rank]) else BACKWARD
         for kind, _ in self.orders[rank]:
-            held += (kind == FORWARD) - (kind == BACKWARD)
+            held += (kind == FORWARD) - (kind == last)
             most = max(most, held)
         return most
 

@@ -29,7 +29,7 @@ from anabranch.cluster.elastic.execution import Batch, StepSettings, check_batch
 from anabranch.cluster.elastic.fingerprint import told
 from anabranch.cluster.elastic.links import CalledAwayError, LinkPool
 from anabranch.cluster.elastic.member import Member
-from anabranch.cluster.elastic.planner import Policy, check_runs
+from anabranch.cluster.elastic.planner import Policy
 from anabranch.cluster.elastic.saving import read_slices, remove_others, write_manifest, write_slices
 from anabranch.cluster.elastic.snapshots import Snapshots
 from anabranch.cluster.elastic.state import (
@@ -136,8 +136,6 @@ class ElasticTrainer:
     ) -> None:
         self._layers = list(layers)
         check_layers(self._layers)
-        if policy is not None:
-            check_runs(policy)
         for name, number in (
             ("global_batch", global_batch), ("micro_batches", 1 if micro_batches is None else micro_batches), ("block", block),
             ("snapshot_copies", snapshot_copies + 1),

@@ -8,6 +8,7 @@ adds those of parameters (`anabranch.cluster.decoupled`).
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from anabranch.cluster.gpipe.buffers import BufferCopy, MovingBuffers
 from anabranch.cluster.gpipe.micro_batches import map_tensors, tensors_of
 from anabranch.cluster.gpipe.skips import Area, Route, works_in_place
 from anabranch.cluster.keyed_random import KeyedDropout, drawing, place_of, random_key
-from anabranch.cluster.saved_bytes import Held, SavedBytes
+from anabranch.cluster.saved_bytes import Held, SavedBytes, SavedTensor
 from anabranch.errors import InputError
 
 __all__ = ["Borrowing", "Chunk", "Gradients", "StepKey", "is_recomputing"]
@@ -86,6 +87,8 @@ class _Kept:
     # Gradients of weights, where they are work of their own, and the kind of device that they are made on.
     later: Later | None = None
     device: str = "cpu"
+    # What autograd keeps of it, where that is of account.
+    saved: "list[weakref.ref[SavedTensor]]" = field(default_factory=list)
 
 
 class Chunk:
@@ -100,6 +103,7 @@ class Chunk:
         meter: counts what is kept between forward and backward; None for no count.
         draws: whether layers draw random numbers; None to find out.
         is_exact: whether a forward that will be done again is run as if it were not.
+        puts_off: whether gradients of weights are work of their own: `backward` leaves them to `backward_weights`.
     """
 
     def __init__(
@@ -114,8 +118,9 @@ class Chunk:
         meter: SavedBytes | None = None,
         draws: bool | None = None,
         is_exact: bool = False,
+        puts_off: bool = False,
     ) -> None:
-        self.is_exact = is_exact
+        self.is_exact, self.puts_off = is_exact, puts_off
         self.layers, self.part, self.number = list(layers), part, number
         self.is_first, self.is_last = number == 0, number == num_chunks - 1
         self.imports = [route for route in routes if route.target == number != route.source]
@@ -124,6 +129,7 @@ class Chunk:
         self.statistics = DeferredStatistics.of(self.modules) if is_deferred else []
         self._buffers = MovingBuffers(self.modules)
         self.meter = meter
+        self._unread = SavedBytes()
         # Modules that draw as they are set; and whether a layer was seen to draw beside those, None until it has run in training.
         self._droppers = [
             [module for module in layer.modules() if isinstance(module, _DROPPERS)] for layer in self.layers
@@ -173,7 +179,7 @@ class Chunk:
             self._check_unchanged(entry, versions)
             # What would need a gradient cannot be told without a graph: all that can have one.
             return _as_sent(output, None), _as_sent(exports, None)
-        with torch.enable_grad(), self._counting(), self._watching():
+        with torch.enable_grad(), self._counting(), self._watching(kept):
             kept.output, kept.exports = self._run(entry, imports, key, micro_batch)
         kept.has_graph = True
         return _as_sent(kept.output, True), _as_sent(kept.exports, True)
@@ -187,7 +193,7 @@ class Chunk:
             # From here on autograd counts them.
             kept.held.release()
         deferred = untracked(statistics.module for statistics in self.statistics)
-        with torch.enable_grad(), deferred, self._buffers.as_before(kept.buffers), self._watching(), _recomputing():
+        with torch.enable_grad(), deferred, self._buffers.as_before(kept.buffers), self._watching(kept), _recomputing():
             kept.output, kept.exports = self._run(kept.entry, kept.imports, key, micro_batch)
         kept.buffers = []
         kept.has_graph = True
@@ -197,7 +203,7 @@ class Chunk:
     ) -> tuple[Tensor, Tensor]:
         """(what is to be differentiated, its value) of the last chunk: the micro-batch's part of the batch's loss."""
         kept = self._kept[micro_batch]
-        with torch.enable_grad(), self._watching():
+        with torch.enable_grad(), self._watching(kept):
             if weight == 0:
                 # A mean over nothing is NaN, and NaN times 0 is too.
                 loss = sum((tensor * 0).sum() for tensor in tensors_of(kept.output) if tensor.is_floating_point())
@@ -215,20 +221,14 @@ class Chunk:
         return loss, loss.detach()
 
     def backward(
-        self,
-        micro_batch: int,
-        gradients: Gradients,
-        skip_gradients: dict[str, Tensor | None],
-        *,
-        puts_off: bool = False,
+        self, micro_batch: int, gradients: Gradients, skip_gradients: dict[str, Tensor | None]
     ) -> tuple[Gradients, dict[str, Tensor | None]]:
-        """Gradients of the entry and of imported skips; those of parameters are added to theirs.
+        """Gradients of the entry and of imported skips; those of parameters are added to theirs, or put off.
 
         Args:
             micro_batch: its number; `prepare` has been called.
             gradients: of each tensor of the output.
             skip_gradients: of exported skips.
-            puts_off: leave those of parameters to `backward_weights`.
         """
         kept = self._kept[micro_batch]
         roots, with_respect = [], []
@@ -238,14 +238,12 @@ class Chunk:
             if tensor.requires_grad and gradient is not None:
                 roots.append(tensor)
                 with_respect.append(gradient)
-        return self._differentiate(micro_batch, roots, with_respect, puts_off)
+        return self._differentiate(micro_batch, roots, with_respect)
 
-    def backward_loss(
-        self, micro_batch: int, loss: Tensor, *, puts_off: bool = False
-    ) -> tuple[Gradients, dict[str, Tensor | None]]:
+    def backward_loss(self, micro_batch: int, loss: Tensor) -> tuple[Gradients, dict[str, Tensor | None]]:
         """As `backward`, of the last chunk."""
         roots = [loss] if loss.requires_grad else []
-        return self._differentiate(micro_batch, roots, [None] * len(roots), puts_off)
+        return self._differentiate(micro_batch, roots, [None] * len(roots))
 
     def backward_weights(self, micro_batch: int) -> None:
         """Add the gradients of parameters that `backward` put off."""
@@ -257,20 +255,29 @@ class Chunk:
 
     def exchange_gradients(self, does: bool) -> None:
         """Whether layers that are in shards (FSDP2) exchange gradients in the next backward: once a step, in its last one."""
+        for module in self._sharded():
+            module.set_requires_gradient_sync(does, recurse=False)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a layer is in shards (FSDP2)."""
+        return any(True for _ in self._sharded())
+
+    def _sharded(self) -> Iterator[FSDPModule]:
         borrowed = [part for layer in self.layers if isinstance(layer, Borrowing) for part in layer.parts()]
         for module in (*self.modules, *(module for part in borrowed for module in part.modules())):
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(does, recurse=False)
+                yield module
 
     def _differentiate(
-        self, micro_batch: int, roots: list[Tensor], gradients: Sequence[Tensor | None], puts_off: bool
+        self, micro_batch: int, roots: list[Tensor], gradients: Sequence[Tensor | None]
     ) -> tuple[Gradients, dict[str, Tensor | None]]:
         kept = self._kept[micro_batch]
-        if puts_off:
+        if self.puts_off:
             inputs = [*tensors_of(kept.entry), *kept.imports.values()]
             device = roots[0].device.type if roots else "cpu"
             with _without_autocast(device):
-                of_inputs, later = backward_of_inputs(roots, gradients, inputs, meter=self.meter)
+                of_inputs, later = backward_of_inputs(roots, gradients, inputs, meter=self.meter, saved=kept.saved)
             # What gradients of weights do not need is let go of here.
             self._kept[micro_batch] = _Kept(None, {}, later=later, device=device)
             of_skips = of_inputs[len(of_inputs) - len(kept.imports) :]
@@ -333,7 +340,9 @@ class Chunk:
                 stack.enter_context(statistics.counting())
         return stack
 
-    def _watching(self) -> Any:
+    def _watching(self, kept: _Kept) -> Any:
+        if self.puts_off:
+            return (self.meter or self._unread).watch(kept.saved)
         return nullcontext() if self.meter is None else self.meter.watch()
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from anabranch.cluster.gpipe.chunk import Chunk, StepKey
 from anabranch.cluster.gpipe.costs import By, layer_costs
@@ -160,7 +159,7 @@ class GPipe(nn.Module):
                         Chunk(
                             [model[number].to(device) if device is not None else model[number] for number in part],
                             part, routes, number_of, chunks, is_deferred=deferred_batch_norm, meter=meter, draws=draws,
-                            is_exact=is_exact,
+                            is_exact=is_exact, puts_off=self._table(1).has_weight_slots,
                         )
                         for number_of, part in enumerate(self.partition.parts)
                         if number_of % self._num_stages == stage
@@ -275,10 +274,10 @@ class GPipe(nn.Module):
         """
         sizes = self._sizes(x)
         table = self._table(len(sizes))
-        if table.has_weight_slots and any(isinstance(module, FSDPModule) for module in self.modules()):
+        if any(chunk.puts_off and chunk.is_sharded for stage in self._own_stages for chunk in stage.chunks):
             raise InputError(
-                f"schedule is {table.name!r}, and layers are in shards (FSDP2), whose gradients travel as soon as those of their inputs are "
-                "there; use gpipe, 1f1b or interleaved"
+                f"schedule is {table.name!r}, and layers are in shards (FSDP2), whose gradients travel as soon as those of their inputs "
+                "are there; use gpipe, 1f1b or interleaved"
             )
         batch = Batch(
             key=StepKey(self.seed, self.steps, tuple(first_row + start for start in _starts(sizes)), first_micro_batch),
@@ -290,7 +289,6 @@ class GPipe(nn.Module):
             weights=[size / sum(sizes) for size in sizes],
             loss_fn=loss_fn,
             after_backward=after_backward,
-            puts_off=table.has_weight_slots,
         )
         if self._owns(self.partition.num_layers - 1):
             try:

@@ -97,7 +97,6 @@ class Batch:
         outputs: of each micro-batch, in inference.
         problem: why the last stage cannot do its part.
         after_backward: told of each backward, when gradients of weights are there, with the layers that it was of.
-        puts_off: whether gradients of weights are work of their own, as the schedule says.
     """
 
     key: StepKey
@@ -110,7 +109,6 @@ class Batch:
     outputs: dict[int, Any] = field(default_factory=dict)
     problem: Exception | None = None
     after_backward: Callable[[int, Sequence[nn.Module]], None] | None = None
-    puts_off: bool = False
 
 
 class Stage:
@@ -229,10 +227,10 @@ class Stage:
             if (micro_batch, chunk.number) not in self._graphs:
                 self._loss(micro_batch, chunk, batch)
             loss = self._graphs.pop((micro_batch, chunk.number))
-            gradients, skips = chunk.backward_loss(micro_batch, loss, puts_off=batch.puts_off)
+            gradients, skips = chunk.backward_loss(micro_batch, loss)
         else:
-            gradients, skips = chunk.backward(micro_batch, gradients, skips, puts_off=batch.puts_off)
-        if batch.after_backward is not None and not batch.puts_off:
+            gradients, skips = chunk.backward(micro_batch, gradients, skips)
+        if batch.after_backward is not None and not chunk.puts_off:
             batch.after_backward(micro_batch, chunk.layers)
         return {
             address: [skips[address.name]] if address.kind == "skip gradient" else gradients
