@@ -113,7 +113,9 @@ def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layer
 
     def work(rank):
         try:
-            made = StageStep(Work(layout, rank, settings, schedule, [1.0] * 3), settings, layers_of(), wires.of(rank), 3)
+            made = StageStep(
+                Work(layout, rank, settings, schedule, [1.0] * 3), settings, layers_of(), wires.of(rank), 3
+            )
             made.run(batch(), lambda state: None)
             assert made.meter.now == 0
             found[rank] = made

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import elastic_ranks as ranks_of
-from anabranch.cluster.elastic import Coordinator, Layout, census, saving
+from anabranch.cluster.elastic import Coordinator, Layout, Policy, census, saving
 from anabranch.cluster.ranks import RankError
 from anabranch.testing import Ranks
 from elastic_ranks import SECRET, alone, train
@@ -110,6 +110,15 @@ def test_a_loss_in_any_state_changes_no_bit(whole, die):
     check_whole(found, host)
     same(found, whole)
     assert len(found) == 4 - len(die)
+
+
+def test_gradients_of_weights_that_come_later_change_no_bit_nor_does_a_loss_among_them(whole):
+    policy = Policy(schedule_names=("decoupled",))
+    found, host = run({1: ("weight", 5)}, coordinator={"policy": policy})
+    check_whole(found, host)
+    same(found, whole)
+    assert len(found) == 3
+    assert {one["status"]["plan"]["schedule"] for one in found} == {"decoupled"}
 
 
 def streams_of(host):
