@@ -4,12 +4,10 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from anabranch.cluster.elastic import Coordinator, ElasticTrainer, Grid, Layout, Memory, Policy, plan
+from anabranch.cluster.elastic import Grid, Layout, Memory, Policy, plan
 from anabranch.cluster.elastic.planner import cut_samples, frequencies
 from anabranch.cluster.elastic.stages import minimax, shortest
 from anabranch.cluster.elastic.timing import simulate_ranks
