@@ -233,6 +233,29 @@ def test_an_answer_does_not_wait_until_another_attempt_beside_it_is_written(leav
     run_paced(main())
 
 
+def test_another_attempt_beside_the_first_is_not_made_where_its_place_was_taken_while_it_was_written():
+    async def main():
+        asked = Asked(
+            group("m", latency_s=1.0), group("n", latency_s=50.0, shared={"max_in_flight": 1}),
+            hedge=True, hedge_samples=1, hedge_min_s=0.1, min_extra=100,
+        )  # fmt: skip
+        asked.dispatcher.groups["m"].hedge_whole.observe(0.1)
+        first, other = asked.lives
+        task = asked.ask(chat(), "m", "n")
+        await until_async(lambda: first.in_flight == 1)
+        async with asked.held():
+            await until_async(lambda: asked.writing == 1)
+            slow = asked.ask(chat(9), "n", sender="key:b")
+            await until_async(lambda: other.in_flight == 1)
+        report = await task
+        assert [one.deployment for one in report.attempts] == ["m-0"]
+        assert (other.in_flight, asked.dispatcher.budget.state(asked.now())["extra"]) == (1, 0)
+        slow.cancel()
+        await asyncio.wait((slow,))
+
+    run_paced(main())
+
+
 def test_a_large_request_is_asked_beside_the_first_once_it_is_written():
     async def main():
         asked = Asked(

@@ -129,10 +129,11 @@ class Asked:
         ):
             if is_asked and rate is None:
                 return field, what
-        for field in self.others if holds else (*self.others, *self.held):
-            is_end = field == _MOST_CALLS or field.endswith(_MOST_USES)
-            return field, None if is_end else OTHERS.get(field, "a tool that the provider runs")
-        return None
+        field = next(iter(self.others if holds else (*self.others, *self.held)), None)
+        if field is None:
+            return None
+        is_end = field == _MOST_CALLS or field.endswith(_MOST_USES)
+        return field, None if is_end else OTHERS.get(field, "a tool that the provider runs")
 
     def most(self, count: PromptCount, completion: int, context: int | None = None) -> Usage:
         """The most that one call may come to, and the rest as dear as it may be.

@@ -336,7 +336,8 @@ class Run:
                 writing.cancel()
             if first.done() or writing.exception() is not None or not self._is_free(other):
                 return None
-            return writing.result() if self.dispatcher.budget.take(now, sender=self.plan.sender) else None
+            may_ask = self.dispatcher.budget.take(self.dispatcher.now(), sender=self.plan.sender)
+            return writing.result() if may_ask else None
         return None
 
     def _started(self, sent: Outgoing, opening: Opening, is_hedge: bool = False) -> "asyncio.Future[Any]":
