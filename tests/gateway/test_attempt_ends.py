@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,28 @@ def test_who_wins_is_charged_what_was_told_and_says_that_all_is_well():
     # Counted against the deployment's limit are the prompt as the upstream told it, not the 7 tokens of before, and what came.
     assert case.live.tokens.at(case.now_s) == 3 + 4
     assert case.dispatcher.groups["m"].hedge_whole._seen[-1] == 2.0
+
+
+@pytest.mark.parametrize("ends", ["won", "lost", "left"])
+def test_an_answer_that_is_here_has_left_its_deployment_once(ends):
+    """Also in the counts of all processes; and one that was given up, and read on, has left already when it comes."""
+    case, left = Case(max_in_flight=2), []
+    case.dispatcher.rooms = SimpleNamespace(
+        leave=lambda *given: left.append(given), spent=lambda *given: None, corrected=lambda *given: None
+    )
+    attempt = case.attempt(place="7")
+    if ends == "left":
+        case.ends.lost(case.live, attempt, failed("timeout"))
+    case.ends.has_come(case.live, attempt)
+    for _ in range(2):
+        assert (case.live.in_flight, case.live.waiting, case.live._parts._counts, left) == (0, 0, {}, [("d", "7")])
+        if ends == "won":
+            case.ends.won(case.live, attempt, Usage(3, 5))
+        elif ends == "lost":
+            case.ends.lost(case.live, attempt, failed("garbage"))
+        ends = ""
+    # Nobody waits for what is read.
+    assert not case.live.is_silent(case.now_s + 1e6)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -129,11 +129,11 @@ class Asked:
         ):
             if is_asked and rate is None:
                 return field, what
-        field = next(iter(self.others if holds else (*self.others, *self.held)), None)
-        if field is None:
+        others = self.others if holds else (*self.others, *self.held)
+        if not others:
             return None
-        is_end = field == _MOST_CALLS or field.endswith(_MOST_USES)
-        return field, None if is_end else OTHERS.get(field, "a tool that the provider runs")
+        is_end = others[0] == _MOST_CALLS or others[0].endswith(_MOST_USES)
+        return others[0], None if is_end else OTHERS.get(others[0], "a tool that the provider runs")
 
     def most(self, count: PromptCount, completion: int, context: int | None = None) -> Usage:
         """The most that one call may come to, and the rest as dear as it may be.
