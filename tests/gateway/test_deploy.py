@@ -71,6 +71,71 @@ def test_the_image_is_made_of_what_is_there():
             assert (DEPLOY.parent / name).exists(), name
 
 
+@pytest.fixture
+def build(tmp_path):
+    """Runs the script that builds the image where there is nothing but the builders given: their names, and the first word they fail at."""
+    bash, called = shutil.which("bash"), tmp_path / "called"
+    if bash is None:
+        pytest.skip("needs bash")
+
+    def run(builders, *words, **variables):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        called.write_text("")
+        for name, fails_at in builders.items():
+            fake = folder / name
+            fake.write_text(f'#!{bash}\necho "{name} $*" >> "{called}"\n[ "$1" != "{fails_at}" ]\n')
+            fake.chmod(0o755)
+        environment = {"PATH": str(folder), **variables}
+        done = subprocess.run(
+            [bash, str(DEPLOY / "build-image.sh"), *words], capture_output=True, text=True, timeout=60, check=False,
+            env=environment, cwd=tmp_path,
+        )  # fmt: skip
+        return done, called.read_text().splitlines()
+
+    return run
+
+
+def test_an_image_is_built_and_started_by_the_first_builder_that_works(build):
+    done, called = build({"podman": "info", "docker": ""}, "of-ours")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert called == [
+        "podman info", "docker info", "docker build -f deploy/Containerfile -t of-ours .", "docker run --rm of-ours --help",
+    ]  # fmt: skip
+    assert done.stdout == "built of-ours with docker, and its gateway starts\n"
+    _, called = build({"podman": ""})
+    assert called[1:] == [
+        "podman build -f deploy/Containerfile -t anabranch-gateway .", "podman run --rm anabranch-gateway --help",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["build", "run"])
+def test_what_is_not_built_or_does_not_start_is_no_image(build, word):
+    done, called = build({"podman": word})
+    assert done.returncode == 1
+    assert called[-1].startswith(f"podman {word} ")
+    assert done.stdout == ""
+
+
+def test_without_a_builder_the_image_is_skipped_and_it_says_so(build):
+    done, _ = build({})
+    assert (done.returncode, done.stdout) == (77, "")
+    assert done.stderr == "skipped: neither podman nor docker works here, so no image was built\n"
+    done, called = build({"podman": ""}, BUILDER="buildah")
+    assert (done.returncode, called) == (77, [])
+    assert "buildah works here" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_image_is_built_where_something_can():
+    script = DEPLOY / "build-image.sh"
+    done = subprocess.run([str(script), "anabranch-test"], capture_output=True, text=True, timeout=1700, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_services_of_the_compose_file_know_each_other(right):
     made = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     gateway, database = made["services"]["gateway"], made["services"]["postgres"]
