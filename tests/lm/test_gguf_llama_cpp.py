@@ -1,5 +1,6 @@
 """GGUF files of every architecture continue as in llama.cpp: tokens and their probabilities. Left out without its package xllamacpp.
 
+`make test-peers` installs it and runs them, or by hand:
 pip install --no-deps --target llama xllamacpp && PYTHONPATH=src:llama python -m pytest -m slow tests/lm/test_gguf_llama_cpp.py
 """
 
