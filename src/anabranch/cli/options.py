@@ -59,7 +59,7 @@ ExpertBudget = Annotated[
     typer.Option(
         "--expert-budget",
         metavar="SIZE",
-        help="Memory for experts, such as 2GiB; the others are loaded on demand. Default: all in memory.",
+        help="Memory for experts, such as 2GiB; the others are loaded on demand (on CUDA experimental). Default: all in memory.",
     ),
 ]
 Memory = Annotated[

@@ -58,7 +58,8 @@ def serve(
             metavar="N",
             min=1,
             max=256,
-            help="Processes that share the port and the store. Budgets stay exact; rates, breakers and caches are of each process.",
+            help="Processes that share the port and the store. Budgets stay exact; rates, breakers and caches are of each process, unless "
+            "[shared] of the config names a Redis.",
         ),
     ] = 1,
     check: Annotated[
