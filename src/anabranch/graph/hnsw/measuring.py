@@ -3,7 +3,7 @@
 They are written in LLVM's vector types, 16 lanes wide, with four sums. LLVM splits them where registers are narrower, so that a machine
 without AVX-512 runs the same code. Loops in Python vectorise too, but their rests of fewer than 64 elements run one by one. Rows that are
 measured side by side do not wait for each other's sums: a search that decides after every one goes the wrong way now and then, and loses
-what it has begun with the next.
+what it has begun with the next. How much faster that is than loops left to numba was not measured.
 """
 # Shapes: widths are counts of elements, padded with zeros to whole lines of 64 bytes
 

@@ -135,7 +135,10 @@ class PageRank(Estimator):
         *,
         prepared: bool = False,
     ) -> int:
-        """Bytes that a query by ``auto`` holds at most beside the graph, before it is prepared or after; see the formula of the class."""
+        """Bytes of arrays that a query by ``auto`` holds at most beside the graph, before it is prepared or after (formula: see the class).
+
+        The system may count more: up to 1.14 times as much in ``benchmarks/ppr.py``, at the first query of a directed graph.
+        """
         num_nodes = whole("num_nodes", num_nodes, 0)
         num_stored_edges = whole("num_stored_edges", num_stored_edges, 0)
         is_directed, prepared = check_flag("is_directed", is_directed), check_flag("prepared", prepared)
