@@ -413,3 +413,47 @@ def test_edges_of_several_kinds_are_called_as_they_are_written(tmp_path, text, n
     found = graph.names.tolist()
     assert found == names
     assert {(found[source], found[target]) for source, target in zip(*graph_ends(graph), strict=True)} == edges
+
+
+# Of what is in a table beside its ends, some is called as ends are elsewhere.
+HEADERS = {
+    "i,j,v": (0, 1),
+    "user,item,start": (0, 1),
+    "a,b,end": (0, 1),
+    "u,v,w": (0, 1),
+    "u,v,time": (0, 1),
+    "v,u": (1, 0),
+    "start,end,weight": (0, 1),
+    "id,source,destination": (1, 2),
+    "No.,Time,Source,Destination": (2, 3),
+    "year,source,dest": (1, 2),
+    "receiver,sender,year": (1, 0),
+    "dest,source": (1, 0),
+    "friend,source": (1, 0),
+    "weight,friend,source": (2, 1),
+    # Nobody can tell.
+    "a,b,start,end": None,
+    "year,source,friend": None,
+    "source,a,b": None,
+    "source,day,end": None,
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_what_is_called_as_ends_are_is_an_end_or_asked_for(tmp_path, header):
+    """One word was enough: the matrix i,j,v was read as the edges i,v turned round, and a number of rows as a source."""
+    path, ends = tmp_path / "t.csv", HEADERS[header]
+    row = ["5", "6", "7", "8"][: header.count(",") + 1]
+    path.write_text(f"{header}\n{','.join(row)}\n")
+    graph = GRAPH_OF["numbers"]
+    for read in (lambda: read_edges(str(path), graph)[:2], lambda: _only_edge(read_graph(path, directed=True))):
+        if ends is None:
+            with pytest.raises(DataError, match="are source and target"):
+                read()
+        else:
+            assert [int(end[0]) for end in read()] == [int(row[place]) for place in ends]
+
+
+def _only_edge(graph):
+    [source], [target] = graph_ends(graph)
+    return graph.names_of([source]), graph.names_of([target])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch.cli.graph.files import NAMES, read_cells
 from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
 from anabranch.errors import DataError, InputError
-from anabranch.graph.formats.columns import SOURCES, TARGETS, WEIGHTS, called, is_index
+from anabranch.graph.formats.columns import SOURCES, TARGETS, WEIGHTS, called, is_index, known_ends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,7 +142,10 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
     if names is None:
         found = dict(zip(form.roles, range(count), strict=False))
     else:
-        found = {role: place for role, one in form.roles.items() if (place := called(names, one.words)) is not None}
+        by_name = {role: called(names, one.words) for role, one in form.roles.items()}
+        if len(form.nodes) > 1:
+            by_name |= dict(zip(form.nodes, known_ends(path, names), strict=True))
+        found = {role: place for role, place in by_name.items() if place is not None}
         missing = [role for role, one in form.roles.items() if one.is_needed and role not in found]
         free = [number for number in range(count) if number not in found.values()]
         bare = [number for number in free if not is_index(names[number])]

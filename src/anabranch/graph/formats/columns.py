@@ -6,28 +6,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anabranch.bounds import shown
-from anabranch.errors import InputError
+from anabranch.errors import DataError, InputError
 from anabranch.graph.checks import near_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SOURCES = (
-    "source",
-    "src",
-    "from",
-    "from_node",
-    "fromnode",
-    "from_id",
-    "u",
-    "node1",
-    "node_1",
-    "id1",
-    "head",
-    "start",
-    "citing",
+# Of ends of edges, in pairs.
+_ENDS = (
+    ("source", "target"),
+    ("src", "dst"),
+    ("from", "to"),
+    ("from_node", "to_node"),
+    ("fromnode", "tonode"),
+    ("from_id", "to_id"),
+    ("node1", "node2"),
+    ("node_1", "node_2"),
+    ("id1", "id2"),
+    ("citing", "cited"),
+    ("origin", "destination"),
+    ("sender", "receiver"),
+    ("source", "dest"),
 )
-TARGETS = ("target", "dst", "to", "to_node", "tonode", "to_id", "v", "node2", "node_2", "id2", "tail", "end", "cited")
+# Other things are called so too: matrices have values v, times have a start and an end.
+_UNSURE = (("u", "v"), ("head", "tail"), ("start", "end"))
+SOURCES, TARGETS = (tuple(dict.fromkeys(words)) for words in zip(*_ENDS, *_UNSURE, strict=True))
 WEIGHTS = ("weight", "weights", "w", "edge_weight", "strength")
 
 
@@ -61,16 +64,48 @@ def _others(names: Sequence[str], taken: set[int | None], wanted: int) -> list[i
     return bare if len(bare) >= wanted else free
 
 
+def known_ends(path: Path | str, names: Sequence[str]) -> tuple[int | None, int | None]:
+    """Numbers of the columns of source and target by what they are called; None for one that is not known, and stands by its place.
+
+    Words that mean other things too count where both are there and nothing else may be an end before them. Where one end is known and it is
+    not plain which column is the other, nobody can tell.
+
+    Raises DataError where nobody can.
+    """
+    places = [called(names, words) for words in (SOURCES, TARGETS)]
+    low = [name.strip().lower() for name in names]
+    unsure = [place is not None and any(low[place] in pair for pair in _UNSURE) for place in places]
+    free = [number for number, name in enumerate(low) if not is_index(names[number]) and name not in WEIGHTS]
+    if None not in places and (not any(unsure) or set(free[:2]) == set(places)):
+        return places[0], places[1]
+    if all(place is None or is_unsure for place, is_unsure in zip(places, unsure, strict=True)) and None in places:
+        return None, None
+    sure = [None if is_unsure else place for place, is_unsure in zip(places, unsure, strict=True)]
+    rest = [number for number in free if number not in sure]
+    if sure != [None, None] and len(rest) == 1:
+        return tuple(rest[0] if place is None else place for place in sure)  # type: ignore[return-value]
+    if sure != [None, None] and not rest:
+        return sure[0], sure[1]
+    raise DataError(
+        f"{path}: which of its columns {', '.join(map(repr, names)):.200} are source and target? Call them that, or say which they are"
+    )
+
+
 def chosen_ends(
     path: Path | str, source: Column, target: Column, names: Sequence[str] | None, count: int
 ) -> tuple[int, int]:
     """Numbers of the columns of source and target, where whoever asks may have said one or both.
 
-    Raises InputError for a column that there is not, or one that is both.
+    Raises InputError for a column that there is not, or one that is both; DataError as `known_ends`.
     """
     known = names or [str(number) for number in range(count)]
-    first = column_of(path, source, names, count, called(known, SOURCES))
-    second = column_of(path, target, names, count, called(known, TARGETS))
+    by_name = (
+        known_ends(path, known)
+        if source is None and target is None
+        else [called(known, words) for words in (SOURCES, TARGETS)]
+    )
+    first = column_of(path, source, names, count, by_name[0])
+    second = column_of(path, target, names, count, by_name[1])
     if first is not None and first == second:
         if source is not None and target is not None:
             raise InputError(f"source and target are both column {names[first] if names else first} of {path}")
