@@ -312,7 +312,7 @@ def test_vectors_are_read_by_name_as_they_are_written_or_refused(tmp_path, kind,
         try:
             found = read_vectors(path)
         except DataError:
-            assert how not in CLEAR, (how, text)
+            assert how not in CLEAR or how == "as fractions", (how, text)
             continue
         if "R writes large" in how or (
             kind in ("numbers", "padded")
@@ -403,7 +403,8 @@ def test_a_series_calls_its_rows_by_their_nodes(tmp_path):
         ("source,target,kind\n007,8,a\n7,9,a\n", ["007", "7", "8", "9"], {("007", "8"), ("7", "9")}),
         ("source,target,kind\n1,p1,a\n2,1,a\n", ["1", "2", "p1"], {("1", "p1"), ("2", "1")}),
         (",a,b,kind\n0,5,6,x\n1,6,7,x\n", [5, 6, 7], {(5, 6), (6, 7)}),
-        ("source,target,kind\n5.0,6,01\n6.0,7,1\n", [5, 6, 7], {(5, 6), (6, 7)}),
+        ("source,target,kind\n5, 6,01\n6, 7,1\n", [5, 6, 7], {(5, 6), (6, 7)}),
+        ("source, target, kind\nann, bob, x\nbob, cy, x\n", ["ann", "bob", "cy"], {("ann", "bob"), ("bob", "cy")}),
     ],
 )
 def test_edges_of_several_kinds_are_called_as_they_are_written(tmp_path, text, names, edges):
@@ -431,7 +432,12 @@ HEADERS = {
     "dest,source": (1, 0),
     "friend,source": (1, 0),
     "weight,friend,source": (2, 1),
+    "from,to,source": (0, 1),
+    "source,target,from": (0, 1),
+    "source,target,from,to": (0, 1),
     # Nobody can tell.
+    "from,to,src,dst": None,
+    "from,source,target_id,to_id": None,
     "a,b,start,end": None,
     "year,source,friend": None,
     "source,a,b": None,
@@ -457,3 +463,33 @@ def test_what_is_called_as_ends_are_is_an_end_or_asked_for(tmp_path, header):
 def _only_edge(graph):
     [source], [target] = graph_ends(graph)
     return graph.names_of([source]), graph.names_of([target])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("source,target,kind\n5.0,6,x\n", "'source' has whole numbers that are written as '5.0' is"),
+        ("source,target,kind\nann,,x\n", "row 0: an empty cell"),
+        ("source,target,kind\nann,bob,x\n,bob,x\n", "row 1: an empty cell"),
+    ],
+)
+def test_cells_of_edges_of_several_kinds_that_call_no_node_are_told(tmp_path, text, says):
+    (tmp_path / "e.csv").write_text(text)
+    with pytest.raises(DataError, match=says):
+        open_typed(str(tmp_path / "e.csv"), "kind", None, "edges", directed=True, columns=None, quiet=True)
+
+
+def test_a_matrix_is_no_table_of_edges(tmp_path):
+    """Its first two columns were taken for ends."""
+    path = tmp_path / "m.csv"
+    path.write_text(",ann,bob,cy\nann,0,1,0\nbob,1,0,1\ncy,0,1,0\n")
+    with pytest.raises(DataError, match="is a matrix whose rows are called as its columns"):
+        read_edges(str(path), GRAPHS["named"])
+    with pytest.raises(DataError, match="is a matrix whose rows are called as its columns"):
+        read_graph(path)
+
+
+def test_two_columns_that_may_be_the_label_are_refused(tmp_path):
+    (tmp_path / "l.csv").write_text("Id,Label,modularity_class,class\n5,five,0,red\n")
+    with pytest.raises(DataError, match="which of 'Label', 'class' is the label"):
+        read_labels(str(tmp_path / "l.csv"), GRAPHS["numbered"])

@@ -258,7 +258,7 @@ def test_vectors_whose_table_says_their_ids_are_moved(facts, ids, ending):
 @pytest.mark.parametrize("name", ["v.csv", "v.tsv", "v.parquet", "v.npz"])
 def test_names_come_back_as_they_were(tmp_path, name):
     """007 came back as 7, true as True, and a time with seconds."""
-    names = ["007", "1e5", "true", "12:30", "2020-01-01 10:00", "nan"]
+    names = ["007", "1e5", "true", "12:30", "2020-01-01 10:00", "1.0"]
     vectors = Vectors(np.eye(6, 2, dtype=np.float32), np.array(names, object))
     write_vectors(tmp_path / name, vectors)
     found = read_vectors(tmp_path / name)
@@ -281,3 +281,23 @@ def test_a_data_frames_index_is_no_number_of_a_vector(tmp_path):
     for name in ("v.parquet", "v.csv"):
         found = read_vectors(tmp_path / name)
         assert (found.names.tolist(), found.array.tolist()) == ([7, 8], [[0.5], [0.25]])
+
+
+def test_names_of_vectors_are_one_column_without_blanks(tmp_path):
+    path = tmp_path / "v.csv"
+    path.write_text("x0, node\n.5, ann\n.25, bob\n")
+    found = read_vectors(path)
+    assert (found.names.tolist(), found.array.tolist()) == (["ann", "bob"], [[0.5], [0.25]])
+    path.write_text("node,x0\n1.0,.5\n2.0,.25\n")
+    # The numbers 1 and 2, or these words.
+    with pytest.raises(DataError, match="'node' has whole numbers that are written as '1.0' is"):
+        read_vectors(path)
+    path.write_text("node,x0\n1.0,.5\n2.1,.25\n")
+    assert read_vectors(path).names.tolist() == ["1.0", "2.1"]
+    for name in ("v.csv", "v.parquet"):
+        if name == "v.csv":
+            path.write_text("id,name,x0\n17,ann,.5\n")
+        else:
+            pq.write_table(pa.table({"id": [17], "name": ["ann"], "x0": [0.5]}), tmp_path / name)
+        with pytest.raises(DataError, match="which of 'id', 'name' calls the rows"):
+            read_vectors(tmp_path / name)

@@ -61,8 +61,9 @@ def read_arrow(path: str | Path, as_text: AsText | None = None) -> Any:
         table = _read_text(path, delimiter)
         has_names = _names_columns(table, path, delimiter)
         kept = table if has_names else _read_text(path, delimiter, has_names=False)
-        chosen = [] if as_text is None else as_text(kept)
-        return _read_text(path, delimiter, has_names=has_names, texts=chosen) if chosen else kept
+        chosen = [] if as_text is None else as_text(_bare(kept))
+        texts = [name for name in kept.column_names if name.strip() in chosen]
+        return _bare(_read_text(path, delimiter, has_names=has_names, texts=texts) if texts else kept)
 
     return _read(Path(path), read)
 
@@ -134,6 +135,11 @@ def _plain(table: Any) -> Any:
         if kind != field.type:
             table = table.set_column(number, field.name, table.column(number).cast(kind))
     return table
+
+
+def _bare(table: Any) -> Any:
+    """Its columns are called without the blanks that hands write behind commas."""
+    return table.rename_columns([name.strip() for name in table.column_names])
 
 
 def _read_text(path: Path, delimiter: str, *, has_names: bool = True, texts: list[str] | None = ()) -> Any:  # type: ignore[assignment]

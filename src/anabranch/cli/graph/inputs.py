@@ -11,7 +11,7 @@ from anabranch.cli.graph.files import read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
-from anabranch.graph.formats.columns import as_names, chosen_ends
+from anabranch.graph.formats.columns import are_fractions, as_names, chosen_ends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,9 +107,18 @@ def _typed_table(source: str, relation: str) -> Any:
 
     table = read_arrow(source, lambda table: [*ends(table), *{relation} & {*table.column_names}])
     called = {name: as_names(table[name]) for name in ends(table)}
+    for name, column in called.items():
+        cells = column.to_pylist()
+        row = next((row for row, cell in enumerate(cells) if cell in (None, "")), None)
+        if row is not None:
+            raise DataError(f"{source}, row {row}: an empty cell")
+        if are_fractions(cells):
+            raise DataError(
+                f"{source}: {name!r} has whole numbers that are written as {cells[0]!r} is; write them as 5"
+            )
     if len({column.type for column in called.values()}) > 1:
         # Numbers in one column only: 1 and '1' would be two nodes.
-        called = {name: table[name].cast("string") for name in called}
+        called = {name: column.cast("string") for name, column in called.items()}
     for name, column in called.items():
         table = table.set_column(table.column_names.index(name), name, column)
     return table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch.cli.graph.files import NAMES, read_cells
 from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
 from anabranch.errors import DataError, InputError
-from anabranch.graph.formats.columns import SOURCES, TARGETS, WEIGHTS, called, is_index, known_ends
+from anabranch.graph.formats.columns import SOURCES, TARGETS, WEIGHTS, called, is_index, is_matrix, known_ends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,6 +89,8 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
     names = cells.names
     if names is None:
         lines = cells.first_lines
+        if len(lines) > 1 and is_matrix(*lines):
+            raise DataError(f"{path} is a matrix whose rows are called as its columns; {form.what} are a table")
         names = [cell.strip() for cell in lines[0]] if _is_header(path, form, graph, lines) else None
         cells = cells.below(names)
     places = _places(path, form, names, cells.table)
@@ -142,9 +144,10 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
     if names is None:
         found = dict(zip(form.roles, range(count), strict=False))
     else:
-        by_name = {role: called(names, one.words) for role, one in form.roles.items()}
+        by_name: dict[str, int | None] = {}
         if len(form.nodes) > 1:
             by_name |= dict(zip(form.nodes, known_ends(path, names), strict=True))
+        by_name |= {role: _named(path, role, one, names) for role, one in form.roles.items() if role not in by_name}
         found = {role: place for role, place in by_name.items() if place is not None}
         missing = [role for role, one in form.roles.items() if one.is_needed and role not in found]
         free = [number for number in range(count) if number not in found.values()]
@@ -161,6 +164,16 @@ def _places(path: str, form: Form, names: list[str] | None, table: pa.Table) -> 
             f"{path} has {count} column(s) and none of {short[0]}; {form.what} are a table of {' and '.join(needed)}"
         )
     return found
+
+
+def _named(path: str, role: str, one: Role, names: list[str]) -> int | None:
+    """The column that is called as a role is. Raises DataError for several."""
+    found = [number for number, name in enumerate(names) if name.strip().lower() in one.words]
+    if len(found) > 1:
+        raise DataError(
+            f"{path}: which of {', '.join(repr(names[number]) for number in found)} is the {role}? Leave the others out"
+        )
+    return found[0] if found else None
 
 
 def _ask(path: str, form: Form, names: list[str], table: pa.Table, found: Mapping[str, int]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from anabranch.cli.graph.files import DAMAGED, NAMES, open_array, read_arrow
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.beside import new_file
-from anabranch.graph.formats.columns import as_names, called, is_index
+from anabranch.graph.formats.columns import are_fractions, as_names, is_index
 
 WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
 
@@ -128,8 +128,8 @@ def _index(path: Path) -> Vectors:
 
 
 def _table(path: Path) -> Vectors:
-    table = read_arrow(path, lambda table: [name for name in [_names_of(table)] if name is not None])
-    names = _names_of(table)
+    table = read_arrow(path, lambda table: [name for name in [_names_of(table, path)] if name is not None])
+    names = _names_of(table, path)
     # Beside names the number of a row says nothing.
     rest = [name for name in table.column_names if name != names and not (names is not None and is_index(name))]
     if not rest:
@@ -145,22 +145,24 @@ def _table(path: Path) -> Vectors:
     if names is None:
         return Vectors(found)
     # Text of Parquet is text, also where it looks like numbers.
-    called_as = table[names] if path.suffix == ".parquet" else as_names(table[names])
+    called_as = table[names] if path.suffix == ".parquet" else as_names(table[names], is_float=is_index(names))
     named = _row_names(called_as, names, path)
     is_number = named.dtype.kind in "iu" and np.array_equal(named, np.arange(len(named)))
     return Vectors(found, None if is_number else named, is_named=True)
 
 
-def _names_of(table: Any) -> str | None:
-    """The column that calls the rows: one called so, else the last of a data frame's index, else a first one of text."""
+def _names_of(table: Any, path: Path) -> str | None:
+    """The column that calls the rows: one called so, else the last of a data frame's index, else a first one of text. Raises DataError."""
     import pyarrow as pa
 
     if table.num_columns < 2:
         return next((name for name in table.column_names if name.lower() in NAMES), None)
-    said = called(table.column_names, NAMES)
+    said = [name for name in table.column_names if name.lower() in NAMES]
     index = [name for name in table.column_names if is_index(name)]
-    if said is not None:
-        return table.column_names[said]
+    if len(said) > 1:
+        raise DataError(f"{path}: which of {', '.join(map(repr, said))} calls the rows? Leave the others out")
+    if said:
+        return said[0]
     if index:
         return index[-1]
     kind = table.schema.field(0).type
@@ -195,6 +197,10 @@ def _row_names(column: Any, name: str, path: Path) -> np.ndarray:
     cells = column.to_pylist()
     if "" in cells:
         raise DataError(f"{path}, row {cells.index('')}: {name!r} is empty")
+    if are_fractions(cells):
+        raise DataError(
+            f"{path}: {name!r} has whole numbers that are written as {cells[0]!r} is; write them as 5, or text in Parquet"
+        )
     return np.array(cells, object)
 
 

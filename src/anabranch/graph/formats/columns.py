@@ -72,8 +72,13 @@ def known_ends(path: Path | str, names: Sequence[str]) -> tuple[int | None, int 
 
     Raises DataError where nobody can.
     """
-    places = [called(names, words) for words in (SOURCES, TARGETS)]
     low = [name.strip().lower() for name in names]
+    whole = [pair for pair in _ENDS if set(pair) <= set(low)]
+    if len(whole) == 1 or whole[:1] == [_ENDS[0]]:
+        return low.index(whole[0][0]), low.index(whole[0][1])
+    places = [called(names, words) for words in (SOURCES, TARGETS)]
+    if any(sum(name in words for name in low) > 1 for words in (SOURCES, TARGETS)):
+        raise _either(path, names)
     unsure = [place is not None and any(low[place] in pair for pair in _UNSURE) for place in places]
     free = [number for number, name in enumerate(low) if not is_index(names[number]) and name not in WEIGHTS]
     if None not in places and (not any(unsure) or set(free[:2]) == set(places)):
@@ -86,9 +91,18 @@ def known_ends(path: Path | str, names: Sequence[str]) -> tuple[int | None, int 
         return tuple(rest[0] if place is None else place for place in sure)  # type: ignore[return-value]
     if sure != [None, None] and not rest:
         return sure[0], sure[1]
-    raise DataError(
+    raise _either(path, names)
+
+
+def _either(path: Path | str, names: Sequence[str]) -> DataError:
+    return DataError(
         f"{path}: which of its columns {', '.join(map(repr, names)):.200} are source and target? Call them that, or say which they are"
     )
+
+
+def is_matrix(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether two lines begin a matrix of a data frame, whose rows are called as its columns are, and no table of edges."""
+    return len(first) > 2 and is_index(first[0]) and len(first) == len(second) and second[0].strip() == first[1].strip()
 
 
 def chosen_ends(
@@ -133,19 +147,25 @@ def column_of(
     return int(given)
 
 
-def as_names(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    """A column of names as it is written: whole numbers where all of it are, as they are written (5, or 5.0 from a data frame; not 007).
+def are_fractions(cells: "Sequence[object]") -> bool:
+    """Whether all of these are whole numbers that are written as fractions, as data frames do: 5.0, of which nobody can tell if it is 5."""
+    return all(isinstance(cell, str) and re.fullmatch(r"-?[0-9]+\.0+", cell) for cell in cells)
 
-    Columns of another type than text are as they come.
+
+def as_names(column: "pa.ChunkedArray", *, is_float: bool = False) -> "pa.ChunkedArray":
+    """A column of names as it is written, without blanks around them: whole numbers where all of it are as one writes them (not 007).
+
+    Columns of another type than text are as they come. ``is_float``: 5.0 is a whole number too, as in the index of a data frame.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if not pa.types.is_string(column.type) or not len(column):
         return column
-    if not pc.all(pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]{0,19})(\.0+)?$"), skip_nulls=False).as_py():
+    column = pc.utf8_trim_whitespace(column)
+    whole = pc.replace_substring_regex(column, r"\.0+$", "") if is_float else column
+    if not pc.all(pc.match_substring_regex(whole, r"^(0|-?[1-9][0-9]{0,19})$"), skip_nulls=False).as_py():
         return column
-    whole = pc.replace_substring_regex(column, r"\.0+$", "")
     for kind in (pa.int64(), pa.uint64()):
         try:
             return whole.cast(kind)

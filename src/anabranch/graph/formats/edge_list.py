@@ -15,7 +15,16 @@ from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.checks import weight_problem
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.columns import WEIGHTS, Column, called, chosen_ends, column_of, is_index, names_ends
+from anabranch.graph.formats.columns import (
+    WEIGHTS,
+    Column,
+    called,
+    chosen_ends,
+    column_of,
+    is_index,
+    is_matrix,
+    names_ends,
+)
 from anabranch.graph.formats.lines import (
     WHITESPACE,
     Fields,
@@ -230,6 +239,10 @@ def _layout(path: Path, rules: Rules, dialect: Dialect, lines: list[int], texts:
             f"{len(first)} field, where an edge needs two (split at {mark}; `delimiter` says what else)",
         )
     has_header = _has_header(rows, dialect) if dialect.header is None and not noted else bool(dialect.header)
+    if dialect.header is None and len(rows) > 1 and is_matrix(first, [text for text, _ in rows[1]]):
+        raise DataError(
+            f"{path} is a matrix whose rows are called as its columns; edges are a table of source and target"
+        )
     names = first if has_header else None
     columns = _columns(path, dialect, names, len(first), lines[0])
     sample = rows[1] if has_header and len(rows) > 1 else rows[0]

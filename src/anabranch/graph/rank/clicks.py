@@ -78,14 +78,13 @@ def _read_file(path: Path, columns: tuple[str, str, str]) -> Any:
             return parquet.read_table(path, columns=[c for c in columns if c in parquet.read_schema(path).names])
         if name.endswith((".csv", ".tsv")):
             separator = "\t" if name.endswith(".tsv") else ","
-            text = dict.fromkeys(columns[1:], pa.string())
+            text = dict.fromkeys(columns, pa.string())
             options = csv.ConvertOptions(
                 column_types=text, strings_can_be_null=True, quoted_strings_can_be_null=False, null_values=[""]
             )
             table = csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=separator), convert_options=options)
-            item = columns[2]
-            if item in table.column_names:
-                table = table.set_column(table.column_names.index(item), item, as_names(table[item]))
+            for name in {columns[0], columns[2]} & {*table.column_names}:
+                table = table.set_column(table.column_names.index(name), name, as_names(table[name]))
             return table
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read clicks from {path}: {first_line(error)}") from error
