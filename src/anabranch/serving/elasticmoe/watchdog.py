@@ -82,7 +82,8 @@ class Watchdog:
     def _run(self) -> None:
         wait_s = self._patience_s / 4
         while not self._is_over.wait(wait_s):
-            wait_s = min(self._patience_s / 4, self._look())
+            # Not so short that a clock of floats would stand still.
+            wait_s = min(self._patience_s / 4, max(self._look(), self._patience_s * 1e-6))
 
     def _look(self) -> float:
         """Ask those that have answered once more, end those that are too late; gives the seconds until the next one would be."""
