@@ -363,7 +363,7 @@ def test_whole_numbers_are_read_exactly(tmp_path):
     path.write_text(f"source,target\n{2**63 + 1},5.0\n{2**53 + 1},5\n")
     assert read_edges(str(path), graph) == ([2**63 + 1, 2**53 + 1], [5, 5], None)
     path.write_text(f"source,target\n{float(2**60)!r},5\n")
-    with pytest.raises(DataError, match="written in a way that tells no whole numbers beyond 2\\^53 apart"):
+    with pytest.raises(DataError, match=r"written in a way that tells no whole numbers beyond 2\^53 apart"):
         read_edges(str(path), graph)
 
 
@@ -380,6 +380,9 @@ def test_what_is_no_whole_number_is_no_node(tmp_path, text):
         ("node,pagerank\n5,0.5\n", "is the column 'pagerank' a weight"),
         (",0\n5,0.5\n", "which of '', '0' are columns of node"),
         (",user,team\n3,5,6\n", "which of"),
+        ("node,weight\n5,1_0\n", "row 0: the weight '1_0' is not a number"),
+        ("O5,2\n6,2\n", "is its first line, O5,2,"),
+        (",2\n5,3\n6,2\n", "is its first line, ,2,"),
         ("node,weight\n5,nan\n", "row 0: the weight 'nan' is not a number"),
         ("node,weight\n5,\n", "row 0: an empty cell"),
         ("node\n", "has no rows"),
@@ -435,6 +438,8 @@ HEADERS = {
     "from,to,source": (0, 1),
     "source,target,from": (0, 1),
     "source,target,from,to": (0, 1),
+    "weight,a,b": (1, 2),
+    "u,w,x": (0, 2),
     # Nobody can tell.
     "from,to,src,dst": None,
     "from,source,target_id,to_id": None,

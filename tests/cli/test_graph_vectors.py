@@ -290,7 +290,7 @@ def test_names_of_vectors_are_one_column_without_blanks(tmp_path):
     assert (found.names.tolist(), found.array.tolist()) == (["ann", "bob"], [[0.5], [0.25]])
     path.write_text("node,x0\n1.0,.5\n2.0,.25\n")
     # The numbers 1 and 2, or these words.
-    with pytest.raises(DataError, match="'node' has whole numbers that are written as '1.0' is"):
+    with pytest.raises(DataError, match=r"'node' has whole numbers that are written as '1\.0' is"):
         read_vectors(path)
     path.write_text("node,x0\n1.0,.5\n2.1,.25\n")
     assert read_vectors(path).names.tolist() == ["1.0", "2.1"]
@@ -301,3 +301,11 @@ def test_names_of_vectors_are_one_column_without_blanks(tmp_path):
             pq.write_table(pa.table({"id": [17], "name": ["ann"], "x0": [0.5]}), tmp_path / name)
         with pytest.raises(DataError, match="which of 'id', 'name' calls the rows"):
             read_vectors(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", [",x0\n0,.5\n1,.25\n", '"","x0"\n"1",.5\n"2",.25\n'])
+def test_an_index_that_counts_rows_calls_none_of_them(tmp_path, text):
+    """`update` moved the vectors 0 and 1."""
+    (tmp_path / "v.csv").write_text(text)
+    found = read_vectors(tmp_path / "v.csv")
+    assert (found.names, found.is_named, found.array.tolist()) == (None, False, [[0.5], [0.25]])

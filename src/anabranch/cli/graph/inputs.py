@@ -11,7 +11,7 @@ from anabranch.cli.graph.files import read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
-from anabranch.graph.formats.columns import are_fractions, as_names, chosen_ends
+from anabranch.graph.formats.columns import are_fractions, as_names, chosen_ends, is_index
 
 if TYPE_CHECKING:
     import numpy as np
@@ -269,10 +269,14 @@ def read_items(path: str) -> list[Item]:
     """
     from anabranch.graph.rank import Item
 
-    table = read_arrow(path, lambda table: [name for name in table.column_names if name in _OF_ITEMS])
-    first = next((name for name in ("id", "item") if name in table.column_names), table.column_names[0])
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    ids = as_names(table[first]).to_pylist()
+    table = read_arrow(path, lambda table: [name for name in table.column_names if name.lower() in _OF_ITEMS])
+    names = [name.lower() for name in table.column_names]
+    first = next(
+        (name for name in ("id", "item") if name in names),
+        next((name for name in names if not is_index(name)), names[0]),
+    )
+    columns = {name: table.column(number).to_pylist() for number, name in enumerate(names)}
+    ids = as_names(table.column(names.index(first))).to_pylist()
     if not ids:
         raise DataError(f"{path} has no rows")
     found: dict[Any, Item] = {}

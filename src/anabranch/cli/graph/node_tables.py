@@ -91,7 +91,7 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
         lines = cells.first_lines
         if len(lines) > 1 and is_matrix(*lines):
             raise DataError(f"{path} is a matrix whose rows are called as its columns; {form.what} are a table")
-        names = [cell.strip() for cell in lines[0]] if _is_header(path, form, graph, lines) else None
+        names = [cell.strip() for cell in lines[0]] if _is_header(path, form, graph, lines, cells.table) else None
         cells = cells.below(names)
     places = _places(path, form, names, cells.table)
     found = {role: _cells(path, cells.table, place, form.roles[role], graph) for role, place in places.items()}
@@ -104,13 +104,15 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
     return found
 
 
-def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Sequence[str]]) -> bool:
+def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Sequence[str]], table: pa.Table) -> bool:
     """Whether the first line names the columns. Raises DataError where nobody can tell."""
     first = [cell.strip() for cell in lines[0]]
     if is_index(first[0]) and len(first) > 1:
         numbers = [cell for cell in first[1:] if _is_float(cell)]
         # As data frames write columns that have no names.
-        if not numbers or first[1:] == [str(number) for number in range(len(first) - 1)]:
+        words = any(called(first, form.roles[role].words) is not None for role in form.nodes)
+        is_counted = first[1:] == [str(number) for number in range(len(first) - 1)]
+        if is_counted or (not numbers and (words or not _comes_again(first, table))):
             return True
         raise _either(path, form, first)
     ends = first[: len(form.nodes)]
@@ -126,9 +128,20 @@ def _is_header(path: str, form: Form, graph: Graph | None, lines: Sequence[Seque
         return len(lines) > 1 and not _is_float(first[0]) and _is_float(lines[1][0])
     if any(_is_node(graph, cell) or (are_numbers(graph) and _is_float(cell)) for cell in ends):
         return False
-    if are_numbers(graph):
+    # A node that was typed wrong is no name of a column.
+    if are_numbers(graph) and not _comes_again(first, table):
         return True
     raise _either(path, form, first)
+
+
+def _comes_again(first: Sequence[str], table: pa.Table) -> bool:
+    """Whether a cell of the first line stands in its column once more, so that it is no name of that."""
+    import pyarrow.compute as pc
+
+    return any(
+        bool(cell) and pc.any(pc.equal(pc.utf8_trim_whitespace(table.column(number).slice(1)), cell)).as_py()
+        for number, cell in enumerate(first)
+    )
 
 
 def _either(path: str, form: Form, first: Sequence[str]) -> DataError:
@@ -240,7 +253,7 @@ def _trimmed(cells: list[str | None], graph: Graph | None) -> list[str | None]:
 
 def _number(path: str, row: int, cell: Any) -> float:
     try:
-        found = float(cell)
+        found = float("nan" if isinstance(cell, str) and "_" in cell else cell)
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):

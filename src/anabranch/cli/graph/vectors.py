@@ -148,6 +148,13 @@ def _table(path: Path) -> Vectors:
     called_as = table[names] if path.suffix == ".parquet" else as_names(table[names], is_float=is_index(names))
     named = _row_names(called_as, names, path)
     is_number = named.dtype.kind in "iu" and np.array_equal(named, np.arange(len(named)))
+    if (
+        is_index(names)
+        and named.dtype.kind in "iu"
+        and (is_number or np.array_equal(named, np.arange(1, len(named) + 1)))
+    ):
+        # Rows that are counted have no names.
+        return Vectors(found)
     return Vectors(found, None if is_number else named, is_named=True)
 
 

@@ -58,9 +58,9 @@ def names_ends(cells: Sequence[str]) -> bool:
 
 
 def _others(names: Sequence[str], taken: set[int | None], wanted: int) -> list[int]:
-    """Columns beside some. A data frame's index is among them only where there are too few others."""
+    """Columns beside some. A data frame's index and weights are among them only where there are too few others."""
     free = [number for number in range(len(names)) if number not in taken]
-    bare = [number for number in free if not is_index(names[number])]
+    bare = [number for number in free if not is_index(names[number]) and names[number].strip().lower() not in WEIGHTS]
     return bare if len(bare) >= wanted else free
 
 

@@ -290,7 +290,9 @@ def _delimiter(text: str, given: str | None) -> int:
     # Aligned by tabs and blanks.
     if all(map(_is_number, bare.split())):
         return WHITESPACE
-    return next((ord(mark) for mark in "\t,;|" if mark in bare), WHITESPACE)
+    # Where commas are those of decimals.
+    marks = "\t;,|" if bare.count(";") > bare.count(",") else "\t,;|"
+    return next((ord(mark) for mark in marks if mark in bare), WHITESPACE)
 
 
 def _fields_of(path: Path, text: str, line: int, delimiter: int) -> list[tuple[str, bool]]:
