@@ -158,3 +158,10 @@ def test_recordings_that_cannot_be_read_are_told(tmp_path):
         Replay.Config(path=str(path)).build()
     with pytest.raises(ConfigError, match="no folder"):
         Record.Config(provider=OpenAI.Config(key_env=None), path=str(tmp_path / "no" / "x")).build()
+
+
+def test_a_recorded_provider_holds_tools_as_the_other_does(tmp_path):
+    path = str(tmp_path / "traffic.jsonl")
+    kinds = {True: Anthropic.Config(model="c", key_env=None), False: Mock.Config(model="m")}
+    for holds, config in kinds.items():
+        assert Record.Config(provider=config, path=path).build().holds_tool_calls is holds
