@@ -149,7 +149,7 @@ def test_config_error_is_a_value_error_of_ours():
         ({"seed": True}, "seed is True; it must be an integer"),
         ({"open": 1}, "open is 1; it must be true or false"),
         ({"limit": 0}, "limit is 0; it must be greater than or equal to 1"),
-        ({"sizes": [1]}, "sizes is [1]; it must be a tuple"),
+        ({"sizes": [1]}, "sizes is [1]; it must be a list"),
         ({"sizes": (1, "a")}, "sizes.1 is 'a'; it must be an integer"),
         ({"sede": 1}, "Kitchen has no field 'sede'; did you mean 'seed'?"),
     ],

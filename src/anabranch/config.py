@@ -136,7 +136,7 @@ _WORDS = {
     "a valid number": "a number",
     "a valid boolean": "true or false",
     "a valid string": "text",
-    "a valid tuple": "a tuple",
+    "a valid tuple": "a list",
     "a valid list": "a list",
     "a valid dictionary": "a table",
 }

@@ -244,8 +244,28 @@ def test_adapters_are_fused_and_kinds_unified_from_training_to_generation(here, 
     # Q, K and V of both blocks.
     assert (told["method"], told["form"], told["parameters"]) == ("adapter-fusion", "anabranch", 2 * 3 * 32 * 32)
     unified = ["--method", "unipelt", "--rank", 2, "--set=method.tokens=3", "--set=method.width=3", "--steps", 3]
-    told = adapted(here, base / "base", base / "rows.jsonl", *unified, "--out", base / "unified")
-    assert (told["method"], told["form"]) == ("unipelt", "anabranch")
+    unipelt = adapted(here, base / "base", base / "rows.jsonl", *unified, "--out", base / "unified")
+    assert (unipelt["method"], unipelt["form"]) == ("unipelt", "anabranch")
+    # The same line goes on with it, from whichever place its folders are named; and without them, as their numbers are in the checkpoint.
+    again = [*given[:1], "adapter-fusion", f"--set=method.adapters={folders.replace(str(base), base.name)}"]
+    again += ["--out", base / "attended", "--resume", "--json", "--quiet"]
+    code, out, err = here("adapt", base / "base", base / "rows.jsonl", *again, "--steps", 4)
+    assert code == 0, err
+    straight = [*given[:3], "--out", base / "straight-attended", "--steps", 6]
+    adapted(here, base / "base", base / "rows.jsonl", *straight)
+    (base / "sql-apart").rename(base / "sql-gone")
+    code, out, err = here("adapt", "--out", base / "attended", "--resume", "--steps", 6, "--json", "--quiet")
+    assert code == 0, err
+    (base / "sql-gone").rename(base / "sql-apart")
+    assert json.loads(out)["parameters"] == told["parameters"]
+    one, other = (
+        (base / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("attended", "straight-attended")
+    )
+    assert one == other
+    other = json.dumps([str(base / "law-apart" / "adapter")])
+    code, out, err = here("adapt", "--out", base / "attended", "--resume", f"--set=method.adapters={other}")
+    assert code == 2
+    assert "task.method.adapters was" in err
     plain = nats(here, base)
     for name, kind in (("attended", "adapter_fusion"), ("unified", "front")):
         adapter = base / name / "adapter"
@@ -266,6 +286,7 @@ def test_adapters_are_fused_and_kinds_unified_from_training_to_generation(here, 
     [
         (["--method", "adapter-fusion", "--set=method.adapters=[]"], "adapters is empty; name at least one folder"),
         (["--method", "adapter-fusion", '--set=method.adapters=["a"]'], "/a (looked for adapter.json)"),
+        (["--method", "adapter-fusion", '--set=method.adapters="a"'], "adapters is 'a'; it must be a list"),
         (["--method", "adapter-fusion", "--set=method.number=0"], "number"),
         (["--method", "unipelt", "--set=method.tokens=0"], "tokens"),
         (["--method", "unipelt", "--set=method.number=3"], "unipelt has no option 'number'"),

@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from anabranch.cli.options import read_assignments
+from anabranch.config import override
+from anabranch.train import TrainConfig
+
 
 def told(here, *line):
     code, out, err = here("adapters", *line, "--json")
@@ -46,6 +50,20 @@ def test_a_card_of_a_method(here):
         "limits ",
     ):
         assert part in out
+
+
+@pytest.mark.parametrize(
+    ("id", "setting"), [("mezo", "train.optimizer=mezo"), ("gradient-checkpointing", "train.recompute=true")]
+)
+def test_what_is_a_setting_of_training_is_said_to_be(here, id, setting):
+    """And it is one: `adapt` takes it."""
+    code, out, _ = here("adapters", "card", id)
+    assert code == 0
+    assert f"run by  Anabranch, in training with any method: --set {setting}" in " ".join(out.splitlines())
+    assert "nobody" not in out
+    assert told(here, "card", id)["setting"] == setting
+    [(name, value)] = read_assignments([setting]).items()
+    assert override(TrainConfig(), {name.removeprefix("train."): value}) != TrainConfig()
 
 
 def test_costs_are_calculated(here, trained):

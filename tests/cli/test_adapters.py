@@ -1,6 +1,7 @@
 """``anabranch eval --adapter`` and ``anabranch adapters merge``, from folders to figures; and what is wrong with a folder, in one line."""
 
 import json
+import shutil
 from typing import get_args, get_type_hints
 
 import pytest
@@ -343,6 +344,16 @@ def test_what_is_wrong_is_one_line(here, adapted, trained, work, line, message):
     assert not (work / "z").exists()
 
 
+def test_neither_a_merge_nor_an_export_replaces_an_adapter(here, adapted, tmp_path):
+    shutil.copytree(adapted / "second", tmp_path / "mine")
+    held = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    for line in (["merge"], ["export", adapted / "base"]):
+        code, out, err = here("adapters", *line, adapted / "first", "--out", tmp_path / "mine")
+        assert (code, out) == (2, "")
+        assert "mine already holds an adapter (adapter_config.json); choose another folder, or remove it first" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == held
+
+
 def test_the_command_takes_means_alone_of_our_own_form(tmp_path, here):
     found = []
     for seed, name in enumerate(("a", "b")):
@@ -360,8 +371,20 @@ def test_the_command_takes_means_alone_of_our_own_form(tmp_path, here):
     assert told["parameters"] == sum(value.numel() for value in found.values())
     for name, value in found.items():
         torch.testing.assert_close(value, 0.25 * first[name] + 0.75 * second[name])
+    # What is there is not replaced, nor is an adapter of peft's form.
+    before = (tmp_path / "mean" / "adapter.safetensors").read_bytes()
+    code, out, err = here(*line, "--method", "mean")
+    assert (code, out, "mean already holds an adapter (adapter.json); choose another folder" in err) == (2, "", True)
+    assert (tmp_path / "mean" / "adapter.safetensors").read_bytes() == before
+    shutil.rmtree(tmp_path / "mean")
     code, out, err = here(*line, "--method", "mean")
     assert (code, "the mean of 2" in out) == (0, True), err
+    shutil.rmtree(tmp_path / "mean")
+    make_adapter(tmp_path / "low", {"model.layers.0.self_attn.q_proj": (16, 16)})
+    mixed = ["adapters", "merge", tmp_path / "low", tmp_path / "a", "--method", "mean", "--out", tmp_path / "mean"]
+    code, out, err = here(*mixed)
+    assert (code, out) == (2, "")
+    assert f"{tmp_path / 'a'} is in anabranch's own form and {tmp_path / 'low'} is not" in err
     for options, message in (
         ([], "--method exact is for LoRA in folders of peft's"),
         (["--method", "svd"], "--method svd is for LoRA"),

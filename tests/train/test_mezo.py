@@ -219,6 +219,37 @@ def test_weights_of_half_the_bits_do_not_learn_by_it(tmp_path, kind):
         Trainer(run_of(Half), tmp_path / "run")
 
 
+def test_half_the_bits_may_be_there_frozen(tmp_path):
+    """A base in bfloat16 beneath an adapter is the usual way."""
+
+    class Beneath(Bent):
+        def build_model(self, context):
+            model = super().build_model(context)
+            model.base = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+            return model
+
+        def learns(self, name, parameter):
+            return name == "weight"
+
+    Trainer(run_of(Beneath, steps=2), tmp_path / "run").fit()
+    for scale in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="mezo_scale"):
+            run_of(mezo_scale=scale)
+
+
+def test_numbers_that_do_not_lie_in_one_piece_are_refused(tmp_path):
+    class Odd(Bent):
+        def build_model(self, context):
+            model = super().build_model(context)
+            model.weight = nn.Parameter(torch.ones(3, 2).T)
+            return model
+
+    with pytest.raises(
+        ConfigError, match=r"the numbers of weight do not lie in one piece .* make it with \.contiguous"
+    ):
+        Trainer(run_of(Odd), tmp_path / "run")
+
+
 def test_what_was_added_before_memory_ended_is_taken_away_again(tmp_path, monkeypatch):
     monkeypatch.setattr(mezo, "_PIECE", 2)
     trainer = Trainer(run_of(Free, mezo_scale=0.1), tmp_path / "run")

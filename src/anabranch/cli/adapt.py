@@ -184,19 +184,21 @@ def _started(
     named = settings.pop("task.method.kind", "lora")
     task = AdaptTask.Config(model=place, data=str(data.absolute()), method=method_named(method or named))
     made = override(TaskRunConfig(task=task, train=TrainConfig(**_TRAIN)), settings)
-    chosen: Any = made.task
-    return override(made, _absolute(chosen.method))
+    return override(made, _absolute(made.task))
 
 
-def _absolute(method: Any) -> dict[str, Any]:
-    """Folders that a method names, so that it goes on from any place."""
-    found = {}
-    for name in method.owner.folders:
-        told = getattr(method, name)
-        if told is not None:
+def _absolute(task: Any, held: Any = None) -> dict[str, Any]:
+    """Files and folders that a task names, so that it goes on from any place; those that ``held`` names by the same words stay."""
+    found: dict[str, Any] = {}
+    for part, names in (("task", ("evaluation",)), ("task.method", task.method.owner.folders)):
+        own, other = (task, held) if part == "task" else (task.method, None if held is None else held.method)
+        for name in names:
+            told = getattr(own, name)
+            if told is None or (other is not None and told == getattr(other, name)):
+                continue
             is_one = isinstance(told, str)
             places = [str(Path(place).absolute()) for place in ([told] if is_one else told)]
-            found[f"task.method.{name}"] = places[0] if is_one else places
+            found[f"{part}.{name}"] = places[0] if is_one else places
     return found
 
 
@@ -218,7 +220,8 @@ def _resumed(
     began = task.method.build().name
     if method not in (None, began):
         raise ConfigError(f"--method is {method!r}, but the run in {out} is of {began!r}; leave it out to go on")
-    return override(config, settings)
+    made = override(config, settings)
+    return override(made, _absolute(made.task, task))
 
 
 def _introduce(trainer: Trainer[Any]) -> None:

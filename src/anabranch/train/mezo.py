@@ -67,6 +67,11 @@ class MeZOStepper(Stepper):
                     f"train.optimizer is mezo, and {name} learns in {kind}, whose rounding moves it more than what is learned; "
                     "load the model in float32 (of adapt: --set task.dtype=float32), or learn an adapter, which is float32"
                 )
+            if parameter.requires_grad and not parameter.is_contiguous():
+                raise ConfigError(
+                    f"train.optimizer is mezo, and the numbers of {name} do not lie in one piece (a transposed view?), in which they are "
+                    "moved; make it with .contiguous()"
+                )
 
     @torch.no_grad()
     def gradient(self, stream: Stream, context: TaskContext) -> Gradient:

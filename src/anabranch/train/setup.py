@@ -1,6 +1,7 @@
 """What a trainer sets up before its first step: which part of a batch is whose, and the model as it learns."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def learning_model(task: Task, context: TaskContext, checkpoint: Path | None) ->
     settings = context.settings
     with random_state_kept(context.device):
         torch.manual_seed(settings.seed)
-        model = task.build_model(context)
+        model = task.build_model(replace(context, checkpoint=checkpoint))
     if checkpoint is not None:
         task.load(checkpoint, model)
     if hasattr(model, "recompute"):

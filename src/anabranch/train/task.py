@@ -68,6 +68,7 @@ class TaskContext:
         rank, world_size: of ``world_size`` processes this is number ``rank``.
         device: where batches are moved, and the model is.
         step: finished steps.
+        checkpoint: what a run goes on from, whose numbers the model is given as soon as it is built (`Task.load`); None at its beginning.
     """
 
     settings: TrainConfig
@@ -76,6 +77,7 @@ class TaskContext:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     step: int = 0
+    checkpoint: Path | None = None
 
     @property
     def fraction(self) -> float:

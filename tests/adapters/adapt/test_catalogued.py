@@ -139,7 +139,12 @@ def test_names():
     [
         (lambda: method_named("lorra"), "did you mean 'lora'"),
         (lambda: method_named("vera"), "run by peft, not by code of ours; train it with the package peft"),
-        (lambda: method_named("adamix"), "method is 'adamix', which is run by none"),
+        (lambda: method_named("adamix"), "method is 'adamix', which nobody runs here; "),
+        (
+            lambda: method_named("mezo"),
+            "method is 'mezo', which is a setting of training and no adapter; say --set train.optimizer=mezo with any method",
+        ),
+        (lambda: method_named("gradient-checkpointing"), "say --set train.recompute=true with any method"),
         (lambda: method_named("catalogue"), "takes a method's id"),
         (lambda: Catalogued.Config(id="dora", width=3), "dora has no option 'width'; it has rank, alpha, targets"),
         (lambda: Catalogued.Config(id="dorra"), "there is no method 'dorra'; did you mean 'dora'"),

@@ -53,7 +53,8 @@ def test_measured_ones_come_first_best_first():
         (Limits(max_training_bytes=20_000_000), "lora", "full", "bytes in training, above"),
         (Limits(max_added_flops=0.0), "lora", "adapter-parallel", "of the model's FLOPs, above 0"),
         (Limits(backends=("own",)), "lora", "vera", "run by peft"),
-        (Limits(), "lora", "mezo", "nobody runs it here"),
+        (Limits(), "lora", "side-tuning", "nobody runs it here"),
+        (Limits(), "lora", "mezo", "a setting of training: train.optimizer=mezo"),
         (Limits(), "ln-tuning", "bitfit", "this model has no biases"),
     ],
 )

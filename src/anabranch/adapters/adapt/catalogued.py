@@ -68,10 +68,13 @@ class Catalogued(Method, kind="catalogue"):
 
         def __post_init__(self) -> None:
             card = find(self.id)
-            if card.backend != "own":
+            if card.setting is not None:
                 raise ConfigError(
-                    f"method is {self.id!r}, which is run by {card.backend}, not by code of ours; {_why(card)}"
+                    f"method is {self.id!r}, which is a setting of training and no adapter; say --set {card.setting} with any method"
                 )
+            if card.backend != "own":
+                who = "nobody runs here" if card.backend == "none" else f"is run by {card.backend}, not by code of ours"
+                raise ConfigError(f"method is {self.id!r}, which {who}; {_why(card)}")
             settings(card, self.options())
 
         def options(self) -> dict[str, Any]:

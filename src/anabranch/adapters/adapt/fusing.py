@@ -96,6 +96,14 @@ class FusionMethod(Method, kind="adapter-fusion"):
             layer.freeze_adapters()
         return model
 
+    def go_on(self, model: Decoder, tasks: Sequence[str], layers: Mapping[str, Linear.Config], *, seed: int) -> Decoder:
+        """The layers alone: numbers of adapters that were given are in the checkpoint."""
+        put_on(model, layers, seed=seed)
+        if self.config.adapters is not None:
+            for layer in layers_of(model).values():
+                layer.freeze_adapters()
+        return model
+
     def _check(self, found: Sequence[_Found]) -> None:
         assert self.config.adapters is not None
         folders = self.config.adapters

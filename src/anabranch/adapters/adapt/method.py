@@ -7,7 +7,7 @@ A method says which layer stands beside the matrices that are adapted; the rest 
 `anabranch.registry`, or by an entry point in the group ``anabranch.adapter_method``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,6 +89,13 @@ class Method(Part, family="adapter_method"):
     def begin(self, model: Decoder, tasks: Sequence[str], *, seed: int) -> Decoder:
         """Put the layers on, in place: what learns has ``requires_grad``, all else has not."""
         return put_on(model, self.linears(tasks), seed=seed)
+
+    def go_on(self, model: Decoder, tasks: Sequence[str], layers: Mapping[str, Linear.Config], *, seed: int) -> Decoder:
+        """The same for a run that goes on: ``layers`` are those it had, by pattern, and their numbers are put in afterwards.
+
+        A method that began from folders needs them no more where its numbers are all there is of them. Default: `begin`.
+        """
+        return self.begin(model, tasks, seed=seed)
 
     def kept(self, model: Decoder) -> list[str]:
         """Names in the model's state of what checkpoints hold: all that is not the base's as it was read."""

@@ -22,13 +22,16 @@ from anabranch.adapters.adapt.method import Method, Written
 from anabranch.adapters.adapt.rows import Encoded, Row, digest_of, encoded, parted, read_rows, spread_rows
 from anabranch.adapters.own_folder import load_numbers
 from anabranch.adapters.tasks import numbers_of
-from anabranch.config import Field, Size, configclass, to_dict
+from anabranch.config import Config as BaseConfig
+from anabranch.config import Field, Size, configclass, from_dict, to_dict
 from anabranch.data import Tokenizer
-from anabranch.errors import ConfigError, DataError, InputError, TokenizerError
+from anabranch.errors import CheckpointError, ConfigError, DataError, InputError, TokenizerError
 from anabranch.files import atomic_write_json
 from anabranch.lm.checkpoint import load_model, save_model
 from anabranch.lm.decoder import Decoder
 from anabranch.lm.shards import write_file
+from anabranch.lm.tensors import read_json
+from anabranch.nn import Linear
 from anabranch.train.evaluate import autocast, evaluation_mode
 from anabranch.train.examples import Examples
 from anabranch.train.language_model import decoder_parts
@@ -37,9 +40,16 @@ from anabranch.train.task import FORMAT, Losses, Task, TaskContext
 
 __all__ = ["AdaptTask"]
 
-NUMBERS = "adapter.safetensors"
+NUMBERS, CONFIG = "adapter.safetensors", "config.json"
 # Numbers of each tensor by which a base is known again.
 _SAMPLED = 512
+
+
+@configclass
+class _Layers(BaseConfig):
+    """Of a checkpoint: what stands beside matrices, by pattern."""
+
+    linears: dict[str, Linear.Config] = Field(default_factory=dict)
 
 
 class AdaptTask(Task, kind="adapt"):
@@ -170,7 +180,11 @@ class AdaptTask(Task, kind="adapt"):
 
     def build_model(self, context: TaskContext) -> nn.Module:
         """The base with the method's layers on it."""
-        self.method.begin(self.base, self.names, seed=context.settings.seed)
+        layers, seed = _layers_in(context.checkpoint), context.settings.seed
+        if layers is None:
+            self.method.begin(self.base, self.names, seed=seed)
+        else:
+            self.method.go_on(self.base, self.names, layers, seed=seed)
         self._answers = Answers(self.base)
         return self._answers
 
@@ -331,7 +345,13 @@ class AdaptTask(Task, kind="adapt"):
         assert isinstance(model, Answers)
         names = {f"decoder.{name}" for name in self.method.kept(model.decoder)}
         write_file(folder / NUMBERS, {name: tensor.detach() for name, tensor in tensors.items() if name in names})
-        atomic_write_json(folder / "config.json", {"schema": 1, "format": FORMAT, "task": to_dict(self.config)})
+        told = {
+            "schema": 1,
+            "format": FORMAT,
+            "task": to_dict(self.config),
+            "linears": to_dict(self.base.config.linears),
+        }
+        atomic_write_json(folder / CONFIG, told)
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """The numbers of the adapter."""
@@ -356,6 +376,17 @@ class AdaptTask(Task, kind="adapt"):
             save_model(folder, self.base, self.tokenizer)
             return Written(folder, "model", "parameters of the base have learned, so this is a model of its own")
         return self.method.write(folder, self.base, self.config.model)
+
+
+def _layers_in(checkpoint: Path | None) -> dict[str, Linear.Config] | None:
+    """The layers beside matrices of a run, by pattern; None at its beginning, and where its checkpoint does not say."""
+    if checkpoint is None:
+        return None
+    told = read_json(checkpoint / CONFIG).get("linears")
+    try:
+        return None if told is None else from_dict(_Layers, {"linears": told}).linears
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint / CONFIG} does not describe layers: {error}") from None
 
 
 def _digest_of_model(model: Decoder) -> str:

@@ -85,7 +85,8 @@ CARDS = (
         options={"number": 4, "width": 64, "targets": ("down",)},
         count=each(lambda matrix, options: options["number"] * serial(matrix, options) + 3 * matrix.out_dim**2),
         work=_FUSION,
-        limits="all k adapters run for every token; `adapt --method adapter-fusion --set method.adapters=[...]` takes trained ones",
+        limits="all k adapters run for every token; `adapt --method adapter-fusion --set method.adapters=[...]` takes trained ones, and "
+        "starts as about their mean on top of the base",
     ),
     Card(
         "adamix",

@@ -85,6 +85,7 @@ class Card:
         memory: what it saves or costs in memory besides the bytes of its parameters.
         limits: what it cannot do, or where it fails.
         needs_bias: whether the model must have biases.
+        setting: of training, with any method, where it is that and no adapter: ``train.optimizer=mezo``.
     """
 
     id: str
@@ -110,6 +111,14 @@ class Card:
     memory: str = ""
     limits: str = ""
     needs_bias: bool = False
+    setting: str | None = None
+
+    @property
+    def run_by(self) -> str:
+        """Who runs it, for people."""
+        if self.setting is not None:
+            return f"Anabranch, in training with any method: --set {self.setting}"
+        return {"own": "Anabranch", "peft": f"peft ({self.peft_type})", "none": "nobody here"}[self.backend]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the functions, JSON-ready."""
@@ -123,6 +132,7 @@ class Card:
             "added_flops": self.flops_told(),
             "backend": self.backend,
             "peft_type": self.peft_type,
+            "setting": self.setting,
             "options": dict(self.options),
             "starts_as_base": self.starts_as_base,
             "merges": self.merges,

@@ -394,7 +394,8 @@ _CHEAPER = (
         "of what it trains",
         (Paper("Fine-Tuning Language Models with Just Forward Passes", 2023, "2305.17333"),),
         memory="that of inference",
-        limits="many more steps than with gradients; `train.optimizer=mezo` in training, of whatever learns (`adapt --set`)",
+        limits="many more steps than with gradients",
+        setting="train.optimizer=mezo",
     ),
     Card(
         "galore",
@@ -420,6 +421,7 @@ _CHEAPER = (
         (Paper("Training Deep Nets with Sublinear Memory Cost", 2016, "1604.06174"),),
         count=lambda matrices, shape, options: 0,
         memory="one block's activations and each block's input, for a third more work; `Decoder.recompute` here",
+        setting="train.recompute=true",
     ),
 )
 

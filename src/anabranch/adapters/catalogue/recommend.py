@@ -146,7 +146,8 @@ def recommend(
     choices, rejected = [], {}
     for card in CARDS.values():
         if card.backend not in limits.backends:
-            rejected[card.id] = "nobody runs it here" if card.backend == "none" else f"run by {card.backend}"
+            who = "nobody runs it here" if card.backend == "none" else f"run by {card.backend}"
+            rejected[card.id] = who if card.setting is None else f"a setting of training: {card.setting}"
             continue
         own = {name: value for name, value in (options or {}).items() if name in card.options}
         try:

@@ -104,7 +104,7 @@ def show_card(card: Card, as_json: bool) -> None:
     fact("learns", card.formula)
     flops = told["added_flops"]
     fact("FLOPs", f"{flops['forward']} of a token and layer; merged: {flops['merged']}")
-    fact("run by", {"own": "Anabranch", "peft": f"peft ({card.peft_type})", "none": "nobody here"}[card.backend])
+    fact("run by", card.run_by)
     fact(
         "merges",
         f"{card.merges}   rows of a batch: {card.mixed}   starts as the base: {'yes' if card.starts_as_base else 'no'}",

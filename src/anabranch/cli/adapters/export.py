@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from anabranch.cli.adapters.merge import read_weights
+from anabranch.cli.adapters.placing import check_no_adapter
 from anabranch.cli.options import FLAG, AsJson, Device, Dtype, Quiet, read_device, read_dtype
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.errors import ConfigError
@@ -17,7 +18,10 @@ def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="The base of the adapters; or a saved model that has adapters in it.")
     ],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The new folder.")],
+    out: Annotated[
+        str,
+        typer.Option("--out", "-o", metavar="DIR", help="The new folder; an adapter that is there is not replaced."),
+    ],
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
@@ -70,6 +74,7 @@ def export(
     if rank is not None and not folders:
         raise ConfigError(f"--rank is {rank}, and there is no ADAPTER whose mixture could be made one of that rank")
     check_apart([out], [*folders, *(files_of(model) if Path(model).is_dir() else [model])])
+    check_no_adapter(out)
     base, _ = load_model(model, dtype=read_dtype(dtype), device=read_device(device))
     from anabranch.adapters import export_mixture, read_peft, save_peft
     from anabranch.adapters.mhr.few_shot import export_task

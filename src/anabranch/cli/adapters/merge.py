@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from anabranch.bounds import MOST_SEED
+from anabranch.cli.adapters.placing import check_no_adapter
 from anabranch.cli.options import AsJson, Quiet, load
 from anabranch.cli.output import fact, print_json, quantity, shell_word, size, wrote
 from anabranch.cli.progress import Progress
@@ -31,7 +32,10 @@ def merge(
             "anabranch adapt wrote with the same settings.",
         ),
     ],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="The new folder.")],
+    out: Annotated[
+        str,
+        typer.Option("--out", "-o", metavar="DIR", help="The new folder; an adapter that is there is not replaced."),
+    ],
     weights: Annotated[
         str | None,
         typer.Option(metavar="W,W,...", help="What each is multiplied by; negative ones take away. Default: 1 each."),
@@ -106,6 +110,7 @@ def merge(
     numbers = [1.0] * len(adapters) if weights is None else read_weights(weights, len(adapters))
     _check_search(weights, data, model, steps)
     check_apart([out], [*adapters, *(path for path in (data, model) if path is not None)])
+    check_no_adapter(out)
     options: dict[str, Any] = {"rank": rank, "density": density, "seed": seed, "majority": majority}
     if any(map(is_own, adapters)):
         _average(adapters, numbers, out, method, {**options, "data": data}, quiet=quiet, as_json=as_json)
@@ -167,6 +172,7 @@ def _average(
     as_json: bool,
 ) -> None:
     """Adapters of our own form, whose numbers have a mean and nothing else."""
+    from anabranch.adapters.own_folder import is_own
     from anabranch.adapters.soup import average_own
 
     used = [f"--{name}" for name, value in options.items() if value is not None]
@@ -175,6 +181,10 @@ def _average(
         raise ConfigError(
             f"{said} is for LoRA in folders of peft's; of adapters in anabranch's own form there is a mean: --method mean"
         )
+    others = [folder for folder in adapters if not is_own(folder)]
+    if others:
+        own = next(folder for folder in adapters if is_own(folder))
+        raise ConfigError(f"{own} is in anabranch's own form and {others[0]} is not; a mean is of adapters of one form")
     made = average_own(adapters, weights, out)
     num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
     if as_json:

@@ -50,6 +50,16 @@ def check_adapter_apart(outputs: Sequence[Path], model: str, adapter: str | None
     return None if found is None else found.path
 
 
+def check_no_adapter(out: str) -> None:
+    """Raise DataError where there is an adapter already, in whose place another one would come."""
+    from anabranch.adapters.own_folder import OWN
+    from anabranch.adapters.peft_folder import CONFIG
+
+    held = [name for name in (CONFIG, OWN) if (Path(out) / name).exists()]
+    if held:
+        raise DataError(f"{out} already holds an adapter ({held[0]}); choose another folder, or remove it first")
+
+
 def telling_rows(base: Decoder, pool: GliderPool | None) -> Callable[[Sequence[Row]], AbstractContextManager[Any]]:
     """What tells the passes of the model of their rows: what each asks a pool, or its task."""
     from anabranch.adapters.tasks import goes_by_task, on_tasks
