@@ -18,6 +18,7 @@ from anabranch.cli.graph.node_tables import (
 from anabranch.cli.graph.vectors import read_vectors
 from anabranch.errors import AnabranchError, DataError
 from anabranch.graph import Graph, read_graph
+from anabranch.graph.formats.columns import as_names
 
 GRAPHS = {
     "named": Graph.from_edges([0, 1, 2], [1, 2, 0], names=["ann", "bob", "cy"]),
@@ -498,3 +499,82 @@ def test_two_columns_that_may_be_the_label_are_refused(tmp_path):
     (tmp_path / "l.csv").write_text("Id,Label,modularity_class,class\n5,five,0,red\n")
     with pytest.raises(DataError, match="which of 'Label', 'class' is the label"):
         read_labels(str(tmp_path / "l.csv"), GRAPHS["numbered"])
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        # An index of fractions counts rows too; so does R's from 1.
+        (",user,team\n0.0,5,red\n1.0,6,blue\n", [(5, "red"), (6, "blue")]),
+        ('"","user","team"\n"1",5,red\n"2",6,blue\n', [(5, "red"), (6, "blue")]),
+        # Columns without names, of which only the index can be of nodes, or nobody can tell.
+        (",0,1\n0,5,6\n1,6,0\n", None),
+        # A series whose nodes count its rows, and one whose do not.
+        (",label\n0,red\n1,blue\n", None),
+        (",label\n6,red\n5,blue\n", [(6, "red"), (5, "blue")]),
+        (" node , label \n5, red\n", [(5, "red")]),
+    ],
+)
+def test_an_index_calls_nodes_where_it_does_not_count_rows(tmp_path, text, rows):
+    (tmp_path / "l.csv").write_text(text)
+    if rows is None:
+        with pytest.raises(DataError, match="which of"):
+            _read_labels(str(tmp_path / "l.csv"), GRAPHS["numbered"])
+    else:
+        assert _read_labels(str(tmp_path / "l.csv"), GRAPHS["numbered"]) == rows
+
+
+def test_a_node_that_is_called_with_blanks_is_found_and_others_lose_theirs(tmp_path):
+    graph = Graph.from_edges([0, 1], [1, 2], names=[" ann", "ann", "bob"])
+    (tmp_path / "s.csv").write_text("node\n ann\n bob\nann\n")
+    assert graph.names_of(read_seeds(str(tmp_path / "s.csv"), graph)[0]).tolist() == [" ann", "bob", "ann"]
+
+
+def test_the_line_that_docs_give_is_one_of_names_though_nodes_are_called_so(tmp_path):
+    graph = Graph.from_edges([0, 1, 2], [1, 2, 3], names=["node", "label", "ann", "2.5"])
+    path = tmp_path / "t.csv"
+    path.write_text("node,label\nann,red\n")
+    assert _read_labels(str(path), graph) == [("ann", "red")]
+    path.write_text("node,2.5\nann,1\n")
+    with pytest.raises(DataError, match=r"is its first line, node,2\.5"):
+        read_seeds(str(path), graph)
+    path.write_text("node,age\nann,\n")
+    assert _read_seeds(str(path), graph) == [("ann", 1.0)]
+
+
+def test_whoever_says_one_end_is_given_another_column_for_the_other(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("source,target,year\n5,6,2019\n")
+    for asked, edge in (
+        ({"target": "source"}, (6, 5)),
+        ({"source": "target"}, (6, 5)),
+        ({"source": "year"}, (2019, 6)),
+    ):
+        found = _only_edge(read_graph(path, directed=True, **asked))
+        assert tuple(int(end[0]) for end in found) == edge, asked
+
+
+@pytest.mark.parametrize(
+    ("cells", "names"),
+    [
+        (["5", "6"], [5, 6]),
+        (["5", "06"], ["5", "06"]),
+        ([str(2**63), "5"], [2**63, 5]),
+        ([str(2**64), "5"], [str(2**64), "5"]),
+        (["-5", "+5"], ["-5", "+5"]),
+        ([" 5", "6 "], [5, 6]),
+    ],
+)
+def test_names_are_numbers_where_all_are_written_as_one_writes_them(cells, names):
+    assert as_names(pa.chunked_array([cells])).to_pylist() == names
+
+
+def test_lines_of_numbers_that_may_be_names_are_asked_for(tmp_path):
+    path = tmp_path / "v.csv"
+    for text in ("who,2019,2020\nann,.5,.25\n", "0,1\n,\n"):
+        path.write_text(text)
+        with pytest.raises(DataError, match="is its first line, "):
+            read_vectors(path)
+    # Two columns have not one name.
+    path.write_text("who,2019,2019\nann,.5,.25\n")
+    assert read_vectors(path).names.tolist() == ["who", "ann"]

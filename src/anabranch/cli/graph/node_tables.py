@@ -33,10 +33,12 @@ class Role:
         is_node: its cells are nodes.
         is_needed: a table without it is refused. One that is needed may be found by its place.
         is_asked: where no column is called so, one of numbers that is nothing else is refused: it may be meant.
+        is_number: its cells are finite numbers, others' text.
     """
 
     words: tuple[str, ...]
     is_node: bool = False
+    is_number: bool = False
     is_needed: bool = True
     is_asked: bool = False
 
@@ -64,12 +66,16 @@ EDGES = Form(
     {
         "source": Role(SOURCES, is_node=True),
         "target": Role(TARGETS, is_node=True),
-        "weight": Role(WEIGHTS, is_needed=False),
+        "weight": Role(WEIGHTS, is_number=True, is_needed=False),
     },
 )
 LABELS = Form("labels", {"node": Role(NAMES, is_node=True), "label": Role(("label", "labels", "class"))})
 SEEDS = Form(
-    "seeds", {"node": Role(NAMES, is_node=True), "weight": Role((*WEIGHTS, "score"), is_needed=False, is_asked=True)}
+    "seeds",
+    {
+        "node": Role(NAMES, is_node=True),
+        "weight": Role((*WEIGHTS, "score"), is_number=True, is_needed=False, is_asked=True),
+    },
 )
 
 
@@ -235,7 +241,7 @@ def _cells(path: str, table: pa.Table, place: int, role: Role, graph: Graph | No
             f"{path}: the column {name!r} is of {kind}; {'text' if is_text else 'text or whole numbers'} call nodes here"
         )
     cells = column.to_pylist()
-    if role.words is LABELS.roles["label"].words:
+    if not role.is_number:
         return [cell if cell is None else str(cell).strip() for cell in cells]
     return [None if cell in (None, "") else _number(path, row, cell) for row, cell in enumerate(cells)]
 

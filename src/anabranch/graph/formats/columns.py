@@ -102,7 +102,10 @@ def _either(path: Path | str, names: Sequence[str]) -> DataError:
 
 def is_matrix(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether two lines begin a matrix of a data frame, whose rows are called as its columns are, and no table of edges."""
-    return len(first) > 2 and is_index(first[0]) and len(first) == len(second) and second[0].strip() == first[1].strip()
+    # Few columns without names are those of edges, which begin with row 0 as well.
+    is_counted = list(first[1:]) == [str(number) for number in range(len(first) - 1)] and len(first) < 5
+    is_square = len(first) > 2 and len(first) == len(second) and second[0].strip() == first[1].strip()
+    return is_index(first[0]) and is_square and not is_counted
 
 
 def chosen_ends(
