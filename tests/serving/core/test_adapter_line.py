@@ -152,6 +152,67 @@ def test_as_few_as_have_to_fall_idle_are_closed_the_least_used_first():
     assert (made.head(), made.closed(1.0)) == ("e2", ["s20"])
 
 
+def test_with_those_whose_turn_it_was_begin_all_that_add_no_bytes():
+    made = Lines()
+    made.use("x=y60 w=z40")
+    made.join("a1=p60 b1=q60 c1=p60 a2=p60 c2=z40")
+    assert made.go() == ["c2"]
+    made.end("x")
+    assert made.go() == ["a1", "c1", "a2"]
+    # Those that come later wait for what is closed then.
+    assert (made.head(), made.closed()) == ("b1", ["p60", "z40"])
+    made.join("d1=z40 d2=p60")
+    assert made.go() == []
+
+
+def test_who_is_without_the_right_of_way_comes_behind_all_that_have_it():
+    made = Lines()
+    made.use("x=y60 w=z40")
+    made.join("a1=p100")
+    made.go()
+    made.line.over(30.0)
+    made.join("a2=r40", 30.0)
+    made.join("b1=q80", 31.0)
+    made.end("w")
+    # Beside y there is room for a's, though not beside b's.
+    assert made.go(31.0) == []
+    assert made.head() == "b1"
+
+
+def test_what_the_head_or_its_key_uses_is_not_closed_for_it():
+    made = Lines()
+    made.use("a1=p50 a2=p50 a3=p50 b0=q30 c0=q30")
+    made.join("b1=s60")
+    made.go()
+    assert made.closed() == ["p50"]
+    made = Lines()
+    made.use("a1=p40 a2=p40 c1=q40")
+    made.join("b1=q40+s60")
+    made.go()
+    assert (made.head(), made.closed()) == ("b1", ["p40"])
+
+
+def test_what_is_in_memory_and_in_use_is_there_for_all_also_where_too_much_is_begun():
+    """Of one whose size nobody knew more may have begun than there is room for; what has to be read then waits."""
+    made = Lines()
+    made.use("x=y60 w=z60")
+    made.entry("y60").held = made
+    made.join("a1=y60 b1=z60")
+    assert made.go() == ["a1"]
+
+
+def test_a_turn_is_used_by_who_leaves_without_having_begun():
+    made = Lines()
+    made.use("x=y100")
+    made.join("h1=p60 h2=q60 b1=r60")
+    made.go()
+    assert made.head() == "h1"
+    made.line.leave("h1", 2.0)
+    for now in (2.0, 5.0):
+        made.go(now)
+        assert made.head() == "b1"
+
+
 def test_more_is_closed_as_time_goes():
     """As that which was chosen may be in use for long."""
     made = Lines()
@@ -252,6 +313,19 @@ def test_who_never_had_the_right_of_way_gives_its_place_to_the_next_of_its_key()
     late.join("c1=r60", 50.0)
     late.join("b2=q60", 60.0)
     assert late.order() == ["c1", "b2"]
+
+
+def test_a_place_is_kept_neither_for_who_had_a_turn_nor_before_those_of_its_key_that_wait():
+    made = Lines()
+    made.use("x=y100")
+    made.join("b1=p60")
+    made.go()
+    made.join("a1=q60", 1.0)
+    made.join("a2=q60", 5.0)
+    made.line.over(31.0)
+    made.join("c1=r60 b2=s60 a3=t60", 32.0)
+    made.go(62.5)
+    assert made.order() == ["a2", "c1", "b2", "a3"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -2,17 +2,19 @@
 
 1. Keys take turns: the key that has waited for longest since it last had its turn is first, with the first of its requests; a key's
    second request comes behind the first of each. A request that is cancelled changes nobody else's place.
-2. Whoever has room begins. The first that has none, though what its own key uses would leave it some, has the right of way (backfilling
-   with a reservation for the head, Lifka 1995): as many of the adapters in use as have to fall idle for it, the least used ones, are
-   closed to all others, and whoever begins meanwhile leaves it what room it will have then. A sixth of a request's waiting time later
-   one more adapter is closed to others, and so on, as those that were chosen may be in use for long.
+2. Whoever has room begins, and with those whose turn it is all that wait for adapters which are in use then. The first that has none,
+   though what its own key uses would leave it some, has the right of way (backfilling with a reservation for the head, Lifka 1995): as
+   many of the adapters in use as have to fall idle for it, the least used ones, are closed to all others, and whoever begins meanwhile
+   leaves it what room it will have then. A sixth of a request's waiting time later one more adapter is closed to others, and so on, as
+   those that were chosen may be in use for long.
 3. So a request that adds no bytes, since its adapters are pinned or in use, waits only where one of them is closed; never for pinned ones.
 4. A request waits for so long at most, and is refused then. A key whose request leaves without having begun is without the right of way
    for as long as that had it: it keeps others waiting for half of the time at most. One that never had it gives its place to the next of
    its key, if that comes within the time that it may wait.
 
 A key with one request at a time therefore begins within (n + 1) L seconds, whatever the others do, where n other keys wait as it comes and
-no request lasts for longer than L; if that is no longer than it may wait.
+no request lasts for longer than L; if that is no longer than it may wait, and its adapters were in memory before, so that their sizes are
+known.
 """
 
 import itertools
@@ -87,16 +89,22 @@ class AdapterLine(Generic[H]):
         self._vain = {key: until for key, until in self._vain.items() if until > now}
         self._kept = {key: kept for key, kept in self._kept.items() if kept[1] > now}
         self._closable = [entry for entry in self._closable if entry in self._room.used]
-        head, begun = None, []
-        for one in self:
-            if self._room.fits(one) and (head is None or self.spares(one, now)):
-                self._begin(one, now, is_turn=head is None)
-                begun.append(one)
-            elif head is None and one.key not in self._vain and self._room.fits_beside_own(one):
-                head = one
-                self._give(head, now, is_later=bool(begun))
-        if head is None:
-            self._give(None, now)
+        order, begun = list(self), list[Waiter[H]]()
+        # Those whose turn it is, as far as there is room for them.
+        for one in order:
+            if self._room.fits(one):
+                begun += self._begin(one, is_turn=True)
+            elif self._may_lead(one):
+                break
+        if begun:
+            for one in order:
+                if one not in begun and self._room.adds_nothing(one) and self._room.fits(one):
+                    begun += self._begin(one, is_turn=False)
+        left = [one for one in order if one not in begun]
+        self._give(next(filter(self._may_lead, left), None), now, is_later=bool(begun))
+        for one in left:
+            if self._room.fits(one) and self.spares(one, now):
+                begun += self._begin(one, is_turn=False)
         return begun
 
     def leave(self, id: str, now: float) -> Waiter[H] | None:
@@ -144,11 +152,14 @@ class AdapterLine(Generic[H]):
         """When the next has waited for as long as it may; None if nobody waits."""
         return min((one.until for own in self._waiters.values() for one in own.values()), default=None)
 
-    def _begin(self, one: Waiter[H], now: float, *, is_turn: bool) -> None:
-        if one is self._head:
-            self._give(None, now)
+    def _may_lead(self, one: Waiter[H]) -> bool:
+        """Whether a request that has no room may have the right of way."""
+        return one.key not in self._vain and self._room.fits_beside_own(one)
+
+    def _begin(self, one: Waiter[H], *, is_turn: bool) -> list[Waiter[H]]:
         self._remove(one, is_turn=is_turn)
         self._room.begin(one)
+        return [one]
 
     def _remove(self, one: Waiter[H], *, is_turn: bool) -> None:
         own = self._waiters[one.key]

@@ -91,9 +91,13 @@ class AdapterRoom(Generic[H]):
         self.used.difference_update(idle)
         return idle
 
+    def adds_nothing(self, one: Waiter[H]) -> bool:
+        """Whether a request uses nothing but what is pinned or in use."""
+        return all(entry.is_pinned or entry in self.used for entry in one.adapters)
+
     def fits(self, one: Waiter[H]) -> bool:
-        """Whether a request has room now; one has that uses nothing but what is pinned or in use."""
-        return self._adds_nothing(one) or self._bytes_of(self.used | one.adapters) <= self.most_bytes
+        """Whether a request has room now; one that adds nothing has, also where that which is in use has none for what is still read."""
+        return (self.adds_nothing(one) and one.is_there) or self._bytes_of(self.used | one.adapters) <= self.most_bytes
 
     def fits_ever(self, one: Waiter[H]) -> bool:
         """Whether a request has room where nobody else is."""
@@ -121,10 +125,7 @@ class AdapterRoom(Generic[H]):
     def spares(self, one: Waiter[H], head: Waiter[H], needed: Iterable[Entry[H]]) -> bool:
         """Whether ``head`` has room beside a request too, once nobody uses what is ``needed``."""
         later = (self.used.difference(needed)) | head.adapters | one.adapters
-        return self._adds_nothing(one) or self._bytes_of(later) <= self.most_bytes
-
-    def _adds_nothing(self, one: Waiter[H]) -> bool:
-        return all(entry.is_pinned or entry in self.used for entry in one.adapters)
+        return self.adds_nothing(one) or self._bytes_of(later) <= self.most_bytes
 
     def _own(self, key: str) -> set[Entry[H]]:
         return {entry for lease in self._leases.values() if lease.key == key for entry in lease.adapters}

@@ -260,6 +260,11 @@ class AdapterShelf(Generic[H]):
                 begun = self._join(one) if self._room.lease(one.id) is one and self._end(one.id) else []
             self._go_on(begun)
         except BaseException as error:
+            # What it would have used is free for others, before who asked has heard of it.
+            with self._lock:
+                if self._room.lease(one.id) is one:
+                    self._end(one.id)
+            self.advance()
             one.ready.set_exception(error)
         else:
             one.ready.set_result(None)
