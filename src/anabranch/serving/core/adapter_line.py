@@ -18,7 +18,7 @@ known.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic
 
 from anabranch.serving.core.adapter_entry import Entry, H
@@ -89,23 +89,15 @@ class AdapterLine(Generic[H]):
         self._vain = {key: until for key, until in self._vain.items() if until > now}
         self._kept = {key: kept for key, kept in self._kept.items() if kept[1] > now}
         self._closable = [entry for entry in self._closable if entry in self._room.used]
-        order, begun = list(self), list[Waiter[H]]()
-        # Those whose turn it is, as far as there is room for them.
-        for one in order:
-            if self._room.fits(one):
-                begun += self._begin(one, is_turn=True)
-            elif self._may_lead(one):
-                break
-        if begun:
-            for one in order:
-                if one not in begun and self._room.adds_nothing(one) and self._room.fits(one):
-                    begun += self._begin(one, is_turn=False)
-        left = [one for one in order if one not in begun]
-        self._give(next(filter(self._may_lead, left), None), now, is_later=bool(begun))
-        for one in left:
-            if self._room.fits(one) and self.spares(one, now):
-                begun += self._begin(one, is_turn=False)
-        return begun
+        order = list(self)
+        left, head = self._take_turns(order)
+        if len(left) < len(order):
+            left = self._begin_if(left, lambda one: self._room.adds_nothing(one) and self._room.fits(one))
+            # Its own key may be what leaves the head no room now.
+            left, head = self._take_turns(left)
+        self._give(head, now, is_later=len(left) < len(order))
+        left = self._begin_if(left, lambda one: self._room.fits(one) and self.spares(one, now))
+        return [one for one in order if one not in left]
 
     def leave(self, id: str, now: float) -> Waiter[H] | None:
         """One is gone and has not begun; None for one that is not here."""
@@ -152,14 +144,35 @@ class AdapterLine(Generic[H]):
         """When the next has waited for as long as it may; None if nobody waits."""
         return min((one.until for own in self._waiters.values() for one in own.values()), default=None)
 
+    def _take_turns(self, waiters: list[Waiter[H]]) -> tuple[list[Waiter[H]], Waiter[H] | None]:
+        """Begin those whose turn it is, as far as there is room; the others, and the first that has none and may have the right of way."""
+        left = []
+        for number, one in enumerate(waiters):
+            if self._room.fits(one):
+                self._begin(one, is_turn=True)
+                continue
+            left.append(one)
+            if self._may_lead(one):
+                return left + waiters[number + 1 :], one
+        return left, None
+
+    def _begin_if(self, waiters: list[Waiter[H]], may: Callable[[Waiter[H]], bool]) -> list[Waiter[H]]:
+        """Begin those that may, out of turn; the others."""
+        left = []
+        for one in waiters:
+            if may(one):
+                self._begin(one, is_turn=False)
+            else:
+                left.append(one)
+        return left
+
     def _may_lead(self, one: Waiter[H]) -> bool:
         """Whether a request that has no room may have the right of way."""
         return one.key not in self._vain and self._room.fits_beside_own(one)
 
-    def _begin(self, one: Waiter[H], *, is_turn: bool) -> list[Waiter[H]]:
+    def _begin(self, one: Waiter[H], *, is_turn: bool) -> None:
         self._remove(one, is_turn=is_turn)
         self._room.begin(one)
-        return [one]
 
     def _remove(self, one: Waiter[H], *, is_turn: bool) -> None:
         own = self._waiters[one.key]
