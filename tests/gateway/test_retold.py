@@ -1,8 +1,9 @@
-"""A kept answer that is read as a stream is in memory once, for however many read it."""
+"""A kept answer is in memory once, and once as a stream, for however many read it."""
 
 import gc
+import weakref
 
-from anabranch.gateway.cache import Retold
+from anabranch.gateway.cache import Entry, Retold
 from anabranch.gateway.core.relay import Replayed
 from gateway_states import run
 
@@ -12,14 +13,22 @@ def test_all_who_read_an_answer_at_a_time_read_the_same_chunks():
 
     async def main():
         retold, answer, same = Retold(), b"an answer", bytes(bytearray(b"an answer"))
-        asked = (answer, "chat", True)
+        asked, made = (answer, "chat", True), []
+
+        def make(*given):
+            made.append(given)
+            if len(made) == 1:
+                # Another makes them at the same time, and is first.
+                made.append(retold.told(*asked, make))
+            return [b"an ", b"answer"]
+
         assert retold.known(*asked) is None
-        told = retold.keep(*asked, [b"an ", b"answer"])
-        assert retold.known(*asked) is told
-        # Who made them at the same time has those of the first, and so has who found the same in a store that processes share.
-        assert retold.keep(*asked, [b"an ", b"answer"]) is told
+        told = retold.told(*asked, make)
+        assert retold.known(*asked) is told is made.pop(2)
+        # They are not made again, nor for who found the same in a store that processes share.
         assert same is not answer
-        assert retold.keep(same, "chat", True, [b"an ", b"answer"]) is retold.known(same, "chat", True) is told
+        assert retold.told(same, "chat", True, make) is retold.known(same, "chat", True) is retold.told(*asked, make)
+        assert (retold.known(*asked), made) == (told, [asked] * 2)
         # Another answer, or form of it, is another.
         assert retold.known(b"another", "chat", True) is retold.known(answer, "chat", False) is None
         readers = [Replayed(retold.known(*asked)) for _ in range(3)]
@@ -37,3 +46,29 @@ def test_all_who_read_an_answer_at_a_time_read_the_same_chunks():
         assert len(retold._told) == 0
 
     run(main)
+
+
+def test_an_answer_that_came_from_elsewhere_is_in_memory_once_as_long_as_somebody_reads_it():
+    """Each reader of one that another process keeps had a body of his own: 1 MiB each, beyond every bound."""
+
+    def come(body=b"an answer", **fields):
+        return Entry(body=bytes(bytearray(body)), **{"model": "small", "nano": 5, **fields})
+
+    retold = Retold()
+    first = come()
+    assert retold.one(first) is first
+    again = come()
+    assert again.body is not first.body
+    assert retold.one(again) is first
+    # What says something else is another.
+    others = [come(b"another"), come(model="large"), come(nano=6), come(prompt_tokens=1), come(completion_tokens=1)]
+    assert [retold.one(one) for one in others] == others
+    assert len({id(retold.one(one)) for one in others}) == 5
+    body = weakref.ref(first)
+    del first
+    gc.collect()
+    assert body() is None
+    assert retold.one(again) is again
+    del again, others
+    gc.collect()
+    assert len(retold._read) == 0

@@ -29,7 +29,7 @@ class Caches:
         semantic: likewise.
         named: answers to requests that their senders gave a name (``Idempotency-Key``); never off, and kept where caches are made anew.
         flights: of identical requests under way.
-        retold: kept answers that are read as streams.
+        retold: kept answers that are being read.
 
     Args:
         config: see there.
@@ -78,7 +78,7 @@ class Caches:
         found = None if self._shared is None else await self._shared.get(tenant, self._mark + key)
         if found is None:
             return None
-        entry, left_s = found
+        entry, left_s = self.retold.one(found[0]), found[1]
         # What came out of there before it was cleared must not be here afterwards.
         if self.exact is not None and num_forgotten == self._num_forgotten:
             self.exact.put(tenant, key, entry, left_s)
@@ -89,6 +89,8 @@ class Caches:
         near = None if self.semantic is None else self.semantic.get(tenant, context, vector)
         if near is None and self._abroad is not None:
             near = await self._abroad.find(tenant, context, vector)
+            # Another object each time.
+            return None if near is None else self.retold.one(near[0])
         return None if near is None else near[0]
 
     def put(

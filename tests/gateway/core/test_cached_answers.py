@@ -1,9 +1,11 @@
 """Answers that are kept or under way: who gets them, and what those who wait are owed."""
 
 import asyncio
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from anabranch.gateway.cache import Entry
@@ -11,6 +13,7 @@ from anabranch.gateway.caches import Caches
 from anabranch.gateway.config import CacheConfig
 from anabranch.gateway.core import beginning
 from anabranch.gateway.core.cached_answers import CachedAnswers
+from anabranch.gateway.core.relay import Replayed
 from anabranch.gateway.decide import Decided
 from anabranch.gateway.dispatch import Attempt, Report
 from anabranch.gateway.providers.provider import Answer, Failure, UpstreamError, Usage
@@ -258,5 +261,74 @@ def test_an_answer_is_replayed_as_the_sender_wants_it():
         plain, _ = cached(lent=lent)
         reply = await plain.reply(*await plain.look())
         assert (reply.stream, json.loads(reply.body)["choices"][0]["message"]["content"]) == (None, "yes")
+
+    run(work)
+
+
+def test_many_who_come_at_once_for_a_long_answer_have_it_put_together_once(monkeypatch):
+    """Each had it done anew when it was his turn, though the first had just done it."""
+    lent, _ = services(cache=ON)
+    made, real = [], Replayed.chunks_of
+    monkeypatch.setattr(Replayed, "chunks_of", staticmethod(lambda *asked: made.append(asked) or real(*asked)))
+
+    async def work():
+        first, _ = cached(lent=lent)
+        await first.look()
+        first.keep(answer("word " * 100_000))
+        first.end()
+
+        async def replayed():
+            again, _ = cached({"stream": True}, lent=lent)
+            return await again.reply(*await again.look())
+
+        replies = await asyncio.gather(*(replayed() for _ in range(12)))
+        assert len(made) == 1
+        told = [[piece async for piece in reply.stream] for reply in replies]
+        assert all(one == told[0] for one in told)
+        assert len({id(piece) for one in told for piece in one}) == len(told[0])
+
+    run(work)
+
+
+class Elsewhere:
+    """Another process, which keeps one answer."""
+
+    def __init__(self):
+        self.body = answer().data
+
+    async def get(self, tenant, key):
+        return Entry(body=bytes(bytearray(self.body)), model="small"), 60.0
+
+    async def news(self, tenant, context, after):
+        return "1", [] if after else [(np.ones(4, np.float32), "a", 60.0)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_who_read_an_answer_that_another_process_keeps_have_the_same(stream):
+    """A process held it once for each reader."""
+    embedder = SimpleNamespace(embed=lambda texts: np.ones((1, 4), np.float32))
+    caches = Caches(CacheConfig(semantic=True), embedder, meanings=Elsewhere())
+    lent = dataclasses.replace(services()[0], caches=caches)
+
+    async def work():
+        read, replies = [], []
+        for _ in range(3):
+            asked, _ = cached({"stream": stream, "temperature": 1}, lent=lent)
+            entry, which = await asked.look()
+            assert which == "semantic"
+            replies.append(await asked.reply(entry, which))
+            # What is held of it: by the request while it is streamed, by the reply where it is whole.
+            read.append(entry if stream else replies[-1].kept)
+            assert replies[-1].body is (None if stream else read[-1].body)
+        assert len({id(one) for one in read}) == 1
+
+    run(work)
+
+
+def test_what_is_too_large_to_be_kept_here_too_is_the_same_for_all():
+    async def work():
+        caches = Caches(CacheConfig(exact=True, max_bytes=1), None, shared=Elsewhere())
+        one, two = [await caches.elsewhere("k", b"q") for _ in range(2)]
+        assert (len(caches.exact), one is two) == (0, True)
 
     run(work)

@@ -5,7 +5,7 @@ named      same tenant, and the same name that the sender gave it
 semantic   same tenant and context, and a last message that means the same (opt-in)
 abroad     likewise, of what other processes kept
 flight     identical requests under way at once make one call upstream
-retold     those who read the same kept answer as a stream have its chunks together
+retold     those who read the same kept answer at a time have it, and its chunks as a stream, together
 """
 
 from anabranch.gateway.cache.abroad import Abroad

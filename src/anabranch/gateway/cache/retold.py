@@ -1,10 +1,14 @@
-"""`Retold`: kept answers as chunks, which all who read the same at a time have together.
+"""`Retold`: kept answers, and their chunks, which all who read the same at a time have together.
 
-Each with chunks of its own would fill the memory, for nothing: they count in no bound, and cost nobody anything.
+Each with his own would fill the memory, for nothing: they count in no bound, and cost nobody anything.
 """
 
+import threading
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from anabranch.gateway.cache.entry import Entry
 
 __all__ = ["Retold", "ToldChunks"]
 
@@ -23,19 +27,33 @@ class ToldChunks:
 
 
 class Retold:
-    """Those of one process."""
+    """Those of one process. Use from any thread."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         # By what they say: one from a store that processes share is another object each time.
         self._told: weakref.WeakValueDictionary[tuple[bytes, str, bool], ToldChunks] = weakref.WeakValueDictionary()
+        self._read: weakref.WeakValueDictionary[tuple[bytes, str, int, int, int], Entry] = weakref.WeakValueDictionary()
+
+    def one(self, entry: Entry) -> Entry:
+        """Of an answer that came from elsewhere the one that is read here already; itself where nobody reads it."""
+        said = entry.body, entry.model, entry.prompt_tokens, entry.completion_tokens, entry.nano
+        with self._lock:
+            return self._read.setdefault(said, entry)
 
     def known(self, answer: bytes, endpoint: str, with_usage: bool) -> ToldChunks | None:
-        """Those that somebody reads now."""
-        return self._told.get((answer, endpoint, with_usage))
+        """An answer's chunks, if somebody reads them now."""
+        with self._lock:
+            return self._told.get((answer, endpoint, with_usage))
 
-    def keep(self, answer: bytes, endpoint: str, with_usage: bool, chunks: list[bytes]) -> ToldChunks:
-        """Those that were made; where several made them at a time, those of the first."""
-        found = self.known(answer, endpoint, with_usage)
+    def told(
+        self, answer: bytes, endpoint: str, with_usage: bool, make: Callable[[bytes, str, bool], Sequence[bytes]]
+    ) -> ToldChunks:
+        """Those, else what ``make`` gives; where several make them at a time, those of the first."""
+        asked = answer, endpoint, with_usage
+        found = self.known(*asked)
         if found is None:
-            found = self._told[answer, endpoint, with_usage] = ToldChunks(answer, tuple(chunks))
+            made = ToldChunks(answer, tuple(make(*asked)))
+            with self._lock:
+                found = self._told.setdefault(asked, made)
         return found

@@ -186,15 +186,15 @@ class CachedAnswers:
             "x-cost-usd": f"{0:.9f}",
         }
         if not state.body.get("stream") or state.endpoint == "embeddings":
-            return Reply(body=entry.body, headers=headers, content_type=state.content_type)
+            return Reply(body=entry.body, headers=headers, content_type=state.content_type, kept=entry)
         options = state.body.get("stream_options")
         with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        asked = (entry.body, state.endpoint, with_usage)
-        told = self._caches.retold.known(*asked)
+        asked, retold = (entry.body, state.endpoint, with_usage), self._caches.retold
+        told = retold.known(*asked)
         if told is None:
-            make, is_long = partial(Replayed.chunks_of, *asked), is_long_to_read([entry.body])
-            chunks = await state.services.turns.run(state.tenant, make) if is_long else make()
-            told = self._caches.retold.keep(*asked, chunks)
+            # Many may come at once: once it is one's turn another may have made them.
+            make, is_long = partial(retold.told, *asked, Replayed.chunks_of), is_long_to_read([entry.body])
+            told = await state.services.turns.run(state.tenant, make) if is_long else make()
         return Reply(stream=Replayed(told), headers=headers)
 
     # An answer that was fetched

@@ -3,6 +3,8 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from anabranch.gateway.cache import Entry
+
 
 @dataclass(slots=True, kw_only=True)
 class Reply:
@@ -14,6 +16,7 @@ class Reply:
         headers: ``x-request-id``, ``x-route-*``, ``x-cache``, ``x-overhead-ms``.
         status: of HTTP.
         content_type: of a whole answer.
+        kept: that it is of, which all have together who are sent it at a time: hold it as long as the body; None of what is not kept.
     """
 
     body: bytes | None = None
@@ -21,3 +24,4 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
     content_type: str = "application/json"
+    kept: Entry | None = None

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from anabranch.gateway.cache import Entry
 from anabranch.gateway.core.held_body import HeldBody
 from anabranch.gateway.core.incoming import KnownKey
 from anabranch.gateway.core.reply import Reply
@@ -30,6 +31,9 @@ from anabranch.web.large_json import LARGE, is_long_to_read, json_slices, load_l
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+# The kept answer that a whole response is of: it is in memory once as long as it is written.
+KEPT = web.ResponseKey("KEPT", Entry)
 
 # After its deadline a stream that is not read ends.
 STALL_S = 5.0
@@ -189,6 +193,7 @@ class Exchange:
             reply.body = await self.apart(
                 received.key, is_long_to_read([reply.body]), partial(_told, whole, reply.body)
             )
+            reply.kept = None
         return await self.send(request, reply, source)
 
     async def send(
@@ -199,9 +204,12 @@ class Exchange:
         """
         reply.headers |= {**SAFE, **for_origin(self._gateway.config.cors_origins, request, (*SAFE, *reply.headers))}
         if reply.stream is None or source is None:
-            return web.Response(
+            whole = web.Response(
                 status=reply.status, body=reply.body, content_type=reply.content_type, headers=reply.headers
             )
+            if reply.kept is not None:
+                whole[KEPT] = reply.kept
+            return whole
         headers = {**reply.headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
         response = web.StreamResponse(status=reply.status, headers=headers)
         response.content_type = "text/event-stream"
