@@ -446,6 +446,29 @@ def lanes(count, work, timeout_s):
     return made
 
 
+def test_what_is_given_up_before_its_turn_is_not_begun():
+    gate, began, done = threading.Event(), threading.Event(), []
+
+    async def main():
+        (lane,) = lanes(1, say("small"), 60.0)
+        first = asyncio.ensure_future(lane.alone(lambda: began.set() or gate.wait()))
+        await asyncio.to_thread(began.wait)
+        second = asyncio.ensure_future(lane.alone(lambda: done.append("given up")))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait((second,))
+        gate.set()
+        assert await first
+        await lane.alone(lambda: done.append("wanted"))
+        assert (second.cancelled(), done) == (True, ["wanted"])
+        lane.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_thread_of_a_strategy_ends_with_the_last_of_its_lanes_and_drops_nothing_before(order):
     """The lane in the middle of two reloads ended the thread in which requests of the first still waited."""

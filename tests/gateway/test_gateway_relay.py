@@ -279,6 +279,48 @@ def test_one_slow_reader_fails_nobody_elses_identical_request(tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("reader", ["stays", "leaves", "has left"])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_what_came_whole_is_whole_whichever_of_its_tasks_a_gateway_that_stops_cancels_first(
+    reader, begun, order, to_the_end
+):
+    """It was told as cancelled, and nobody who came back for it by its name had it, where that of reading was the first."""
+
+    async def main():
+        prepared, tasks, others = [], [], Others(to_the_end=to_the_end)
+
+        async def prepare(stream):
+            prepared.append(stream)
+            await asyncio.Event().wait()
+
+        source = Source(b"a", b"b")
+        stream = Relay(source, others.on_end, others.sharing if to_the_end else None, prepare, tasks.append)
+        reading = None if to_the_end else asyncio.ensure_future(_all_of(stream))
+        if to_the_end and reader == "has left":
+            await stream.aclose()
+        while not (prepared if begun else tasks):
+            await asyncio.sleep(0)
+        # That which reads, be it ahead or for its reader, and that which tells.
+        both = [*(others.tasks if to_the_end else [reading]), *tasks]
+        assert (len(both), len(prepared)) == (2, begun)
+        for at in order:
+            both[at].cancel()
+        if reader == "leaves":
+            await stream.aclose()
+        await asyncio.gather(*both, return_exceptions=True)
+        await asyncio.sleep(0)
+        await stream.aclose()
+        assert others.ends[0] is False
+
+    asyncio.run(main())
+
+
+async def _all_of(stream):
+    return [piece async for piece in stream]
+
+
 @contextlib.asynccontextmanager
 async def served_upstream(handler):
     app = web.Application()

@@ -2,10 +2,15 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
+
+from aiohttp.test_utils import make_mocked_request
 
 from anabranch.gateway.cache import Entry, Retold
 from anabranch.gateway.core.relay import Replayed
-from gateway_states import run
+from anabranch.gateway.core.reply import Reply
+from anabranch.gateway.http.exchange import KEPT, Exchange
+from gateway_states import config, run
 
 
 def test_all_who_read_an_answer_at_a_time_read_the_same_chunks():
@@ -72,3 +77,17 @@ def test_an_answer_that_came_from_elsewhere_is_in_memory_once_as_long_as_somebod
     del again, others
     gc.collect()
     assert len(retold._read) == 0
+
+
+def test_a_whole_answer_is_held_until_it_has_been_written():
+    async def main():
+        kept = Entry(body=b"{}", model="small")
+        exchange = Exchange(SimpleNamespace(config=config()))
+        request = make_mocked_request("POST", "/v1/chat/completions")
+        response = await exchange.send(request, Reply(body=kept.body, kept=kept), None)
+        assert (response.body is kept.body, response[KEPT] is kept) == (True, True)
+        # One that was made for its reader alone is of nothing that others read.
+        own = await exchange.send(request, Reply(body=b"{}"), None)
+        assert own.get(KEPT) is None
+
+    run(main)

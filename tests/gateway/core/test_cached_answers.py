@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from anabranch.gateway.store import KeyRecord
 from anabranch.routers.contract.query import Decision, Query
 from anabranch.web.api_error import ApiError
 from gateway_states import run, services, state_of
+from waiting import until_async
 
 ON = CacheConfig(exact=True)
 
@@ -268,8 +270,14 @@ def test_an_answer_is_replayed_as_the_sender_wants_it():
 def test_many_who_come_at_once_for_a_long_answer_have_it_put_together_once(monkeypatch):
     """Each had it done anew when it was his turn, though the first had just done it."""
     lent, _ = services(cache=ON)
-    made, real = [], Replayed.chunks_of
-    monkeypatch.setattr(Replayed, "chunks_of", staticmethod(lambda *asked: made.append(asked) or real(*asked)))
+    made, gate, real = [], threading.Event(), Replayed.chunks_of
+
+    def chunks_of(*asked):
+        made.append(asked)
+        assert gate.wait(60)
+        return real(*asked)
+
+    monkeypatch.setattr(Replayed, "chunks_of", staticmethod(chunks_of))
 
     async def work():
         first, _ = cached(lent=lent)
@@ -281,13 +289,17 @@ def test_many_who_come_at_once_for_a_long_answer_have_it_put_together_once(monke
             again, _ = cached({"stream": True}, lent=lent)
             return await again.reply(*await again.look())
 
-        replies = await asyncio.gather(*(replayed() for _ in range(12)))
+        asking = [asyncio.ensure_future(replayed()) for _ in range(12)]
+        # One is at it, and the others wait for their turns.
+        await until_async(lambda: made and sum(map(len, lent.turns._waiting.values())) == 11)
+        gate.set()
+        replies = await asyncio.gather(*asking)
         assert len(made) == 1
         told = [[piece async for piece in reply.stream] for reply in replies]
         assert all(one == told[0] for one in told)
         assert len({id(piece) for one in told for piece in one}) == len(told[0])
 
-    run(work)
+    asyncio.run(work())
 
 
 class Elsewhere:

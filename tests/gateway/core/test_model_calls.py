@@ -1,16 +1,17 @@
 """Calls of a strategy: what makes none, what they may cost, and that none outlives its request. Their money: `test_strategy_calls`."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
 from anabranch.errors import BudgetError, InputError, LimitError
 from anabranch.gateway.config import LimitsConfig
 from anabranch.gateway.core.call_bodies import CallBodies
-from anabranch.gateway.core.model_calls import answered, body_of, bounded
-from anabranch.gateway.dispatch import Report
+from anabranch.gateway.core.model_calls import _streamed, answered, body_of, bounded
+from anabranch.gateway.dispatch import Plan, Report
 from anabranch.gateway.providers.openai import OpenAI
-from anabranch.gateway.providers.provider import Answer, UpstreamError, Usage
+from anabranch.gateway.providers.provider import Answer, UpstreamError, UpstreamRequest, Usage
 from anabranch.gateway.runtime import Runtime
 from anabranch.gateway.store import KeyRecord
 from anabranch.routers.contract.ask import Answered, Arm, Said
@@ -111,6 +112,49 @@ def test_a_request_ends_once_its_calls_have():
         assert (state.calls.made[0].status, state.purse.held_nano) == ("cancelled", 0)
 
     run(work)
+
+
+def test_the_room_of_what_was_kept_is_given_back_also_where_its_closing_is_cancelled():
+    class Stuck:
+        """A stream that gives nothing, and is never closed."""
+
+        num_forgotten = num_closing = 0
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            await asyncio.Event().wait()
+
+        async def aclose(self):
+            self.num_closing += 1
+            await asyncio.Event().wait()
+
+        def forget(self):
+            self.num_forgotten += 1
+
+    async def work():
+        stream = Stuck()
+
+        async def begun_stream(plan, request):
+            assert plan.keep
+            return stream
+
+        plan = Plan(candidates=("small",), deadline=1.0)
+        dispatcher = SimpleNamespace(stream=begun_stream)
+        calling = asyncio.ensure_future(_streamed(dispatcher, plan, UpstreamRequest("chat", {}), asyncio.Queue()))
+        for num_closing in (1, 1):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert stream.num_forgotten == 0
+            calling.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert stream.num_closing == num_closing
+        await asyncio.wait((calling,))
+        assert (calling.cancelled(), stream.num_forgotten) == (True, 1)
+
+    asyncio.run(work())
 
 
 def test_a_body_is_the_arm_s_settings_the_conversation_and_what_the_call_says():

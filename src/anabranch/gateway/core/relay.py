@@ -148,11 +148,17 @@ class Relay:
                 end()
 
         self._concluding = task = self._loop.create_task(work())
-        # Perhaps nobody waits any more when it fails.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # Perhaps nobody waits any more when it fails. One that is cancelled may not even have begun.
+        task.add_done_callback(lambda done: end() if done.cancelled() else done.exception())
         if self._keep is not None:
             self._keep(task)
         await asyncio.shield(task)
+
+    @property
+    def _is_being_concluded(self) -> bool:
+        """Also by one that was cancelled, until that is told: all of it has come."""
+        task = self._concluding
+        return task is not None and (not task.done() or task.cancelled())
 
     def _end(self) -> None:
         try:
@@ -163,7 +169,7 @@ class Relay:
     async def aclose(self) -> None:
         """Nobody reads on: the upstream is cancelled, and what it has given so far is paid for; unless others want the rest."""
         task, sharing = self._task, self._sharing
-        if self._concluding is not None and not self._concluding.done():
+        if self._is_being_concluded:
             # The rest is done without its reader.
             self._is_left = True
             self._forget()
@@ -222,6 +228,10 @@ class Relay:
         except UpstreamError:
             self._on_end(self._stream)
         except BaseException:
+            if self._is_being_concluded:
+                # A gateway that stops cancels that too, whichever first.
+                self._on_end(self._stream)
+                raise
             await self._stream.aclose()
             self._on_end(self._stream, True)
             raise
