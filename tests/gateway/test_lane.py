@@ -11,7 +11,7 @@ from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
-from anabranch.web.turns import STEERING
+from odd_errors import UNUSUAL
 
 
 class Odd(Strategy):
@@ -74,7 +74,7 @@ def run(tmp_path, strategy, work, **fields):
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
-@pytest.mark.parametrize("error", [one for one in STEERING if one is not KeyboardInterrupt])
+@pytest.mark.parametrize("error", [one for one in UNUSUAL if one is not KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["route", "observe", "upkeep", "errands"])
 def test_what_a_strategy_raises_ends_neither_its_thread_nor_rounds_nor_the_gateway(tmp_path, where, error, is_fast):
     """One StopIteration hung all requests to it, all rounds and each reload; SystemExit ended the gateway; CancelledError the rounds."""

@@ -19,7 +19,8 @@ from anabranch.gateway.http import exchange
 from anabranch.gateway.http.app import App
 from anabranch.gateway.providers.mock import Mock
 from anabranch.gateway.store.limits import RateLimits
-from anabranch.web.turns import STEERING, Turns, plainly_awaited
+from anabranch.web.turns import Turns, UnusualError, plainly_awaited
+from odd_errors import UNUSUAL, PanicError
 
 
 def test_senders_take_turns_and_each_keeps_its_order():
@@ -207,7 +208,7 @@ def test_what_waits_for_an_executor_that_is_shut_down_ends():
 
 
 @pytest.mark.parametrize("is_thread", [False, True])
-@pytest.mark.parametrize("error", STEERING)
+@pytest.mark.parametrize("error", UNUSUAL)
 def test_what_would_end_or_steer_whoever_waits_is_an_error_of_the_work(is_thread, error):
     """StopIteration cannot be in a future: its thread did nothing any more, for good. SystemExit ended the loop."""
     if error is KeyboardInterrupt and not is_thread:
@@ -220,7 +221,7 @@ def test_what_would_end_or_steer_whoever_waits_is_an_error_of_the_work(is_thread
         with ThreadPoolExecutor(1) as executor:
             turns = Turns(executor if is_thread else None)
             async with asyncio.timeout(60):
-                with pytest.raises(RuntimeError, match=f"{error.__name__} was raised") as raised:
+                with pytest.raises(UnusualError, match=f"{error.__name__} was raised") as raised:
                     await turns.run("a", work)
                 assert isinstance(raised.value.__cause__, error)
                 return await turns.run("b", lambda: "goes on")
@@ -228,12 +229,12 @@ def test_what_would_end_or_steer_whoever_waits_is_an_error_of_the_work(is_thread
     assert asyncio.run(main()) == "goes on"
 
 
-@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, asyncio.CancelledError, StopAsyncIteration])
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, asyncio.CancelledError, StopAsyncIteration, PanicError])
 def test_what_is_awaited_cancels_and_ends_nobody(error):
     async def work():
         raise error
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UnusualError):
         asyncio.run(plainly_awaited(work()))
 
 

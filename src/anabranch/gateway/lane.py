@@ -29,7 +29,7 @@ from anabranch.routers.contract.strategy import Strategy
 from anabranch.routers.embed import Embedder
 from anabranch.routers.fitted import digest_of
 from anabranch.web.api_error import wrong
-from anabranch.web.turns import STEERING, plainly, plainly_awaited
+from anabranch.web.turns import UnusualError, plainly, plainly_awaited
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ class Lane:
 
     def _raised(self, error: BaseException) -> BypassError:
         """The log says what and where, without the texts an exception may quote."""
-        error = error.__cause__ if isinstance(error.__cause__, STEERING) else error
+        error = error.__cause__ or error if isinstance(error, UnusualError) else error
         logger.warning("strategy %s failed: %s", self.name, raised(error))
         return BypassError("raised", f"{type(error).__name__} in the strategy")
 

@@ -1,6 +1,7 @@
 """Work in one other thread, or on the loop itself, sender by sender: who brings much waits for itself, others for one piece of it."""
 
 import asyncio
+import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -88,31 +89,42 @@ class Turns:
         self._begin()
 
 
-# What ends or steers whoever waits, where it is no error of what was to be done: a future cannot even hold StopIteration, and never ends.
-STEERING = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
+class UnusualError(RuntimeError):
+    """What was raised, its cause, would end or steer whoever waits for the work, and is no error of the work to them.
+
+    A future cannot even hold StopIteration, and would never end; CancelledError cancels whoever waits, SystemExit ends the loop.
+    """
+
+
+# Errors by their class alone.
+_STEERING = (StopIteration, StopAsyncIteration, concurrent.futures.CancelledError)
 
 
 def plainly(work: Callable[[], T]) -> T:
-    """What ``work()`` gives or raises; a RuntimeError for what is `STEERING`, but for Ctrl-C in the main thread."""
+    """What ``work()`` gives or raises; `UnusualError` for what is no error of it, but for Ctrl-C in the main thread."""
     try:
         return work()
-    except STEERING as error:
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+    except BaseException as error:
+        is_interrupt = isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+        if is_interrupt or _is_error(error):
             raise
-        raise RuntimeError(f"{type(error).__name__} was raised") from error
+        raise UnusualError(f"{type(error).__name__} was raised") from error
+
+
+def _is_error(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, _STEERING)
 
 
 async def plainly_awaited(work: Awaitable[T]) -> T:
     """As `plainly`, of what is awaited; that whoever awaits it is cancelled is told as ever."""
     try:
         return await work
-    except STEERING as error:
+    except BaseException as error:
         task = asyncio.current_task()
-        if isinstance(error, KeyboardInterrupt) or (
-            isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
-        ):
+        is_cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
+        if is_cancelled or isinstance(error, KeyboardInterrupt) or _is_error(error):
             raise
-        raise RuntimeError(f"{type(error).__name__} was raised") from error
+        raise UnusualError(f"{type(error).__name__} was raised") from error
 
 
 def _do(work: Callable[[], Any], running: "asyncio.Future[Any]") -> None:
