@@ -242,10 +242,11 @@ def test_a_call_whose_time_is_up_leaves_no_thread_and_no_socket():
 
     threading.Thread(target=drip, daemon=True).start()
     before = set(threading.enumerate())
-    with pytest.raises(DataError, match=r"did not answer within 0\.3 seconds"):
-        ChatWriter(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "w", timeout_s=0.3)("x")
+    with pytest.raises(DataError, match="did not answer within 1 seconds"):
+        ChatWriter(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "w", timeout_s=1)("x")
     for thread in set(threading.enumerate()) - before:
-        thread.join(timeout=30)
+        # Sooner than a busy machine leaves a second without a byte, after which a read ends by itself.
+        thread.join(timeout=5)
         assert not thread.is_alive()
     # The other side is told.
     assert gone.wait(30)
@@ -292,8 +293,8 @@ def test_an_answer_that_comes_byte_by_byte_has_the_time_of_a_call():
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
         try:
-            with pytest.raises(DataError, match=r"did not answer within 0\.3 seconds"):
-                ChatWriter(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "w", timeout_s=0.3)("x")
+            with pytest.raises(DataError, match="did not answer within 1 seconds"):
+                ChatWriter(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "w", timeout_s=1)("x")
         finally:
             stopped.set()
             thread.join()
