@@ -529,8 +529,8 @@ MISTAKES = [
     ("ppr edges.csv ann --engine spark", "--engine spark is for --all"),
     ("ppr edges.csv ann --seeds seeds.csv", "seeds come as arguments or by --seeds, not both"),
     ("ppr edges.csv --seeds nowhere.csv", "there is no file nowhere.csv"),
-    ("ppr edges.csv --seeds labels.csv", "labels.csv: could not convert"),
-    ("ppr edges.csv --seeds unknown.csv", "unknown.csv: the graph has no node 'zoe'"),
+    ("ppr edges.csv --seeds words.csv", "words.csv, row 0: the weight 'much' is not a number"),
+    ("ppr edges.csv --seeds unknown.csv", "unknown.csv: is the column 'label' a weight"),
     ("ppr edges.csv --all", "say where to with --out FILE"),
     ("ppr edges.csv --all --out x.npy", "--out is 'x.npy'; its name must end in .anb"),
     ("ppr edges.csv --all --out x.csv --engine cloud", "engine is 'cloud'"),
@@ -623,6 +623,7 @@ def spoilt(place):
     (place / "nan.csv").write_text("source,target,weight\na,b,nan\n")
     (place / "empty.csv").write_text("")
     (place / "unknown.csv").write_text("node,label\nzoe,1\n")
+    (place / "words.csv").write_text("node,weight\nann,much\n")
     (place / "gaps.csv").write_text("node,label\nann,a\nbob,\n")
     read_graph(place / "edges.csv").save(place / "whole.anb")
     whole, vectors = (place / "whole.anb").read_bytes(), (place / "v.anb").read_bytes()

@@ -18,7 +18,7 @@ from anabranch.cli.graph.node_tables import (
 from anabranch.cli.graph.vectors import read_vectors
 from anabranch.errors import AnabranchError, DataError
 from anabranch.graph import Graph, read_graph
-from anabranch.graph.formats.columns import as_names
+from anabranch.graph.table_columns import as_names
 
 GRAPHS = {
     "named": Graph.from_edges([0, 1, 2], [1, 2, 0], names=["ann", "bob", "cy"]),

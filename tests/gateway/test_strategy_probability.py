@@ -156,7 +156,8 @@ def test_estimates_from_the_ledger_of_drawn_traffic_are_right(tmp_path, name, mo
             ModelConfig(name=one, price=Price.of_dollars(1, 2), deployments=(DeploymentConfig(provider=Mock.Config(model=one)),))
             for one in worth
         ),
-        strategies={"try": StrategyConfig(use=name, fields=fields)},
+        # One that was passed over, since a busy machine kept it waiting, is not drawn.
+        strategies={"try": StrategyConfig(use=name, fields=fields, timeout_s=60)},
         embedder=Hashed.Config(), require_key=False, store=str(tmp_path / "g.db"), log=LogConfig(prompts=True),
     )  # fmt: skip
     draw = np.random.default_rng(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.errors import DataError, first_line
-from anabranch.graph.formats.columns import is_index
+from anabranch.graph.table_columns import is_index
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from anabranch.cli.graph.files import read_arrow
 from anabranch.cli.graph.options import check_extra
 from anabranch.cli.graph.waiting import waiting
 from anabranch.errors import ConfigError, DataError, InputError
-from anabranch.graph.formats.columns import are_fractions, as_names, chosen_ends, is_index
+from anabranch.graph.table_columns import are_fractions, as_names, chosen_ends, is_index
 
 if TYPE_CHECKING:
     import numpy as np

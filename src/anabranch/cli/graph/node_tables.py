@@ -1,6 +1,6 @@
 """Tables that tell of nodes: edges, labels, seeds. All commands read them here, in one way.
 
-What a column means is found by what it is called (`anabranch.graph.formats.columns`), else by its place. Cells of nodes are text as it
+What a column means is found by what it is called (`anabranch.graph.table_columns`), else by its place. Cells of nodes are text as it
 stands in the file: a graph whose nodes are called by numbers makes numbers of them, any other takes 007 as it is. A data frame's index is
 passed over. Where nobody can tell whether the first line is of names of columns, or which column is of nodes, the table is refused.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from anabranch.cli.graph.files import NAMES, read_cells
 from anabranch.cli.graph.inputs import are_numbers, names_of, nodes_of
 from anabranch.errors import DataError, InputError
-from anabranch.graph.formats.columns import SOURCES, TARGETS, WEIGHTS, called, is_index, is_matrix, known_ends
+from anabranch.graph.table_columns import SOURCES, TARGETS, WEIGHTS, called, is_index, is_matrix, known_ends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,6 +99,9 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
             raise DataError(f"{path} is a matrix whose rows are called as its columns; {form.what} are a table")
         names = [cell.strip() for cell in lines[0]] if _is_header(path, form, graph, lines, cells.table) else None
         cells = cells.below(names)
+        twice = next((name for name in names or () if not is_index(name) and names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path} has several columns called {twice!r}")
     places = _places(path, form, names, cells.table)
     found = {role: _cells(path, cells.table, place, form.roles[role], graph) for role, place in places.items()}
     for column in found.values():

@@ -20,7 +20,7 @@ import numpy as np
 from anabranch.cli.graph.files import DAMAGED, NAMES, open_array, read_arrow
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.beside import new_file
-from anabranch.graph.formats.columns import are_fractions, as_names, is_index
+from anabranch.graph.table_columns import are_fractions, as_names, is_index
 
 WRITTEN = (".npy", ".npz", ".parquet", ".csv", ".tsv")
 

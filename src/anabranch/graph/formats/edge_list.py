@@ -15,16 +15,6 @@ from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError
 from anabranch.graph.checks import weight_problem
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.columns import (
-    WEIGHTS,
-    Column,
-    called,
-    chosen_ends,
-    column_of,
-    is_index,
-    is_matrix,
-    names_ends,
-)
 from anabranch.graph.formats.lines import (
     WHITESPACE,
     Fields,
@@ -38,6 +28,16 @@ from anabranch.graph.formats.lines import (
     numbers,
 )
 from anabranch.graph.store import Graph
+from anabranch.graph.table_columns import (
+    WEIGHTS,
+    Column,
+    called,
+    chosen_ends,
+    column_of,
+    is_index,
+    is_matrix,
+    names_ends,
+)
 
 # `write_graph` leaves it.
 NOTE = re.compile(rb"^# anabranch graph: (\d+) nodes, (directed|undirected)\r?$", re.MULTILINE)

@@ -10,10 +10,10 @@ import numpy as np
 
 from anabranch.errors import DataError, first_line
 from anabranch.graph.formats.build import EdgeSink, Rules
-from anabranch.graph.formats.columns import WEIGHTS, called, chosen_ends, column_of
 from anabranch.graph.formats.edge_list import Dialect, checked_floats
 from anabranch.graph.formats.lines import RowError
 from anabranch.graph.store import Graph
+from anabranch.graph.table_columns import WEIGHTS, called, chosen_ends, column_of
 
 # `write_graph` leaves it in the metadata: nodes, direction.
 NOTE = b"anabranch.graph"

@@ -9,8 +9,8 @@ import numpy as np
 from anabranch.bounds import shown
 from anabranch.errors import DataError, InputError, first_line
 from anabranch.graph.arguments import as_path
-from anabranch.graph.formats.columns import as_names
 from anabranch.graph.masks import unmasked
+from anabranch.graph.table_columns import as_names
 
 
 def read_clicks(
