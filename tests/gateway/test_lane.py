@@ -9,15 +9,16 @@ import pytest
 from anabranch.gateway.config import DeploymentConfig, GatewayConfig, ModelConfig, StrategyConfig
 from anabranch.gateway.gateway import Gateway
 from anabranch.gateway.providers.mock import Mock
+from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
-from odd_errors import UNUSUAL
+from odd_errors import UNUSUAL, PanicError
 
 
 class Odd(Strategy):
     """Raises once, or waits, where its test says."""
 
-    learns = True
+    learns = reads_answers = True
 
     def __init__(self, where="", error=None, *, is_fast=False, waits=None):
         super().__init__(None)
@@ -36,6 +37,14 @@ class Odd(Strategy):
     def route(self, query, pool):
         self._at("route")
         return Decision(candidates=(Candidate(model="m", score=0.0),), strategy="odd", reason="so")
+
+    def headers(self, decision):
+        self._at("headers")
+        return {}
+
+    def accept(self, query, model, answer, details):
+        self._at("accept")
+        return True
 
     def observe(self, outcome):
         self._at("observe")
@@ -75,7 +84,7 @@ def run(tmp_path, strategy, work, **fields):
 
 @pytest.mark.parametrize("is_fast", [False, True])
 @pytest.mark.parametrize("error", [one for one in UNUSUAL if one is not KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["route", "observe", "upkeep", "errands"])
+@pytest.mark.parametrize("where", ["route", "headers", "accept", "observe", "upkeep", "errands"])
 def test_what_a_strategy_raises_ends_neither_its_thread_nor_rounds_nor_the_gateway(tmp_path, where, error, is_fast):
     """One StopIteration hung all requests to it, all rounds and each reload; SystemExit ended the gateway; CancelledError the rounds."""
     strategy = Odd(where, error("by the strategy"), is_fast=is_fast)
@@ -115,3 +124,72 @@ def test_a_request_waits_for_what_is_learned_no_longer_than_for_its_strategy(tmp
     [first, second] = run(tmp_path, strategy, work, timeout_s=0.2)
     assert first is None
     assert "longer than 200 ms" in second
+
+
+class Eager(Odd):
+    """Is called where others are awaited."""
+
+    is_async = True
+    is_fast = False
+
+    def aroute(self, query, pool, ask):
+        self._at("aroute")
+
+        async def decided():
+            return self.route(query, pool)
+
+        return decided()
+
+    async def aaccept(self, query, model, answer, details, ask):
+        self._at("aaccept")
+        return Unclear() if self.where == "bool" else True
+
+    def errands(self, errands):
+        self._at("eager errands")
+        return asyncio.sleep(0)
+
+
+class Unclear:
+    """As an array of several numbers."""
+
+    def __bool__(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, asyncio.CancelledError, PanicError])
+@pytest.mark.parametrize("where", ["aroute", "aaccept", "bool", "eager errands"])
+def test_what_is_called_before_it_is_awaited_is_a_strategys_too(tmp_path, where, error):
+    async def work(gateway):
+        first = await gateway.handle("chat", ASK)
+        await gateway.errands.once()
+        return first, await gateway.handle("chat", ASK)
+
+    first, second = run(tmp_path, Eager(where, error()), work)
+    assert second.headers.get("x-route-bypassed") is None
+    assert first.headers.get("x-route-bypassed") == (f"{error.__name__} in the strategy" if where == "aroute" else None)
+
+
+class Ends(Program):
+    is_fast = True
+
+    def __init__(self, error):
+        super().__init__(None)
+        self.error = error
+
+    def route(self, query, pool):
+        return Decision(candidates=(Candidate(model="m", score=0.0),), strategy="ends", reason="so")
+
+    async def run(self, request, ask):
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("error", [one for one in UNUSUAL if one not in (KeyboardInterrupt, GeneratorExit)])
+def test_what_a_program_raises_is_passed_over(tmp_path, error, is_stream):
+    """SystemExit ended the gateway; CancelledError left the request without an answer."""
+
+    async def work(gateway):
+        return (await gateway.handle("chat", {**ASK, "stream": is_stream})).headers["x-route-bypassed"]
+
+    assert run(tmp_path, Ends(error()), work)

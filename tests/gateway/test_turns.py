@@ -235,12 +235,12 @@ def test_what_is_awaited_cancels_and_ends_nobody(error):
         raise error
 
     with pytest.raises(UnusualError):
-        asyncio.run(plainly_awaited(work()))
+        asyncio.run(plainly_awaited(work))
 
 
 def test_whoever_awaits_may_be_cancelled_as_ever():
     async def main():
-        task = asyncio.ensure_future(plainly_awaited(asyncio.sleep(60)))
+        task = asyncio.ensure_future(plainly_awaited(lambda: asyncio.sleep(60)))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])

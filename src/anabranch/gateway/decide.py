@@ -21,6 +21,7 @@ from anabranch.routers.contract.query import Candidate, Decision, Pool, Query
 from anabranch.routers.contract.strategy import Metrics, Strategy
 from anabranch.routers.embed import Embedder
 from anabranch.routers.fitted import FittedRouter
+from anabranch.web.turns import plainly
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class Decider:
         if type(strategy).headers is Strategy.headers:
             return {}
         try:
-            return {header: str(value) for header, value in strategy.headers(decision).items()}
+            return plainly(lambda: {header: str(value) for header, value in strategy.headers(decision).items()})
         except Exception as error:
             logger.warning("strategy %s has no headers to give: %s", name, type(error).__name__)
             return {}

@@ -109,10 +109,10 @@ class Lane:
             if self._embedder is not None and query.vector_D is None:
                 embedder = self._embedder
                 text, whose = query.text, query.tenant
-                vector_D = (await self._in_thread(whose, lambda: embedder.embed([text]), self.timeout_s))[0]
+                vector_D = await self._called(whose, lambda: embedder.embed([text])[0], self.timeout_s, is_short=False)
                 query = replace(query, vector_D=vector_D)
             if self.strategy.is_async:
-                decision = await self._awaited(self.strategy.aroute(query, pool, ask))
+                decision = await self._awaited(lambda: self.strategy.aroute(query, pool, ask))
             else:
                 is_short = len(query.text) <= SHORT
                 decision = await self._called(
@@ -133,12 +133,15 @@ class Lane:
 
     async def accept(self, query: Query, model: str, answer: str, details: Mapping[str, Any], ask: Ask) -> bool:
         """Whether an answer is good enough. Raises BypassError."""
-        if self.strategy.is_async:
-            return bool(await self._awaited(self.strategy.aaccept(query, model, answer, details, ask)))
+        strategy = self.strategy
+        if strategy.is_async:
+
+            async def judged() -> bool:
+                return bool(await strategy.aaccept(query, model, answer, details, ask))
+
+            return await self._awaited(judged)
         wanted = max(self.timeout_s, JUDGING_S)
-        return bool(
-            await self._called(query.tenant, lambda: self.strategy.accept(query, model, answer, details), wanted)
-        )
+        return await self._called(query.tenant, lambda: bool(strategy.accept(query, model, answer, details)), wanted)
 
     def observe(self, outcome: Outcome) -> None:
         """Let the strategy learn, later and where it disturbs nobody."""
@@ -244,7 +247,7 @@ class Lane:
         except Exception as error:
             raise self._raised(error) from None
 
-    async def _awaited(self, work: Awaitable[T]) -> T:
+    async def _awaited(self, work: Callable[[], Awaitable[T]]) -> T:
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await plainly_awaited(work)

@@ -115,14 +115,14 @@ def _is_error(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, _STEERING)
 
 
-async def plainly_awaited(work: Awaitable[T]) -> T:
-    """As `plainly`, of what is awaited; that whoever awaits it is cancelled is told as ever."""
+async def plainly_awaited(work: Callable[[], Awaitable[T]]) -> T:
+    """As `plainly`, of what ``work()`` gives and is awaited; that whoever awaits it is cancelled, or ends, is told as ever."""
     try:
-        return await work
+        return await work()
     except BaseException as error:
         task = asyncio.current_task()
         is_cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
-        if is_cancelled or isinstance(error, KeyboardInterrupt) or _is_error(error):
+        if is_cancelled or task is None or isinstance(error, KeyboardInterrupt) or _is_error(error):
             raise
         raise UnusualError(f"{type(error).__name__} was raised") from error
 

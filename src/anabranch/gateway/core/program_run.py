@@ -20,6 +20,7 @@ from anabranch.gateway.logged_error import raised
 from anabranch.gateway.providers.provider import BODY_BYTES, Answer, Failure, UpstreamError, Usage
 from anabranch.routers.contract.program import Done, Program, ProgramRequest, Said, Step
 from anabranch.web.sse import DONE, HEARTBEAT, event
+from anabranch.web.turns import plainly_awaited
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class ProgramRun:
     async def open(self) -> None:
         """Begin, and wait for the first piece of an answer, or its end. Raises what the program fails with before."""
         began = time.perf_counter()
-        self._task = task = asyncio.ensure_future(self._run())
+        # What a program raises is no end of the loop, whatever it is.
+        self._task = task = asyncio.ensure_future(plainly_awaited(self._run))
         # A sign of life is for those who have the headers already.
         self._pieces = drained(self._ready, task)
         self._first = await anext(self._pieces, None)

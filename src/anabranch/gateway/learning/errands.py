@@ -185,7 +185,7 @@ class ErrandRounds:
 
 async def _run(strategy: Strategy, errands: LaneErrands, lane: "Lane") -> None:
     try:
-        await plainly_awaited(strategy.errands(errands))
+        await plainly_awaited(lambda: strategy.errands(errands))
     finally:
         if errands.asked:
             lane.touch()
