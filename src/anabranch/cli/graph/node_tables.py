@@ -8,6 +8,7 @@ passed over. Where nobody can tell whether the first line is of names of columns
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,8 @@ def read_columns(path: str, form: Form, graph: Graph | None) -> dict[str, list[A
             raise DataError(f"{path} is a matrix whose rows are called as its columns; {form.what} are a table")
         names = [cell.strip() for cell in lines[0]] if _is_header(path, form, graph, lines, cells.table) else None
         cells = cells.below(names)
-        twice = next((name for name in names or () if not is_index(name) and names.count(name) > 1), None)
+        counted = Counter(names)
+        twice = next((name for name, count in counted.items() if count > 1 and not is_index(name)), None)
         if twice is not None:
             raise DataError(f"{path} has several columns called {twice!r}")
     places = _places(path, form, names, cells.table)
