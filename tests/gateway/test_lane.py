@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from anabranch.routers.contract.program import Program
 from anabranch.routers.contract.query import Candidate, Decision
 from anabranch.routers.contract.strategy import Strategy
 from odd_errors import UNUSUAL, PanicError
+from waiting import until_async
 
 
 class Odd(Strategy):
@@ -112,9 +112,7 @@ def test_a_request_waits_for_what_is_learned_no_longer_than_for_its_strategy(tmp
         first = await gateway.handle("chat", ASK)
         round_ = asyncio.ensure_future(gateway.errands.once())
         try:
-            begun = time.monotonic()
-            while gateway.runtime.decider.lanes["odd"]._thread.began is None and time.monotonic() < begun + 60:
-                await asyncio.sleep(0.01)
+            await until_async(lambda: gateway.runtime.decider.lanes["odd"]._thread.began is not None)
             second = await gateway.handle("chat", ASK)
         finally:
             released.set()

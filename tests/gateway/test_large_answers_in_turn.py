@@ -390,7 +390,7 @@ def test_an_answer_that_waits_to_be_read_holds_no_place_at_its_deployment(tmp_pa
             ]
             await until_async(lambda: len(dispatcher.turns._waiting.get("", ())) == 2)
             # One after the other, in the one place.
-            assert (live.in_flight, live.waiting) == (0, 0)
+            await until_async(lambda: (live.in_flight, live.waiting) == (0, 0))
             assert not any(one.done() for one in slow)
         finally:
             gate.set()

@@ -124,7 +124,7 @@ def test_what_waits_to_be_written_holds_no_place_that_others_need(stream):
             large = [asked.ask(chat(stream=stream), sender=whose) for whose in ("key:a", "key:b", "key:c")]
             await until_async(lambda: asked.writing == 3)
             # Nor does it look as if the deployment did not answer.
-            assert (live.in_flight, live.waiting, rooms.taken) == (0, 0, [])
+            await until_async(lambda: (live.in_flight, live.waiting, rooms.taken) == (0, 0, []))
             report = await asked.ask(chat(9, stream=stream), sender="key:d")
             assert report.deployment == "m-0"
         done = await asyncio.gather(*large, return_exceptions=True)

@@ -245,11 +245,10 @@ def test_a_call_whose_time_is_up_leaves_no_thread_and_no_socket():
     with pytest.raises(DataError, match="did not answer within 1 seconds"):
         ChatWriter(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "w", timeout_s=1)("x")
     for thread in set(threading.enumerate()) - before:
-        # Sooner than a busy machine leaves a second without a byte, after which a read ends by itself.
-        thread.join(timeout=5)
+        thread.join(timeout=60)
         assert not thread.is_alive()
     # The other side is told.
-    assert gone.wait(30)
+    assert gone.wait(60)
     listener.close()
 
 

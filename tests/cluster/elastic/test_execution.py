@@ -97,7 +97,7 @@ class Wires:
 
             def receive(self, source, tag):
                 with wires.arrived:
-                    assert wires.arrived.wait_for(lambda: (source, rank, tag) in wires.sent, 30)
+                    assert wires.arrived.wait_for(lambda: (source, rank, tag) in wires.sent, 60)
                     return wires.sent.pop((source, rank, tag)), None
 
         return Links()
@@ -110,11 +110,13 @@ def grid_of(stages, schedule, *, is_exact=True, micro_batches=2, layers_of=layer
     layout = Layout(grid, tuple(range(1, len(stages))), 3)
     settings = StepSettings(SAMPLES, micro_batches, 1, is_exact, F.cross_entropy, 7, (True,) * 3)
     wires, found, errors = Wires(), {}, []
+    # Before there are threads: they would draw from one generator.
+    layers = {rank: layers_of() for rank in grid.ranks}
 
     def work(rank):
         try:
             made = StageStep(
-                Work(layout, rank, settings, schedule, [1.0] * 3), settings, layers_of(), wires.of(rank), 3
+                Work(layout, rank, settings, schedule, [1.0] * 3), settings, layers[rank], wires.of(rank), 3
             )
             made.run(batch(), lambda state: None)
             assert made.meter.now == 0
